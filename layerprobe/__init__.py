@@ -1,0 +1,14 @@
+"""layerprobe takes activations out of Hugging Face encoder models and does something useful with them.
+
+The door: it re-exports and holds no logic. Importing it loads neither transformers, matplotlib, sklearn nor ray.
+"""
+
+from layerprobe.capture.probe import Probe
+from layerprobe.capture.registry import ProbeRegistry, Sink
+from layerprobe.models import load_model
+from layerprobe.sites.anatomy import Anatomy, register_architecture
+from layerprobe.sites.resolve import sites
+from layerprobe.store.reader import open_store as open
+from layerprobe.version import __version__
+
+__all__ = ["Anatomy", "Probe", "ProbeRegistry", "Sink", "__version__", "load_model", "open", "register_architecture", "sites"]

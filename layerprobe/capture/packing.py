@@ -1,0 +1,384 @@
+"""Pack captured rows into shards: the sink behind `Probe(to="acts/")` and `extract`.
+
+Rows of a call go to the end of the open unit's buffer; a finished call stays there, an abandoned one is overwritten by the
+next. A unit is sealed when its buffer is full (`Probe`) or when it is told to (`extract`) and becomes one shard.
+
+Hides the order of tensors in a shard and the turns of the two buffers. Must never know of modules or hooks.
+"""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerprobe.capture.registry import Call
+from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows, write_rows
+from layerprobe.capture.sinks import is_per_token, select_call
+from layerprobe.capture.staging import BufferPool, HostBuffer, Lane, make_lane
+from layerprobe.errors import CaptureError
+from layerprobe.sites.resolve import Site
+from layerprobe.store.format import SCALE_SUFFIX, ShardHeader
+from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, commit_description, commit_index, prepare_folder
+
+__all__ = ["AnnouncedBatch", "StoreSink", "measure_site"]
+
+_NUM_BUFFERS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class AnnouncedBatch:
+    """What the extractor knows of a batch before the model does, so that no mask need be read back from a device.
+
+    Args:
+        ordinals: Of its examples.
+        lengths: Real tokens of each.
+        num_positions: S.
+        padding_side: `left` or `right`.
+        input_ids: int64 `[T]` on the CPU, without padding.
+        records: What travels with each example, or None.
+    """
+
+    ordinals: Sequence[int]
+    lengths: Sequence[int]
+    num_positions: int
+    padding_side: str
+    input_ids: Tensor
+    records: Sequence[Mapping[str, Any]] | None = None
+
+
+@dataclass(eq=False)
+class _Unit:
+    """An open unit: its buffer and what has been finished in it."""
+
+    number: int
+    first_example: int
+    buffer: HostBuffer
+    num_truncated: int = 0
+    num_rows: int = 0
+    ordinals: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    input_ids: list[Tensor] = field(default_factory=list)
+    records: list[bytes] = field(default_factory=list)
+    # values beyond the range of float8, counted where the values are made
+    overflow: dict[int, Tensor] = field(default_factory=dict)
+
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.ordinals)
+
+
+@dataclass(eq=False)
+class _Pending:
+    """The call under way: where its rows go."""
+
+    thread: int
+    batch: AnnouncedBatch | None = None
+    selection: Selection | None = None
+    values: dict[int, Tensor] | None = None
+    input_ids: Tensor | None = None
+
+
+def measure_site(site: Site, value: Tensor, pool: Pool, dtype: torch.dtype | None) -> StoredSite:
+    """Work out how a site will lie on disk from one of its values.
+
+    Raises:
+        CaptureError: the value is neither `[B, S, D]` nor `[B, D]`.
+    """
+    per_token = is_per_token(site, value)
+    if value.ndim != (3 if per_token else 2):
+        raise CaptureError(
+            f"{site.name!r} has shape {tuple(value.shape)}: a store takes [batch, positions, width] or "
+            "[batch, width]. Capture this site into memory instead."
+        )
+    width = value.shape[2] if per_token else value.shape[1]
+    if callable(pool) and per_token:
+        width = len(pool(value[0].detach()))
+    kind = "token" if per_token and pool is None else "example"
+    return StoredSite(site.name, kind, dtype or value.dtype, width)
+
+
+class StoreSink:
+    """Stream captured rows into a store.
+
+    Without `stored` sites the first call tells how wide they are, and units are cut as buffers fill. With them, units
+    are opened and sealed by the caller (`begin_unit`, `end_unit`) and every batch is announced.
+
+    Args:
+        folder: The store. With a description it is made new; without, it is the caller's.
+        writer: Not started yet.
+        pool, dtype: What happens to the rows.
+        device: Where the model makes them.
+        shard_bytes: Size of a buffer, and so of a shard.
+        description: What `store.json` will say; None where the caller writes it.
+        fingerprint: Of the plan.
+        stored: How the sites will lie on disk, if known.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        writer: ShardWriter,
+        *,
+        pool: Pool,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        shard_bytes: int,
+        fingerprint: str,
+        description: Mapping[str, Any] | None = None,
+        stored: Sequence[StoredSite] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.writer = writer
+        self.buffers: BufferPool | None = None
+        self._pool = pool
+        self._dtype = dtype
+        self._shard_bytes = shard_bytes
+        self._fingerprint = fingerprint
+        self._description = description
+        self._stored = list(stored) if stored is not None else None
+        self._announced: AnnouncedBatch | None = None
+        self._sites: Sequence[Site] = ()
+        self._lane: Lane = make_lane(device)
+        self._unit: _Unit | None = None
+        self._capacity = 0
+        self._next_unit = 0
+        self._next_example = 0
+        # Calls of several threads take turns: a unit is one run of examples.
+        self._turn = threading.Condition()
+        self._pending: _Pending | None = None
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds the forward has waited for a buffer."""
+        return self.buffers.stalled_s if self.buffers is not None else 0.0
+
+    def open(self, sites: Sequence[Site]) -> None:
+        self._sites = sites
+        if self._description is not None:
+            prepare_folder(self.folder)
+        self.writer.start()
+
+    def close(self, error: BaseException | None) -> None:
+        try:
+            # Without a description the caller decides what is whole; a unit it has not ended is not.
+            if self._unit is not None and self._description is not None:
+                self.end_unit()
+        finally:
+            self.writer.close()
+        if error is None:
+            self.writer.check()
+            if self._description is not None and self._stored is not None:
+                commit_index(self.folder, self.writer.committed)
+
+    # calls
+
+    def announce(self, batch: AnnouncedBatch) -> None:
+        """Say what the next call of the model will run."""
+        self._announced = batch
+
+    def begin(self, call: Call) -> None:
+        pending = _Pending(threading.get_ident(), self._announced)
+        with self._turn:
+            while self._pending is not None and self._pending.thread != pending.thread:
+                self._turn.wait()
+            # One left over from this thread was cut short, by Ctrl-C say; its rows are overwritten.
+            self._pending = call.state = pending
+        self._announced = None
+        self.writer.check()
+
+    def receive(self, call: Call, index: int, value: Tensor) -> None:
+        pending: _Pending = call.state
+        if pending is not self._pending:
+            raise CaptureError(
+                f"{self._sites[index].name!r} was made after another call of the model began inside this one: a store "
+                "takes one call at a time. Use a second model, or capture into memory."
+            )
+        value = value.detach()
+        if self._stored is None or pending.values is not None:
+            if pending.values is None:
+                pending.values = {}
+            pending.values[index] = value
+            return
+        if pending.selection is None:
+            self._reserve(pending, call, value)
+        self._put(pending, index, value)
+
+    def finish(self, call: Call) -> None:
+        pending: _Pending = call.state
+        try:
+            if pending.values is not None:
+                self._establish(pending, call)
+            self._commit_call(pending)
+        finally:
+            self._end_turn(pending)
+
+    def abandon(self, call: Call) -> None:
+        if call.state is not None:
+            self._end_turn(call.state)
+
+    def _end_turn(self, pending: _Pending) -> None:
+        with self._turn:
+            if self._pending is pending:
+                self._pending = None
+            self._turn.notify_all()
+
+    def _establish(self, pending: _Pending, call: Call) -> None:
+        """Learn from the first call how the sites will lie on disk, say so in `store.json`, and pack its rows."""
+        assert pending.values is not None and self._description is not None
+        self._stored = [
+            measure_site(site, pending.values[index], self._pool, self._dtype)
+            for index, site in enumerate(self._sites)
+        ]
+        described = {site.name: site.describe() for site in self._stored}
+        commit_description(self.folder, {**self._description, "sites": described, "fingerprint": self._fingerprint})
+        values, pending.values = pending.values, None
+        self._reserve(pending, call, values[0])
+        for index, value in values.items():
+            self._put(pending, index, value)
+
+    def _reserve(self, pending: _Pending, call: Call, value: Tensor) -> None:
+        """Work out the rows of a call and make room for them."""
+        batch = pending.batch
+        if batch is not None:
+            pending.selection = Selection.from_lengths(
+                batch.lengths, batch.num_positions, batch.padding_side, value.device
+            )
+            pending.input_ids = batch.input_ids
+        else:
+            pending.selection = select_call(call, value)
+            pending.input_ids = _real_ids(call, pending.selection)
+        rows, examples = pending.selection.num_rows, len(pending.selection.lengths)
+        unit = self._unit
+        if unit is not None and batch is None and not unit.buffer.fits(unit.num_rows + rows, unit.num_examples + examples):
+            self.end_unit()
+        if self._unit is None:
+            self.begin_unit(self._next_unit, self._next_example, rows, examples)
+        unit = self._unit
+        assert unit is not None
+        unit.buffer.grow(unit.num_rows + rows, unit.num_examples + examples, unit.num_rows, unit.num_examples)
+
+    def _put(self, pending: _Pending, index: int, value: Tensor) -> None:
+        assert self._stored is not None and self._unit is not None
+        selection = pending.selection
+        assert selection is not None
+        site, stored, unit = self._sites[index], self._stored[index], self._unit
+        overflow = None
+        if stored.dtype == torch.float8_e4m3fn:
+            overflow = unit.overflow.setdefault(index, torch.zeros((), dtype=torch.int64, device=value.device))
+        if stored.kind == "token":
+            start, count = unit.num_rows, selection.num_rows
+        else:
+            start, count = unit.num_examples, len(selection.lengths)
+        target = unit.buffer.target(index, start, start + count, overflow)
+        if stored.kind == "token":
+            produce = partial(write_rows, value=value, selection=selection)
+        else:
+            vectors = pool_rows(value, selection, self._pool) if is_per_token(site, value) else value
+            if tuple(vectors.shape) != tuple(target.values.shape):
+                raise CaptureError(
+                    f"{site.name!r} gave {tuple(vectors.shape)} vectors for {count} examples of width {stored.width}."
+                )
+            produce = partial(cast_into, value=vectors)
+        self._lane.put(index, target, produce)
+
+    def _commit_call(self, pending: _Pending) -> None:
+        unit, selection = self._unit, pending.selection
+        assert unit is not None and selection is not None and pending.input_ids is not None
+        batch = pending.batch
+        first = self._next_example
+        unit.ordinals.extend(batch.ordinals if batch else range(first, first + len(selection.lengths)))
+        unit.lengths.extend(selection.lengths)
+        unit.input_ids.append(pending.input_ids)
+        unit.num_rows += selection.num_rows
+        if batch is not None and batch.records is not None:
+            unit.records.extend(_encode_record(record) for record in batch.records)
+        self._next_example += len(selection.lengths)
+
+    # units
+
+    def begin_unit(
+        self, number: int, first_example: int, num_rows: int, num_examples: int, num_truncated: int = 0
+    ) -> None:
+        """Open a unit with room for so many rows and examples, waiting for a free buffer."""
+        assert self._stored is not None
+        if self.buffers is None:
+            self.buffers = self._make_buffers(num_rows, num_examples)
+        buffer = self.buffers.acquire(self.writer.check)
+        buffer.grow(num_rows, num_examples)
+        self._unit = _Unit(number, first_example, buffer, num_truncated)
+
+    def end_unit(self) -> None:
+        """Seal the open unit and hand it to the writer."""
+        unit, stored = self._unit, self._stored
+        assert unit is not None and stored is not None and self.buffers is not None
+        self._unit = None
+        self._next_unit = unit.number + 1
+        clipped = {stored[index].name: int(count) for index, count in unit.overflow.items() if int(count)}
+        header = ShardHeader(
+            unit=unit.number,
+            num_examples=unit.num_examples,
+            num_tokens=unit.num_rows,
+            first_example=unit.first_example,
+            fingerprint=self._fingerprint,
+            num_truncated=unit.num_truncated,
+            nonfinite=clipped,
+        )
+        release = partial(self.buffers.release, unit.buffer)
+        try:
+            self.writer.submit(ShardJob(header, _list_tensors(unit, stored), self._lane.fence(), release))
+        except BaseException:
+            release()
+            raise
+
+    def _make_buffers(self, num_rows: int, num_examples: int) -> BufferPool:
+        assert self._stored is not None
+        row_bytes = sum(site.bytes_per_vector for site in self._stored if site.kind == "token")
+        example_bytes = sum(site.bytes_per_vector for site in self._stored if site.kind == "example")
+        # Texts average more than one token, so a vector per row is more than enough for vectors per example.
+        room = self._shard_bytes // (row_bytes + example_bytes)
+        return BufferPool(
+            [
+                HostBuffer(self._stored, max(num_rows, room), max(num_examples, room), self._lane.pinned)
+                for _ in range(_NUM_BUFFERS)
+            ]
+        )
+
+
+def _real_ids(call: Call, selection: Selection) -> Tensor:
+    """Take the ids of the real tokens, to the CPU; -1 where the model was called with embeddings."""
+    if call.input_ids is None:
+        return torch.full((selection.num_rows,), -1, dtype=torch.int64)
+    target = Target(torch.empty(selection.num_rows, dtype=torch.int64, device=call.input_ids.device))
+    write_rows(target, call.input_ids, selection)
+    return target.values.cpu()
+
+
+def _encode_record(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+
+
+def _list_tensors(unit: _Unit, stored: Sequence[StoredSite]) -> list[tuple[str, Tensor]]:
+    """Put the tensors of a shard in file order: widest dtype first, so that each is aligned."""
+    lengths = torch.tensor([0, *unit.lengths], dtype=torch.int64)
+    tensors = [
+        ("example", torch.tensor(unit.ordinals, dtype=torch.int64)),
+        ("offsets", lengths.cumsum(0)),
+        ("input_ids", torch.cat(unit.input_ids) if unit.input_ids else torch.empty(0, dtype=torch.int64)),
+    ]
+    if unit.records:
+        sizes = torch.tensor([0, *map(len, unit.records)], dtype=torch.int64)
+        tensors.append(("record_offsets", sizes.cumsum(0)))
+        tensors.append(("records", torch.frombuffer(bytearray(b"".join(unit.records)), dtype=torch.uint8)))
+    for index, site in enumerate(stored):
+        target = unit.buffer.target(index, 0, unit.num_rows if site.kind == "token" else unit.num_examples)
+        tensors.append((site.name, target.values))
+        if target.scale is not None:
+            tensors.append((site.name + SCALE_SUFFIX, target.scale))
+    return sorted(tensors, key=lambda named: -named[1].dtype.itemsize)

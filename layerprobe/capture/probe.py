@@ -1,0 +1,210 @@
+"""The probe: a `with` block in which a model's activations are captured.
+
+Checks every option before anything exists, chooses the sink, and owns the registry. Knows what a user asks for; how values
+are read and packed is hidden below it.
+"""
+
+import enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerprobe.capture.packing import StoreSink
+from layerprobe.capture.registry import ProbeRegistry, Sink
+from layerprobe.capture.select import Pool, check_pool, resolve_dtype
+from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink, find_site
+from layerprobe.errors import CaptureError, OptionError
+from layerprobe.models import describe_model
+from layerprobe.sites.resolve import Site
+from layerprobe.store.format import fingerprint_of
+from layerprobe.store.writer import ShardWriter
+from layerprobe.version import __version__
+
+__all__ = ["DEFAULT_SHARD_BYTES", "Probe", "describe_pool"]
+
+DEFAULT_SHARD_BYTES = 128 << 20
+
+
+class _Lifecycle(enum.Enum):
+    NEW = "new"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Probe(AbstractContextManager["Probe"]):
+    """Capture activations of a model while a `with` block runs.
+
+    Args:
+        model: A supported Hugging Face model. What it computes stays bit-equal.
+        sites: One pattern or several, such as `"layers.*"` or `["embeddings", "layers.-1"]`.
+        to: Where values go. None: memory, `[B, S, D]` as the model made them. A path: a store, one row per real token.
+            A function: called with `(site, value)` as each value is made. A `Sink`: its methods.
+        pool: None, or one vector per example by `cls`, `mean`, `max`, `last` or a callable from `[T, D]` rows to one
+            vector. Over all real tokens, special ones included.
+        dtype: None for the model's own, or `float32`, `float16`, `bfloat16`, `float8_e4m3fn`, `int8` (with one scale
+            per vector).
+        stop: End each forward after the last asked site. The model's call then returns None.
+        gradients: Also keep what `backward` sends to each site, in `probe.gradients`; memory only.
+
+    Raises:
+        SiteError: a pattern matches nothing.
+        ArchitectureError: the model is not supported.
+        OptionError: an option has a value that does not exist, or two do not go together.
+        StoreError: the folder cannot hold a new store.
+
+    Cost: in memory a reference per value; to a store one pass over each value and two shard buffers.
+
+    Example:
+        >>> import torch, layerprobe as lp
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> model = BertModel(tiny).eval()
+        >>> with lp.Probe(model, "layers.*") as probe:
+        ...     output = model(input_ids=torch.tensor([[1, 2, 3]]))
+        >>> torch.equal(probe["layers.1"], output.last_hidden_state)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: str | Sequence[str],
+        *,
+        to: "str | Path | Sink | Callable[[str, Any], object] | None" = None,
+        pool: Pool = None,
+        dtype: str | torch.dtype | None = None,
+        stop: bool = False,
+        gradients: bool = False,
+    ) -> None:
+        check_pool(pool)
+        stored_dtype = resolve_dtype(dtype)
+        if gradients and (to is not None or pool is not None or stored_dtype is not None):
+            raise OptionError("gradients=True keeps values in memory as they are: leave out to, pool and dtype.")
+        self._sink = self._choose_sink(model, to, pool, stored_dtype, gradients)
+        self._registry = ProbeRegistry(model, sites, self._sink, stop=stop)
+        self._state = _Lifecycle.NEW
+
+    @staticmethod
+    def _choose_sink(model: nn.Module, to: Any, pool: Pool, dtype: torch.dtype | None, gradients: bool) -> Sink:
+        if to is None:
+            return MemorySink(pool, dtype, gradients)
+        if isinstance(to, (str, Path)):
+            return _open_store_sink(model, to, pool, dtype)
+        if all(hasattr(to, method) for method in ("open", "begin", "receive", "finish", "abandon", "close")):
+            if pool is not None or dtype is not None:
+                raise OptionError("a Sink is given values as the model made them: leave out pool and dtype.")
+            return to
+        if callable(to):
+            return CallableSink(to, pool, dtype)
+        raise OptionError(f"to={to!r}: give a path, a function of (site, value), a Sink, or None for memory.")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that are captured, in the order in which the model runs them."""
+        return self._registry.sites
+
+    def __enter__(self) -> "Probe":
+        if self._state is not _Lifecycle.NEW:
+            raise CaptureError(f"this probe is {self._state.value}: make a new one for another with block.")
+        self._sink.open(self.sites)
+        try:
+            self._registry.attach()
+        except BaseException as error:
+            self._sink.close(error)
+            raise
+        self._state = _Lifecycle.OPEN
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._state = _Lifecycle.CLOSED
+        self._registry.detach()
+        try:
+            self._sink.close(error)
+        except Exception:
+            # what went wrong in the block says more than what went wrong because of it
+            if error is None:
+                raise
+
+    @property
+    def calls(self) -> Sequence[CapturedCall]:
+        """What each call of the model made, in memory: `probe.calls[k]["layers.3"]`."""
+        return self._memory().calls
+
+    def __getitem__(self, site: str) -> Any:
+        """Give the value of a site, when the model was called once."""
+        return self._only_call()[site]
+
+    @property
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Gradients by site, after `backward`, when the model was called once."""
+        memory = self._memory()
+        self._only_call()
+        if not memory.keeps_gradients:
+            raise CaptureError("no gradients were kept: pass gradients=True to the probe.")
+        return _Gradients(memory.gradients[0], [site.name for site in self.sites])
+
+    def _only_call(self) -> CapturedCall:
+        calls = self._memory().calls
+        if len(calls) != 1:
+            what = "was not called" if not calls else f"was called {len(calls)} times"
+            raise CaptureError(f"the model {what} in the probe: use probe.calls, a list with one entry per call.")
+        return calls[0]
+
+    def _memory(self) -> MemorySink:
+        if not isinstance(self._sink, MemorySink):
+            raise CaptureError("this probe keeps nothing in memory: its values went where 'to' says.")
+        return self._sink
+
+
+class _Gradients(Mapping[str, Tensor]):
+    """Gradients by site; a site that got none says so."""
+
+    def __init__(self, values: dict[str, Tensor], names: Sequence[str]) -> None:
+        self._values = values
+        self._names = names
+
+    def __getitem__(self, site: str) -> Tensor:
+        name = find_site(site, self._names)
+        if name not in self._values:
+            raise CaptureError(f"no gradient reached {name!r}: call backward on a loss that depends on it.")
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def describe_pool(pool: Pool) -> str | None:
+    """Name a pool for `store.json`."""
+    if pool is None or isinstance(pool, str):
+        return pool
+    return f"{getattr(pool, '__module__', '?')}.{getattr(pool, '__qualname__', type(pool).__qualname__)}"
+
+
+def _open_store_sink(model: nn.Module, to: str | Path, pool: Pool, dtype: torch.dtype | None) -> StoreSink:
+    if "://" in str(to):
+        raise OptionError(f"to={str(to)!r}: stores are written to local folders only. Give a path.")
+    folder = Path(to)
+    description = {
+        "layerprobe": __version__,
+        "model": describe_model(model),
+        "tokenizer": None,
+        "pool": describe_pool(pool),
+        "plan": None,
+    }
+    return StoreSink(
+        folder,
+        ShardWriter(folder),
+        pool=pool,
+        dtype=dtype,
+        device=next((parameter.device for parameter in model.parameters()), torch.device("cpu")),
+        shard_bytes=DEFAULT_SHARD_BYTES,
+        fingerprint=fingerprint_of(description),
+        description=description,
+    )

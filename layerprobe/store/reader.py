@@ -1,0 +1,447 @@
+"""Read a store back: sites, examples, pooled vectors and batches of rows, straight from mapped shards.
+
+Shards are mapped when they are first asked for and checked against their header then; what `store[site][i]` gives is a
+view of the file, not a copy. Works on complete stores and on those still being written.
+
+Hides files, mappings and the order of rows inside a shard. Must never know of models or hooks.
+"""
+
+import json
+import mmap
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.errors import FormatError, MissingExample, OptionError, SiteError, StoreError
+from layerprobe.store.format import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    SCALE_SUFFIX,
+    STORE_FILE,
+    TOKENIZER_FOLDER,
+    ShardHeader,
+    parse_shard_name,
+    read_header,
+    read_json,
+)
+
+__all__ = ["Example", "ScaledRows", "SiteView", "Store", "open_store"]
+
+# A mapping holds a file descriptor; a process may have about a thousand.
+_MOST_OPEN_SHARDS = 256
+_BLOCK_ROWS = 1024
+_SHUFFLE_BLOCKS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledRows:
+    """int8 vectors with the scale that turns them back: `value = values * scale`.
+
+    Args:
+        values: int8 `[T, D]` (or `[D]` of a pooled example).
+        scale: float32 `[T]` (or a scalar).
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def float(self) -> Tensor:
+        """Decode to float32, of the shape of `values`."""
+        return self.values.float() * self.scale[..., None]
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One example of a store.
+
+    Args:
+        index: Its ordinal in the input.
+        input_ids: int64 `[T]`, its real tokens, special ones included.
+        tokens: The same as text, or None where the store has no tokenizer.
+        text: The input text, or None where it was not kept.
+        fields: The other fields of the input record.
+        sites: The vectors of each site, as `store[site][index]` gives them.
+    """
+
+    index: int
+    input_ids: Tensor
+    tokens: list[str] | None
+    text: str | None
+    fields: dict[str, Any]
+    sites: Mapping[str, Tensor | ScaledRows]
+
+    def __getitem__(self, site: str) -> Tensor | ScaledRows:
+        return self.sites[site]
+
+
+@dataclass(frozen=True)
+class _ShardInfo:
+    """What the index, or else the header, says of a shard."""
+
+    file: str
+    first_example: int
+    num_examples: int
+    num_tokens: int
+
+
+class _Shard:
+    """A mapped shard."""
+
+    def __init__(self, path: Path, info: _ShardInfo, fingerprint: str) -> None:
+        self.header: ShardHeader = read_header(path)
+        if self.header.fingerprint != fingerprint:
+            raise FormatError(f"{path}: belongs to another run than {STORE_FILE} beside it.")
+        if (self.header.first_example, self.header.num_examples) != (info.first_example, info.num_examples):
+            raise FormatError(f"{path}: does not hold the examples that {INDEX_FILE} says.")
+        self._path = path
+        with open(path, "rb") as file:
+            # Copy on write: tensors are writable, as torch wants them, and the file stays as it is.
+            self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._tensors: dict[str, Tensor] = {}
+        self.offsets: list[int] = self.tensor("offsets").tolist()
+        order = self.tensor("example") - self.header.first_example
+        if not torch.equal(order.sort().values, torch.arange(info.num_examples)):
+            raise FormatError(f"{path}: its ordinals are not a run of {info.num_examples} examples.")
+        if self.offsets[:1] != [0] or self.offsets[-1] != self.header.num_tokens or sorted(self.offsets) != self.offsets:
+            raise FormatError(f"{path}: its offsets do not rise from 0 to {self.header.num_tokens}.")
+        # where each example of the unit lies in the shard
+        self.position: list[int] = torch.argsort(order).tolist()
+
+    def tensor(self, name: str) -> Tensor:
+        """Give a view of a whole tensor of the file."""
+        if name not in self._tensors:
+            try:
+                entry = self.header.tensors[name]
+            except KeyError as error:
+                raise FormatError(f"{self._path}: has no tensor {name!r}.") from error
+            count = (entry.stop - entry.start) // entry.dtype.itemsize
+            if count == 0:
+                self._tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+            else:
+                flat = torch.frombuffer(self._memory, dtype=entry.dtype, count=count, offset=entry.start)
+                self._tensors[name] = flat.view(entry.shape)
+        return self._tensors[name]
+
+    def span(self, ordinal: int) -> tuple[int, int, int]:
+        """Find an example: its position in the shard, and its first and last row."""
+        position = self.position[ordinal - self.header.first_example]
+        return position, self.offsets[position], self.offsets[position + 1]
+
+
+class Store:
+    """An extraction on disk. Made by `layerprobe.open`.
+
+    `store[site]` is a view of a site; `store.example(i)` everything about one example; `len(store)` the number of
+    examples that are there; iterating gives each of them in the order of the input.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.description = read_json(folder / STORE_FILE)
+        if self.description.get("format") != FORMAT_VERSION:
+            found = self.description.get("format")
+            raise FormatError(f"{folder / STORE_FILE}: format {found!r}; this version reads format {FORMAT_VERSION}.")
+        try:
+            self._sites: dict[str, dict[str, Any]] = dict(self.description["sites"])
+            self.fingerprint: str = self.description["fingerprint"]
+            self.pool: str | None = self.description["pool"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{folder / STORE_FILE}: lacks {error}.") from error
+        self.index: dict[str, Any] | None = None
+        if (folder / INDEX_FILE).exists():
+            self.index = read_json(folder / INDEX_FILE)
+        self._shards = sorted(self._list_shards(), key=lambda info: info.first_example)
+        self._firsts = [info.first_example for info in self._shards]
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the extraction has ended; its index is written last."""
+        return self.index is not None
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites that are stored."""
+        return list(self._sites)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that are committed."""
+        return len(self._shards)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens in the committed shards."""
+        return sum(info.num_tokens for info in self._shards)
+
+    def __len__(self) -> int:
+        return sum(info.num_examples for info in self._shards)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.example(ordinal) for ordinal in self.ordinals())
+
+    def __repr__(self) -> str:
+        state = "complete" if self.is_complete else "incomplete"
+        return f"Store({str(self.folder)!r}, {len(self)} examples, {len(self._sites)} sites, {state})"
+
+    def __getitem__(self, site: str) -> "SiteView":
+        if site not in self._sites:
+            raise SiteError(f"no site {site!r} in {self.folder}: it holds {', '.join(self._sites)}.")
+        return SiteView(self, site)
+
+    def ordinals(self) -> Iterator[int]:
+        """List the ordinals of the examples that are there, rising."""
+        for info in self._shards:
+            yield from range(info.first_example, info.first_example + info.num_examples)
+
+    def example(self, ordinal: int) -> Example:
+        """Gather everything about one example: ids, tokens, text, other fields, every site.
+
+        Raises:
+            MissingExample: it is not in the store, or not in it yet.
+        """
+        shard, ordinal = self._find(ordinal)
+        position, start, stop = shard.span(ordinal)
+        input_ids = shard.tensor("input_ids")[start:stop]
+        record: dict[str, Any] = {}
+        if "record_offsets" in shard.header.tensors:
+            first, last = shard.tensor("record_offsets")[position : position + 2].tolist()
+            try:
+                record = json.loads(shard.tensor("records")[first:last].numpy().tobytes())
+            except ValueError as error:
+                raise FormatError(f"{self.folder / shard.header.file}: record {ordinal} is damaged.") from error
+        text = record.pop("text", None)
+        sites = {site: self[site][ordinal] for site in self._sites}
+        return Example(ordinal, input_ids, self._tokens(input_ids), text, record.get("fields", {}), sites)
+
+    def _tokens(self, input_ids: Tensor) -> list[str] | None:
+        if self._tokenizer is None:
+            return None
+        tokens = (self._tokenizer.id_to_token(token_id) for token_id in input_ids.tolist())
+        return ["" if token is None else token for token in tokens]
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        path = self.folder / TOKENIZER_FOLDER / "tokenizer.json"
+        if not path.exists():
+            return None
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise FormatError(f"{path}: is not a tokenizer ({error}).") from error
+
+    def _list_shards(self) -> list[_ShardInfo]:
+        if self.index is not None:
+            try:
+                shards = [
+                    _ShardInfo(
+                        str(shard["file"]), int(shard["first_example"]), int(shard["examples"]), int(shard["tokens"])
+                    )
+                    for shard in self.index["shards"]
+                ]
+            except (KeyError, TypeError, ValueError) as error:
+                raise FormatError(f"{self.folder / INDEX_FILE}: is damaged ({error!r}).") from error
+            for shard in shards:
+                if parse_shard_name(shard.file) is None:
+                    raise FormatError(f"{self.folder / INDEX_FILE}: {shard.file!r} is not the name of a shard.")
+            return shards
+        headers = [read_header(path) for path in self.folder.iterdir() if parse_shard_name(path.name) is not None]
+        return [_ShardInfo(h.file, h.first_example, h.num_examples, h.num_tokens) for h in headers]
+
+    def _find(self, ordinal: int) -> tuple[_Shard, int]:
+        """Find the shard of an example; a negative ordinal counts from the last."""
+        last = self._shards[-1].first_example + self._shards[-1].num_examples if self._shards else 0
+        wanted = ordinal + last if ordinal < 0 else ordinal
+        number = bisect_right(self._firsts, wanted) - 1
+        if number >= 0 and wanted < self._firsts[number] + self._shards[number].num_examples:
+            return self._shard(number), wanted
+        if self.is_complete:
+            raise MissingExample(f"no example {ordinal} in {self.folder}: it holds 0 to {last - 1}.")
+        raise MissingExample(
+            f"no example {ordinal} in {self.folder} yet: the run is not complete, {len(self)} examples are there. "
+            "Run the same extraction again to go on."
+        )
+
+    def _shard(self, number: int) -> _Shard:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        info = self._shards[number]
+        shard = self._open[number] = _Shard(self.folder / info.file, info, self.fingerprint)
+        if len(self._open) > _MOST_OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return shard
+
+    def iter_shards(self) -> Iterator[_Shard]:
+        """Go through the mapped shards in the order of the input."""
+        return (self._shard(number) for number in range(len(self._shards)))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SiteView(Sequence[Tensor | ScaledRows]):
+    """One site of a store, example by example.
+
+    `view[17]` is `[T, D]` for a site with a row per token and `[D]` for a pooled one, a view of the mapped file in the
+    stored dtype (int8 comes as `ScaledRows`); a slice or a list of ordinals gives a list of them.
+    """
+
+    store: Store
+    site: str
+
+    @property
+    def kind(self) -> str:
+        """`token` for rows per token, `example` for one vector per example."""
+        return self.store.description["sites"][self.site]["kind"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored dtype."""
+        return getattr(torch, self.store.description["sites"][self.site]["dtype"])
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.store.description["sites"][self.site]["width"]
+
+    def __repr__(self) -> str:
+        return f"SiteView({self.site!r}, {len(self)} examples, {self.kind}, {self.width} x {self.dtype})"
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | ScaledRows: ...
+    @overload
+    def __getitem__(self, index: slice | Sequence[int]) -> list[Tensor | ScaledRows]: ...  # type: ignore[override]
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[ordinal] for ordinal in list(self.store.ordinals())[index]]
+        if not hasattr(index, "__index__"):
+            return [self[int(ordinal)] for ordinal in index]
+        shard, ordinal = self.store._find(int(index))
+        position, start, stop = shard.span(ordinal)
+        where: int | slice = slice(start, stop) if self.kind == "token" else position
+        return self._take(shard, where)
+
+    def __iter__(self) -> Iterator[Tensor | ScaledRows]:
+        return (self[ordinal] for ordinal in self.store.ordinals())
+
+    def _take(self, shard: _Shard, where: int | slice | Tensor) -> Tensor | ScaledRows:
+        values = shard.tensor(self.site)[where]
+        if self.dtype == torch.int8:
+            return ScaledRows(values, shard.tensor(self.site + SCALE_SUFFIX)[where])
+        return values
+
+    def pooled(self, pool: str = "mean") -> Tensor:
+        """Reduce each example to one vector, in the order of the input.
+
+        Args:
+            pool: `mean`, `max`, `cls` (first token) or `last`, over all real tokens, special ones included. A store
+                that was pooled already takes only its own.
+
+        Returns:
+            float32 `[N, D]`. An example without tokens gives NaN.
+
+        Raises:
+            OptionError: the pool does not exist, or the store was pooled otherwise.
+
+        Cost: one pass over the site, one shard in float32 at a time.
+        """
+        if pool not in ("mean", "max", "cls", "last"):
+            raise OptionError(f"no pool {pool!r}: use mean, max, cls or last.")
+        if self.kind != "token" and self.store.pool not in (pool, None):
+            raise OptionError(f"{self.site!r} was pooled by {self.store.pool!r} when it was stored, not {pool!r}.")
+        out = torch.empty(len(self), self.width, dtype=torch.float32)
+        row = 0
+        for shard in self.store.iter_shards():
+            vectors = self._take(shard, slice(None)).float()
+            if self.kind == "token":
+                vectors = _pool_rows(vectors, shard.tensor("offsets"), pool)
+            count = shard.header.num_examples
+            out[row : row + count] = vectors[torch.tensor(shard.position, dtype=torch.long)]
+            row += count
+        return out
+
+    def rows(self, batch_size: int = 4096, shuffle: bool = False, seed: int = 0) -> Iterator[Tensor]:
+        """Go through every vector of the site once, batch by batch.
+
+        Args:
+            batch_size: Vectors per batch; the last may be smaller.
+            shuffle: Mix them over all shards. Blocks of 1,024 rows are taken in random order, 64 at a time, and mixed
+                among themselves, so memory stays at a few tens of thousands of rows.
+            seed: The order is a function of it.
+
+        Returns:
+            An iterator of `[batch_size, D]` copies in the stored dtype (float32 where int8 is stored).
+        """
+        if batch_size < 1:
+            raise OptionError(f"batch_size is {batch_size}: it must be at least 1.")
+        return self._iter_rows(batch_size, shuffle, seed)
+
+    def _iter_rows(self, batch_size: int, shuffle: bool, seed: int) -> Iterator[Tensor]:
+        blocks = [
+            (number, start, min(start + _BLOCK_ROWS, count))
+            for number, info in enumerate(self.store._shards)
+            for count in [info.num_tokens if self.kind == "token" else info.num_examples]
+            for start in range(0, count, _BLOCK_ROWS)
+        ]
+        random = np.random.default_rng(seed)
+        if shuffle:
+            random.shuffle(blocks)
+        pending: list[Tensor] = []
+        for first in range(0, len(blocks), _SHUFFLE_BLOCKS):
+            pending += [self._block(*block) for block in blocks[first : first + _SHUFFLE_BLOCKS]]
+            window = torch.cat(pending)
+            if shuffle:
+                window = window[torch.from_numpy(random.permutation(len(window)))]
+            whole = len(window) - len(window) % batch_size
+            yield from window[:whole].split(batch_size) if whole else ()
+            pending = [window[whole:]]
+        if pending and len(pending[0]):
+            yield pending[0]
+
+    def _block(self, number: int, start: int, stop: int) -> Tensor:
+        vectors = self._take(self.store._shard(number), slice(start, stop))
+        return vectors.float() if isinstance(vectors, ScaledRows) else vectors
+
+
+def _pool_rows(rows_TD: Tensor, offsets: Tensor, pool: str) -> Tensor:
+    """Reduce packed float32 rows to one vector per example, `[N, D]`."""
+    if pool in ("mean", "max"):
+        return torch.segment_reduce(rows_TD, pool, offsets=offsets, axis=0, initial=None).masked_fill_(
+            (offsets[1:] == offsets[:-1])[:, None], float("nan")
+        )
+    picked = offsets[:-1] if pool == "cls" else offsets[1:] - 1
+    empty = offsets[1:] == offsets[:-1]
+    return rows_TD[picked.masked_fill(empty, 0)].masked_fill_(empty[:, None], float("nan"))
+
+
+def open_store(folder: str | Path) -> Store:
+    """Open a store, complete or still being written.
+
+    Raises:
+        StoreError: there is no store there.
+        FormatError: a file of it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / STORE_FILE).is_file():
+        what = "is not a store: it has no store.json" if folder.is_dir() else "does not exist"
+        raise StoreError(f"{folder}: {what}. Make one with 'layerprobe extract MODEL INPUT -o {folder}'.")
+    return Store(folder)

@@ -1,0 +1,224 @@
+"""One thread that turns full buffers into committed shards.
+
+The thread checksums, looks for values that are not finite, writes, flushes and renames, so that the forward pass does
+none of it. Its failures are raised in the caller's thread, with their cause, at the next call.
+
+Must never know of models, hooks or devices: it is handed CPU tensors and two callables.
+"""
+
+import json
+import queue
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerprobe.errors import LayerProbeError, NonFiniteError, StoreError
+from layerprobe.store.format import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    SCALE_SUFFIX,
+    STORE_FILE,
+    ShardHeader,
+    commit_bytes,
+    commit_shard,
+)
+
+__all__ = ["NONFINITE_POLICIES", "ShardJob", "ShardWriter", "StoredSite", "commit_description", "commit_index", "prepare_folder"]
+
+NONFINITE_POLICIES = ("warn", "error")
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """A site as it lies on disk.
+
+    Args:
+        name: The site.
+        kind: `token` for a row per token, `example` for a vector per example.
+        dtype: As stored.
+        width: D.
+    """
+
+    name: str
+    kind: str
+    dtype: torch.dtype
+    width: int
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Bytes of one row, its scale included."""
+        return self.width * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
+
+    def describe(self) -> dict[str, Any]:
+        """Give what `store.json` says of the site."""
+        return {"kind": self.kind, "dtype": str(self.dtype).removeprefix("torch."), "width": self.width}
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder for a new store, or make sure that an existing one is empty and can be written.
+
+    Raises:
+        StoreError: it holds something, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = next(folder.iterdir(), None)
+        if present is None:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be written ({error.strerror or error}). Choose another folder.") from error
+    if present is not None:
+        what = "holds another run" if (folder / STORE_FILE).exists() else f"is not a store: it holds {present.name!r}"
+        raise StoreError(f"{folder}: {what}. Choose an empty or new folder.")
+
+
+def commit_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write `store.json`, the first file of a store."""
+    text = json.dumps({"format": FORMAT_VERSION, **description}, indent=2, ensure_ascii=False)
+    commit_bytes(folder / STORE_FILE, text.encode())
+
+
+def commit_index(folder: Path, headers: Iterable[ShardHeader]) -> None:
+    """Write `index.json`, the last file of a store: its presence means complete."""
+    headers = sorted(headers, key=lambda header: header.unit)
+    nonfinite: Counter[str] = Counter()
+    for header in headers:
+        nonfinite.update(header.nonfinite)
+    index = {
+        "format": FORMAT_VERSION,
+        "examples": sum(header.num_examples for header in headers),
+        "tokens": sum(header.num_tokens for header in headers),
+        "truncated": sum(header.num_truncated for header in headers),
+        "nonfinite": dict(nonfinite),
+        "shards": [
+            {
+                "file": header.file,
+                "first_example": header.first_example,
+                "examples": header.num_examples,
+                "tokens": header.num_tokens,
+            }
+            for header in headers
+        ],
+    }
+    commit_bytes(folder / INDEX_FILE, json.dumps(index, indent=1).encode())
+
+
+@dataclass(frozen=True, eq=False)
+class ShardJob:
+    """A full buffer on its way to disk.
+
+    Args:
+        header: Counts of the shard; its `nonfinite` may already count values that a cast clipped.
+        tensors: Contiguous CPU tensors in file order.
+        wait_ready: Returns once the tensors hold their final values.
+        release: Gives the buffer back; called whatever happens.
+    """
+
+    header: ShardHeader
+    tensors: Sequence[tuple[str, Tensor]]
+    wait_ready: Callable[[], None]
+    release: Callable[[], None]
+
+
+class ShardWriter:
+    """Write shards into a folder from a thread of its own.
+
+    Args:
+        folder: The store; exists.
+        nonfinite: `warn` counts values that are not finite, `error` refuses the shard that holds some.
+    """
+
+    def __init__(self, folder: Path, nonfinite: str = "warn") -> None:
+        self.folder = folder
+        self.committed: list[ShardHeader] = []
+        self.num_bytes = 0
+        self.busy_s = 0.0
+        self._nonfinite = nonfinite
+        self._jobs: queue.Queue[ShardJob | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name="layerprobe-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: ShardJob) -> None:
+        """Hand over a full buffer; returns at once.
+
+        Raises:
+            LayerProbeError: an earlier shard could not be written.
+        """
+        self.check()
+        self._jobs.put(job)
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread, if anything did."""
+        if self._error is not None:
+            if isinstance(self._error, LayerProbeError):
+                raise self._error
+            raise StoreError(f"{self.folder}: the writer stopped: {self._error}.") from self._error
+
+    def close(self) -> None:
+        """Wait for the shards handed over, and end the thread. Does not raise; `check` does."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                # After a failure the remaining buffers are only given back, so that nobody waits for them.
+                if self._error is None:
+                    self._write(job)
+            except BaseException as error:
+                self._error = error
+            finally:
+                job.release()
+
+    def _write(self, job: ShardJob) -> None:
+        job.wait_ready()
+        start = time.perf_counter()
+        counts = dict(job.header.nonfinite)
+        for name, tensor in job.tensors:
+            if lost := _count_nonfinite(tensor):
+                site = name.removesuffix(SCALE_SUFFIX)
+                counts[site] = counts.get(site, 0) + lost
+        if counts and self._nonfinite == "error":
+            listed = ", ".join(f"{count} at {site!r}" for site, count in counts.items())
+            raise NonFiniteError(
+                f"{job.header.file}: values that are not finite or do not fit the dtype: {listed}. "
+                "Store a wider dtype (float32, bfloat16), or pass nonfinite='warn' to keep and count them."
+            )
+        header = replace(job.header, nonfinite=counts)
+        self.num_bytes += commit_shard(self.folder, header, job.tensors)
+        self.committed.append(header)
+        self.busy_s += time.perf_counter() - start
+
+
+def _count_nonfinite(tensor: Tensor) -> int:
+    """Count NaN and infinite values.
+
+    Cost: one quick pass over the tensor; a second, slower one only where there is something to count.
+    """
+    if tensor.numel() == 0:
+        return 0
+    if tensor.dtype == torch.float8_e4m3fn:
+        # No reduction knows float8; its only special value is NaN, all bits set but the sign.
+        return int(((tensor.view(torch.uint8) & 0x7F) == 0x7F).sum())
+    if not tensor.is_floating_point():
+        return 0
+    low, high = torch.aminmax(tensor)
+    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+        return 0
+    return tensor.numel() - int(torch.isfinite(tensor).sum())

@@ -1,0 +1,41 @@
+"""Plain-text tables for terminals and `print`.
+
+One function, so that every table of the library looks alike. Knows nothing of what the cells mean.
+"""
+
+from collections.abc import Iterable, Sequence
+
+__all__ = ["format_bytes", "format_table"]
+
+
+def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Lay out rows under headers, numbers to the right, everything else to the left.
+
+    Returns:
+        The table as one string, without a newline at its end.
+    """
+    rows = [list(row) for row in rows]
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[column]) for line in [list(headers), *cells]) for column in range(len(headers))]
+    to_right = [
+        all(isinstance(row[column], (int, float)) for row in rows if row[column] is not None)
+        for column in range(len(headers))
+    ]
+
+    def line(texts: Sequence[str]) -> str:
+        aligned = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(texts, widths, to_right, strict=True)
+        ]
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes with a decimal unit: `1.5 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
