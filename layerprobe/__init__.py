@@ -5,10 +5,22 @@ The door: it re-exports and holds no logic. Importing it loads neither transform
 
 from layerprobe.capture.probe import Probe
 from layerprobe.capture.registry import ProbeRegistry, Sink
+from layerprobe.extract.run import extract
 from layerprobe.models import load_model
 from layerprobe.sites.anatomy import Anatomy, register_architecture
 from layerprobe.sites.resolve import sites
 from layerprobe.store.reader import open_store as open
 from layerprobe.version import __version__
 
-__all__ = ["Anatomy", "Probe", "ProbeRegistry", "Sink", "__version__", "load_model", "open", "register_architecture", "sites"]
+__all__ = [
+    "Anatomy",
+    "Probe",
+    "ProbeRegistry",
+    "Sink",
+    "__version__",
+    "extract",
+    "load_model",
+    "open",
+    "register_architecture",
+    "sites",
+]

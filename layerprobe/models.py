@@ -123,7 +123,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return {
         "id": getattr(config, "_name_or_path", "") or "",
         "revision": getattr(config, "_commit_hash", None),

@@ -1,7 +1,8 @@
 """Pack captured rows into shards: the sink behind `Probe(to="acts/")` and `extract`.
 
-Rows of a call go to the end of the open unit's buffer; a finished call stays there, an abandoned one is overwritten by the
-next. A unit is sealed when its buffer is full (`Probe`) or when it is told to (`extract`) and becomes one shard.
+Rows of a call go to the end of the open unit's buffer; a finished call stays there, an abandoned one is overwritten
+by the next. A unit is sealed when its buffer is full (`Probe`) or when it is told to (`extract`) and becomes one
+shard.
 
 Hides the order of tensors in a shard and the turns of the two buffers. Must never know of modules or hooks.
 """
@@ -67,7 +68,6 @@ class _Unit:
     records: list[bytes] = field(default_factory=list)
     # values beyond the range of float8, counted where the values are made
     overflow: dict[int, Tensor] = field(default_factory=dict)
-
 
     @property
     def num_examples(self) -> int:
@@ -233,8 +233,7 @@ class StoreSink:
         """Learn from the first call how the sites will lie on disk, say so in `store.json`, and pack its rows."""
         assert pending.values is not None and self._description is not None
         self._stored = [
-            measure_site(site, pending.values[index], self._pool, self._dtype)
-            for index, site in enumerate(self._sites)
+            measure_site(site, pending.values[index], self._pool, self._dtype) for index, site in enumerate(self._sites)
         ]
         described = {site.name: site.describe() for site in self._stored}
         commit_description(self.folder, {**self._description, "sites": described, "fingerprint": self._fingerprint})
@@ -256,7 +255,11 @@ class StoreSink:
             pending.input_ids = _real_ids(call, pending.selection)
         rows, examples = pending.selection.num_rows, len(pending.selection.lengths)
         unit = self._unit
-        if unit is not None and batch is None and not unit.buffer.fits(unit.num_rows + rows, unit.num_examples + examples):
+        if (
+            unit is not None
+            and batch is None
+            and not unit.buffer.fits(unit.num_rows + rows, unit.num_examples + examples)
+        ):
             self.end_unit()
         if self._unit is None:
             self.begin_unit(self._next_unit, self._next_example, rows, examples)

@@ -1,7 +1,7 @@
 """The probe: a `with` block in which a model's activations are captured.
 
-Checks every option before anything exists, chooses the sink, and owns the registry. Knows what a user asks for; how values
-are read and packed is hidden below it.
+Checks every option before anything exists, chooses the sink, and owns the registry. Knows what a user asks for; how
+values are read and packed is hidden below it.
 """
 
 import enum

@@ -1,8 +1,8 @@
 """Hooks on a model: all of them or none, and every one gone at the end.
 
-The registry turns sites into forward hooks and tells a sink of three things: a call of the base model begins (with its
-ids and mask), a site's value was made, the call is over. State lives per thread and per call, so several threads may run
-one model under one registry.
+The registry turns sites into forward hooks and tells a sink of three things: a call of the base model begins (with
+its ids and mask), a site's value was made, the call is over. State lives per thread and per call, so several threads
+may run one model under one registry.
 
 Hides torch's hook machinery and the early end of a forward. Must never know what becomes of the values.
 """

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from layerprobe.errors import CaptureError, OptionError
 
-__all__ = ["DTYPES", "POOLS", "Pool", "Selection", "Target", "cast_into", "check_pool", "pool_rows", "resolve_dtype", "write_rows"]
+__all__ = [
+    "DTYPES",
+    "POOLS",
+    "Pool",
+    "Selection",
+    "Target",
+    "cast_into",
+    "check_pool",
+    "pool_rows",
+    "resolve_dtype",
+    "write_rows",
+]
 
 Pool = str | Callable[[Tensor], Tensor] | None
 
@@ -111,7 +122,9 @@ class Selection:
             position += size
         if len(runs) <= _MOST_RUNS and device.type == "cpu":
             return cls(lengths, num_positions, tuple(runs))
-        rows = [torch.arange(b * num_positions + start, b * num_positions + stop) for b, (start, stop) in enumerate(spans)]
+        rows = [
+            torch.arange(b * num_positions + start, b * num_positions + stop) for b, (start, stop) in enumerate(spans)
+        ]
         index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
         return cls(lengths, num_positions, None, index.to(device, non_blocking=True))
 
@@ -136,7 +149,9 @@ def check_pool(pool: object) -> None:
         OptionError: neither a known name nor callable.
     """
     if pool is not None and pool not in POOLS and not callable(pool):
-        raise OptionError(f"no pool {pool!r}: use {', '.join(POOLS)}, a callable on [T, D] rows, or None for every row.")
+        raise OptionError(
+            f"no pool {pool!r}: use {', '.join(POOLS)}, a callable on [T, D] rows, or None for every row."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,9 +248,7 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
     if value_BSD.ndim != 3 or tuple(value_BSD.shape[:2]) != (len(selection.lengths), selection.num_positions):
         raise CaptureError(f"a value of shape {tuple(value_BSD.shape)} has no row per token to pool.")
     if selection.runs is not None:
-        parts = [
-            _pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs
-        ]
+        parts = [_pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs]
     else:
         assert selection.index is not None
         rows = value_BSD.flatten(0, 1).index_select(0, selection.index)

@@ -18,7 +18,7 @@ from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_r
 from layerprobe.errors import SiteError
 from layerprobe.sites.grammar import expand_patterns
 from layerprobe.sites.resolve import Site
-from layerprobe.store.reader import ScaledRows
+from layerprobe.store.shards import ScaledRows
 
 __all__ = ["CallableSink", "CapturedCall", "MemorySink", "select_call"]
 

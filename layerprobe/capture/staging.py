@@ -1,8 +1,8 @@
 """Buffers that values pass through on their way from the model to the writer, each allocated once.
 
-On the CPU a value goes straight into the shard-shaped host buffer: a stage would be a second copy. On CUDA it goes into a
-stage on the device and from there, on a copy stream, into a pinned host buffer while the model computes on. Two host
-buffers take turns; when both are busy the forward waits, and the wait is counted.
+On the CPU a value goes straight into the shard-shaped host buffer: a stage would be a second copy. On CUDA it goes
+into a stage on the device and from there, on a copy stream, into a pinned host buffer while the model computes on.
+Two host buffers take turns; when both are busy the forward waits, and the wait is counted.
 
 The only file that knows of CUDA. Must never know what the values mean.
 """
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,17 @@ from torch import Tensor
 from layerprobe.capture.select import Target
 from layerprobe.store.writer import StoredSite
 
-__all__ = ["BufferPool", "CudaStreams", "DirectLane", "HostBuffer", "Lane", "PlainCopies", "StagedLane", "Streams", "make_lane"]
+__all__ = [
+    "BufferPool",
+    "CudaStreams",
+    "DirectLane",
+    "HostBuffer",
+    "Lane",
+    "PlainCopies",
+    "StagedLane",
+    "Streams",
+    "make_lane",
+]
 
 Produce = Callable[[Target], None]
 
@@ -67,15 +78,15 @@ class HostBuffer:
             if self._extent(site) == len(self._values[index]):
                 continue
             # One site at a time, so that only one is ever held twice; not even that where nothing is used.
-            old, old_scale = self._values[index], self._scales[index]
+            kept = self.target(index, 0, used)
             if not used:
-                self._values[index] = self._scales[index] = old = old_scale = None  # type: ignore[assignment]
+                kept = Target(self._values[index].new_empty(0, site.width))
+                self._values[index], self._scales[index] = kept.values, None
             self._values[index] = self._allocate(site, self._extent(site))
-            self._scales[index] = self._allocate_scale(site, self._extent(site))
-            if used:
-                self._values[index][:used].copy_(old[:used])
-                if old_scale is not None:
-                    self._scales[index][:used].copy_(old_scale[:used])  # type: ignore[index]
+            self._values[index][:used].copy_(kept.values)
+            scale = self._scales[index] = self._allocate_scale(site, self._extent(site))
+            if scale is not None and kept.scale is not None:
+                scale[:used].copy_(kept.scale)
 
     def _extent(self, site: StoredSite) -> int:
         return self.num_rows if site.kind == "token" else self.num_examples
@@ -136,6 +147,11 @@ class Lane(Protocol):
 
     def fence(self) -> Callable[[], None]:
         """Give a function that waits until all that was put so far has arrived."""
+        ...
+
+
+def _nothing_to_wait_for() -> None:
+    return None
 
 
 class DirectLane:
@@ -147,7 +163,7 @@ class DirectLane:
         produce(target)
 
     def fence(self) -> Callable[[], None]:
-        return lambda: None
+        return _nothing_to_wait_for
 
 
 class Streams(Protocol):
@@ -254,8 +270,7 @@ class StagedLane:
         stage.copied = self._last = self._streams.copy(target.values, stage.values[:count], made)
 
     def fence(self) -> Callable[[], None]:
-        last = self._last
-        return (lambda: self._streams.wait(last)) if last is not None else (lambda: None)
+        return partial(self._streams.wait, self._last) if self._last is not None else _nothing_to_wait_for
 
     def _make_stage(self, target: Target) -> _Stage:
         with torch.inference_mode(False):

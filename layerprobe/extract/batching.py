@@ -1,7 +1,7 @@
 """From texts to length-sorted batches under a token budget.
 
-Sorting by length inside a unit is what keeps padding small; a budget in tokens instead of a count of texts is what keeps
-batches even. Must never know of models or files.
+Sorting by length inside a unit is what keeps padding small; a budget in tokens instead of a count of texts is what
+keeps batches even. Must never know of models or files.
 
 Letters: B sequences, S padded positions, T rows.
 """

@@ -1,7 +1,7 @@
 """Texts from wherever they are: lists, files, folders, standard input.
 
-A source can be gone through more than once and always gives the same records in the same order; that is what makes a run
-resumable. Every error names the file and the line.
+A source can be gone through more than once and always gives the same records in the same order; that is what makes a
+run resumable. Every error names the file and the line.
 
 Hides file formats. Must never know of tokens or models.
 """
@@ -97,7 +97,7 @@ def _open_path(path: str, field: str) -> TextSource:
 
 def _spool_stdin() -> TextSource:
     """Keep standard input in a temporary file: the plan goes through it once, the run again."""
-    spool: IO[bytes] = tempfile.TemporaryFile()
+    spool: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the source
     while block := sys.stdin.buffer.read(1 << 20):
         spool.write(block)
 
@@ -142,9 +142,9 @@ def _decode_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
         yield number, text.removesuffix("\n").removesuffix("\r")
 
 
-def _read_txt(path: Path, field: str) -> Iterator[Record]:
+def _read_txt(path: Path, _: str) -> Iterator[Record]:
     with open(path, "rb") as file:
-        for _, line in _decode_lines(file, str(path)):
+        for _number, line in _decode_lines(file, str(path)):
             yield Record(line)
 
 

@@ -1,8 +1,8 @@
 """Where each architecture keeps its parts: one row of module paths per `model_type`.
 
 A location is a module path, relative to the base model or to one layer; `:input` after it means what goes into the
-module instead of what comes out. Reading `attention.context` and `ffn.act` as inputs of the projection that follows makes
-fused and gated variants look alike.
+module instead of what comes out. Reading `attention.context` and `ffn.act` as inputs of the projection that follows
+makes fused and gated variants look alike.
 
 Everything that differs between families lives in this table as data. Must never know of hooks or tensors.
 """

@@ -1,8 +1,8 @@
 """The language of site patterns: from `layers.8:12.ffn.act` to the names it stands for.
 
 A site name is a row of segments joined by dots. In a pattern the segment after `layers` may be an index, a slice or a
-comma-joined list of both, negatives counting from the end; any segment may be `*`, which stands for exactly one segment.
-`module:NAME` and `module:NAME:input` name any module of the model by its own name.
+comma-joined list of both, negatives counting from the end; any segment may be `*`, which stands for exactly one
+segment. `module:NAME` and `module:NAME:input` name any module of the model by its own name.
 
 Hides how patterns are parsed and matched. Never sees a model: it works on names alone.
 """

@@ -8,7 +8,7 @@ Hides how task models nest their base. Must never touch hooks or run the model.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 from torch import nn
 
@@ -128,7 +128,7 @@ def map_model(model: nn.Module) -> ModelMap:
         ArchitectureError: not a Hugging Face model, or one without a row.
     """
     base = _find_base(model)
-    config = base.config
+    config: Any = base.config
     anatomy = find_anatomy(config.model_type)
     prefix = next((name for name, module in model.named_modules() if module is base), "")
     layers = cast(nn.ModuleList, base.get_submodule(anatomy.layers))
@@ -149,7 +149,7 @@ def _find_base(model: nn.Module) -> nn.Module:
 
 
 def _list_sites(model: nn.Module, base: nn.Module, prefix: str, anatomy: Anatomy, num_layers: int) -> Iterator[Site]:
-    hidden_size = base.config.hidden_size
+    hidden_size: int = cast(Any, base.config).hidden_size
 
     def make(name: str, location: str, kind: Kind, width: int | None = hidden_size) -> Site:
         path = location.removesuffix(":input")

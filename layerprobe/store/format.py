@@ -130,7 +130,7 @@ def fingerprint_of(fields: Mapping[str, Any]) -> str:
 
 def _view_bytes(tensor: Tensor) -> memoryview:
     """Look at a contiguous tensor's memory; no copy."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def commit_shard(folder: Path, header: ShardHeader, tensors: Sequence[tuple[str, Tensor]]) -> int:

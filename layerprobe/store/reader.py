@@ -7,7 +7,6 @@ Hides files, mappings and the order of rows inside a shard. Must never know of m
 """
 
 import json
-import mmap
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,42 +26,18 @@ from layerprobe.store.format import (
     SCALE_SUFFIX,
     STORE_FILE,
     TOKENIZER_FOLDER,
-    ShardHeader,
     parse_shard_name,
     read_header,
     read_json,
 )
+from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo
 
-__all__ = ["Example", "ScaledRows", "SiteView", "Store", "open_store"]
+__all__ = ["Example", "SiteView", "Store", "open_store"]
 
 # A mapping holds a file descriptor; a process may have about a thousand.
 _MOST_OPEN_SHARDS = 256
 _BLOCK_ROWS = 1024
 _SHUFFLE_BLOCKS = 64
-
-
-@dataclass(frozen=True, eq=False)
-class ScaledRows:
-    """int8 vectors with the scale that turns them back: `value = values * scale`.
-
-    Args:
-        values: int8 `[T, D]` (or `[D]` of a pooled example).
-        scale: float32 `[T]` (or a scalar).
-    """
-
-    values: Tensor
-    scale: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.values.shape
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def float(self) -> Tensor:
-        """Decode to float32, of the shape of `values`."""
-        return self.values.float() * self.scale[..., None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,60 +64,6 @@ class Example:
         return self.sites[site]
 
 
-@dataclass(frozen=True)
-class _ShardInfo:
-    """What the index, or else the header, says of a shard."""
-
-    file: str
-    first_example: int
-    num_examples: int
-    num_tokens: int
-
-
-class _Shard:
-    """A mapped shard."""
-
-    def __init__(self, path: Path, info: _ShardInfo, fingerprint: str) -> None:
-        self.header: ShardHeader = read_header(path)
-        if self.header.fingerprint != fingerprint:
-            raise FormatError(f"{path}: belongs to another run than {STORE_FILE} beside it.")
-        if (self.header.first_example, self.header.num_examples) != (info.first_example, info.num_examples):
-            raise FormatError(f"{path}: does not hold the examples that {INDEX_FILE} says.")
-        self._path = path
-        with open(path, "rb") as file:
-            # Copy on write: tensors are writable, as torch wants them, and the file stays as it is.
-            self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._tensors: dict[str, Tensor] = {}
-        self.offsets: list[int] = self.tensor("offsets").tolist()
-        order = self.tensor("example") - self.header.first_example
-        if not torch.equal(order.sort().values, torch.arange(info.num_examples)):
-            raise FormatError(f"{path}: its ordinals are not a run of {info.num_examples} examples.")
-        if self.offsets[:1] != [0] or self.offsets[-1] != self.header.num_tokens or sorted(self.offsets) != self.offsets:
-            raise FormatError(f"{path}: its offsets do not rise from 0 to {self.header.num_tokens}.")
-        # where each example of the unit lies in the shard
-        self.position: list[int] = torch.argsort(order).tolist()
-
-    def tensor(self, name: str) -> Tensor:
-        """Give a view of a whole tensor of the file."""
-        if name not in self._tensors:
-            try:
-                entry = self.header.tensors[name]
-            except KeyError as error:
-                raise FormatError(f"{self._path}: has no tensor {name!r}.") from error
-            count = (entry.stop - entry.start) // entry.dtype.itemsize
-            if count == 0:
-                self._tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
-            else:
-                flat = torch.frombuffer(self._memory, dtype=entry.dtype, count=count, offset=entry.start)
-                self._tensors[name] = flat.view(entry.shape)
-        return self._tensors[name]
-
-    def span(self, ordinal: int) -> tuple[int, int, int]:
-        """Find an example: its position in the shard, and its first and last row."""
-        position = self.position[ordinal - self.header.first_example]
-        return position, self.offsets[position], self.offsets[position + 1]
-
-
 class Store:
     """An extraction on disk. Made by `layerprobe.open`.
 
@@ -167,7 +88,7 @@ class Store:
             self.index = read_json(folder / INDEX_FILE)
         self._shards = sorted(self._list_shards(), key=lambda info: info.first_example)
         self._firsts = [info.first_example for info in self._shards]
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._open: OrderedDict[int, MappedShard] = OrderedDict()
 
     @property
     def is_complete(self) -> bool:
@@ -247,11 +168,11 @@ class Store:
         except Exception as error:  # tokenizers raises bare Exception
             raise FormatError(f"{path}: is not a tokenizer ({error}).") from error
 
-    def _list_shards(self) -> list[_ShardInfo]:
+    def _list_shards(self) -> list[ShardInfo]:
         if self.index is not None:
             try:
                 shards = [
-                    _ShardInfo(
+                    ShardInfo(
                         str(shard["file"]), int(shard["first_example"]), int(shard["examples"]), int(shard["tokens"])
                     )
                     for shard in self.index["shards"]
@@ -263,9 +184,9 @@ class Store:
                     raise FormatError(f"{self.folder / INDEX_FILE}: {shard.file!r} is not the name of a shard.")
             return shards
         headers = [read_header(path) for path in self.folder.iterdir() if parse_shard_name(path.name) is not None]
-        return [_ShardInfo(h.file, h.first_example, h.num_examples, h.num_tokens) for h in headers]
+        return [ShardInfo(h.file, h.first_example, h.num_examples, h.num_tokens) for h in headers]
 
-    def _find(self, ordinal: int) -> tuple[_Shard, int]:
+    def _find(self, ordinal: int) -> tuple[MappedShard, int]:
         """Find the shard of an example; a negative ordinal counts from the last."""
         last = self._shards[-1].first_example + self._shards[-1].num_examples if self._shards else 0
         wanted = ordinal + last if ordinal < 0 else ordinal
@@ -279,17 +200,17 @@ class Store:
             "Run the same extraction again to go on."
         )
 
-    def _shard(self, number: int) -> _Shard:
+    def _shard(self, number: int) -> MappedShard:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         info = self._shards[number]
-        shard = self._open[number] = _Shard(self.folder / info.file, info, self.fingerprint)
+        shard = self._open[number] = MappedShard(self.folder / info.file, info, self.fingerprint)
         if len(self._open) > _MOST_OPEN_SHARDS:
             self._open.popitem(last=False)
         return shard
 
-    def iter_shards(self) -> Iterator[_Shard]:
+    def iter_shards(self) -> Iterator[MappedShard]:
         """Go through the mapped shards in the order of the input."""
         return (self._shard(number) for number in range(len(self._shards)))
 
@@ -343,7 +264,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
     def __iter__(self) -> Iterator[Tensor | ScaledRows]:
         return (self[ordinal] for ordinal in self.store.ordinals())
 
-    def _take(self, shard: _Shard, where: int | slice | Tensor) -> Tensor | ScaledRows:
+    def _take(self, shard: MappedShard, where: int | slice | Tensor) -> Tensor | ScaledRows:
         values = shard.tensor(self.site)[where]
         if self.dtype == torch.int8:
             return ScaledRows(values, shard.tensor(self.site + SCALE_SUFFIX)[where])

@@ -31,7 +31,15 @@ from layerprobe.store.format import (
     commit_shard,
 )
 
-__all__ = ["NONFINITE_POLICIES", "ShardJob", "ShardWriter", "StoredSite", "commit_description", "commit_index", "prepare_folder"]
+__all__ = [
+    "NONFINITE_POLICIES",
+    "ShardJob",
+    "ShardWriter",
+    "StoredSite",
+    "commit_description",
+    "commit_index",
+    "prepare_folder",
+]
 
 NONFINITE_POLICIES = ("warn", "error")
 

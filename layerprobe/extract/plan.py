@@ -1,0 +1,365 @@
+"""What a run will do, worked out and checked before it does anything.
+
+A plan holds the texts, the model, the sites and the rule that cuts the input into units. The rule is computed from the
+input alone, so any process can do any unit, and its fingerprint tells one run from another.
+
+Hides estimates and checks. Runs the model once, on one short text, to learn how wide its sites are.
+"""
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from layerprobe.capture.packing import measure_site
+from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe, describe_pool
+from layerprobe.capture.select import Pool, check_pool, resolve_dtype
+from layerprobe.errors import InputError, ModelError, OptionError, SpaceError
+from layerprobe.extract.batching import tokenize
+from layerprobe.extract.inputs import Record, TextSource, open_source
+from layerprobe.extract.resume import check_folder, find_done
+from layerprobe.models import describe_model, describe_tokenizer, load_model, load_tokenizer
+from layerprobe.sites.resolve import Site, map_model
+from layerprobe.store.format import ShardHeader, fingerprint_of
+from layerprobe.store.writer import NONFINITE_POLICIES, StoredSite
+from layerprobe.tables import format_bytes
+from layerprobe.version import __version__
+
+__all__ = ["DEFAULT_SITES", "ExtractOptions", "Plan", "Unit", "plan_extraction"]
+
+DEFAULT_SITES = ("embeddings", "layers.*")
+# Measured on two cores, 1,024 padded tokens a batch keep MiniLM's values in the caches and padding small.
+_CPU_BATCH_TOKENS = 1024
+_GPU_BATCH_TOKENS = 16384
+_SAMPLE_EXAMPLES = 2000
+_MOST_UNIT_EXAMPLES = 65536
+_BYTES_PER_TOKEN = 4.0
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What to extract and how; checked when made.
+
+    Args:
+        sites: Patterns.
+        dtype: Stored dtype by name, or None for the model's own.
+        pool: As for `Probe`.
+        field: Which field of a record holds the text.
+        max_length: Longest text in tokens; None for the model's own limit.
+        batch_tokens: Padded tokens per batch; None chooses by device.
+        shard_bytes: What a shard should hold.
+        nonfinite: `warn` counts values that are not finite, `error` stops at them.
+
+    Raises:
+        OptionError: a value that does not exist.
+    """
+
+    sites: Sequence[str] = DEFAULT_SITES
+    dtype: str | torch.dtype | None = None
+    pool: Pool = None
+    field: str = "text"
+    max_length: int | None = None
+    batch_tokens: int | None = None
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    nonfinite: str = "warn"
+
+    def __post_init__(self) -> None:
+        resolve_dtype(self.dtype)
+        check_pool(self.pool)
+        if self.nonfinite not in NONFINITE_POLICIES:
+            raise OptionError(f"no policy {self.nonfinite!r} for values that are not finite: use warn or error.")
+        for name in ("max_length", "batch_tokens", "shard_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is {value}: it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class UnitRule:
+    """How the input is cut into units: by an estimate of each text's bytes on disk, made from the text alone."""
+
+    row_bytes: int
+    example_bytes: int
+    shard_bytes: int
+    max_length: int
+    text_bytes_per_token: float
+
+    def estimate_tokens(self, text_bytes: int) -> int:
+        """Estimate the tokens of a text, two special ones included."""
+        return min(self.max_length, 2 + round(text_bytes / self.text_bytes_per_token))
+
+    def cut(self, records: Iterator[Record]) -> Iterator["Unit"]:
+        """Cut records into units."""
+        members: list[Record] = []
+        first = number = size = 0
+        for record in records:
+            tokens = self.estimate_tokens(len(record.text.encode()))
+            cost = tokens * self.row_bytes + self.example_bytes
+            if members and (size + cost > self.shard_bytes or len(members) == _MOST_UNIT_EXAMPLES):
+                yield Unit(number, first, members)
+                first, number, size, members = first + len(members), number + 1, 0, []
+            members.append(record)
+            size += cost
+        if members:
+            yield Unit(number, first, members)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """The run of consecutive examples that becomes one shard."""
+
+    number: int
+    first_example: int
+    records: list[Record]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run that is ready to go. `print(plan)` says what it will do."""
+
+    folder: Path
+    model: nn.Module
+    tokenizer: Any
+    source: TextSource
+    options: ExtractOptions
+    sites: tuple[Site, ...]
+    stored: tuple[StoredSite, ...]
+    rule: UnitRule
+    batch_tokens: int
+    num_examples: int
+    num_units: int
+    num_tokens: int
+    is_exact: bool
+    num_bytes: int
+    description: dict[str, Any]
+    done: dict[int, ShardHeader]
+    num_damaged: int
+    overwrite: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this run from any other."""
+        return self.description["fingerprint"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def missing_bytes(self) -> int:
+        """Estimate of what is still to be written."""
+        done = sum(header.num_examples for header in self.done.values())
+        return round(self.num_bytes * (self.num_examples - done) / self.num_examples)
+
+    @property
+    def free_bytes(self) -> int:
+        """Free space where the store is or will be."""
+        place = self.folder.absolute()
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
+
+    def units(self) -> Iterator[Unit]:
+        """Go through the units of the input."""
+        return self.rule.cut(iter(self.source))
+
+    def __str__(self) -> str:
+        names = ", ".join(site.name for site in self.sites[:3]) + (", ..." if len(self.sites) > 3 else "")
+        about = "" if self.is_exact else "about "
+        dtypes = ", ".join(dict.fromkeys(str(site.dtype).removeprefix("torch.") for site in self.stored))
+        pool = describe_pool(self.options.pool)
+        rows = f"pooled by {pool} over all real tokens, special ones included" if pool else "a row per real token"
+        lines = [
+            f"input     {self.source.name}: {self.num_examples:,} examples, {about}{self.num_tokens:,} tokens",
+            f"model     {self.description['model']['id'] or self.description['model']['class']} on {self.device}",
+            f"sites     {len(self.sites)} ({names}), {rows}, {dtypes}",
+            f"store     {self.folder}: {self.num_units} shards, {about}{format_bytes(self.num_bytes)}; "
+            f"{format_bytes(self.free_bytes)} free",
+        ]
+        if self.done:
+            lines.append(f"resuming  {len(self.done)} of {self.num_units} shards are there already")
+        if self.num_damaged:
+            lines.append(f"damaged   {self.num_damaged} shards will be made again")
+        return "\n".join(lines)
+
+
+def plan_extraction(
+    model: nn.Module | str,
+    texts: Any,
+    folder: str | Path,
+    options: ExtractOptions | None = None,
+    *,
+    tokenizer: Any = None,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> Plan:
+    """Work out and check a run; see `extract` for the arguments.
+
+    Raises:
+        LayerProbeError: anything that would make the run fail and can be known before it starts.
+    """
+    options = options or ExtractOptions()
+    if "://" in str(folder):
+        raise OptionError(f"{str(folder)!r}: stores are written to local folders only. Give a path.")
+    source = open_source(texts, options.field)
+    if next(iter(source), None) is None:
+        raise InputError(f"{source.name}: holds no texts. Give at least one.")
+    name = model if isinstance(model, str) else ""
+    model, tokenizer = _get_model(model, tokenizer, device)
+    sites = map_model(model).select(list(options.sites) if not isinstance(options.sites, str) else options.sites)
+    max_length = _choose_max_length(model, tokenizer, options.max_length)
+    stored = _measure_sites(model, tokenizer, sites, options)
+    sample = list(itertools.islice(source, _SAMPLE_EXAMPLES))
+    sampled = tokenize(tokenizer, [_checked(record.text, source, n) for n, record in enumerate(sample)], max_length)
+    whole = [
+        (len(r.text.encode()), len(i))
+        for r, i, cut in zip(sample, sampled.ids, sampled.truncated, strict=True)
+        if not cut
+    ]
+    tokens = sum(count - 2 for _, count in whole)
+    text_bytes = sum(size for size, _ in whole)
+    rule = UnitRule(
+        row_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "token"),
+        example_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "example"),
+        shard_bytes=options.shard_bytes,
+        max_length=max_length,
+        text_bytes_per_token=round(text_bytes / tokens, 2) if tokens > 0 and text_bytes > 0 else _BYTES_PER_TOKEN,
+    )
+    survey = _survey(source, rule)
+    is_exact = survey.num_examples <= len(sample)
+    num_tokens = sampled.num_tokens if is_exact else survey.num_tokens
+    batch_tokens = options.batch_tokens or (
+        _CPU_BATCH_TOKENS if next(model.parameters()).device.type == "cpu" else _GPU_BATCH_TOKENS
+    )
+    description = _describe(model, tokenizer, stored, options, rule, batch_tokens, survey, name)
+    per_example = rule.example_bytes + 8 * 3
+    num_bytes = num_tokens * (rule.row_bytes + 8) + survey.num_examples * per_example + survey.record_bytes
+    folder = Path(folder)
+    done, num_damaged = ({}, 0) if overwrite else find_done(folder, description)
+    check_folder(folder)
+    plan = Plan(
+        folder, model, tokenizer, source, options, sites, stored, rule, batch_tokens, survey.num_examples,
+        survey.num_units, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite,
+    )  # fmt: skip
+    if plan.missing_bytes > plan.free_bytes:
+        raise SpaceError(
+            f"{folder}: needs {format_bytes(plan.missing_bytes)} more, the disk has {format_bytes(plan.free_bytes)} "
+            "free. Ask for fewer sites, a smaller dtype or a pool, or choose another disk."
+        )
+    return plan
+
+
+@dataclass(frozen=True)
+class _Survey:
+    num_examples: int
+    num_tokens: int
+    num_units: int
+    record_bytes: int
+    fingerprint: str
+
+
+def _survey(source: TextSource, rule: UnitRule) -> _Survey:
+    """Go through the whole input once: count, estimate, and take its fingerprint."""
+    digest = xxhash.xxh3_128()
+    num_examples = num_tokens = num_units = record_bytes = 0
+    for unit in rule.cut(iter(source)):
+        for record in unit.records:
+            _checked(record.text, source, num_examples)
+            line = json.dumps([record.text, record.fields], ensure_ascii=False, sort_keys=True, default=str).encode()
+            digest.update(line)
+            digest.update(b"\n")
+            record_bytes += len(line)
+            num_examples += 1
+            num_tokens += rule.estimate_tokens(len(record.text.encode()))
+        num_units += 1
+    return _Survey(num_examples, num_tokens, num_units, record_bytes, digest.hexdigest())
+
+
+def _checked(text: str, source: TextSource, number: int) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{source.name}, text {number}: holds half a character ({text[error.start]!r} at {error.start}), which no "
+            "tokenizer takes. Clean the text first."
+        ) from error
+    return text
+
+
+def _get_model(model: nn.Module | str, tokenizer: Any, device: str | None) -> tuple[nn.Module, Any]:
+    if isinstance(model, str):
+        loaded = load_model(model, device)
+        return loaded.model, tokenizer or loaded.tokenizer
+    if device is not None:
+        raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
+    if tokenizer is not None:
+        return model, tokenizer
+    checkpoint = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not checkpoint:
+        raise ModelError(f"{type(model).__name__} does not say which tokenizer it was trained with. Pass tokenizer=.")
+    return model, load_tokenizer(checkpoint)
+
+
+def _choose_max_length(model: nn.Module, tokenizer: Any, asked: int | None) -> int:
+    """Find the longest text the model takes, in tokens."""
+    base: Any = map_model(model).base
+    limit = min(getattr(tokenizer, "model_max_length", None) or 1 << 30, 1 << 30)
+    positions = getattr(base.config, "max_position_embeddings", None)
+    table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
+    if positions:
+        # RoBERTa's kin count positions from behind the padding id
+        reserved = table.padding_idx + 1 if isinstance(table, nn.Embedding) and table.padding_idx is not None else 0
+        limit = min(limit, positions - reserved)
+    if asked is not None and asked > limit:
+        raise OptionError(f"max_length is {asked}: the model takes at most {limit} tokens.")
+    return asked or limit
+
+
+def _measure_sites(
+    model: nn.Module, tokenizer: Any, sites: tuple[Site, ...], options: ExtractOptions
+) -> tuple[StoredSite, ...]:
+    """Run the model on one short text to learn the width and dtype of each site."""
+    ids = tokenizer("layer probe", return_tensors="pt", truncation=True, max_length=options.max_length or 8)
+    device = next(model.parameters()).device
+    with torch.inference_mode(), Probe(model, [site.name for site in sites], stop=True) as probe:
+        model(input_ids=ids["input_ids"].to(device), attention_mask=ids["attention_mask"].to(device))
+    dtype = resolve_dtype(options.dtype)
+    return tuple(measure_site(site, probe[site.name], options.pool, dtype) for site in sites)
+
+
+def _describe(
+    model: nn.Module,
+    tokenizer: Any,
+    stored: tuple[StoredSite, ...],
+    options: ExtractOptions,
+    rule: UnitRule,
+    batch_tokens: int,
+    survey: _Survey,
+    name: str,
+) -> dict[str, Any]:
+    """Say what the run is; what changes the bytes of its shards is in the fingerprint, and nothing else."""
+    own = {**describe_model(model), **({"id": name} if name else {})}
+    identity = {
+        "input": {"hash": survey.fingerprint, "examples": survey.num_examples},
+        "model": {key: own[key] for key in ("class", "config_hash", "weights_hash")},
+        "tokenizer": describe_tokenizer(tokenizer),
+        "sites": {site.name: site.describe() for site in stored},
+        "pool": describe_pool(options.pool),
+        "plan": {
+            "max_length": rule.max_length,
+            "batch_tokens": batch_tokens,
+            "shard_bytes": rule.shard_bytes,
+            "text_bytes_per_token": rule.text_bytes_per_token,
+            "units": survey.num_units,
+        },
+    }
+    fingerprint = fingerprint_of(identity)
+    return {"layerprobe": __version__, **identity, "model": own, "fingerprint": fingerprint}

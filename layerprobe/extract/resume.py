@@ -1,0 +1,81 @@
+"""What a folder holds of a run already: nothing, part of it, or another run.
+
+Resuming needs no journal: a shard whose header is whole and carries the plan's fingerprint is done, everything else is
+missing. Must never write.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from layerprobe.errors import PlanError, StoreError
+from layerprobe.store.format import STORE_FILE, ShardHeader, parse_shard_name, read_header, read_json
+
+__all__ = ["check_folder", "find_done"]
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that a store can be written there, without making anything that stays."""
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder}: is a file, not a folder. Choose another name.")
+    if folder.is_dir() and not (folder / STORE_FILE).exists():
+        foreign = next((file.name for file in folder.iterdir() if file.name != STORE_FILE + ".tmp"), None)
+        if foreign is not None:
+            raise StoreError(f"{folder}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")
+
+
+def find_done(folder: Path, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:
+    """Find the shards of this very run that are there already.
+
+    Raises:
+        PlanError: the folder holds another run.
+    """
+    if not (folder / STORE_FILE).is_file():
+        return {}, 0
+    found = read_json(folder / STORE_FILE)
+    if found.get("fingerprint") != description["fingerprint"]:
+        raise PlanError(
+            f"{folder}: holds another run ({'; '.join(_list_differences(found, description)) or 'its fingerprint'}). "
+            "Choose another folder, repeat its options, or pass --overwrite to replace it."
+        )
+    done: dict[int, ShardHeader] = {}
+    num_damaged = 0
+    for path in folder.iterdir():
+        if parse_shard_name(path.name) is None:
+            continue
+        try:
+            header = read_header(path)
+        except StoreError:
+            num_damaged += 1
+            continue
+        if header.fingerprint == description["fingerprint"]:
+            done[header.unit] = header
+    return done, num_damaged
+
+
+def _list_differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Name the fields in which two runs differ, with both values."""
+    there, here = _flatten(_condense(found)), _flatten(_condense(wanted))
+    ignored = ("format", "layerprobe", "fingerprint", "model.id", "model.revision")
+    return [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if key not in ignored and there.get(key) != here.get(key)
+    ]
+
+
+def _condense(description: dict[str, Any]) -> dict[str, Any]:
+    """Put what is the same for most sites into one field each, so that a list of differences stays short."""
+    sites = description.get("sites")
+    if not isinstance(sites, dict) or not all(isinstance(site, dict) for site in sites.values()):
+        return description
+    dtypes = dict.fromkeys(str(site.get("dtype")) for site in sites.values())
+    return {**description, "sites": " ".join(sites), "dtype": " ".join(dtypes)}
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

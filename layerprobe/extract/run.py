@@ -1,0 +1,262 @@
+"""Do a planned run: text to shards, unit by unit, resumable at every unit.
+
+Tokenises a unit, sends its length-sorted batches through the probed model and hands the full buffer to the writer while
+the next unit goes on. A unit is committed whole or not at all; what is missing is done by running the same thing again.
+"""
+
+import contextlib
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from layerprobe.capture.packing import AnnouncedBatch, StoreSink
+from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe
+from layerprobe.capture.select import Pool, resolve_dtype
+from layerprobe.errors import StoreError
+from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, plan_extraction
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
+from layerprobe.store.reader import Store, open_store
+from layerprobe.store.writer import ShardWriter, commit_description, commit_index
+from layerprobe.tables import format_bytes
+
+__all__ = ["RunReport", "extract", "run_extraction"]
+
+
+@dataclass
+class RunReport:
+    """What a run did; `str(report)` is its closing line.
+
+    Args:
+        num_examples, num_tokens, num_bytes: Written by this run.
+        num_computed: Tokens that went through the model, padding included.
+        num_truncated: Texts cut to the maximum length.
+        seconds: From the first text to the index.
+        stalled_s: Time the forward waited for a buffer to be written.
+        nonfinite: Values that are not finite, by site.
+    """
+
+    num_examples: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_computed: int = 0
+    num_truncated: int = 0
+    seconds: float = 0.0
+    stalled_s: float = 0.0
+    nonfinite: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed tokens that was padding."""
+        return 1 - self.num_tokens / self.num_computed if self.num_computed else 0.0
+
+    def __str__(self) -> str:
+        seconds = max(self.seconds, 1e-9)
+        line = (
+            f"{self.num_examples:,} examples, {self.num_tokens:,} tokens in {self.seconds:.1f} s: "
+            f"{self.num_tokens / seconds:,.0f} tokens/s, {format_bytes(self.num_bytes / seconds)}/s, "
+            f"{format_bytes(self.num_bytes)} written, padding {self.padding:.1%}, "
+            f"{self.num_truncated:,} truncated, stalled {self.stalled_s:.2f} s"
+        )
+        if self.nonfinite:
+            worst = ", ".join(f"{count:,} at {site}" for site, count in self.nonfinite.most_common(3))
+            line += f"; {self.nonfinite.total():,} values are not finite or overflow the dtype ({worst})"
+        return line
+
+
+def extract(
+    model: nn.Module | str,
+    texts: Any,
+    to: str | Path,
+    *,
+    sites: str | Sequence[str] = DEFAULT_SITES,
+    dtype: str | torch.dtype | None = None,
+    pool: Pool = None,
+    tokenizer: Any = None,
+    field: str = "text",
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    shard_size: int = DEFAULT_SHARD_BYTES,
+    nonfinite: str = "warn",
+    device: str | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Store:
+    """Extract sites for every text into a store, resumably.
+
+    Args:
+        model: A model, or a name: a hub id, a folder, or `demo`. It runs in eval mode and is left as it was.
+        texts: A list of strings or mappings, a file (`.txt`, `.jsonl`, `.csv`, `.parquet`), a folder of them, or `-`.
+        to: Folder of the store. One that holds part of the same run is gone on with.
+        sites: Patterns.
+        dtype: Stored dtype; None for the model's own.
+        pool: None for a row per token, or `cls`, `mean`, `max`, `last`, or a callable on `[T, D]` rows. Over all real
+            tokens, special ones included.
+        tokenizer: A fast tokenizer; None for the one the model came with.
+        field: Field of a record that holds the text; its other fields travel with the example.
+        max_length: Longest text in tokens, special ones included; None for the model's limit. Longer ones are cut and
+            counted.
+        batch_tokens: Padded tokens per batch; None for 1,024 on a CPU and 16,384 elsewhere.
+        shard_size: Bytes of a shard, and of each of the two buffers.
+        nonfinite: `warn` counts values that are not finite, `error` stops at them.
+        device: Where to put a model given by name.
+        overwrite: Replace another run in the folder.
+        progress: Whether to say on stderr what is done; None for only on a terminal.
+
+    Returns:
+        The complete store.
+
+    Raises:
+        InputError, ModelError, SiteError, OptionError, ArchitectureError: before any work.
+        PlanError: the folder holds another run, with the fields that differ.
+        SpaceError: the disk cannot hold the store.
+        NonFiniteError: with `nonfinite="error"`.
+        StoreError: the disk refused; what was committed stays, and the same call goes on.
+
+    Cost: two buffers of `shard_size` and one batch, however many texts.
+    """
+    options = ExtractOptions(
+        sites=[sites] if isinstance(sites, str) else list(sites),
+        dtype=dtype,
+        pool=pool,
+        field=field,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        shard_bytes=shard_size,
+        nonfinite=nonfinite,
+    )
+    plan = plan_extraction(model, texts, to, options, tokenizer=tokenizer, device=device, overwrite=overwrite)
+    shows_progress = sys.stderr.isatty() if progress is None else progress
+    if shows_progress:
+        print(plan, file=sys.stderr)
+    report = run_extraction(plan, shows_progress)
+    if shows_progress or report.nonfinite:
+        print(report, file=sys.stderr)
+    return open_store(to)
+
+
+def run_extraction(plan: Plan, progress: bool = False) -> RunReport:
+    """Do what a plan says is missing.
+
+    Returns:
+        What was done now, without what an earlier run had done.
+
+    Raises:
+        NonFiniteError, StoreError: as `extract`.
+    """
+    start = time.perf_counter()
+    _prepare_store(plan)
+    report = RunReport()
+    writer = ShardWriter(plan.folder, plan.options.nonfinite)
+    sink = StoreSink(
+        plan.folder,
+        writer,
+        pool=plan.options.pool,
+        dtype=resolve_dtype(plan.options.dtype),
+        device=plan.device,
+        shard_bytes=plan.rule.shard_bytes,
+        fingerprint=plan.fingerprint,
+        stored=plan.stored,
+    )
+    probe = Probe(plan.model, [site.name for site in plan.sites], to=sink, stop=True)
+    bar = tqdm(
+        total=plan.num_examples,
+        initial=sum(header.num_examples for header in plan.done.values()),
+        unit=" examples",
+        unit_scale=True,
+        disable=not progress,
+    )
+    with bar, _evaluating(plan.model), torch.inference_mode(), probe:
+        for unit in plan.units():
+            if unit.number not in plan.done:
+                _run_unit(plan, sink, unit, report, bar)
+                bar.set_postfix_str(_describe_pace(report, writer.num_bytes, time.perf_counter() - start))
+    headers = [*plan.done.values(), *writer.committed]
+    commit_index(plan.folder, headers)
+    report.num_bytes = writer.num_bytes
+    report.stalled_s = sink.stalled_s
+    for header in writer.committed:
+        report.nonfinite.update(header.nonfinite)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _run_unit(plan: Plan, sink: StoreSink, unit: Unit, report: RunReport, bar: "tqdm[Any]") -> None:
+    tokenized = tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
+    num_truncated = sum(tokenized.truncated)
+    sink.begin_unit(unit.number, unit.first_example, tokenized.num_tokens, len(unit.records), num_truncated)
+    padding_side = plan.tokenizer.padding_side
+    pad_id = plan.tokenizer.pad_token_id or 0
+    for batch in cut_batches(tokenized, plan.batch_tokens, pad_id, padding_side):
+        sink.announce(_announce(unit, tokenized, batch, padding_side))
+        plan.model(
+            input_ids=batch.input_ids.to(plan.device, non_blocking=True),
+            attention_mask=batch.attention_mask.to(plan.device, non_blocking=True),
+        )
+        report.num_computed += batch.input_ids.numel()
+        report.num_tokens += sum(batch.lengths)
+        report.num_examples += len(batch.members)
+        bar.update(len(batch.members))
+    sink.end_unit()
+    report.num_truncated += num_truncated
+
+
+def _announce(unit: Unit, tokenized: TokenizedUnit, batch: Batch, padding_side: str) -> AnnouncedBatch:
+    ids = [token_id for member in batch.members for token_id in tokenized.ids[member]]
+    records = [unit.records[member] for member in batch.members]
+    return AnnouncedBatch(
+        ordinals=[unit.first_example + member for member in batch.members],
+        lengths=batch.lengths,
+        num_positions=batch.input_ids.shape[1],
+        padding_side=padding_side,
+        input_ids=torch.tensor(ids, dtype=torch.int64),
+        records=[{"text": record.text, **({"fields": record.fields} if record.fields else {})} for record in records],
+    )
+
+
+def _describe_pace(report: RunReport, num_bytes: int, seconds: float) -> str:
+    return f"{report.num_tokens / max(seconds, 1e-9):,.0f} tokens/s, {num_bytes / 1e9:.2f} GB written"
+
+
+def _prepare_store(plan: Plan) -> None:
+    """Clear what an ended or replaced run left, and write what comes before the first shard."""
+    folder = plan.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in list(folder.iterdir()):
+            leftover = file.name.endswith(".tmp")
+            replaced = plan.overwrite and (file.name == TOKENIZER_FOLDER or parse_shard_name(file.name) is not None)
+            # an index beside missing shards would call the store complete
+            if leftover or replaced or file.name == INDEX_FILE:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        if not (folder / STORE_FILE).exists() or plan.overwrite:
+            commit_description(folder, plan.description)
+        if not (folder / TOKENIZER_FOLDER).exists():
+            partial = folder / (TOKENIZER_FOLDER + ".tmp")
+            plan.tokenizer.save_pretrained(partial)
+            partial.rename(folder / TOKENIZER_FOLDER)
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{folder}: cannot be written ({error.strerror or error}). Choose another folder.") from error
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode and every module back into the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
