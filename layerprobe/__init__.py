@@ -3,8 +3,9 @@
 The door: it re-exports and holds no logic. Importing it loads neither transformers, matplotlib, sklearn nor ray.
 """
 
+from layerprobe.capture.calls import Sink
 from layerprobe.capture.probe import Probe
-from layerprobe.capture.registry import ProbeRegistry, Sink
+from layerprobe.capture.registry import ProbeRegistry
 from layerprobe.extract.run import extract
 from layerprobe.models import load_model
 from layerprobe.sites.anatomy import Anatomy, register_architecture

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.capture.registry import Call
+from layerprobe.capture.calls import Call, Context
 from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows, write_rows
 from layerprobe.capture.sinks import is_per_token, select_call
 from layerprobe.capture.staging import BufferPool, HostBuffer, Lane, make_lane
@@ -251,8 +251,9 @@ class StoreSink:
             )
             pending.input_ids = batch.input_ids
         else:
-            pending.selection = select_call(call, value)
-            pending.input_ids = _real_ids(call, pending.selection)
+            context = call.context(0)
+            pending.selection = select_call(context, value)
+            pending.input_ids = _real_ids(context, pending.selection)
         rows, examples = pending.selection.num_rows, len(pending.selection.lengths)
         unit = self._unit
         if (
@@ -354,12 +355,12 @@ class StoreSink:
         )
 
 
-def _real_ids(call: Call, selection: Selection) -> Tensor:
+def _real_ids(context: Context, selection: Selection) -> Tensor:
     """Take the ids of the real tokens, to the CPU; -1 where the model was called with embeddings."""
-    if call.input_ids is None:
+    if context.input_ids is None:
         return torch.full((selection.num_rows,), -1, dtype=torch.int64)
-    target = Target(torch.empty(selection.num_rows, dtype=torch.int64, device=call.input_ids.device))
-    write_rows(target, call.input_ids, selection)
+    target = Target(torch.empty(selection.num_rows, dtype=torch.int64, device=context.input_ids.device))
+    write_rows(target, context.input_ids, selection)
     return target.values.cpu()
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerprobe.capture.calls import Sink
 from layerprobe.capture.packing import StoreSink
-from layerprobe.capture.registry import ProbeRegistry, Sink
+from layerprobe.capture.registry import ProbeRegistry
 from layerprobe.capture.select import Pool, check_pool, resolve_dtype
 from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink, find_site
 from layerprobe.errors import CaptureError, OptionError

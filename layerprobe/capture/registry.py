@@ -1,8 +1,8 @@
 """Hooks on a model: all of them or none, and every one gone at the end.
 
-The registry turns sites into forward hooks and tells a sink of three things: a call of the base model begins (with
-its ids and mask), a site's value was made, the call is over. State lives per thread and per call, so several threads
-may run one model under one registry.
+The registry turns sites into forward hooks and tells a sink of three things: a call of the model begins (with its ids
+and mask), a site's value was made, the call is over. State lives per thread and per call, so several threads may run
+one model under one registry.
 
 Hides torch's hook machinery and the early end of a forward. Must never know what becomes of the values.
 """
@@ -11,60 +11,18 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layerprobe.capture.calls import Call, Sink, read_context
 from layerprobe.errors import CaptureError
-from layerprobe.sites.resolve import Site, map_model
+from layerprobe.sites.resolve import ModelMap, Part, Site, Stack, map_model
+from layerprobe.sites.weights import EagerTwin
 
-__all__ = ["Call", "ProbeRegistry", "Sink"]
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of the base model, as the sink sees it.
-
-    Args:
-        input_ids: `[B, S]`, or None when the model was called with embeddings.
-        attention_mask: As it was passed, or None.
-        shape: B and S, or None where neither ids nor embeddings were passed.
-        state: Room for the sink to keep what it needs for this call.
-    """
-
-    input_ids: Tensor | None
-    attention_mask: Tensor | None
-    shape: tuple[int, int] | None
-    state: Any = None
-    seen: int = 0
-    chunks: dict[int, list[Tensor]] = field(default_factory=dict)
-
-
-class Sink(Protocol):
-    """Where captured values go.
-
-    Methods are called in the thread that runs the model. `index` counts the sites given to `open`.
-    """
-
-    def open(self, sites: Sequence[Site]) -> None:
-        """Get ready for these sites; nothing is attached to the model yet."""
-
-    def begin(self, call: Call) -> None:
-        """Take note that the base model was called."""
-
-    def receive(self, call: Call, index: int, value: Tensor) -> None:
-        """Take the value of a site, exactly as the model made it."""
-
-    def finish(self, call: Call) -> None:
-        """Take note that every site of this call has been received."""
-
-    def abandon(self, call: Call) -> None:
-        """Forget a call that ended before all its sites were made."""
-
-    def close(self, error: BaseException | None) -> None:
-        """Release everything; `error` is what ended the probe, or None."""
+__all__ = ["ProbeRegistry"]
 
 
 class _Stop(BaseException):
@@ -79,13 +37,24 @@ class _Frame:
     call: Call | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """A module that is read, and the sites that are read there: several where it is fused or runs several times."""
+
+    key: int
+    module: nn.Module
+    takes: str
+    indices: tuple[int, ...]
+    is_chunked: bool
+
+
 class ProbeRegistry:
     """Attach hooks for sites of a model and remove them again.
 
     A context manager: `__enter__` attaches all hooks or none, `__exit__` removes every one.
 
     Args:
-        model: A supported model.
+        model: A supported model, wrapped or not.
         sites: One pattern or several.
         sink: What takes the values.
         stop: End the forward after the last asked site; the model's call then returns None.
@@ -98,17 +67,17 @@ class ProbeRegistry:
     def __init__(self, model: nn.Module, sites: str | Sequence[str], sink: Sink, *, stop: bool = False) -> None:
         mapped = map_model(model)
         self.sites: tuple[Site, ...] = mapped.select(sites)
-        self._root = model
-        self._base = mapped.base
-        self._owner = mapped.owner
+        self._mapped: ModelMap = mapped
+        self._root = mapped.model
         self._sink = sink
         self._stop = stop
-        self._all_seen = (1 << len(self.sites)) - 1
-        self._modules = [model.get_submodule(site.module) for site in self.sites]
-        # chunk_size_feed_forward runs the FFN several times in one call, on a few positions each
-        is_chunked = bool(getattr(self._base.config, "chunk_size_feed_forward", 0))
-        self._chunked = {i for i, site in enumerate(self.sites) if is_chunked and ".ffn." in site.name}
-        self._parameters = list(inspect.signature(type(self._base).forward).parameters)[1:]
+        self._stacks = [site.stack for site in self.sites]
+        self._points = self._group_points()
+        self._biases = {
+            site.part.bias: mapped.model.get_parameter(site.part.bias)
+            for site in self.sites
+            if site.part is not None and site.part.bias is not None
+        }
         self._frames: dict[int, list[_Frame]] = {}
         self._handles: list[Any] = []
         self._wrapped: list[tuple[nn.Module, Any]] = []
@@ -127,13 +96,13 @@ class ProbeRegistry:
             CaptureError: the hooks are on already.
         """
         if self._handles:
-            raise CaptureError(f"the probe is already attached to {self._owner}. Leave its with block first.")
+            raise CaptureError(f"the probe is already attached to {self._mapped.owner}. Leave its with block first.")
         try:
             self._attach_frames()
-            for index, (site, module) in enumerate(zip(self.sites, self._modules, strict=True)):
-                self._attach_site(index, site, module)
+            for point in self._points:
+                self._attach_point(point)
             if self._stop:
-                for module in dict.fromkeys((self._root, self._base)):
+                for module in dict.fromkeys((self._root, *(stack.base for stack in self._mapped.stacks))):
                     self._wrap_forward(module)
         except BaseException:
             self.detach()
@@ -155,51 +124,63 @@ class ProbeRegistry:
             if frame.call is not None:
                 self._sink.abandon(frame.call)
 
+    def _group_points(self) -> list[_Point]:
+        """Gather the sites that are read at one module, so that each module is hooked once."""
+        grouped: dict[tuple[str, str], list[int]] = {}
+        for index, site in enumerate(self.sites):
+            grouped.setdefault((site.module, site.takes), []).append(index)
+        points = []
+        for key, ((path, takes), indices) in enumerate(grouped.items()):
+            stack = self.sites[indices[0]].stack
+            config = self._mapped.stacks[stack or 0].base.config
+            # chunk_size_feed_forward runs the FFN several times in one call, on a few positions each
+            is_chunked = ".ffn." in self.sites[indices[0]].name and bool(getattr(config, "chunk_size_feed_forward", 0))
+            points.append(_Point(key, self._root.get_submodule(path), takes, tuple(indices), is_chunked))
+        return points
+
+    # frames and calls
+
     def _attach_frames(self) -> None:
-        """Hook the outermost model and the base: a call begins at the base and ends where it came from."""
+        """Hook the outermost model and the bases: a call begins at a base and ends where it came from."""
         keep = self._handles.append
-        if self._root is not self._base:
+        bases = [stack.base for stack in self._mapped.stacks]
+        if all(self._root is not base for base in bases):
             keep(self._root.register_forward_pre_hook(self._enter_root))
             keep(self._root.register_forward_hook(self._leave, always_call=True))
-        keep(self._base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
-        keep(self._base.register_forward_hook(self._leave, always_call=True))
-
-    def _attach_site(self, index: int, site: Site, module: nn.Module) -> None:
-        frames, get_ident, receive = self._frames, threading.get_ident, self._receive
-        if site.takes == "input":
-
-            def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                stack = frames.get(get_ident())
-                if stack and (call := stack[-1].call) is not None:
-                    receive(call, index, args[0] if args else next(iter(kwargs.values())))
-
-            self._handles.append(module.register_forward_pre_hook(read_input, with_kwargs=True))
-        else:
-
-            def read_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                stack = frames.get(get_ident())
-                if stack and (call := stack[-1].call) is not None:
-                    receive(call, index, output)
-
-            self._handles.append(module.register_forward_hook(read_output))
+        for number, stack in enumerate(self._mapped.stacks):
+            keep(stack.base.register_forward_pre_hook(self._make_entry(number, stack), with_kwargs=True))
+            keep(stack.base.register_forward_hook(self._leave, always_call=True))
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._frames.setdefault(threading.get_ident(), []).append(_Frame(module))
 
-    def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stack = self._frames.setdefault(threading.get_ident(), [])
-        if not stack or stack[-1].owner is module:
-            stack.append(_Frame(module))
-        frame = stack[-1]
-        if frame.call is not None:  # a task model that runs its base twice in one call
-            self._end_call(frame, completed=True)
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        input_ids = given.get("input_ids")
-        tokens = input_ids if input_ids is not None else given.get("inputs_embeds")
-        shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) else None
-        call = Call(input_ids, given.get("attention_mask"), shape)
-        self._sink.begin(call)
-        frame.call = call
+    def _make_entry(self, number: int, stack: Stack) -> Callable[..., None]:
+        parameters = list(inspect.signature(type(stack.base).forward).parameters)[1:]
+        several = len(self._mapped.stacks) > 1
+        own = sum(1 << index for index, site in enumerate(self.sites) if site.stack == number)
+        after = sum(1 << index for index, site in enumerate(self.sites) if site.stack is None)
+        frames, sink, get_ident = self._frames, self._sink, threading.get_ident
+
+        def enter_base(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stack = frames.setdefault(get_ident(), [])
+            if not stack or stack[-1].owner is module:
+                stack.append(_Frame(module))
+            frame = stack[-1]
+            if frame.call is not None and number in frame.call.contexts:
+                # a task model that runs its base twice in one call
+                self._end_call(frame, completed=True)
+            context = read_context(parameters, args, kwargs)
+            if frame.call is not None:  # the other stack of the same call
+                frame.call.contexts[number] = context
+                frame.call.expected |= own
+                return
+            # A stack called by itself, as generate() calls an encoder, does not make what comes after all stacks.
+            follows = 0 if several and frame.owner is module else after
+            call = Call(self._stacks, {number: context}, expected=own | follows)
+            sink.begin(call)
+            frame.call = call
+
+        return enter_base
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         stack = self._frames.get(threading.get_ident())
@@ -211,38 +192,120 @@ class ProbeRegistry:
         call, frame.call = frame.call, None
         if call is None:
             return
-        if call.seen == self._all_seen:
+        if call.seen == call.expected:
             self._sink.finish(call)
             return
         self._sink.abandon(call)
         if completed:
-            missing = [site.name for index, site in enumerate(self.sites) if not call.seen >> index & 1]
+            missing = [self.sites[index].name for index in call.made if not call.seen >> index & 1]
             raise CaptureError(
-                f"{self._owner} ran without making {', '.join(map(repr, missing))}: the modules behind these sites "
-                "were not called. Leave the sites out, or call the model so that it uses them."
+                f"{self._mapped.owner} ran without making {', '.join(map(repr, missing))}: the modules behind these "
+                "sites were not called. Leave the sites out, or call the model so that it uses them."
             )
+
+    # values
+
+    def _attach_point(self, point: _Point) -> None:
+        if point.takes == "weights":
+            self._attach_weights(point)
+            return
+        frames, get_ident = self._frames, threading.get_ident
+        site = self.sites[point.indices[0]]
+        if len(point.indices) == 1 and site.call_index is None and site.part is None and not point.is_chunked:
+            receive, which = self._receive, point.indices[0]
+        else:
+            receive, which = self._receive_several, point
+        if point.takes == "input":
+
+            def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                stack = frames.get(get_ident())
+                if stack and (call := stack[-1].call) is not None:
+                    receive(call, which, args[0] if args else next(iter(kwargs.values())))  # type: ignore[arg-type]
+
+            self._handles.append(point.module.register_forward_pre_hook(read_input, with_kwargs=True))
+        else:
+
+            def read_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                stack = frames.get(get_ident())
+                if stack and (call := stack[-1].call) is not None:
+                    receive(call, which, output)  # type: ignore[arg-type]
+
+            self._handles.append(point.module.register_forward_hook(read_output))
+
+    def _attach_weights(self, point: _Point) -> None:
+        """Watch an attention module and its children, and let its twin work the weights out."""
+        frames, get_ident, key = self._frames, threading.get_ident, point.key
+
+        def start(module: nn.Module, args: tuple[Any, ...]) -> None:
+            stack = frames.get(get_ident())
+            if stack and (call := stack[-1].call) is not None:
+                call.twins[key] = EagerTwin(module)
+
+        def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            stack = frames.get(get_ident())
+            if stack and (call := stack[-1].call) is not None and key in call.twins:
+                call.twins[key].note(name, args[0] if args else next(iter(kwargs.values()), None), output)
+
+        def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            stack = frames.get(get_ident())
+            if stack and (call := stack[-1].call) is not None and key in call.twins:
+                self._receive_several(call, point, call.twins.pop(key).finish(args, kwargs, output))
+
+        self._handles.append(point.module.register_forward_pre_hook(start))
+        for name, child in point.module.named_children():
+            hook = functools.partial(_call_note, note, name)
+            self._handles.append(child.register_forward_hook(hook, with_kwargs=True))
+        self._handles.append(point.module.register_forward_hook(finish, with_kwargs=True))
+
+    def _receive_several(self, call: Call, point: _Point, value: Any) -> None:
+        """Take a value that is a chunk, or one of several calls, or several sites at once."""
+        value = value if type(value) is Tensor else self._first_tensor(point.indices[0], value)
+        shape = call.context(point.indices[0]).shape
+        if point.is_chunked and shape is not None and value.shape[1] < shape[1]:
+            chunks = call.chunks.setdefault(point.key, [])
+            chunks.append(value)
+            if sum(chunk.shape[1] for chunk in chunks) < shape[1]:
+                return
+            value = torch.cat(call.chunks.pop(point.key), dim=1)
+        count = call.counts.get(point.key, 0)
+        call.counts[point.key] = count + 1
+        for index in point.indices:
+            site = self.sites[index]
+            if site.call_index is None or site.call_index == count:
+                self._receive(call, index, value if site.part is None else self._take_part(site.part, value))
+
+    def _take_part(self, part: Part, value: Tensor) -> Tensor:
+        """Take query, key or value out of a fused projection's output."""
+        if part.num_heads is None:
+            return value.chunk(3, dim=-1)[part.index]
+        by_head = value.unflatten(-1, (part.num_heads, 3, -1))
+        third = by_head[..., part.index, :].flatten(-2)
+        return third if part.bias is None else third + self._biases[part.bias]
 
     def _receive(self, call: Call, index: int, value: Any) -> None:
         if type(value) is not Tensor:
             value = self._first_tensor(index, value)
-        if call.shape is not None and index in self._chunked and value.shape[1] < call.shape[1]:
-            chunks = call.chunks.setdefault(index, [])
-            chunks.append(value)
-            if sum(chunk.shape[1] for chunk in chunks) < call.shape[1]:
-                return
-            value = torch.cat(call.chunks.pop(index), dim=1)
+        if call.seen >> index & 1:
+            raise CaptureError(
+                f"{self.sites[index].name!r} of {self._mapped.owner} was made twice in one call: its module runs "
+                "several times, and one value would hide the others. Ask for the sites of single layers."
+            )
         self._sink.receive(call, index, value)
         call.seen |= 1 << index
-        if self._stop and call.seen == self._all_seen:
+        if self._stop and call.seen == call.expected:
             raise _Stop
 
     def _first_tensor(self, index: int, value: Any) -> Tensor:
-        first = value[0] if isinstance(value, (tuple, list)) and value else value
+        # 4.x DistilBERT puts its weights, of four dimensions, before the hidden state
+        items = [item for item in value if isinstance(item, Tensor)] if isinstance(value, (tuple, list)) else [value]
+        first = next(
+            (item for item in items if isinstance(item, Tensor) and item.ndim != 4), items[0] if items else None
+        )
         if not isinstance(first, Tensor):
             first = getattr(value, "last_hidden_state", None)
         if not isinstance(first, Tensor):
             raise CaptureError(
-                f"{self.sites[index].name!r} of {self._owner} gave {type(value).__name__}, not a tensor: "
+                f"{self.sites[index].name!r} of {self._mapped.owner} gave {type(value).__name__}, not a tensor: "
                 "only modules that pass tensors can be read."
             )
         return first
@@ -264,3 +327,7 @@ class ProbeRegistry:
 
         self._wrapped.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
+
+
+def _call_note(note: Callable[..., None], name: str, module: nn.Module, *given: Any) -> None:
+    note(name, *given)

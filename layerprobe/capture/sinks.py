@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.capture.registry import Call
+from layerprobe.capture.calls import Call, Context
 from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows
 from layerprobe.errors import SiteError
 from layerprobe.sites.grammar import expand_patterns
@@ -32,14 +32,28 @@ class CapturedCall(Mapping[str, Value]):
 
     Args:
         made: Values by canonical site name.
-        input_ids: `[B, S]`, or None.
-        attention_mask: As it was passed, or None.
+        context: What the model was called with; the decoder, where it has two stacks.
     """
 
-    def __init__(self, made: dict[str, Value], input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    def __init__(self, made: dict[str, Value], context: Context) -> None:
         self._made = made
-        self.input_ids = input_ids
-        self.attention_mask = attention_mask
+        self._context = context
+
+    @property
+    def input_ids(self) -> Tensor | None:
+        """`[B, S]`, or None where the model was called with embeddings."""
+        return self._context.input_ids
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """As it was passed, or None."""
+        return self._context.attention_mask
+
+    @property
+    def positions(self) -> range:
+        """Positions of the S tokens of this call: under `generate` with a cache, one new position a call."""
+        first = self._context.first_position
+        return range(first, first + (self._context.shape[1] if self._context.shape else 0))
 
     def __getitem__(self, site: str) -> Value:
         return self._made[find_site(site, list(self._made))]
@@ -59,24 +73,28 @@ def find_site(pattern: str, names: Sequence[str]) -> str:
     """
     if pattern in names:
         return pattern
-    layers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
-    num_layers = {"layers": max(layers) + 1} if layers else {}
-    found = expand_patterns(pattern, names, num_layers, "what was captured")
-    if len(found) != 1:
-        raise SiteError(f"{pattern!r} stands for {len(found)} captured sites: ask for one, such as {found[0]!r}.")
-    return found[0]
+    num_layers: dict[str, int] = {}
+    for name in names:
+        stack, found, index = name.partition("layers.")
+        if found and not name.startswith("module:"):
+            key = f"{stack}layers"
+            num_layers[key] = max(num_layers.get(key, 0), int(index.split(".")[0]) + 1)
+    matched = expand_patterns(pattern, names, num_layers, "what was captured")
+    if len(matched) != 1:
+        raise SiteError(f"{pattern!r} stands for {len(matched)} captured sites: ask for one, such as {matched[0]!r}.")
+    return matched[0]
 
 
-def select_call(call: Call, value: Tensor) -> Selection:
+def select_call(context: Context, value: Tensor) -> Selection:
     """Work out the real tokens of a call from its mask; all of them where there is none."""
-    shape = call.shape or (value.shape[0], value.shape[1])
-    return Selection.from_mask(call.attention_mask, shape, value.device)
+    shape = context.shape or (value.shape[0], value.shape[1])
+    return Selection.from_mask(context.attention_mask, shape, value.device)
 
 
-def shape_value(value: Tensor, call: Call, site: Site, pool: Pool, dtype: torch.dtype | None) -> Value:
+def shape_value(value: Tensor, context: Context, site: Site, pool: Pool, dtype: torch.dtype | None) -> Value:
     """Pool and cast one value outside any store."""
     if pool is not None and is_per_token(site, value):
-        value = pool_rows(value, select_call(call, value), pool)
+        value = pool_rows(value, select_call(context, value), pool)
     if dtype is None or dtype == value.dtype:
         return value
     with torch.inference_mode(False):
@@ -124,13 +142,14 @@ class MemorySink:
         site = self._sites[index]
         if self.keeps_gradients and value.requires_grad:
             value.register_hook(lambda gradient, name=site.name: gradients.__setitem__(name, gradient))
-        values[index] = shape_value(value.detach(), call, site, self._pool, self._dtype)
+        values[index] = shape_value(value.detach(), call.context(index), site, self._pool, self._dtype)
 
     def finish(self, call: Call) -> None:
         values, gradients = call.state
-        named = {site.name: value for site, value in zip(self._sites, values, strict=True)}
+        named = {self._sites[index].name: values[index] for index in call.made}
+        context = next(reversed(call.contexts.values()))
         with self._lock:  # two lists that belong together, and several threads
-            self.calls.append(CapturedCall(named, call.input_ids, call.attention_mask))
+            self.calls.append(CapturedCall(named, context))
             self.gradients.append(gradients)
 
     def abandon(self, call: Call) -> None:
@@ -164,7 +183,7 @@ class CallableSink:
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
         site = self._sites[index]
-        self._function(site.name, shape_value(value.detach(), call, site, self._pool, self._dtype))
+        self._function(site.name, shape_value(value.detach(), call.context(index), site, self._pool, self._dtype))
 
     def finish(self, call: Call) -> None:
         return None

@@ -1,17 +1,37 @@
 """Where each architecture keeps its parts: one row of module paths per `model_type`.
 
-A location is a module path, relative to the base model or to one layer; `:input` after it means what goes into the
+A place is a module path, relative to the base model or to one layer; `:input` after it means what goes into the
 module instead of what comes out. Reading `attention.context` and `ffn.act` as inputs of the projection that follows
 makes fused and gated variants look alike.
 
 Everything that differs between families lives in this table as data. Must never know of hooks or tensors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerprobe.errors import ArchitectureError
 
-__all__ = ["Anatomy", "find_anatomy", "register_architecture", "registered_architectures"]
+__all__ = ["Anatomy", "Fused", "find_anatomy", "register_architecture", "registered_architectures"]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A third of a projection that makes query, key and value at once.
+
+    Args:
+        path: The fused projection.
+        part: 0 for query, 1 for key, 2 for value.
+        by_head: Whether its output is laid out `H, 3, d` instead of `3, H, d`.
+        bias: A parameter that the model adds to this third afterwards, or None.
+    """
+
+    path: str
+    part: int
+    by_head: bool = False
+    bias: str | None = None
+
+
+Place = str | Fused
 
 
 @dataclass(frozen=True)
@@ -19,62 +39,151 @@ class Anatomy:
     """Module paths of one architecture.
 
     Args:
-        embeddings: The embedding block, from the base model.
-        layers: The `ModuleList` of layers, from the base model.
-        mid: The residual stream between attention and FFN, from a layer.
+        embeddings: What makes `hidden_states[0]`, from the base model; of several the first that exists.
+        layers: The `ModuleList` of layers, from the base model. Where one layer serves several times, `{group}` and
+            `{inner}` stand for the numbers of its group and of its place in the group.
+        attention: The module that mixes the heads, from a layer.
+        mid: The residual stream between attention and FFN, from a layer; None where no module passes it.
         query, key, value: The projections, from a layer.
-        context: What the output projection reads, from a layer.
-        attention_out: The output projection, before dropout, residual and norm.
-        ffn_act: What the down projection reads.
-        ffn_out: The down projection, before dropout, residual and norm.
-        pooler: The pooler, from the base model, or None.
+        out: The output projection, from a layer: its input is `attention.context`, its output `attention.out`.
+        down: The down projection, from a layer: its input is `ffn.act`, its output `ffn.out`.
+        pooler: What makes the pooler output, from the base model, or None.
         norm: The norm after the last layer, from the base model, or None.
         heads: Names under which task models keep the module that makes the logits; the first that exists counts.
+        cross: Name that stands for the first segment of the attention paths in a decoder's cross attention, or None.
+        first_call: Whether query, key and value are made by the first of several calls of their modules.
     """
 
-    embeddings: str
-    layers: str
-    mid: str
-    query: str
-    key: str
-    value: str
-    context: str
-    attention_out: str
-    ffn_act: str
-    ffn_out: str
-    pooler: str | None = None
+    embeddings: tuple[str, ...] = ("embeddings",)
+    layers: str = "encoder.layer"
+    attention: str = "attention.self"
+    mid: str | None = "attention"
+    query: Place = "attention.self.query"
+    key: Place = "attention.self.key"
+    value: Place = "attention.self.value"
+    out: str = "attention.output.dense"
+    down: str = "output.dense"
+    pooler: str | None = "pooler"
     norm: str | None = None
-    heads: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("cls", "classifier", "qa_outputs")
+    cross: str | None = None
+    first_call: bool = False
 
-    def layer_sites(self) -> dict[str, str]:
-        """Map the tail of each site inside a layer to its location, in the order in which a layer runs them."""
-        return {
-            "attention.query": self.query,
-            "attention.key": self.key,
-            "attention.value": self.value,
-            "attention.context": self.context,
-            "attention.out": self.attention_out,
-            "mid": self.mid,
-            "ffn.act": self.ffn_act,
-            "ffn.out": self.ffn_out,
-        }
+
+_BERT = Anatomy(cross="crossattention")
+_ROBERTA = replace(_BERT, heads=("lm_head", "classifier", "qa_outputs"))
+_LLAMA_LIKE = Anatomy(
+    layers="layers",
+    attention="self_attn",
+    mid="post_attention_layernorm",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.o_proj",
+    down="mlp.down_proj",
+    pooler=None,
+    heads=("lm_head", "cls", "decoder", "classifier", "qa_outputs"),
+)
 
 
 _ROWS: dict[str, Anatomy] = {
-    "bert": Anatomy(
-        embeddings="embeddings",
-        layers="encoder.layer",
-        query="attention.self.query",
-        key="attention.self.key",
-        value="attention.self.value",
-        context="attention.output.dense:input",
-        attention_out="attention.output.dense",
-        mid="attention",
-        ffn_act="output.dense:input",
-        ffn_out="output.dense",
-        pooler="pooler",
-        heads=("cls", "classifier", "qa_outputs"),
+    "bert": _BERT,
+    "ernie": _BERT,
+    "layoutlm": replace(_BERT, cross=None),
+    "bert-generation": replace(_BERT, pooler=None, heads=("lm_head",)),
+    "megatron-bert": replace(_BERT, norm="encoder.ln"),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "xlm-roberta-xl": replace(_ROBERTA, norm="encoder.LayerNorm"),
+    "camembert": _ROBERTA,
+    "data2vec-text": _ROBERTA,
+    "roberta-prelayernorm": replace(_ROBERTA, norm="LayerNorm"),
+    "xmod": replace(_ROBERTA, norm="encoder.LayerNorm"),
+    "esm": replace(_ROBERTA, norm="encoder.emb_layer_norm_after"),
+    "electra": replace(
+        _BERT,
+        embeddings=("embeddings_project", "embeddings"),
+        pooler=None,
+        heads=("generator_lm_head", "discriminator_predictions", "classifier", "qa_outputs"),
     ),
+    "roformer": replace(_BERT, embeddings=("embeddings_project", "embeddings"), pooler=None),
+    "convbert": Anatomy(
+        embeddings=("embeddings_project", "embeddings"),
+        pooler=None,
+        heads=("generator_lm_head", "classifier", "qa_outputs"),
+    ),
+    # inside a layer the bottleneck's width holds; of its several FFNs the sites name the last
+    "mobilebert": Anatomy(),
+    "splinter": Anatomy(pooler=None, heads=()),
+    "deberta": Anatomy(
+        query=Fused("attention.self.in_proj", 0, by_head=True, bias="attention.self.q_bias"),
+        key=Fused("attention.self.in_proj", 1, by_head=True),
+        value=Fused("attention.self.in_proj", 2, by_head=True, bias="attention.self.v_bias"),
+        pooler=None,
+        heads=("lm_predictions", "cls", "classifier", "qa_outputs"),
+    ),
+    "deberta-v2": Anatomy(
+        query="attention.self.query_proj",
+        key="attention.self.key_proj",
+        value="attention.self.value_proj",
+        pooler=None,
+        heads=("lm_predictions", "cls", "classifier", "qa_outputs"),
+        # share_att_key sends relative positions through the same projections afterwards
+        first_call=True,
+    ),
+    "mpnet": Anatomy(
+        attention="attention.attn",
+        query="attention.attn.q",
+        key="attention.attn.k",
+        value="attention.attn.v",
+        out="attention.attn.o",
+        heads=("lm_head", "classifier", "qa_outputs"),
+    ),
+    "distilbert": Anatomy(
+        layers="transformer.layer",
+        attention="attention",
+        mid="sa_layer_norm",
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        out="attention.out_lin",
+        down="ffn.lin2",
+        pooler=None,
+        heads=("vocab_projector", "classifier", "qa_outputs"),
+    ),
+    "albert": Anatomy(
+        embeddings=("encoder.embedding_hidden_mapping_in",),
+        layers="encoder.albert_layer_groups.{group}.albert_layers.{inner}",
+        attention="attention",
+        query="attention.query",
+        key="attention.key",
+        value="attention.value",
+        out="attention.dense",
+        down="ffn_output",
+        pooler="pooler_activation",
+        heads=("predictions", "classifier", "qa_outputs"),
+    ),
+    "modernbert": Anatomy(
+        layers="layers",
+        attention="attn",
+        mid="mlp_norm:input",
+        query=Fused("attn.Wqkv", 0),
+        key=Fused("attn.Wqkv", 1),
+        value=Fused("attn.Wqkv", 2),
+        out="attn.Wo",
+        down="mlp.Wo",
+        pooler=None,
+        norm="final_norm",
+        heads=("decoder", "classifier", "qa_outputs"),
+    ),
+    "nomic_bert": _LLAMA_LIKE,
+    "eurobert": replace(_LLAMA_LIKE, embeddings=("embed_tokens",), mid="post_attention_layernorm:input", norm="norm"),
+    "jina_embeddings_v3": replace(_LLAMA_LIKE, down="mlp.fc2", pooler="pooler"),
+}
+
+_REFUSED = {
+    "squeezebert": "its layers are called around their hooks, in another layout, and would be missed in silence",
+    "funnel": "its layers shorten the sequence, so that no row stands for one token",
 }
 
 
@@ -83,12 +192,11 @@ def register_architecture(model_type: str, anatomy: Anatomy) -> None:
 
     Args:
         model_type: The `model_type` of the architecture's config.
-        anatomy: Its module paths.
+        anatomy: Its module paths; what is left out is as in BERT.
 
     Example:
         >>> import layerprobe as lp
-        >>> from layerprobe.sites.anatomy import find_anatomy
-        >>> lp.register_architecture("my-bert", find_anatomy("bert"))
+        >>> lp.register_architecture("my-bert", lp.Anatomy(down="ffn.down", pooler=None))
     """
     _ROWS[model_type] = anatomy
 
@@ -104,10 +212,15 @@ def find_anatomy(model_type: str) -> Anatomy:
     Raises:
         ArchitectureError: there is no row.
     """
+    if model_type in _REFUSED:
+        raise ArchitectureError(f"architecture {model_type!r} is not supported: {_REFUSED[model_type]}.")
     try:
         return _ROWS[model_type]
     except KeyError as error:
         raise ArchitectureError(
             f"no row for architecture {model_type!r}: layerprobe knows {', '.join(registered_architectures())}. "
-            "Describe its module paths with layerprobe.register_architecture."
+            "Describe its module paths in three lines:\n"
+            "    import layerprobe as lp\n"
+            f"    anatomy = lp.Anatomy(layers='encoder.layer', out='attention.output.dense', down='output.dense')\n"
+            f"    lp.register_architecture({model_type!r}, anatomy)"
         ) from error

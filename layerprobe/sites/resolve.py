@@ -1,28 +1,48 @@
 """From a model and patterns to sites: which module, its input or its output, which kind, how wide.
 
-Finds the base model inside any task model and looks up its row in the table of architectures. A site is looked up in
-the model before anything is attached, so a wrong name costs nothing.
+Looks under whatever wraps the model (DDP, FSDP, torch.compile, PEFT, SentenceTransformer), finds its stacks of layers
+and looks them up in the table of architectures. A site is found in the model before anything is attached, so a wrong
+name costs nothing.
 
-Hides how task models nest their base. Must never touch hooks or run the model.
+Hides how wrappers and task models nest. Must never touch hooks or run the model.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast, overload
+from dataclasses import dataclass, field
+from typing import Any, Literal, overload
 
 from torch import nn
 
 from layerprobe.errors import ArchitectureError
-from layerprobe.sites.anatomy import Anatomy, find_anatomy
+from layerprobe.sites.anatomy import Anatomy, Fused, Place
 from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns
+from layerprobe.sites.stacks import Stack, config_of, find_stacks, has_module, unwrap
 from layerprobe.tables import format_table
 
-__all__ = ["ModelMap", "Site", "SiteTable", "map_model", "sites"]
+__all__ = ["ModelMap", "Part", "Site", "SiteTable", "map_model", "sites"]
 
-Kind = Literal["token", "example", "unknown"]
+Kind = Literal["token", "example", "attention", "source", "unknown"]
 
 # Task models whose logits are one row per token; every other head makes one row per example.
-_TOKEN_HEADS = ("ForMaskedLM", "LMHeadModel", "ForPreTraining", "ForTokenClassification", "ForQuestionAnswering")
+_TOKEN_HEADS = (
+    "ForMaskedLM", "ForCausalLM", "LMHeadModel", "GenerationDecoder", "ForPreTraining", "ForTokenClassification",
+    "ForQuestionAnswering", "EncoderDecoderModel",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which third of a fused projection is meant.
+
+    Args:
+        index: 0, 1 or 2.
+        num_heads: Heads, where the thirds are laid out head by head; None where they are three blocks.
+        bias: Name of the parameter, in the unwrapped model, that is added afterwards, or None.
+    """
+
+    index: int
+    num_heads: int | None
+    bias: str | None
 
 
 @dataclass(frozen=True)
@@ -31,17 +51,24 @@ class Site:
 
     Args:
         name: Canonical name, such as `layers.3.attention.query`.
-        module: Name of the module that is read, as in `model.named_modules()`.
-        takes: Whether the module's output or its first input is read.
-        kind: `token` for one vector per token, `example` for one per text, `unknown` until the model has run.
-        width: Size of the vector, or None where only running the model can tell.
+        module: Name of the module that is read, as in `named_modules()` of the unwrapped model.
+        takes: Whether the module's output, its first input or its attention weights are read.
+        kind: `token` for one vector per token, `example` for one per text, `attention` for `[H, S, S]` per text,
+            `source` for one vector per token of the encoder that a decoder looks at, `unknown` until the model has run.
+        width: Size of the vector (number of heads for `attention`), or None where only running the model can tell.
+        call_index: Which call of the module is meant, where it runs several times; None where it runs once.
+        part: Which part of a fused output is meant, or None.
+        stack: Number of the stack of layers that it belongs to, or None for what comes after them.
     """
 
     name: str
     module: str
-    takes: Literal["output", "input"]
+    takes: Literal["output", "input", "weights"]
     kind: Kind
     width: int | None
+    call_index: int | None = None
+    part: Part | None = None
+    stack: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -65,8 +92,7 @@ class SiteTable(Sequence[Site]):
         return iter(self.rows)
 
     def __str__(self) -> str:
-        modules = ((site.module or "(the model)") + (" (input)" if site.takes == "input" else "") for site in self.rows)
-        lines = [(s.name, m, s.kind, s.width) for s, m in zip(self.rows, modules, strict=True)]
+        lines = [(site.name, _describe_place(site), site.kind, site.width) for site in self.rows]
         return format_table(("site", "module", "kind", "width"), lines)
 
     __repr__ = __str__
@@ -74,13 +100,17 @@ class SiteTable(Sequence[Site]):
 
 @dataclass(frozen=True)
 class ModelMap:
-    """What layerprobe knows of one model: its base, its sites and how to name it in messages."""
+    """What layerprobe knows of one model: the model under its wrappers, its stacks, its sites, its name in messages."""
 
     model: nn.Module
-    base: nn.Module
+    stacks: tuple[Stack, ...]
     owner: str
     table: SiteTable
-    num_layers: dict[str, int]
+
+    @property
+    def base(self) -> Any:
+        """The base model of the first stack."""
+        return self.stacks[0].base
 
     def select(self, patterns: "str | Sequence[str]") -> tuple[Site, ...]:
         """Find the sites that the patterns stand for, each once, in running order.
@@ -90,13 +120,16 @@ class ModelMap:
         """
         modules = [name for name, _ in self.model.named_modules() if name]
         known = {site.name: site for site in self.table}
-        names = expand_patterns(patterns, list(known), self.num_layers, self.owner, modules)
+        num_layers = {f"{stack.prefix}layers": len(stack.layers) for stack in self.stacks}
+        names = expand_patterns(patterns, list(known), num_layers, self.owner, modules)
         return tuple(known.get(name) or self._module_site(name) for name in names)
 
     def _module_site(self, name: str) -> Site:
         takes = "input" if name.endswith(":input") else "output"
         path = name[len(MODULE_PREFIX) :].removesuffix(":input")
-        return Site(name, path, takes, "unknown", _module_width(self.model.get_submodule(path), takes))
+        width = _module_width(self.model.get_submodule(path), takes)
+        owners = (i for i, stack in enumerate(self.stacks) if not stack.path or f"{path}.".startswith(f"{stack.path}."))
+        return Site(name, path, takes, "unknown", width, stack=next(owners, None))
 
 
 def sites(model: nn.Module, patterns: str | Sequence[str] | None = None) -> SiteTable:
@@ -122,71 +155,155 @@ def sites(model: nn.Module, patterns: str | Sequence[str] | None = None) -> Site
 
 
 def map_model(model: nn.Module) -> ModelMap:
-    """Find the base model, its architecture and all its sites.
+    """Find the stacks of a model, their architecture and all sites.
 
     Raises:
-        ArchitectureError: not a Hugging Face model, or one without a row.
+        ArchitectureError: not a Hugging Face model, or one whose parts are not known.
     """
-    base = _find_base(model)
-    config: Any = base.config
-    anatomy = find_anatomy(config.model_type)
-    prefix = next((name for name, module in model.named_modules() if module is base), "")
-    layers = cast(nn.ModuleList, base.get_submodule(anatomy.layers))
-    checkpoint = getattr(config, "_name_or_path", "")
-    owner = f"{type(model).__name__} {checkpoint!r}" if checkpoint else type(model).__name__
-    rows = tuple(_list_sites(model, base, prefix, anatomy, len(layers)))
-    return ModelMap(model, base, owner, SiteTable(owner, rows), {"layers": len(layers)})
-
-
-def _find_base(model: nn.Module) -> nn.Module:
-    base = getattr(model, "base_model", None)
-    if not isinstance(base, nn.Module) or not hasattr(getattr(base, "config", None), "model_type"):
+    root = unwrap(model)
+    if not isinstance(getattr(root, "base_model", None), nn.Module) or not hasattr(config_of(root), "model_type"):
         raise ArchitectureError(
-            f"{type(model).__name__} is not a Hugging Face model: it has no base_model with a config. "
+            f"{type(root).__name__} is not a Hugging Face model: it has no base_model with a config. "
             "Pass a transformers model such as BertModel."
         )
-    return base
+    checkpoint = getattr(config_of(root), "_name_or_path", "")
+    owner = f"{type(root).__name__} {checkpoint!r}" if checkpoint else type(root).__name__
+    stacks = tuple(find_stacks(root))
+    rows = [site for number, stack in enumerate(stacks) for site in _list_stack(root, number, stack)]
+    rows += _list_head(root, stacks)
+    return ModelMap(root, stacks, owner, SiteTable(owner, tuple(rows)))
 
 
-def _list_sites(model: nn.Module, base: nn.Module, prefix: str, anatomy: Anatomy, num_layers: int) -> Iterator[Site]:
-    hidden_size: int = cast(Any, base.config).hidden_size
+@dataclass
+class _Lister:
+    """Makes the sites of one stack."""
 
-    def make(name: str, location: str, kind: Kind, width: int | None = hidden_size) -> Site:
-        path = location.removesuffix(":input")
-        takes = "input" if location.endswith(":input") else "output"
-        own_width = _module_width(base.get_submodule(path), takes)
-        return Site(name, f"{prefix}.{path}" if prefix else path, takes, kind, own_width or width)
+    root: nn.Module
+    number: int
+    stack: Stack
+    hidden_size: int = field(init=False)
+    num_heads: int | None = field(init=False)
 
-    yield make("embeddings", anatomy.embeddings, "token")
-    for index in range(num_layers):
-        layer = f"{anatomy.layers}.{index}"
-        for tail, location in anatomy.layer_sites().items():
-            yield make(f"layers.{index}.{tail}", f"{layer}.{location}", "token")
-        yield make(f"layers.{index}", layer, "token")
-    if anatomy.norm is not None:
-        yield make("norm", anatomy.norm, "token")
-    if anatomy.pooler is not None and getattr(base, anatomy.pooler, None) is not None:
-        yield make("pooler", anatomy.pooler, "example")
-    if model is not base:
-        head = next((name for name in anatomy.heads if isinstance(getattr(model, name, None), nn.Module)), None)
-        if head is not None:
-            per_token = type(model).__name__.endswith(_TOKEN_HEADS)
-            width = _last_linear_width(model.get_submodule(head))
-            yield Site("logits", head, "output", "token" if per_token else "example", width)
+    def __post_init__(self) -> None:
+        config = self.stack.base.config
+        self.hidden_size = config.hidden_size
+        self.num_heads = getattr(config, "num_attention_heads", None)
+
+    def make(
+        self, name: str, layer: str, place: Place, kind: Kind, call: int | None = None, takes: str | None = None
+    ) -> Site:
+        """Make a site for a place in a layer, or in the base where `layer` is empty."""
+        path = place.path if isinstance(place, Fused) else place.removesuffix(":input")
+        takes = takes or ("input" if isinstance(place, str) and place.endswith(":input") else "output")
+        path = f"{layer}.{path}" if layer and path else layer or path
+        width = _module_width(self.stack.base.get_submodule(path), takes) or self.hidden_size
+        part = None
+        if isinstance(place, Fused):
+            width //= 3
+            bias = self.full_path(f"{layer}.{place.bias}") if place.bias else None
+            part = Part(place.part, self.num_heads if place.by_head else None, bias)
+        if takes == "weights":
+            width = self.num_heads or width
+        full = self.full_path(path)
+        return Site(self.stack.prefix + name, full, takes, kind, width, call, part, self.number)  # type: ignore[arg-type]
+
+    def full_path(self, path: str) -> str:
+        """Name a module of the base as the unwrapped model names it."""
+        return f"{self.stack.path}.{path}" if self.stack.path else path
+
+
+def _list_stack(root: nn.Module, number: int, stack: Stack) -> Iterator[Site]:
+    lister = _Lister(root, number, stack)
+    anatomy, base = stack.anatomy, stack.base
+    embeddings = anatomy.embeddings if anatomy is not None else ("embeddings",)
+    for name in embeddings:
+        if has_module(base, name):
+            yield lister.make("embeddings", "", name, "token")
+            break
+    for index, (layer, call) in enumerate(stack.layers):
+        if anatomy is not None:
+            yield from _list_layer(lister, anatomy, index, layer, call)
+        yield lister.make(f"layers.{index}", layer, "", "token", call)
+    if anatomy is None:
+        return
+    if anatomy.norm is not None and has_module(base, anatomy.norm):
+        yield lister.make("norm", "", anatomy.norm, "token")
+    if anatomy.pooler is not None and has_module(base, anatomy.pooler):
+        yield lister.make("pooler", "", anatomy.pooler, "example")
+
+
+def _list_layer(lister: _Lister, anatomy: Anatomy, index: int, layer: str, call: int | None) -> Iterator[Site]:
+    """List the sites inside a layer, in the order in which it runs them."""
+    block = lister.stack.base.get_submodule(layer)
+    yield from _list_attention(lister, anatomy, f"layers.{index}.attention", layer, call, "")
+    cross = anatomy.cross if anatomy.cross and has_module(block, anatomy.cross) else None
+    if cross:
+        yield from _list_attention(lister, anatomy, f"layers.{index}.cross_attention", layer, call, cross)
+    mid = cross or anatomy.mid
+    if mid is not None:
+        yield lister.make(f"layers.{index}.mid", layer, mid, "token", call)
+    yield lister.make(f"layers.{index}.ffn.act", layer, f"{anatomy.down}:input", "token", call)
+    yield lister.make(f"layers.{index}.ffn.out", layer, anatomy.down, "token", call)
+
+
+def _list_attention(
+    lister: _Lister, anatomy: Anatomy, name: str, layer: str, call: int | None, cross: str
+) -> Iterator[Site]:
+    """List the sites of one attention; `cross` stands for the first segment of its paths where it is not the first."""
+
+    def moved(place: Any) -> Any:
+        return cross + place[place.index(".") :] if cross and isinstance(place, str) else place
+
+    made_by = 0 if anatomy.first_call and call is None else call
+    source: Kind = "source" if cross else "token"
+    yield lister.make(f"{name}.query", layer, moved(anatomy.query), "token", made_by)
+    yield lister.make(f"{name}.key", layer, moved(anatomy.key), source, made_by)
+    yield lister.make(f"{name}.value", layer, moved(anatomy.value), source, made_by)
+    yield lister.make(f"{name}.weights", layer, moved(anatomy.attention), "attention", call, "weights")
+    yield lister.make(f"{name}.context", layer, moved(f"{anatomy.out}:input"), "token", call)
+    yield lister.make(f"{name}.out", layer, moved(anatomy.out), "token", call)
+
+
+def _list_head(root: nn.Module, stacks: tuple[Stack, ...]) -> list[Site]:
+    """Find what makes the logits, if anything does."""
+    stack = stacks[-1]
+    owner = root if len(stacks) == 1 else root.decoder
+    if stack.anatomy is None or owner is stack.base:
+        return []
+    if getattr(config_of(root), "classifier_pooling", None) == "late" and type(root).__name__ == (
+        "EuroBertForSequenceClassification"
+    ):
+        return []  # it pools after the classifier: no module makes the logits
+    head = next((name for name in stack.anatomy.heads if has_module(owner, name)), None)
+    if head is None:
+        return []
+    kind: Kind = "token" if type(root).__name__.endswith(_TOKEN_HEADS) else "example"
+    path = head if owner is root else f"decoder.{head}"
+    return [Site("logits", path, "output", kind, _last_linear_width(root.get_submodule(path)), stack=None)]
+
+
+def _describe_place(site: Site) -> str:
+    place = site.module or "(the model)"
+    if site.part is not None:
+        place += f" ({site.part.index + 1} of 3)"
+    if site.takes != "output":
+        place += f" ({site.takes})"
+    if site.call_index is not None:
+        place += f" (call {site.call_index})"
+    return place
 
 
 def _module_width(module: nn.Module, takes: str) -> int | None:
     """Read a module's width off its attributes, where it tells."""
-    if isinstance(module, nn.Linear):
-        return module.out_features if takes == "output" else module.in_features
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape[-1]
-    if isinstance(module, nn.Embedding) and takes == "output":
-        return module.embedding_dim
-    return None
+    for name in ("in_features",) if takes == "input" else ("out_features", "embedding_dim"):
+        width = getattr(module, name, None)
+        if isinstance(width, int):
+            return width
+    return module.normalized_shape[-1] if isinstance(module, nn.LayerNorm) else None
 
 
 def _last_linear_width(module: nn.Module) -> int | None:
     # A pre-training head holds a second classifier beside the predictions; the logits are the predictions'.
-    linears = [part for part in getattr(module, "predictions", module).modules() if isinstance(part, nn.Linear)]
-    return linears[-1].out_features if linears else None
+    widths = [_module_width(part, "output") for part in getattr(module, "predictions", module).modules()]
+    widths = [width for width in widths if width is not None]
+    return widths[-1] if widths else None

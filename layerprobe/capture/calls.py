@@ -1,0 +1,101 @@
+"""A call of the model as sinks see it, and what a sink is.
+
+The registry makes calls and tells sinks of them. Hides how ids, mask and cached positions are found among the arguments
+of a base model. Must never know of hooks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from layerprobe.sites.resolve import Site
+from layerprobe.sites.weights import EagerTwin
+
+__all__ = ["Call", "Context", "Sink", "read_context"]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a stack of layers was called with.
+
+    Args:
+        input_ids: `[B, S]`, or None when it was called with embeddings.
+        attention_mask: As it was passed, or None.
+        shape: B and S, or None where neither ids nor embeddings were passed.
+        first_position: Position of the first of the S tokens; above 0 where a key-value cache holds those before it.
+    """
+
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    shape: tuple[int, int] | None
+    first_position: int = 0
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of the model, as the sink sees it.
+
+    Args:
+        stacks: For each site the number of its stack, as in `Site.stack`.
+        contexts: What each stack was called with, by number, in the order in which they were called.
+        state: Room for the sink to keep what it needs for this call.
+    """
+
+    stacks: Sequence[int | None]
+    contexts: dict[int, Context] = field(default_factory=dict)
+    state: Any = None
+    expected: int = 0
+    seen: int = 0
+    counts: dict[int, int] = field(default_factory=dict)
+    chunks: dict[int, list[Tensor]] = field(default_factory=dict)
+    twins: dict[int, EagerTwin] = field(default_factory=dict)
+
+    def context(self, index: int) -> Context:
+        """Give what the stack of a site was called with; for what follows all stacks, the last one's."""
+        stack = self.stacks[index]
+        if stack is not None and stack in self.contexts:
+            return self.contexts[stack]
+        return next(reversed(self.contexts.values()))
+
+    @property
+    def made(self) -> list[int]:
+        """Indices of the sites that this call makes."""
+        return [index for index in range(len(self.stacks)) if self.expected >> index & 1]
+
+
+class Sink(Protocol):
+    """Where captured values go.
+
+    Methods are called in the thread that runs the model. `index` counts the sites given to `open`.
+    """
+
+    def open(self, sites: Sequence[Site]) -> None:
+        """Get ready for these sites; nothing is attached to the model yet."""
+
+    def begin(self, call: Call) -> None:
+        """Take note that the base model was called."""
+
+    def receive(self, call: Call, index: int, value: Tensor) -> None:
+        """Take the value of a site, exactly as the model made it."""
+
+    def finish(self, call: Call) -> None:
+        """Take note that every site of this call has been received."""
+
+    def abandon(self, call: Call) -> None:
+        """Forget a call that ended before all its sites were made."""
+
+    def close(self, error: BaseException | None) -> None:
+        """Release everything; `error` is what ended the probe, or None."""
+
+
+def read_context(parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
+    """Read ids, mask and position out of the arguments of a base model."""
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    input_ids = given.get("input_ids")
+    tokens = input_ids if input_ids is not None else given.get("inputs_embeds")
+    shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) else None
+    cache = given.get("past_key_values")
+    first_position = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    return Context(input_ids, given.get("attention_mask"), shape, int(first_position))

@@ -1,0 +1,116 @@
+"""The stacks of layers inside a model, whatever it is wrapped in.
+
+Looks under DDP, FSDP, torch.compile, PEFT and SentenceTransformer, finds the base model of each stack and lays out its
+layers. Hides how wrappers and task models nest. Must never touch hooks or run the model.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from layerprobe.errors import ArchitectureError
+from layerprobe.sites.anatomy import Anatomy, find_anatomy
+
+__all__ = ["Stack", "config_of", "find_stacks", "has_module", "unwrap"]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack of layers: `""`, or `encoder.` and `decoder.` of a model that has both.
+
+    Args:
+        prefix: What its sites' names begin with.
+        path: Name of its base model in the unwrapped model.
+        base: The base model: what is called with ids and mask.
+        anatomy: Where it keeps its parts; None where only its structure is known.
+        layers: For each layer the module's path from the base, and which of its calls is meant.
+    """
+
+    prefix: str
+    path: str
+    base: Any
+    anatomy: Anatomy | None
+    layers: tuple[tuple[str, int | None], ...]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Look under DDP, FSDP, torch.compile, PEFT and SentenceTransformer.
+
+    Raises:
+        ArchitectureError: a wrapper that runs copies of the model, whose rows would come in no order.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise ArchitectureError(
+                "nn.DataParallel runs copies of the model at once, and their rows would come in no order. "
+                "Use DistributedDataParallel, or pass model.module."
+            )
+        inner = model._modules.get("_orig_mod") or model._modules.get("_fsdp_wrapped_module")
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None and isinstance(model, nn.Sequential) and len(model):
+            inner = getattr(model[0], "auto_model", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()  # type: ignore[operator]
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+
+
+def config_of(model: nn.Module) -> Any:
+    return getattr(model, "config", None)
+
+
+def find_stacks(root: Any) -> Iterator[Stack]:
+    if config_of(root).model_type == "encoder-decoder":
+        for prefix, half in (("encoder.", root.encoder), ("decoder.", root.decoder)):
+            yield _make_stack(root, prefix, half.base_model)
+    else:
+        yield _make_stack(root, "", root.base_model)
+
+
+def _make_stack(root: nn.Module, prefix: str, base: Any) -> Stack:
+    path = next((name for name, module in root.named_modules() if module is base), "")
+    config = base.config
+    try:
+        anatomy = find_anatomy(config.model_type)
+    except ArchitectureError:
+        layers = _guess_layers(base)
+        if layers is None:
+            raise
+        return Stack(prefix, path, base, None, layers)
+    if "{group}" in anatomy.layers:
+        return Stack(prefix, path, base, anatomy, tuple(_shared_layers(config, anatomy.layers)))
+    count = len(list(base.get_submodule(anatomy.layers).children()))
+    return Stack(prefix, path, base, anatomy, tuple((f"{anatomy.layers}.{index}", None) for index in range(count)))
+
+
+def _shared_layers(config: Any, template: str) -> Iterator[tuple[str, int]]:
+    """Lay out ALBERT's layers: a few modules that run again and again."""
+    calls: dict[str, int] = {}
+    for index in range(config.num_hidden_layers):
+        group = int(index / (config.num_hidden_layers / config.num_hidden_groups))
+        for inner in range(config.inner_group_num):
+            path = template.format(group=group, inner=inner)
+            yield path, calls.get(path, 0)
+            calls[path] = calls.get(path, 0) + 1
+
+
+def _guess_layers(base: Any) -> tuple[tuple[str, None], ...] | None:
+    """Find the one list of `num_hidden_layers` equal blocks in a model without a row."""
+    wanted = getattr(base.config, "num_hidden_layers", 0)
+    lists = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == wanted and len({type(m) for m in module}) == 1
+    ]
+    return tuple((f"{lists[0]}.{index}", None) for index in range(wanted)) if len(lists) == 1 else None
+
+
+def has_module(module: Any, path: str) -> bool:
+    try:
+        return isinstance(module.get_submodule(path), nn.Module)
+    except AttributeError:
+        return False

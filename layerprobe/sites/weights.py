@@ -1,0 +1,229 @@
+"""Attention probabilities of a model that keeps its own attention kernel.
+
+A fused kernel (sdpa, flash, flex) never writes the `[B, H, S, S]` probabilities down. They are made here once more,
+for the asked layers only, by the eager code that transformers ships beside the kernel: a twin of the attention module
+runs that code, and its children give back what the module's own children gave in the call just done. So no projection
+is computed twice, no hook fires twice, no random number is drawn, and an edit of a query is seen. Position encodings,
+scale and grouped heads are the model's own code; the one thing translated is the mask, which every kernel takes in
+another form.
+
+Never touches the model's configuration, buffers or outputs, and knows no model by name.
+
+Letters: B sequences, H heads, S positions, D width.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+from layerprobe.errors import CaptureError
+
+__all__ = ["EagerTwin"]
+
+_LOAD_EAGER = "Load the model with attn_implementation='eager'."
+
+
+class EagerTwin:
+    """Give the attention probabilities of the calls of one attention module.
+
+    One twin serves one call: `note` after each call of a direct child, then `finish` after the module. The twin's
+    context is compared with the one the kernel made, which costs a comparison of `[B, S, D]` and, on a device, a wait;
+    it catches every kernel that does more than its arguments say.
+
+    Args:
+        module: What mixes the heads (for BERT, `BertSelfAttention`).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._name = module, type(module).__name__
+        self._forward, self._parameters = _eager_forward(type(module))
+        self._children = {name: _Replay() for name, _ in module.named_children()}
+        self._dropouts = [name for name, child in module.named_children() if isinstance(child, nn.Dropout)]
+        self._twin = object.__new__(type(module))
+        self._twin.__dict__.update(module.__dict__, training=False, _modules=dict(self._children))
+        if hasattr(module, "config"):
+            self._twin.__dict__["config"] = _EagerConfig(module.config)
+
+    def note(self, name: str, first: Any, output: Any) -> None:
+        """Remember what the direct child `name` took first and gave."""
+        self._children[name].calls.append((first, output))
+
+    def finish(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        """Give the probabilities of the call just done, before attention dropout.
+
+        Before dropout, because that is the one value every kernel has: a fused kernel draws its dropout mask inside and
+        shows it to nobody. In eval mode it is what `output_attentions=True` returns under eager attention.
+
+        Args:
+            args, kwargs: What the module was called with.
+            output: What it returned.
+
+        Returns:
+            `[B, H, S, S]`, in the dtype the eager code gives.
+
+        Raises:
+            CaptureError: the call cannot be repeated, or repeating it gives another context.
+
+        Cost: nothing where the model itself ran eager code; else one eager attention (scores, softmax, mix).
+        """
+        # Classes older than transformers' attention interface (DeBERTa, MPNet, all eager ones of 4.x) end their softmax
+        # in `self.dropout(probabilities)`, returned or not; no other dropout child ever takes four dimensions.
+        handed = [first for name in self._dropouts for first, _ in self._children[name].calls if first.ndim == 4]
+        if handed:
+            return handed[0].detach()
+        eager = _kernel(self._module) == "eager"
+        if eager and not self._module.training and (returned := _four_dimensional(output)) is not None:
+            return returned.detach()
+        return self._again(args, kwargs, output)
+
+    def _again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        asked = dict(zip(self._parameters, args, strict=False)) | dict(kwargs)
+        if asked.get("past_key_values") is not None:
+            raise CaptureError(f"{self._name}: the call fills a key-value cache. Call the model with use_cache=False.")
+        if any(name.startswith("cu_seq") and value is not None for name, value in kwargs.items()):
+            raise CaptureError(f"{self._name}: the batch is packed, several sequences in a row. {_LOAD_EAGER}")
+        states_BSD = next(value for value in asked.values() if isinstance(value, Tensor))
+        if "attention_mask" in self._parameters:
+            mask = _with_pattern(asked.get("attention_mask"), self._module, states_BSD, asked)
+            asked["attention_mask"] = _additive(mask, states_BSD.dtype)
+        elif "mask" in self._parameters:  # only 4.x DistilBERT calls it so, and only it wants B,S, ones to keep
+            asked["mask"] = _kept_keys(asked.get("mask"), states_BSD)
+        if "output_attentions" in self._parameters:
+            asked["output_attentions"] = True
+        with torch.no_grad():
+            again = self._forward(self._twin, **asked)
+        weights = _four_dimensional(again)
+        if weights is None:
+            raise CaptureError(f"{self._name}: its eager code returns no weights. {_LOAD_EAGER}")
+        # In training the kernel dropped some of its weights: its context is another, rightly.
+        if not self._module.training:
+            pairs = [pair for child in self._children.values() for pair in child.other]
+            _require_same_context(self._module, [*pairs, (again[0], _first(output))])
+        return weights
+
+
+class _Replay(nn.Module):
+    """A child that gives back what the real one gave, in order, and passes through what the real one was never asked.
+
+    The second rule is for dropout: the eager code calls it, the fused kernel did not, and no dropout is wanted.
+    `other` keeps the arguments that differ from the recorded ones: where the output projection is a child, its input
+    is the context, once as the twin made it and once as the kernel did.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
+        self.given = 0
+        self.other: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first = _first(args, kwargs)
+        if self.given == len(self.calls):
+            return first
+        recorded, output = self.calls[self.given]
+        self.given += 1
+        if isinstance(first, Tensor) and first is not recorded:
+            self.other.append((first, recorded))
+        return output
+
+
+class _EagerConfig:
+    """The module's own configuration, but for the kernel it names.
+
+    Not a copy: assigning `_attn_implementation` on a copy would reach the original's sub-configurations.
+    """
+
+    _attn_implementation = "eager"
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+@functools.cache
+def _eager_forward(kind: type[nn.Module]) -> tuple[Callable[..., Any], list[str]]:
+    """Give the eager `forward` of an attention class, the one highest in its line of descent, and its parameters.
+
+    transformers 4.x has one class per kernel, derived from the eager one (`BertSdpaSelfAttention` from
+    `BertSelfAttention`); 5.x has one class, whose `forward` asks the configuration. Taken from the class, so that
+    neither hooks nor a `forward` set on the instance (accelerate) run again.
+    """
+    line = [c for c in kind.__mro__ if issubclass(c, nn.Module) and c is not nn.Module and "forward" in vars(c)]
+    forward = vars(line[-1])["forward"]
+    return forward, list(inspect.signature(forward).parameters)[1:]
+
+
+def _kernel(module: nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def _first(args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
+    if not isinstance(args, tuple):
+        return args
+    return args[0] if args else next(iter((kwargs or {}).values()), None)
+
+
+def _four_dimensional(output: Any) -> Tensor | None:
+    items = output if isinstance(output, tuple) else ()
+    return next((item for item in items if isinstance(item, Tensor) and item.ndim == 4), None)
+
+
+def _require_same_context(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Refuse weights whose mix of the values is not the context the kernel made.
+
+    Left out are rows of zeros, where a query had no key to look at (padding far from any token, under a window: sdpa
+    and flash give zeros, eager attention the mean), and rows the model itself made NaN.
+    """
+    for twin, real in pairs:
+        if twin.shape != real.shape:
+            raise CaptureError(f"{type(module).__name__}: its eager code takes another path. {_LOAD_EAGER}")
+        seen = (real != 0).any(-1, keepdim=True) & real.isfinite().all(-1, keepdim=True)
+        off = (twin - real).abs().where(seen, 0).max().item()
+        rounding = 64 * torch.finfo(real.dtype).eps * max(1.0, real.abs().where(seen, 0).max().item())
+        if not off <= rounding:
+            raise CaptureError(
+                f"{type(module).__name__}: eager attention gives another context than {_kernel(module) or 'sdpa'} did: "
+                f"off by {off:.2g}, at most {rounding:.2g} is rounding. {_LOAD_EAGER}"
+            )
+
+
+def _with_pattern(mask: Any, module: nn.Module, states_BSD: Tensor, asked: Mapping[str, Any]) -> Tensor | None:
+    """Give a kernel's mask as one tensor that broadcasts to B,H,S,S: bool (true to keep) or additive.
+
+    sdpa takes either of these, or None; flash takes B,S or None and does causality and the window itself; flex takes a
+    BlockMask.
+    """
+    size = states_BSD.shape[1]
+    if isinstance(mask, BlockMask):
+        return create_mask(mask.mask_mod, len(states_BSD), None, size, size, str(states_BSD.device))
+    if mask is not None and mask.ndim == 4:
+        return mask
+    keep = None if mask is None else mask[:, None, None, :].bool()
+    if asked.get("encoder_hidden_states") is not None:
+        return keep
+    window = getattr(module, "sliding_window", None)
+    causal = getattr(module, "is_causal", getattr(module, "is_decoder", False))  # 4.x BERT has only `is_decoder`
+    position = torch.arange(size, device=states_BSD.device)
+    ahead = position[None, :] - position[:, None]
+    for within in ([ahead <= 0] if causal else []) + ([] if window is None else [ahead.abs() < window]):
+        keep = within[None, None] if keep is None else keep & within
+    return keep
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None or mask.is_floating_point():
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask.bool(), torch.finfo(dtype).min)
+
+
+def _kept_keys(mask: Tensor | None, states_BSD: Tensor) -> Tensor:
+    if mask is None:
+        return torch.ones(states_BSD.shape[:2], device=states_BSD.device)
+    return mask if mask.ndim == 2 else (mask == 0)[:, 0, -1]
