@@ -97,5 +97,5 @@ def read_context(parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[
     tokens = input_ids if input_ids is not None else given.get("inputs_embeds")
     shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) else None
     cache = given.get("past_key_values")
-    first_position = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-    return Context(input_ids, given.get("attention_mask"), shape, int(first_position))
+    count: Any = getattr(cache, "get_seq_length", None)
+    return Context(input_ids, given.get("attention_mask"), shape, int(count()) if count else 0)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.calls import Call, Context
-from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows, write_rows
+from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows, write_pairs, write_rows
 from layerprobe.capture.sinks import is_per_token, select_call
-from layerprobe.capture.staging import BufferPool, HostBuffer, Lane, make_lane
-from layerprobe.errors import CaptureError
+from layerprobe.capture.staging import BufferPool, HostBuffer, Lane, Room, make_lane
+from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.format import SCALE_SUFFIX, ShardHeader
 from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, commit_description, commit_index, prepare_folder
@@ -61,17 +61,13 @@ class _Unit:
     first_example: int
     buffer: HostBuffer
     num_truncated: int = 0
-    num_rows: int = 0
+    used: Room = Room(0, 0)
     ordinals: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     input_ids: list[Tensor] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
     # values beyond the range of float8, counted where the values are made
     overflow: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.ordinals)
 
 
 @dataclass(eq=False)
@@ -91,6 +87,10 @@ def measure_site(site: Site, value: Tensor, pool: Pool, dtype: torch.dtype | Non
     Raises:
         CaptureError: the value is neither `[B, S, D]` nor `[B, D]`.
     """
+    if site.kind == "attention":
+        if dtype == torch.int8 or pool is not None:
+            raise OptionError(f"{site.name!r} is one matrix per head: it takes no pool, and a float dtype.")
+        return StoredSite(site.name, "attention", dtype or value.dtype, value.shape[1])
     per_token = is_per_token(site, value)
     if value.ndim != (3 if per_token else 2):
         raise CaptureError(
@@ -102,6 +102,19 @@ def measure_site(site: Site, value: Tensor, pool: Pool, dtype: torch.dtype | Non
         width = len(pool(value[0].detach()))
     kind = "token" if per_token and pool is None else "example"
     return StoredSite(site.name, kind, dtype or value.dtype, width)
+
+
+def check_storable(sites: Sequence[Site]) -> None:
+    """Make sure that one run of tokens serves all sites, as a shard has only one.
+
+    Raises:
+        OptionError: sites of an encoder and of a decoder, or of a decoder's view of the encoder.
+    """
+    sources = [site.name for site in sites if site.kind == "source" or ".cross_attention.weights" in site.name]
+    if sources:
+        raise OptionError(f"{sources[0]!r} has a row per token of the encoder: capture it into memory instead.")
+    if len({site.name.startswith("encoder.") for site in sites}) > 1:
+        raise OptionError("a store has the tokens of one stack: ask for encoder sites or for decoder sites.")
 
 
 class StoreSink:
@@ -160,6 +173,7 @@ class StoreSink:
         return self.buffers.stalled_s if self.buffers is not None else 0.0
 
     def open(self, sites: Sequence[Site]) -> None:
+        check_storable(sites)
         self._sites = sites
         if self._description is not None:
             prepare_folder(self.folder)
@@ -254,19 +268,15 @@ class StoreSink:
             context = call.context(0)
             pending.selection = select_call(context, value)
             pending.input_ids = _real_ids(context, pending.selection)
-        rows, examples = pending.selection.num_rows, len(pending.selection.lengths)
+        needed = _room_for(pending.selection)
         unit = self._unit
-        if (
-            unit is not None
-            and batch is None
-            and not unit.buffer.fits(unit.num_rows + rows, unit.num_examples + examples)
-        ):
+        if unit is not None and batch is None and not unit.buffer.fits(unit.used.plus(needed)):
             self.end_unit()
         if self._unit is None:
-            self.begin_unit(self._next_unit, self._next_example, rows, examples)
+            self.begin_unit(self._next_unit, self._next_example, needed)
         unit = self._unit
         assert unit is not None
-        unit.buffer.grow(unit.num_rows + rows, unit.num_examples + examples, unit.num_rows, unit.num_examples)
+        unit.buffer.grow(unit.used.plus(needed), unit.used)
 
     def _put(self, pending: _Pending, index: int, value: Tensor) -> None:
         assert self._stored is not None and self._unit is not None
@@ -276,12 +286,11 @@ class StoreSink:
         overflow = None
         if stored.dtype == torch.float8_e4m3fn:
             overflow = unit.overflow.setdefault(index, torch.zeros((), dtype=torch.int64, device=value.device))
-        if stored.kind == "token":
-            start, count = unit.num_rows, selection.num_rows
-        else:
-            start, count = unit.num_examples, len(selection.lengths)
+        start, count = unit.used.of(stored.kind), _room_for(selection).of(stored.kind)
         target = unit.buffer.target(index, start, start + count, overflow)
-        if stored.kind == "token":
+        if stored.kind == "attention":
+            produce = partial(write_pairs, weights_BHSS=value, selection=selection)
+        elif stored.kind == "token":
             produce = partial(write_rows, value=value, selection=selection)
         else:
             vectors = pool_rows(value, selection, self._pool) if is_per_token(site, value) else value
@@ -300,22 +309,20 @@ class StoreSink:
         unit.ordinals.extend(batch.ordinals if batch else range(first, first + len(selection.lengths)))
         unit.lengths.extend(selection.lengths)
         unit.input_ids.append(pending.input_ids)
-        unit.num_rows += selection.num_rows
+        unit.used = unit.used.plus(_room_for(selection))
         if batch is not None and batch.records is not None:
             unit.records.extend(_encode_record(record) for record in batch.records)
         self._next_example += len(selection.lengths)
 
     # units
 
-    def begin_unit(
-        self, number: int, first_example: int, num_rows: int, num_examples: int, num_truncated: int = 0
-    ) -> None:
-        """Open a unit with room for so many rows and examples, waiting for a free buffer."""
+    def begin_unit(self, number: int, first_example: int, room: Room, num_truncated: int = 0) -> None:
+        """Open a unit with so much room, waiting for a free buffer."""
         assert self._stored is not None
         if self.buffers is None:
-            self.buffers = self._make_buffers(num_rows, num_examples)
+            self.buffers = self._make_buffers(room)
         buffer = self.buffers.acquire(self.writer.check)
-        buffer.grow(num_rows, num_examples)
+        buffer.grow(room)
         self._unit = _Unit(number, first_example, buffer, num_truncated)
 
     def end_unit(self) -> None:
@@ -327,8 +334,8 @@ class StoreSink:
         clipped = {stored[index].name: int(count) for index, count in unit.overflow.items() if int(count)}
         header = ShardHeader(
             unit=unit.number,
-            num_examples=unit.num_examples,
-            num_tokens=unit.num_rows,
+            num_examples=unit.used.examples,
+            num_tokens=unit.used.rows,
             first_example=unit.first_example,
             fingerprint=self._fingerprint,
             num_truncated=unit.num_truncated,
@@ -341,18 +348,21 @@ class StoreSink:
             release()
             raise
 
-    def _make_buffers(self, num_rows: int, num_examples: int) -> BufferPool:
+    def _make_buffers(self, first: Room) -> BufferPool:
+        """Make buffers of the shard's size, shared out between rows, examples and pairs as the first need has them."""
         assert self._stored is not None
-        row_bytes = sum(site.bytes_per_vector for site in self._stored if site.kind == "token")
-        example_bytes = sum(site.bytes_per_vector for site in self._stored if site.kind == "example")
+        size = dict.fromkeys(("token", "example", "attention"), 0)
+        for site in self._stored:
+            size[site.kind] += site.bytes_per_vector
+        pairs_per_row = first.pairs / max(1, first.rows)
         # Texts average more than one token, so a vector per row is more than enough for vectors per example.
-        room = self._shard_bytes // (row_bytes + example_bytes)
-        return BufferPool(
-            [
-                HostBuffer(self._stored, max(num_rows, room), max(num_examples, room), self._lane.pinned)
-                for _ in range(_NUM_BUFFERS)
-            ]
-        )
+        rows = int(self._shard_bytes / (size["token"] + size["example"] + size["attention"] * pairs_per_row))
+        room = Room(*map(max, first, Room(rows, rows, int(rows * pairs_per_row))))
+        return BufferPool([HostBuffer(self._stored, room, self._lane.pinned) for _ in range(_NUM_BUFFERS)])
+
+
+def _room_for(selection: Selection) -> Room:
+    return Room(selection.num_rows, len(selection.lengths), selection.num_pairs)
 
 
 def _real_ids(context: Context, selection: Selection) -> Tensor:
@@ -381,7 +391,7 @@ def _list_tensors(unit: _Unit, stored: Sequence[StoredSite]) -> list[tuple[str, 
         tensors.append(("record_offsets", sizes.cumsum(0)))
         tensors.append(("records", torch.frombuffer(bytearray(b"".join(unit.records)), dtype=torch.uint8)))
     for index, site in enumerate(stored):
-        target = unit.buffer.target(index, 0, unit.num_rows if site.kind == "token" else unit.num_examples)
+        target = unit.buffer.target(index, 0, unit.used.of(site.kind))
         tensors.append((site.name, target.values))
         if target.scale is not None:
             tensors.append((site.name + SCALE_SUFFIX, target.scale))

@@ -26,6 +26,7 @@ __all__ = [
     "check_pool",
     "pool_rows",
     "resolve_dtype",
+    "write_pairs",
     "write_rows",
 ]
 
@@ -71,7 +72,13 @@ class Selection:
 
     @property
     def num_rows(self) -> int:
+        """T."""
         return sum(self.lengths)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a real query and a real key, over all sequences."""
+        return sum(length * length for length in self.lengths)
 
     @classmethod
     def from_lengths(
@@ -210,6 +217,34 @@ def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
         source = value[run.first : run.last, run.start : run.stop]
         cast_into(target.part(row, row + size * length, (size, length)), source)
         row += size * length
+
+
+def write_pairs(target: Target, weights_BHSS: Tensor, selection: Selection) -> None:
+    """Write the attention among real tokens, flat, `[H, len, len]` per example.
+
+    Args:
+        target: Holds `H * num_pairs` values.
+        weights_BHSS: Attention probabilities.
+        selection: Which tokens are real.
+
+    Raises:
+        CaptureError: the weights are not of the B and S of the call.
+    """
+    size, num_heads, *positions = weights_BHSS.shape
+    if size != len(selection.lengths) or positions != [selection.num_positions] * 2:
+        raise CaptureError(f"attention weights of shape {tuple(weights_BHSS.shape)} are not between the call's tokens.")
+    blocks: list[Tensor] = []
+    if selection.runs is not None:
+        blocks = [weights_BHSS[r.first : r.last, :, r.start : r.stop, r.start : r.stop] for r in selection.runs]
+    else:
+        assert selection.index is not None
+        for number, rows in enumerate(selection.index.split(list(selection.lengths))):
+            kept = rows - number * selection.num_positions
+            blocks.append(weights_BHSS[number : number + 1].index_select(2, kept).index_select(3, kept))
+    start = 0
+    for block in blocks:
+        cast_into(target.part(start, start + block.numel(), tuple(block.shape)), block)
+        start += block.numel()
 
 
 def cast_into(target: Target, value: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from layerprobe.capture.calls import Call, Context
 from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows
-from layerprobe.errors import SiteError
+from layerprobe.errors import OptionError, SiteError
 from layerprobe.sites.grammar import expand_patterns
 from layerprobe.sites.resolve import Site
 from layerprobe.store.shards import ScaledRows
@@ -93,6 +93,8 @@ def select_call(context: Context, value: Tensor) -> Selection:
 
 def shape_value(value: Tensor, context: Context, site: Site, pool: Pool, dtype: torch.dtype | None) -> Value:
     """Pool and cast one value outside any store."""
+    if pool is not None and site.kind == "attention":
+        raise OptionError(f"{site.name!r} is one matrix per head: it takes no pool.")
     if pool is not None and is_per_token(site, value):
         value = pool_rows(value, select_call(context, value), pool)
     if dtype is None or dtype == value.dtype:
@@ -106,7 +108,7 @@ def shape_value(value: Tensor, context: Context, site: Site, pool: Pool, dtype: 
 
 def is_per_token(site: Site, value: Tensor) -> bool:
     """Tell rows per token from one vector per example; a `module:` site tells only by its value."""
-    return value.ndim >= 3 if site.kind == "unknown" else site.kind == "token"
+    return value.ndim >= 3 if site.kind == "unknown" else site.kind in ("token", "source")
 
 
 class MemorySink:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "HostBuffer",
     "Lane",
     "PlainCopies",
+    "Room",
     "StagedLane",
     "Streams",
     "make_lane",
@@ -35,66 +36,78 @@ __all__ = [
 Produce = Callable[[Target], None]
 
 
+class Room(NamedTuple):
+    """Space in a buffer, or use of it: rows, examples, and pairs of a query and a key."""
+
+    rows: int
+    examples: int
+    pairs: int = 0
+
+    def of(self, kind: str) -> int:
+        """Vectors (or pairs) of sites of one kind."""
+        return {"token": self.rows, "example": self.examples, "attention": self.pairs}[kind]
+
+    def plus(self, other: "Room") -> "Room":
+        """Add two rooms, field by field."""
+        return Room(self.rows + other.rows, self.examples + other.examples, self.pairs + other.pairs)
+
+
 class HostBuffer:
     """Room for one shard in host memory: a tensor per site.
 
     Args:
         sites: What will be stored.
-        num_rows: Rows per token site at first; grows.
-        num_examples: Vectors per example site at first; grows.
+        room: How much of each kind at first; grows.
         pinned: Whether the memory is page-locked, so that CUDA can copy into it while it computes.
 
     Cost: all of its memory is touched at once, so that a run that cannot have it fails at its start.
     """
 
-    def __init__(self, sites: Sequence[StoredSite], num_rows: int, num_examples: int, pinned: bool) -> None:
+    def __init__(self, sites: Sequence[StoredSite], room: Room, pinned: bool) -> None:
         self._sites = sites
         self._pinned = pinned
-        self.num_rows = num_rows
-        self.num_examples = num_examples
-        kinds = {site.kind for site in sites}
-        self._has_rows, self._has_examples = "token" in kinds, "example" in kinds
-        self._values = [self._allocate(site, self._extent(site)) for site in sites]
-        self._scales = [self._allocate_scale(site, self._extent(site)) for site in sites]
+        self._kinds = {site.kind for site in sites}
+        self.room = room
+        self._values = [self._allocate(site, room.of(site.kind)) for site in sites]
+        self._scales = [self._allocate_scale(site, room.of(site.kind)) for site in sites]
 
     def target(self, index: int, start: int, stop: int, overflow: Tensor | None = None) -> Target:
-        """Give vectors `[start, stop)` of a site."""
-        scale = self._scales[index]
+        """Give vectors `[start, stop)` of a site; of attention weights, flat, those of pairs `[start, stop)`."""
+        site, scale = self._sites[index], self._scales[index]
+        if site.kind == "attention":
+            return Target(self._values[index][start * site.width : stop * site.width])
         return Target(self._values[index][start:stop], None if scale is None else scale[start:stop], overflow)
 
-    def fits(self, num_rows: int, num_examples: int) -> bool:
-        """Whether there is room for so many rows and examples."""
-        return (not self._has_rows or num_rows <= self.num_rows) and (
-            not self._has_examples or num_examples <= self.num_examples
-        )
+    def fits(self, wanted: Room) -> bool:
+        """Whether there is room for so much."""
+        return all(wanted.of(kind) <= self.room.of(kind) for kind in self._kinds)
 
-    def grow(self, num_rows: int, num_examples: int, used_rows: int = 0, used_examples: int = 0) -> None:
+    def grow(self, wanted: Room, used: Room = Room(0, 0)) -> None:  # noqa: B008 - a tuple does not change
         """Make room for more, keeping what is used."""
-        if self.fits(num_rows, num_examples):
+        if self.fits(wanted):
             return
-        self.num_rows, self.num_examples = max(num_rows, self.num_rows), max(num_examples, self.num_examples)
+        old = self.room
+        self.room = Room(*map(max, wanted, old))
         for index, site in enumerate(self._sites):
-            used = used_rows if site.kind == "token" else used_examples
-            if self._extent(site) == len(self._values[index]):
+            extent = self.room.of(site.kind)
+            if extent == old.of(site.kind):
                 continue
             # One site at a time, so that only one is ever held twice; not even that where nothing is used.
-            kept = self.target(index, 0, used)
-            if not used:
-                kept = Target(self._values[index].new_empty(0, site.width))
+            kept = self.target(index, 0, used.of(site.kind))
+            if not len(kept.values):
+                kept = Target(torch.empty_like(kept.values), None)
                 self._values[index], self._scales[index] = kept.values, None
-            self._values[index] = self._allocate(site, self._extent(site))
-            self._values[index][:used].copy_(kept.values)
-            scale = self._scales[index] = self._allocate_scale(site, self._extent(site))
+            self._values[index] = self._allocate(site, extent)
+            self._values[index][: len(kept.values)].copy_(kept.values)
+            scale = self._scales[index] = self._allocate_scale(site, extent)
             if scale is not None and kept.scale is not None:
-                scale[:used].copy_(kept.scale)
-
-    def _extent(self, site: StoredSite) -> int:
-        return self.num_rows if site.kind == "token" else self.num_examples
+                scale[: len(kept.scale)].copy_(kept.scale)
 
     def _allocate(self, site: StoredSite, extent: int) -> Tensor:
+        shape = (extent * site.width,) if site.kind == "attention" else (extent, site.width)
         # Outside inference mode, where a tensor could not be written from another mode.
         with torch.inference_mode(False):
-            return torch.empty(extent, site.width, dtype=site.dtype, pin_memory=self._pinned).fill_(0)
+            return torch.empty(shape, dtype=site.dtype, pin_memory=self._pinned).fill_(0)
 
     def _allocate_scale(self, site: StoredSite, extent: int) -> Tensor | None:
         if site.dtype != torch.int8:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerprobe.capture.staging import Room
+
 __all__ = ["Batch", "TokenizedUnit", "cut_batches", "tokenize"]
 
 
@@ -25,7 +27,13 @@ class TokenizedUnit:
 
     @property
     def num_tokens(self) -> int:
+        """T of the whole unit."""
         return sum(map(len, self.ids))
+
+    @property
+    def room(self) -> Room:
+        """What the unit takes in a buffer."""
+        return Room(self.num_tokens, len(self.ids), sum(len(ids) ** 2 for ids in self.ids))
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,6 +87,7 @@ class UnitRule:
 
     row_bytes: int
     example_bytes: int
+    pair_bytes: int
     shard_bytes: int
     max_length: int
     text_bytes_per_token: float
@@ -95,13 +96,16 @@ class UnitRule:
         """Estimate the tokens of a text, two special ones included."""
         return min(self.max_length, 2 + round(text_bytes / self.text_bytes_per_token))
 
+    def cost(self, tokens: int) -> int:
+        """Bytes on disk of a text's values."""
+        return tokens * self.row_bytes + tokens * tokens * self.pair_bytes + self.example_bytes
+
     def cut(self, records: Iterator[Record]) -> Iterator["Unit"]:
         """Cut records into units."""
         members: list[Record] = []
         first = number = size = 0
         for record in records:
-            tokens = self.estimate_tokens(len(record.text.encode()))
-            cost = tokens * self.row_bytes + self.example_bytes
+            cost = self.cost(self.estimate_tokens(len(record.text.encode())))
             if members and (size + cost > self.shard_bytes or len(members) == _MOST_UNIT_EXAMPLES):
                 yield Unit(number, first, members)
                 first, number, size, members = first + len(members), number + 1, 0, []
@@ -229,6 +233,7 @@ def plan_extraction(
     rule = UnitRule(
         row_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "token"),
         example_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "example"),
+        pair_bytes=sum(site.width * site.dtype.itemsize for site in stored if site.kind == "attention"),
         shard_bytes=options.shard_bytes,
         max_length=max_length,
         text_bytes_per_token=round(text_bytes / tokens, 2) if tokens > 0 and text_bytes > 0 else _BYTES_PER_TOKEN,
@@ -236,12 +241,13 @@ def plan_extraction(
     survey = _survey(source, rule)
     is_exact = survey.num_examples <= len(sample)
     num_tokens = sampled.num_tokens if is_exact else survey.num_tokens
+    value_bytes = sum(rule.cost(len(ids)) for ids in sampled.ids) if is_exact else survey.value_bytes
     batch_tokens = options.batch_tokens or (
         _CPU_BATCH_TOKENS if next(model.parameters()).device.type == "cpu" else _GPU_BATCH_TOKENS
     )
     description = _describe(model, tokenizer, stored, options, rule, batch_tokens, survey, name)
-    per_example = rule.example_bytes + 8 * 3
-    num_bytes = num_tokens * (rule.row_bytes + 8) + survey.num_examples * per_example + survey.record_bytes
+    # beside the values: an id per token; an ordinal and two offsets per example; the records
+    num_bytes = value_bytes + 8 * num_tokens + 24 * survey.num_examples + survey.record_bytes
     folder = Path(folder)
     done, num_damaged = ({}, 0) if overwrite else find_done(folder, description)
     check_folder(folder)
@@ -262,6 +268,7 @@ class _Survey:
     num_examples: int
     num_tokens: int
     num_units: int
+    value_bytes: int
     record_bytes: int
     fingerprint: str
 
@@ -269,7 +276,7 @@ class _Survey:
 def _survey(source: TextSource, rule: UnitRule) -> _Survey:
     """Go through the whole input once: count, estimate, and take its fingerprint."""
     digest = xxhash.xxh3_128()
-    num_examples = num_tokens = num_units = record_bytes = 0
+    num_examples = num_tokens = num_units = value_bytes = record_bytes = 0
     for unit in rule.cut(iter(source)):
         for record in unit.records:
             _checked(record.text, source, num_examples)
@@ -278,9 +285,11 @@ def _survey(source: TextSource, rule: UnitRule) -> _Survey:
             digest.update(b"\n")
             record_bytes += len(line)
             num_examples += 1
-            num_tokens += rule.estimate_tokens(len(record.text.encode()))
+            tokens = rule.estimate_tokens(len(record.text.encode()))
+            num_tokens += tokens
+            value_bytes += rule.cost(tokens)
         num_units += 1
-    return _Survey(num_examples, num_tokens, num_units, record_bytes, digest.hexdigest())
+    return _Survey(num_examples, num_tokens, num_units, value_bytes, record_bytes, digest.hexdigest())
 
 
 def _checked(text: str, source: TextSource, number: int) -> str:

@@ -193,7 +193,7 @@ def run_extraction(plan: Plan, progress: bool = False) -> RunReport:
 def _run_unit(plan: Plan, sink: StoreSink, unit: Unit, report: RunReport, bar: "tqdm[Any]") -> None:
     tokenized = tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
     num_truncated = sum(tokenized.truncated)
-    sink.begin_unit(unit.number, unit.first_example, tokenized.num_tokens, len(unit.records), num_truncated)
+    sink.begin_unit(unit.number, unit.first_example, tokenized.room, num_truncated)
     padding_side = plan.tokenizer.padding_side
     pad_id = plan.tokenizer.pad_token_id or 0
     for batch in cut_batches(tokenized, plan.batch_tokens, pad_id, padding_side):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from layerprobe.errors import ArchitectureError
 
-__all__ = ["Anatomy", "Fused", "find_anatomy", "register_architecture", "registered_architectures"]
+__all__ = ["REFUSED", "Anatomy", "Fused", "find_anatomy", "register_architecture", "registered_architectures"]
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ _ROWS: dict[str, Anatomy] = {
     "jina_embeddings_v3": replace(_LLAMA_LIKE, down="mlp.fc2", pooler="pooler"),
 }
 
-_REFUSED = {
+# What would be captured wrongly; everything else without a row may still be guessed from its structure.
+REFUSED = {
     "squeezebert": "its layers are called around their hooks, in another layout, and would be missed in silence",
     "funnel": "its layers shorten the sequence, so that no row stands for one token",
 }
@@ -212,8 +213,8 @@ def find_anatomy(model_type: str) -> Anatomy:
     Raises:
         ArchitectureError: there is no row.
     """
-    if model_type in _REFUSED:
-        raise ArchitectureError(f"architecture {model_type!r} is not supported: {_REFUSED[model_type]}.")
+    if model_type in REFUSED:
+        raise ArchitectureError(f"architecture {model_type!r} is not supported: {REFUSED[model_type]}.")
     try:
         return _ROWS[model_type]
     except KeyError as error:

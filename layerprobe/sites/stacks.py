@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from layerprobe.errors import ArchitectureError
-from layerprobe.sites.anatomy import Anatomy, find_anatomy
+from layerprobe.sites.anatomy import REFUSED, Anatomy, find_anatomy
 
 __all__ = ["Stack", "config_of", "find_stacks", "has_module", "unwrap"]
 
@@ -78,7 +78,7 @@ def _make_stack(root: nn.Module, prefix: str, base: Any) -> Stack:
         anatomy = find_anatomy(config.model_type)
     except ArchitectureError:
         layers = _guess_layers(base)
-        if layers is None:
+        if layers is None or config.model_type in REFUSED:
             raise
         return Stack(prefix, path, base, None, layers)
     if "{group}" in anatomy.layers:

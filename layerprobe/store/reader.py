@@ -219,8 +219,8 @@ class Store:
 class SiteView(Sequence[Tensor | ScaledRows]):
     """One site of a store, example by example.
 
-    `view[17]` is `[T, D]` for a site with a row per token and `[D]` for a pooled one, a view of the mapped file in the
-    stored dtype (int8 comes as `ScaledRows`); a slice or a list of ordinals gives a list of them.
+    `view[17]` is `[T, D]` for a site with a row per token, `[D]` for a pooled one and `[H, T, T]` for attention weights: a
+    view of the mapped file in the stored dtype (int8 comes as `ScaledRows`); a slice or a list of ordinals gives a list of them.
     """
 
     store: Store
@@ -228,7 +228,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
     @property
     def kind(self) -> str:
-        """`token` for rows per token, `example` for one vector per example."""
+        """`token` for rows per token, `example` for one vector per example, `attention` for `[H, len, len]`."""
         return self.store.description["sites"][self.site]["kind"]
 
     @property
@@ -238,7 +238,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
     @property
     def width(self) -> int:
-        """D."""
+        """D; the number of heads for `attention`."""
         return self.store.description["sites"][self.site]["width"]
 
     def __repr__(self) -> str:
@@ -258,8 +258,11 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             return [self[int(ordinal)] for ordinal in index]
         shard, ordinal = self.store._find(int(index))
         position, start, stop = shard.span(ordinal)
-        where: int | slice = slice(start, stop) if self.kind == "token" else position
-        return self._take(shard, where)
+        if self.kind == "attention":
+            length, first = stop - start, self.width * shard.pairs_before[position]
+            flat = shard.tensor(self.site)[first : first + self.width * length * length]
+            return flat.view(self.width, length, length)
+        return self._take(shard, slice(start, stop) if self.kind == "token" else position)
 
     def __iter__(self) -> Iterator[Tensor | ScaledRows]:
         return (self[ordinal] for ordinal in self.store.ordinals())
@@ -285,6 +288,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
         Cost: one pass over the site, one shard in float32 at a time.
         """
+        self._refuse_attention("pooled")
         if pool not in ("mean", "max", "cls", "last"):
             raise OptionError(f"no pool {pool!r}: use mean, max, cls or last.")
         if self.kind != "token" and self.store.pool not in (pool, None):
@@ -312,9 +316,14 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         Returns:
             An iterator of `[batch_size, D]` copies in the stored dtype (float32 where int8 is stored).
         """
+        self._refuse_attention("gone through by rows")
         if batch_size < 1:
             raise OptionError(f"batch_size is {batch_size}: it must be at least 1.")
         return self._iter_rows(batch_size, shuffle, seed)
+
+    def _refuse_attention(self, what: str) -> None:
+        if self.kind == "attention":
+            raise OptionError(f"{self.site!r} is one matrix per head and cannot be {what}: read it by example.")
 
     def _iter_rows(self, batch_size: int, shuffle: bool, seed: int) -> Iterator[Tensor]:
         blocks = [

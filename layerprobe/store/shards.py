@@ -6,6 +6,7 @@ Must never know of stores or sites.
 
 import mmap
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -77,6 +78,12 @@ class MappedShard:
             raise FormatError(f"{path}: its offsets do not rise from 0 to {self.header.num_tokens}.")
         # where each example of the unit lies in the shard
         self.position: list[int] = torch.argsort(order).tolist()
+
+    @cached_property
+    def pairs_before(self) -> list[int]:
+        """For each example the pairs of tokens of those that lie before it: where its attention weights begin."""
+        lengths = self.tensor("offsets").diff()
+        return [0, *(lengths * lengths).cumsum(0).tolist()]
 
     def tensor(self, name: str) -> Tensor:
         """Give a view of a whole tensor of the file."""

@@ -50,9 +50,10 @@ class StoredSite:
 
     Args:
         name: The site.
-        kind: `token` for a row per token, `example` for a vector per example.
+        kind: `token` for a row per token, `example` for a vector per example, `attention` for `[H, len, len]` per
+            example, flat.
         dtype: As stored.
-        width: D.
+        width: D; H for `attention`.
     """
 
     name: str
@@ -62,7 +63,7 @@ class StoredSite:
 
     @property
     def bytes_per_vector(self) -> int:
-        """Bytes of one row, its scale included."""
+        """Bytes of one vector, its scale included; for `attention` of one pair of a query and a key."""
         return self.width * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
 
     def describe(self) -> dict[str, Any]:
