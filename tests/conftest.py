@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 def _tiny_config(**changes: Any) -> Any:
     from transformers import BertConfig
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 32,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
