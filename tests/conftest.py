@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,3 +63,19 @@ def batch() -> dict[str, Tensor]:
 def demo() -> LoadedModel:
     """The real demo model on the CPU; tests leave it as it was."""
     return lp.load_model("demo", "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(make_bert: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model of 3 random layers, width 32, at most 64 tokens, with a tokenizer that spells most words."""
+    from transformers import BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
+    vocabulary += ["the", "quick", "brown", "fox", "over", "lazy", "dog", ".", ",", "中", "文"]
+    words = tmp_path_factory.mktemp("words") / "vocab.txt"
+    words.write_text("\n".join(vocabulary), encoding="utf-8")
+    make_bert(vocab_size=len(vocabulary)).save_pretrained(folder)
+    BertTokenizerFast.from_pretrained(str(words.parent), model_max_length=64).save_pretrained(folder)
+    return folder
