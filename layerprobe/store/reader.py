@@ -81,8 +81,12 @@ class Store:
             self._sites: dict[str, dict[str, Any]] = dict(self.description["sites"])
             self.fingerprint: str = self.description["fingerprint"]
             self.pool: str | None = self.description["pool"]
-        except (KeyError, TypeError, ValueError) as error:
+            for site, said in self._sites.items():
+                _check_site(site, said)
+        except KeyError as error:
             raise FormatError(f"{folder / STORE_FILE}: lacks {error}.") from error
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"{folder / STORE_FILE}: is damaged ({error}).") from error
         self.index: dict[str, Any] | None = None
         if (folder / INDEX_FILE).exists():
             self.index = read_json(folder / INDEX_FILE)
@@ -205,7 +209,10 @@ class Store:
             self._open.move_to_end(number)
             return self._open[number]
         info = self._shards[number]
-        shard = self._open[number] = MappedShard(self.folder / info.file, info, self.fingerprint)
+        shard = MappedShard(self.folder / info.file, info, self.fingerprint)
+        for site in self._sites:
+            self[site]._check(shard)
+        self._open[number] = shard
         if len(self._open) > _MOST_OPEN_SHARDS:
             self._open.popitem(last=False)
         return shard
@@ -254,8 +261,11 @@ class SiteView(Sequence[Tensor | ScaledRows]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[ordinal] for ordinal in list(self.store.ordinals())[index]]
-        if not hasattr(index, "__index__"):
-            return [self[int(ordinal)] for ordinal in index]
+        if isinstance(index, bool) or np.ndim(index) > 0:
+            ordinals = np.asarray(index)
+            if ordinals.size and ordinals.dtype.kind not in "iu":
+                raise OptionError(f"{self.site!r} is indexed by ordinals: an index of {ordinals.dtype} is none.")
+            return [self[int(ordinal)] for ordinal in ordinals]
         shard, ordinal = self.store._find(int(index))
         position, start, stop = shard.span(ordinal)
         where: int | slice = slice(start, stop) if self.kind == "token" else position
@@ -263,6 +273,19 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
     def __iter__(self) -> Iterator[Tensor | ScaledRows]:
         return (self[ordinal] for ordinal in self.store.ordinals())
+
+    def _check(self, shard: MappedShard) -> None:
+        """Refuse a shard that holds this site otherwise than `store.json` says."""
+        count = shard.header.num_tokens if self.kind == "token" else shard.header.num_examples
+        wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [(self.site, self.dtype, (count, self.width))]
+        if self.dtype == torch.int8:
+            wanted.append((self.site + SCALE_SUFFIX, torch.float32, (count,)))
+        for name, dtype, shape in wanted:
+            entry = shard.header.tensors.get(name)
+            if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
+                found = "nothing" if entry is None else f"{entry.dtype} of {entry.shape}"
+                path = self.store.folder / shard.header.file
+                raise FormatError(f"{path}: {name!r} is {found}; {STORE_FILE} asks for {dtype} of {shape}.")
 
     def _take(self, shard: MappedShard, where: int | slice | Tensor) -> Tensor | ScaledRows:
         values = shard.tensor(self.site)[where]
@@ -341,6 +364,14 @@ class SiteView(Sequence[Tensor | ScaledRows]):
     def _block(self, number: int, start: int, stop: int) -> Tensor:
         vectors = self._take(self.store._shard(number), slice(start, stop))
         return vectors.float() if isinstance(vectors, ScaledRows) else vectors
+
+
+def _check_site(site: str, said: Mapping[str, Any]) -> None:
+    """Check what `store.json` says of a site; what is wrong is a KeyError, TypeError or ValueError."""
+    kind, dtype, width = said["kind"], said["dtype"], said["width"]
+    has_dtype = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+    if kind not in ("token", "example") or not has_dtype or type(width) is not int or width < 0:
+        raise ValueError(f"{site!r} is of kind {kind!r}, dtype {dtype!r}, width {width!r}")
 
 
 def _pool_rows(rows_TD: Tensor, offsets: Tensor, pool: str) -> Tensor:
