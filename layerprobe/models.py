@@ -19,7 +19,7 @@ import torch
 import xxhash
 from torch import nn
 
-from layerprobe.errors import ModelError
+from layerprobe.errors import ModelError, OptionError
 
 __all__ = ["LoadedModel", "describe_model", "describe_tokenizer", "find_demo_model", "load_model", "load_tokenizer"]
 
@@ -45,6 +45,7 @@ def load_model(name: str, device: str | torch.device | None = None) -> LoadedMod
 
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
+        OptionError: there is no such device.
     """
     source = str(find_demo_model()) if name == "demo" else name
     if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
@@ -53,7 +54,7 @@ def load_model(name: str, device: str | torch.device | None = None) -> LoadedMod
         raise ModelError(f"{name!r} is no model folder: it has no config.json. Use a folder, a hub id or 'demo'.")
     import transformers
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _find_device(device)
     try:
         with _quiet_loading():
             config = transformers.AutoConfig.from_pretrained(source)
@@ -64,6 +65,18 @@ def load_model(name: str, device: str | torch.device | None = None) -> LoadedMod
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"no model {name!r}: {_first_line(error)} Use a folder, a hub id or 'demo'.") from error
     return LoadedModel(name, model, load_tokenizer(source))
+
+
+def _find_device(device: str | torch.device | None) -> torch.device:
+    """Find a device by name, and make sure that it is there."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(
+            f"no device {str(device)!r} here: {_first_line(error)} Use 'cpu', 'cuda' or 'cuda:1'."
+        ) from error
+    return found
 
 
 def load_tokenizer(source: str) -> Any:

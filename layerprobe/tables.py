@@ -5,7 +5,7 @@ One function, so that every table of the library looks alike. Knows nothing of w
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["format_bytes", "format_table"]
+__all__ = ["format_bytes", "format_count", "format_table"]
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -30,6 +30,11 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> st
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def format_count(count: int, noun: str) -> str:
+    """Write a number of things: `1 shard`, `1,024 shards`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def format_bytes(count: float) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from layerprobe.capture.calls import Call, Context
 from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows, write_pairs, write_rows
 from layerprobe.capture.sinks import is_per_token, select_call
-from layerprobe.capture.staging import BufferPool, HostBuffer, Lane, Room, make_lane
+from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.format import SCALE_SUFFIX, ShardHeader
@@ -61,7 +61,7 @@ class _Unit:
     first_example: int
     buffer: HostBuffer
     num_truncated: int = 0
-    used: Room = Room(0, 0)
+    used: Room = NO_ROOM
     ordinals: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     input_ids: list[Tensor] = field(default_factory=list)
@@ -351,7 +351,7 @@ class StoreSink:
     def _make_buffers(self, first: Room) -> BufferPool:
         """Make buffers of the shard's size, shared out between rows, examples and pairs as the first need has them."""
         assert self._stored is not None
-        size = dict.fromkeys(("token", "example", "attention"), 0)
+        size: dict[str, int] = {"token": 0, "example": 0, "attention": 0}
         for site in self._stored:
             size[site.kind] += site.bytes_per_vector
         pairs_per_row = first.pairs / max(1, first.rows)

@@ -230,7 +230,7 @@ def write_pairs(target: Target, weights_BHSS: Tensor, selection: Selection) -> N
     Raises:
         CaptureError: the weights are not of the B and S of the call.
     """
-    size, num_heads, *positions = weights_BHSS.shape
+    size, _, *positions = weights_BHSS.shape
     if size != len(selection.lengths) or positions != [selection.num_positions] * 2:
         raise CaptureError(f"attention weights of shape {tuple(weights_BHSS.shape)} are not between the call's tokens.")
     blocks: list[Tensor] = []
@@ -275,7 +275,7 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
         pool: `cls` first real token, `last` last one, `mean`, `max`, or a callable from `[T, D]` to one vector.
 
     Returns:
-        `[N, D]` in the dtype of the values (means are taken in float32). A sequence without tokens gives NaN.
+        `[N, D]` in the dtype of the values (means are taken in float32 at least). A sequence without tokens gives NaN.
 
     Raises:
         CaptureError: the values have no row per token, or the callable does not give one vector.
@@ -288,7 +288,7 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
         assert selection.index is not None
         rows = value_BSD.flatten(0, 1).index_select(0, selection.index)
         parts = [_pool_block(example[None], pool) for example in rows.split(list(selection.lengths))]
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else value_BSD.new_empty(0, value_BSD.shape[2])
 
 
 def _pool_block(block: Tensor, pool: Pool) -> Tensor:
@@ -308,4 +308,5 @@ def _pool_block(block: Tensor, pool: Pool) -> Tensor:
         return block[:, -1]
     if pool == "max":
         return block.amax(dim=1)
-    return block.mean(dim=1, dtype=torch.float32).to(block.dtype)
+    precision = torch.float64 if block.dtype == torch.float64 else torch.float32
+    return block.mean(dim=1, dtype=precision).to(block.dtype)

@@ -21,6 +21,7 @@ from layerprobe.capture.select import Target
 from layerprobe.store.writer import StoredSite
 
 __all__ = [
+    "NO_ROOM",
     "BufferPool",
     "CudaStreams",
     "DirectLane",
@@ -50,6 +51,9 @@ class Room(NamedTuple):
     def plus(self, other: "Room") -> "Room":
         """Add two rooms, field by field."""
         return Room(self.rows + other.rows, self.examples + other.examples, self.pairs + other.pairs)
+
+
+NO_ROOM = Room(0, 0)
 
 
 class HostBuffer:
@@ -82,7 +86,7 @@ class HostBuffer:
         """Whether there is room for so much."""
         return all(wanted.of(kind) <= self.room.of(kind) for kind in self._kinds)
 
-    def grow(self, wanted: Room, used: Room = Room(0, 0)) -> None:  # noqa: B008 - a tuple does not change
+    def grow(self, wanted: Room, used: Room = NO_ROOM) -> None:
         """Make room for more, keeping what is used."""
         if self.fits(wanted):
             return

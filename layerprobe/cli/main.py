@@ -29,6 +29,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # plain text: no boxes, no colours, nothing that a log or a pipe would have to strip
+    rich_markup_mode=None,
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
@@ -58,7 +60,7 @@ def sites(model: Model, patterns: Sites = None) -> None:
     typer.echo(str(list_sites(load_model(model, "cpu").model, patterns)))
 
 
-@app.command()
+@app.command(short_help="Extract sites for every text into a store.")
 def extract(
     model: Model,
     texts: Annotated[
@@ -135,8 +137,12 @@ def info(folder: Folder) -> None:
     typer.echo(describe_store(open_store(folder)))
 
 
-@app.command()
-def show(folder: Folder, example: Annotated[int, typer.Argument(metavar="EXAMPLE", help="Its ordinal.")]) -> None:
+# -1 is an example, not an option
+@app.command(context_settings={"ignore_unknown_options": True})
+def show(
+    folder: Folder,
+    example: Annotated[int, typer.Argument(metavar="EXAMPLE", help="Its ordinal; negative ones count from the last.")],
+) -> None:
     """Print an example's tokens and the norm of each site.
 
     Example: layerprobe show acts 17
@@ -156,14 +162,16 @@ def _parse_size(text: str) -> int:
 
 def main() -> None:
     """Run the command line and turn errors into exit codes."""
-    # A model named by folder or 'demo' must not wait for a network; a hub id still may use it.
+    # tokenizers would warn of every fork after its first use
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # --debug counts wherever it stands
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        status = app(standalone_mode=False)
+        status = app(arguments or ["--help"], prog_name="layerprobe", standalone_mode=False)
     except LayerProbeError as error:
-        if "--debug" in sys.argv:
+        if "--debug" in sys.argv[1:]:
             raise
-        print(f"layerprobe: {error}", file=sys.stderr)
+        print(f"layerprobe: {' '.join(str(error).splitlines())}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
@@ -178,5 +186,6 @@ def _report_usage(error: Exception) -> int:
         return 130
     if not hasattr(error, "format_message"):
         raise error
-    print(f"layerprobe: {error.format_message()} Try 'layerprobe --help'.", file=sys.stderr)  # type: ignore[attr-defined]
+    message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+    print(f"layerprobe: {message}. Try 'layerprobe --help'.", file=sys.stderr)
     return 2

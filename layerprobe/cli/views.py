@@ -4,7 +4,7 @@ Turns objects of the library into text. Computes nothing but what it takes to la
 """
 
 from layerprobe.store.reader import Example, Store
-from layerprobe.tables import format_bytes, format_table
+from layerprobe.tables import format_bytes, format_count, format_table
 
 __all__ = ["describe_example", "describe_store"]
 
@@ -13,12 +13,17 @@ def describe_store(store: Store) -> str:
     """Lay out what a store holds."""
     model = store.description.get("model") or {}
     size = sum(file.stat().st_size for file in store.folder.glob("shard-*.safetensors"))
-    state = "complete" if store.is_complete else "not complete: run the same extraction again to go on"
+    state = "complete" if store.is_complete else "not complete"
+    listed = [str(shard["file"]) for shard in (store.index or {}).get("shards", [])]
+    if lost := [name for name in listed if not (store.folder / name).is_file()]:
+        state = f"{format_count(len(lost), 'shard')} lost, {lost[0]} the first"
+    if not store.is_complete or lost:
+        state += ": run the same extraction again to go on"
     lines = [
         f"store     {store.folder}: {state}",
         f"model     {model.get('id') or '(unnamed)'} ({model.get('class')})",
         f"holds     {len(store):,} examples, {store.num_tokens:,} tokens, "
-        f"{store.num_shards} shards, {format_bytes(size)}",
+        f"{format_count(store.num_shards, 'shard')}, {format_bytes(size)}",
         f"pool      {store.pool or 'none: a row per real token'}",
     ]
     index = store.index or {}
@@ -40,8 +45,8 @@ def describe_example(example: Example) -> str:
     norms = [value.float().norm(dim=1).tolist() for value in per_token.values()]
     head = [f"example {example.index}: {len(example.input_ids)} tokens"]
     if example.text is not None:
-        head.append(f"text    {example.text if len(example.text) <= 200 else example.text[:200] + '...'}")
-    head.extend(f"{name:<7} {value}" for name, value in example.fields.items())
+        head.append(f"text    {_shorten(example.text)}")
+    head.extend(f"{name:<7} {_shorten(str(value))}" for name, value in example.fields.items())
     for name, value in pooled.items():
         head.append(f"norm of {name}: {value.float().norm().item():.2f}")
     if not per_token:
@@ -53,3 +58,9 @@ def describe_example(example: Example) -> str:
     means = ("", None, "mean norm", *(round(sum(site) / max(1, len(site)), 2) for site in norms))
     table = format_table(("", "id", "token", *per_token), [*rows, means])
     return "\n".join([*head, "", table])
+
+
+def _shorten(text: str) -> str:
+    """Bring a text to one line without control characters, of at most 200 characters."""
+    line = "".join(character if character.isprintable() else " " for character in text[:200])
+    return line + ("..." if len(text) > 200 else "")

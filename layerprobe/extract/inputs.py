@@ -19,6 +19,7 @@ from layerprobe.errors import InputError
 
 __all__ = ["Record", "TextSource", "open_source"]
 
+_MOST_FIELD_CHARACTERS = (1 << 31) - 1
 _SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
@@ -59,7 +60,8 @@ def open_source(texts: Any, field: str = "text") -> TextSource:
     """
     if isinstance(texts, (str, Path)):
         return _open_path(str(texts), field)
-    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+    # a set has another order in each process, so a run over one could not be gone on with
+    if isinstance(texts, (Mapping, set, frozenset, bytes)) or not isinstance(texts, Iterable):
         raise InputError(f"{type(texts).__name__} is no input: give a path, '-', or a list of texts.")
     # An iterator can be gone through only once.
     records = texts if hasattr(texts, "__len__") and hasattr(texts, "__getitem__") else list(texts)
@@ -72,7 +74,7 @@ def _open_path(path: str, field: str) -> TextSource:
     if path.startswith("hf:"):
         raise InputError(f"{path!r}: data sets of the hub are not read yet. Save it as .jsonl or .parquet first.")
     if Path(path).is_dir():
-        files = sorted(file for file in Path(path).iterdir() if file.suffix in _SUFFIXES)
+        files = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in _SUFFIXES)
         if not files:
             raise InputError(f"{path}: holds no input file. Files end in {', '.join(_SUFFIXES)}.")
     else:
@@ -80,7 +82,7 @@ def _open_path(path: str, field: str) -> TextSource:
     for file in files:
         if not file.is_file():
             raise InputError(f"no input {str(file)!r}: there is no such file or folder. Give a path, or '-'.")
-        if file.suffix not in _SUFFIXES:
+        if file.suffix.lower() not in _SUFFIXES:
             raise InputError(f"{file}: {file.suffix or 'no ending'} is not known. Files end in {', '.join(_SUFFIXES)}.")
         try:
             with open(file, "rb"):
@@ -90,7 +92,7 @@ def _open_path(path: str, field: str) -> TextSource:
 
     def iterate() -> Iterator[Record]:
         for file in files:
-            yield from _READERS[file.suffix](file, field)
+            yield from _READERS[file.suffix.lower()](file, field)
 
     return TextSource(path, iterate)
 
@@ -104,7 +106,7 @@ def _spool_stdin() -> TextSource:
     def iterate() -> Iterator[Record]:
         spool.seek(0)
         for _, line in _decode_lines(spool, "standard input"):
-            yield Record(line)
+            yield Record(_strip_end(line))
 
     return TextSource("standard input", iterate)
 
@@ -136,16 +138,20 @@ def _decode_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start}). "
+                f"{name}, line {number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start}). "
                 "Convert the file first."
             ) from error
-        yield number, text.removesuffix("\n").removesuffix("\r")
+        yield number, text
+
+
+def _strip_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
 
 
 def _read_txt(path: Path, _: str) -> Iterator[Record]:
     with open(path, "rb") as file:
         for _number, line in _decode_lines(file, str(path)):
-            yield Record(line)
+            yield Record(_strip_end(line))
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
@@ -164,9 +170,10 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
 
 
 def _read_csv(path: Path, field: str) -> Iterator[Record]:
+    # The module refuses fields beyond 128 kB unless told otherwise; a document is longer than that.
+    csv.field_size_limit(max(csv.field_size_limit(), _MOST_FIELD_CHARACTERS))
     with open(path, "rb") as file:
-        # the csv module wants line ends kept inside quotes
-        lines = (line + "\n" for _, line in _decode_lines(file, str(path)))
+        lines = (line for _, line in _decode_lines(file, str(path)))
         reader = csv.DictReader(lines, strict=True)
         try:
             for record in reader:
@@ -180,7 +187,7 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
 
 def _read_parquet(path: Path, field: str) -> Iterator[Record]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise InputError(f"{path}: parquet needs an extra. Run pip install 'layerprobe[data]'.") from error
     try:
@@ -190,7 +197,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[Record]:
             for record in batch.to_pylist():
                 yield _split_record(record, field, f"{path}, row {row}")
                 row += 1
-    except (ArrowInvalid, OSError) as error:
+    except (ArrowException, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: is not parquet ({str(error).splitlines()[0]}).") from error
 
 

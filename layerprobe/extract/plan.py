@@ -25,11 +25,11 @@ from layerprobe.errors import InputError, ModelError, OptionError, SpaceError
 from layerprobe.extract.batching import tokenize
 from layerprobe.extract.inputs import Record, TextSource, open_source
 from layerprobe.extract.resume import check_folder, find_done
-from layerprobe.models import describe_model, describe_tokenizer, load_model, load_tokenizer
+from layerprobe.models import LoadedModel, describe_model, describe_tokenizer, load_model, load_tokenizer
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.store.format import ShardHeader, fingerprint_of
 from layerprobe.store.writer import NONFINITE_POLICIES, StoredSite
-from layerprobe.tables import format_bytes
+from layerprobe.tables import format_bytes, format_count
 from layerprobe.version import __version__
 
 __all__ = ["DEFAULT_SITES", "ExtractOptions", "Plan", "Unit", "plan_extraction"]
@@ -185,18 +185,18 @@ class Plan:
             f"input     {self.source.name}: {self.num_examples:,} examples, {about}{self.num_tokens:,} tokens",
             f"model     {self.description['model']['id'] or self.description['model']['class']} on {self.device}",
             f"sites     {len(self.sites)} ({names}), {rows}, {dtypes}",
-            f"store     {self.folder}: {self.num_units} shards, {about}{format_bytes(self.num_bytes)}; "
+            f"store     {self.folder}: {format_count(self.num_units, 'shard')}, {about}{format_bytes(self.num_bytes)}; "
             f"{format_bytes(self.free_bytes)} free",
         ]
         if self.done:
-            lines.append(f"resuming  {len(self.done)} of {self.num_units} shards are there already")
+            lines.append(f"resuming  {format_count(len(self.done), 'shard')} of {self.num_units:,} already there")
         if self.num_damaged:
-            lines.append(f"damaged   {self.num_damaged} shards will be made again")
+            lines.append(f"damaged   {format_count(self.num_damaged, 'shard')} to be made again")
         return "\n".join(lines)
 
 
 def plan_extraction(
-    model: nn.Module | str,
+    model: nn.Module | LoadedModel | str,
     texts: Any,
     folder: str | Path,
     options: ExtractOptions | None = None,
@@ -213,10 +213,12 @@ def plan_extraction(
     options = options or ExtractOptions()
     if "://" in str(folder):
         raise OptionError(f"{str(folder)!r}: stores are written to local folders only. Give a path.")
+    folder = Path(folder)
+    check_folder(folder)
     source = open_source(texts, options.field)
     if next(iter(source), None) is None:
         raise InputError(f"{source.name}: holds no texts. Give at least one.")
-    name = model if isinstance(model, str) else ""
+    name = model.name if isinstance(model, LoadedModel) else model if isinstance(model, str) else ""
     model, tokenizer = _get_model(model, tokenizer, device)
     sites = map_model(model).select(list(options.sites) if not isinstance(options.sites, str) else options.sites)
     max_length = _choose_max_length(model, tokenizer, options.max_length)
@@ -248,9 +250,7 @@ def plan_extraction(
     description = _describe(model, tokenizer, stored, options, rule, batch_tokens, survey, name)
     # beside the values: an id per token; an ordinal and two offsets per example; the records
     num_bytes = value_bytes + 8 * num_tokens + 24 * survey.num_examples + survey.record_bytes
-    folder = Path(folder)
     done, num_damaged = ({}, 0) if overwrite else find_done(folder, description)
-    check_folder(folder)
     plan = Plan(
         folder, model, tokenizer, source, options, sites, stored, rule, batch_tokens, survey.num_examples,
         survey.num_units, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite,
@@ -280,7 +280,7 @@ def _survey(source: TextSource, rule: UnitRule) -> _Survey:
     for unit in rule.cut(iter(source)):
         for record in unit.records:
             _checked(record.text, source, num_examples)
-            line = json.dumps([record.text, record.fields], ensure_ascii=False, sort_keys=True, default=str).encode()
+            line = _encode(record, source, num_examples)
             digest.update(line)
             digest.update(b"\n")
             record_bytes += len(line)
@@ -290,6 +290,16 @@ def _survey(source: TextSource, rule: UnitRule) -> _Survey:
             value_bytes += rule.cost(tokens)
         num_units += 1
     return _Survey(num_examples, num_tokens, num_units, value_bytes, record_bytes, digest.hexdigest())
+
+
+def _encode(record: Record, source: TextSource, number: int) -> bytes:
+    try:
+        return json.dumps([record.text, record.fields], ensure_ascii=False, sort_keys=True, default=str).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{source.name}, text {number}: its other fields cannot be kept as JSON ({error}). "
+            "Leave them out or clean them."
+        ) from error
 
 
 def _checked(text: str, source: TextSource, number: int) -> str:
@@ -303,12 +313,14 @@ def _checked(text: str, source: TextSource, number: int) -> str:
     return text
 
 
-def _get_model(model: nn.Module | str, tokenizer: Any, device: str | None) -> tuple[nn.Module, Any]:
+def _get_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | None) -> tuple[nn.Module, Any]:
     if isinstance(model, str):
         loaded = load_model(model, device)
         return loaded.model, tokenizer or loaded.tokenizer
     if device is not None:
         raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
+    if isinstance(model, LoadedModel):
+        return model.model, tokenizer or model.tokenizer
     if tokenizer is not None:
         return model, tokenizer
     checkpoint = getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -329,6 +341,10 @@ def _choose_max_length(model: nn.Module, tokenizer: Any, asked: int | None) -> i
         limit = min(limit, positions - reserved)
     if asked is not None and asked > limit:
         raise OptionError(f"max_length is {asked}: the model takes at most {limit} tokens.")
+    special = tokenizer.num_special_tokens_to_add()
+    if asked is not None and asked < special:
+        # asked for less, a tokenizer does not cut at all, and does not say so
+        raise OptionError(f"max_length is {asked}: {special} special tokens go around each text. Ask for more.")
     return asked or limit
 
 

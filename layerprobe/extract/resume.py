@@ -4,6 +4,7 @@ Resuming needs no journal: a shard whose header is whole and carries the plan's 
 missing. Must never write.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,33 @@ __all__ = ["check_folder", "find_done"]
 
 def check_folder(folder: Path) -> None:
     """Make sure that a store can be written there, without making anything that stays."""
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"{folder}: is a file, not a folder. Choose another name.")
-    if folder.is_dir() and not (folder / STORE_FILE).exists():
-        foreign = next((file.name for file in folder.iterdir() if file.name != STORE_FILE + ".tmp"), None)
-        if foreign is not None:
-            raise StoreError(f"{folder}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")
+    try:
+        place = _find_existing(folder.absolute())
+        if not place.is_dir():
+            what = "is a file, not a folder" if place == folder.absolute() else f"{place} is not a folder"
+            raise StoreError(f"{folder}: {what}. Choose another folder.")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise StoreError(f"{folder}: cannot be written (no permission in {place}). Choose another folder.")
+        if folder.is_dir() and not (folder / STORE_FILE).exists():
+            foreign = next((file.name for file in folder.iterdir() if file.name != STORE_FILE + ".tmp"), None)
+            if foreign is not None:
+                raise StoreError(f"{folder}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")
+    except StoreError:
+        raise
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}). Choose another folder."
+        ) from error
+
+
+def _find_existing(path: Path) -> Path:
+    """Climb to the nearest part of a path that is there; a name that no file can have is an OSError."""
+    while True:
+        try:
+            os.lstat(path)
+            return path
+        except (FileNotFoundError, NotADirectoryError):
+            path = path.parent
 
 
 def find_done(folder: Path, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:

@@ -24,12 +24,15 @@ from layerprobe.capture.select import Pool, resolve_dtype
 from layerprobe.errors import StoreError
 from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
 from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, plan_extraction
+from layerprobe.models import LoadedModel
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.writer import ShardWriter, commit_description, commit_index
 from layerprobe.tables import format_bytes
 
 __all__ = ["RunReport", "extract", "run_extraction"]
+
+_LOG_INTERVAL_S = 10.0
 
 
 @dataclass
@@ -60,6 +63,8 @@ class RunReport:
         return 1 - self.num_tokens / self.num_computed if self.num_computed else 0.0
 
     def __str__(self) -> str:
+        if not self.num_examples:
+            return "nothing to do: every shard is there already"
         seconds = max(self.seconds, 1e-9)
         line = (
             f"{self.num_examples:,} examples, {self.num_tokens:,} tokens in {self.seconds:.1f} s: "
@@ -74,7 +79,7 @@ class RunReport:
 
 
 def extract(
-    model: nn.Module | str,
+    model: nn.Module | LoadedModel | str,
     texts: Any,
     to: str | Path,
     *,
@@ -94,7 +99,8 @@ def extract(
     """Extract sites for every text into a store, resumably.
 
     Args:
-        model: A model, or a name: a hub id, a folder, or `demo`. It runs in eval mode and is left as it was.
+        model: A model, what `load_model` gave, or a name: a hub id, a folder, or `demo`. It runs in eval mode and is
+            left as it was.
         texts: A list of strings or mappings, a file (`.txt`, `.jsonl`, `.csv`, `.parquet`), a folder of them, or `-`.
         to: Folder of the store. One that holds part of the same run is gone on with.
         sites: Patterns.
@@ -168,18 +174,22 @@ def run_extraction(plan: Plan, progress: bool = False) -> RunReport:
         stored=plan.stored,
     )
     probe = Probe(plan.model, [site.name for site in plan.sites], to=sink, stop=True)
+    # a log file wants a line now and then, and none of a short run
+    interval_s = 0.1 if sys.stderr.isatty() else _LOG_INTERVAL_S
     bar = tqdm(
         total=plan.num_examples,
         initial=sum(header.num_examples for header in plan.done.values()),
         unit=" examples",
-        unit_scale=True,
         disable=not progress,
+        leave=False,
+        mininterval=interval_s,
+        delay=interval_s,
     )
     with bar, _evaluating(plan.model), torch.inference_mode(), probe:
         for unit in plan.units():
             if unit.number not in plan.done:
                 _run_unit(plan, sink, unit, report, bar)
-                bar.set_postfix_str(_describe_pace(report, writer.num_bytes, time.perf_counter() - start))
+                bar.set_postfix_str(_describe_pace(report, writer.num_bytes, time.perf_counter() - start), False)
     headers = [*plan.done.values(), *writer.committed]
     commit_index(plan.folder, headers)
     report.num_bytes = writer.num_bytes
@@ -224,7 +234,7 @@ def _announce(unit: Unit, tokenized: TokenizedUnit, batch: Batch, padding_side: 
 
 
 def _describe_pace(report: RunReport, num_bytes: int, seconds: float) -> str:
-    return f"{report.num_tokens / max(seconds, 1e-9):,.0f} tokens/s, {num_bytes / 1e9:.2f} GB written"
+    return f"{report.num_tokens / max(seconds, 1e-9):,.0f} tokens/s, {format_bytes(num_bytes)} written"
 
 
 def _prepare_store(plan: Plan) -> None:

@@ -201,7 +201,7 @@ def _commit(path: Path, pieces: "Sequence[bytes | memoryview]") -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.rename(partial, path)
+        os.replace(partial, path)
         _flush_folder(path.parent)
     except OSError as error:
         raise StoreError(
@@ -267,7 +267,7 @@ def read_header(path: Path) -> ShardHeader:
         raise StoreError(f"{path}: cannot be read ({error.strerror or error}).") from error
     try:
         header = _parse_header(text)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(f"{path}: its header is damaged ({error}). Run 'layerprobe info' on its folder.") from error
     end = max((entry.stop for entry in header.tensors.values()), default=0)
     if 8 + length + end != size:
@@ -282,7 +282,7 @@ def read_header(path: Path) -> ShardHeader:
 
 
 def _parse_header(text: bytes) -> ShardHeader:
-    """Parse and check a header; any surprise is a ValueError, TypeError, KeyError or AttributeError."""
+    """Parse and check a header; any surprise is one of the errors that `read_header` expects."""
     entries = json.loads(text)
     metadata = entries.pop("__metadata__")
     if metadata["format"] != f"layerprobe/{FORMAT_VERSION}":
@@ -307,9 +307,14 @@ def _parse_header(text: bytes) -> ShardHeader:
         checksums=dict(json.loads(metadata["checksums"])),
         tensors=tensors,
     )
-    for name, shape in (("example", (header.num_examples,)), ("offsets", (header.num_examples + 1,))):
+    shapes = {
+        "example": (header.num_examples,),
+        "offsets": (header.num_examples + 1,),
+        "input_ids": (header.num_tokens,),
+    }
+    for name, shape in shapes.items():
         if tensors[name].shape != shape or tensors[name].dtype != torch.int64:
-            raise ValueError(f"{name!r} has shape {tensors[name].shape}, not {shape}")
+            raise ValueError(f"{name!r} is {tensors[name].dtype} of shape {tensors[name].shape}, not int64 of {shape}")
     if set(header.checksums) != set(tensors):
         raise ValueError("checksums and tensors do not name the same")
     return header

@@ -30,7 +30,7 @@ from layerprobe.store.format import (
     read_header,
     read_json,
 )
-from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo
+from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo, pool_packed
 
 __all__ = ["Example", "SiteView", "Store", "open_store"]
 
@@ -81,8 +81,12 @@ class Store:
             self._sites: dict[str, dict[str, Any]] = dict(self.description["sites"])
             self.fingerprint: str = self.description["fingerprint"]
             self.pool: str | None = self.description["pool"]
-        except (KeyError, TypeError, ValueError) as error:
+            for site, said in self._sites.items():
+                _check_site(site, said)
+        except KeyError as error:
             raise FormatError(f"{folder / STORE_FILE}: lacks {error}.") from error
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"{folder / STORE_FILE}: is damaged ({error}).") from error
         self.index: dict[str, Any] | None = None
         if (folder / INDEX_FILE).exists():
             self.index = read_json(folder / INDEX_FILE)
@@ -205,7 +209,10 @@ class Store:
             self._open.move_to_end(number)
             return self._open[number]
         info = self._shards[number]
-        shard = self._open[number] = MappedShard(self.folder / info.file, info, self.fingerprint)
+        shard = MappedShard(self.folder / info.file, info, self.fingerprint)
+        for site in self._sites:
+            self[site]._check(shard)
+        self._open[number] = shard
         if len(self._open) > _MOST_OPEN_SHARDS:
             self._open.popitem(last=False)
         return shard
@@ -219,8 +226,9 @@ class Store:
 class SiteView(Sequence[Tensor | ScaledRows]):
     """One site of a store, example by example.
 
-    `view[17]` is `[T, D]` for a site with a row per token, `[D]` for a pooled one and `[H, T, T]` for attention weights: a
-    view of the mapped file in the stored dtype (int8 comes as `ScaledRows`); a slice or a list of ordinals gives a list of them.
+    `view[17]` is `[T, D]` for a site with a row per token, `[D]` for a pooled one, `[H, T, T]` for attention weights: a
+    view of the mapped file in the stored dtype (int8 comes as `ScaledRows`); a slice or a list of ordinals gives a
+    list of them.
     """
 
     store: Store
@@ -254,8 +262,11 @@ class SiteView(Sequence[Tensor | ScaledRows]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[ordinal] for ordinal in list(self.store.ordinals())[index]]
-        if not hasattr(index, "__index__"):
-            return [self[int(ordinal)] for ordinal in index]
+        if isinstance(index, bool) or np.ndim(index) > 0:
+            ordinals = np.asarray(index)
+            if ordinals.size and ordinals.dtype.kind not in "iu":
+                raise OptionError(f"{self.site!r} is indexed by ordinals: an index of {ordinals.dtype} is none.")
+            return [self[int(ordinal)] for ordinal in ordinals]
         shard, ordinal = self.store._find(int(index))
         position, start, stop = shard.span(ordinal)
         if self.kind == "attention":
@@ -266,6 +277,20 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
     def __iter__(self) -> Iterator[Tensor | ScaledRows]:
         return (self[ordinal] for ordinal in self.store.ordinals())
+
+    def _check(self, shard: MappedShard) -> None:
+        """Refuse a shard that holds this site otherwise than `store.json` says."""
+        count = shard.header.num_tokens if self.kind == "token" else shard.header.num_examples
+        shape = (self.width * shard.pairs_before[-1],) if self.kind == "attention" else (count, self.width)
+        wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [(self.site, self.dtype, shape)]
+        if self.dtype == torch.int8:
+            wanted.append((self.site + SCALE_SUFFIX, torch.float32, (count,)))
+        for name, dtype, shape in wanted:
+            entry = shard.header.tensors.get(name)
+            if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
+                found = "nothing" if entry is None else f"{entry.dtype} of {entry.shape}"
+                path = self.store.folder / shard.header.file
+                raise FormatError(f"{path}: {name!r} is {found}; {STORE_FILE} asks for {dtype} of {shape}.")
 
     def _take(self, shard: MappedShard, where: int | slice | Tensor) -> Tensor | ScaledRows:
         values = shard.tensor(self.site)[where]
@@ -298,7 +323,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         for shard in self.store.iter_shards():
             vectors = self._take(shard, slice(None)).float()
             if self.kind == "token":
-                vectors = _pool_rows(vectors, shard.tensor("offsets"), pool)
+                vectors = pool_packed(vectors, shard.tensor("offsets"), pool)
             count = shard.header.num_examples
             out[row : row + count] = vectors[torch.tensor(shard.position, dtype=torch.long)]
             row += count
@@ -352,15 +377,12 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         return vectors.float() if isinstance(vectors, ScaledRows) else vectors
 
 
-def _pool_rows(rows_TD: Tensor, offsets: Tensor, pool: str) -> Tensor:
-    """Reduce packed float32 rows to one vector per example, `[N, D]`."""
-    if pool in ("mean", "max"):
-        return torch.segment_reduce(rows_TD, pool, offsets=offsets, axis=0, initial=None).masked_fill_(
-            (offsets[1:] == offsets[:-1])[:, None], float("nan")
-        )
-    picked = offsets[:-1] if pool == "cls" else offsets[1:] - 1
-    empty = offsets[1:] == offsets[:-1]
-    return rows_TD[picked.masked_fill(empty, 0)].masked_fill_(empty[:, None], float("nan"))
+def _check_site(site: str, said: Mapping[str, Any]) -> None:
+    """Check what `store.json` says of a site; what is wrong is a KeyError, TypeError or ValueError."""
+    kind, dtype, width = said["kind"], said["dtype"], said["width"]
+    has_dtype = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+    if kind not in ("token", "example", "attention") or not has_dtype or type(width) is not int or width < 0:
+        raise ValueError(f"{site!r} is of kind {kind!r}, dtype {dtype!r}, width {width!r}")
 
 
 def open_store(folder: str | Path) -> Store:

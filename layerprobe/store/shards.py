@@ -15,7 +15,7 @@ from torch import Tensor
 from layerprobe.errors import FormatError
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, read_header
 
-__all__ = ["MappedShard", "ScaledRows", "ShardInfo"]
+__all__ = ["MappedShard", "ScaledRows", "ShardInfo", "pool_packed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,3 +104,14 @@ class MappedShard:
         """Find an example: its position in the shard, and its first and last row."""
         position = self.position[ordinal - self.header.first_example]
         return position, self.offsets[position], self.offsets[position + 1]
+
+
+def pool_packed(rows_TD: Tensor, offsets: Tensor, pool: str) -> Tensor:
+    """Reduce packed float32 rows to one vector per example, `[N, D]`."""
+    if pool in ("mean", "max"):
+        return torch.segment_reduce(rows_TD, pool, offsets=offsets, axis=0, initial=None).masked_fill_(
+            (offsets[1:] == offsets[:-1])[:, None], float("nan")
+        )
+    picked = offsets[:-1] if pool == "cls" else offsets[1:] - 1
+    empty = offsets[1:] == offsets[:-1]
+    return rows_TD[picked.masked_fill(empty, 0)].masked_fill_(empty[:, None], float("nan"))

@@ -1,0 +1,144 @@
+"""What both benchmarks share: interleaved timing, peak memory, tables, and the JSON line at the end.
+
+Rivals take turns within one process, in an order that rotates from round to round, so that a slow second of the
+machine hits all of them alike. A ratio is the median of the ratios within a round. CPU time covers every thread of
+the process, the writer included, and is the steadier of the two on a machine that others use.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Rival", "Timings", "emit", "interleave", "make_parser", "peak_bytes"]
+
+_RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, eq=False)
+class Rival:
+    """One way to do the job.
+
+    Args:
+        run: Does it `calls` times.
+        calls: How often `run` calls the model; times are given per call.
+        prepare: Done before each run, outside the clock; its result is handed to `run`.
+    """
+
+    run: Callable[[Any], object]
+    calls: int = 1
+    prepare: Callable[[], Any] = lambda: None
+
+
+@dataclass
+class Timings:
+    """Seconds per call of one rival, round by round."""
+
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+
+    def summary(self, base: "Timings") -> dict[str, float]:
+        """Medians in milliseconds per call, and ratios to another rival."""
+        return {
+            "wall_ms": round(1e3 * statistics.median(self.wall_s), 3),
+            "cpu_ms": round(1e3 * statistics.median(self.cpu_s), 3),
+            "wall_ratio": round(_median_ratio(self.wall_s, base.wall_s), 3),
+            "cpu_ratio": round(_median_ratio(self.cpu_s, base.cpu_s), 3),
+        }
+
+
+def _median_ratio(times: list[float], base: list[float]) -> float:
+    return statistics.median(mine / theirs for mine, theirs in zip(times, base, strict=True))
+
+
+def interleave(
+    rivals: Mapping[str, Rival], *, seconds: float, least_rounds: int = 2, most_rounds: int = 40
+) -> dict[str, Timings]:
+    """Time rivals in turns until `seconds` are spent, after one round that does not count.
+
+    Returns:
+        Timings by name, one entry per round.
+    """
+    names = list(rivals)
+    timings = {name: Timings() for name in names}
+    for name in names:
+        _time(rivals[name], Timings())
+    start = time.perf_counter()
+    for number in range(most_rounds):
+        if number >= least_rounds and time.perf_counter() - start >= seconds:
+            break
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            _time(rivals[name], timings[name])
+    return timings
+
+
+def _time(rival: Rival, timings: Timings) -> None:
+    prepared = rival.prepare()
+    wall, cpu = time.perf_counter(), time.process_time()
+    kept = rival.run(prepared)
+    timings.cpu_s.append((time.process_time() - cpu) / rival.calls)
+    timings.wall_s.append((time.perf_counter() - wall) / rival.calls)
+    del kept  # what a rival captured lives to the end of its clock, and no longer
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Measure the peak of torch's own allocations while `work` runs, above what was there before.
+
+    Every allocation and release of torch's CPU allocator is recorded by the profiler and summed in order of time: exact
+    and repeatable, where the resident size of a process depends on what malloc gives back.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        kept = work()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del kept
+    return peak
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Make the parser with the options that both benchmarks take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: to see that it runs")
+    parser.add_argument("--save", action="store_true", help="write the JSON line to benchmarks/results too")
+    return parser
+
+
+def emit(name: str, settings: Mapping[str, Any], results: Any, *, save: bool) -> None:
+    """Print the JSON line, and save it where asked."""
+    document = {
+        "benchmark": name,
+        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers", "safetensors", "numpy")},
+        },
+        "settings": dict(settings),
+        "results": results,
+    }
+    print(json.dumps(document))
+    if save:
+        _RESULTS.mkdir(exist_ok=True)
+        (_RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,295 @@
+"""Masks, pools and casts against float64 numpy and a slow reading of the mask.
+
+Letters: B sequences, S padded positions, T rows, D width.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from layerprobe.capture import select
+from layerprobe.capture.select import (
+    DTYPES,
+    Selection,
+    Target,
+    cast_into,
+    check_pool,
+    pool_rows,
+    resolve_dtype,
+    write_rows,
+)
+from layerprobe.errors import CaptureError, OptionError
+
+CPU = torch.device("cpu")
+MASKS = {
+    "right": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
+    "left": [[0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]],
+    "both sides": [[0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
+    "holes": [[1, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 1, 0, 0, 1], [1, 1, 0, 0, 0]],
+    "empty rows": [[0, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
+    "holes and empty rows": [[0, 0, 0, 0, 0], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
+    "nothing": [[0, 0, 0, 0, 0]] * 4,
+    "everything": [[1, 1, 1, 1, 1]] * 4,
+}
+
+
+@pytest.fixture
+def value() -> Tensor:
+    return torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(2))
+
+
+def _select(mask: Any) -> Selection:
+    return Selection.from_mask(torch.tensor(mask), (4, 5), CPU)
+
+
+def _indexed(selection: Selection, mask: Any) -> Selection:
+    """The same selection as an index, the way it goes on a device."""
+    index = torch.tensor(mask).flatten().nonzero()[:, 0]
+    return Selection(selection.lengths, selection.num_positions, None, index)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
+@pytest.mark.parametrize("through_index", [False, True])
+def test_rows_are_the_real_tokens_in_order(value: Tensor, mask: Any, through_index: bool) -> None:
+    selection = _select(mask)
+    if through_index:
+        selection = _indexed(selection, mask)
+    expected = [value[b, s] for b in range(4) for s in range(5) if mask[b][s]]
+    assert selection.lengths == tuple(sum(row) for row in mask)
+    assert selection.num_rows == len(expected)
+    out = torch.zeros(len(expected), 3)
+    write_rows(Target(out), value, selection)
+    assert torch.equal(out, torch.stack(expected) if expected else torch.empty(0, 3))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.int32, torch.uint8])
+def test_mask_may_be_of_any_dtype(kind: torch.dtype) -> None:
+    selection = Selection.from_mask(torch.tensor(MASKS["right"]).to(kind), (4, 5), CPU)
+    assert selection.lengths == (5, 2, 2, 1)
+
+
+def test_no_mask_keeps_every_token(value: Tensor) -> None:
+    selection = Selection.from_mask(None, (4, 5), CPU)
+    out = torch.empty(20, 3)
+    write_rows(Target(out), value, selection)
+    assert torch.equal(out, value.flatten(0, 1))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_lengths_and_side_select_what_the_mask_would(side: str) -> None:
+    masked = _select(MASKS[side])
+    told = Selection.from_lengths([sum(row) for row in MASKS[side]], 5, side, CPU)
+    assert (told.lengths, told.num_positions, told.runs) == (masked.lengths, masked.num_positions, masked.runs)
+
+
+def test_neighbours_of_one_length_are_one_rectangle() -> None:
+    runs = _select(MASKS["right"]).runs
+    assert runs is not None
+    assert [(run.first, run.last, run.start, run.stop) for run in runs] == [(0, 1, 0, 5), (1, 3, 0, 2), (3, 4, 0, 1)]
+
+
+def test_many_rectangles_become_an_index() -> None:
+    lengths = [1 + number % 7 for number in range(100)]
+    selection = Selection.from_lengths(lengths, 7, "right", CPU)
+    assert selection.runs is None
+    value = torch.randn(100, 7, 2)
+    out = torch.empty(sum(lengths), 2)
+    write_rows(Target(out), value, selection)
+    assert torch.equal(out, torch.cat([value[b, :length] for b, length in enumerate(lengths)]))
+
+
+def test_values_may_be_strided(value: Tensor) -> None:
+    strided = value.transpose(0, 1).contiguous().transpose(0, 1)
+    for selection in (_select(MASKS["holes"]), _select(MASKS["left"])):
+        expected, out = torch.empty(selection.num_rows, 3), torch.empty(selection.num_rows, 3)
+        write_rows(Target(expected), value, selection)
+        write_rows(Target(out), strided, selection)
+        assert torch.equal(out, expected)
+
+
+def test_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"attention_mask has shape \(4, 1, 5, 5\): rows need one of shape \(4, 5\)"):
+        Selection.from_mask(torch.ones(4, 1, 5, 5), (4, 5), CPU)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3), (3, 5, 3), (4, 5, 2)])
+def test_value_without_a_row_per_token_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        CaptureError, match=r"has no row per token: it must be \(4, 5, 3\)\. Capture this site into mem"
+    ):
+        write_rows(Target(torch.empty(20, 3)), torch.zeros(shape), Selection.from_mask(None, (4, 5), CPU))
+
+
+# pools
+
+
+def _pool_slowly(value: Tensor, mask: Any, pool: str) -> np.ndarray:
+    vectors = []
+    for sequence, kept in zip(value.double().numpy(), np.array(mask, dtype=bool), strict=True):
+        rows = sequence[kept]
+        if not len(rows):
+            vectors.append(np.full(rows.shape[1], np.nan))
+        else:
+            vectors.append({"cls": rows[0], "last": rows[-1], "mean": rows.mean(0), "max": rows.max(0)}[pool])
+    return np.stack(vectors)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
+@pytest.mark.parametrize("pool", select.POOLS)
+@pytest.mark.parametrize("through_index", [False, True])
+def test_pool_agrees_with_numpy(value: Tensor, mask: Any, pool: str, through_index: bool) -> None:
+    selection = _select(mask)
+    if through_index:
+        selection = _indexed(selection, mask)
+    pooled = pool_rows(value, selection, pool)
+    assert pooled.dtype == torch.float32
+    expected = _pool_slowly(value, mask, pool)
+    if pool == "mean":
+        np.testing.assert_allclose(pooled.numpy(), expected, rtol=0, atol=1e-6)  # five float32 values of size 1 summed
+    else:
+        np.testing.assert_array_equal(pooled.numpy(), expected)
+
+
+def test_mean_of_half_precision_is_taken_in_float32() -> None:
+    rows = torch.full((1, 4096, 1), 1.0009765625, dtype=torch.float16)
+    pooled = pool_rows(rows, Selection.from_mask(None, (1, 4096), CPU), "mean")
+    assert pooled.dtype == torch.float16
+    assert pooled.item() == 1.0009765625  # a float16 sum would stick at 2,048
+
+
+def test_mean_of_double_precision_stays_double() -> None:
+    rows = torch.tensor([[[1.0], [1.0 + 2**-40]]], dtype=torch.float64)
+    pooled = pool_rows(rows, Selection.from_mask(None, (1, 2), CPU), "mean")
+    assert pooled.item() == 1.0 + 2**-41
+
+
+@pytest.mark.parametrize("mask", [MASKS["left"], MASKS["holes"]], ids=["left", "holes"])
+def test_callable_pool_sees_only_the_real_rows_of_each_example(value: Tensor, mask: Any) -> None:
+    seen: list[Tensor] = []
+
+    def total(rows: Tensor) -> Tensor:
+        seen.append(rows)
+        return torch.cat([rows.sum(0), rows.sum(0)])
+
+    pooled = pool_rows(value, _select(mask), total)
+    assert pooled.shape == (4, 6)
+    for rows, sequence, kept in zip(seen, value, torch.tensor(mask).bool(), strict=True):
+        assert torch.equal(rows, sequence[kept])
+
+
+def test_callable_pool_that_gives_no_vector_is_refused(value: Tensor) -> None:
+    selection = Selection.from_mask(None, (4, 5), CPU)
+    with pytest.raises(
+        CaptureError, match=r"the pool callable gave \(5, 3\): it must turn \[T, D\] rows into one vect"
+    ):
+        pool_rows(value, selection, lambda rows: rows)
+    with pytest.raises(CaptureError, match=r"the pool callable gave float: it must turn"):
+        pool_rows(value, selection, lambda rows: rows.sum().item())  # type: ignore[arg-type, return-value]
+
+
+def test_pool_of_no_sequences_is_empty() -> None:
+    pooled = pool_rows(torch.empty(0, 5, 3), Selection.from_mask(None, (0, 5), CPU), "mean")
+    assert pooled.shape == (0, 3)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 6, 3), (4, 5, 3, 2)])
+def test_pool_of_a_value_without_rows_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(CaptureError, match=r"has no row per token to pool\."):
+        pool_rows(torch.zeros(shape), Selection.from_mask(None, (4, 5), CPU), "mean")
+
+
+@pytest.mark.parametrize("pool", [*select.POOLS, None, torch.sum])
+def test_known_pools_pass(pool: Any) -> None:
+    check_pool(pool)
+
+
+@pytest.mark.parametrize("pool", ["median", "", 3])
+def test_unknown_pool_is_refused(pool: Any) -> None:
+    with pytest.raises(
+        OptionError, match=r"no pool .*: use cls, mean, max, last, a callable on \[T, D\] rows, or None"
+    ):
+        check_pool(pool)
+
+
+# casts
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_dtype_is_found_by_name_and_by_itself(name: str) -> None:
+    assert resolve_dtype(name) == resolve_dtype(DTYPES[name]) == getattr(torch, name)
+
+
+def test_no_dtype_is_the_models_own() -> None:
+    assert resolve_dtype(None) is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "half", torch.int64, ""])
+def test_unknown_dtype_is_refused(dtype: Any) -> None:
+    with pytest.raises(OptionError, match=r"no dtype .*: use float32, float16, bfloat16, float8_e4m3fn, int8, or None"):
+        resolve_dtype(dtype)
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("mask", [MASKS["left"], MASKS["holes"]], ids=["left", "holes"])
+def test_rows_are_cast_like_torch_casts(value: Tensor, name: str, mask: Any) -> None:
+    dtype, selection = DTYPES[name], _select(mask)
+    out = torch.empty(selection.num_rows, 3, dtype=dtype)
+    write_rows(Target(out), value, selection)
+    assert torch.equal(out.float(), value[torch.tensor(mask).bool()].to(dtype).float())
+
+
+@pytest.mark.parametrize("mask", [MASKS["left"], MASKS["holes"]], ids=["left", "holes"])
+def test_int8_rows_decode_to_half_a_step(value: Tensor, mask: Any) -> None:
+    selection = _select(mask)
+    out = torch.empty(selection.num_rows, 3, dtype=torch.int8)
+    scale = torch.empty(selection.num_rows)
+    write_rows(Target(out, scale), value, selection)
+    rows = value[torch.tensor(mask).bool()].double().numpy()
+    magnitude = np.abs(rows).max(axis=1)
+    np.testing.assert_allclose(scale.numpy(), magnitude / 127, rtol=1e-6)  # one float32 division
+    assert np.array_equal(np.abs(out.numpy()).max(axis=1), np.full(len(rows), 127))
+    error = np.abs(out.double().numpy() * scale.double().numpy()[:, None] - rows)
+    assert (error <= magnitude[:, None] / 127 * 0.5001).all()  # rounding is half a step, and the scale is float32
+
+
+def test_int8_of_zeros_is_zeros() -> None:
+    out, scale = torch.ones(2, 3, dtype=torch.int8), torch.ones(2)
+    cast_into(Target(out, scale), torch.zeros(2, 3))
+    assert not out.any()
+    assert not scale.any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_int8_shows_a_value_that_is_not_finite_in_its_scale(bad: float) -> None:
+    out, scale = torch.empty(2, 3, dtype=torch.int8), torch.empty(2)
+    cast_into(Target(out, scale), torch.tensor([[1.0, bad, 2.0], [1.0, 1.0, 2.0]]))
+    assert not torch.isfinite(scale[0])
+    decoded = out.float() * scale[:, None]
+    assert not torch.isfinite(decoded[0]).any()
+    assert decoded[1].tolist() == pytest.approx([1.0, 1.0, 2.0], abs=1 / 127)  # half a step of 2/127
+
+
+def test_float8_counts_what_it_clips_and_keeps_counting() -> None:
+    overflow = torch.zeros((), dtype=torch.int64)
+    out = torch.empty(5, dtype=torch.float8_e4m3fn)
+    cast_into(Target(out, None, overflow), torch.tensor([448.0, -448.0, 449.0, -1e9, float("nan")]))
+    assert overflow.item() == 2  # a NaN stays a NaN and is counted on its way to disk
+    cast_into(Target(out, None, overflow), torch.tensor([float("inf"), 0.0, 1.0, 2.0, 3.0]))
+    assert overflow.item() == 3
+
+
+def test_part_of_a_target_is_a_view_of_it() -> None:
+    target = Target(torch.zeros(6, 2, dtype=torch.int8), torch.zeros(6))
+    part = target.part(2, 6, (2, 2))
+    assert part.values.shape == (2, 2, 2)
+    assert part.scale is not None
+    assert part.scale.shape == (2, 2)
+    part.values.fill_(1)
+    part.scale.fill_(1)
+    assert target.values.sum(1).tolist() == [0, 0, 2, 2, 2, 2]
+    assert target.scale is not None
+    assert target.scale.tolist() == [0, 0, 1, 1, 1, 1]
+    assert target.part(0, 3).values.shape == (3, 2)
