@@ -77,6 +77,7 @@ class _Frame:
 
     owner: nn.Module
     call: Call | None = None
+    in_base: bool = False
 
 
 class ProbeRegistry:
@@ -184,13 +185,17 @@ class ProbeRegistry:
             self._handles.append(module.register_forward_hook(read_output))
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._frames.setdefault(threading.get_ident(), []).append(_Frame(module))
+        stack = self._frames.setdefault(threading.get_ident(), [])
+        self._drop_interrupted(stack, bool(stack) and stack[-1].owner is module)
+        stack.append(_Frame(module))
 
     def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack = self._frames.setdefault(threading.get_ident(), [])
+        self._drop_interrupted(stack, bool(stack) and stack[-1].in_base)
         if not stack or stack[-1].owner is module:
             stack.append(_Frame(module))
         frame = stack[-1]
+        frame.in_base = True
         if frame.call is not None:  # a task model that runs its base twice in one call
             self._end_call(frame, completed=True)
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -201,9 +206,18 @@ class ProbeRegistry:
         self._sink.begin(call)
         frame.call = call
 
+    def _drop_interrupted(self, stack: list[_Frame], is_stale: bool) -> None:
+        # Ctrl-C ended this call, and torch tells hooks of an Exception only; no model runs inside itself.
+        if is_stale:
+            self._end_call(stack.pop(), completed=False)
+
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         stack = self._frames.get(threading.get_ident())
-        if stack and stack[-1].owner is module:
+        if not stack:
+            return
+        if module is self._base:
+            stack[-1].in_base = False
+        if stack[-1].owner is module:
             # torch passes None for the output of a forward that raised
             self._end_call(stack.pop(), completed=output is not None)
 
