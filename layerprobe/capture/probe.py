@@ -122,9 +122,11 @@ class Probe(AbstractContextManager["Probe"]):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._state = _Lifecycle.CLOSED
-        self._registry.detach()
         try:
-            self._sink.close(error)
+            try:
+                self._registry.detach()
+            finally:
+                self._sink.close(error)
         except Exception:
             # what went wrong in the block says more than what went wrong because of it
             if error is None:

@@ -11,7 +11,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,10 +31,15 @@ class _Stop(BaseException):
 
 @dataclass(eq=False)
 class _Frame:
-    """A running call of the probed model in one thread, opened by whichever module was called from outside."""
+    """A running call of the probed model in one thread, opened by whichever module was called from outside.
+
+    `inside` holds the stacks whose base is running. Ctrl-C leaves a frame behind, since torch tells hooks of an
+    Exception only; the next call opens another on top of it, as a model called within a sink does.
+    """
 
     owner: nn.Module
     call: Call | None = None
+    inside: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +154,8 @@ class ProbeRegistry:
             keep(self._root.register_forward_hook(self._leave, always_call=True))
         for number, stack in enumerate(self._mapped.stacks):
             keep(stack.base.register_forward_pre_hook(self._make_entry(number, stack), with_kwargs=True))
-            keep(stack.base.register_forward_hook(self._leave, always_call=True))
+            leave = functools.partial(self._leave, number=number)
+            keep(stack.base.register_forward_hook(leave, always_call=True))
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._frames.setdefault(threading.get_ident(), []).append(_Frame(module))
@@ -163,9 +169,10 @@ class ProbeRegistry:
 
         def enter_base(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stack = frames.setdefault(get_ident(), [])
-            if not stack or stack[-1].owner is module:
+            if not stack or stack[-1].owner is module or number in stack[-1].inside:
                 stack.append(_Frame(module))
             frame = stack[-1]
+            frame.inside.add(number)
             if frame.call is not None and number in frame.call.contexts:
                 # a task model that runs its base twice in one call
                 self._end_call(frame, completed=True)
@@ -182,9 +189,12 @@ class ProbeRegistry:
 
         return enter_base
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any, number: int = -1) -> None:
         stack = self._frames.get(threading.get_ident())
-        if stack and stack[-1].owner is module:
+        if not stack:
+            return
+        stack[-1].inside.discard(number)
+        if stack[-1].owner is module:
             # torch passes None for the output of a forward that raised
             self._end_call(stack.pop(), completed=output is not None)
 

@@ -1,0 +1,280 @@
+"""Buffers and lanes: nothing is overwritten on its way, and waiting is counted.
+
+`DelayedStreams` is a device on which no copy happens before somebody waits for it, in another thread if need be: a
+stage reused or a buffer handed on too early shows as wrong data.
+"""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import layerprobe as lp
+from layerprobe.capture import packing, probe
+from layerprobe.capture.select import Target, cast_into
+from layerprobe.capture.staging import (
+    BufferPool,
+    DirectLane,
+    HostBuffer,
+    PlainCopies,
+    StagedLane,
+    make_lane,
+)
+from layerprobe.errors import StoreError
+from layerprobe.store.writer import StoredSite
+
+CPU = torch.device("cpu")
+
+
+class DelayedStreams:
+    """Queue every copy; do it, and those before it, when its event is waited for or held."""
+
+    def __init__(self, holds: bool = True) -> None:
+        self.num_copies = 0
+        self._queue: list[tuple[int, Tensor, Tensor]] = []
+        self._holds = holds
+        self._lock = threading.Lock()
+
+    def record(self) -> str:
+        return "made"
+
+    def hold(self, event: int) -> None:
+        if self._holds:
+            self.wait(event)
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> int:
+        assert after == "made"
+        with self._lock:
+            self.num_copies += 1
+            self._queue.append((self.num_copies, target, source))
+            return self.num_copies
+
+    def wait(self, event: int) -> None:
+        with self._lock, torch.no_grad():
+            while self._queue and self._queue[0][0] <= event:
+                _, target, source = self._queue.pop(0)
+                target.copy_(source)
+
+
+def _site(
+    dtype: torch.dtype = torch.float32, kind: str = "token", name: str = "layers.0", width: int = 3
+) -> StoredSite:
+    return StoredSite(name, kind, dtype, width)
+
+
+def _fill(lane: StagedLane, buffer: HostBuffer, values: list[Tensor]) -> None:
+    row = 0
+    for value in values:
+        lane.put(0, buffer.target(0, row, row + len(value)), lambda target, value=value: cast_into(target, value))
+        row += len(value)
+
+
+VALUES = [torch.full((length, 3), float(number + 1)) for number, length in enumerate([2, 5, 1, 4, 7, 3, 7, 2])]
+
+
+def test_staged_values_arrive_whole_whatever_the_delay() -> None:
+    lane, buffer = StagedLane(CPU, DelayedStreams(), pinned=False), HostBuffer([_site()], 31, 8, pinned=False)
+    _fill(lane, buffer, VALUES)
+    assert not buffer.target(
+        0, 29, 31
+    ).values.any()  # the last copy has not happened: the test would see a missing wait
+    lane.fence()()
+    assert torch.equal(buffer.target(0, 0, 31).values, torch.cat(VALUES))
+
+
+def test_delayed_streams_show_a_stage_that_is_reused_too_early() -> None:
+    lane = StagedLane(CPU, DelayedStreams(holds=False), pinned=False)
+    buffer = HostBuffer([_site()], 31, 8, pinned=False)
+    _fill(lane, buffer, VALUES)
+    lane.fence()()
+    assert not torch.equal(buffer.target(0, 0, 31).values, torch.cat(VALUES))
+
+
+def test_staged_int8_rows_arrive_with_their_scales() -> None:
+    lane, buffer = StagedLane(CPU, DelayedStreams(), pinned=False), HostBuffer([_site(torch.int8)], 31, 8, pinned=False)
+    _fill(lane, buffer, VALUES)
+    lane.fence()()
+    expected = Target(torch.empty(31, 3, dtype=torch.int8), torch.empty(31))
+    cast_into(expected, torch.cat(VALUES))
+    got = buffer.target(0, 0, 31)
+    assert expected.scale is not None
+    assert got.scale is not None
+    assert torch.equal(got.values, expected.values)
+    assert torch.equal(got.scale, expected.scale)
+
+
+def test_lane_keeps_two_stages_per_site_and_no_more() -> None:
+    lane, buffer = StagedLane(CPU, DelayedStreams(), pinned=False), HostBuffer([_site()], 40, 8, pinned=False)
+    made: list[int] = []
+    for _ in range(10):
+        lane.put(0, buffer.target(0, 0, 4), lambda target: made.append(target.values.data_ptr()))
+    assert len(set(made)) == 2
+    assert made[::2] == made[:1] * 5
+
+
+def test_fence_before_anything_was_put_waits_for_nothing() -> None:
+    StagedLane(CPU, DelayedStreams()).fence()()
+    DirectLane().fence()()
+
+
+def test_plain_copies_are_over_when_they_return() -> None:
+    lane, buffer = StagedLane(CPU, PlainCopies(), pinned=False), HostBuffer([_site()], 31, 8, pinned=False)
+    _fill(lane, buffer, VALUES)
+    assert torch.equal(buffer.target(0, 0, 31).values, torch.cat(VALUES))
+    lane.fence()()
+
+
+def test_lane_on_the_cpu_makes_values_in_the_buffer_itself() -> None:
+    lane = make_lane(CPU)
+    assert isinstance(lane, DirectLane)
+    assert not lane.pinned
+    buffer = HostBuffer([_site()], 4, 4, lane.pinned)
+    seen: list[int] = []
+    lane.put(0, buffer.target(0, 1, 3), lambda target: seen.append(target.values.data_ptr()))
+    assert seen == [buffer.target(0, 1, 3).values.data_ptr()]
+
+
+def test_lane_elsewhere_waits_for_each_copy() -> None:
+    lane = make_lane(torch.device("meta"))
+    assert isinstance(lane, StagedLane)
+    assert not lane.pinned
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_stages_arrive_whole() -> None:
+    device = torch.device("cuda")
+    lane = make_lane(device)
+    assert lane.pinned
+    buffer = HostBuffer([_site()], 31, 8, pinned=True)
+    assert isinstance(lane, StagedLane)
+    _fill(lane, buffer, [value.to(device) for value in VALUES])
+    lane.fence()()
+    assert torch.equal(buffer.target(0, 0, 31).values, torch.cat(VALUES))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", None])
+@pytest.mark.parametrize("pool", [None, "mean"])
+def test_store_behind_delayed_copies_holds_the_same_bytes(
+    make_bert: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, dtype: str | None, pool: str | None
+) -> None:
+    model = make_bert()
+    monkeypatch.setattr(probe, "DEFAULT_SHARD_BYTES", 1000)
+    batches = [torch.randint(1, 100, (2, 3 + number % 5)) for number in range(12)]
+
+    def run(folder: Any) -> list[bytes]:
+        with torch.no_grad(), lp.Probe(model, ["layers.*", "pooler"], to=folder, dtype=dtype, pool=pool):
+            for input_ids in batches:
+                model(input_ids)
+        return [path.read_bytes() for path in sorted(folder.glob("shard-*"))]
+
+    expected = run(tmp_path / "direct")
+    monkeypatch.setattr(packing, "make_lane", lambda device: StagedLane(device, DelayedStreams(), pinned=False))
+    assert run(tmp_path / "delayed") == expected
+    assert len(expected) > 2
+
+
+# host buffers
+
+
+def test_buffer_has_room_per_kind() -> None:
+    buffer = HostBuffer([_site(), _site(kind="example", name="pooler", width=5)], 6, 2, pinned=False)
+    assert buffer.target(0, 0, 6).values.shape == (6, 3)
+    assert buffer.target(1, 0, 2).values.shape == (2, 5)
+    assert buffer.fits(6, 2)
+    assert not buffer.fits(7, 2)
+    assert not buffer.fits(6, 3)
+
+
+def test_buffer_counts_only_what_it_holds() -> None:
+    assert HostBuffer([_site()], 6, 2, pinned=False).fits(6, 1000)
+    assert HostBuffer([_site(kind="example")], 6, 2, pinned=False).fits(1000, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_grown_buffer_keeps_what_is_used(dtype: torch.dtype) -> None:
+    buffer = HostBuffer([_site(dtype), _site(dtype, "example", "pooler")], 4, 2, pinned=False)
+    torch.manual_seed(0)
+    rows, vectors = torch.randn(3, 3), torch.randn(2, 3)
+    cast_into(buffer.target(0, 0, 3), rows)
+    cast_into(buffer.target(1, 0, 2), vectors)
+    before = [buffer.target(0, 0, 3), buffer.target(1, 0, 2)]
+    kept = [(t.values.clone(), None if t.scale is None else t.scale.clone()) for t in before]
+    buffer.grow(10, 2, 3, 2)
+    assert (buffer.num_rows, buffer.num_examples) == (10, 2)
+    buffer.grow(5, 7, 3, 2)
+    assert (buffer.num_rows, buffer.num_examples) == (10, 7)
+    for index, (values, scale) in enumerate(kept):
+        target = buffer.target(index, 0, len(values))
+        assert torch.equal(target.values, values)
+        if scale is not None:
+            assert target.scale is not None
+            assert torch.equal(target.scale, scale)
+
+
+def test_buffer_that_fits_is_not_moved() -> None:
+    buffer = HostBuffer([_site()], 4, 2, pinned=False)
+    place = buffer.target(0, 0, 4).values.data_ptr()
+    buffer.grow(4, 100)
+    assert buffer.target(0, 0, 4).values.data_ptr() == place
+
+
+def test_buffer_made_under_inference_mode_is_written_from_any_mode() -> None:
+    with torch.inference_mode():
+        buffer = HostBuffer([_site(torch.int8)], 4, 4, pinned=False)
+        cast_into(buffer.target(0, 0, 2), torch.ones(2, 3))
+    cast_into(buffer.target(0, 2, 4), torch.ones(2, 3))
+    assert not buffer.target(0, 0, 4).values.is_inference()
+
+
+# the pool of buffers
+
+
+def _pass() -> None:
+    return None
+
+
+def test_free_buffer_is_taken_at_once() -> None:
+    buffers = [HostBuffer([_site()], 1, 1, pinned=False) for _ in range(2)]
+    pool = BufferPool(buffers)
+    assert {id(pool.acquire(_pass)), id(pool.acquire(_pass))} == {id(buffer) for buffer in buffers}
+
+
+def test_caller_waits_for_a_buffer_and_the_wait_is_counted() -> None:
+    pool = BufferPool([HostBuffer([_site()], 1, 1, pinned=False)])
+    buffer = pool.acquire(_pass)
+    stalled_before, asked, got = pool.stalled_s, threading.Event(), []
+    # `check` runs under the pool's lock, which is free again only once the caller waits
+    thread = threading.Thread(target=lambda: got.append(pool.acquire(asked.set)))
+    thread.start()
+    assert asked.wait(30)
+    pool.release(buffer)
+    thread.join(30)
+    assert got == [buffer]
+    assert pool.stalled_s > stalled_before
+
+
+def test_failure_of_the_writer_is_raised_in_the_caller_that_waits() -> None:
+    pool = BufferPool([HostBuffer([_site()], 1, 1, pinned=False)])
+    buffer = pool.acquire(_pass)
+    asked, failed, raised = threading.Event(), threading.Event(), []
+
+    def check() -> None:
+        asked.set()
+        if failed.is_set():
+            raise StoreError("the writer stopped")
+
+    def wait() -> None:
+        with pytest.raises(StoreError, match="the writer stopped") as caught:
+            pool.acquire(check)
+        raised.append(caught.value)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert asked.wait(30)
+    failed.set()
+    pool.release(buffer)
+    thread.join(30)
+    assert len(raised) == 1

@@ -1,0 +1,119 @@
+"""The README and every page of docs/: their snippets run, their commands work, what they name is there."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerprobe.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TEST_NAME = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+RESULTS_FILE = re.compile(r"benchmarks/results/\w+\.json")
+LINK = re.compile(r"\]\(([^)#]+)\)")
+CODE = re.compile(r"`[^`]*`|\([^)]*\)")
+QUOTED = re.compile(r"(?<![\w.])(\d+\.\d+)(?![\w.]*\d)|(?<![\w.])(\d+)(?= (?:times|%|percent|ms)\b)")
+
+
+def list_blocks(page: Path, language: str) -> list[str]:
+    return [code for found, code in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def list_commands(page: Path) -> list[list[str]]:
+    """Find the layerprobe commands among a page's shell snippets."""
+    lines = "\n".join(list_blocks(page, "bash")).replace("\\\n", " ").replace("&&", "\n").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line for line in words if line and Path(line[0]).name == "layerprobe"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that holds what a clone has beside the code."""
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "sample.txt", tmp_path / "docs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list_blocks(page, "python")], ids=lambda page: page.name)
+def test_python_snippets_run(page: Path, folder: Path) -> None:
+    state: dict[str, Any] = {"__name__": "snippets"}
+    for number, code in enumerate(list_blocks(page, "python")):
+        exec(compile(code, f"{page.name}, snippet {number}", "exec"), state)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list_commands(page)], ids=lambda page: page.name)
+def test_commands_run(
+    page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in list_commands(page):
+        monkeypatch.setattr("sys.argv", ["layerprobe", *command[1:]])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        assert not stopped.value.code, f"{command}: {captured.err}"
+        assert captured.out.strip()
+
+
+def test_readme_begins_with_the_two_commands() -> None:
+    """.ci/run takes them from their places."""
+    first, second = list_blocks(ROOT / "README.md", "bash")[:2]
+    for block in (first, second):
+        assert block.startswith("python3 -m venv .venv && .venv/bin/pip install") and "torch==2.13.0" in block
+    assert "layerprobe extract demo docs/sample.txt" in first and "layerprobe info acts/" in first
+    assert '-e ".[dev]"' in second and ".venv/bin/pytest" in second
+
+
+def test_sample_is_short_varied_texts() -> None:
+    texts = (ROOT / "docs" / "sample.txt").read_text(encoding="utf-8").splitlines()
+    assert 50 <= len(texts) <= 70 and len(set(texts)) == len(texts)
+    assert max(map(len, texts)) <= 200
+
+
+def test_every_guarantee_names_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    guarantees = re.split(r"^## \d+\. ", page, flags=re.MULTILINE)[1:]
+    assert len(guarantees) == 6
+    for guarantee in guarantees:
+        named = TEST_NAME.findall(guarantee)
+        assert named, f"no test for: {guarantee.splitlines()[0]}"
+        for file, name in named:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def list_numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in list_numbers(item)]
+    if isinstance(value, list):
+        return [number for item in value for number in list_numbers(item)]
+    return [float(value)] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_quoted_numbers_are_in_the_results(page: Path) -> None:
+    """A paragraph that names a results file quotes only numbers of it, rounded as they are written."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for paragraph in text.split("\n\n"):
+        files = sorted(set(RESULTS_FILE.findall(paragraph)))
+        if not files:
+            continue
+        found = [
+            number for file in files for number in list_numbers(json.loads((ROOT / file).read_text(encoding="utf-8")))
+        ]
+        for groups in QUOTED.findall(CODE.sub("", paragraph)):
+            quoted = next(filter(None, groups))
+            decimals = len(quoted.partition(".")[2])
+            assert any(f"{number:.{decimals}f}" == quoted for number in found), f"{quoted} is in none of {files}"

@@ -1,0 +1,130 @@
+"""The house as it is meant to stand: who imports whom, how long a file is, what the door loads."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import layerprobe
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "layerprobe"
+
+# Each imports only what stands above it.
+ORDER = (
+    "layerprobe.errors",
+    "layerprobe.version",
+    "layerprobe.tables",
+    "layerprobe.models",
+    "layerprobe.sites.grammar",
+    "layerprobe.sites.anatomy",
+    "layerprobe.sites.resolve",
+    "layerprobe.store.format",
+    "layerprobe.store.shards",
+    "layerprobe.store.writer",
+    "layerprobe.store.reader",
+    "layerprobe.capture.registry",
+    "layerprobe.capture.select",
+    "layerprobe.capture.staging",
+    "layerprobe.capture.sinks",
+    "layerprobe.capture.packing",
+    "layerprobe.capture.probe",
+    "layerprobe.extract.inputs",
+    "layerprobe.extract.batching",
+    "layerprobe.extract.resume",
+    "layerprobe.extract.plan",
+    "layerprobe.extract.run",
+    "layerprobe.cli.views",
+    "layerprobe.cli.main",
+    "layerprobe",
+    "layerprobe.__main__",
+)
+FOLDERS = ("sites", "store", "capture", "extract", "cli")
+TOP = {"layerprobe", "tests", "benchmarks", "docs", "pyproject.toml", "README.md", "LICENSE", ".gitignore", ".ci"}
+MOST_LINES = 400
+# the tree of errors is drawn in its docstring
+TREE_LINE = re.compile(r"^(LayerProbeError$|\s*[├└│])")
+HEAVY = ("transformers", "matplotlib", "sklearn", "ray", "pyarrow")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {
+    module_name(path): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py" or path.parent == PACKAGE
+}
+
+
+def list_imports(path: Path) -> set[str]:
+    """Find every module of layerprobe that a file imports, at its top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            base = node.module or ""
+            # `from layerprobe.store import format` names a module too
+            inner = {f"{base}.{alias.name}" for alias in node.names} & set(ORDER)
+            found.update(inner or {base})
+    return {name for name in found if name.split(".")[0] == "layerprobe"}
+
+
+def test_every_file_has_its_place_in_the_order() -> None:
+    assert sorted(FILES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_files_import_only_from_above(name: str) -> None:
+    above = set(ORDER[: ORDER.index(name)])
+    assert list_imports(FILES[name]) <= above
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_have_no_code_of_their_own(folder: str) -> None:
+    assert not (PACKAGE / folder / "__init__.py").read_text(encoding="utf-8").strip()
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_files_are_short_and_say_what_they_are(name: str) -> None:
+    text = FILES[name].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    tree = ast.parse(text)
+    docstring = ast.get_docstring(tree)
+    assert docstring
+    if any(isinstance(node, (ast.ClassDef, ast.FunctionDef)) for node in tree.body):
+        lines = [line for line in docstring.splitlines() if not TREE_LINE.match(line)]
+        assert 3 <= len(lines) <= 12
+
+
+def test_importing_the_door_loads_nothing_heavy() -> None:
+    code = f"import sys, layerprobe; print([name for name in {HEAVY!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_command_line_opens_without_transformers() -> None:
+    code = "import sys, layerprobe.cli.main; print('transformers' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "False"
+
+
+def test_public_names_are_the_documented_ones() -> None:
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `lp\.(\w+)` \|", page, re.MULTILINE)
+    assert sorted(documented) == sorted(layerprobe.__all__)
+    assert all(hasattr(layerprobe, name) for name in layerprobe.__all__)
+
+
+def test_the_top_holds_only_what_belongs_there() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert {line.split("/")[0] for line in tracked.stdout.splitlines()} <= TOP
