@@ -19,6 +19,7 @@ from layerprobe.capture.staging import (
     DirectLane,
     HostBuffer,
     PlainCopies,
+    Room,
     StagedLane,
     make_lane,
 )
@@ -75,7 +76,7 @@ VALUES = [torch.full((length, 3), float(number + 1)) for number, length in enume
 
 
 def test_staged_values_arrive_whole_whatever_the_delay() -> None:
-    lane, buffer = StagedLane(CPU, DelayedStreams(), pinned=False), HostBuffer([_site()], 31, 8, pinned=False)
+    lane, buffer = StagedLane(CPU, DelayedStreams(), pinned=False), HostBuffer([_site()], Room(31, 8), pinned=False)
     _fill(lane, buffer, VALUES)
     assert not buffer.target(
         0, 29, 31
@@ -86,14 +87,17 @@ def test_staged_values_arrive_whole_whatever_the_delay() -> None:
 
 def test_delayed_streams_show_a_stage_that_is_reused_too_early() -> None:
     lane = StagedLane(CPU, DelayedStreams(holds=False), pinned=False)
-    buffer = HostBuffer([_site()], 31, 8, pinned=False)
+    buffer = HostBuffer([_site()], Room(31, 8), pinned=False)
     _fill(lane, buffer, VALUES)
     lane.fence()()
     assert not torch.equal(buffer.target(0, 0, 31).values, torch.cat(VALUES))
 
 
 def test_staged_int8_rows_arrive_with_their_scales() -> None:
-    lane, buffer = StagedLane(CPU, DelayedStreams(), pinned=False), HostBuffer([_site(torch.int8)], 31, 8, pinned=False)
+    lane, buffer = (
+        StagedLane(CPU, DelayedStreams(), pinned=False),
+        HostBuffer([_site(torch.int8)], Room(31, 8), pinned=False),
+    )
     _fill(lane, buffer, VALUES)
     lane.fence()()
     expected = Target(torch.empty(31, 3, dtype=torch.int8), torch.empty(31))
@@ -106,7 +110,7 @@ def test_staged_int8_rows_arrive_with_their_scales() -> None:
 
 
 def test_lane_keeps_two_stages_per_site_and_no_more() -> None:
-    lane, buffer = StagedLane(CPU, DelayedStreams(), pinned=False), HostBuffer([_site()], 40, 8, pinned=False)
+    lane, buffer = StagedLane(CPU, DelayedStreams(), pinned=False), HostBuffer([_site()], Room(40, 8), pinned=False)
     made: list[int] = []
     for _ in range(10):
         lane.put(0, buffer.target(0, 0, 4), lambda target: made.append(target.values.data_ptr()))
@@ -120,7 +124,7 @@ def test_fence_before_anything_was_put_waits_for_nothing() -> None:
 
 
 def test_plain_copies_are_over_when_they_return() -> None:
-    lane, buffer = StagedLane(CPU, PlainCopies(), pinned=False), HostBuffer([_site()], 31, 8, pinned=False)
+    lane, buffer = StagedLane(CPU, PlainCopies(), pinned=False), HostBuffer([_site()], Room(31, 8), pinned=False)
     _fill(lane, buffer, VALUES)
     assert torch.equal(buffer.target(0, 0, 31).values, torch.cat(VALUES))
     lane.fence()()
@@ -130,7 +134,7 @@ def test_lane_on_the_cpu_makes_values_in_the_buffer_itself() -> None:
     lane = make_lane(CPU)
     assert isinstance(lane, DirectLane)
     assert not lane.pinned
-    buffer = HostBuffer([_site()], 4, 4, lane.pinned)
+    buffer = HostBuffer([_site()], Room(4, 4), lane.pinned)
     seen: list[int] = []
     lane.put(0, buffer.target(0, 1, 3), lambda target: seen.append(target.values.data_ptr()))
     assert seen == [buffer.target(0, 1, 3).values.data_ptr()]
@@ -148,7 +152,7 @@ def test_cuda_stages_arrive_whole() -> None:
     device = torch.device("cuda")
     lane = make_lane(device)
     assert lane.pinned
-    buffer = HostBuffer([_site()], 31, 8, pinned=True)
+    buffer = HostBuffer([_site()], Room(31, 8), pinned=True)
     assert isinstance(lane, StagedLane)
     _fill(lane, buffer, [value.to(device) for value in VALUES])
     lane.fence()()
@@ -180,22 +184,22 @@ def test_store_behind_delayed_copies_holds_the_same_bytes(
 
 
 def test_buffer_has_room_per_kind() -> None:
-    buffer = HostBuffer([_site(), _site(kind="example", name="pooler", width=5)], 6, 2, pinned=False)
+    buffer = HostBuffer([_site(), _site(kind="example", name="pooler", width=5)], Room(6, 2), pinned=False)
     assert buffer.target(0, 0, 6).values.shape == (6, 3)
     assert buffer.target(1, 0, 2).values.shape == (2, 5)
-    assert buffer.fits(6, 2)
-    assert not buffer.fits(7, 2)
-    assert not buffer.fits(6, 3)
+    assert buffer.fits(Room(6, 2))
+    assert not buffer.fits(Room(7, 2))
+    assert not buffer.fits(Room(6, 3))
 
 
 def test_buffer_counts_only_what_it_holds() -> None:
-    assert HostBuffer([_site()], 6, 2, pinned=False).fits(6, 1000)
-    assert HostBuffer([_site(kind="example")], 6, 2, pinned=False).fits(1000, 2)
+    assert HostBuffer([_site()], Room(6, 2), pinned=False).fits(Room(6, 1000))
+    assert HostBuffer([_site(kind="example")], Room(6, 2), pinned=False).fits(Room(1000, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_grown_buffer_keeps_what_is_used(dtype: torch.dtype) -> None:
-    buffer = HostBuffer([_site(dtype), _site(dtype, "example", "pooler")], 4, 2, pinned=False)
+    buffer = HostBuffer([_site(dtype), _site(dtype, "example", "pooler")], Room(4, 2), pinned=False)
     torch.manual_seed(0)
     rows, vectors = torch.randn(3, 3), torch.randn(2, 3)
     cast_into(buffer.target(0, 0, 3), rows)
@@ -215,7 +219,7 @@ def test_grown_buffer_keeps_what_is_used(dtype: torch.dtype) -> None:
 
 
 def test_buffer_that_fits_is_not_moved() -> None:
-    buffer = HostBuffer([_site()], 4, 2, pinned=False)
+    buffer = HostBuffer([_site()], Room(4, 2), pinned=False)
     place = buffer.target(0, 0, 4).values.data_ptr()
     buffer.grow(4, 100)
     assert buffer.target(0, 0, 4).values.data_ptr() == place
@@ -223,7 +227,7 @@ def test_buffer_that_fits_is_not_moved() -> None:
 
 def test_buffer_made_under_inference_mode_is_written_from_any_mode() -> None:
     with torch.inference_mode():
-        buffer = HostBuffer([_site(torch.int8)], 4, 4, pinned=False)
+        buffer = HostBuffer([_site(torch.int8)], Room(4, 4), pinned=False)
         cast_into(buffer.target(0, 0, 2), torch.ones(2, 3))
     cast_into(buffer.target(0, 2, 4), torch.ones(2, 3))
     assert not buffer.target(0, 0, 4).values.is_inference()
@@ -237,13 +241,13 @@ def _pass() -> None:
 
 
 def test_free_buffer_is_taken_at_once() -> None:
-    buffers = [HostBuffer([_site()], 1, 1, pinned=False) for _ in range(2)]
+    buffers = [HostBuffer([_site()], Room(1, 1), pinned=False) for _ in range(2)]
     pool = BufferPool(buffers)
     assert {id(pool.acquire(_pass)), id(pool.acquire(_pass))} == {id(buffer) for buffer in buffers}
 
 
 def test_caller_waits_for_a_buffer_and_the_wait_is_counted() -> None:
-    pool = BufferPool([HostBuffer([_site()], 1, 1, pinned=False)])
+    pool = BufferPool([HostBuffer([_site()], Room(1, 1), pinned=False)])
     buffer = pool.acquire(_pass)
     stalled_before, asked, got = pool.stalled_s, threading.Event(), []
     # `check` runs under the pool's lock, which is free again only once the caller waits
@@ -257,7 +261,7 @@ def test_caller_waits_for_a_buffer_and_the_wait_is_counted() -> None:
 
 
 def test_failure_of_the_writer_is_raised_in_the_caller_that_waits() -> None:
-    pool = BufferPool([HostBuffer([_site()], 1, 1, pinned=False)])
+    pool = BufferPool([HostBuffer([_site()], Room(1, 1), pinned=False)])
     buffer = pool.acquire(_pass)
     asked, failed, raised = threading.Event(), threading.Event(), []
 

@@ -14,6 +14,7 @@ TAILS = (
     "attention.query",
     "attention.key",
     "attention.value",
+    "attention.weights",
     "attention.context",
     "attention.out",
     "mid",
@@ -53,8 +54,11 @@ def test_base_model_has_every_site_with_its_width(tiny_bert: Any) -> None:
     assert [site.name for site in table] == [*ENCODER, "pooler"]
     widths = {site.name: site.width for site in table}
     assert widths.pop("layers.0.ffn.act") == widths.pop("layers.1.ffn.act") == widths.pop("layers.2.ffn.act") == 64
+    weights = [name for name in ENCODER if name.endswith(".weights")]
+    assert {widths.pop(name) for name in weights} == {4}
     assert set(widths.values()) == {32}
-    assert {site.name: site.kind for site in table} == {**dict.fromkeys(ENCODER, "token"), "pooler": "example"}
+    kinds = {**dict.fromkeys(ENCODER, "token"), **dict.fromkeys(weights, "attention"), "pooler": "example"}
+    assert {site.name: site.kind for site in table} == kinds
 
 
 def test_base_model_without_a_pooler_has_no_pooler_site(tiny_bert: Any) -> None:
@@ -136,7 +140,7 @@ def test_table_prints_every_site_with_its_module_and_width(tiny_bert: Any) -> No
 
 def test_table_is_a_sequence(tiny_bert: Any) -> None:
     table = lp.sites(tiny_bert)
-    assert len(table) == len(list(table)) == 29
+    assert len(table) == len(list(table)) == 32
     assert table[0].name == "embeddings"
     assert [site.name for site in table[-2:]] == ["layers.2", "pooler"]
     assert table[0] in table
@@ -160,11 +164,24 @@ def test_model_that_is_not_of_transformers_is_refused(model: nn.Module) -> None:
         lp.sites(model)
 
 
-def test_architecture_without_a_row_is_refused() -> None:
+def test_architecture_without_a_row_has_the_layers_that_its_structure_shows() -> None:
     from transformers import GPT2Config, GPT2Model
 
-    model = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8))
-    with pytest.raises(ArchitectureError, match="no row for architecture 'gpt2'"):
+    model = GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, n_positions=8)).eval()
+    assert [site.name for site in lp.sites(model)] == ["layers.0", "layers.1"]
+    with pytest.raises(SiteError, match=r"no site 'layers\.0\.mid' in GPT2Model"):
+        lp.sites(model, "layers.0.mid")
+    with lp.Probe(model, "layers.0") as probe:
+        output = model(input_ids=torch.arange(5)[None], output_hidden_states=True)
+    assert torch.equal(probe["layers.0"], output.hidden_states[1])
+
+
+def test_architecture_without_a_row_or_a_structure_is_refused() -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    model = GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, n_positions=8))
+    model.config.n_layer = 5
+    with pytest.raises(ArchitectureError, match=r"(?s)no row for architecture .gpt2.*register_architecture"):
         lp.sites(model)
 
 
@@ -183,7 +200,7 @@ def test_map_finds_the_base_inside_a_head_model(make_bert: Any) -> None:
     model = make_bert("BertForTokenClassification")
     mapped = map_model(model)
     assert mapped.base is model.bert
-    assert mapped.num_layers == {"layers": 3}
+    assert [len(stack.layers) for stack in mapped.stacks] == [3]
 
 
 def test_head_whose_name_is_not_in_the_row_has_no_logits(make_bert: Any) -> None:
