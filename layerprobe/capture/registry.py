@@ -106,9 +106,11 @@ class ProbeRegistry:
         self._stop = stop
         self._all_seen = (1 << len(self.sites)) - 1
         self._modules = [model.get_submodule(site.module) for site in self.sites]
+        self.num_layers = mapped.num_layers
         # chunk_size_feed_forward runs the FFN several times in one call, on a few positions each
         is_chunked = bool(getattr(self._base.config, "chunk_size_feed_forward", 0))
-        self._chunked = {i for i, site in enumerate(self.sites) if is_chunked and ".ffn." in site.name}
+        in_ffn = (".ffn." in site.name or site.kind == "unknown" for site in self.sites)
+        self._chunked = {index for index, is_part in enumerate(in_ffn) if is_chunked and is_part}
         self._parameters = list(inspect.signature(type(self._base).forward).parameters)[1:]
         self._frames: dict[int, list[_Frame]] = {}
         self._handles: list[Any] = []
@@ -239,7 +241,7 @@ class ProbeRegistry:
     def _receive(self, call: Call, index: int, value: Any) -> None:
         if type(value) is not Tensor:
             value = self._first_tensor(index, value)
-        if call.shape is not None and index in self._chunked and value.shape[1] < call.shape[1]:
+        if index in self._chunked and call.shape is not None and _is_chunk(value, call.shape):
             chunks = call.chunks.setdefault(index, [])
             chunks.append(value)
             if sum(chunk.shape[1] for chunk in chunks) < call.shape[1]:
@@ -278,3 +280,7 @@ class ProbeRegistry:
 
         self._wrapped.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
+
+
+def _is_chunk(value: Tensor, shape: tuple[int, int]) -> bool:
+    return value.ndim == 3 and value.shape[0] == shape[0] and value.shape[1] < shape[1]

@@ -28,21 +28,29 @@ Value = Tensor | ScaledRows
 class CapturedCall(Mapping[str, Value]):
     """What one call of the model made, by site.
 
-    `call["layers.-1"]` finds a site by any pattern that stands for one.
+    `call["layers.-1"]` finds a site by any pattern that stands for one; negatives count from the model's last layer.
 
     Args:
         made: Values by canonical site name.
         input_ids: `[B, S]`, or None.
         attention_mask: As it was passed, or None.
+        num_layers: Of the model, as in `expand_patterns`.
     """
 
-    def __init__(self, made: dict[str, Value], input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    def __init__(
+        self,
+        made: dict[str, Value],
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        num_layers: Mapping[str, int],
+    ) -> None:
         self._made = made
+        self._num_layers = num_layers
         self.input_ids = input_ids
         self.attention_mask = attention_mask
 
     def __getitem__(self, site: str) -> Value:
-        return self._made[find_site(site, list(self._made))]
+        return self._made[find_site(site, list(self._made), self._num_layers)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
@@ -51,7 +59,7 @@ class CapturedCall(Mapping[str, Value]):
         return len(self._made)
 
 
-def find_site(pattern: str, names: Sequence[str]) -> str:
+def find_site(pattern: str, names: Sequence[str], num_layers: Mapping[str, int]) -> str:
     """Find the one captured site that a pattern stands for.
 
     Raises:
@@ -59,8 +67,6 @@ def find_site(pattern: str, names: Sequence[str]) -> str:
     """
     if pattern in names:
         return pattern
-    layers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
-    num_layers = {"layers": max(layers) + 1} if layers else {}
     found = expand_patterns(pattern, names, num_layers, "what was captured")
     if len(found) != 1:
         raise SiteError(f"{pattern!r} stands for {len(found)} captured sites: ask for one, such as {found[0]!r}.")
@@ -106,6 +112,7 @@ class MemorySink:
         self._pool = pool
         self._dtype = dtype
         self.keeps_gradients = gradients
+        self.num_layers: Mapping[str, int] = {}
         self._as_made = pool is None and dtype is None and not gradients
         self._sites: Sequence[Site] = ()
         self._lock = threading.Lock()
@@ -130,7 +137,7 @@ class MemorySink:
         values, gradients = call.state
         named = {site.name: value for site, value in zip(self._sites, values, strict=True)}
         with self._lock:  # two lists that belong together, and several threads
-            self.calls.append(CapturedCall(named, call.input_ids, call.attention_mask))
+            self.calls.append(CapturedCall(named, call.input_ids, call.attention_mask, self.num_layers))
             self.gradients.append(gradients)
 
     def abandon(self, call: Call) -> None:
