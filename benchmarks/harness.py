@@ -101,7 +101,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         kept = work()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events: list[Any] = profile.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
         held += event.nbytes()

@@ -87,6 +87,8 @@ class Probe(AbstractContextManager["Probe"]):
             raise OptionError("gradients=True keeps values in memory as they are: leave out to, pool and dtype.")
         self._sink = self._choose_sink(model, to, pool, stored_dtype, gradients)
         self._registry = ProbeRegistry(model, sites, self._sink, stop=stop)
+        if isinstance(self._sink, MemorySink):
+            self._sink.num_layers = self._registry.num_layers
         self._state = _Lifecycle.NEW
 
     @staticmethod
@@ -148,7 +150,7 @@ class Probe(AbstractContextManager["Probe"]):
         self._only_call()
         if not memory.keeps_gradients:
             raise CaptureError("no gradients were kept: pass gradients=True to the probe.")
-        return _Gradients(memory.gradients[0], [site.name for site in self.sites])
+        return _Gradients(memory.gradients[0], [site.name for site in self.sites], self._registry.num_layers)
 
     def _only_call(self) -> CapturedCall:
         calls = self._memory().calls
@@ -166,12 +168,13 @@ class Probe(AbstractContextManager["Probe"]):
 class _Gradients(Mapping[str, Tensor]):
     """Gradients by site; a site that got none says so."""
 
-    def __init__(self, values: dict[str, Tensor], names: Sequence[str]) -> None:
+    def __init__(self, values: dict[str, Tensor], names: Sequence[str], num_layers: Mapping[str, int]) -> None:
         self._values = values
         self._names = names
+        self._num_layers = num_layers
 
     def __getitem__(self, site: str) -> Tensor:
-        name = find_site(site, self._names)
+        name = find_site(site, self._names, self._num_layers)
         if name not in self._values:
             raise CaptureError(f"no gradient reached {name!r}: call backward on a loss that depends on it.")
         return self._values[name]

@@ -73,6 +73,7 @@ class ProbeRegistry:
         mapped = map_model(model)
         self.sites: tuple[Site, ...] = mapped.select(sites)
         self._mapped: ModelMap = mapped
+        self.num_layers = mapped.num_layers
         self._root = mapped.model
         self._sink = sink
         self._stop = stop
@@ -136,10 +137,11 @@ class ProbeRegistry:
             grouped.setdefault((site.module, site.takes), []).append(index)
         points = []
         for key, ((path, takes), indices) in enumerate(grouped.items()):
-            stack = self.sites[indices[0]].stack
-            config = self._mapped.stacks[stack or 0].base.config
+            site = self.sites[indices[0]]
+            config = self._mapped.stacks[site.stack or 0].base.config
             # chunk_size_feed_forward runs the FFN several times in one call, on a few positions each
-            is_chunked = ".ffn." in self.sites[indices[0]].name and bool(getattr(config, "chunk_size_feed_forward", 0))
+            in_ffn = ".ffn." in site.name or site.kind == "unknown"
+            is_chunked = in_ffn and bool(getattr(config, "chunk_size_feed_forward", 0))
             points.append(_Point(key, self._root.get_submodule(path), takes, tuple(indices), is_chunked))
         return points
 
@@ -271,7 +273,7 @@ class ProbeRegistry:
         """Take a value that is a chunk, or one of several calls, or several sites at once."""
         value = value if type(value) is Tensor else self._first_tensor(point.indices[0], value)
         shape = call.context(point.indices[0]).shape
-        if point.is_chunked and shape is not None and value.shape[1] < shape[1]:
+        if point.is_chunked and shape is not None and _is_chunk(value, shape):
             chunks = call.chunks.setdefault(point.key, [])
             chunks.append(value)
             if sum(chunk.shape[1] for chunk in chunks) < shape[1]:
@@ -337,6 +339,10 @@ class ProbeRegistry:
 
         self._wrapped.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
+
+
+def _is_chunk(value: Tensor, shape: tuple[int, int]) -> bool:
+    return value.ndim == 3 and value.shape[0] == shape[0] and value.shape[1] < shape[1]
 
 
 def _call_note(note: Callable[..., None], name: str, module: nn.Module, *given: Any) -> None:

@@ -28,15 +28,17 @@ Value = Tensor | ScaledRows
 class CapturedCall(Mapping[str, Value]):
     """What one call of the model made, by site.
 
-    `call["layers.-1"]` finds a site by any pattern that stands for one.
+    `call["layers.-1"]` finds a site by any pattern that stands for one; negatives count from the model's last layer.
 
     Args:
         made: Values by canonical site name.
         context: What the model was called with; the decoder, where it has two stacks.
+        num_layers: Of the model, as in `expand_patterns`.
     """
 
-    def __init__(self, made: dict[str, Value], context: Context) -> None:
+    def __init__(self, made: dict[str, Value], context: Context, num_layers: Mapping[str, int]) -> None:
         self._made = made
+        self._num_layers = num_layers
         self._context = context
 
     @property
@@ -56,7 +58,7 @@ class CapturedCall(Mapping[str, Value]):
         return range(first, first + (self._context.shape[1] if self._context.shape else 0))
 
     def __getitem__(self, site: str) -> Value:
-        return self._made[find_site(site, list(self._made))]
+        return self._made[find_site(site, list(self._made), self._num_layers)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
@@ -65,7 +67,7 @@ class CapturedCall(Mapping[str, Value]):
         return len(self._made)
 
 
-def find_site(pattern: str, names: Sequence[str]) -> str:
+def find_site(pattern: str, names: Sequence[str], num_layers: Mapping[str, int]) -> str:
     """Find the one captured site that a pattern stands for.
 
     Raises:
@@ -73,12 +75,6 @@ def find_site(pattern: str, names: Sequence[str]) -> str:
     """
     if pattern in names:
         return pattern
-    num_layers: dict[str, int] = {}
-    for name in names:
-        stack, found, index = name.partition("layers.")
-        if found and not name.startswith("module:"):
-            key = f"{stack}layers"
-            num_layers[key] = max(num_layers.get(key, 0), int(index.split(".")[0]) + 1)
     matched = expand_patterns(pattern, names, num_layers, "what was captured")
     if len(matched) != 1:
         raise SiteError(f"{pattern!r} stands for {len(matched)} captured sites: ask for one, such as {matched[0]!r}.")
@@ -126,6 +122,7 @@ class MemorySink:
         self._pool = pool
         self._dtype = dtype
         self.keeps_gradients = gradients
+        self.num_layers: Mapping[str, int] = {}
         self._as_made = pool is None and dtype is None and not gradients
         self._sites: Sequence[Site] = ()
         self._lock = threading.Lock()
@@ -151,7 +148,7 @@ class MemorySink:
         named = {self._sites[index].name: values[index] for index in call.made}
         context = next(reversed(call.contexts.values()))
         with self._lock:  # two lists that belong together, and several threads
-            self.calls.append(CapturedCall(named, context))
+            self.calls.append(CapturedCall(named, context, self.num_layers))
             self.gradients.append(gradients)
 
     def abandon(self, call: Call) -> None:

@@ -108,6 +108,11 @@ class ModelMap:
     table: SiteTable
 
     @property
+    def num_layers(self) -> dict[str, int]:
+        """Number of layers behind each prefix that ends in `layers`."""
+        return {f"{stack.prefix}layers": len(stack.layers) for stack in self.stacks}
+
+    @property
     def base(self) -> Any:
         """The base model of the first stack."""
         return self.stacks[0].base
@@ -120,8 +125,7 @@ class ModelMap:
         """
         modules = [name for name, _ in self.model.named_modules() if name]
         known = {site.name: site for site in self.table}
-        num_layers = {f"{stack.prefix}layers": len(stack.layers) for stack in self.stacks}
-        names = expand_patterns(patterns, list(known), num_layers, self.owner, modules)
+        names = expand_patterns(patterns, list(known), self.num_layers, self.owner, modules)
         return tuple(known.get(name) or self._module_site(name) for name in names)
 
     def _module_site(self, name: str) -> Site:

@@ -248,7 +248,7 @@ def test_call_tells_the_sink_ids_mask_and_shape(make_bert: Any, batch: Any) -> N
     with lp.Probe(model, "embeddings", to=sink):
         model(batch["input_ids"], batch["attention_mask"])
         model(inputs_embeds=torch.zeros(2, 3, 32))
-    first, second = sink.calls
+    first, second = (call.context(0) for call in sink.calls)
     assert first.input_ids is batch["input_ids"]
     assert first.attention_mask is batch["attention_mask"]
     assert (first.shape, second.shape) == ((3, 7), (2, 3))

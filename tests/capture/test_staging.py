@@ -206,10 +206,10 @@ def test_grown_buffer_keeps_what_is_used(dtype: torch.dtype) -> None:
     cast_into(buffer.target(1, 0, 2), vectors)
     before = [buffer.target(0, 0, 3), buffer.target(1, 0, 2)]
     kept = [(t.values.clone(), None if t.scale is None else t.scale.clone()) for t in before]
-    buffer.grow(10, 2, 3, 2)
-    assert (buffer.num_rows, buffer.num_examples) == (10, 2)
-    buffer.grow(5, 7, 3, 2)
-    assert (buffer.num_rows, buffer.num_examples) == (10, 7)
+    buffer.grow(Room(10, 2), Room(3, 2))
+    assert (buffer.room.rows, buffer.room.examples) == (10, 2)
+    buffer.grow(Room(5, 7), Room(3, 2))
+    assert (buffer.room.rows, buffer.room.examples) == (10, 7)
     for index, (values, scale) in enumerate(kept):
         target = buffer.target(index, 0, len(values))
         assert torch.equal(target.values, values)
@@ -221,7 +221,7 @@ def test_grown_buffer_keeps_what_is_used(dtype: torch.dtype) -> None:
 def test_buffer_that_fits_is_not_moved() -> None:
     buffer = HostBuffer([_site()], Room(4, 2), pinned=False)
     place = buffer.target(0, 0, 4).values.data_ptr()
-    buffer.grow(4, 100)
+    buffer.grow(Room(4, 100))
     assert buffer.target(0, 0, 4).values.data_ptr() == place
 
 

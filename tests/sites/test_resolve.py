@@ -200,7 +200,7 @@ def test_map_finds_the_base_inside_a_head_model(make_bert: Any) -> None:
     model = make_bert("BertForTokenClassification")
     mapped = map_model(model)
     assert mapped.base is model.bert
-    assert [len(stack.layers) for stack in mapped.stacks] == [3]
+    assert mapped.num_layers == {"layers": 3}
 
 
 def test_head_whose_name_is_not_in_the_row_has_no_logits(make_bert: Any) -> None:

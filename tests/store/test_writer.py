@@ -1,0 +1,161 @@
+"""The writer thread: order, failures in the caller's thread, values counted, buffers always given back."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from layerprobe.errors import NonFiniteError, StoreError
+from layerprobe.store.format import ShardHeader, read_header
+from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, commit_index, prepare_folder
+
+
+def make_job(unit: int, rows: Tensor | None = None, released: list[int] | None = None, **changes: Any) -> ShardJob:
+    rows = torch.ones(2, 3) if rows is None else rows
+    tensors = [
+        ("example", torch.tensor([unit])),
+        ("offsets", torch.tensor([0, len(rows)])),
+        ("input_ids", torch.arange(len(rows))),
+        ("layers.0", rows),
+    ]
+    header = ShardHeader(unit, 1, len(rows), unit, "f" * 32, **changes)
+    done = [] if released is None else released
+    return ShardJob(header, tensors, lambda: None, lambda: done.append(unit))
+
+
+def write_all(writer: ShardWriter, *jobs: ShardJob) -> None:
+    writer.start()
+    for job in jobs:
+        writer.submit(job)
+    writer.close()
+
+
+def test_shards_are_committed_in_order_and_buffers_given_back(tmp_path: Path) -> None:
+    released: list[int] = []
+    writer = ShardWriter(tmp_path)
+    write_all(writer, *(make_job(unit, released=released) for unit in range(5)))
+    writer.check()
+    assert [header.unit for header in writer.committed] == released == list(range(5))
+    assert writer.num_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert [read_header(tmp_path / header.file).unit for header in writer.committed] == list(range(5))
+    assert not [thread for thread in threading.enumerate() if thread.name == "layerprobe-writer"]
+
+
+def test_a_job_is_written_only_when_its_values_are_ready(tmp_path: Path) -> None:
+    rows = torch.zeros(2, 3)
+    job = make_job(0, rows)
+
+    def arrive() -> None:
+        rows.fill_(4)
+
+    write_all(ShardWriter(tmp_path), ShardJob(job.header, job.tensors, arrive, job.release))
+    entry = read_header(tmp_path / "shard-000000.safetensors").tensors["layers.0"]
+    raw = (tmp_path / "shard-000000.safetensors").read_bytes()[entry.start : entry.stop]
+    assert torch.frombuffer(bytearray(raw), dtype=torch.float32).tolist() == [4.0] * 6
+
+
+def test_a_failure_of_the_thread_is_raised_in_the_caller_with_its_cause(tmp_path: Path) -> None:
+    released: list[int] = []
+    writer = ShardWriter(tmp_path / "missing")
+    writer.start()
+    writer.submit(make_job(0, released=released))
+    writer.close()
+    with pytest.raises(StoreError, match=r"shard-000000\.safetensors: cannot be written") as caught:
+        writer.check()
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    with pytest.raises(StoreError, match="cannot be written"):
+        writer.submit(make_job(1, released=released))
+    assert released == [0]
+
+
+def test_an_unexpected_failure_names_the_folder_and_keeps_its_cause(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("the copy engine broke")
+
+    released: list[int] = []
+    job = make_job(0, released=released)
+    writer = ShardWriter(tmp_path)
+    write_all(writer, ShardJob(job.header, job.tensors, fail, job.release), make_job(1, released=released))
+    with pytest.raises(StoreError, match="the writer stopped: the copy engine broke") as caught:
+        writer.check()
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert released == [0, 1]
+    assert not list(tmp_path.iterdir())
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "count"),
+    [
+        ([[1.0, 2.0]], torch.float32, 0),
+        ([[NAN, INF], [-INF, 0.0]], torch.float32, 3),
+        ([[70000.0, 1.0]], torch.float16, 1),
+        ([[NAN, 1.0]], torch.bfloat16, 1),
+        ([[NAN, 448.0]], torch.float8_e4m3fn, 1),
+        ([], torch.float32, 0),
+    ],
+)
+def test_values_that_are_not_finite_are_counted(
+    tmp_path: Path, values: list[list[float]], dtype: torch.dtype, count: int
+) -> None:
+    rows = torch.tensor(values).reshape(-1, 2).to(dtype)
+    writer = ShardWriter(tmp_path)
+    write_all(writer, make_job(0, rows))
+    writer.check()
+    expected = {"layers.0": count} if count else {}
+    assert read_header(tmp_path / "shard-000000.safetensors").nonfinite == expected == writer.committed[0].nonfinite
+
+
+def test_values_clipped_by_a_cast_are_added_to_those_found(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path)
+    write_all(writer, make_job(0, torch.tensor([[NAN]]), nonfinite={"layers.0": 2}))
+    assert writer.committed[0].nonfinite == {"layers.0": 3}
+
+
+def test_the_error_policy_writes_no_shard_that_holds_such_values(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "error")
+    write_all(writer, make_job(0), make_job(1, torch.tensor([[INF, NAN]])), make_job(2))
+    with pytest.raises(NonFiniteError, match=r"shard-000001.*2 at 'layers\.0'.*wider dtype"):
+        writer.check()
+    assert [file.name for file in tmp_path.iterdir()] == ["shard-000000.safetensors"]
+
+
+def test_the_index_sums_what_the_headers_say_in_the_order_of_units(tmp_path: Path) -> None:
+    headers = [
+        ShardHeader(1, 2, 7, 3, "f", 1, {"layers.0": 2}),
+        ShardHeader(0, 3, 5, 0, "f", 0, {"layers.0": 1, "layers.1": 4}),
+    ]
+    commit_index(tmp_path, headers)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert (index["examples"], index["tokens"], index["truncated"]) == (5, 12, 1)
+    assert index["nonfinite"] == {"layers.0": 3, "layers.1": 4}
+    assert [shard["file"] for shard in index["shards"]] == ["shard-000000.safetensors", "shard-000001.safetensors"]
+    assert [shard["first_example"] for shard in index["shards"]] == [0, 3]
+
+
+def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    prepare_folder(tmp_path / "a" / "b")
+    assert not list((tmp_path / "a" / "b").iterdir())
+    prepare_folder(tmp_path / "a" / "b")
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes").touch()
+    with pytest.raises(StoreError, match="is not a store: it holds 'notes'"):
+        prepare_folder(tmp_path)
+    (tmp_path / "store.json").touch()
+    with pytest.raises(StoreError, match="holds another run"):
+        prepare_folder(tmp_path)
+    with pytest.raises(StoreError, match="cannot be written"):
+        prepare_folder(tmp_path / "notes" / "below")
+
+
+def test_a_site_knows_its_bytes_on_disk_with_its_scale() -> None:
+    assert StoredSite("layers.0", "token", torch.float16, 384).bytes_per_vector == 768
+    assert StoredSite("layers.0", "token", torch.int8, 384).bytes_per_vector == 388
