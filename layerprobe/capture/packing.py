@@ -99,7 +99,8 @@ def measure_site(site: Site, value: Tensor, pool: Pool, dtype: torch.dtype | Non
         )
     width = value.shape[2] if per_token else value.shape[1]
     if callable(pool) and per_token:
-        width = len(pool(value[0].detach()))
+        every_token = Selection.from_lengths([value.shape[1]], value.shape[1], "right", value.device)
+        width = pool_rows(value[:1].detach(), every_token, pool).shape[1]
     kind = "token" if per_token and pool is None else "example"
     return StoredSite(site.name, kind, dtype or value.dtype, width)
 
@@ -168,7 +169,7 @@ class StoreSink:
     def close(self, error: BaseException | None) -> None:
         try:
             # Without a description the caller decides what is whole; a unit it has not ended is not.
-            if self._unit is not None and self._description is not None:
+            if self._unit is not None and self._unit.num_examples and self._description is not None:
                 self.end_unit()
         finally:
             self.writer.close()
@@ -184,6 +185,7 @@ class StoreSink:
         self._announced = batch
 
     def begin(self, call: Call) -> None:
+        self.writer.check()  # before the turn is taken: after a failure nobody would give it back
         pending = _Pending(threading.get_ident(), self._announced)
         with self._turn:
             while self._pending is not None and self._pending.thread != pending.thread:
@@ -191,7 +193,6 @@ class StoreSink:
             # One left over from this thread was cut short, by Ctrl-C say; its rows are overwritten.
             self._pending = call.state = pending
         self._announced = None
-        self.writer.check()
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
         pending: _Pending = call.state
@@ -255,17 +256,15 @@ class StoreSink:
             pending.input_ids = _real_ids(call, pending.selection)
         rows, examples = pending.selection.num_rows, len(pending.selection.lengths)
         unit = self._unit
-        if (
-            unit is not None
-            and batch is None
-            and not unit.buffer.fits(unit.num_rows + rows, unit.num_examples + examples)
-        ):
-            self.end_unit()
+        if unit is not None and not unit.buffer.fits(unit.num_rows + rows, unit.num_examples + examples):
+            if batch is None and unit.num_examples:
+                self.end_unit()
+            else:
+                self._lane.fence()()  # what is on its way must land before its buffer moves
+                used = unit.num_rows, unit.num_examples
+                unit.buffer.grow(unit.num_rows + rows, unit.num_examples + examples, *used)
         if self._unit is None:
             self.begin_unit(self._next_unit, self._next_example, rows, examples)
-        unit = self._unit
-        assert unit is not None
-        unit.buffer.grow(unit.num_rows + rows, unit.num_examples + examples, unit.num_rows, unit.num_examples)
 
     def _put(self, pending: _Pending, index: int, value: Tensor) -> None:
         assert self._stored is not None and self._unit is not None

@@ -9,9 +9,11 @@ Hides torch's hook machinery and the early end of a forward. Must never know wha
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -73,11 +75,14 @@ class _Stop(BaseException):
 
 @dataclass(eq=False)
 class _Frame:
-    """A running call of the probed model in one thread, opened by whichever module was called from outside."""
+    """A running call of the probed model in one thread, opened by whichever module was called from outside.
+
+    `runner` is the interpreter's frame that runs it: one that is on no stack any more was cut short.
+    """
 
     owner: nn.Module
+    runner: FrameType
     call: Call | None = None
-    in_base: bool = False
 
 
 class ProbeRegistry:
@@ -188,16 +193,15 @@ class ProbeRegistry:
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         stack = self._frames.setdefault(threading.get_ident(), [])
-        self._drop_interrupted(stack, bool(stack) and stack[-1].owner is module)
-        stack.append(_Frame(module))
+        self._drop_interrupted(stack)
+        stack.append(_Frame(module, sys._getframe(2)))
 
     def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack = self._frames.setdefault(threading.get_ident(), [])
-        self._drop_interrupted(stack, bool(stack) and stack[-1].in_base)
+        self._drop_interrupted(stack)
         if not stack or stack[-1].owner is module:
-            stack.append(_Frame(module))
+            stack.append(_Frame(module, sys._getframe(2)))
         frame = stack[-1]
-        frame.in_base = True
         if frame.call is not None:  # a task model that runs its base twice in one call
             self._end_call(frame, completed=True)
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -208,18 +212,14 @@ class ProbeRegistry:
         self._sink.begin(call)
         frame.call = call
 
-    def _drop_interrupted(self, stack: list[_Frame], is_stale: bool) -> None:
-        # Ctrl-C ended this call, and torch tells hooks of an Exception only; no model runs inside itself.
-        if is_stale:
+    def _drop_interrupted(self, stack: list[_Frame]) -> None:
+        """Abandon calls that Ctrl-C ended: torch tells hooks of an Exception, of nothing else."""
+        while stack and not _is_running(stack[-1].runner):
             self._end_call(stack.pop(), completed=False)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         stack = self._frames.get(threading.get_ident())
-        if not stack:
-            return
-        if module is self._base:
-            stack[-1].in_base = False
-        if stack[-1].owner is module:
+        if stack and stack[-1].owner is module:
             # torch passes None for the output of a forward that raised
             self._end_call(stack.pop(), completed=output is not None)
 
@@ -280,6 +280,13 @@ class ProbeRegistry:
 
         self._wrapped.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
+
+
+def _is_running(runner: FrameType) -> bool:
+    frame = sys._getframe(1)
+    while frame is not None and frame is not runner:
+        frame = frame.f_back
+    return frame is runner
 
 
 def _is_chunk(value: Tensor, shape: tuple[int, int]) -> bool:
