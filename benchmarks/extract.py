@@ -60,6 +60,7 @@ def run_corpus(demo: LoadedModel, texts: list[str], folder: Path, rounds: int) -
     """Time the three ways and compare what two of them left on disk."""
     folder.mkdir()
     loop, store = folder / "loop", folder / "store"
+    run_layerprobe(demo, texts[:LOOP_BATCH], folder / "warm")
     start = time.perf_counter()
     batches, num_tokens, max_length = list_batches(demo, texts, folder / "plan")
     tokenize_s = time.perf_counter() - start
@@ -68,7 +69,7 @@ def run_corpus(demo: LoadedModel, texts: list[str], folder: Path, rounds: int) -
         "bare": Rival(partial(run_bare, demo, batches)),
         "layerprobe": Rival(partial(run_layerprobe, demo, texts, store), prepare=partial(_make_empty, store)),
     }
-    timings = interleave(rivals, seconds=0.0, least_rounds=rounds, most_rounds=rounds)
+    timings = interleave(rivals, seconds=0.0, least_rounds=rounds, most_rounds=rounds, warm_rounds=0)
     found = {way: timing.summary(timings["bare"]) for way, timing in timings.items()}
     against_loop = timings["layerprobe"].summary(timings["loop"])
     num_bytes = {"loop": _size(loop), "layerprobe": _size(store)}

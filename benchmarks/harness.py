@@ -61,17 +61,18 @@ def _median_ratio(times: list[float], base: list[float]) -> float:
 
 
 def interleave(
-    rivals: Mapping[str, Rival], *, seconds: float, least_rounds: int = 2, most_rounds: int = 40
+    rivals: Mapping[str, Rival], *, seconds: float, least_rounds: int = 2, most_rounds: int = 40, warm_rounds: int = 1
 ) -> dict[str, Timings]:
-    """Time rivals in turns until `seconds` are spent, after one round that does not count.
+    """Time rivals in turns until `seconds` are spent, after rounds that do not count.
 
     Returns:
         Timings by name, one entry per round.
     """
     names = list(rivals)
     timings = {name: Timings() for name in names}
-    for name in names:
-        _time(rivals[name], Timings())
+    for _round in range(warm_rounds):
+        for name in names:
+            _time(rivals[name], Timings())
     start = time.perf_counter()
     for number in range(most_rounds):
         if number >= least_rounds and time.perf_counter() - start >= seconds:

@@ -4,7 +4,10 @@ Into memory, and into a store in float16 with the probe held open over several b
 in; time per call, and the peak of torch's allocations above the bare forward's. At the end the cost of being there: a
 narrow BERT at 1x8, whose forward is little but Python.
 
-    python benchmarks/hooks.py [--quick] [--save] [--seconds 180]
+The largest cases get one round by default, which takes some seven minutes in all on two cores; `--seconds 600` gives
+them several.
+
+    python benchmarks/hooks.py [--quick] [--save] [--seconds 120]
 """
 
 import copy
@@ -41,7 +44,7 @@ _LEAST_SHARE = 1024
 
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--seconds", type=float, default=180.0, help="time for the rounds of all cases together")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time for the rounds of all cases together")
     options = parser.parse_args()
     torch.manual_seed(0)
     models: dict[str, nn.Module] = {"demo": lp.load_model("demo", "cpu").model}
@@ -89,7 +92,9 @@ def run_case(name: str, model: nn.Module, size: int, length: int, folder: Path, 
             store_calls,
             partial(open_store_probe, model, patterns, folder),
         )
-    timings = interleave(rivals, seconds=seconds)
+    # a round of the largest case takes most of a minute, and one call is enough to warm up
+    model(**batch)
+    timings = interleave(rivals, seconds=seconds, least_rounds=1, warm_rounds=0)
     peaks = {rival: peak_bytes(work) for rival, work in memory_works(model, batch, folder).items()}
     return {
         "model": name,

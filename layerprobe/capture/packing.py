@@ -99,7 +99,8 @@ def measure_site(site: Site, value: Tensor, pool: Pool, dtype: torch.dtype | Non
         )
     width = value.shape[2] if per_token else value.shape[1]
     if callable(pool) and per_token:
-        width = len(pool(value[0].detach()))
+        every_token = Selection.from_lengths([value.shape[1]], value.shape[1], "right", value.device)
+        width = pool_rows(value[:1].detach(), every_token, pool).shape[1]
     kind = "token" if per_token and pool is None else "example"
     return StoredSite(site.name, kind, dtype or value.dtype, width)
 
@@ -182,7 +183,7 @@ class StoreSink:
     def close(self, error: BaseException | None) -> None:
         try:
             # Without a description the caller decides what is whole; a unit it has not ended is not.
-            if self._unit is not None and self._description is not None:
+            if self._unit is not None and self._unit.used.examples and self._description is not None:
                 self.end_unit()
         finally:
             self.writer.close()
@@ -198,6 +199,7 @@ class StoreSink:
         self._announced = batch
 
     def begin(self, call: Call) -> None:
+        self.writer.check()  # before the turn is taken: after a failure nobody would give it back
         pending = _Pending(threading.get_ident(), self._announced)
         with self._turn:
             while self._pending is not None and self._pending.thread != pending.thread:
@@ -205,7 +207,6 @@ class StoreSink:
             # One left over from this thread was cut short, by Ctrl-C say; its rows are overwritten.
             self._pending = call.state = pending
         self._announced = None
-        self.writer.check()
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
         pending: _Pending = call.state
@@ -270,13 +271,14 @@ class StoreSink:
             pending.input_ids = _real_ids(context, pending.selection)
         needed = _room_for(pending.selection)
         unit = self._unit
-        if unit is not None and batch is None and not unit.buffer.fits(unit.used.plus(needed)):
-            self.end_unit()
+        if unit is not None and not unit.buffer.fits(unit.used.plus(needed)):
+            if batch is None and unit.used.examples:
+                self.end_unit()
+            else:
+                self._lane.fence()()  # what is on its way must land before its buffer moves
+                unit.buffer.grow(unit.used.plus(needed), unit.used)
         if self._unit is None:
             self.begin_unit(self._next_unit, self._next_example, needed)
-        unit = self._unit
-        assert unit is not None
-        unit.buffer.grow(unit.used.plus(needed), unit.used)
 
     def _put(self, pending: _Pending, index: int, value: Tensor) -> None:
         assert self._stored is not None and self._unit is not None

@@ -97,15 +97,25 @@ def _open_path(path: str, field: str) -> TextSource:
     return TextSource(path, iterate)
 
 
+class _Spool:
+    """A temporary file that lives as long as anyone who reads it."""
+
+    def __init__(self) -> None:
+        self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
 def _spool_stdin() -> TextSource:
     """Keep standard input in a temporary file: the plan goes through it once, the run again."""
-    spool: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the source
+    spool = _Spool()
     while block := sys.stdin.buffer.read(1 << 20):
-        spool.write(block)
+        spool.file.write(block)
 
     def iterate() -> Iterator[Record]:
-        spool.seek(0)
-        for _, line in _decode_lines(spool, "standard input"):
+        spool.file.seek(0)
+        for _, line in _decode_lines(spool.file, "standard input"):
             yield Record(_strip_end(line))
 
     return TextSource("standard input", iterate)
@@ -182,7 +192,8 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
                     raise InputError(f"{where}: has not the {len(reader.fieldnames or ())} columns of the first line.")
                 yield _split_record(record, field, where)
         except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}: is not CSV ({error}).") from error
+            # the DictReader counts a line only once it has read it
+            raise InputError(f"{path}, line {reader.reader.line_num}: is not CSV ({error}).") from error
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[Record]:

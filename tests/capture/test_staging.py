@@ -5,10 +5,12 @@ stage reused or a buffer handed on too early shows as wrong data.
 """
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import layerprobe as lp
@@ -24,7 +26,7 @@ from layerprobe.capture.staging import (
     make_lane,
 )
 from layerprobe.errors import StoreError
-from layerprobe.store.writer import StoredSite
+from layerprobe.store.writer import ShardWriter, StoredSite
 
 CPU = torch.device("cpu")
 
@@ -178,6 +180,34 @@ def test_store_behind_delayed_copies_holds_the_same_bytes(
     monkeypatch.setattr(packing, "make_lane", lambda device: StagedLane(device, DelayedStreams(), pinned=False))
     assert run(tmp_path / "delayed") == expected
     assert len(expected) > 2
+
+
+def test_buffer_that_grows_waits_for_what_is_on_its_way(
+    tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "make_lane", lambda device: StagedLane(device, DelayedStreams(), pinned=False))
+    stored = [_site(name="layers.2", width=32)]
+    sink = packing.StoreSink(
+        tmp_path,
+        ShardWriter(tmp_path),
+        pool=None,
+        dtype=None,
+        device=CPU,
+        shard_bytes=1,
+        fingerprint="0",
+        stored=stored,
+    )
+    batches = [torch.randint(1, 100, (2, length)) for length in (3, 5, 2)]
+    with torch.no_grad(), lp.Probe(tiny_bert, "layers.2", to=sink):
+        sink.begin_unit(0, 0, Room(1, 1))  # too small for any of them
+        for number, ids in enumerate(batches):
+            ordinals, lengths = [2 * number, 2 * number + 1], [ids.shape[1]] * 2
+            sink.announce(packing.AnnouncedBatch(ordinals, lengths, ids.shape[1], "right", ids.flatten()))
+            tiny_bert(ids)
+        sink.end_unit()
+    with torch.no_grad():
+        expected = torch.cat([tiny_bert(ids).last_hidden_state.flatten(0, 1) for ids in batches])
+    assert torch.equal(load_file(tmp_path / "shard-000000.safetensors")["layers.2"], expected)
 
 
 # host buffers

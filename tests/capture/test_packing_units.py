@@ -1,0 +1,140 @@
+"""Units that the caller opens and ends, a writer that fails, and calls that no store can take."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import layerprobe as lp
+from layerprobe.capture.packing import AnnouncedBatch, StoreSink
+from layerprobe.capture.staging import Room
+from layerprobe.errors import CaptureError, NonFiniteError, StoreError
+from layerprobe.store.writer import ShardWriter, StoredSite
+
+
+def _announced_sink(model: Any, folder: Path, shard_bytes: int = 1, **options: Any) -> tuple[StoreSink, ShardWriter]:
+    writer = ShardWriter(folder, **options)
+    sink = StoreSink(
+        folder,
+        writer,
+        pool=None,
+        dtype=None,
+        device=torch.device("cpu"),
+        shard_bytes=shard_bytes,
+        fingerprint="0" * 32,
+        stored=[StoredSite("layers.2", "token", torch.float32, 32)],
+    )
+    return sink, writer
+
+
+def test_announced_batches_go_where_they_are_told(tiny_bert: Any, tmp_path: Path) -> None:
+    sink, writer = _announced_sink(tiny_bert, tmp_path)
+    ids = torch.randint(1, 100, (2, 4))
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    with torch.no_grad(), lp.Probe(tiny_bert, "layers.2", to=sink, stop=True):
+        sink.begin_unit(4, 10, Room(0, 0), num_truncated=1)
+        for ordinals in ([11, 10], [13, 12]):  # the second outgrows the buffer
+            real_ids = ids.flatten()[mask.flatten().bool()]
+            records = [{"text": f"text {ordinal}"} for ordinal in ordinals]
+            sink.announce(AnnouncedBatch(ordinals, [4, 2], 4, "left", real_ids, records))
+            tiny_bert(ids, mask)
+        sink.end_unit()
+    assert [(header.unit, header.num_examples, header.num_truncated) for header in writer.committed] == [(4, 4, 1)]
+    with safe_open(tmp_path / "shard-000004.safetensors", "pt") as shard:
+        assert shard.get_tensor("example").tolist() == [11, 10, 13, 12]
+        assert shard.get_tensor("offsets").tolist() == [0, 4, 6, 10, 12]
+        first, last = shard.get_tensor("record_offsets")[2:4].tolist()
+        assert json.loads(shard.get_tensor("records")[first:last].numpy().tobytes()) == {"text": "text 13"}
+        rows = shard.get_tensor("layers.2")
+    hidden = tiny_bert(ids, mask).last_hidden_state[mask.bool()]
+    assert torch.equal(rows, torch.cat([hidden, hidden]))
+
+
+def test_unit_that_is_not_ended_is_not_written(tiny_bert: Any, tmp_path: Path) -> None:
+    sink, writer = _announced_sink(tiny_bert, tmp_path)
+    with lp.Probe(tiny_bert, "layers.2", to=sink):
+        sink.begin_unit(0, 0, Room(4, 1))
+    assert writer.committed == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_writer_does_not_keep_another_thread_waiting(tiny_bert: Any, tmp_path: Path) -> None:
+    sink, writer = _announced_sink(tiny_bert, tmp_path, nonfinite="error")
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            tiny_bert(torch.tensor([[1]]))
+        except NonFiniteError as error:
+            raised.append(error)
+
+    def run() -> None:
+        with torch.no_grad(), lp.Probe(tiny_bert, "layers.2", to=sink):
+            sink.begin_unit(0, 0, Room(1, 1))
+            sink.announce(AnnouncedBatch([0], [1], 1, "right", torch.tensor([1])))
+            tiny_bert(torch.tensor([[1]]))
+            sink.end_unit()
+            writer.close()  # so that the failure is known before the next calls
+            for _ in range(2):
+                thread = threading.Thread(target=call)
+                thread.start()
+                thread.join(30)
+
+    tiny_bert.encoder.layer[2].output.LayerNorm.weight.data[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="not finite"):
+        run()
+    assert len(raised) == 2
+
+
+@pytest.mark.parametrize("wrong", [lambda rows: rows.sum(), lambda rows: rows, lambda _: 1.0])
+def test_pool_that_gives_no_vector_is_refused(tiny_bert: Any, tmp_path: Path, wrong: Any) -> None:
+    with (
+        lp.Probe(tiny_bert, "layers.2", to=tmp_path / "acts", pool=wrong),
+        pytest.raises(CaptureError, match=r"the pool callable gave .*: it must turn \[T, D\] rows into one vector\."),
+    ):
+        tiny_bert(torch.tensor([[1, 2, 3]]))
+
+
+def test_site_of_another_shape_is_refused(make_bert: Any, tmp_path: Path) -> None:
+    model = make_bert()
+    model.embeddings.register_forward_hook(lambda _, __, output: [model.extra(output[:, None]), None][1])
+    model.extra = torch.nn.Identity()
+    with (
+        lp.Probe(model, "module:extra", to=tmp_path / "acts"),
+        pytest.raises(
+            CaptureError, match=r"has shape \(1, 1, 3, 32\): a store takes \[batch, positions, width\] or \[batch, wid"
+        ),
+    ):
+        model(torch.tensor([[1, 2, 3]]))
+
+
+def test_model_called_inside_its_own_call_is_refused(tiny_bert: Any, tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+
+    def call_again(*_: Any) -> None:
+        handle.remove()
+        tiny_bert(ids)
+
+    handle = tiny_bert.encoder.layer[1].register_forward_hook(call_again)
+    with (
+        lp.Probe(tiny_bert, "layers.*", to=tmp_path / "acts"),
+        pytest.raises(
+            CaptureError, match=r"was made after another call of the model began inside this one: a store takes"
+        ),
+    ):
+        tiny_bert(ids)
+
+
+def test_folder_that_holds_something_is_refused(tiny_bert: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    probe = lp.Probe(tiny_bert, "layers.2", to=tmp_path)
+    with (
+        pytest.raises(StoreError, match=r"is not a store: it holds 'notes\.txt'\. Choose an empty or new folder\."),
+        probe,
+    ):
+        raise AssertionError("unreachable")
+    assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -1,0 +1,159 @@
+"""Every kind of input gives the same records each time, and every bad one says where it is bad."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerprobe.errors import InputError
+from layerprobe.extract.inputs import Record, open_source
+
+TEXTS = ["one", "", "中文 text", "two 😀"]
+
+
+def read_twice(source: Any, field: str = "text") -> list[Record]:
+    opened = open_source(source, field)
+    first = list(opened)
+    assert list(opened) == first
+    return first
+
+
+def texts_of(source: Any, field: str = "text") -> list[str]:
+    return [record.text for record in read_twice(source, field)]
+
+
+def test_a_text_file_gives_a_text_per_line_and_keeps_empty_ones(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    assert texts_of(path) == texts_of(str(path)) == TEXTS
+
+
+@pytest.mark.parametrize("raw", [b"\xef\xbb\xbfone\r\ntwo", b"one\ntwo\n", b"one\r\ntwo\r\n"])
+def test_byte_order_marks_and_line_ends_are_no_part_of_a_text(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "a.TXT").write_bytes(raw)
+    assert texts_of(tmp_path / "a.TXT") == ["one", "two"]
+
+
+def test_json_lines_take_one_field_and_keep_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"id": number, "body": text, "tags": ["x"]}) for number, text in enumerate(TEXTS)]
+    path.write_text("\n\n".join(lines))
+    records = read_twice(path, "body")
+    assert [record.text for record in records] == TEXTS
+    assert records[2].fields == {"id": 2, "tags": ["x"]}
+
+
+def test_csv_quotes_hold_commas_quotes_and_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'text,label\r\n"a, ""b""\r\nc",x\r\nplain,y\r\n,z\r\n')
+    records = read_twice(path)
+    assert [record.text for record in records] == ['a, "b"\r\nc', "plain", ""]
+    assert [record.fields["label"] for record in records] == ["x", "y", "z"]
+
+
+def test_a_long_document_fits_in_a_csv_field(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "word " * 50_000 + "\n")
+    assert [len(text) for text in texts_of(path)] == [250_000]
+
+
+def test_parquet_gives_its_rows(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": TEXTS, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    records = read_twice(tmp_path / "a.parquet")
+    assert [record.text for record in records] == TEXTS and records[3].fields == {"n": 4}
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(InputError, match=r"b\.parquet: is not parquet"):
+        texts_of(tmp_path / "b.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "c.parquet")
+    with pytest.raises(InputError, match=r"c\.parquet, row 1: field 'text' is NoneType"):
+        texts_of(tmp_path / "c.parquet")
+
+
+def test_parquet_without_its_extra_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(InputError, match=r"pip install 'layerprobe\[data\]'"):
+        texts_of(tmp_path / "a.parquet")
+
+
+def test_a_folder_gives_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second\nthird")
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}')
+    (tmp_path / "notes.md").write_text("not an input")
+    assert texts_of(tmp_path) == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("texts", [TEXTS, tuple(TEXTS), [{"text": text} for text in TEXTS]])
+def test_lists_of_strings_or_mappings_are_texts(texts: Any) -> None:
+    assert texts_of(texts) == TEXTS
+
+
+def test_a_generator_can_be_gone_through_again() -> None:
+    assert texts_of(text for text in TEXTS) == TEXTS
+
+
+def test_standard_input_can_be_gone_through_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO("\n".join(TEXTS).encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw))
+    assert texts_of("-") == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("a.txt", b"fine\nca\xe9\n", r"a\.txt, line 2: not UTF-8 \(byte 0xe9 at position 2\)"),
+        ("a.txt", b"\xef\xbb\xbfca\xe9", r"line 1: not UTF-8 \(byte 0xe9 at position 2\)"),
+        ("a.txt", "wide".encode("utf-16"), "line 1: not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}', r"a\.jsonl, line 2: no field 'text'; it holds 'body'.*--field"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}', "line 3: field 'text' is int, not a text"),
+        ("a.jsonl", b"{}", "line 1: no field 'text'; it holds nothing"),
+        ("a.jsonl", b'["a"]', "line 1: holds list, not an object"),
+        ("a.jsonl", b'{"text": "a', r"line 1: is not JSON"),
+        ("a.jsonl", b"[" * 99_999, r"line 1: is not JSON"),
+        ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8"),
+        ("a.csv", b"body\nb", "line 2: no field 'text'; it holds 'body'"),
+        ("a.csv", b"text,x\na,b,c", "line 2: has not the 2 columns"),
+        ("a.csv", b"text,x\na", "line 2: has not the 2 columns"),
+        ("a.csv", b'text\n"a"b', "line 2: is not CSV"),
+        ("a.csv", b"text\n\xff", "line 2: not UTF-8"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, name: str, raw: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(InputError, match=message):
+        texts_of(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("nothing.txt", "no input 'nothing.txt': there is no such file or folder"),
+        ("hf:imdb", "'hf:imdb': data sets of the hub are not read yet"),
+        (3, "int is no input"),
+        ({"text": "a"}, "dict is no input"),
+        ({"a", "b"}, "set is no input"),
+        (b"abc", "bytes is no input"),
+        (["a", 3], "text 1 is int, not a text"),
+        ([{"body": "a"}], "text 0: no field 'text'"),
+    ],
+)
+def test_what_is_no_input_is_refused(texts: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        texts_of(texts)
+
+
+def test_files_and_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no input file\. Files end in \.txt"):
+        open_source(tmp_path)
+    (tmp_path / "a.docx").touch()
+    with pytest.raises(InputError, match=r"\.docx is not known\. Files end in \.txt"):
+        open_source(tmp_path / "a.docx")
+    (tmp_path / "a").touch()
+    with pytest.raises(InputError, match="no ending is not known"):
+        open_source(tmp_path / "a")

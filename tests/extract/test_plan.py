@@ -1,0 +1,154 @@
+"""A plan says what a run will do and refuses what cannot be done, before anything is written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerprobe.errors import ArchitectureError, InputError, ModelError, OptionError, SiteError, SpaceError, StoreError
+from layerprobe.extract.inputs import Record
+from layerprobe.extract.plan import ExtractOptions, Plan, Unit, UnitRule, plan_extraction
+from layerprobe.extract.run import run_extraction
+from layerprobe.models import LoadedModel
+
+
+def plan(tiny: LoadedModel, texts: Any, folder: Path, **options: Any) -> Plan:
+    return plan_extraction(tiny, texts, folder, ExtractOptions(**options))
+
+
+def test_the_plan_prints_what_it_will_do_and_writes_nothing(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    made = plan(tiny, texts, tmp_path / "acts", sites=["layers.*"], dtype="float16", shard_bytes=10_000)
+    num_tokens = sum(len(tiny.tokenizer(text, truncation=True)["input_ids"]) for text in texts)
+    said = str(made)
+    assert f"the list of texts: 12 examples, {num_tokens} tokens" in said
+    assert "3 (layers.0, layers.1, layers.2), a row per real token, float16" in said
+    assert f"{tmp_path / 'acts'}: {made.num_units} shards, " in said and said.rstrip().endswith("free")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pool_is_said_to_count_special_tokens(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
+    said = str(plan(tiny, texts, tmp_path / "acts", pool="mean"))
+    assert "pooled by mean over all real tokens, special ones included" in said
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": "mean"}, {"dtype": "int8"}, {"sites": ["layers.0", "pooler"]}])
+def test_the_bytes_foretold_are_the_bytes_written(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    made = plan(tiny, texts * 20, tmp_path / "acts", **options)
+    run_extraction(made)
+    written = sum(file.stat().st_size for file in (tmp_path / "acts").glob("shard-*"))
+    assert made.num_bytes == pytest.approx(written, rel=0.1)  # headers and the JSON of records are only estimated
+
+
+RECORDS = st.lists(st.text(max_size=40), max_size=50)
+
+
+@given(texts=RECORDS, shard_bytes=st.integers(1, 20_000))
+def test_units_are_runs_of_the_input_that_fit_a_shard(texts: list[str], shard_bytes: int) -> None:
+    rule = UnitRule(100, 10, 0, shard_bytes, 64, 3.0)
+
+    def cut() -> Iterator[Unit]:
+        return rule.cut(Record(text) for text in texts)
+
+    units = list(cut())
+    assert [record.text for unit in units for record in unit.records] == texts
+    assert [unit.number for unit in units] == list(range(len(units)))
+    first = 0
+    for unit in units:
+        assert unit.records and unit.first_example == first
+        first += len(unit.records)
+        size = sum(100 * rule.estimate_tokens(len(record.text.encode())) + 10 for record in unit.records)
+        assert size <= shard_bytes or len(unit.records) == 1
+    assert [len(unit.records) for unit in cut()] == [len(unit.records) for unit in units]
+
+
+def test_the_fingerprint_follows_what_changes_the_bytes_and_nothing_else(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    base = plan(tiny, texts, tmp_path / "acts").fingerprint
+    assert plan(tiny, list(texts), tmp_path / "elsewhere", nonfinite="error").fingerprint == base
+    others = [{"sites": ["layers.0"]}, {"dtype": "float16"}, {"pool": "cls"}, {"max_length": 9}, {"batch_tokens": 99}]
+    found = {plan(tiny, texts, tmp_path / "acts", **options).fingerprint for options in others}
+    found.add(plan(tiny, [*texts, "x"], tmp_path / "acts").fingerprint)
+    found.add(plan(tiny, [{"text": text, "id": 1} for text in texts], tmp_path / "acts").fingerprint)
+    assert len(found | {base}) == len(others) + 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float12"}, "no dtype 'float12': use float32, float16"),
+        ({"pool": "median"}, "no pool 'median': use cls, mean, max, last"),
+        ({"nonfinite": "ignore"}, "no policy 'ignore'"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"batch_tokens": -1}, "batch_tokens is -1"),
+        ({"shard_bytes": 0}, "shard_bytes is 0"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        ExtractOptions(**options)
+
+
+@pytest.mark.parametrize(("asked", "message"), [(65, "takes at most 64 tokens"), (1, "2 special tokens go around")])
+def test_a_length_that_the_model_or_tokenizer_cannot_keep_is_refused(
+    tiny: LoadedModel, tmp_path: Path, asked: int, message: str
+) -> None:
+    with pytest.raises(OptionError, match=f"max_length is {asked}: .*{message}"):
+        plan(tiny, ["a"], tmp_path / "acts", max_length=asked)
+
+
+@pytest.mark.parametrize("texts", [[], [{"text": "a", "x": "\ud800"}], [{"text": "a", "x": {(1, 2): 3}}], ["\ud800"]])
+def test_texts_that_cannot_be_kept_are_refused(tiny: LoadedModel, tmp_path: Path, texts: Any) -> None:
+    with pytest.raises(InputError, match=r"holds no texts|text 0.*(cannot be kept as JSON|half a character)"):
+        plan(tiny, texts, tmp_path / "acts")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_site_is_refused_with_those_there_are(tiny: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(SiteError, match="layers are 0 to 2"):
+        plan(tiny, ["a"], tmp_path / "acts", sites=["layers.3"])
+
+
+def test_a_model_that_cannot_be_used_is_refused(tiny: LoadedModel, tmp_path: Path, tiny_bert: Any) -> None:
+    with pytest.raises(ModelError, match=r"no model '\./nowhere': the folder does not exist"):
+        plan_extraction("./nowhere", ["a"], tmp_path / "acts")
+    with pytest.raises(ModelError, match=r"does not say which tokenizer it was trained with\. Pass tokenizer="):
+        plan_extraction(tiny_bert, ["a"], tmp_path / "acts")
+    with pytest.raises(ArchitectureError, match="Linear is not a Hugging Face model"):
+        plan_extraction(torch.nn.Linear(2, 2), ["a"], tmp_path / "acts", tokenizer=tiny.tokenizer)
+    with pytest.raises(OptionError, match="device goes with a model's name"):
+        plan_extraction(tiny_bert, ["a"], tmp_path / "acts", device="cpu")
+    with pytest.raises(OptionError, match="no device 'gpu' here: "):
+        plan_extraction(tiny.name, ["a"], tmp_path / "acts", device="gpu")
+
+
+def test_a_folder_that_cannot_hold_a_store_is_refused_before_the_input_is_read(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo").touch()
+    for folder, message in [
+        (tmp_path / "notes", "is not a store: it holds 'todo'"),
+        (tmp_path / "notes" / "todo", "is a file, not a folder"),
+        (tmp_path / "notes" / "todo" / "below" / "acts", "todo is not a folder"),
+        (tmp_path / ("x" * 300), "cannot be written .*name too long"),
+    ]:
+        with pytest.raises(StoreError, match=message):
+            plan_extraction("no model", "no input", folder)
+    with pytest.raises(OptionError, match="local folders only"):
+        plan_extraction("no model", "no input", "s3://bucket/acts")
+
+
+def test_a_store_larger_than_the_disk_is_refused_with_both_sizes(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Plan, "free_bytes", property(lambda _: 1000))
+    with pytest.raises(SpaceError, match=r"needs .* more, the disk has 1\.0 kB free\. Ask for fewer sites"):
+        plan(tiny, ["the quick brown fox"] * 9, tmp_path / "acts")
+    assert not list(tmp_path.iterdir())

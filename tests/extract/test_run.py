@@ -1,0 +1,263 @@
+"""From texts to shards: what is on disk is what the model makes of each text alone."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+
+import layerprobe
+from layerprobe.errors import NonFiniteError, StoreError
+from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.run import RunReport, run_extraction
+from layerprobe.models import LoadedModel
+from layerprobe.store.shards import ScaledRows
+
+extract: Any = layerprobe.extract
+NUMPY = {"F32": "<f4", "I64": "<i8", "U8": "u1"}
+
+
+def read_plainly(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Read a safetensors file with nothing but json and struct."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    arrays = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        piece = raw[8 + length + start : 8 + length + stop]
+        arrays[name] = np.frombuffer(piece, NUMPY[entry["dtype"]]).reshape(entry["shape"])
+    return metadata, arrays
+
+
+def forward_alone(loaded: LoadedModel, text: str, max_length: int) -> tuple[list[int], list[torch.Tensor]]:
+    """Run one text by itself, as the model's own documentation does."""
+    encoded = loaded.tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+    with torch.no_grad():
+        states = loaded.model(**encoded, output_hidden_states=True).hidden_states
+    return encoded["input_ids"][0].tolist(), [state[0] for state in states]
+
+
+def mixed_texts() -> list[str]:
+    words = Path(layerprobe.__file__).with_name("errors.py").read_text(encoding="utf-8").split()
+    texts = [
+        "",
+        "a",
+        "深層学習 和 中文 的 句子 。",
+        "emoji 😀 👩‍👩‍👧 🇫🇷 end",
+        "word " * 2000,
+        " ",
+        "\t tab",
+        "ÀÉÎ õü ß",
+    ]
+    texts += [" ".join(words[start : start + 1 + start * 7 % 23]) for start in range(139)]
+    return [*texts, *texts[:10]]
+
+
+def test_every_layer_of_the_demo_model_for_157_mixed_texts(demo: LoadedModel, tmp_path: Path) -> None:
+    texts = mixed_texts()
+    assert len(texts) == 157
+    store = extract(demo, texts, tmp_path / "acts", shard_size=16 << 20)
+    assert store.is_complete and store.num_shards > 1
+    sites = ["embeddings", *(f"layers.{layer}" for layer in range(6))]
+    limit = demo.tokenizer.model_max_length
+    seen = []
+    for path in sorted((tmp_path / "acts").glob("shard-*")):
+        metadata, arrays = read_plainly(path)
+        assert metadata["format"] == "layerprobe/1"
+        for position, ordinal in enumerate(arrays["example"].tolist()):
+            start, stop = arrays["offsets"][position : position + 2]
+            ids, states = forward_alone(demo, texts[ordinal], limit)
+            assert arrays["input_ids"][start:stop].tolist() == ids
+            for site, state in zip(sites, states, strict=True):
+                lost = np.abs(arrays[site][start:stop] - state.numpy()).max()
+                assert lost < 1e-4  # values reach 10; batching reorders float32 sums, 1.6e-5 measured
+            first, last = arrays["record_offsets"][position : position + 2]
+            assert json.loads(arrays["records"][first:last].tobytes()) == {"text": texts[ordinal]}
+            seen.append(ordinal)
+        with safetensors.safe_open(path, "pt") as file:
+            assert set(file.keys()) == set(arrays)
+            assert all(np.array_equal(file.get_tensor(name).numpy(), arrays[name]) for name in arrays)
+    assert sorted(seen) == list(range(157))
+    # one text of 2,000 words, twice
+    assert store.index["truncated"] == 2 and len(store.example(4).input_ids) == limit
+    assert store.example(0).tokens == ["[CLS]", "[SEP]"] and store.example(0).text == ""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8"])
+def test_each_dtype_reads_back_as_the_cast_of_what_the_model_made(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, dtype: str
+) -> None:
+    exact = extract(tiny, texts, tmp_path / "exact")
+    store = extract(tiny, texts, tmp_path / "cast", dtype=dtype)
+    for site in store.sites:
+        for ordinal in range(len(texts)):
+            value, rows = store[site][ordinal], exact[site][ordinal]
+            if dtype == "int8":
+                assert isinstance(value, ScaledRows) and value.values.dtype == torch.int8
+                scale = rows.abs().amax(1) / 127
+                assert torch.equal(value.scale, scale)
+                lost = (value.float() - rows).abs().amax(1)
+                assert bool((lost <= scale * 0.5001).all())  # half a step of rounding, and the division's last bit
+            else:
+                assert value.dtype == getattr(torch, dtype)
+                assert torch.equal(value.float(), rows.to(value.dtype).float())
+        rows = torch.cat(list(store[site].rows(5)))
+        assert len(rows) == store.num_tokens
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "max", "last"])
+def test_pooling_while_extracting_is_pooling_what_was_extracted(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, pool: str
+) -> None:
+    rows = extract(tiny, texts, tmp_path / "rows")["layers.2"]
+    store = extract(tiny, texts, tmp_path / "pooled", pool=pool, sites=["layers.2", "pooler"])
+    expected = rows.pooled(pool)
+    assert store.pool == pool and store["layers.2"].kind == "example"
+    torch.testing.assert_close(
+        store["layers.2"].pooled(pool), expected, rtol=0, atol=1e-5
+    )  # float32 sums in another order
+    assert store["pooler"].pooled(pool).shape == (len(texts), 32)
+    assert store["layers.2"][3].shape == (32,)
+
+
+def test_a_callable_pools_by_rows(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
+    rows = extract(tiny, texts, tmp_path / "rows")["layers.2"]
+    store = extract(tiny, texts, tmp_path / "acts", sites="layers.2", pool=lambda rows: rows[0, :5])
+    assert store["layers.2"].width == 5
+    for ordinal in range(len(texts)):
+        expected = rows[ordinal][0, :5]
+        torch.testing.assert_close(store["layers.2"][ordinal], expected, rtol=0, atol=1e-5)  # other batches, other sums
+
+
+def test_other_fields_travel_with_the_example(tiny: LoadedModel, tmp_path: Path) -> None:
+    records = [{"text": "the dog", "id": 7, "tags": ["中"]}, {"text": "", "id": None, "tags": {}}]
+    store = extract(tiny, records, tmp_path / "acts")
+    assert [example.text for example in store] == ["the dog", ""]
+    assert [example.fields for example in store] == [{"id": 7, "tags": ["中"]}, {"id": None, "tags": {}}]
+
+
+def test_a_text_without_any_token_keeps_its_place(tiny: LoadedModel, tmp_path: Path) -> None:
+    class Bare:
+        """The tokenizer without special tokens."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return tiny.tokenizer(*args, add_special_tokens=False, **kwargs)
+
+        def num_special_tokens_to_add(self) -> int:
+            return 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tiny.tokenizer, name)
+
+    store = extract(tiny, ["the dog", "", "fox"], tmp_path / "acts", tokenizer=Bare())
+    assert [len(example.input_ids) for example in store] == [2, 0, 1]
+    assert store["layers.0"][1].shape == (0, 32)
+    pooled = store["layers.0"].pooled("mean")
+    assert pooled.isnan().any(1).tolist() == [False, True, False]
+
+
+def test_the_model_is_left_as_it_was(tiny: LoadedModel, texts: list[str], tmp_path: Path, make_bert: Any) -> None:
+    model = make_bert(vocab_size=len(tiny.tokenizer)).train()
+    model.encoder.layer[1].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    store = extract(model, texts, tmp_path / "acts", tokenizer=tiny.tokenizer)
+    again = extract(model, texts, tmp_path / "again", tokenizer=tiny.tokenizer)
+    assert torch.equal(store["layers.2"][3], again["layers.2"][3])  # no dropout
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    hooks = [module._forward_hooks or module._forward_pre_hooks for module in model.modules()]
+    assert not any(hooks) and "forward" not in model.__dict__
+
+
+def broken_model(make_bert: Any, tokenizer: Any, value: float) -> Any:
+    """A model whose middle layer makes one value of each row `value`."""
+    model = make_bert(vocab_size=len(tokenizer))
+    with torch.no_grad():
+        model.encoder.layer[1].output.LayerNorm.bias[3] = value
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 1e5), ("float8_e4m3fn", 1e4), ("float32", float("inf"))])
+def test_values_that_do_not_fit_are_counted_per_site_and_reported(
+    tiny: LoadedModel, make_bert: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, value: float
+) -> None:
+    model = broken_model(make_bert, tiny.tokenizer, value)
+    options: dict[str, Any] = {"tokenizer": tiny.tokenizer, "sites": ["layers.0", "layers.1"], "dtype": dtype}
+    store = extract(model, ["the dog", "fox"], tmp_path / "acts", **options)
+    assert store.index["nonfinite"] == {"layers.1": store.num_tokens}
+    said = capsys.readouterr().err
+    assert f"{store.num_tokens} values are not finite or overflow the dtype ({store.num_tokens} at layers.1)" in said
+    assert said.count("\n") == 1
+    with pytest.raises(NonFiniteError, match=rf"{store.num_tokens} at 'layers\.1'.*wider dtype"):
+        extract(model, ["the dog", "fox"], tmp_path / "error", nonfinite="error", **options)
+    assert not list((tmp_path / "error").glob("shard-*"))
+    wider = {**options, "dtype": "bfloat16"}
+    if value != float("inf"):
+        assert extract(model, ["the dog"], tmp_path / "wide", nonfinite="error", **wider).index["nonfinite"] == {}
+
+
+def test_the_report_counts_what_was_done(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
+    plan = plan_extraction(tiny, texts, tmp_path / "acts", ExtractOptions(shard_bytes=20_000))
+    report = run_extraction(plan)
+    lengths = [len(tiny.tokenizer(text, truncation=True)["input_ids"]) for text in texts]
+    assert (report.num_examples, report.num_tokens, report.num_truncated) == (12, sum(lengths), 1)
+    assert report.num_bytes == sum(file.stat().st_size for file in (tmp_path / "acts").glob("shard-*"))
+    assert report.padding == 1 - sum(lengths) / report.num_computed and report.stalled_s >= 0
+    line = str(report)
+    for part in (
+        "12 examples",
+        f"{sum(lengths)} tokens",
+        "tokens/s",
+        "B/s",
+        "written",
+        "padding",
+        "1 truncated",
+        "stalled",
+    ):
+        assert part in line
+    assert "\n" not in line
+    assert str(RunReport()) == "nothing to do: every shard is there already"
+
+
+def test_progress_goes_to_stderr_only_when_asked(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract(tiny, texts, tmp_path / "quiet")
+    assert capsys.readouterr() == ("", "")
+    extract(tiny, texts, tmp_path / "loud", progress=True)
+    printed = capsys.readouterr()
+    assert printed.out == "" and "12 examples" in printed.err and "\r" not in printed.err
+
+
+def test_a_disk_that_refuses_is_a_store_error(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
+    plan = plan_extraction(tiny, texts, tmp_path / "acts")
+    (tmp_path / "acts").touch()
+    with pytest.raises(StoreError, match="acts: cannot be written"):
+        run_extraction(plan)
+
+
+PEAK = """
+import resource, sys, layerprobe
+loaded = layerprobe.load_model(sys.argv[1], "cpu")
+texts = [f"the quick brown fox {number}" for number in range(int(sys.argv[3]))]
+layerprobe.extract(loaded, texts, sys.argv[2], shard_size=4 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_examples(tiny_model_folder: Path, tmp_path: Path) -> None:
+    peaks = []
+    for count in (1000, 20_000):
+        command = [sys.executable, "-c", PEAK, str(tiny_model_folder), str(tmp_path / str(count)), str(count)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] < peaks[0] * 1.05, f"kB for 1,000 and 20,000 examples: {peaks}"
