@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import nn
 
 from layerprobe.errors import ModelError, OptionError
@@ -59,10 +60,13 @@ def load_model(name: str, device: str | torch.device | None = None) -> LoadedMod
         with _quiet_loading():
             config = transformers.AutoConfig.from_pretrained(source)
             # The class that was saved, so that its pooler or head is the trained one and not a random one.
-            saved = (getattr(config, "architectures", None) or [""])[0]
-            model_class = getattr(transformers, saved, None) or transformers.AutoModel
-            model = model_class.from_pretrained(source, config=config).to(device).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            saved = str((getattr(config, "architectures", None) or [""])[0])
+            found = getattr(transformers, saved, None)
+            is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+            model = (
+                (found if is_model else transformers.AutoModel).from_pretrained(source, config=config).to(device).eval()
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"no model {name!r}: {_first_line(error)} Use a folder, a hub id or 'demo'.") from error
     return LoadedModel(name, model, load_tokenizer(source))
 

@@ -40,7 +40,8 @@ def format_count(count: int, noun: str) -> str:
 def format_bytes(count: float) -> str:
     """Write a number of bytes with a decimal unit: `1.5 GB`."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
+        # what would be rounded up to 1000 belongs to the next unit
+        if abs(count) < (999.5 if unit == "B" else 999.95) or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")

@@ -1,0 +1,136 @@
+"""Memory and callables: what each call made, pooled and cast on the way, and how it is asked for."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import layerprobe as lp
+from layerprobe.capture.registry import Call
+from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink, select_call
+from layerprobe.errors import CaptureError, SiteError
+from layerprobe.store.shards import ScaledRows
+
+
+def _captured(*names: str) -> CapturedCall:
+    return CapturedCall({name: torch.tensor(float(i)) for i, name in enumerate(names)}, None, None, {"layers": 12})
+
+
+def test_captured_call_is_a_mapping_by_site() -> None:
+    call = _captured("embeddings", "layers.3", "layers.11", "layers.11.ffn.act")
+    assert list(call) == ["embeddings", "layers.3", "layers.11", "layers.11.ffn.act"]
+    assert len(call) == 4
+    assert call["layers.-1"] is call["layers.11"]
+    assert call["layers.-9"] is call["layers.3"]
+    assert call["layers.*.ffn.act"] is call["layers.11.ffn.act"]
+
+
+def test_captured_call_is_asked_for_one_site() -> None:
+    with pytest.raises(
+        SiteError, match=r"'layers\.\*' stands for 2 captured sites: ask for one, such as 'layers\.3'\."
+    ):
+        _ = _captured("layers.3", "layers.11")["layers.*"]
+
+
+@pytest.mark.parametrize("site", ["layers.5", "pooler", "module:pooler"])
+def test_site_that_was_not_captured_is_refused(site: str) -> None:
+    with pytest.raises(SiteError, match=rf"no (site|module) '.*{site[-5:]}' in what was captured\."):
+        _ = _captured("layers.3")[site]
+
+
+def test_callable_is_given_each_value_as_it_is_made(tiny_bert: Any, batch: Any) -> None:
+    given: list[tuple[str, Tensor]] = []
+    with lp.Probe(tiny_bert, ["embeddings", "layers.*"], to=lambda site, value: given.append((site, value))):
+        hidden = tiny_bert(**batch, output_hidden_states=True).hidden_states
+    assert [site for site, _ in given] == ["embeddings", "layers.0", "layers.1", "layers.2"]
+    for (_, value), expected in zip(given, hidden, strict=True):
+        assert torch.equal(value, expected)
+        assert not value.requires_grad
+
+
+def test_callable_that_raises_is_heard(tiny_bert: Any, batch: Any) -> None:
+    with pytest.raises(ZeroDivisionError), lp.Probe(tiny_bert, "layers.0", to=lambda *_: 1 / 0):
+        tiny_bert(**batch)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "max", "last", lambda rows: rows.sum(0)])
+@pytest.mark.parametrize("to_callable", [False, True])
+def test_pool_reads_the_mask_of_the_call(tiny_bert: Any, batch: Any, pool: Any, to_callable: bool) -> None:
+    flipped = {name: value.flip(1) for name, value in batch.items()}
+    given: dict[str, Tensor] = {}
+    to = given.__setitem__ if to_callable else None
+    with torch.no_grad(), lp.Probe(tiny_bert, ["layers.2", "pooler"], to=to, pool=pool) as probe:
+        output = tiny_bert(**flipped)
+    if not to_callable:
+        given = dict(probe.calls[0])  # type: ignore[arg-type]
+    for vector, sequence, kept in zip(
+        given["layers.2"], output.last_hidden_state, flipped["attention_mask"], strict=True
+    ):
+        rows = sequence[kept.bool()].double()
+        named: Any = {"cls": rows[0], "last": rows[-1], "mean": rows.mean(0), "max": rows.amax(0)}
+        wanted = rows.sum(0) if callable(pool) else named[pool]
+        torch.testing.assert_close(vector.double(), wanted, rtol=0, atol=2e-6)  # a float32 sum of up to 7 values near 3
+    assert torch.equal(given["pooler"], output.pooler_output)
+
+
+def test_pool_of_a_call_without_a_mask_takes_every_token(tiny_bert: Any) -> None:
+    with torch.no_grad(), lp.Probe(tiny_bert, "layers.2", pool="last") as probe:
+        output = tiny_bert(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    assert torch.equal(probe["layers.2"], output.last_hidden_state[:, -1])
+
+
+def test_pooled_int8_has_a_scale_per_example(tiny_bert: Any, batch: Any) -> None:
+    with torch.no_grad(), lp.Probe(tiny_bert, "layers.2", pool="cls", dtype="int8") as probe:
+        output = tiny_bert(**batch)
+    pooled = probe["layers.2"]
+    assert isinstance(pooled, ScaledRows)
+    assert pooled.values.shape == (3, 32)
+    assert pooled.scale.shape == (3,)
+    vectors = output.last_hidden_state[:, 0]
+    step = vectors.abs().amax(-1, keepdim=True) / 127
+    assert ((pooled.float() - vectors).abs() <= step * 0.5001).all()  # half a step, and float32 rounding
+
+
+def test_cast_values_can_be_used_in_any_mode(tiny_bert: Any, batch: Any) -> None:
+    with torch.inference_mode(), lp.Probe(tiny_bert, "layers.2", dtype="float16") as probe:
+        tiny_bert(**batch)
+    assert not probe["layers.2"].is_inference()
+
+
+def test_same_dtype_is_no_copy(tiny_bert: Any, batch: Any) -> None:
+    with torch.no_grad(), lp.Probe(tiny_bert, "layers.2", dtype="float32") as probe:
+        output = tiny_bert(**batch)
+    assert probe["layers.2"].data_ptr() == output.last_hidden_state.data_ptr()
+
+
+def test_mask_that_is_not_per_token_is_refused_only_where_rows_are_needed(tiny_bert: Any) -> None:
+    given: Any = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3, 3)}
+    with lp.Probe(tiny_bert, "layers.2") as probe:
+        tiny_bert(**given)
+    assert probe.calls[0].attention_mask is given["attention_mask"]
+    with (
+        lp.Probe(tiny_bert, "layers.2", pool="mean"),
+        pytest.raises(CaptureError, match=r"attention_mask has shape \(1, 3, 3\): rows need one of shape \(1, 3\)"),
+    ):
+        tiny_bert(**given)
+
+
+def test_custom_sink_gets_values_as_the_model_made_them(tiny_bert: Any, batch: Any) -> None:
+    kept = MemorySink()
+    with lp.Probe(tiny_bert, "layers.2", to=kept):
+        output = tiny_bert(**batch)
+    assert torch.equal(kept.calls[0]["layers.2"], output.last_hidden_state)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [{"pool": "mean"}, {"dtype": "float16"}])
+def test_custom_sink_goes_with_neither_pool_nor_dtype(tiny_bert: Any, option: Any) -> None:
+    from layerprobe.errors import OptionError
+
+    with pytest.raises(OptionError, match=r"a Sink is given values as the model made them: leave out pool and dtype\."):
+        lp.Probe(tiny_bert, "layers.2", to=CallableSink(lambda *_: None), **option)
+
+
+def test_call_of_unknown_shape_takes_that_of_the_value() -> None:
+    selection = select_call(Call(None, None, None), torch.zeros(2, 3, 4))
+    assert selection.lengths == (3, 3)

