@@ -1,0 +1,213 @@
+"""Any part of a run may be lost; the same command makes exactly that part again."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import layerprobe
+from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
+from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.resume import check_folder
+from layerprobe.models import LoadedModel
+
+extract: Any = layerprobe.extract
+SHARD_BYTES = 10_000
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def whole(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> Path:
+    """An undisturbed run of several shards."""
+    store = extract(tiny, texts, tmp_path / "whole", shard_size=SHARD_BYTES)
+    assert store.num_shards >= 5
+    return tmp_path / "whole"
+
+
+def resume(tiny: LoadedModel, texts: list[str], folder: Path) -> dict[str, bytes]:
+    extract(tiny, texts, folder, shard_size=SHARD_BYTES)
+    return contents(folder)
+
+
+def test_running_again_changes_no_byte(tiny: LoadedModel, texts: list[str], whole: Path) -> None:
+    before = contents(whole)
+    shards = {path: path.stat().st_mtime_ns for path in whole.glob("shard-*")}
+    assert resume(tiny, texts, whole) == before
+    assert {path: path.stat().st_mtime_ns for path in whole.glob("shard-*")} == shards
+
+
+def test_any_lost_shard_is_made_again_byte_for_byte(tiny: LoadedModel, texts: list[str], whole: Path) -> None:
+    before = contents(whole)
+    for path in sorted(whole.glob("shard-*")):
+        path.unlink()
+        assert resume(tiny, texts, whole) == before
+    for path in sorted(whole.glob("shard-*"))[::2]:
+        path.unlink()
+    (whole / "index.json").unlink()
+    (whole / "shard-000001.safetensors.tmp").write_bytes(b"half")
+    shutil.rmtree(whole / "tokenizer")
+    plan = plan_extraction(tiny, texts, whole, ExtractOptions(shard_bytes=SHARD_BYTES))
+    assert f"of {plan.num_units} already there" in str(plan)
+    assert resume(tiny, texts, whole) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "empty", "longer"])
+def test_a_damaged_shard_is_made_again_byte_for_byte(
+    tiny: LoadedModel, texts: list[str], whole: Path, damage: str
+) -> None:
+    before = contents(whole)
+    path = whole / "shard-000002.safetensors"
+    raw = path.read_bytes()
+    path.write_bytes(
+        {"cut": raw[:-9], "header": raw[:30] + b"?" + raw[31:], "empty": b"", "longer": raw + b"0"}[damage]
+    )
+    plan = plan_extraction(tiny, texts, whole, ExtractOptions(shard_bytes=SHARD_BYTES))
+    assert "damaged   1 shard to be made again" in str(plan)
+    assert resume(tiny, texts, whole) == before
+
+
+def test_a_run_stopped_before_its_first_shard_is_gone_on_with(
+    tiny: LoadedModel, texts: list[str], whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    (folder / "store.json.tmp").write_text('{"form')
+    before = contents(whole)
+    assert resume(tiny, texts, folder) == before
+    shutil.rmtree(folder)
+    folder.mkdir()
+    shutil.copy(whole / "store.json", folder)
+    (folder / "tokenizer.tmp").mkdir()
+    assert resume(tiny, texts, folder) == before
+
+
+def test_a_run_stopped_by_its_policy_is_gone_on_with_under_another(
+    tiny: LoadedModel, texts: list[str], make_bert: Any, tmp_path: Path
+) -> None:
+    model = make_bert(vocab_size=len(tiny.tokenizer))
+    with torch.no_grad():
+        # only texts with this token overflow
+        model.embeddings.word_embeddings.weight[tiny.tokenizer.convert_tokens_to_ids("lazy")] = float("nan")
+    options: dict[str, Any] = {"tokenizer": tiny.tokenizer, "shard_size": SHARD_BYTES}
+    with pytest.raises(NonFiniteError, match="nonfinite='warn'"):
+        extract(model, texts, tmp_path / "acts", nonfinite="error", **options)
+    assert not (tmp_path / "acts" / "index.json").exists()
+    assert extract(model, texts, tmp_path / "acts", **options).index["nonfinite"]
+    extract(model, texts, tmp_path / "at-once", **options)
+    assert contents(tmp_path / "acts") == contents(tmp_path / "at-once")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float16"}, "dtype: 'float32' there, 'float16' here"),
+        ({"pool": "mean"}, "pool: None there, 'mean' here"),
+        ({"sites": ["layers.0"]}, "sites: 'embeddings layers.0 layers.1 layers.2' there, 'layers.0' here"),
+        ({"max_length": 20}, r"plan\.max_length: 64 there, 20 here"),
+        ({"shard_size": 99_000}, r"plan\.shard_bytes: 10000 there, 99000 here; plan\.units: \d+ there, \d here"),
+    ],
+)
+def test_another_plan_is_refused_with_the_fields_that_differ(
+    tiny: LoadedModel, texts: list[str], whole: Path, change: dict[str, Any], message: str
+) -> None:
+    before = contents(whole)
+    with pytest.raises(PlanError, match=f"whole: holds another run .*{message}.* pass --overwrite"):
+        extract(tiny, texts, whole, **{"shard_size": SHARD_BYTES, **change})
+    assert contents(whole) == before
+
+
+def test_another_input_or_model_is_refused(tiny: LoadedModel, texts: list[str], whole: Path, make_bert: Any) -> None:
+    with pytest.raises(PlanError, match=r"input\.examples: 12 there, 11 here; input\.hash"):
+        extract(tiny, texts[1:], whole, shard_size=SHARD_BYTES)
+    other = make_bert(vocab_size=len(tiny.tokenizer), num_hidden_layers=2)
+    with pytest.raises(PlanError, match=r"model\.config_hash: .*model\.weights_hash: .*sites: "):
+        extract(other, texts, whole, tokenizer=tiny.tokenizer, shard_size=SHARD_BYTES)
+
+
+def test_overwrite_replaces_a_run_with_nothing_of_it_left(
+    tiny: LoadedModel, texts: list[str], whole: Path, tmp_path: Path
+) -> None:
+    extract(tiny, texts[:4], whole, overwrite=True, dtype="float16")
+    extract(tiny, texts[:4], tmp_path / "new", dtype="float16")
+    assert contents(whole) == contents(tmp_path / "new")
+    (whole / "store.json").write_text("damaged")
+    with pytest.raises(FormatError, match=r"store\.json: is not the JSON of a store"):
+        extract(tiny, texts[:4], whole, dtype="float16")
+    extract(tiny, texts[:4], whole, overwrite=True, dtype="float16")
+    assert contents(whole) == contents(tmp_path / "new")
+
+
+def test_overwrite_spares_a_folder_that_is_no_store(tiny: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(StoreError, match=r"is not a store: it holds 'thesis\.tex'"):
+        extract(tiny, ["a"], tmp_path, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("root may write anywhere")
+    with pytest.raises(StoreError, match="cannot be written"):
+        check_folder(tmp_path / "acts")
+
+
+def start_extraction(model: Path, source: Path, folder: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "layerprobe", "extract", str(model), str(source), "-o", str(folder)]
+    return subprocess.Popen(
+        [*command, "--shard-size", "100kB"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_shards(folder: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    while len(list(folder.glob("shard-*.safetensors"))) < count:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.01)
+            raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_an_interrupted_command_leaves_nothing_half_and_completes_when_run_again(
+    tiny_model_folder: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    lines = ["the quick brown fox jumps over the lazy dog . " * (1 + line % 5) for line in range(600)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    folder = tmp_path / "acts"
+    process = start_extraction(tiny_model_folder, tmp_path / "a.txt", folder)
+    wait_for_shards(folder, 4, process)
+    process.send_signal(number)
+    printed, said = process.communicate()
+    assert process.returncode == code, said
+    assert not (folder / "index.json").exists()
+    part = layerprobe.open(folder)
+    assert not part.is_complete and part.num_shards >= 4
+    if number == signal.SIGINT:
+        assert said.strip().splitlines()[-1].startswith(f"stopped: whole shards are kept in {folder}. Run the same")
+        assert "Traceback" not in said
+        assert not list(folder.glob("*.tmp"))
+    process = start_extraction(tiny_model_folder, tmp_path / "a.txt", folder)
+    printed, said = process.communicate()
+    assert process.returncode == 0, said
+    assert "already there" in printed
+    assert layerprobe.open(folder).is_complete
+    extract(str(tiny_model_folder), tmp_path / "a.txt", tmp_path / "undisturbed", shard_size=100_000, device="cpu")
+    assert contents(folder) == contents(tmp_path / "undisturbed")
+
+
+def test_store_json_says_what_was_run(tiny: LoadedModel, whole: Path) -> None:
+    said = json.loads((whole / "store.json").read_text())
+    assert said["format"] == 1 and said["layerprobe"] == layerprobe.__version__
+    assert said["model"]["id"] == tiny.name and said["model"]["class"] == "BertModel"
+    assert list(said["sites"]) == ["embeddings", "layers.0", "layers.1", "layers.2"]
+    assert said["plan"]["max_length"] == 64 and said["pool"] is None
