@@ -33,6 +33,7 @@ ORDER = (
     "layerprobe.capture.select",
     "layerprobe.capture.staging",
     "layerprobe.capture.sinks",
+    "layerprobe.capture.units",
     "layerprobe.capture.packing",
     "layerprobe.capture.probe",
     "layerprobe.extract.inputs",

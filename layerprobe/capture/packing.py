@@ -7,10 +7,9 @@ shard.
 Hides the order of tensors in a shard and the turns of the two buffers. Must never know of modules or hooks.
 """
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,53 +20,24 @@ from torch import Tensor
 from layerprobe.capture.calls import Call, Context
 from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows, write_pairs, write_rows
 from layerprobe.capture.sinks import is_per_token, select_call
-from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
-from layerprobe.errors import CaptureError, OptionError
+from layerprobe.capture.staging import BufferPool, HostBuffer, Lane, Room, make_lane
+from layerprobe.capture.units import (
+    AnnouncedBatch,
+    Unit,
+    check_storable,
+    encode_record,
+    list_tensors,
+    measure_site,
+    room_for,
+)
+from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
-from layerprobe.store.format import SCALE_SUFFIX, ShardHeader
+from layerprobe.store.format import ShardHeader, fingerprint_of
 from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, commit_description, commit_index, prepare_folder
 
-__all__ = ["AnnouncedBatch", "StoreSink", "measure_site"]
+__all__ = ["StoreSink"]
 
 _NUM_BUFFERS = 2
-
-
-@dataclass(frozen=True, eq=False)
-class AnnouncedBatch:
-    """What the extractor knows of a batch before the model does, so that no mask need be read back from a device.
-
-    Args:
-        ordinals: Of its examples.
-        lengths: Real tokens of each.
-        num_positions: S.
-        padding_side: `left` or `right`.
-        input_ids: int64 `[T]` on the CPU, without padding.
-        records: What travels with each example, or None.
-    """
-
-    ordinals: Sequence[int]
-    lengths: Sequence[int]
-    num_positions: int
-    padding_side: str
-    input_ids: Tensor
-    records: Sequence[Mapping[str, Any]] | None = None
-
-
-@dataclass(eq=False)
-class _Unit:
-    """An open unit: its buffer and what has been finished in it."""
-
-    number: int
-    first_example: int
-    buffer: HostBuffer
-    num_truncated: int = 0
-    used: Room = NO_ROOM
-    ordinals: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    input_ids: list[Tensor] = field(default_factory=list)
-    records: list[bytes] = field(default_factory=list)
-    # values beyond the range of float8, counted where the values are made
-    overflow: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -79,43 +49,6 @@ class _Pending:
     selection: Selection | None = None
     values: dict[int, Tensor] | None = None
     input_ids: Tensor | None = None
-
-
-def measure_site(site: Site, value: Tensor, pool: Pool, dtype: torch.dtype | None) -> StoredSite:
-    """Work out how a site will lie on disk from one of its values.
-
-    Raises:
-        CaptureError: the value is neither `[B, S, D]` nor `[B, D]`.
-    """
-    if site.kind == "attention":
-        if dtype == torch.int8 or pool is not None:
-            raise OptionError(f"{site.name!r} is one matrix per head: it takes no pool, and a float dtype.")
-        return StoredSite(site.name, "attention", dtype or value.dtype, value.shape[1])
-    per_token = is_per_token(site, value)
-    if value.ndim != (3 if per_token else 2):
-        raise CaptureError(
-            f"{site.name!r} has shape {tuple(value.shape)}: a store takes [batch, positions, width] or "
-            "[batch, width]. Capture this site into memory instead."
-        )
-    width = value.shape[2] if per_token else value.shape[1]
-    if callable(pool) and per_token:
-        every_token = Selection.from_lengths([value.shape[1]], value.shape[1], "right", value.device)
-        width = pool_rows(value[:1].detach(), every_token, pool).shape[1]
-    kind = "token" if per_token and pool is None else "example"
-    return StoredSite(site.name, kind, dtype or value.dtype, width)
-
-
-def check_storable(sites: Sequence[Site]) -> None:
-    """Make sure that one run of tokens serves all sites, as a shard has only one.
-
-    Raises:
-        OptionError: sites of an encoder and of a decoder, or of a decoder's view of the encoder.
-    """
-    sources = [site.name for site in sites if site.kind == "source" or ".cross_attention.weights" in site.name]
-    if sources:
-        raise OptionError(f"{sources[0]!r} has a row per token of the encoder: capture it into memory instead.")
-    if len({site.name.startswith("encoder.") for site in sites}) > 1:
-        raise OptionError("a store has the tokens of one stack: ask for encoder sites or for decoder sites.")
 
 
 class StoreSink:
@@ -131,7 +64,7 @@ class StoreSink:
         device: Where the model makes them.
         shard_bytes: Size of a buffer, and so of a shard.
         description: What `store.json` will say; None where the caller writes it.
-        fingerprint: Of the plan.
+        fingerprint: Of the plan; with a description it is worked out from that and from the sites.
         stored: How the sites will lie on disk, if known.
     """
 
@@ -144,7 +77,7 @@ class StoreSink:
         dtype: torch.dtype | None,
         device: torch.device,
         shard_bytes: int,
-        fingerprint: str,
+        fingerprint: str = "",
         description: Mapping[str, Any] | None = None,
         stored: Sequence[StoredSite] | None = None,
     ) -> None:
@@ -160,7 +93,7 @@ class StoreSink:
         self._announced: AnnouncedBatch | None = None
         self._sites: Sequence[Site] = ()
         self._lane: Lane = make_lane(device)
-        self._unit: _Unit | None = None
+        self._unit: Unit | None = None
         self._capacity = 0
         self._next_unit = 0
         self._next_example = 0
@@ -251,7 +184,9 @@ class StoreSink:
             measure_site(site, pending.values[index], self._pool, self._dtype) for index, site in enumerate(self._sites)
         ]
         described = {site.name: site.describe() for site in self._stored}
-        commit_description(self.folder, {**self._description, "sites": described, "fingerprint": self._fingerprint})
+        description = {**self._description, "sites": described}
+        self._fingerprint = fingerprint_of(description)
+        commit_description(self.folder, {**description, "fingerprint": self._fingerprint})
         values, pending.values = pending.values, None
         self._reserve(pending, call, values[0])
         for index, value in values.items():
@@ -269,7 +204,7 @@ class StoreSink:
             context = call.context(0)
             pending.selection = select_call(context, value)
             pending.input_ids = _real_ids(context, pending.selection)
-        needed = _room_for(pending.selection)
+        needed = room_for(pending.selection)
         unit = self._unit
         if unit is not None and not unit.buffer.fits(unit.used.plus(needed)):
             if batch is None and unit.used.examples:
@@ -288,7 +223,7 @@ class StoreSink:
         overflow = None
         if stored.dtype == torch.float8_e4m3fn:
             overflow = unit.overflow.setdefault(index, torch.zeros((), dtype=torch.int64, device=value.device))
-        start, count = unit.used.of(stored.kind), _room_for(selection).of(stored.kind)
+        start, count = unit.used.of(stored.kind), room_for(selection).of(stored.kind)
         target = unit.buffer.target(index, start, start + count, overflow)
         if stored.kind == "attention":
             produce = partial(write_pairs, weights_BHSS=value, selection=selection)
@@ -311,9 +246,9 @@ class StoreSink:
         unit.ordinals.extend(batch.ordinals if batch else range(first, first + len(selection.lengths)))
         unit.lengths.extend(selection.lengths)
         unit.input_ids.append(pending.input_ids)
-        unit.used = unit.used.plus(_room_for(selection))
+        unit.used = unit.used.plus(room_for(selection))
         if batch is not None and batch.records is not None:
-            unit.records.extend(_encode_record(record) for record in batch.records)
+            unit.records.extend(encode_record(record) for record in batch.records)
         self._next_example += len(selection.lengths)
 
     # units
@@ -325,7 +260,7 @@ class StoreSink:
             self.buffers = self._make_buffers(room)
         buffer = self.buffers.acquire(self.writer.check)
         buffer.grow(room)
-        self._unit = _Unit(number, first_example, buffer, num_truncated)
+        self._unit = Unit(number, first_example, buffer, num_truncated)
 
     def end_unit(self) -> None:
         """Seal the open unit and hand it to the writer."""
@@ -345,7 +280,7 @@ class StoreSink:
         )
         release = partial(self.buffers.release, unit.buffer)
         try:
-            self.writer.submit(ShardJob(header, _list_tensors(unit, stored), self._lane.fence(), release))
+            self.writer.submit(ShardJob(header, list_tensors(unit, stored), self._lane.fence(), release))
         except BaseException:
             release()
             raise
@@ -363,10 +298,6 @@ class StoreSink:
         return BufferPool([HostBuffer(self._stored, room, self._lane.pinned) for _ in range(_NUM_BUFFERS)])
 
 
-def _room_for(selection: Selection) -> Room:
-    return Room(selection.num_rows, len(selection.lengths), selection.num_pairs)
-
-
 def _real_ids(context: Context, selection: Selection) -> Tensor:
     """Take the ids of the real tokens, to the CPU; -1 where the model was called with embeddings."""
     if context.input_ids is None:
@@ -374,27 +305,3 @@ def _real_ids(context: Context, selection: Selection) -> Tensor:
     target = Target(torch.empty(selection.num_rows, dtype=torch.int64, device=context.input_ids.device))
     write_rows(target, context.input_ids, selection)
     return target.values.cpu()
-
-
-def _encode_record(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str).encode()
-
-
-def _list_tensors(unit: _Unit, stored: Sequence[StoredSite]) -> list[tuple[str, Tensor]]:
-    """Put the tensors of a shard in file order: widest dtype first, so that each is aligned."""
-    lengths = torch.tensor([0, *unit.lengths], dtype=torch.int64)
-    tensors = [
-        ("example", torch.tensor(unit.ordinals, dtype=torch.int64)),
-        ("offsets", lengths.cumsum(0)),
-        ("input_ids", torch.cat(unit.input_ids) if unit.input_ids else torch.empty(0, dtype=torch.int64)),
-    ]
-    if unit.records:
-        sizes = torch.tensor([0, *map(len, unit.records)], dtype=torch.int64)
-        tensors.append(("record_offsets", sizes.cumsum(0)))
-        tensors.append(("records", torch.frombuffer(bytearray(b"".join(unit.records)), dtype=torch.uint8)))
-    for index, site in enumerate(stored):
-        target = unit.buffer.target(index, 0, unit.used.of(site.kind))
-        tensors.append((site.name, target.values))
-        if target.scale is not None:
-            tensors.append((site.name + SCALE_SUFFIX, target.scale))
-    return sorted(tensors, key=lambda named: -named[1].dtype.itemsize)

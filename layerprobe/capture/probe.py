@@ -21,7 +21,6 @@ from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink, fin
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import describe_model
 from layerprobe.sites.resolve import Site
-from layerprobe.store.format import fingerprint_of
 from layerprobe.store.writer import ShardWriter
 from layerprobe.version import __version__
 
@@ -211,6 +210,5 @@ def _open_store_sink(model: nn.Module, to: str | Path, pool: Pool, dtype: torch.
         dtype=dtype,
         device=next((parameter.device for parameter in model.parameters()), torch.device("cpu")),
         shard_bytes=DEFAULT_SHARD_BYTES,
-        fingerprint=fingerprint_of(description),
         description=description,
     )

@@ -18,9 +18,9 @@ import torch
 import xxhash
 from torch import nn
 
-from layerprobe.capture.packing import measure_site
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe, describe_pool
 from layerprobe.capture.select import Pool, check_pool, resolve_dtype
+from layerprobe.capture.units import measure_site
 from layerprobe.errors import InputError, ModelError, OptionError, SpaceError
 from layerprobe.extract.batching import tokenize
 from layerprobe.extract.inputs import Record, TextSource, open_source

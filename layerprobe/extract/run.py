@@ -18,14 +18,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from layerprobe.capture.packing import AnnouncedBatch, StoreSink
+from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe
 from layerprobe.capture.select import Pool, resolve_dtype
+from layerprobe.capture.units import AnnouncedBatch
 from layerprobe.errors import StoreError
 from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
 from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, plan_extraction
 from layerprobe.models import LoadedModel
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, flush_tree, make_folder, parse_shard_name
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.writer import ShardWriter, commit_description, commit_index
 from layerprobe.tables import format_bytes
@@ -241,7 +242,7 @@ def _prepare_store(plan: Plan) -> None:
     """Clear what an ended or replaced run left, and write what comes before the first shard."""
     folder = plan.folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for file in list(folder.iterdir()):
             leftover = file.name.endswith(".tmp")
             replaced = plan.overwrite and (file.name == TOKENIZER_FOLDER or parse_shard_name(file.name) is not None)
@@ -253,7 +254,9 @@ def _prepare_store(plan: Plan) -> None:
         if not (folder / TOKENIZER_FOLDER).exists():
             partial = folder / (TOKENIZER_FOLDER + ".tmp")
             plan.tokenizer.save_pretrained(partial)
+            flush_tree(partial)
             partial.rename(folder / TOKENIZER_FOLDER)
+            flush_tree(folder / TOKENIZER_FOLDER)
     except OSError as error:
         if isinstance(error, StoreError):
             raise

@@ -30,10 +30,13 @@ __all__ = [
     "TOKENIZER_FOLDER",
     "ShardHeader",
     "TensorEntry",
+    "check_site",
     "checksum",
     "commit_bytes",
     "commit_shard",
     "fingerprint_of",
+    "flush_tree",
+    "make_folder",
     "parse_shard_name",
     "read_header",
     "read_json",
@@ -217,6 +220,25 @@ def _write_all(descriptor: int, piece: "bytes | memoryview") -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, permanently."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _flush_folder(path.parent)
+
+
+def flush_tree(folder: Path) -> None:
+    """Make a folder's files permanent, and their names in it."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    _flush_folder(folder)
+
+
 def _flush_folder(folder: Path) -> None:
     if os.name == "nt":  # Windows has no handle for a folder; its rename is durable by itself
         return
@@ -339,3 +361,11 @@ def _parse_entry(name: str, entry: dict[str, Any]) -> TensorEntry:
     if stop - start != elements * dtype.itemsize:
         raise ValueError(f"{name!r} of shape {shape} does not fill its {stop - start} bytes")
     return TensorEntry(dtype, shape, start, stop)
+
+
+def check_site(site: str, said: Mapping[str, Any]) -> None:
+    """Check what `store.json` says of a site; what is wrong is a KeyError, TypeError or ValueError."""
+    kind, dtype, width = said["kind"], said["dtype"], said["width"]
+    has_dtype = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+    if kind not in ("token", "example", "attention") or not has_dtype or type(width) is not int or width < 0:
+        raise ValueError(f"{site!r} is of kind {kind!r}, dtype {dtype!r}, width {width!r}")

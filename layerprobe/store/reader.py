@@ -26,6 +26,7 @@ from layerprobe.store.format import (
     SCALE_SUFFIX,
     STORE_FILE,
     TOKENIZER_FOLDER,
+    check_site,
     parse_shard_name,
     read_header,
     read_json,
@@ -71,8 +72,9 @@ class Store:
     examples that are there; iterating gives each of them in the order of the input.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, check: bool) -> None:
         self.folder = folder
+        self._check = check
         self.description = read_json(folder / STORE_FILE)
         if self.description.get("format") != FORMAT_VERSION:
             found = self.description.get("format")
@@ -82,7 +84,7 @@ class Store:
             self.fingerprint: str = self.description["fingerprint"]
             self.pool: str | None = self.description["pool"]
             for site, said in self._sites.items():
-                _check_site(site, said)
+                check_site(site, said)
         except KeyError as error:
             raise FormatError(f"{folder / STORE_FILE}: lacks {error}.") from error
         except (TypeError, ValueError) as error:
@@ -209,7 +211,7 @@ class Store:
             self._open.move_to_end(number)
             return self._open[number]
         info = self._shards[number]
-        shard = MappedShard(self.folder / info.file, info, self.fingerprint)
+        shard = MappedShard(self.folder / info.file, info, self.fingerprint, self._check)
         for site in self._sites:
             self[site]._check(shard)
         self._open[number] = shard
@@ -377,16 +379,13 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         return vectors.float() if isinstance(vectors, ScaledRows) else vectors
 
 
-def _check_site(site: str, said: Mapping[str, Any]) -> None:
-    """Check what `store.json` says of a site; what is wrong is a KeyError, TypeError or ValueError."""
-    kind, dtype, width = said["kind"], said["dtype"], said["width"]
-    has_dtype = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
-    if kind not in ("token", "example", "attention") or not has_dtype or type(width) is not int or width < 0:
-        raise ValueError(f"{site!r} is of kind {kind!r}, dtype {dtype!r}, width {width!r}")
-
-
-def open_store(folder: str | Path) -> Store:
+def open_store(folder: str | Path, *, check: bool = True) -> Store:
     """Open a store, complete or still being written.
+
+    Args:
+        folder: Where it is.
+        check: Compare each tensor of a shard with its checksum when it is first read, once. False reads only the pages
+            that are asked for, and takes a damaged row for a sound one.
 
     Raises:
         StoreError: there is no store there.
@@ -396,4 +395,4 @@ def open_store(folder: str | Path) -> Store:
     if not (folder / STORE_FILE).is_file():
         what = "is not a store: it has no store.json" if folder.is_dir() else "does not exist"
         raise StoreError(f"{folder}: {what}. Make one with 'layerprobe extract MODEL INPUT -o {folder}'.")
-    return Store(folder)
+    return Store(folder, check)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import FormatError
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, read_header
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, checksum, read_header
 
 __all__ = ["MappedShard", "ScaledRows", "ShardInfo", "pool_packed"]
 
@@ -53,15 +53,26 @@ class ShardInfo:
 
 
 class MappedShard:
-    """A mapped shard."""
+    """A mapped shard.
 
-    def __init__(self, path: Path, info: ShardInfo, fingerprint: str) -> None:
+    Args:
+        path: The file.
+        info: What the index says of it.
+        fingerprint: Of the store's plan.
+        check: Compare each tensor with its checksum before it is first handed out.
+
+    Raises:
+        FormatError: the file is damaged, or of another run.
+    """
+
+    def __init__(self, path: Path, info: ShardInfo, fingerprint: str, check: bool) -> None:
         self.header: ShardHeader = read_header(path)
         if self.header.fingerprint != fingerprint:
             raise FormatError(f"{path}: belongs to another run than {STORE_FILE} beside it.")
         if (self.header.first_example, self.header.num_examples) != (info.first_example, info.num_examples):
             raise FormatError(f"{path}: does not hold the examples that {INDEX_FILE} says.")
         self._path = path
+        self._check = check
         with open(path, "rb") as file:
             # Copy on write: tensors are writable, as torch wants them, and the file stays as it is.
             self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -92,6 +103,13 @@ class MappedShard:
                 entry = self.header.tensors[name]
             except KeyError as error:
                 raise FormatError(f"{self._path}: has no tensor {name!r}.") from error
+            if self._check:
+                with memoryview(self._memory) as whole, whole[entry.start : entry.stop] as part:
+                    if checksum(part) != self.header.checksums[name]:
+                        raise FormatError(
+                            f"{self._path}: the bytes of {name!r} are not those that were written. "
+                            "Remove the file and run the same extraction again to make it anew."
+                        )
             count = (entry.stop - entry.start) // entry.dtype.itemsize
             if count == 0:
                 self._tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)

@@ -29,6 +29,7 @@ from layerprobe.store.format import (
     ShardHeader,
     commit_bytes,
     commit_shard,
+    make_folder,
 )
 
 __all__ = [
@@ -78,7 +79,7 @@ def prepare_folder(folder: Path) -> None:
         StoreError: it holds something, or cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         present = next(folder.iterdir(), None)
         if present is None:
             with tempfile.TemporaryFile(dir=folder):

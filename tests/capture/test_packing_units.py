@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 
 import layerprobe as lp
-from layerprobe.capture.packing import AnnouncedBatch, StoreSink
+from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.staging import Room
+from layerprobe.capture.units import AnnouncedBatch
 from layerprobe.errors import CaptureError, NonFiniteError, StoreError
 from layerprobe.store.writer import ShardWriter, StoredSite
 

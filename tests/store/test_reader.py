@@ -11,6 +11,7 @@ import torch
 
 import layerprobe
 from layerprobe.errors import FormatError, MissingExample, OptionError, SiteError, StoreError
+from layerprobe.store.format import read_header
 
 WriteStore = Callable[..., Any]
 SECOND = "shard-000001.safetensors"
@@ -290,3 +291,26 @@ def test_views_and_stores_say_what_they_are(write_store: WriteStore) -> None:
     store = open_store(write_store(dtype=torch.float16).folder)
     assert "5 examples, 2 sites, complete" in repr(store)
     assert repr(store["layers.0"]) == "SiteView('layers.0', 5 examples, token, 8 x torch.float16)"
+
+
+def test_a_flipped_bit_in_any_tensor_is_refused_when_first_read(write_store: WriteStore) -> None:
+    path = write_store().folder / SECOND
+    sound = path.read_bytes()
+    header = read_header(path)
+    for name, entry in header.tensors.items():
+        for place in {entry.start, entry.stop - 1}:
+            damaged = bytearray(sound)
+            damaged[place] ^= 4
+            path.write_bytes(damaged)
+            with pytest.raises(FormatError, match=rf"{SECOND}: the bytes of '{name}' are not those that were written"):
+                open_store(path.parent).example(4)
+    path.write_bytes(sound)
+    assert open_store(path.parent).example(4).index == 4
+
+
+def test_a_store_opened_without_checks_reads_what_is_there(write_store: WriteStore) -> None:
+    path = write_store().folder / SECOND
+    damaged = bytearray(path.read_bytes())
+    damaged[read_header(path).tensors["pooler"].start] ^= 4
+    path.write_bytes(damaged)
+    assert len(layerprobe.open(path.parent, check=False)["pooler"][4]) > 0

@@ -1,0 +1,134 @@
+"""An open unit, and how its tensors lie in a shard.
+
+What a sink knows of a unit while it fills, how a site will lie on disk, and in which order the tensors go to the file.
+Must never know of modules or hooks.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerprobe.capture.select import Pool, Selection, pool_rows
+from layerprobe.capture.sinks import is_per_token
+from layerprobe.capture.staging import NO_ROOM, HostBuffer, Room
+from layerprobe.errors import CaptureError, OptionError
+from layerprobe.sites.resolve import Site
+from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.writer import StoredSite
+
+__all__ = [
+    "AnnouncedBatch",
+    "Unit",
+    "check_storable",
+    "encode_record",
+    "list_tensors",
+    "measure_site",
+    "room_for",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class AnnouncedBatch:
+    """What the extractor knows of a batch before the model does, so that no mask need be read back from a device.
+
+    Args:
+        ordinals: Of its examples.
+        lengths: Real tokens of each.
+        num_positions: S.
+        padding_side: `left` or `right`.
+        input_ids: int64 `[T]` on the CPU, without padding.
+        records: What travels with each example, or None.
+    """
+
+    ordinals: Sequence[int]
+    lengths: Sequence[int]
+    num_positions: int
+    padding_side: str
+    input_ids: Tensor
+    records: Sequence[Mapping[str, Any]] | None = None
+
+
+@dataclass(eq=False)
+class Unit:
+    """An open unit: its buffer and what has been finished in it."""
+
+    number: int
+    first_example: int
+    buffer: HostBuffer
+    num_truncated: int = 0
+    used: Room = NO_ROOM
+    ordinals: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    input_ids: list[Tensor] = field(default_factory=list)
+    records: list[bytes] = field(default_factory=list)
+    # values beyond the range of float8, counted where the values are made
+    overflow: dict[int, Tensor] = field(default_factory=dict)
+
+
+def measure_site(site: Site, value: Tensor, pool: Pool, dtype: torch.dtype | None) -> StoredSite:
+    """Work out how a site will lie on disk from one of its values.
+
+    Raises:
+        CaptureError: the value is neither `[B, S, D]` nor `[B, D]`.
+    """
+    if site.kind == "attention":
+        if dtype == torch.int8 or pool is not None:
+            raise OptionError(f"{site.name!r} is one matrix per head: it takes no pool, and a float dtype.")
+        return StoredSite(site.name, "attention", dtype or value.dtype, value.shape[1])
+    per_token = is_per_token(site, value)
+    if value.ndim != (3 if per_token else 2):
+        raise CaptureError(
+            f"{site.name!r} has shape {tuple(value.shape)}: a store takes [batch, positions, width] or "
+            "[batch, width]. Capture this site into memory instead."
+        )
+    width = value.shape[2] if per_token else value.shape[1]
+    if callable(pool) and per_token:
+        every_token = Selection.from_lengths([value.shape[1]], value.shape[1], "right", value.device)
+        width = pool_rows(value[:1].detach(), every_token, pool).shape[1]
+    kind = "token" if per_token and pool is None else "example"
+    return StoredSite(site.name, kind, dtype or value.dtype, width)
+
+
+def check_storable(sites: Sequence[Site]) -> None:
+    """Make sure that one run of tokens serves all sites, as a shard has only one.
+
+    Raises:
+        OptionError: sites of an encoder and of a decoder, or of a decoder's view of the encoder.
+    """
+    sources = [site.name for site in sites if site.kind == "source" or ".cross_attention.weights" in site.name]
+    if sources:
+        raise OptionError(f"{sources[0]!r} has a row per token of the encoder: capture it into memory instead.")
+    if len({site.name.startswith("encoder.") for site in sites}) > 1:
+        raise OptionError("a store has the tokens of one stack: ask for encoder sites or for decoder sites.")
+
+
+def room_for(selection: Selection) -> Room:
+    return Room(selection.num_rows, len(selection.lengths), selection.num_pairs)
+
+
+def encode_record(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+
+
+def list_tensors(unit: Unit, stored: Sequence[StoredSite]) -> list[tuple[str, Tensor]]:
+    """Put the tensors of a shard in file order: widest dtype first, so that each is aligned."""
+    lengths = torch.tensor([0, *unit.lengths], dtype=torch.int64)
+    tensors = [
+        ("example", torch.tensor(unit.ordinals, dtype=torch.int64)),
+        ("offsets", lengths.cumsum(0)),
+        ("input_ids", torch.cat(unit.input_ids) if unit.input_ids else torch.empty(0, dtype=torch.int64)),
+    ]
+    if unit.records:
+        sizes = torch.tensor([0, *map(len, unit.records)], dtype=torch.int64)
+        tensors.append(("record_offsets", sizes.cumsum(0)))
+        tensors.append(("records", torch.frombuffer(bytearray(b"".join(unit.records)), dtype=torch.uint8)))
+    for index, site in enumerate(stored):
+        target = unit.buffer.target(index, 0, unit.used.of(site.kind))
+        tensors.append((site.name, target.values))
+        if target.scale is not None:
+            tensors.append((site.name + SCALE_SUFFIX, target.scale))
+    return sorted(tensors, key=lambda named: -named[1].dtype.itemsize)
