@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xxhash
@@ -63,7 +63,8 @@ def load_model(name: str, device: str | torch.device | None = None) -> LoadedMod
             saved = str((getattr(config, "architectures", None) or [""])[0])
             found = getattr(transformers, saved, None)
             is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-            model = (
+            model_class = cast(Any, found if is_model else transformers.AutoModel)
+            model = model_class.from_pretrained(source, config=config).to(device).eval()
                 (found if is_model else transformers.AutoModel).from_pretrained(source, config=config).to(device).eval()
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
