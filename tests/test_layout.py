@@ -29,6 +29,8 @@ ORDER = (
     "layerprobe.store.writer",
     "layerprobe.store.reader",
     "layerprobe.capture.calls",
+    "layerprobe.capture.compiled",
+    "layerprobe.capture.frames",
     "layerprobe.capture.registry",
     "layerprobe.capture.select",
     "layerprobe.capture.staging",

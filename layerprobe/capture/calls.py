@@ -4,7 +4,7 @@ The registry makes calls and tells sinks of them. Hides how ids, mask and cached
 of a base model. Must never know of hooks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -90,9 +90,8 @@ class Sink(Protocol):
         """Release everything; `error` is what ended the probe, or None."""
 
 
-def read_context(parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
-    """Read ids, mask and position out of the arguments of a base model."""
-    given = dict(zip(parameters, args, strict=False)) | kwargs
+def read_context(given: Mapping[str, Any]) -> Context:
+    """Read ids, mask and position out of the arguments of a base model, by name."""
     input_ids = given.get("input_ids")
     tokens = input_ids if input_ids is not None else given.get("inputs_embeds")
     shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) else None

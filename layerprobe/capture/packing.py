@@ -102,6 +102,11 @@ class StoreSink:
         self._pending: _Pending | None = None
 
     @property
+    def copies_at_once(self) -> bool:
+        """Whether a value may be overwritten as soon as `receive` returns; the first call's are kept until its end."""
+        return self._stored is not None
+
+    @property
     def stalled_s(self) -> float:
         """Seconds the forward has waited for a buffer."""
         return self.buffers.stalled_s if self.buffers is not None else 0.0

@@ -1,25 +1,26 @@
 """Hooks on a model: all of them or none, and every one gone at the end.
 
-The registry turns sites into forward hooks and tells a sink of three things: a call of the model begins (with its ids
-and mask), a site's value was made, the call is over. State lives per thread and per call, so several threads may run
-one model under one registry.
+The registry turns sites into forward hooks, follows calls from their beginning to their end, and gives a sink each
+site's value as it is made. A hook that is traced by `torch.compile` goes through a port instead of running Python.
 
 Hides torch's hook machinery and the early end of a forward. Must never know what becomes of the values.
 """
 
 import functools
 import inspect
-import threading
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerprobe.capture.calls import Call, Sink, read_context
-from layerprobe.errors import CaptureError
-from layerprobe.sites.resolve import ModelMap, Part, Site, Stack, map_model
+from layerprobe.capture.compiled import Port, forget_compiled_graphs, is_compiled
+from layerprobe.capture.frames import ROOT, Frames
+from layerprobe.errors import CaptureError, OptionError
+from layerprobe.sites.resolve import ModelMap, Part, Site, map_model
 from layerprobe.sites.weights import EagerTwin
 
 __all__ = ["ProbeRegistry"]
@@ -27,19 +28,6 @@ __all__ = ["ProbeRegistry"]
 
 class _Stop(BaseException):
     """Ends a forward after the last asked site; a BaseException so that no `except Exception` in a model stops it."""
-
-
-@dataclass(eq=False)
-class _Frame:
-    """A running call of the probed model in one thread, opened by whichever module was called from outside.
-
-    `inside` holds the stacks whose base is running. Ctrl-C leaves a frame behind, since torch tells hooks of an
-    Exception only; the next call opens another on top of it, as a model called within a sink does.
-    """
-
-    owner: nn.Module
-    call: Call | None = None
-    inside: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,16 +63,17 @@ class ProbeRegistry:
         self._mapped: ModelMap = mapped
         self.num_layers = mapped.num_layers
         self._root = mapped.model
+        self._given = model
         self._sink = sink
         self._stop = stop
-        self._stacks = [site.stack for site in self.sites]
+        self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner)
+        self._port = Port(self, next((p.device for p in self._root.parameters()), torch.device("cpu")))
         self._points = self._group_points()
         self._biases = {
             site.part.bias: mapped.model.get_parameter(site.part.bias)
             for site in self.sites
             if site.part is not None and site.part.bias is not None
         }
-        self._frames: dict[int, list[_Frame]] = {}
         self._handles: list[Any] = []
         self._wrapped: list[tuple[nn.Module, Any]] = []
 
@@ -103,16 +92,19 @@ class ProbeRegistry:
         """
         if self._handles:
             raise CaptureError(f"the probe is already attached to {self._mapped.owner}. Leave its with block first.")
+        has_graphs = is_compiled(self._given, self._root)
         try:
+            self._port.open()
             self._attach_frames()
             for point in self._points:
                 self._attach_point(point)
             if self._stop:
-                for module in dict.fromkeys((self._root, *(stack.base for stack in self._mapped.stacks))):
-                    self._wrap_forward(module)
+                self._wrap_forwards()
         except BaseException:
             self.detach()
             raise
+        if has_graphs:
+            forget_compiled_graphs()
 
     def detach(self) -> None:
         """Take every hook off, and abandon calls that were cut short."""
@@ -124,11 +116,11 @@ class ProbeRegistry:
                 module.__dict__["forward"] = instance_forward
         while self._handles:
             self._handles.pop().remove()
-        stale = [frame for frames in self._frames.values() for frame in frames]
-        self._frames.clear()
-        for frame in stale:
-            if frame.call is not None:
-                self._sink.abandon(frame.call)
+        self._port.close()
+        self._frames.drain()
+
+    def _keep(self, handle: Any) -> None:
+        self._handles.append(handle)
 
     def _group_points(self) -> list[_Point]:
         """Gather the sites that are read at one module, so that each module is hooked once."""
@@ -149,71 +141,68 @@ class ProbeRegistry:
 
     def _attach_frames(self) -> None:
         """Hook the outermost model and the bases: a call begins at a base and ends where it came from."""
-        keep = self._handles.append
         bases = [stack.base for stack in self._mapped.stacks]
         if all(self._root is not base for base in bases):
-            keep(self._root.register_forward_pre_hook(self._enter_root))
-            keep(self._root.register_forward_hook(self._leave, always_call=True))
-        for number, stack in enumerate(self._mapped.stacks):
-            keep(stack.base.register_forward_pre_hook(self._make_entry(number, stack), with_kwargs=True))
-            leave = functools.partial(self._leave, number=number)
-            keep(stack.base.register_forward_hook(leave, always_call=True))
+            self._keep(self._root.register_forward_pre_hook(self._make_root_entry()))
+            self._keep(self._root.register_forward_hook(self._make_exit(ROOT), always_call=True))
+        for number, base in enumerate(bases):
+            self._keep(base.register_forward_pre_hook(self._make_base_entry(number, base), with_kwargs=True))
+            self._keep(base.register_forward_hook(self._make_exit(number), always_call=True))
 
-    def _enter_root(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._frames.setdefault(threading.get_ident(), []).append(_Frame(module))
+    def _make_root_entry(self) -> Callable[..., None]:
+        frames, port = self._frames, self._port
 
-    def _make_entry(self, number: int, stack: Stack) -> Callable[..., None]:
-        parameters = list(inspect.signature(type(stack.base).forward).parameters)[1:]
-        several = len(self._mapped.stacks) > 1
-        own = sum(1 << index for index, site in enumerate(self.sites) if site.stack == number)
-        after = sum(1 << index for index, site in enumerate(self.sites) if site.stack is None)
-        frames, sink, get_ident = self._frames, self._sink, threading.get_ident
+        def enter_root(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if torch.compiler.is_compiling():
+                port.enter(ROOT, None, None, None)
+            else:
+                frames.enter_root(sys._getframe(1))
+
+        return enter_root
+
+    def _make_base_entry(self, number: int, base: nn.Module) -> Callable[..., None]:
+        parameters = list(inspect.signature(type(base).forward).parameters)[1:]
+        frames, port = self._frames, self._port
 
         def enter_base(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            stack = frames.setdefault(get_ident(), [])
-            if not stack or stack[-1].owner is module or number in stack[-1].inside:
-                stack.append(_Frame(module))
-            frame = stack[-1]
-            frame.inside.add(number)
-            if frame.call is not None and number in frame.call.contexts:
-                # a task model that runs its base twice in one call
-                self._end_call(frame, completed=True)
-            context = read_context(parameters, args, kwargs)
-            if frame.call is not None:  # the other stack of the same call
-                frame.call.contexts[number] = context
-                frame.call.expected |= own
-                return
-            # A stack called by itself, as generate() calls an encoder, does not make what comes after all stacks.
-            follows = 0 if several and frame.owner is module else after
-            call = Call(self._stacks, {number: context}, expected=own | follows)
-            sink.begin(call)
-            frame.call = call
+            given = dict(zip(parameters, args, strict=False)) | kwargs
+            if torch.compiler.is_compiling():
+                port.enter(number, given.get("input_ids"), given.get("attention_mask"), given.get("inputs_embeds"))
+            else:
+                frames.enter_base(number, read_context(given), sys._getframe(1))
 
         return enter_base
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any, number: int = -1) -> None:
-        stack = self._frames.get(threading.get_ident())
-        if not stack:
-            return
-        stack[-1].inside.discard(number)
-        if stack[-1].owner is module:
-            # torch passes None for the output of a forward that raised
-            self._end_call(stack.pop(), completed=output is not None)
+    def _make_exit(self, number: int) -> Callable[..., None]:
+        frames, port = self._frames, self._port
 
-    def _end_call(self, frame: _Frame, completed: bool) -> None:
-        call, frame.call = frame.call, None
-        if call is None:
-            return
-        if call.seen == call.expected:
-            self._sink.finish(call)
-            return
-        self._sink.abandon(call)
-        if completed:
-            missing = [self.sites[index].name for index in call.made if not call.seen >> index & 1]
-            raise CaptureError(
-                f"{self._mapped.owner} ran without making {', '.join(map(repr, missing))}: the modules behind these "
-                "sites were not called. Leave the sites out, or call the model so that it uses them."
-            )
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # torch passes None for the output of a forward that raised
+            if torch.compiler.is_compiling():
+                port.leave(number, output is not None)
+            else:
+                frames.leave(number, output is not None)
+
+        return leave
+
+    def enter_compiled(self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None) -> None:
+        """Take note, from a running graph, that a module was called."""
+        if stack == ROOT:
+            self._frames.enter_root(None)
+        else:
+            given = {"input_ids": ids, "attention_mask": mask, "inputs_embeds": embeds}
+            self._frames.enter_base(stack, read_context(given), None)
+
+    def receive_compiled(self, point: int, value: Tensor) -> None:
+        """Take a value from a running graph, whose memory the graph will use again."""
+        call = self._frames.current()
+        if call is not None:
+            keeps = not getattr(self._sink, "copies_at_once", False)
+            self._receive_at(call, self._points[point], value.clone() if keeps else value)
+
+    def leave_compiled(self, stack: int, completed: bool) -> None:
+        """Take note, from a running graph, that a module is done or has raised."""
+        self._frames.leave(stack, completed)
 
     # values
 
@@ -221,57 +210,76 @@ class ProbeRegistry:
         if point.takes == "weights":
             self._attach_weights(point)
             return
-        frames, get_ident = self._frames, threading.get_ident
-        site = self.sites[point.indices[0]]
-        if len(point.indices) == 1 and site.call_index is None and site.part is None and not point.is_chunked:
-            receive, which = self._receive, point.indices[0]
-        else:
-            receive, which = self._receive_several, point
+        current, port, key = self._frames.current, self._port, point.key
+        receive = functools.partial(self._receive_at, point=point)
+        if self._is_plain(point):
+            receive = functools.partial(self._receive, index=point.indices[0])
         if point.takes == "input":
 
             def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                stack = frames.get(get_ident())
-                if stack and (call := stack[-1].call) is not None:
-                    receive(call, which, args[0] if args else next(iter(kwargs.values())))  # type: ignore[arg-type]
+                value = args[0] if args else next(iter(kwargs.values()))
+                if torch.compiler.is_compiling():
+                    port.receive(key, value)
+                elif (call := current()) is not None:
+                    receive(call, value=value)
 
-            self._handles.append(point.module.register_forward_pre_hook(read_input, with_kwargs=True))
+            self._keep(point.module.register_forward_pre_hook(read_input, with_kwargs=True))
         else:
 
             def read_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                stack = frames.get(get_ident())
-                if stack and (call := stack[-1].call) is not None:
-                    receive(call, which, output)  # type: ignore[arg-type]
+                if torch.compiler.is_compiling():
+                    port.receive(key, _first_tensor(output))
+                elif (call := current()) is not None:
+                    receive(call, value=output)
 
-            self._handles.append(point.module.register_forward_hook(read_output))
+            self._keep(point.module.register_forward_hook(read_output))
+
+    def _is_plain(self, point: _Point) -> bool:
+        """Whether the module makes one whole value for one site."""
+        site = self.sites[point.indices[0]]
+        return len(point.indices) == 1 and site.call_index is None and site.part is None and not point.is_chunked
 
     def _attach_weights(self, point: _Point) -> None:
         """Watch an attention module and its children, and let its twin work the weights out."""
-        frames, get_ident, key = self._frames, threading.get_ident, point.key
+        current, port, key = self._frames.current, self._port, point.key
+        # A graph traces one twin that is there beforehand; threads that run Python have one per call.
+        traced = EagerTwin(point.module, checks=False)
+
+        def twin_of() -> EagerTwin | None:
+            if torch.compiler.is_compiling():
+                return traced
+            call = current()
+            return call.twins.get(key) if call is not None else None
 
         def start(module: nn.Module, args: tuple[Any, ...]) -> None:
-            stack = frames.get(get_ident())
-            if stack and (call := stack[-1].call) is not None:
+            if torch.compiler.is_compiling():
+                traced.clear()
+            elif (call := current()) is not None:
                 call.twins[key] = EagerTwin(module)
 
-        def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            stack = frames.get(get_ident())
-            if stack and (call := stack[-1].call) is not None and key in call.twins:
-                call.twins[key].note(name, args[0] if args else next(iter(kwargs.values()), None), output)
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str) -> None:
+            if (twin := twin_of()) is not None:
+                twin.note(name, args[0] if args else next(iter(kwargs.values()), None), output)
 
         def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            stack = frames.get(get_ident())
-            if stack and (call := stack[-1].call) is not None and key in call.twins:
-                self._receive_several(call, point, call.twins.pop(key).finish(args, kwargs, output))
+            if (twin := twin_of()) is None:
+                return
+            weights_BHSS = twin.finish(args, kwargs, output)
+            if torch.compiler.is_compiling():
+                port.receive(key, weights_BHSS)
+                traced.clear()
+            elif (call := current()) is not None:
+                call.twins.pop(key)
+                self._receive_at(call, point, weights_BHSS)
 
-        self._handles.append(point.module.register_forward_pre_hook(start))
+        self._keep(point.module.register_forward_pre_hook(start))
         for name, child in point.module.named_children():
-            hook = functools.partial(_call_note, note, name)
-            self._handles.append(child.register_forward_hook(hook, with_kwargs=True))
-        self._handles.append(point.module.register_forward_hook(finish, with_kwargs=True))
+            self._keep(child.register_forward_hook(functools.partial(note, name=name), with_kwargs=True))
+        self._keep(point.module.register_forward_hook(finish, with_kwargs=True))
 
-    def _receive_several(self, call: Call, point: _Point, value: Any) -> None:
+    def _receive_at(self, call: Call, point: _Point, value: Any) -> None:
         """Take a value that is a chunk, or one of several calls, or several sites at once."""
-        value = value if type(value) is Tensor else self._first_tensor(point.indices[0], value)
+        value = value if type(value) is Tensor else self._take_tensor(point.indices[0], value)
         shape = call.context(point.indices[0]).shape
         if point.is_chunked and shape is not None and _is_chunk(value, shape):
             chunks = call.chunks.setdefault(point.key, [])
@@ -296,7 +304,7 @@ class ProbeRegistry:
 
     def _receive(self, call: Call, index: int, value: Any) -> None:
         if type(value) is not Tensor:
-            value = self._first_tensor(index, value)
+            value = self._take_tensor(index, value)
         if call.seen >> index & 1:
             raise CaptureError(
                 f"{self.sites[index].name!r} of {self._mapped.owner} was made twice in one call: its module runs "
@@ -307,14 +315,8 @@ class ProbeRegistry:
         if self._stop and call.seen == call.expected:
             raise _Stop
 
-    def _first_tensor(self, index: int, value: Any) -> Tensor:
-        # 4.x DistilBERT puts its weights, of four dimensions, before the hidden state
-        items = [item for item in value if isinstance(item, Tensor)] if isinstance(value, (tuple, list)) else [value]
-        first = next(
-            (item for item in items if isinstance(item, Tensor) and item.ndim != 4), items[0] if items else None
-        )
-        if not isinstance(first, Tensor):
-            first = getattr(value, "last_hidden_state", None)
+    def _take_tensor(self, index: int, value: Any) -> Tensor:
+        first = _first_tensor(value)
         if not isinstance(first, Tensor):
             raise CaptureError(
                 f"{self.sites[index].name!r} of {self._mapped.owner} gave {type(value).__name__}, not a tensor: "
@@ -322,8 +324,28 @@ class ProbeRegistry:
             )
         return first
 
-    def _wrap_forward(self, module: nn.Module) -> None:
-        """Let a stopped forward return None from the module that was called from outside."""
+    def _wrap_forwards(self) -> None:
+        """Find where a stopped forward may come out: at a wrapper of `torch.compile`, else at the model and its bases.
+
+        Raises:
+            OptionError: the model was compiled in place, and nothing of it can be wrapped.
+        """
+        if any(part._compiled_call_impl is not None for part in self._root.modules()):
+            raise OptionError(
+                "stop=True does not go with model.compile(): use torch.compile(model), or leave out stop."
+            )
+        if "_orig_mod" in self._given._modules:
+            self._wrap_forward(self._given, None)
+            return
+        bases = {stack.base: number for number, stack in enumerate(self._mapped.stacks)}
+        for module, number in {self._root: ROOT, **bases}.items():
+            self._wrap_forward(module, number)
+
+    def _wrap_forward(self, module: nn.Module, number: int | None) -> None:
+        """Let a stopped forward return None from the module that was called from outside.
+
+        A wrapper of `torch.compile` has no number: what it runs is a graph, whose frames it closes.
+        """
         inner: Callable[..., Any] = module.forward
         frames = self._frames
 
@@ -332,8 +354,9 @@ class ProbeRegistry:
             try:
                 return inner(*args, **kwargs)
             except _Stop:
-                stack = frames.get(threading.get_ident())
-                if stack and stack[-1].owner is not module:
+                if number is None:
+                    frames.close_top()
+                elif not frames.is_outermost(number):
                     raise
                 return None
 
@@ -345,5 +368,12 @@ def _is_chunk(value: Tensor, shape: tuple[int, int]) -> bool:
     return value.ndim == 3 and value.shape[0] == shape[0] and value.shape[1] < shape[1]
 
 
-def _call_note(note: Callable[..., None], name: str, module: nn.Module, *given: Any) -> None:
-    note(name, *given)
+def _first_tensor(value: Any) -> Any:
+    """Find the hidden state in what a module gives; what is no tensor is given back as it is."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (tuple, list)):
+        items = [item for item in value if isinstance(item, Tensor)]
+        # 4.x DistilBERT puts its weights, of four dimensions, before the hidden state
+        return next((item for item in items if item.ndim != 4), items[0] if items else value)
+    return getattr(value, "last_hidden_state", value)

@@ -37,10 +37,11 @@ class EagerTwin:
 
     Args:
         module: What mixes the heads (for BERT, `BertSelfAttention`).
+        checks: Whether to compare contexts; a graph that is being compiled cannot.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self._name = module, type(module).__name__
+    def __init__(self, module: nn.Module, checks: bool = True) -> None:
+        self._module, self._name, self._checks = module, type(module).__name__, checks
         self._forward, self._parameters = _eager_forward(type(module))
         self._children = {name: _Replay() for name, _ in module.named_children()}
         self._dropouts = [name for name, child in module.named_children() if isinstance(child, nn.Dropout)]
@@ -48,6 +49,11 @@ class EagerTwin:
         self._twin.__dict__.update(module.__dict__, training=False, _modules=dict(self._children))
         if hasattr(module, "config"):
             self._twin.__dict__["config"] = _EagerConfig(module.config)
+
+    def clear(self) -> None:
+        """Forget the call, so that the twin can serve another."""
+        for child in self._children.values():
+            child.calls, child.given, child.other = [], 0, []
 
     def note(self, name: str, first: Any, output: Any) -> None:
         """Remember what the direct child `name` took first and gave."""
@@ -101,7 +107,7 @@ class EagerTwin:
         if weights is None:
             raise CaptureError(f"{self._name}: its eager code returns no weights. {_LOAD_EAGER}")
         # In training the kernel dropped some of its weights: its context is another, rightly.
-        if not self._module.training:
+        if self._checks and not self._module.training:
             pairs = [pair for child in self._children.values() for pair in child.other]
             _require_same_context(self._module, [*pairs, (again[0], _first(output))])
         return weights

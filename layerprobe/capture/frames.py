@@ -1,0 +1,148 @@
+"""Which call of the model is under way, thread by thread.
+
+A frame opens when the model, or a base inside it, is called from outside, and closes when that same module is done. A
+call begins inside it when a base is entered. Calls within calls (a model run inside a sink) stack up; a frame that
+Ctrl-C left behind is found and abandoned when the next one opens.
+
+Hides threads, nesting and interruption. Must never know of hooks or values.
+"""
+
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+from layerprobe.capture.calls import Call, Context, Sink
+from layerprobe.errors import CaptureError
+from layerprobe.sites.resolve import Site
+
+__all__ = ["ROOT", "Frames"]
+
+ROOT = -1
+
+
+@dataclass(eq=False)
+class _Frame:
+    """A running call of the model in one thread.
+
+    `runner` is the interpreter's frame that runs it: one that is on no stack any more was cut short. None where a
+    compiled graph runs it. `inside` holds the stacks whose base is running.
+    """
+
+    owner: int
+    runner: FrameType | None
+    call: Call | None = None
+    inside: set[int] = field(default_factory=set)
+
+
+class Frames:
+    """The frames of one probe.
+
+    Modules are known by number: that of the stack whose base it is, or `ROOT` for a task model around them.
+
+    Args:
+        sites: What is read.
+        num_stacks: Stacks of the model.
+        sink: Told when a call begins and ends.
+        owner: What to call the model in messages.
+    """
+
+    def __init__(self, sites: Sequence[Site], num_stacks: int, sink: Sink, owner: str) -> None:
+        self._sites = sites
+        self._stacks = [site.stack for site in sites]
+        self._of_stack = [self._bits(number) for number in range(num_stacks)]
+        self._after = self._bits(None)
+        self._sink = sink
+        self._owner = owner
+        self.by_thread: dict[int, list[_Frame]] = {}
+
+    def _bits(self, stack: int | None) -> int:
+        return sum(1 << index for index, site in enumerate(self._sites) if site.stack == stack)
+
+    def enter_root(self, runner: FrameType | None) -> None:
+        """Take note that the task model was called."""
+        frames = self.by_thread.setdefault(threading.get_ident(), [])
+        self._drop_interrupted(frames)
+        frames.append(_Frame(ROOT, runner))
+
+    def enter_base(self, number: int, context: Context, runner: FrameType | None) -> None:
+        """Take note that the base of a stack was called."""
+        frames = self.by_thread.setdefault(threading.get_ident(), [])
+        self._drop_interrupted(frames)
+        if not frames or frames[-1].owner == number or number in frames[-1].inside:
+            frames.append(_Frame(number, runner))
+        frame = frames[-1]
+        frame.inside.add(number)
+        if frame.call is not None and number in frame.call.contexts:
+            # a task model that runs its base twice in one call
+            self._end_call(frame, completed=True)
+        if frame.call is not None:  # the other stack of the same call
+            frame.call.contexts[number] = context
+            frame.call.expected |= self._of_stack[number]
+            return
+        # A stack called by itself, as generate() calls an encoder, does not make what comes after all stacks.
+        follows = 0 if len(self._of_stack) > 1 and frame.owner == number else self._after
+        call = Call(self._stacks, {number: context}, expected=self._of_stack[number] | follows)
+        self._sink.begin(call)
+        frame.call = call
+
+    def leave(self, number: int, completed: bool) -> None:
+        """Take note that a module is done; `completed` is False if it raised or was stopped."""
+        frames = self.by_thread.get(threading.get_ident())
+        if not frames:
+            return
+        frames[-1].inside.discard(number)
+        if frames[-1].owner == number:
+            self._end_call(frames.pop(), completed)
+
+    def current(self) -> Call | None:
+        """Give the call under way in this thread."""
+        frames = self.by_thread.get(threading.get_ident())
+        return frames[-1].call if frames else None
+
+    def close_top(self) -> None:
+        """End the innermost call of this thread, as one that has made what was asked."""
+        frames = self.by_thread.get(threading.get_ident())
+        if frames:
+            self._end_call(frames.pop(), completed=False)
+
+    def is_outermost(self, number: int) -> bool:
+        """Whether the innermost frame of this thread was opened by this module."""
+        frames = self.by_thread.get(threading.get_ident())
+        return not frames or frames[-1].owner == number
+
+    def drain(self) -> None:
+        """Abandon whatever is still open, in every thread."""
+        left = [frame for frames in self.by_thread.values() for frame in frames]
+        self.by_thread.clear()
+        for frame in left:
+            if frame.call is not None:
+                self._sink.abandon(frame.call)
+
+    def _drop_interrupted(self, frames: list[_Frame]) -> None:
+        # torch tells hooks of an Exception and of nothing else, so Ctrl-C leaves its frames behind
+        while frames and not _is_running(frames[-1].runner):
+            self._end_call(frames.pop(), completed=False)
+
+    def _end_call(self, frame: _Frame, completed: bool) -> None:
+        call, frame.call = frame.call, None
+        if call is None:
+            return
+        if call.seen == call.expected:
+            self._sink.finish(call)
+            return
+        self._sink.abandon(call)
+        if completed:
+            missing = [self._sites[index].name for index in call.made if not call.seen >> index & 1]
+            raise CaptureError(
+                f"{self._owner} ran without making {', '.join(map(repr, missing))}: the modules behind these sites "
+                "were not called. Leave the sites out, or call the model so that it uses them."
+            )
+
+
+def _is_running(runner: FrameType | None) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while runner is not None and frame is not None and frame is not runner:
+        frame = frame.f_back
+    return frame is not None

@@ -1,0 +1,208 @@
+"""Under `torch.compile`: one graph for the forward, one for all lengths, and nothing missed.
+
+`eager` and `aot_eager` generate no code, so their values are bit-equal to those of Python; `inductor` fuses, and its
+values are compared with its own outputs.
+"""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import layerprobe as lp
+from layerprobe.errors import OptionError
+
+LENGTHS = (5, 7, 16, 9, 33)
+ALL_SITES = ["embeddings", "layers.*", "layers.*.*.*", "layers.*.mid", "pooler"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def _batch(length: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(1, 100, (3, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, length // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _compile(model: Any, backend: str = "eager") -> Any:
+    return torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+
+
+def _num_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _eager_values(model: Any, sites: Any, length: int) -> Any:
+    with torch.no_grad(), lp.Probe(model, sites) as probe:
+        model(**_batch(length))
+    return probe.calls[0]
+
+
+@pytest.mark.parametrize("given", ["compiled", "plain"])
+def test_every_site_of_a_compiled_model_is_captured_in_one_graph_for_all_lengths(tiny_bert: Any, given: str) -> None:
+    compiled = _compile(tiny_bert, "aot_eager")
+    graphs = set()
+    with torch.no_grad(), lp.Probe(compiled if given == "compiled" else tiny_bert, ALL_SITES) as probe:
+        for length in LENGTHS:
+            compiled(**_batch(length))
+            graphs.add(_num_graphs())
+    assert len(graphs) == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for call, length in zip(probe.calls, LENGTHS, strict=True):
+        expected = _eager_values(tiny_bert, ALL_SITES, length)
+        assert list(call) == list(expected)
+        for site in expected:
+            assert torch.equal(call[site], expected[site]), site
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+def test_values_are_those_of_the_compiled_model_itself(tiny_bert: Any) -> None:
+    compiled = _compile(tiny_bert, "inductor")
+    with torch.no_grad():
+        expected = [compiled(**_batch(length)) for length in LENGTHS]
+        with lp.Probe(compiled, ["layers.*", "pooler"]) as probe:
+            outputs = [compiled(**_batch(length)) for length in LENGTHS]
+    for call, output, before in zip(probe.calls, outputs, expected, strict=True):
+        assert torch.equal(call["layers.-1"], output.last_hidden_state)
+        assert torch.equal(call["pooler"], output.pooler_output)
+        # another graph may fuse otherwise: rounding of float32 sums of 64 terms
+        assert torch.allclose(output.last_hidden_state, before.last_hidden_state, atol=1e-5)
+
+
+def test_hooks_put_on_after_the_first_compiled_call_fire(tiny_bert: Any) -> None:
+    compiled = _compile(tiny_bert)
+    with torch.no_grad():
+        compiled(**_batch(5))
+        for given in (compiled, tiny_bert):
+            with lp.Probe(given, "layers.*") as probe:
+                output = compiled(**_batch(7))
+            assert torch.equal(probe["layers.-1"], output.last_hidden_state)
+            compiled(**_batch(9))
+            assert len(probe.calls) == 1
+
+
+def test_model_compiled_in_place_is_captured(make_bert: Any) -> None:
+    model = make_bert("BertForMaskedLM")
+    expected = _eager_values(model, ["layers.*", "logits"], 7)
+    model.compile(fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        model(**_batch(5))
+        for _ in range(2):
+            with lp.Probe(model, ["layers.*", "logits"]) as probe:
+                model(**_batch(7))
+            assert all(torch.equal(probe[site], expected[site]) for site in expected)
+
+
+def test_layers_compiled_one_by_one_are_captured(tiny_bert: Any) -> None:
+    expected = _eager_values(tiny_bert, ALL_SITES, 7)
+    for layer in tiny_bert.encoder.layer:
+        layer.compile(dynamic=True, backend="eager")
+    with torch.no_grad():
+        tiny_bert(**_batch(5))
+        with lp.Probe(tiny_bert, ALL_SITES) as probe:
+            tiny_bert(**_batch(7))
+    assert all(torch.equal(probe[site], expected[site]) for site in expected)
+
+
+def test_compiled_model_is_streamed_to_a_store(tiny_bert: Any, tmp_path: Path) -> None:
+    compiled = _compile(tiny_bert)
+    with torch.no_grad(), lp.Probe(compiled, "layers.*", to=tmp_path / "acts", dtype="float16"):
+        for length in LENGTHS:
+            compiled(**_batch(length))
+    store = lp.open(tmp_path / "acts")
+    assert len(store) == 3 * len(LENGTHS)
+    for number, length in enumerate(LENGTHS):
+        expected = _eager_values(tiny_bert, "layers.*", length)
+        for site in expected:
+            assert torch.equal(store[site][3 * number], expected[site][0].half())
+            assert torch.equal(store[site][3 * number + 2], expected[site][2, : length // 2].half())
+
+
+def test_compiled_forward_is_stopped_after_the_last_asked_site(tiny_bert: Any) -> None:
+    compiled = _compile(tiny_bert)
+    expected = [_eager_values(tiny_bert, "layers.0", length) for length in LENGTHS]
+    with torch.no_grad():
+        with lp.Probe(compiled, "layers.0", stop=True) as probe:
+            assert [compiled(**_batch(length)) for length in LENGTHS] == [None] * len(LENGTHS)
+        assert compiled(**_batch(5)) is not None
+    for call, eager in zip(probe.calls, expected, strict=True):
+        assert torch.equal(call["layers.0"], eager["layers.0"])
+    assert "forward" not in tiny_bert.__dict__
+
+
+def test_stop_of_a_model_compiled_in_place_is_refused_and_leaves_no_hook(tiny_bert: Any) -> None:
+    tiny_bert.compile(backend="eager")
+    with pytest.raises(OptionError, match=r"stop=True does not go with model\.compile\(\)"):
+        lp.Probe(tiny_bert, "layers.0", stop=True).__enter__()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny_bert.modules())
+
+
+def test_compiled_training_step_has_the_same_gradients_with_a_probe(make_bert: Any) -> None:
+    model = make_bert("BertForSequenceClassification")
+    compiled = _compile(model)
+    given = {**_batch(7), "labels": torch.tensor([0, 1, 0])}
+    compiled(**given).loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    with lp.Probe(compiled, ["layers.*", "logits"]) as probe:
+        output = compiled(**given)
+        output.loss.backward()
+    assert torch.equal(probe["logits"], output.logits)
+    assert all(torch.equal(p.grad, before) for p, before in zip(model.parameters(), expected, strict=True))
+
+
+def test_graph_that_outlives_its_probe_runs_on(tiny_bert: Any) -> None:
+    compiled = _compile(tiny_bert)
+    with torch.no_grad():
+        with lp.Probe(tiny_bert, "layers.*") as probe:
+            inside = compiled(**_batch(7)).last_hidden_state
+        assert torch.equal(compiled(**_batch(7)).last_hidden_state, inside)
+    assert len(probe.calls) == 1
+
+
+def test_error_in_a_sink_comes_out_of_the_compiled_model(tiny_bert: Any) -> None:
+    compiled = _compile(tiny_bert)
+
+    def refuse(site: str, value: Tensor) -> None:
+        raise RuntimeError(f"no room for {site}")
+
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"no room for layers\.0"),
+        lp.Probe(compiled, "layers.*", to=refuse),
+    ):
+        compiled(**_batch(7))
+    assert not any(module._forward_hooks for module in tiny_bert.modules())
+
+
+def test_threads_of_a_compiled_model_are_kept_apart(tiny_bert: Any) -> None:
+    compiled = _compile(tiny_bert)
+    with torch.no_grad(), lp.Probe(compiled, "layers.*") as probe:
+        compiled(**_batch(5))  # compiled once, in one thread
+
+        def run() -> None:
+            with torch.no_grad():
+                for length in LENGTHS:
+                    compiled(**_batch(length))
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(probe.calls) == 1 + 2 * len(LENGTHS)
+    for call in probe.calls:
+        assert torch.equal(call["layers.-1"], _eager_values(tiny_bert, "layers.*", call.input_ids.shape[1])["layers.2"])
