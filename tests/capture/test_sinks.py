@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 import layerprobe as lp
-from layerprobe.capture.registry import Call
+from layerprobe.capture.calls import Context
 from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink, select_call
 from layerprobe.errors import CaptureError, SiteError
 from layerprobe.store.shards import ScaledRows
 
 
 def _captured(*names: str) -> CapturedCall:
-    return CapturedCall({name: torch.tensor(float(i)) for i, name in enumerate(names)}, None, None, {"layers": 12})
+    made: Any = {name: torch.tensor(float(number)) for number, name in enumerate(names)}
+    return CapturedCall(made, Context(None, None, None), {"layers": 12})
 
 
 def test_captured_call_is_a_mapping_by_site() -> None:
@@ -132,5 +133,5 @@ def test_custom_sink_goes_with_neither_pool_nor_dtype(tiny_bert: Any, option: An
 
 
 def test_call_of_unknown_shape_takes_that_of_the_value() -> None:
-    selection = select_call(Call(None, None, None), torch.zeros(2, 3, 4))
+    selection = select_call(Context(None, None, None), torch.zeros(2, 3, 4))
     assert selection.lengths == (3, 3)
