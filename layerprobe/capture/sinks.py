@@ -60,6 +60,13 @@ class CapturedCall(Mapping[str, Value]):
     def __getitem__(self, site: str) -> Value:
         return self._made[find_site(site, list(self._made), self._num_layers)]
 
+    def __contains__(self, site: object) -> bool:
+        # Mapping's own asks for KeyError, and a SiteError is none
+        try:
+            return isinstance(site, str) and bool(find_site(site, list(self._made), self._num_layers))
+        except SiteError:
+            return False
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
 

@@ -27,6 +27,13 @@ def test_captured_call_is_a_mapping_by_site() -> None:
     assert call["layers.*.ffn.act"] is call["layers.11.ffn.act"]
 
 
+def test_captured_call_tells_whether_a_site_is_in_it() -> None:
+    call = _captured("embeddings", "layers.3")
+    assert "layers.3" in call and "layers.-9" in call
+    for site in ("norm", "layers.5", "layers.12", "no site", 3):
+        assert site not in call
+
+
 def test_captured_call_is_asked_for_one_site() -> None:
     with pytest.raises(
         SiteError, match=r"'layers\.\*' stands for 2 captured sites: ask for one, such as 'layers\.3'\."
