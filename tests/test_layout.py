@@ -29,6 +29,7 @@ ORDER = (
     "layerprobe.store.writer",
     "layerprobe.store.reader",
     "layerprobe.capture.calls",
+    "layerprobe.capture.hooks",
     "layerprobe.capture.registry",
     "layerprobe.capture.select",
     "layerprobe.capture.staging",

@@ -18,15 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.capture.calls import Call, Sink, read_context
+from layerprobe.capture.hooks import HookSet, Stop
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import ModelMap, Part, Site, Stack, map_model
 from layerprobe.sites.weights import EagerTwin
 
 __all__ = ["ProbeRegistry"]
-
-
-class _Stop(BaseException):
-    """Ends a forward after the last asked site; a BaseException so that no `except Exception` in a model stops it."""
 
 
 @dataclass(eq=False)
@@ -76,7 +73,7 @@ class ProbeRegistry:
         self.num_layers = mapped.num_layers
         self._root = mapped.model
         self._sink = sink
-        self._stop = stop
+        self.wants_stop = stop
         self._stacks = [site.stack for site in self.sites]
         self._points = self._group_points()
         self._biases = {
@@ -85,8 +82,7 @@ class ProbeRegistry:
             if site.part is not None and site.part.bias is not None
         }
         self._frames: dict[int, list[_Frame]] = {}
-        self._handles: list[Any] = []
-        self._wrapped: list[tuple[nn.Module, Any]] = []
+        self._hooks = HookSet()
 
     def __enter__(self) -> "ProbeRegistry":
         self.attach()
@@ -101,29 +97,23 @@ class ProbeRegistry:
         Raises:
             CaptureError: the hooks are on already.
         """
-        if self._handles:
+        if self._hooks:
             raise CaptureError(f"the probe is already attached to {self._mapped.owner}. Leave its with block first.")
         try:
             self._attach_frames()
             for point in self._points:
                 self._attach_point(point)
-            if self._stop:
+            self._hooks.join(self._mapped.base, self)
+            if self.wants_stop:
                 for module in dict.fromkeys((self._root, *(stack.base for stack in self._mapped.stacks))):
-                    self._wrap_forward(module)
+                    self._hooks.override_forward(module, functools.partial(self._end_early, module))
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
         """Take every hook off, and abandon calls that were cut short."""
-        while self._wrapped:
-            module, instance_forward = self._wrapped.pop()
-            if instance_forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = instance_forward
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.remove()
         stale = [frame for frames in self._frames.values() for frame in frames]
         self._frames.clear()
         for frame in stale:
@@ -149,15 +139,15 @@ class ProbeRegistry:
 
     def _attach_frames(self) -> None:
         """Hook the outermost model and the bases: a call begins at a base and ends where it came from."""
-        keep = self._handles.append
+        keep = self._hooks.keep
         bases = [stack.base for stack in self._mapped.stacks]
         if all(self._root is not base for base in bases):
-            keep(self._root.register_forward_pre_hook(self._enter_root))
-            keep(self._root.register_forward_hook(self._leave, always_call=True))
+            keep(self._root, self._root.register_forward_pre_hook(self._enter_root))
+            keep(self._root, self._root.register_forward_hook(self._leave, always_call=True))
         for number, stack in enumerate(self._mapped.stacks):
-            keep(stack.base.register_forward_pre_hook(self._make_entry(number, stack), with_kwargs=True))
+            keep(stack.base, stack.base.register_forward_pre_hook(self._make_entry(number, stack), with_kwargs=True))
             leave = functools.partial(self._leave, number=number)
-            keep(stack.base.register_forward_hook(leave, always_call=True))
+            keep(stack.base, stack.base.register_forward_hook(leave, always_call=True))
 
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._frames.setdefault(threading.get_ident(), []).append(_Frame(module))
@@ -234,7 +224,7 @@ class ProbeRegistry:
                 if stack and (call := stack[-1].call) is not None:
                     receive(call, which, args[0] if args else next(iter(kwargs.values())))  # type: ignore[arg-type]
 
-            self._handles.append(point.module.register_forward_pre_hook(read_input, with_kwargs=True))
+            self._hooks.keep(point.module, point.module.register_forward_pre_hook(read_input, with_kwargs=True))
         else:
 
             def read_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -242,7 +232,7 @@ class ProbeRegistry:
                 if stack and (call := stack[-1].call) is not None:
                     receive(call, which, output)  # type: ignore[arg-type]
 
-            self._handles.append(point.module.register_forward_hook(read_output))
+            self._hooks.keep(point.module, point.module.register_forward_hook(read_output))
 
     def _attach_weights(self, point: _Point) -> None:
         """Watch an attention module and its children, and let its twin work the weights out."""
@@ -263,11 +253,11 @@ class ProbeRegistry:
             if stack and (call := stack[-1].call) is not None and key in call.twins:
                 self._receive_several(call, point, call.twins.pop(key).finish(args, kwargs, output))
 
-        self._handles.append(point.module.register_forward_pre_hook(start))
+        self._hooks.keep(point.module, point.module.register_forward_pre_hook(start))
         for name, child in point.module.named_children():
             hook = functools.partial(_call_note, note, name)
-            self._handles.append(child.register_forward_hook(hook, with_kwargs=True))
-        self._handles.append(point.module.register_forward_hook(finish, with_kwargs=True))
+            self._hooks.keep(child, child.register_forward_hook(hook, with_kwargs=True))
+        self._hooks.keep(point.module, point.module.register_forward_hook(finish, with_kwargs=True))
 
     def _receive_several(self, call: Call, point: _Point, value: Any) -> None:
         """Take a value that is a chunk, or one of several calls, or several sites at once."""
@@ -304,8 +294,8 @@ class ProbeRegistry:
             )
         self._sink.receive(call, index, value)
         call.seen |= 1 << index
-        if self._stop and call.seen == call.expected:
-            raise _Stop
+        if call.seen == call.expected and self._hooks.may_stop():
+            raise Stop
 
     def _first_tensor(self, index: int, value: Any) -> Tensor:
         # 4.x DistilBERT puts its weights, of four dimensions, before the hidden state
@@ -322,23 +312,29 @@ class ProbeRegistry:
             )
         return first
 
-    def _wrap_forward(self, module: nn.Module) -> None:
+    # early end
+
+    def is_waiting(self) -> bool:
+        """Whether the call of this thread has yet to make a site."""
+        stack = self._frames.get(threading.get_ident())
+        call = stack[-1].call if stack else None
+        return call is not None and call.seen != call.expected
+
+    def _end_early(self, module: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
         """Let a stopped forward return None from the module that was called from outside."""
-        inner: Callable[..., Any] = module.forward
         frames = self._frames
 
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
             try:
                 return inner(*args, **kwargs)
-            except _Stop:
+            except Stop:
                 stack = frames.get(threading.get_ident())
                 if stack and stack[-1].owner is not module:
                     raise
                 return None
 
-        self._wrapped.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
+        return forward
 
 
 def _is_chunk(value: Tensor, shape: tuple[int, int]) -> bool:
