@@ -30,6 +30,7 @@ ORDER = (
     "layerprobe.store.reader",
     "layerprobe.capture.calls",
     "layerprobe.capture.hooks",
+    "layerprobe.capture.recompute",
     "layerprobe.capture.registry",
     "layerprobe.capture.select",
     "layerprobe.capture.staging",

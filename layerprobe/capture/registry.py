@@ -11,14 +11,15 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerprobe.capture.calls import Call, Sink, read_context
+from layerprobe.capture.calls import Call, Sink, Source, read_context
 from layerprobe.capture.hooks import HookSet, Stop
+from layerprobe.capture.recompute import watch_second_runs
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import ModelMap, Part, Site, Stack, map_model
 from layerprobe.sites.weights import EagerTwin
@@ -103,6 +104,10 @@ class ProbeRegistry:
             self._attach_frames()
             for point in self._points:
                 self._attach_point(point)
+            if getattr(self._sink, "keeps_gradients", False):
+                paths = dict.fromkeys((stack.base, path) for stack in self._mapped.stacks for path, _ in stack.layers)
+                layers = [base.get_submodule(path) for base, path in paths]
+                watch_second_runs(self._hooks, layers, self._frames, _Frame)
             self._hooks.join(self._mapped.base, self)
             if self.wants_stop:
                 for module in dict.fromkeys((self._root, *(stack.base for stack in self._mapped.stacks))):
@@ -262,18 +267,21 @@ class ProbeRegistry:
     def _receive_several(self, call: Call, point: _Point, value: Any) -> None:
         """Take a value that is a chunk, or one of several calls, or several sites at once."""
         value = value if type(value) is Tensor else self._first_tensor(point.indices[0], value)
-        shape = call.context(point.indices[0]).shape
+        shape, sources = call.context(point.indices[0]).shape, [value]
         if point.is_chunked and shape is not None and _is_chunk(value, shape):
             chunks = call.chunks.setdefault(point.key, [])
             chunks.append(value)
             if sum(chunk.shape[1] for chunk in chunks) < shape[1]:
                 return
-            value = torch.cat(call.chunks.pop(point.key), dim=1)
+            sources = call.chunks.pop(point.key)
+            value = torch.cat(sources, dim=1)
         count = call.counts.get(point.key, 0)
         call.counts[point.key] = count + 1
         for index in point.indices:
             site = self.sites[index]
             if site.call_index is None or site.call_index == count:
+                if call.sources is not None:
+                    call.sources[index] = Source(sources, functools.partial(self._join_gradients, site.part))
                 self._receive(call, index, value if site.part is None else self._take_part(site.part, value))
 
     def _take_part(self, part: Part, value: Tensor) -> Tensor:
@@ -283,6 +291,11 @@ class ProbeRegistry:
         by_head = value.unflatten(-1, (part.num_heads, 3, -1))
         third = by_head[..., part.index, :].flatten(-2)
         return third if part.bias is None else third + self._biases[part.bias]
+
+    def _join_gradients(self, part: Part | None, gradients: Sequence[Tensor]) -> Tensor:
+        """Make the gradient of a value out of those of what it is made of."""
+        gradient = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients), dim=1)
+        return gradient if part is None else self._take_part(replace(part, bias=None), gradient)
 
     def _receive(self, call: Call, index: int, value: Any) -> None:
         if type(value) is not Tensor:

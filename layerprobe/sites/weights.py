@@ -75,10 +75,10 @@ class EagerTwin:
         # in `self.dropout(probabilities)`, returned or not; no other dropout child ever takes four dimensions.
         handed = [first for name in self._dropouts for first, _ in self._children[name].calls if first.ndim == 4]
         if handed:
-            return handed[0].detach()
+            return handed[0]
         eager = _kernel(self._module) == "eager"
         if eager and not self._module.training and (returned := _four_dimensional(output)) is not None:
-            return returned.detach()
+            return returned
         return self._again(args, kwargs, output)
 
     def _again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
