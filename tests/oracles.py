@@ -19,7 +19,16 @@ import layerprobe as lp
 from families import FAMILIES, IS_V5, Family, build, make_batch
 from layerprobe.sites.anatomy import Fused, find_anatomy
 
-__all__ = ["TOLERANCE", "Run", "compare_sites", "expected_attentions", "real_queries", "run_family"]
+__all__ = [
+    "TOLERANCE",
+    "Run",
+    "compare_sites",
+    "end_layer",
+    "expected_attentions",
+    "mix_heads",
+    "real_queries",
+    "run_family",
+]
 
 # Of attention weights and what they mix: two kernels sum in another order, in float32, over values of a few units.
 TOLERANCE = 1e-5
@@ -124,7 +133,7 @@ def _list_layer_oracles(run: Run, layer: Any, prefix: str, entering: Tensor) -> 
         expected = _project(layer, getattr(row, part), states, heads)
         yield f"layers.i.attention.{part}", made[f"attention.{part}"], expected
     head_width = made["attention.query"].shape[-1] // heads
-    mixed = _mix_heads(made["attention.weights"], made["attention.value"], head_width)
+    mixed = mix_heads(made["attention.weights"], made["attention.value"], head_width)
     context = made["attention.context"][..., : mixed.shape[-1]]  # ConvBERT's other half is a convolution
     keep = run.batch["attention_mask"].bool()
     yield "layers.i.attention.context", context[keep], mixed[keep]
@@ -134,7 +143,7 @@ def _list_layer_oracles(run: Run, layer: Any, prefix: str, entering: Tensor) -> 
     yield "layers.i.mid", made["mid"], mid
     yield "layers.i.ffn.act", made["ffn.act"], family.activate(layer, made["mid"])
     yield "layers.i.ffn.out", made["ffn.out"], linear(made["ffn.act"], down.weight, down.bias)
-    yield "layers.i", run.made[prefix], _end(family, layer, made["ffn.out"], made["mid"], entering)
+    yield "layers.i", run.made[prefix], end_layer(family, layer, made["ffn.out"], made["mid"], entering)
 
 
 def _normed(layer: Any, norm: str | None, states: Tensor) -> Tensor:
@@ -149,7 +158,8 @@ def _enter(family: Family, layer: Any, entering: Tensor) -> tuple[Tensor, Tensor
     return states, states, states, entering
 
 
-def _end(family: Family, layer: Any, ffn_out: Tensor, mid: Tensor, entering: Tensor) -> Tensor:
+def end_layer(family: Family, layer: Any, ffn_out: Tensor, mid: Tensor, entering: Tensor) -> Tensor:
+    """Give the output of a layer from its FFN's, the stream before it, and what entered the layer."""
     for block in getattr(layer, "ffn", []) if family.model_type == "mobilebert" else []:
         mid = block(mid)
     states = ffn_out + mid
@@ -170,7 +180,7 @@ def _project(layer: Any, place: Any, states: Tensor, heads: int) -> Tensor:
     return third if place.bias is None else third + layer.get_parameter(place.bias)
 
 
-def _mix_heads(weights_BHSS: Tensor, value_BSD: Tensor, head_width: int) -> Tensor:
+def mix_heads(weights_BHSS: Tensor, value_BSD: Tensor, head_width: int) -> Tensor:
     """Mix the values of each head by its weights and lay the heads side by side again."""
     value = value_BSD.unflatten(-1, (-1, head_width)).transpose(1, 2)
     value = value.repeat_interleave(weights_BHSS.shape[1] // value.shape[1], 1)  # several queries share a value
