@@ -25,7 +25,8 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )
 _LOCK = threading.Lock()
-Forward = Callable[..., Any]
+Method = Callable[..., Any]
+Make = Callable[[Method], Method]
 
 
 class Stop(BaseException):
@@ -47,7 +48,7 @@ class HookSet:
 
     def __init__(self) -> None:
         self._hooks: list[tuple[_Guests, RemovableHandle]] = []
-        self._overrides: list[tuple[_Guests, Callable[[Forward], Forward]]] = []
+        self._overrides: list[tuple[_Guests, str, Make]] = []
         self._joined: tuple[_Guests, Reader] | None = None
 
     def __bool__(self) -> bool:
@@ -60,13 +61,12 @@ class HookSet:
             guests.hooks.add(handle.id)
             self._hooks.append((guests, handle))
 
-    def override_forward(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
-        """Let `make(forward)` stand for the module's `forward`."""
+    def override(self, module: nn.Module, name: str, make: Make) -> None:
+        """Let `make(method)` stand for the module's method `name`, such as `forward`."""
         with _LOCK:
             guests = _guests_of(module)
-            guests.overrides.append(make)
-            self._overrides.append((guests, make))
-            guests.stack_overrides()
+            guests.overrides.setdefault(name, _Override(module, name)).add(make)
+            self._overrides.append((guests, name, make))
 
     def join(self, base: nn.Module, reader: Reader) -> None:
         """Let the other probes on the same base model know of this one."""
@@ -88,9 +88,8 @@ class HookSet:
                 guests.readers = tuple(other for other in guests.readers if other is not reader)
                 guests.leave()
             while self._overrides:
-                guests, make = self._overrides.pop()
-                guests.overrides.remove(make)
-                guests.stack_overrides()
+                guests, name, make = self._overrides.pop()
+                guests.overrides[name].remove(make)
                 guests.leave()
             while self._hooks:
                 guests, handle = self._hooks.pop()
@@ -105,10 +104,8 @@ class _Guests:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.hooks: set[int] = set()
-        self.overrides: list[Callable[[Forward], Forward]] = []
+        self.overrides: dict[str, _Override] = {}
         self.readers: tuple[Reader, ...] = ()
-        self._own_forward: Forward | None = None
-        self._stacked: Forward | None = None
 
     def __call__(self) -> Any:
         # Before 3.11 an object has no __getstate__ of its own.
@@ -121,29 +118,49 @@ class _Guests:
             if name in state:
                 kept = ((number, hook) for number, hook in state[name].items() if number not in self.hooks)
                 state[name] = type(state[name])(kept)
-        if self._stacked is not None and state.get("forward") is self._stacked:
-            _set_or_delete(state, "forward", self._own_forward)
+        for override in self.overrides.values():
+            override.leave_out(state)
         return state
-
-    def stack_overrides(self) -> None:
-        """Put all overrides on what `forward` was before the first of them."""
-        attributes = self.module.__dict__
-        if self._stacked is None:
-            self._own_forward = attributes.get("forward")
-        elif attributes.get("forward") is not self._stacked:
-            return  # somebody has wrapped it since: theirs stays, and what it wraps only passes on
-        stacked = None
-        if self.overrides:
-            stacked = self._own_forward or type(self.module).forward.__get__(self.module)
-            for make in self.overrides:
-                stacked = make(stacked)
-        _set_or_delete(attributes, "forward", self._own_forward if stacked is None else stacked)
-        self._stacked = stacked
 
     def leave(self) -> None:
         """Forget the module once nothing is on it."""
+        self.overrides = {name: override for name, override in self.overrides.items() if override.makes}
         if not (self.hooks or self.overrides or self.readers):
             self.module.__dict__.pop("__getstate__", None)
+
+
+class _Override:
+    """What stands before a method of one module: `makes` on top of what was there before the first of them."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.makes: list[Make] = []
+        self._attributes = module.__dict__
+        self._name = name
+        self._before = self._attributes.get(name)
+        self._method: Method = getattr(module, name)
+        self._top = self._before
+
+    def add(self, make: Make) -> None:
+        self.makes.append(make)
+        self._stack()
+
+    def remove(self, make: Make) -> None:
+        self.makes.remove(make)
+        self._stack()
+
+    def leave_out(self, attributes: dict[str, Any]) -> None:
+        """Put back among the attributes what was there before."""
+        if attributes.get(self._name) is self._top:
+            _set_or_delete(attributes, self._name, self._before)
+
+    def _stack(self) -> None:
+        if self._attributes.get(self._name) is not self._top:
+            return  # somebody has wrapped it since: theirs stays, and what it wraps only passes on
+        method = self._method
+        for make in self.makes:
+            method = make(method)
+        self._top = method if self.makes else self._before
+        _set_or_delete(self._attributes, self._name, self._top)
 
 
 def _guests_of(module: nn.Module) -> _Guests:

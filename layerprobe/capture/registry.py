@@ -105,13 +105,11 @@ class ProbeRegistry:
             for point in self._points:
                 self._attach_point(point)
             if getattr(self._sink, "keeps_gradients", False):
-                paths = dict.fromkeys((stack.base, path) for stack in self._mapped.stacks for path, _ in stack.layers)
-                layers = [base.get_submodule(path) for base, path in paths]
-                watch_second_runs(self._hooks, layers, self._frames, _Frame)
+                watch_second_runs(self._hooks, self._root, self._frames, _Frame)
             self._hooks.join(self._mapped.base, self)
             if self.wants_stop:
                 for module in dict.fromkeys((self._root, *(stack.base for stack in self._mapped.stacks))):
-                    self._hooks.override_forward(module, functools.partial(self._end_early, module))
+                    self._hooks.override(module, "forward", functools.partial(self._end_early, module))
         except BaseException:
             self.detach()
             raise
