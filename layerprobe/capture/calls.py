@@ -4,16 +4,16 @@ The registry makes calls and tells sinks of them. Hides how ids, mask and cached
 of a base model. Must never know of hooks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.weights import EagerTwin
 
-__all__ = ["Call", "Context", "Sink", "read_context"]
+__all__ = ["Call", "Context", "Sink", "Source", "read_context"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,13 @@ class Context:
     first_position: int = 0
 
 
+class Source(NamedTuple):
+    """The tensors of the model that a value is made of, and how its gradient is made of theirs."""
+
+    tensors: Sequence[Tensor]
+    derive: Callable[[Sequence[Tensor]], Tensor]
+
+
 @dataclass(eq=False)
 class Call:
     """One call of the model, as the sink sees it.
@@ -41,6 +48,7 @@ class Call:
         stacks: For each site the number of its stack, as in `Site.stack`.
         contexts: What each stack was called with, by number, in the order in which they were called.
         state: Room for the sink to keep what it needs for this call.
+        sources: Set by a sink that follows gradients: for sites whose value is cut or joined, what it is made of.
     """
 
     stacks: Sequence[int | None]
@@ -51,6 +59,7 @@ class Call:
     counts: dict[int, int] = field(default_factory=dict)
     chunks: dict[int, list[Tensor]] = field(default_factory=dict)
     twins: dict[int, EagerTwin] = field(default_factory=dict)
+    sources: dict[int, Source] | None = None
 
     def context(self, index: int) -> Context:
         """Give what the stack of a site was called with; for what follows all stacks, the last one's."""

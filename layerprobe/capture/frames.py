@@ -20,6 +20,7 @@ from layerprobe.sites.resolve import Site
 __all__ = ["ROOT", "Frames"]
 
 ROOT = -1
+_AGAIN = -2
 
 
 @dataclass(eq=False)
@@ -111,6 +112,15 @@ class Frames:
         """Whether the innermost frame of this thread was opened by this module."""
         frames = self.by_thread.get(threading.get_ident())
         return not frames or frames[-1].owner == number
+
+    def open_again(self, call: Call) -> None:
+        """Open a frame for a layer that runs again in backward, with no call of the model around it."""
+        frames = self.by_thread.setdefault(threading.get_ident(), [])
+        frames.append(_Frame(_AGAIN, None, call))
+
+    def close_again(self) -> None:
+        """Close the frame of such a layer; its call was recorded when it first ran."""
+        self.by_thread[threading.get_ident()].pop()
 
     def drain(self) -> None:
         """Abandon whatever is still open, in every thread."""

@@ -5,7 +5,7 @@ values are read and packed is hidden below it.
 """
 
 import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from layerprobe.capture.calls import Sink
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.registry import ProbeRegistry
 from layerprobe.capture.select import Pool, check_pool, resolve_dtype
-from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink, find_site
+from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import describe_model
 from layerprobe.sites.resolve import Site
@@ -48,7 +48,7 @@ class Probe(AbstractContextManager["Probe"]):
         dtype: None for the model's own, or `float32`, `float16`, `bfloat16`, `float8_e4m3fn`, `int8` (with one scale
             per vector).
         stop: End each forward after the last asked site. The model's call then returns None.
-        gradients: Also keep what `backward` sends to each site, in `probe.gradients`; memory only.
+        gradients: Also keep what the last `backward` sends to each site, in `probe.gradients`; memory only.
 
     Raises:
         SiteError: a pattern matches nothing.
@@ -84,6 +84,8 @@ class Probe(AbstractContextManager["Probe"]):
         stored_dtype = resolve_dtype(dtype)
         if gradients and (to is not None or pool is not None or stored_dtype is not None):
             raise OptionError("gradients=True keeps values in memory as they are: leave out to, pool and dtype.")
+        if gradients and stop:
+            raise OptionError("a forward that stop=True ends early has no output to call backward on: leave out one.")
         self._sink = self._choose_sink(model, to, pool, stored_dtype, gradients)
         self._registry = ProbeRegistry(model, sites, self._sink, stop=stop)
         if isinstance(self._sink, MemorySink):
@@ -144,12 +146,8 @@ class Probe(AbstractContextManager["Probe"]):
 
     @property
     def gradients(self) -> Mapping[str, Tensor]:
-        """Gradients by site, after `backward`, when the model was called once."""
-        memory = self._memory()
-        self._only_call()
-        if not memory.keeps_gradients:
-            raise CaptureError("no gradients were kept: pass gradients=True to the probe.")
-        return _Gradients(memory.gradients[0], [site.name for site in self.sites], self._registry.num_layers)
+        """Gradients by site, after `backward`, when the model was called once; else `probe.calls[k].gradients`."""
+        return self._only_call().gradients
 
     def _only_call(self) -> CapturedCall:
         calls = self._memory().calls
@@ -162,27 +160,6 @@ class Probe(AbstractContextManager["Probe"]):
         if not isinstance(self._sink, MemorySink):
             raise CaptureError("this probe keeps nothing in memory: its values went where 'to' says.")
         return self._sink
-
-
-class _Gradients(Mapping[str, Tensor]):
-    """Gradients by site; a site that got none says so."""
-
-    def __init__(self, values: dict[str, Tensor], names: Sequence[str], num_layers: Mapping[str, int]) -> None:
-        self._values = values
-        self._names = names
-        self._num_layers = num_layers
-
-    def __getitem__(self, site: str) -> Tensor:
-        name = find_site(site, self._names, self._num_layers)
-        if name not in self._values:
-            raise CaptureError(f"no gradient reached {name!r}: call backward on a loss that depends on it.")
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
 
 def describe_pool(pool: Pool) -> str | None:

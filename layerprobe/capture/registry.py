@@ -10,24 +10,22 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerprobe.capture.calls import Call, Sink, read_context
+from layerprobe.capture.calls import Call, Sink, Source, read_context
 from layerprobe.capture.compiled import Port, forget_compiled_graphs, is_compiled
 from layerprobe.capture.frames import ROOT, Frames
+from layerprobe.capture.hooks import HookSet, Stop
+from layerprobe.capture.recompute import watch_second_runs
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import ModelMap, Part, Site, map_model
 from layerprobe.sites.weights import EagerTwin
 
 __all__ = ["ProbeRegistry"]
-
-
-class _Stop(BaseException):
-    """Ends a forward after the last asked site; a BaseException so that no `except Exception` in a model stops it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +63,7 @@ class ProbeRegistry:
         self._root = mapped.model
         self._given = model
         self._sink = sink
-        self._stop = stop
+        self.wants_stop = stop
         self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner)
         self._port = Port(self, next((p.device for p in self._root.parameters()), torch.device("cpu")))
         self._points = self._group_points()
@@ -74,8 +72,7 @@ class ProbeRegistry:
             for site in self.sites
             if site.part is not None and site.part.bias is not None
         }
-        self._handles: list[Any] = []
-        self._wrapped: list[tuple[nn.Module, Any]] = []
+        self._hooks = HookSet()
 
     def __enter__(self) -> "ProbeRegistry":
         self.attach()
@@ -90,7 +87,7 @@ class ProbeRegistry:
         Raises:
             CaptureError: the hooks are on already.
         """
-        if self._handles:
+        if self._hooks:
             raise CaptureError(f"the probe is already attached to {self._mapped.owner}. Leave its with block first.")
         has_graphs = is_compiled(self._given, self._root)
         try:
@@ -98,8 +95,11 @@ class ProbeRegistry:
             self._attach_frames()
             for point in self._points:
                 self._attach_point(point)
-            if self._stop:
-                self._wrap_forwards()
+            if getattr(self._sink, "keeps_gradients", False):
+                watch_second_runs(self._hooks, self._root, self._frames)
+            self._hooks.join(self._mapped.base, self)
+            if self.wants_stop:
+                self._override_forwards()
         except BaseException:
             self.detach()
             raise
@@ -108,19 +108,9 @@ class ProbeRegistry:
 
     def detach(self) -> None:
         """Take every hook off, and abandon calls that were cut short."""
-        while self._wrapped:
-            module, instance_forward = self._wrapped.pop()
-            if instance_forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = instance_forward
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.remove()
         self._port.close()
         self._frames.drain()
-
-    def _keep(self, handle: Any) -> None:
-        self._handles.append(handle)
 
     def _group_points(self) -> list[_Point]:
         """Gather the sites that are read at one module, so that each module is hooked once."""
@@ -143,11 +133,13 @@ class ProbeRegistry:
         """Hook the outermost model and the bases: a call begins at a base and ends where it came from."""
         bases = [stack.base for stack in self._mapped.stacks]
         if all(self._root is not base for base in bases):
-            self._keep(self._root.register_forward_pre_hook(self._make_root_entry()))
-            self._keep(self._root.register_forward_hook(self._make_exit(ROOT), always_call=True))
+            self._hooks.keep(self._root, self._root.register_forward_pre_hook(self._make_root_entry()))
+            self._hooks.keep(self._root, self._root.register_forward_hook(self._make_exit(ROOT), always_call=True))
         for number, base in enumerate(bases):
-            self._keep(base.register_forward_pre_hook(self._make_base_entry(number, base), with_kwargs=True))
-            self._keep(base.register_forward_hook(self._make_exit(number), always_call=True))
+            self._hooks.keep(
+                base, base.register_forward_pre_hook(self._make_base_entry(number, base), with_kwargs=True)
+            )
+            self._hooks.keep(base, base.register_forward_hook(self._make_exit(number), always_call=True))
 
     def _make_root_entry(self) -> Callable[..., None]:
         frames, port = self._frames, self._port
@@ -223,7 +215,7 @@ class ProbeRegistry:
                 elif (call := current()) is not None:
                     receive(call, value=value)
 
-            self._keep(point.module.register_forward_pre_hook(read_input, with_kwargs=True))
+            self._hooks.keep(point.module, point.module.register_forward_pre_hook(read_input, with_kwargs=True))
         else:
 
             def read_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -232,7 +224,7 @@ class ProbeRegistry:
                 elif (call := current()) is not None:
                     receive(call, value=output)
 
-            self._keep(point.module.register_forward_hook(read_output))
+            self._hooks.keep(point.module, point.module.register_forward_hook(read_output))
 
     def _is_plain(self, point: _Point) -> bool:
         """Whether the module makes one whole value for one site."""
@@ -272,26 +264,29 @@ class ProbeRegistry:
                 call.twins.pop(key)
                 self._receive_at(call, point, weights_BHSS)
 
-        self._keep(point.module.register_forward_pre_hook(start))
+        self._hooks.keep(point.module, point.module.register_forward_pre_hook(start))
         for name, child in point.module.named_children():
-            self._keep(child.register_forward_hook(functools.partial(note, name=name), with_kwargs=True))
-        self._keep(point.module.register_forward_hook(finish, with_kwargs=True))
+            self._hooks.keep(child, child.register_forward_hook(functools.partial(note, name=name), with_kwargs=True))
+        self._hooks.keep(point.module, point.module.register_forward_hook(finish, with_kwargs=True))
 
     def _receive_at(self, call: Call, point: _Point, value: Any) -> None:
         """Take a value that is a chunk, or one of several calls, or several sites at once."""
         value = value if type(value) is Tensor else self._take_tensor(point.indices[0], value)
-        shape = call.context(point.indices[0]).shape
+        shape, sources = call.context(point.indices[0]).shape, [value]
         if point.is_chunked and shape is not None and _is_chunk(value, shape):
             chunks = call.chunks.setdefault(point.key, [])
             chunks.append(value)
             if sum(chunk.shape[1] for chunk in chunks) < shape[1]:
                 return
-            value = torch.cat(call.chunks.pop(point.key), dim=1)
+            sources = call.chunks.pop(point.key)
+            value = torch.cat(sources, dim=1)
         count = call.counts.get(point.key, 0)
         call.counts[point.key] = count + 1
         for index in point.indices:
             site = self.sites[index]
             if site.call_index is None or site.call_index == count:
+                if call.sources is not None:
+                    call.sources[index] = Source(sources, functools.partial(self._join_gradients, site.part))
                 self._receive(call, index, value if site.part is None else self._take_part(site.part, value))
 
     def _take_part(self, part: Part, value: Tensor) -> Tensor:
@@ -301,6 +296,11 @@ class ProbeRegistry:
         by_head = value.unflatten(-1, (part.num_heads, 3, -1))
         third = by_head[..., part.index, :].flatten(-2)
         return third if part.bias is None else third + self._biases[part.bias]
+
+    def _join_gradients(self, part: Part | None, gradients: Sequence[Tensor]) -> Tensor:
+        """Make the gradient of a value out of those of what it is made of."""
+        gradient = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients), dim=1)
+        return gradient if part is None else self._take_part(replace(part, bias=None), gradient)
 
     def _receive(self, call: Call, index: int, value: Any) -> None:
         if type(value) is not Tensor:
@@ -312,8 +312,8 @@ class ProbeRegistry:
             )
         self._sink.receive(call, index, value)
         call.seen |= 1 << index
-        if self._stop and call.seen == call.expected:
-            raise _Stop
+        if call.seen == call.expected and self._hooks.may_stop():
+            raise Stop
 
     def _take_tensor(self, index: int, value: Any) -> Tensor:
         first = _first_tensor(value)
@@ -324,44 +324,47 @@ class ProbeRegistry:
             )
         return first
 
-    def _wrap_forwards(self) -> None:
+    # early end
+
+    def is_waiting(self) -> bool:
+        """Whether the call of this thread has yet to make a site."""
+        call = self._frames.current()
+        return call is not None and call.seen != call.expected
+
+    def _override_forwards(self) -> None:
         """Find where a stopped forward may come out: at a wrapper of `torch.compile`, else at the model and its bases.
 
         Raises:
             OptionError: the model was compiled in place, and nothing of it can be wrapped.
         """
         if any(part._compiled_call_impl is not None for part in self._root.modules()):
-            raise OptionError(
-                "stop=True does not go with model.compile(): use torch.compile(model), or leave out stop."
-            )
+            raise OptionError("stop=True does not go with model.compile(): use torch.compile(model), or leave it out.")
         if "_orig_mod" in self._given._modules:
-            self._wrap_forward(self._given, None)
+            self._hooks.override(self._given, "forward", functools.partial(self._end_early, None))
             return
         bases = {stack.base: number for number, stack in enumerate(self._mapped.stacks)}
         for module, number in {self._root: ROOT, **bases}.items():
-            self._wrap_forward(module, number)
+            self._hooks.override(module, "forward", functools.partial(self._end_early, number))
 
-    def _wrap_forward(self, module: nn.Module, number: int | None) -> None:
+    def _end_early(self, number: int | None, inner: Callable[..., Any]) -> Callable[..., Any]:
         """Let a stopped forward return None from the module that was called from outside.
 
         A wrapper of `torch.compile` has no number: what it runs is a graph, whose frames it closes.
         """
-        inner: Callable[..., Any] = module.forward
         frames = self._frames
 
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
             try:
                 return inner(*args, **kwargs)
-            except _Stop:
+            except Stop:
                 if number is None:
                     frames.close_top()
                 elif not frames.is_outermost(number):
                     raise
                 return None
 
-        self._wrapped.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
+        return forward
 
 
 def _is_chunk(value: Tensor, shape: tuple[int, int]) -> bool:

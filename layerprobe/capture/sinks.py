@@ -6,16 +6,17 @@ shard buffers and hands full ones to the writer.
 Must never know of modules or hooks.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerprobe.capture.calls import Call, Context
+from layerprobe.capture.calls import Call, Context, Source
 from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows
-from layerprobe.errors import OptionError, SiteError
+from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.grammar import expand_patterns
 from layerprobe.sites.resolve import Site
 from layerprobe.store.shards import ScaledRows
@@ -34,10 +35,18 @@ class CapturedCall(Mapping[str, Value]):
         made: Values by canonical site name.
         context: What the model was called with; the decoder, where it has two stacks.
         num_layers: Of the model, as in `expand_patterns`.
+        gradients: What backward sends to the sites, or None where that is not kept.
     """
 
-    def __init__(self, made: dict[str, Value], context: Context, num_layers: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        made: dict[str, Value],
+        context: Context,
+        num_layers: Mapping[str, int],
+        gradients: "Gradients | None" = None,
+    ) -> None:
         self._made = made
+        self._gradients = gradients
         self._num_layers = num_layers
         self._context = context
 
@@ -57,14 +66,52 @@ class CapturedCall(Mapping[str, Value]):
         first = self._context.first_position
         return range(first, first + (self._context.shape[1] if self._context.shape else 0))
 
+    @property
+    def gradients(self) -> "Gradients":
+        """What the last `backward` through this call sent to each site; with `gradients=True`."""
+        if self._gradients is None:
+            raise CaptureError("no gradients were kept: pass gradients=True to the probe.")
+        return self._gradients
+
     def __getitem__(self, site: str) -> Value:
         return self._made[find_site(site, list(self._made), self._num_layers)]
+
+    def __contains__(self, site: object) -> bool:
+        # Mapping's own asks for KeyError, and a SiteError is none
+        try:
+            return isinstance(site, str) and bool(find_site(site, list(self._made), self._num_layers))
+        except SiteError:
+            return False
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
 
     def __len__(self) -> int:
         return len(self._made)
+
+
+class Gradients(Mapping[str, Tensor]):
+    """Gradients by site; a site that got none says so."""
+
+    def __init__(self, values: dict[str, Tensor], names: Sequence[str], num_layers: Mapping[str, int]) -> None:
+        self._values = values
+        self._names = names
+        self._num_layers = num_layers
+
+    def __getitem__(self, site: str) -> Tensor:
+        name = find_site(site, self._names, self._num_layers)
+        if name not in self._values:
+            raise CaptureError(
+                f"no gradient reached {name!r}: call backward on a loss that depends on it. With use_reentrant "
+                "checkpointing call it inside the with block; attention weights have one under eager attention only."
+            )
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 def find_site(pattern: str, names: Sequence[str], num_layers: Mapping[str, int]) -> str:
@@ -118,20 +165,20 @@ class MemorySink:
 
     def __init__(self, pool: Pool = None, dtype: torch.dtype | None = None, gradients: bool = False) -> None:
         self.calls: list[CapturedCall] = []
-        self.gradients: list[dict[str, Tensor]] = []
         self._pool = pool
         self._dtype = dtype
         self.keeps_gradients = gradients
         self.num_layers: Mapping[str, int] = {}
         self._as_made = pool is None and dtype is None and not gradients
         self._sites: Sequence[Site] = ()
-        self._lock = threading.Lock()
 
     def open(self, sites: Sequence[Site]) -> None:
         self._sites = sites
 
     def begin(self, call: Call) -> None:
         call.state = [None] * len(self._sites), {}
+        if self.keeps_gradients:
+            call.sources = {}
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
         values, gradients = call.state
@@ -140,22 +187,35 @@ class MemorySink:
             return
         site = self._sites[index]
         if self.keeps_gradients and value.requires_grad:
-            value.register_hook(lambda gradient, name=site.name: gradients.__setitem__(name, gradient))
+            assert call.sources is not None
+            _follow_gradient(call.sources.pop(index, None) or Source([value], itemgetter(0)), site.name, gradients)
         values[index] = shape_value(value.detach(), call.context(index), site, self._pool, self._dtype)
 
     def finish(self, call: Call) -> None:
         values, gradients = call.state
         named = {self._sites[index].name: values[index] for index in call.made}
         context = next(reversed(call.contexts.values()))
-        with self._lock:  # two lists that belong together, and several threads
-            self.calls.append(CapturedCall(named, context, self.num_layers))
-            self.gradients.append(gradients)
+        followed = Gradients(gradients, list(named), self.num_layers) if self.keeps_gradients else None
+        self.calls.append(CapturedCall(named, context, self.num_layers, followed))
 
     def abandon(self, call: Call) -> None:
         call.state = None
 
     def close(self, error: BaseException | None) -> None:
         return None
+
+
+def _follow_gradient(source: Source, name: str, gradients: dict[str, Tensor]) -> None:
+    """Keep what each backward sends to a value, as it comes to the tensors that the value is made of."""
+    arrived: dict[int, Tensor] = {}
+
+    def keep(place: int, gradient: Tensor) -> None:
+        arrived[place] = gradient
+        if len(arrived) == len(source.tensors):
+            gradients[name] = source.derive([arrived.pop(place) for place in range(len(source.tensors))])
+
+    for place, tensor in enumerate(source.tensors):
+        tensor.register_hook(partial(keep, place))
 
 
 class CallableSink:

@@ -104,7 +104,8 @@ _ROWS: dict[str, Anatomy] = {
         _BERT,
         embeddings=("embeddings_project", "embeddings"),
         pooler=None,
-        heads=("generator_lm_head", "discriminator_predictions", "classifier", "qa_outputs"),
+        # the discriminator drops the last dimension of what its last projection makes
+        heads=("generator_lm_head", "discriminator_predictions.dense_prediction", "classifier", "qa_outputs"),
     ),
     "roformer": replace(_BERT, embeddings=("embeddings_project", "embeddings"), pooler=None),
     "convbert": Anatomy(

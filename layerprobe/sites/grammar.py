@@ -156,13 +156,14 @@ def expand_patterns(
 
 
 def _match_names(pattern: Pattern, names: Sequence[str], num_layers: Mapping[str, int], owner: str) -> list[str]:
-    layers: set[int] | None = None
+    # by stack, since -1 is another layer in a stack of another depth
+    layers: dict[str, set[int]] = {}
     if pattern.selector_at is not None:
         prefix = ".".join(pattern.segments[: pattern.selector_at])
         stacks = [stack for stack in num_layers if _matches(prefix.split("."), stack.split("."))]
         if not stacks:
             raise SiteError(f"no site {pattern.text!r} in {owner}: it has no {prefix!r}.{_suggest(pattern, names)}")
-        layers = set().union(*(_select_layers(pattern, num_layers[stack], owner) for stack in stacks))
+        layers = {stack: _select_layers(pattern, num_layers[stack], owner) for stack in stacks}
     found = []
     for name in names:
         segments = name.split(".")
@@ -170,7 +171,8 @@ def _match_names(pattern: Pattern, names: Sequence[str], num_layers: Mapping[str
             continue
         for position, (want, have) in enumerate(zip(pattern.segments, segments, strict=True)):
             if position == pattern.selector_at:
-                if layers is None or not have.isdigit() or int(have) not in layers:
+                chosen = layers.get(".".join(segments[:position]), ())
+                if not have.isdigit() or int(have) not in chosen:
                     break
             elif want not in ("*", have):
                 break

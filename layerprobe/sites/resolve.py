@@ -8,7 +8,7 @@ Hides how wrappers and task models nest. Must never touch hooks or run the model
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
 from torch import nn
@@ -207,7 +207,8 @@ class _Lister:
             bias = self.full_path(f"{layer}.{place.bias}") if place.bias else None
             part = Part(place.part, self.num_heads if place.by_head else None, bias)
         if takes == "weights":
-            width = self.num_heads or width
+            # the module itself first: ConvBERT leaves some heads to a convolution
+            width = getattr(self.stack.base.get_submodule(path), "num_attention_heads", self.num_heads) or width
         full = self.full_path(path)
         return Site(self.stack.prefix + name, full, takes, kind, width, call, part, self.number)  # type: ignore[arg-type]
 
@@ -245,7 +246,9 @@ def _list_layer(lister: _Lister, anatomy: Anatomy, index: int, layer: str, call:
         yield from _list_attention(lister, anatomy, f"layers.{index}.cross_attention", layer, call, cross)
     mid = cross or anatomy.mid
     if mid is not None:
-        yield lister.make(f"layers.{index}.mid", layer, mid, "token", call)
+        # as wide as what is added to it: inside a bottleneck that is less than the layer's own width
+        width = _module_width(block.get_submodule(anatomy.out), "output")
+        yield replace(lister.make(f"layers.{index}.mid", layer, mid, "token", call), width=width or lister.hidden_size)
     yield lister.make(f"layers.{index}.ffn.act", layer, f"{anatomy.down}:input", "token", call)
     yield lister.make(f"layers.{index}.ffn.out", layer, anatomy.down, "token", call)
 

@@ -81,10 +81,10 @@ class EagerTwin:
         # in `self.dropout(probabilities)`, returned or not; no other dropout child ever takes four dimensions.
         handed = [first for name in self._dropouts for first, _ in self._children[name].calls if first.ndim == 4]
         if handed:
-            return handed[0].detach()
+            return handed[0]
         eager = _kernel(self._module) == "eager"
         if eager and not self._module.training and (returned := _four_dimensional(output)) is not None:
-            return returned.detach()
+            return returned
         return self._again(args, kwargs, output)
 
     def _again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
@@ -97,6 +97,8 @@ class EagerTwin:
         if "attention_mask" in self._parameters:
             mask = _with_pattern(asked.get("attention_mask"), self._module, states_BSD, asked)
             asked["attention_mask"] = _additive(mask, states_BSD.dtype)
+            if isinstance(seen := asked.get("encoder_attention_mask"), Tensor):  # ESM's cross attention reads this one
+                asked["encoder_attention_mask"] = _additive(_spread(seen), states_BSD.dtype)
         elif "mask" in self._parameters:  # only 4.x DistilBERT calls it so, and only it wants B,S, ones to keep
             asked["mask"] = _kept_keys(asked.get("mask"), states_BSD)
         if "output_attentions" in self._parameters:
@@ -211,7 +213,7 @@ def _with_pattern(mask: Any, module: nn.Module, states_BSD: Tensor, asked: Mappi
         return create_mask(mask.mask_mod, len(states_BSD), None, size, size, str(states_BSD.device))
     if mask is not None and mask.ndim == 4:
         return mask
-    keep = None if mask is None else mask[:, None, None, :].bool()
+    keep = None if mask is None else _spread(mask)
     if asked.get("encoder_hidden_states") is not None:
         return keep
     window = getattr(module, "sliding_window", None)
@@ -221,6 +223,11 @@ def _with_pattern(mask: Any, module: nn.Module, states_BSD: Tensor, asked: Mappi
     for within in ([ahead <= 0] if causal else []) + ([] if window is None else [ahead.abs() < window]):
         keep = within[None, None] if keep is None else keep & within
     return keep
+
+
+def _spread(mask: Tensor) -> Tensor:
+    """Give a B,S mask of ones to keep the four dimensions of the others."""
+    return mask[:, None, None, :].bool() if mask.ndim == 2 else mask
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -166,7 +166,7 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
 def start_extraction(model: Path, source: Path, folder: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "layerprobe", "extract", str(model), str(source), "-o", str(folder)]
     return subprocess.Popen(
-        [*command, "--shard-size", "100kB"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, "--shard-size", "60kB"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
@@ -181,7 +181,7 @@ def wait_for_shards(folder: Path, count: int, process: "subprocess.Popen[str]") 
 def test_an_interrupted_command_leaves_nothing_half_and_completes_when_run_again(
     tiny_model_folder: Path, tmp_path: Path, number: int, code: int
 ) -> None:
-    lines = ["the quick brown fox jumps over the lazy dog . " * (1 + line % 5) for line in range(600)]
+    lines = ["the quick brown fox jumps over the lazy dog . " * (1 + line % 5) for line in range(250)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     folder = tmp_path / "acts"
     process = start_extraction(tiny_model_folder, tmp_path / "a.txt", folder)
@@ -201,7 +201,7 @@ def test_an_interrupted_command_leaves_nothing_half_and_completes_when_run_again
     assert process.returncode == 0, said
     assert "already there" in printed
     assert layerprobe.open(folder).is_complete
-    extract(str(tiny_model_folder), tmp_path / "a.txt", tmp_path / "undisturbed", shard_size=100_000, device="cpu")
+    extract(str(tiny_model_folder), tmp_path / "a.txt", tmp_path / "undisturbed", shard_size=60_000, device="cpu")
     assert contents(folder) == contents(tmp_path / "undisturbed")
 
 

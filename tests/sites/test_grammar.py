@@ -206,3 +206,12 @@ def test_any_text_gives_known_names_or_a_site_error(text: str) -> None:
 @given(names=st.lists(st.sampled_from(NAMES), min_size=1, unique=True))
 def test_every_site_name_is_a_pattern_for_itself(names: list[str]) -> None:
     assert _expand(*names) == sorted(names, key=NAMES.index)
+
+
+def test_negative_index_counts_from_the_end_of_each_stack() -> None:
+    names = [f"{half}.layers.{index}" for half, count in (("encoder", 2), ("decoder", 3)) for index in range(count)]
+    depths = {"encoder.layers": 2, "decoder.layers": 3}
+    assert expand_patterns("*.layers.-1", names, depths, "M") == ["encoder.layers.1", "decoder.layers.2"]
+    assert expand_patterns("*.layers.-2:", names, depths, "M") == [
+        *("encoder.layers.0", "encoder.layers.1", "decoder.layers.1", "decoder.layers.2")
+    ]

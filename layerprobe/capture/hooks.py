@@ -1,0 +1,177 @@
+"""What a probe puts on the modules of a model, so that all of it comes off again and none of it leaves with a copy.
+
+`copy.deepcopy`, `copy.copy` and `pickle` ask an object for its state. A module with hooks of a probe on it has, for as
+long, a `__getstate__` among its own attributes that leaves them out; so a copy carries nothing, and a call of the model
+costs nothing more. Several probes may be on one module and come off in any order.
+
+Hides torch's handles and how an override of `forward` is stacked on others. Must never know of sites or values.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["HookSet", "Reader", "Stop"]
+
+# Where torch keeps the forward hooks of a module, by the number of their handle.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+_LOCK = threading.Lock()
+Method = Callable[..., Any]
+Make = Callable[[Method], Method]
+
+
+class Stop(BaseException):
+    """Ends a forward after the last asked site; a BaseException so that no `except Exception` in a model stops it."""
+
+
+class Reader(Protocol):
+    """A probe on a model that others may be on too."""
+
+    wants_stop: bool
+
+    def is_waiting(self) -> bool:
+        """Whether the call of this thread has yet to make a value for it."""
+        ...
+
+
+class HookSet:
+    """The hooks and overrides of one probe."""
+
+    def __init__(self) -> None:
+        self._hooks: list[tuple[_Guests, RemovableHandle]] = []
+        self._overrides: list[tuple[_Guests, str, Make]] = []
+        self._joined: tuple[_Guests, Reader] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._hooks)
+
+    def keep(self, module: nn.Module, handle: RemovableHandle) -> None:
+        """Take over a hook just put on `module`."""
+        with _LOCK:
+            guests = _guests_of(module)
+            guests.hooks.add(handle.id)
+            self._hooks.append((guests, handle))
+
+    def override(self, module: nn.Module, name: str, make: Make) -> None:
+        """Let `make(method)` stand for the module's method `name`, such as `forward`."""
+        with _LOCK:
+            guests = _guests_of(module)
+            guests.overrides.setdefault(name, _Override(module, name)).add(make)
+            self._overrides.append((guests, name, make))
+
+    def join(self, base: nn.Module, reader: Reader) -> None:
+        """Let the other probes on the same base model know of this one."""
+        with _LOCK:
+            guests = _guests_of(base)
+            guests.readers = (*guests.readers, reader)
+            self._joined = guests, reader
+
+    def may_stop(self) -> bool:
+        """Whether a probe on the base model wants to end the forward and none still waits for a value."""
+        readers = self._joined[0].readers if self._joined is not None else ()
+        return any(reader.wants_stop for reader in readers) and not any(reader.is_waiting() for reader in readers)
+
+    def remove(self) -> None:
+        """Take everything off again."""
+        with _LOCK:
+            if self._joined is not None:
+                (guests, reader), self._joined = self._joined, None
+                guests.readers = tuple(other for other in guests.readers if other is not reader)
+                guests.leave()
+            while self._overrides:
+                guests, name, make = self._overrides.pop()
+                guests.overrides[name].remove(make)
+                guests.leave()
+            while self._hooks:
+                guests, handle = self._hooks.pop()
+                handle.remove()
+                guests.hooks.discard(handle.id)
+                guests.leave()
+
+
+class _Guests:
+    """What the probes have put on one module; called as its `__getstate__`, gives its state without any of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.hooks: set[int] = set()
+        self.overrides: dict[str, _Override] = {}
+        self.readers: tuple[Reader, ...] = ()
+
+    def __call__(self) -> Any:
+        # Before 3.11 an object has no __getstate__ of its own.
+        read = getattr(type(self.module), "__getstate__", None)
+        state = self.module.__dict__ if read is None else read(self.module)
+        if not isinstance(state, dict):
+            return state
+        state = {name: value for name, value in state.items() if value is not self}
+        for name in _HOOKS:
+            if name in state:
+                kept = ((number, hook) for number, hook in state[name].items() if number not in self.hooks)
+                state[name] = type(state[name])(kept)
+        for override in self.overrides.values():
+            override.leave_out(state)
+        return state
+
+    def leave(self) -> None:
+        """Forget the module once nothing is on it."""
+        self.overrides = {name: override for name, override in self.overrides.items() if override.makes}
+        if not (self.hooks or self.overrides or self.readers):
+            self.module.__dict__.pop("__getstate__", None)
+
+
+class _Override:
+    """What stands before a method of one module: `makes` on top of what was there before the first of them."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.makes: list[Make] = []
+        self._attributes = module.__dict__
+        self._name = name
+        self._before = self._attributes.get(name)
+        self._method: Method = getattr(module, name)
+        self._top = self._before
+
+    def add(self, make: Make) -> None:
+        self.makes.append(make)
+        self._stack()
+
+    def remove(self, make: Make) -> None:
+        self.makes.remove(make)
+        self._stack()
+
+    def leave_out(self, attributes: dict[str, Any]) -> None:
+        """Put back among the attributes what was there before."""
+        if attributes.get(self._name) is self._top:
+            _set_or_delete(attributes, self._name, self._before)
+
+    def _stack(self) -> None:
+        if self._attributes.get(self._name) is not self._top:
+            return  # somebody has wrapped it since: theirs stays, and what it wraps only passes on
+        method = self._method
+        for make in self.makes:
+            method = make(method)
+        self._top = method if self.makes else self._before
+        _set_or_delete(self._attributes, self._name, self._top)
+
+
+def _guests_of(module: nn.Module) -> _Guests:
+    found = module.__dict__.get("__getstate__")
+    if not isinstance(found, _Guests) or found.module is not module:
+        found = module.__dict__["__getstate__"] = _Guests(module)
+    return found
+
+
+def _set_or_delete(attributes: dict[str, Any], name: str, value: Any) -> None:
+    if value is None:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = value

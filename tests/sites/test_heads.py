@@ -1,0 +1,118 @@
+"""Every task head of every family: its sites, its logits, and that a probe changes nothing and can stop it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import layerprobe as lp
+from families import FAMILIES, IS_V5, build, is_known, list_heads, make_batch
+
+# One variant of each family: a head does not see which of them it sits on.
+_PLAIN = {family.model_type: name for name, family in reversed(FAMILIES.items())}
+HEADS = [(name, head) for name in reversed(_PLAIN.values()) if is_known(name) for head in list_heads(name)]
+
+# What these make of their last module's output leaves no module that makes the logits.
+WITHOUT_LOGITS = {"SplinterForQuestionAnswering", "SplinterForPreTraining", "EuroBertForSequenceClassification"}
+DECODERS = ("CausalLM", "LMHeadModel", "Decoder")
+
+
+def build_head(name: str, head: str) -> Any:
+    return build(name, head, is_decoder=True) if head.endswith(DECODERS) else build(name, head)
+
+
+def make_head_batch(head: str) -> dict[str, Tensor]:
+    batch = make_batch()
+    if head == "SplinterForPreTraining":
+        batch["input_ids"][:, 3] = 4  # the question token that it looks for
+    if head.endswith("MultipleChoice"):
+        batch = {key: torch.stack([value, value.flip(0), value], dim=1) for key, value in batch.items()}
+    return batch
+
+
+def expected_logits(output: Any, logits: Tensor) -> Tensor:
+    """Shape what the head's output class holds as the module makes it."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    field = output.prediction_logits if "prediction_logits" in output else output.logits
+    return field.reshape(logits.shape)
+
+
+def test_every_family_has_a_task_head_here() -> None:
+    assert {name for name, _ in HEADS} == {name for name in _PLAIN.values() if is_known(name)}
+
+
+@pytest.mark.parametrize(("name", "head"), HEADS, ids=[head for _, head in HEADS])
+def test_head_has_the_sites_of_its_base_and_its_logits(name: str, head: str) -> None:
+    model, batch = build_head(name, head), make_head_batch(head)
+    with torch.no_grad():
+        bare = model(**batch)
+    found = [site.name for site in lp.sites(model)]
+    base = [site.name for site in lp.sites(model.base_model)]
+    assert found == base + ([] if head in WITHOUT_LOGITS else ["logits"])
+
+    # weights have their own tests: a decoder fills a cache, which refuses them
+    asked = [site for site in found if not site.endswith(".weights")]
+    with torch.no_grad(), lp.Probe(model, asked) as probe:
+        output = model(**batch, output_hidden_states=True)
+    assert list(probe.calls[0]) == asked
+    for key, value in bare.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(output[key], value), key
+    assert torch.equal(probe["embeddings"], output.hidden_states[0])
+    assert torch.equal(probe["layers.0"], output.hidden_states[1])
+    if "logits" in found:
+        site = lp.sites(model, "logits")[0]
+        logits = probe["logits"]
+        assert torch.equal(logits, expected_logits(output, logits))
+        assert logits.shape[-1] == site.width
+        assert site.kind == ("token" if logits.ndim == 3 else "example")
+
+
+@pytest.mark.parametrize(("name", "head"), HEADS, ids=[head for _, head in HEADS])
+def test_head_is_stopped_after_the_last_asked_site(name: str, head: str) -> None:
+    model, batch = build_head(name, head), make_head_batch(head)
+    with torch.no_grad(), lp.Probe(model, "layers.*.mid") as probe:
+        model(**batch)
+    later: list[str] = []
+    handle = model.base_model.get_submodule(lp.sites(model.base_model, "layers.-1")[0].module).register_forward_hook(
+        lambda *_: later.append("layer")
+    )
+    with torch.no_grad(), lp.Probe(model, ["layers.0.mid", "layers.1.mid"], stop=True) as stopped:
+        assert model(**batch) is None
+    handle.remove()
+    assert torch.equal(stopped["layers.1.mid"], probe["layers.1.mid"])
+    if FAMILIES[name].model_type != "albert":  # its last layer is also its first
+        assert not later
+    assert "forward" not in vars(model) and "forward" not in vars(model.base_model)
+
+
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForTokenClassification"])
+def test_logits_go_into_a_store_by_their_kind(head: str, tmp_path: Any) -> None:
+    model, batch = build("bert", head, num_labels=5), make_batch()
+    with lp.Probe(model, "logits", to=tmp_path / "acts"), torch.no_grad():
+        logits = model(**batch).logits
+    view: Any = lp.open(tmp_path / "acts")["logits"]
+    expected = logits[1] if logits.ndim == 2 else logits[1, : batch["attention_mask"][1].sum()]
+    assert torch.equal(view[1], expected)
+
+
+def test_late_pooling_classifier_has_no_logits_and_another_pooling_has() -> None:
+    if not is_known("eurobert"):
+        pytest.skip("this transformers has no eurobert")
+    late = build("eurobert", "EuroBertForSequenceClassification", classifier_pooling="late")
+    early = build("eurobert", "EuroBertForSequenceClassification", classifier_pooling="bos")
+    assert "logits" not in [site.name for site in lp.sites(late)]
+    with torch.no_grad(), lp.Probe(early, "logits") as probe:
+        output = early(**make_batch())
+    assert torch.equal(probe["logits"], output.logits)
+
+
+@pytest.mark.skipif(not IS_V5, reason="transformers 4 itself fails in this head")
+@pytest.mark.parametrize("name", ["deberta", "deberta-v2"])
+def test_newer_head_of_deberta_makes_its_logits(name: str) -> None:
+    model = build(name, "DebertaForMaskedLM" if name == "deberta" else "DebertaV2ForMaskedLM", legacy=False)
+    with torch.no_grad(), lp.Probe(model, "logits") as probe:
+        output = model(**make_batch())
+    assert torch.equal(probe["logits"], output.logits)
