@@ -136,7 +136,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     for key in ("_name_or_path", "transformers_version", "_commit_hash"):
         settings.pop(key, None)
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in _list_weights(model):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         if tensor.numel():
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -147,6 +147,30 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         "config_hash": xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode()),
         "weights_hash": digest.hexdigest(),
     }
+
+
+def _list_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give the weights by name: those on this process, of quantised layers the integers, of offloaded ones the kept."""
+    for name, value in sorted(model.state_dict().items()):
+        parts = value if isinstance(value, tuple) else (value,)
+        for part in parts:
+            if not isinstance(part, torch.Tensor):
+                continue
+            part = part.to_local() if hasattr(part, "to_local") else part  # type: ignore[operator]
+            if part.is_meta:
+                path, _, leaf = name.rpartition(".")
+                kept = getattr(getattr(model.get_submodule(path), "_hf_hook", None), "weights_map", None)
+                part = part if kept is None else kept[leaf]
+            if part.is_quantized:
+                yield f"{name}.scale", _scales_of(part)
+                part = part.int_repr()
+            if not part.is_meta:
+                yield name, part
+
+
+def _scales_of(weight: torch.Tensor) -> torch.Tensor:
+    per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+    return weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale())
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:

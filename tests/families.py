@@ -18,7 +18,10 @@ import torch
 import transformers
 from torch import Tensor
 
-__all__ = ["FAMILIES", "IS_V5", "REFUSED", "Family", "build", "is_known", "list_heads", "make_batch", "make_config"]
+__all__ = [
+    "FAMILIES", "IS_V5", "PLAIN", "REFUSED", "Family",
+    "build", "is_known", "list_heads", "make_batch", "make_config",
+]  # fmt: skip
 
 IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 VOCABULARY = 100
@@ -208,6 +211,9 @@ REFUSED: dict[str, Family] = {
     "squeezebert": Family("squeezebert", _SIZES | {"embedding_size": 32}),
     "funnel": Family("funnel", {"vocab_size": VOCABULARY, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48}),
 }
+
+# One variant of each family, for what does not depend on the variant.
+PLAIN: dict[str, str] = {family.model_type: name for name, family in reversed(FAMILIES.items())}
 
 
 def is_known(name: str) -> bool:

@@ -22,12 +22,16 @@ from layerprobe.sites.anatomy import Fused, find_anatomy
 __all__ = [
     "TOLERANCE",
     "Run",
+    "build_head",
+    "compare_logits",
     "compare_sites",
     "end_layer",
     "expected_attentions",
+    "make_head_batch",
     "mix_heads",
     "real_queries",
     "run_family",
+    "run_head",
 ]
 
 # Of attention weights and what they mix: two kernels sum in another order, in float32, over values of a few units.
@@ -48,13 +52,60 @@ class Run:
 
 @functools.cache
 def run_family(name: str) -> Run:
-    """Run a variant once with every site probed, and once without a probe."""
-    model, batch = build(name), make_batch()
-    with torch.no_grad():
-        bare = model(**batch, output_hidden_states=True)
-        with lp.Probe(model, [site.name for site in lp.sites(model)]) as probe:
-            probed = model(**batch, output_hidden_states=True)
-    return Run(FAMILIES[name], model, batch, probe.calls[0], bare, probed)
+    """Run a variant once without a probe and once with every site probed."""
+    model = build(name)
+    return _run(FAMILIES[name], model, make_batch(), [site.name for site in lp.sites(model)])
+
+
+@functools.cache
+def run_head(name: str, head: str) -> Run:
+    """Run a task model the same way, but for attention weights: a decoder fills a cache, which refuses them."""
+    model = build_head(name, head)
+    asked = [site.name for site in lp.sites(model) if not site.name.endswith(".weights")]
+    return _run(FAMILIES[name], model, make_head_batch(head), asked)
+
+
+@torch.no_grad()
+def _run(family: Family, model: Any, batch: dict[str, Tensor], asked: list[str]) -> Run:
+    bare = model(**batch, output_hidden_states=True)
+    with lp.Probe(model, asked) as probe:
+        probed = model(**batch, output_hidden_states=True)
+    return Run(family, model, batch, probe.calls[0], bare, probed)
+
+
+def build_head(name: str, head: str) -> Any:
+    """Build a task model; one that writes text looks only back."""
+    is_writer = head.endswith(("CausalLM", "LMHeadModel", "Decoder"))
+    return build(name, head, is_decoder=True) if is_writer else build(name, head)
+
+
+def make_head_batch(head: str) -> dict[str, Tensor]:
+    """Make what a task model takes: three choices, or a question token, where it needs them."""
+    batch = make_batch()
+    if head == "SplinterForPreTraining":
+        batch["input_ids"][:, 3] = 4
+    if head.endswith("MultipleChoice"):
+        return {key: torch.stack([value, value.flip(0), value], dim=1) for key, value in batch.items()}
+    return batch
+
+
+def compare_logits(name: str, head: str) -> float | None:
+    """Hold the logits of a task model against its output.
+
+    Returns:
+        The largest difference, 0.0 where they are bit-equal, or None where no module makes the logits.
+    """
+    run = run_head(name, head)
+    if "logits" not in run.made:
+        return None
+    logits, output = run.made["logits"], run.bare
+    if "start_logits" in output:
+        expected = torch.stack([output.start_logits, output.end_logits], dim=-1)
+    else:
+        # multiple choice has a column of choices where the output has a row; the rest differ by a last dimension of 1
+        field = output.prediction_logits if "prediction_logits" in output else output.logits
+        expected = field.reshape(logits.shape)
+    return 0.0 if torch.equal(logits, expected) else (logits - expected).abs().max().item()
 
 
 @functools.cache

@@ -47,6 +47,7 @@ class Call:
     Args:
         stacks: For each site the number of its stack, as in `Site.stack`.
         contexts: What each stack was called with, by number, in the order in which they were called.
+        expected, ahead, seen: Sites as bits: of the stacks called so far, of those still to be called, already made.
         state: Room for the sink to keep what it needs for this call.
         sources: Set by a sink that follows gradients: for sites whose value is cut or joined, what it is made of.
     """
@@ -55,6 +56,7 @@ class Call:
     contexts: dict[int, Context] = field(default_factory=dict)
     state: Any = None
     expected: int = 0
+    ahead: int = 0
     seen: int = 0
     counts: dict[int, int] = field(default_factory=dict)
     chunks: dict[int, list[Tensor]] = field(default_factory=dict)

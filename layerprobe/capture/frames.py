@@ -61,6 +61,9 @@ class Frames:
     def _bits(self, stack: int | None) -> int:
         return sum(1 << index for index, site in enumerate(self._sites) if site.stack == stack)
 
+    def _later(self, number: int) -> int:
+        return sum(self._of_stack[number + 1 :])
+
     def enter_root(self, runner: FrameType | None) -> None:
         """Take note that the task model was called."""
         frames = self.by_thread.setdefault(threading.get_ident(), [])
@@ -81,10 +84,12 @@ class Frames:
         if frame.call is not None:  # the other stack of the same call
             frame.call.contexts[number] = context
             frame.call.expected |= self._of_stack[number]
+            frame.call.ahead = self._later(number)
             return
         # A stack called by itself, as generate() calls an encoder, does not make what comes after all stacks.
         follows = 0 if len(self._of_stack) > 1 and frame.owner == number else self._after
-        call = Call(self._stacks, {number: context}, expected=self._of_stack[number] | follows)
+        ahead = 0 if frame.owner == number else self._later(number)
+        call = Call(self._stacks, {number: context}, expected=self._of_stack[number] | follows, ahead=ahead)
         self._sink.begin(call)
         frame.call = call
 

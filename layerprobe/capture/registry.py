@@ -329,7 +329,7 @@ class ProbeRegistry:
     def is_waiting(self) -> bool:
         """Whether the call of this thread has yet to make a site."""
         call = self._frames.current()
-        return call is not None and call.seen != call.expected
+        return call is not None and (call.seen != call.expected or bool(call.ahead))
 
     def _override_forwards(self) -> None:
         """Find where a stopped forward may come out: at a wrapper of `torch.compile`, else at the model and its bases.

@@ -11,34 +11,9 @@ import torch
 from torch import nn
 
 import layerprobe as lp
+from traces import list_hooks, look_at
 
 ALL = ["*", "layers.*", "layers.*.*", "layers.*.*.*"]
-
-
-def look_at(model: nn.Module) -> dict[str, Any]:
-    """Everything a probe might leave behind: attributes and hooks of every module, bytes and flags of every tensor."""
-    look: dict[str, Any] = {"state": list(model.state_dict()), "random": torch.get_rng_state().numpy().tobytes()}
-    for name, module in model.named_modules():
-        for key, value in module.__dict__.items():
-            if key not in ("_parameters", "_buffers", "_modules"):
-                look[f"{name}/{key}"] = list(value.items()) if isinstance(value, dict) else value
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        look[name] = (id(tensor), tensor.requires_grad, tensor._version, tensor.dtype, tensor.device)
-    return look
-
-
-def list_hooks(model: nn.Module) -> list[Any]:
-    """The hooks of every kind on every module, and what stands in front of a class's own methods."""
-    found: list[Any] = []
-    for module in model.modules():
-        found += [
-            hook
-            for kind in vars(module)
-            if kind.endswith(("_hooks", "_called", "_kwargs"))
-            for hook in vars(module)[kind]
-        ]
-        found += [name for name in ("forward", "__getstate__") if name in vars(module)]
-    return found
 
 
 def save_whole(model: nn.Module) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 
 import layerprobe as lp
 from families import FAMILIES, IS_V5, REFUSED, build, is_known, make_batch
-from layerprobe.errors import ArchitectureError, SiteError
+from layerprobe.errors import ArchitectureError, CaptureError, SiteError
 from layerprobe.sites import anatomy
 from layerprobe.sites.anatomy import find_anatomy, registered_architectures
 from oracles import TOLERANCE, compare_sites, run_family
@@ -153,6 +153,16 @@ def test_albert_layers_are_calls_of_few_modules() -> None:
     assert "(call 1)" in str(table).splitlines()[3]
     inner = lp.sites(build("albert-inner"), "layers.*")
     assert len(inner) == 8 and len({site.module for site in inner}) == 4
+
+
+def test_module_that_serves_several_layers_is_no_single_value() -> None:
+    model = build("albert")
+    probe = lp.Probe(model, "module:encoder.albert_layer_groups.0.albert_layers.0.ffn")
+    with (
+        pytest.raises(CaptureError, match=r"was made twice in one call: .* Ask for the sites of single layers\."),
+        probe,
+    ):
+        model(**make_batch())
 
 
 def test_mobilebert_is_narrow_inside() -> None:

@@ -7,65 +7,34 @@ import torch
 from torch import Tensor
 
 import layerprobe as lp
-from families import FAMILIES, IS_V5, build, is_known, list_heads, make_batch
+from families import FAMILIES, IS_V5, PLAIN, build, is_known, list_heads, make_batch
+from oracles import build_head, compare_logits, make_head_batch, run_head
 
-# One variant of each family: a head does not see which of them it sits on.
-_PLAIN = {family.model_type: name for name, family in reversed(FAMILIES.items())}
-HEADS = [(name, head) for name in reversed(_PLAIN.values()) if is_known(name) for head in list_heads(name)]
+HEADS = [(name, head) for name in reversed(PLAIN.values()) if is_known(name) for head in list_heads(name)]
 
 # What these make of their last module's output leaves no module that makes the logits.
 WITHOUT_LOGITS = {"SplinterForQuestionAnswering", "SplinterForPreTraining", "EuroBertForSequenceClassification"}
-DECODERS = ("CausalLM", "LMHeadModel", "Decoder")
-
-
-def build_head(name: str, head: str) -> Any:
-    return build(name, head, is_decoder=True) if head.endswith(DECODERS) else build(name, head)
-
-
-def make_head_batch(head: str) -> dict[str, Tensor]:
-    batch = make_batch()
-    if head == "SplinterForPreTraining":
-        batch["input_ids"][:, 3] = 4  # the question token that it looks for
-    if head.endswith("MultipleChoice"):
-        batch = {key: torch.stack([value, value.flip(0), value], dim=1) for key, value in batch.items()}
-    return batch
-
-
-def expected_logits(output: Any, logits: Tensor) -> Tensor:
-    """Shape what the head's output class holds as the module makes it."""
-    if "start_logits" in output:
-        return torch.stack([output.start_logits, output.end_logits], dim=-1)
-    field = output.prediction_logits if "prediction_logits" in output else output.logits
-    return field.reshape(logits.shape)
 
 
 def test_every_family_has_a_task_head_here() -> None:
-    assert {name for name, _ in HEADS} == {name for name in _PLAIN.values() if is_known(name)}
+    assert {name for name, _ in HEADS} == {name for name in PLAIN.values() if is_known(name)}
 
 
 @pytest.mark.parametrize(("name", "head"), HEADS, ids=[head for _, head in HEADS])
 def test_head_has_the_sites_of_its_base_and_its_logits(name: str, head: str) -> None:
-    model, batch = build_head(name, head), make_head_batch(head)
-    with torch.no_grad():
-        bare = model(**batch)
-    found = [site.name for site in lp.sites(model)]
-    base = [site.name for site in lp.sites(model.base_model)]
+    run = run_head(name, head)
+    found = [site.name for site in lp.sites(run.model)]
+    base = [site.name for site in lp.sites(run.model.base_model)]
     assert found == base + ([] if head in WITHOUT_LOGITS else ["logits"])
-
-    # weights have their own tests: a decoder fills a cache, which refuses them
-    asked = [site for site in found if not site.endswith(".weights")]
-    with torch.no_grad(), lp.Probe(model, asked) as probe:
-        output = model(**batch, output_hidden_states=True)
-    assert list(probe.calls[0]) == asked
-    for key, value in bare.items():
+    assert list(run.made) == [site for site in found if not site.endswith(".weights")]
+    for key, value in run.bare.items():
         if isinstance(value, Tensor):
-            assert torch.equal(output[key], value), key
-    assert torch.equal(probe["embeddings"], output.hidden_states[0])
-    assert torch.equal(probe["layers.0"], output.hidden_states[1])
+            assert torch.equal(run.probed[key], value), key
+    assert torch.equal(run.made["embeddings"], run.bare.hidden_states[0])
+    assert torch.equal(run.made["layers.0"], run.bare.hidden_states[1])
     if "logits" in found:
-        site = lp.sites(model, "logits")[0]
-        logits = probe["logits"]
-        assert torch.equal(logits, expected_logits(output, logits))
+        site, logits = lp.sites(run.model, "logits")[0], run.made["logits"]
+        assert compare_logits(name, head) == 0.0
         assert logits.shape[-1] == site.width
         assert site.kind == ("token" if logits.ndim == 3 else "example")
 

@@ -163,10 +163,9 @@ def packed_kernel(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-def hot_kernel(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
-) -> tuple[Tensor, None]:
+def hot_kernel(module: Any, query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, None]:
     """A kernel whose temperature no argument shows."""
+    key, value, mask = rest
     return packed_kernel(module, query * 3, key, value, mask, **options)
 
 
@@ -206,7 +205,8 @@ def test_weights_of_the_flash_class_of_distilbert(num_padded: int, monkeypatch: 
 
     def flash(query: Tensor, key: Tensor, value: Tensor, mask: Any, *_: Any, **__: Any) -> Tensor:
         module = type("Module", (), {"is_causal": False})
-        return packed_kernel(module, *(states.transpose(1, 2) for states in (query, key, value)), mask)[0]
+        by_head = [states.transpose(1, 2) for states in (query, key, value)]
+        return packed_kernel(module, by_head[0], by_head[1], by_head[2], mask)[0]
 
     monkeypatch.setattr(file, "_flash_attention_forward", flash, raising=False)
     model: Any = build("distilbert")
