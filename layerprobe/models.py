@@ -149,7 +149,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _list_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _list_weights(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Give the weights by name: those on this process, of quantised layers the integers, of offloaded ones the kept."""
     for name, value in sorted(model.state_dict().items()):
         parts = value if isinstance(value, tuple) else (value,)

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from layerprobe.capture.calls import Call, Sink, Source, read_context
 from layerprobe.capture.compiled import Port, forget_compiled_graphs, is_compiled
+from layerprobe.capture.direct import watch_direct_calls
 from layerprobe.capture.frames import ROOT, Frames
 from layerprobe.capture.hooks import HookSet, Stop
 from layerprobe.capture.recompute import watch_second_runs
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import ModelMap, Part, Site, map_model
+from layerprobe.sites.stacks import calls_forward
 from layerprobe.sites.weights import EagerTwin
 
 __all__ = ["ProbeRegistry"]
@@ -100,6 +102,8 @@ class ProbeRegistry:
             self._hooks.join(self._mapped.base, self)
             if self.wants_stop:
                 self._override_forwards()
+            if calls_forward(self._given):
+                self._watch_direct_calls()
         except BaseException:
             self.detach()
             raise
@@ -176,6 +180,12 @@ class ProbeRegistry:
                 frames.leave(number, output is not None)
 
         return leave
+
+    def _watch_direct_calls(self) -> None:
+        number = 0 if self._root is self._mapped.base else ROOT
+        make_root = self._make_root_entry()
+        enter = self._make_base_entry(0, self._root) if number == 0 else lambda module, args, _: make_root(module, args)
+        watch_direct_calls(self._hooks, self._root, number, self._frames, enter, self._make_exit(number))
 
     def enter_compiled(self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None) -> None:
         """Take note, from a running graph, that a module was called."""

@@ -1,0 +1,249 @@
+"""Many calls: generation, probes within probes, the model called from a sink, an early end with others about."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import layerprobe as lp
+from layerprobe.errors import CaptureError
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def decoder() -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, is_decoder=True)).eval()
+
+
+@pytest.fixture
+def pair() -> Any:
+    """An encoder and a decoder that looks at it."""
+    import transformers
+
+    torch.manual_seed(0)
+    halves = (
+        transformers.BertConfig(**SIZES),
+        transformers.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True),
+    )
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*halves)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return transformers.EncoderDecoderModel(config).eval()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_is_one_call_per_step_with_its_positions(decoder: Any, use_cache: bool) -> None:
+    ids = torch.randint(1, 100, (2, 5))
+    options: Any = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    options |= {"use_cache": use_cache, "attention_mask": torch.ones_like(ids)}
+    expected = decoder.generate(ids, **options)
+    with lp.Probe(decoder, ["embeddings", "layers.*", "logits"]) as probe:
+        made = decoder.generate(ids, **options)
+    assert torch.equal(made, expected)
+    steps = [range(5), *(range(start, start + 1) for start in range(5, 8))]
+    assert [call.positions for call in probe.calls] == (steps if use_cache else [range(5 + n) for n in range(4)])
+    whole = decoder(made[:, :-1], output_hidden_states=True)
+    if use_cache:
+        joined: Any = torch.cat([call["layers.2"] for call in probe.calls], dim=1)  # type: ignore[arg-type]
+    else:
+        joined = probe.calls[-1]["layers.2"]
+    # a step at a time is another matrix product than all at once: the last bits of float32
+    torch.testing.assert_close(joined, whole.hidden_states[-1], rtol=0, atol=1e-5)
+    for call, step in zip(probe.calls, range(5, 9), strict=True):
+        logits: Any = call["logits"]
+        assert torch.equal(logits[:, -1].argmax(-1), made[:, step])
+
+
+def test_generation_of_a_pair_calls_the_encoder_once(pair: Any) -> None:
+    ids = torch.randint(1, 100, (2, 5))
+    options: Any = {
+        "max_new_tokens": 3,
+        "min_new_tokens": 3,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+    }
+    expected = pair.generate(ids, **options)
+    with lp.Probe(pair, ["encoder.layers.2", "decoder.layers.2"]) as probe:
+        made = pair.generate(ids, **options)
+    assert torch.equal(made, expected)
+    assert [list(call) for call in probe.calls] == [["encoder.layers.2"], *[["decoder.layers.2"]] * 3]
+
+
+def test_early_end_of_a_pair_waits_for_the_decoder(pair: Any) -> None:
+    inputs = {"input_ids": torch.randint(1, 100, (2, 5)), "decoder_input_ids": torch.randint(1, 100, (2, 3))}
+    sites = ["encoder.layers.1", "decoder.layers.1"]
+    with lp.Probe(pair, sites) as expected:
+        pair(**inputs)
+    with lp.Probe(pair, sites, stop=True) as probe:
+        assert pair(**inputs) is None
+    for site in sites:
+        assert torch.equal(probe[site], expected[site])
+    with lp.Probe(pair, sites[0], stop=True) as probe:
+        assert pair(**inputs) is None
+    assert torch.equal(probe[sites[0]], expected[sites[0]])
+
+
+# several probes
+
+
+def test_early_end_waits_for_every_probe_on_the_model(make_bert: Any, batch: Any) -> None:
+    model = make_bert("BertForMaskedLM")
+    ran: list[int] = []
+    for index, layer in enumerate(model.bert.encoder.layer):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    expected = model(**batch, output_hidden_states=True).hidden_states
+    for first_stops, second_stops in ((True, True), (True, False), (False, True)):
+        ran.clear()
+        with (
+            lp.Probe(model, "layers.0", stop=first_stops) as first,
+            lp.Probe(model, "layers.1", stop=second_stops) as second,
+        ):
+            assert model(**batch) is None
+        assert ran[-1] == 1
+        assert torch.equal(first["layers.0"], expected[1])
+        assert torch.equal(second["layers.1"], expected[2])
+    with lp.Probe(model, "logits") as first, lp.Probe(model, "layers.0", stop=True) as second:
+        assert model(**batch) is None
+    assert torch.equal(second["layers.0"], expected[1])
+    assert len(first.calls) == 1
+
+
+def test_probes_on_a_model_and_on_its_base_see_the_same(make_bert: Any, batch: Any) -> None:
+    model = make_bert("BertForMaskedLM")
+    with lp.Probe(model, "layers.1") as outer, lp.Probe(model.bert, ["layers.1", "layers.2"]) as inner:
+        model(**batch)
+        model.bert(**batch)
+    assert len(outer.calls) == len(inner.calls) == 2
+    for one, other in zip(outer.calls, inner.calls, strict=True):
+        assert torch.equal(one["layers.1"], other["layers.1"])  # type: ignore[arg-type]
+
+
+def test_probe_opened_within_a_block_sees_only_its_own_calls(tiny_bert: Any, batch: Any) -> None:
+    with lp.Probe(tiny_bert, "layers.*") as outer:
+        tiny_bert(**batch)
+        with lp.Probe(tiny_bert, "layers.0", stop=False) as inner:
+            tiny_bert(**batch)
+        tiny_bert(**batch)
+    assert (len(outer.calls), len(inner.calls)) == (3, 1)
+    assert torch.equal(inner["layers.0"], outer.calls[1]["layers.0"])  # type: ignore[arg-type]
+
+
+# within a callable
+
+
+def test_probe_within_a_callable_reads_the_rest_of_the_call(tiny_bert: Any, batch: Any) -> None:
+    """One opened in the middle of a call has no call of its own; a call that it makes itself is its own."""
+    inner_calls: list[Any] = []
+    given: list[str] = []
+
+    def function(site: str, value: Tensor) -> None:
+        given.append(site)
+        if len(given) == 1:
+            with lp.Probe(tiny_bert, ["embeddings", "layers.1"]) as inner:
+                tiny_bert(batch["input_ids"][:1])
+            inner_calls.extend(inner.calls)
+
+    expected = tiny_bert(**batch)[0]
+    with lp.Probe(tiny_bert, "layers.*", to=function):
+        output = tiny_bert(**batch)
+    assert torch.equal(output[0], expected)
+    assert given == ["layers.0", "layers.0", "layers.1", "layers.2", "layers.1", "layers.2"]
+    wanted = tiny_bert(batch["input_ids"][:1], output_hidden_states=True).hidden_states
+    assert torch.equal(inner_calls[0]["layers.1"], wanted[2])
+    assert len(inner_calls) == 1
+
+
+@pytest.mark.parametrize("class_name", ["BertModel", "BertForMaskedLM"])
+def test_model_called_within_a_callable_keeps_the_calls_apart(make_bert: Any, batch: Any, class_name: str) -> None:
+    model = make_bert(class_name)
+    kept: dict[tuple[int, str], Tensor] = {}
+
+    def function(site: str, value: Tensor) -> None:
+        kept[len(value), site] = value
+        if site == "layers.0" and len(value) == 3:
+            model(batch["input_ids"][:2])
+
+    with lp.Probe(model, "layers.*", to=function), lp.Probe(model, "layers.*") as memory:
+        model(**batch)
+    assert len(memory.calls) == 2
+    for size, inputs in ((3, batch), (2, {"input_ids": batch["input_ids"][:2]})):
+        hidden = model(**inputs, output_hidden_states=True).hidden_states
+        call = next(call for call in memory.calls if call.input_ids is not None and len(call.input_ids) == size)
+        for index in range(3):
+            assert torch.equal(kept[size, f"layers.{index}"], hidden[index + 1])
+            assert torch.equal(call[f"layers.{index}"], hidden[index + 1])  # type: ignore[arg-type]
+
+
+def test_model_called_within_a_call_into_a_store_is_refused(tiny_bert: Any, batch: Any, tmp_path: Any) -> None:
+    def again(module: Any, args: Any, output: Any) -> None:
+        handle.remove()
+        tiny_bert(**batch)
+
+    handle = tiny_bert.encoder.layer[1].register_forward_hook(again)
+    with (
+        pytest.raises(CaptureError, match=r"was made after another call of the model began inside this one: a store"),
+        lp.Probe(tiny_bert, "layers.*", to=tmp_path / "acts"),
+    ):
+        tiny_bert(**batch)
+
+
+def test_early_end_within_a_callable(tiny_bert: Any, batch: Any) -> None:
+    inner: list[Any] = []
+
+    def function(site: str, value: Tensor) -> None:
+        if not inner:
+            inner.append(None)
+            with lp.Probe(tiny_bert, "layers.1", stop=True) as probe:
+                inner.append(tiny_bert(batch["input_ids"][:1]))
+            inner.append(probe["layers.1"])
+
+    expected = tiny_bert(**batch)[0]
+    with lp.Probe(tiny_bert, ["layers.0"], to=function):
+        output = tiny_bert(**batch)
+    assert inner[1] is None
+    wanted = tiny_bert(batch["input_ids"][:1], output_hidden_states=True).hidden_states
+    assert torch.equal(inner[2], wanted[2])
+    assert torch.equal(output[0], expected)
+
+
+def test_shared_layer_is_read_by_its_call(batch: Any) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {**SIZES, "num_hidden_layers": 4, "embedding_size": 16, "num_hidden_groups": 2}
+    config = transformers.AlbertConfig(**sizes)
+    model = transformers.AlbertModel(config).eval()
+    hidden = model(**batch, output_hidden_states=True).hidden_states
+    with lp.Probe(model, ["layers.*", "layers.*.attention.query"]) as probe:
+        model(**batch)
+        model(batch["input_ids"][:1])
+    for index in range(4):
+        assert torch.equal(probe.calls[0][f"layers.{index}"], hidden[index + 1])  # type: ignore[arg-type]
+    with lp.Probe(model, "layers.2", stop=True) as probe:
+        assert model(**batch) is None
+    assert torch.equal(probe["layers.2"], hidden[3])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_chunks_of_a_call_are_joined_with_an_early_end(make_bert: Any, chunk: int) -> None:
+    ids = torch.randint(1, 100, (2, 6))
+    model = make_bert(chunk_size_feed_forward=chunk)
+    with lp.Probe(model, ["layers.*.ffn.act"]) as expected:
+        model(ids)
+    with lp.Probe(model, "layers.1.ffn.act", stop=True) as probe:
+        assert model(ids) is None
+        assert model(ids) is None
+    for call in probe.calls:
+        assert torch.equal(call["layers.1.ffn.act"], expected["layers.1.ffn.act"])  # type: ignore[arg-type]
+        assert call["layers.1.ffn.act"].shape == (2, 6, 64)  # type: ignore[union-attr]
