@@ -18,6 +18,10 @@ from layerprobe.capture.staging import Room
 __all__ = ["Batch", "TokenizedUnit", "cut_batches", "tokenize"]
 
 
+# The shortest text of a batch, as a share of its longest, where there are enough texts to choose.
+_SHORTEST = 0.8
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedUnit:
     """The ids of a unit's texts, in the order of the input, and which of them were cut to the maximum length."""
@@ -78,16 +82,22 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
 def cut_batches(unit: TokenizedUnit, batch_tokens: int, pad_id: int, padding_side: str) -> Iterator[Batch]:
     """Cut a unit into batches of at most `batch_tokens` padded tokens, longest texts first.
 
-    The longest come first so that buffers and stages reach their size at once. A text longer than the budget is a batch
-    of its own. Ties keep the order of the input, so the cut is a function of the unit alone.
+    A batch also ends where the texts get much shorter than its first, once it is a quarter full: in a small unit that
+    halves the padding. The longest come first so that buffers and stages reach their size at once. A text longer than
+    the budget is a batch of its own. Ties keep the order of the input, so the cut is a function of the unit alone.
     """
     order = sorted(range(len(unit.ids)), key=lambda member: -len(unit.ids[member]))
-    start = 0
-    while start < len(order):
-        longest = max(1, len(unit.ids[order[start]]))
-        stop = start + max(1, batch_tokens // longest)
-        yield _pad(order[start:stop], unit.ids, pad_id, padding_side)
-        start = stop
+    members: list[int] = []
+    for member in order:
+        longest = max(1, len(unit.ids[members[0]])) if members else 0
+        is_full = longest * (len(members) + 1) > batch_tokens
+        drops = len(unit.ids[member]) < _SHORTEST * longest and 4 * longest * len(members) >= batch_tokens
+        if members and (is_full or drops):
+            yield _pad(members, unit.ids, pad_id, padding_side)
+            members = []
+        members.append(member)
+    if members:
+        yield _pad(members, unit.ids, pad_id, padding_side)
 
 
 def _pad(members: list[int], ids: Sequence[Sequence[int]], pad_id: int, padding_side: str) -> Batch:

@@ -59,3 +59,9 @@ def test_the_cut_is_a_function_of_the_unit(lengths: list[int]) -> None:
         return [batch.members for batch in cut_batches(unit, 40, 0, "right")]
 
     assert cut() == cut()
+
+
+def test_much_shorter_texts_begin_a_new_batch_once_a_quarter_is_full() -> None:
+    unit = TokenizedUnit([[7] * length for length in (30, 30, 29, 10, 10, 3)], [False] * 6)
+    assert [batch.lengths for batch in cut_batches(unit, 120, 0, "right")] == [[30, 30, 29], [10, 10, 3]]
+    assert [batch.lengths for batch in cut_batches(unit, 1000, 0, "right")] == [[30, 30, 29, 10, 10, 3]]
