@@ -87,6 +87,17 @@ def test_every_guarantee_names_tests_that_exist() -> None:
             assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
 
 
+def test_every_mode_names_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "modes.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| mode")]
+    assert len(rows) > 20
+    for row in rows:
+        named = TEST_NAME.findall(row)
+        assert named, f"no test for: {row}"
+        for file, name in named:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):

@@ -164,6 +164,11 @@ class ProbeRegistry:
             given = dict(zip(parameters, args, strict=False)) | kwargs
             if torch.compiler.is_compiling():
                 port.enter(number, given.get("input_ids"), given.get("attention_mask"), given.get("inputs_embeds"))
+            elif module is not base:
+                raise CaptureError(
+                    f"a copy of {self._mapped.owner} runs with the hooks of this probe: nn.DataParallel makes such "
+                    "copies. Call the model itself, or use DistributedDataParallel."
+                )
             else:
                 frames.enter_base(number, read_context(given), sys._getframe(1))
 

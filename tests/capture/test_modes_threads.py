@@ -1,0 +1,144 @@
+"""One model in several threads at once, and the wrapper that runs copies of it."""
+
+import itertools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import layerprobe as lp
+from layerprobe.errors import ArchitectureError, CaptureError
+from traces import list_hooks, look_at
+
+SITES = ["embeddings", "layers.*", "layers.*.attention.query"]
+NUM_CALLS = 40
+
+
+def make_inputs() -> list[Tensor]:
+    """Forty inputs of sizes of their own, each beginning with its number."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = []
+    for number in range(NUM_CALLS):
+        ids = torch.randint(1, 100, (1 + number % 3, 2 + number % 7), generator=generator)
+        ids[:, 0] = number + 1
+        inputs.append(ids)
+    return inputs
+
+
+def run_in_threads(num_threads: int, jobs: list[Callable[[], object]]) -> None:
+    """Let the threads take the jobs as they come; an error in one is raised here."""
+    waiting, lock, errors = iter(jobs), threading.Lock(), []
+    start = threading.Barrier(num_threads)
+
+    def work() -> None:
+        start.wait()
+        while True:
+            with lock:
+                job = next(waiting, None)
+            if job is None:
+                return
+            try:
+                job()
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def call(model: Any, ids: Tensor) -> Any:
+    with torch.no_grad():
+        return model(ids)
+
+
+@pytest.mark.parametrize("num_threads", [2, 4])
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("class_name", ["BertModel", "BertForMaskedLM"])
+def test_forty_calls_from_threads_are_kept_apart(make_bert: Any, num_threads: int, stop: bool, class_name: str) -> None:
+    model, inputs = make_bert(class_name), make_inputs()
+    with torch.no_grad():
+        expected = [model(ids, output_hidden_states=True).hidden_states for ids in inputs]
+    before = look_at(model)
+    with lp.Probe(model, SITES, stop=stop) as probe:
+        run_in_threads(num_threads, [lambda ids=ids: call(model, ids) for ids in inputs])
+    assert look_at(model) == before
+    made: dict[int, Any] = {int(call.input_ids[0, 0]): call for call in probe.calls if call.input_ids is not None}
+    assert len(probe.calls) == len(made) == NUM_CALLS
+    for number, hidden in enumerate(expected):
+        for site, value in zip(["embeddings", "layers.0", "layers.1", "layers.2"], hidden, strict=True):
+            assert torch.equal(made[number + 1][site], value)
+
+
+@pytest.mark.parametrize("num_threads", [2, 4])
+def test_forty_calls_from_threads_are_whole_in_a_store(tiny_bert: Any, tmp_path: Path, num_threads: int) -> None:
+    inputs = make_inputs()
+    with torch.no_grad():
+        expected = [tiny_bert(ids).last_hidden_state for ids in inputs]
+    with lp.Probe(tiny_bert, ["layers.2"], to=tmp_path / "acts"):
+        run_in_threads(num_threads, [lambda ids=ids: call(tiny_bert, ids) for ids in inputs])
+    store = lp.open(tmp_path / "acts")
+    examples = [store.example(number) for number in range(len(store))]
+    assert len(examples) == sum(len(ids) for ids in inputs)
+    # the examples of one call lie together, whatever the order of the calls
+    for first, together in itertools.groupby(examples, key=lambda example: int(example.input_ids[0])):
+        for place, example in enumerate(together):
+            assert example.input_ids.tolist() == inputs[first - 1][place].tolist()
+            rows: Any = example["layers.2"]
+            assert torch.equal(rows, expected[first - 1][place])
+
+
+def test_call_that_fails_in_one_thread_is_not_another_ones(tiny_bert: Any) -> None:
+    inputs = make_inputs()
+    bad = torch.full((2, 3), 1000)  # no such ids
+
+    def fail() -> None:
+        with pytest.raises(IndexError):
+            call(tiny_bert, bad)
+
+    jobs: list[Callable[[], object]] = []
+    for ids in inputs:
+        jobs += [lambda ids=ids: call(tiny_bert, ids), fail]
+    with lp.Probe(tiny_bert, "layers.*") as probe:
+        run_in_threads(3, jobs)
+    assert len(probe.calls) == NUM_CALLS
+    with torch.no_grad():
+        for made in probe.calls:
+            expected = tiny_bert(made.input_ids).last_hidden_state
+            assert torch.equal(made["layers.2"], expected)  # type: ignore[arg-type]
+
+
+def test_probes_of_threads_on_one_model_leave_nothing(tiny_bert: Any) -> None:
+    inputs, before = make_inputs(), look_at(tiny_bert)
+
+    def probe_once(ids: Tensor) -> None:
+        with lp.Probe(tiny_bert, "layers.2") as probe:
+            call(tiny_bert, ids)
+        assert any(torch.equal(made.input_ids, ids) for made in probe.calls if made.input_ids is not None)
+
+    run_in_threads(3, [lambda ids=ids: probe_once(ids) for ids in inputs])
+    assert look_at(tiny_bert) == before
+
+
+def test_data_parallel_is_refused(tiny_bert: Any) -> None:
+    with pytest.raises(ArchitectureError, match=r"nn\.DataParallel runs copies of the model at once, and their rows"):
+        lp.Probe(nn.DataParallel(tiny_bert), "layers.0")
+    assert not list_hooks(tiny_bert)
+
+
+def test_replica_of_a_probed_model_is_refused(tiny_bert: Any, batch: Any) -> None:
+    """What DataParallel runs when the model inside it is under a probe."""
+    with lp.Probe(tiny_bert, "layers.0") as probe:
+        replica = tiny_bert._replicate_for_data_parallel()
+        with pytest.raises(CaptureError, match=r"a copy of BertModel runs with the hooks of this probe: nn\.DataPar"):
+            replica(**batch)
+        tiny_bert(**batch)
+    assert len(probe.calls) == 1
