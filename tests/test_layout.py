@@ -32,6 +32,7 @@ ORDER = (
     "layerprobe.capture.compiled",
     "layerprobe.capture.hooks",
     "layerprobe.capture.frames",
+    "layerprobe.capture.direct",
     "layerprobe.capture.recompute",
     "layerprobe.capture.registry",
     "layerprobe.capture.select",

@@ -102,6 +102,11 @@ class Frames:
         if frames[-1].owner == number:
             self._end_call(frames.pop(), completed)
 
+    def is_inside(self, number: int) -> bool:
+        """Whether the innermost call of this thread has come through this module."""
+        frames = self.by_thread.get(threading.get_ident())
+        return bool(frames) and (frames[-1].owner == number or number in frames[-1].inside)
+
     def current(self) -> Call | None:
         """Give the call under way in this thread."""
         frames = self.by_thread.get(threading.get_ident())

@@ -148,7 +148,7 @@ class ProbeRegistry:
     def _make_root_entry(self) -> Callable[..., None]:
         frames, port = self._frames, self._port
 
-        def enter_root(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def enter_root(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
             if torch.compiler.is_compiling():
                 port.enter(ROOT, None, None, None)
             else:
@@ -188,9 +188,9 @@ class ProbeRegistry:
 
     def _watch_direct_calls(self) -> None:
         number = 0 if self._root is self._mapped.base else ROOT
-        make_root = self._make_root_entry()
-        enter = self._make_base_entry(0, self._root) if number == 0 else lambda module, args, _: make_root(module, args)
-        watch_direct_calls(self._hooks, self._root, number, self._frames, enter, self._make_exit(number))
+        enter = self._make_root_entry() if number == ROOT else self._make_base_entry(0, self._root)
+        leave, stop = self._make_exit(number), self.wants_stop
+        watch_direct_calls(self._hooks, self._root, number, self._frames, enter, leave, wants_stop=stop)
 
     def enter_compiled(self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None) -> None:
         """Take note, from a running graph, that a module was called."""

@@ -13,7 +13,7 @@ from torch import nn
 from layerprobe.errors import ArchitectureError
 from layerprobe.sites.anatomy import REFUSED, Anatomy, find_anatomy
 
-__all__ = ["Stack", "config_of", "find_stacks", "has_module", "unwrap"]
+__all__ = ["Stack", "calls_forward", "config_of", "find_stacks", "has_module", "unwrap"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner
+
+
+def calls_forward(model: nn.Module) -> bool:
+    """Whether a wrapper runs `forward` of the model, past the hooks on it: a SentenceTransformer does."""
+    model = model._modules.get("_orig_mod") or model
+    return isinstance(model, nn.Sequential) and len(model) > 0 and hasattr(model[0], "auto_model")
 
 
 def config_of(model: nn.Module) -> Any:

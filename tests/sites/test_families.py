@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import layerprobe as lp
 from families import FAMILIES, IS_V5, REFUSED, build, is_known, make_batch
@@ -263,28 +262,3 @@ def test_prefix_of_a_number_is_no_match() -> None:
     model = build("bert", num_hidden_layers=12)
     assert [site.name for site in lp.sites(model, "layers.1")] == ["layers.1"]
     assert [site.name for site in lp.sites(model, "module:encoder.layer.1")] == ["module:encoder.layer.1"]
-
-
-class _Wrapper(nn.Module):
-    """What DDP and FSDP are to a state dict: the model under one more name."""
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        super().__init__()
-        self.add_module(name, model)
-
-
-@pytest.mark.parametrize("wrapped", ["_orig_mod", "_fsdp_wrapped_module"])
-def test_prefix_of_a_wrapper_makes_no_difference(wrapped: str) -> None:
-    model = build("distilbert", "DistilBertForSequenceClassification")
-    assert lp.sites(_Wrapper(_Wrapper(model, wrapped), "_orig_mod")).rows == lp.sites(model).rows
-
-
-def test_compiled_model_has_the_sites_of_the_model() -> None:
-    model = build("bert")
-    compiled: Any = torch.compile(model, backend="eager")
-    assert lp.sites(compiled).rows == lp.sites(model).rows
-
-
-def test_data_parallel_is_refused() -> None:
-    with pytest.raises(ArchitectureError, match=r"nn\.DataParallel runs copies .* pass model\.module\."):
-        lp.sites(nn.DataParallel(build("bert")))

@@ -1,0 +1,171 @@
+"""What a model may be wrapped in: the sites are those of the model inside, and calls of the wrapper are seen."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import layerprobe as lp
+from families import build, make_batch
+from layerprobe.errors import ArchitectureError, OptionError
+from layerprobe.sites.stacks import unwrap
+
+
+class _Named(nn.Module):
+    """What a wrapper is to a state dict: the model under one more name."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self._inner = name
+        self.add_module(name, model)
+
+    def forward(self, **given: Any) -> Any:
+        return self._modules[self._inner](**given)  # type: ignore[misc]
+
+
+class _Adapter(_Named):
+    """What PEFT is to a model: a module with a `get_base_model`."""
+
+    def get_base_model(self) -> nn.Module:
+        return self.base.model  # type: ignore[return-value,union-attr]
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group of this process alone."""
+    store: Any = vars(torch.distributed)["HashStore"]()  # not among the names that torch exports
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("names", [("_orig_mod",), ("_fsdp_wrapped_module",), ("_orig_mod", "_fsdp_wrapped_module")])
+def test_name_of_a_wrapper_makes_no_difference(names: tuple[str, ...]) -> None:
+    model, batch = build("distilbert", "DistilBertForSequenceClassification"), make_batch()
+    wrapped: Any = model
+    for name in names:
+        wrapped = _Named(wrapped, name)
+    assert unwrap(wrapped) is model
+    assert lp.sites(wrapped).rows == lp.sites(model).rows
+    patterns = ["layers.*", "module:distilbert.transformer.layer.0.ffn"]
+    with torch.no_grad(), lp.Probe(wrapped, patterns) as probe:
+        hidden = wrapped(**batch, output_hidden_states=True).hidden_states
+    assert torch.equal(probe["layers.2"], hidden[3])
+
+
+def test_compiled_model_has_the_sites_of_the_model() -> None:
+    model = build("bert")
+    compiled: Any = torch.compile(model, backend="eager")
+    assert unwrap(compiled) is model
+    assert lp.sites(compiled).rows == lp.sites(model).rows
+
+
+def test_distributed_model_has_the_sites_of_the_model(process_group: None) -> None:
+    model, batch = build("bert", "BertForMaskedLM"), make_batch()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    assert lp.sites(parallel).rows == lp.sites(model).rows
+    with torch.no_grad(), lp.Probe(parallel, ["layers.-1", "logits"]) as probe:
+        output = parallel(**batch, output_hidden_states=True)
+    assert torch.equal(probe["layers.-1"], output.hidden_states[-1])
+    assert torch.equal(probe["logits"], output.logits)
+
+
+def test_adapter_has_the_sites_of_the_model_inside() -> None:
+    model = build("bert")
+    wrapped = _Adapter(_Named(model, "model"), "base")
+    assert unwrap(wrapped) is model
+    assert lp.sites(wrapped, "layers.*").rows == lp.sites(model, "layers.*").rows
+
+
+def test_models_of_transformers_are_not_looked_under() -> None:
+    for model in (build("bert"), build("bert", "BertForMaskedLM")):
+        assert unwrap(model) is model
+
+
+def test_data_parallel_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match=r"nn\.DataParallel runs copies .* pass model\.module\."):
+        lp.sites(nn.DataParallel(build("bert")))
+
+
+@pytest.fixture
+def sentences(tiny_model_folder: Path) -> Any:
+    """A SentenceTransformer with the default pooling, the mean over real tokens."""
+    library = pytest.importorskip("sentence_transformers")
+    return library.SentenceTransformer(str(tiny_model_folder), device="cpu")
+
+
+TEXTS = ["over the lazy dog.", "the quick brown fox", "fox"]
+
+
+def test_sentence_transformer_is_probed_as_its_model(sentences: Any) -> None:
+    """It runs the model's `forward`, past the hooks on the model."""
+    model = sentences[0].auto_model
+    assert unwrap(sentences) is model
+    assert lp.sites(sentences).rows == lp.sites(model).rows
+    bare = sentences.encode(TEXTS)
+    asked = [site.name for site in lp.sites(sentences)]
+    with lp.Probe(sentences, asked) as probe:
+        vectors = sentences.encode(TEXTS)
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([[2, 5, 3]])).last_hidden_state
+    assert (vectors == bare).all()
+    assert "forward" not in vars(model)
+    encoded, called = probe.calls
+    assert list(encoded) == asked and encoded.input_ids is not None
+    assert torch.equal(called["layers.-1"], alone)  # type: ignore[arg-type]
+
+
+def test_pooled_layer_of_a_sentence_transformer_is_its_vector(sentences: Any) -> None:
+    with lp.Probe(sentences, "layers.*", pool="mean") as probe:
+        vectors = torch.from_numpy(sentences.encode(TEXTS))
+    made: Any = probe["layers.-1"]
+    assert made.shape == vectors.shape
+    for vector in vectors:  # encode goes from the longest text down, and its means are summed in another order
+        assert (made - vector).abs().amax(dim=1).min() < 1e-5
+
+
+def test_sentence_transformer_fills_a_store(sentences: Any, tmp_path: Path) -> None:
+    with lp.Probe(sentences, "layers.*", to=tmp_path / "acts"):
+        sentences.encode(TEXTS, batch_size=2)
+    assert len(lp.open(tmp_path / "acts")) == 3
+
+
+def test_error_within_a_sentence_transformer_leaves_nothing(sentences: Any) -> None:
+    probe = lp.Probe(sentences, "layers.*", to=lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), probe:
+        sentences.encode(TEXTS)
+    assert "forward" not in vars(sentences[0].auto_model)
+    with lp.Probe(sentences, "layers.*") as after:
+        sentences.encode(TEXTS)
+    assert len(after.calls) == 1
+
+
+def test_sentence_transformer_cannot_be_stopped(sentences: Any) -> None:
+    probe = lp.Probe(sentences, "layers.0", stop=True)
+    with pytest.raises(OptionError, match=r"nothing to pool: pass and call model\[0\]\.auto_model\."), probe:
+        pass
+    assert not any(module._forward_hooks for module in sentences.modules())
+
+
+class _Pipeline(nn.Sequential):
+    """A first module that runs the forward of a task model, as a CrossEncoder does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        first: Any = _Named(model, "model")
+        first.auto_model = model
+        super().__init__(first)
+
+    def forward(self, input: dict[str, Any]) -> Any:  # noqa: A002, the name that Sequential gave it
+        first: Any = self[0]
+        return first.auto_model.forward(**input)
+
+
+def test_task_model_within_a_pipeline_gives_its_logits() -> None:
+    model, batch = build("bert", "BertForSequenceClassification"), make_batch()
+    pipeline = _Pipeline(model)
+    with torch.no_grad(), lp.Probe(pipeline, ["layers.-1", "logits"]) as probe:
+        output = pipeline(batch)
+    assert torch.equal(probe["logits"], output.logits)
