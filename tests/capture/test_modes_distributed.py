@@ -48,9 +48,10 @@ def wrap_fsdp1(model: Any) -> nn.Module:
 
 
 def wrap_fsdp2(model: Any) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     for layer in model.bert.encoder.layer:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
