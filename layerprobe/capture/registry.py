@@ -9,6 +9,7 @@ Hides torch's hook machinery and the early end of a forward. Must never know wha
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -217,18 +218,20 @@ class ProbeRegistry:
         if point.takes == "weights":
             self._attach_weights(point)
             return
-        current, port, key = self._frames.current, self._port, point.key
-        receive = functools.partial(self._receive_at, point=point)
+        # Run at every layer of every call, so without the calls that would make it shorter.
+        frames, get_ident, port, key = self._frames.by_thread, threading.get_ident, self._port, point.key
+        receive: Callable[[Call, Any, Any], None] = self._receive_at
+        which: Any = point
         if self._is_plain(point):
-            receive = functools.partial(self._receive, index=point.indices[0])
+            receive, which = self._receive, point.indices[0]
         if point.takes == "input":
 
             def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 value = args[0] if args else next(iter(kwargs.values()))
                 if torch.compiler.is_compiling():
                     port.receive(key, value)
-                elif (call := current()) is not None:
-                    receive(call, value=value)
+                elif (stack := frames.get(get_ident())) and (call := stack[-1].call) is not None:
+                    receive(call, which, value)
 
             self._hooks.keep(point.module, point.module.register_forward_pre_hook(read_input, with_kwargs=True))
         else:
@@ -236,8 +239,8 @@ class ProbeRegistry:
             def read_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if torch.compiler.is_compiling():
                     port.receive(key, _first_tensor(output))
-                elif (call := current()) is not None:
-                    receive(call, value=output)
+                elif (stack := frames.get(get_ident())) and (call := stack[-1].call) is not None:
+                    receive(call, which, output)
 
             self._hooks.keep(point.module, point.module.register_forward_hook(read_output))
 

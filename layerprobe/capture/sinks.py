@@ -183,7 +183,8 @@ class MemorySink:
     def receive(self, call: Call, index: int, value: Tensor) -> None:
         values, gradients = call.state
         if self._as_made:
-            values[index] = value.detach()
+            # a detached tensor is another object, and making one takes as long as the rest of a hook
+            values[index] = value.detach() if value.requires_grad else value
             return
         site = self._sites[index]
         if self.keeps_gradients and value.requires_grad:
