@@ -20,7 +20,7 @@ from torch import Tensor
 from layerprobe.capture.calls import Call, Context
 from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows, write_pairs, write_rows
 from layerprobe.capture.sinks import is_per_token, select_call
-from layerprobe.capture.staging import BufferPool, HostBuffer, Lane, Room, make_lane
+from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
 from layerprobe.capture.units import (
     AnnouncedBatch,
     Unit,
@@ -94,7 +94,7 @@ class StoreSink:
         self._sites: Sequence[Site] = ()
         self._lane: Lane = make_lane(device)
         self._unit: Unit | None = None
-        self._capacity = 0
+        self._room = NO_ROOM
         self._next_unit = 0
         self._next_example = 0
         # Calls of several threads take turns: a unit is one run of examples.
@@ -211,10 +211,13 @@ class StoreSink:
             pending.input_ids = _real_ids(context, pending.selection)
         needed = room_for(pending.selection)
         unit = self._unit
-        if unit is not None and not unit.buffer.fits(unit.used.plus(needed)):
-            if batch is None and unit.used.examples:
+        if unit is not None:
+            # not by the buffer's own room: one that has grown would take more, and the two take turns as they come free
+            wanted = unit.used.plus(needed)
+            is_full = any(wanted.of(site.kind) > self._room.of(site.kind) for site in self._stored or ())
+            if batch is None and unit.used.examples and is_full:
                 self.end_unit()
-            else:
+            elif not unit.buffer.fits(wanted):
                 self._lane.fence()()  # what is on its way must land before its buffer moves
                 unit.buffer.grow(unit.used.plus(needed), unit.used)
         if self._unit is None:
@@ -299,7 +302,7 @@ class StoreSink:
         pairs_per_row = first.pairs / max(1, first.rows)
         # Texts average more than one token, so a vector per row is more than enough for vectors per example.
         rows = int(self._shard_bytes / (size["token"] + size["example"] + size["attention"] * pairs_per_row))
-        room = Room(*map(max, first, Room(rows, rows, int(rows * pairs_per_row))))
+        room = self._room = Room(*map(max, first, Room(rows, rows, int(rows * pairs_per_row))))
         return BufferPool([HostBuffer(self._stored, room, self._lane.pinned) for _ in range(_NUM_BUFFERS)])
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import layerprobe as lp
+from layerprobe.capture import probe as probe_module
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.staging import Room
 from layerprobe.capture.units import AnnouncedBatch
@@ -139,3 +141,15 @@ def test_folder_that_holds_something_is_refused(tiny_bert: Any, tmp_path: Path) 
     ):
         raise AssertionError("unreachable")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_units_are_cut_alike_whichever_buffer_comes_free(
+    tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe_module, "DEFAULT_SHARD_BYTES", 1)  # room for the first call and no more
+    lengths = [4, 40, *[4] * 20]
+    with torch.no_grad(), lp.Probe(tiny_bert, "layers.0", to=tmp_path / "acts"):
+        for length in lengths:
+            tiny_bert(torch.ones(1, length, dtype=torch.int64))
+    rows = [load_file(path)["layers.0"].shape[0] for path in sorted((tmp_path / "acts").glob("shard-*"))]
+    assert rows == lengths
