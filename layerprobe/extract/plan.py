@@ -105,7 +105,10 @@ class UnitRule:
         members: list[Record] = []
         first = number = size = 0
         for record in records:
-            cost = self.cost(self.estimate_tokens(len(record.text.encode())))
+            text_bytes = len(record.text.encode())
+            tokens = self.estimate_tokens(text_bytes)
+            # the text goes into the shard too, with an id per token and 24 bytes of places: most of a pooled store
+            cost = self.cost(tokens) + text_bytes + 8 * tokens + 24
             if members and (size + cost > self.shard_bytes or len(members) == _MOST_UNIT_EXAMPLES):
                 yield Unit(number, first, members)
                 first, number, size, members = first + len(members), number + 1, 0, []
