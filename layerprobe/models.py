@@ -58,7 +58,7 @@ def load_model(name: str, device: str | torch.device | None = None) -> LoadedMod
     device = _find_device(device)
     try:
         with _quiet_loading():
-            config = transformers.AutoConfig.from_pretrained(source)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
             # The class that was saved, so that its pooler or head is the trained one and not a random one.
             saved = str((getattr(config, "architectures", None) or [""])[0])
             found = getattr(transformers, saved, None)
@@ -91,7 +91,7 @@ def load_tokenizer(source: str) -> Any:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"no tokenizer at {source!r}: {_first_line(error)} Pass tokenizer=.") from error
     if not getattr(tokenizer, "is_fast", False):

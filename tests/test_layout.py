@@ -34,6 +34,7 @@ ORDER = (
     "layerprobe.capture.frames",
     "layerprobe.capture.direct",
     "layerprobe.capture.recompute",
+    "layerprobe.capture.attention",
     "layerprobe.capture.registry",
     "layerprobe.capture.select",
     "layerprobe.capture.staging",

@@ -24,13 +24,14 @@ class Context:
         input_ids: `[B, S]`, or None when it was called with embeddings.
         attention_mask: As it was passed, or None.
         shape: B and S, or None where neither ids nor embeddings were passed.
-        first_position: Position of the first of the S tokens; above 0 where a key-value cache holds those before it.
+        first_position: Position of the first of the S tokens; above 0 where a key-value cache holds those before it,
+            None where a compiled graph has a cache and cannot tell.
     """
 
     input_ids: Tensor | None
     attention_mask: Tensor | None
     shape: tuple[int, int] | None
-    first_position: int = 0
+    first_position: int | None = 0
 
 
 class Source(NamedTuple):

@@ -8,17 +8,15 @@ finds the probe by its number. A graph that outlives its probe calls a number th
 Hides torch's operator registry and its compiler. Must never know of sites or sinks.
 """
 
-import gc
 import itertools
 import sys
 import weakref
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["Port", "Receiver", "forget_compiled_graphs", "is_compiled"]
+__all__ = ["Port", "Receiver", "forget_compiled_graphs", "has_compiled"]
 
 # A CUDA graph replays kernels and not Python; the compiler has to leave these calls out of it.
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
@@ -27,8 +25,10 @@ _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") 
 class Receiver(Protocol):
     """What a port talks to, as the graph runs."""
 
-    def enter_compiled(self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None) -> None:
-        """A base model was called; a stack of -1 is the task model around it."""
+    def enter_compiled(
+        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
+    ) -> None:
+        """A base model was called, with a key-value cache or without; a stack of -1 is the task model around it."""
 
     def receive_compiled(self, point: int, value: Tensor) -> None:
         """A module that is read made a value."""
@@ -44,11 +44,17 @@ _NUMBERS = itertools.count()
 # `token` is said to be changed by every operator, and so the compiler neither drops nor reorders them.
 @torch.library.custom_op("layerprobe::enter", mutates_args=("token",), tags=_TAGS)
 def _enter(
-    token: Tensor, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, probe: int, stack: int
+    token: Tensor,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    embeds: Tensor | None,
+    cached: bool,
+    probe: int,
+    stack: int,
 ) -> None:
     receiver = _RECEIVERS.get(probe)
     if receiver is not None:
-        receiver.enter_compiled(stack, ids, mask, embeds)
+        receiver.enter_compiled(stack, ids, mask, embeds, cached)
 
 
 @torch.library.custom_op("layerprobe::receive", mutates_args=("token",), tags=_TAGS)
@@ -89,10 +95,10 @@ class Port:
         """Hear no more of graphs that were compiled with this port."""
         _RECEIVERS.pop(self.number, None)
 
-    def enter(self, stack: int, ids: Any, mask: Any, embeds: Any) -> None:
+    def enter(self, stack: int, ids: Any, mask: Any, embeds: Any, cached: bool) -> None:
         """Tell of a call, from within a graph."""
         tensors = [value if isinstance(value, Tensor) else None for value in (ids, mask, embeds)]
-        torch.ops.layerprobe.enter(self.token, *tensors, self.number, stack)
+        torch.ops.layerprobe.enter(self.token, *tensors, cached, self.number, stack)
 
     def receive(self, point: int, value: Tensor) -> None:
         """Tell of a value, from within a graph."""
@@ -103,28 +109,13 @@ class Port:
         torch.ops.layerprobe.leave(self.token, self.number, stack, completed)
 
 
-def is_compiled(model: nn.Module, root: nn.Module) -> bool:
-    """Tell whether a model, or a part of it, was given to `torch.compile` and may have a graph already.
+def has_compiled() -> bool:
+    """Tell whether anything in this process was compiled, and so perhaps the model.
 
-    Args:
-        model: As the user passed it.
-        root: The same without wrappers. A wrapper that the user holds but did not pass is found, too.
+    A compiled function that calls the model, or a module around it, cannot be found from the model.
     """
-    if "torch._dynamo.convert_frame" not in sys.modules:
-        return False
-    from torch._dynamo import convert_frame
-    from torch._dynamo.eval_frame import OptimizedModule
-
-    if not convert_frame.FRAME_COUNTER:
-        return False
-    if any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in model.modules()):
-        return True
-    own = set(root.modules())
-    return any(wrapper._orig_mod in own for wrapper in _find_wrappers(OptimizedModule))
-
-
-def _find_wrappers(kind: type) -> Iterator[Any]:
-    return (thing for thing in gc.get_objects() if type(thing) is kind)
+    convert_frame = sys.modules.get("torch._dynamo.convert_frame")
+    return bool(getattr(convert_frame, "FRAME_COUNTER", 0))
 
 
 def forget_compiled_graphs() -> None:

@@ -28,12 +28,14 @@ class _Frame:
     """A running call of the model in one thread.
 
     `runner` is the interpreter's frame that runs it: one that is on no stack any more was cut short. None where a
-    compiled graph runs it. `inside` holds the stacks whose base is running.
+    compiled graph runs it. `inside` holds the stacks whose base is running; `is_stopped` says that it ends early
+    because every probe has what it asked.
     """
 
     owner: int
     runner: FrameType | None
     call: Call | None = None
+    is_stopped: bool = False
     inside: set[int] = field(default_factory=set)
 
 
@@ -57,6 +59,8 @@ class Frames:
         self._sink = sink
         self._owner = owner
         self.by_thread: dict[int, list[_Frame]] = {}
+        # Hooks go on and come off one by one; calls that other threads make meanwhile are not this probe's.
+        self.is_open = False
 
     def _bits(self, stack: int | None) -> int:
         return sum(1 << index for index, site in enumerate(self._sites) if site.stack == stack)
@@ -66,15 +70,19 @@ class Frames:
 
     def enter_root(self, runner: FrameType | None) -> None:
         """Take note that the task model was called."""
+        if not self.is_open:
+            return
         frames = self.by_thread.setdefault(threading.get_ident(), [])
         self._drop_interrupted(frames)
         frames.append(_Frame(ROOT, runner))
 
     def enter_base(self, number: int, context: Context, runner: FrameType | None) -> None:
         """Take note that the base of a stack was called."""
+        if not self.is_open:
+            return
         frames = self.by_thread.setdefault(threading.get_ident(), [])
         self._drop_interrupted(frames)
-        if not frames or frames[-1].owner == number or number in frames[-1].inside:
+        if not frames or frames[-1].owner == number or number in frames[-1].inside or self._is_past(frames[-1]):
             frames.append(_Frame(number, runner))
         frame = frames[-1]
         frame.inside.add(number)
@@ -92,6 +100,16 @@ class Frames:
         call = Call(self._stacks, {number: context}, expected=self._of_stack[number] | follows, ahead=ahead)
         self._sink.begin(call)
         frame.call = call
+
+    def _is_past(self, frame: _Frame) -> bool:
+        """Whether what follows all stacks has begun: a base that is called then is called by a sink."""
+        return frame.call is not None and bool(frame.call.seen & self._after)
+
+    def mark_stopped(self) -> None:
+        """Take note that the innermost call of this thread ends early, having made all that was asked."""
+        frames = self.by_thread.get(threading.get_ident())
+        if frames:
+            frames[-1].is_stopped = True
 
     def leave(self, number: int, completed: bool) -> None:
         """Take note that a module is done; `completed` is False if it raised or was stopped."""
@@ -116,6 +134,7 @@ class Frames:
         """End the innermost call of this thread, as one that has made what was asked."""
         frames = self.by_thread.get(threading.get_ident())
         if frames:
+            frames[-1].is_stopped = True
             self._end_call(frames.pop(), completed=False)
 
     def is_outermost(self, number: int) -> bool:
@@ -149,11 +168,11 @@ class Frames:
         call, frame.call = frame.call, None
         if call is None:
             return
-        if call.seen == call.expected:
+        if call.seen == call.expected and (completed or frame.is_stopped):
             self._sink.finish(call)
             return
         self._sink.abandon(call)
-        if completed:
+        if completed and self.is_open and call.seen != call.expected:
             missing = [self._sites[index].name for index in call.made if not call.seen >> index & 1]
             raise CaptureError(
                 f"{self._owner} ran without making {', '.join(map(repr, missing))}: the modules behind these sites "

@@ -42,6 +42,9 @@ class Reader(Protocol):
         """Whether the call of this thread has yet to make a value for it."""
         ...
 
+    def mark_stopped(self) -> None:
+        """Take note that the call of this thread ends here, with all that was asked."""
+
 
 class HookSet:
     """The hooks and overrides of one probe."""
@@ -78,7 +81,11 @@ class HookSet:
     def may_stop(self) -> bool:
         """Whether a probe on the base model wants to end the forward and none still waits for a value."""
         readers = self._joined[0].readers if self._joined is not None else ()
-        return any(reader.wants_stop for reader in readers) and not any(reader.is_waiting() for reader in readers)
+        if not any(reader.wants_stop for reader in readers) or any(reader.is_waiting() for reader in readers):
+            return False
+        for reader in readers:
+            reader.mark_stopped()
+        return True
 
     def remove(self) -> None:
         """Take everything off again."""

@@ -9,7 +9,7 @@ Hides the order of tensors in a shard and the turns of the two buffers. Must nev
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class _Pending:
     selection: Selection | None = None
     values: dict[int, Tensor] | None = None
     input_ids: Tensor | None = None
+    # values beyond the range of float8, counted where the values are made
+    overflow: dict[int, Tensor] = field(default_factory=dict)
 
 
 class StoreSink:
@@ -230,7 +232,7 @@ class StoreSink:
         site, stored, unit = self._sites[index], self._stored[index], self._unit
         overflow = None
         if stored.dtype == torch.float8_e4m3fn:
-            overflow = unit.overflow.setdefault(index, torch.zeros((), dtype=torch.int64, device=value.device))
+            overflow = pending.overflow.setdefault(index, torch.zeros((), dtype=torch.int64, device=value.device))
         start, count = unit.used.of(stored.kind), room_for(selection).of(stored.kind)
         target = unit.buffer.target(index, start, start + count, overflow)
         if stored.kind == "attention":
@@ -255,6 +257,8 @@ class StoreSink:
         unit.lengths.extend(selection.lengths)
         unit.input_ids.append(pending.input_ids)
         unit.used = unit.used.plus(room_for(selection))
+        for index, count in pending.overflow.items():
+            unit.overflow[index] = unit.overflow[index] + count if index in unit.overflow else count
         if batch is not None and batch.records is not None:
             unit.records.extend(encode_record(record) for record in batch.records)
         self._next_example += len(selection.lengths)

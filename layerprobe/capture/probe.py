@@ -22,6 +22,7 @@ from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import describe_model
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import unwrap
+from layerprobe.store.format import checksum
 from layerprobe.store.writer import ShardWriter
 from layerprobe.version import __version__
 
@@ -164,10 +165,22 @@ class Probe(AbstractContextManager["Probe"]):
 
 
 def describe_pool(pool: Pool) -> str | None:
-    """Name a pool for `store.json`."""
+    """Name a pool for `store.json`: a callable by its name and by what tells it from another of that name.
+
+    What has an address in it (an object among its constants or attributes) is another at each start, and a run with it
+    is not gone on with: rather that than the vectors of another function.
+    """
     if pool is None or isinstance(pool, str):
         return pool
-    return f"{getattr(pool, '__module__', '?')}.{getattr(pool, '__qualname__', type(pool).__qualname__)}"
+    name = f"{getattr(pool, '__module__', '?')}.{getattr(pool, '__qualname__', type(pool).__qualname__)}"
+    code = getattr(pool, "__code__", None)
+    if code is None:
+        content = repr((pool, getattr(pool, "__dict__", None)))
+    else:
+        cells = [cell.cell_contents for cell in getattr(pool, "__closure__", None) or ()]
+        defaults = (getattr(pool, "__defaults__", None), getattr(pool, "__kwdefaults__", None))
+        content = repr((code.co_code, code.co_consts, code.co_names, defaults, cells))
+    return f"{name}#{checksum(content.encode())}"
 
 
 def _open_store_sink(model: nn.Module, to: str | Path, pool: Pool, dtype: torch.dtype | None) -> StoreSink:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerprobe.capture.attention import watch_attention
 from layerprobe.capture.calls import Call, Sink, Source, read_context
-from layerprobe.capture.compiled import Port, forget_compiled_graphs, is_compiled
+from layerprobe.capture.compiled import Port, forget_compiled_graphs, has_compiled
 from layerprobe.capture.direct import watch_direct_calls
 from layerprobe.capture.frames import ROOT, Frames
 from layerprobe.capture.hooks import HookSet, Stop
@@ -26,7 +27,6 @@ from layerprobe.capture.recompute import watch_second_runs
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import ModelMap, Part, Site, map_model
 from layerprobe.sites.stacks import calls_forward
-from layerprobe.sites.weights import EagerTwin
 
 __all__ = ["ProbeRegistry"]
 
@@ -70,11 +70,6 @@ class ProbeRegistry:
         self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner)
         self._port = Port(self, next((p.device for p in self._root.parameters()), torch.device("cpu")))
         self._points = self._group_points()
-        self._biases = {
-            site.part.bias: mapped.model.get_parameter(site.part.bias)
-            for site in self.sites
-            if site.part is not None and site.part.bias is not None
-        }
         self._hooks = HookSet()
 
     def __enter__(self) -> "ProbeRegistry":
@@ -92,7 +87,7 @@ class ProbeRegistry:
         """
         if self._hooks:
             raise CaptureError(f"the probe is already attached to {self._mapped.owner}. Leave its with block first.")
-        has_graphs = is_compiled(self._given, self._root)
+        has_graphs = has_compiled()
         try:
             self._port.open()
             self._attach_frames()
@@ -108,11 +103,13 @@ class ProbeRegistry:
         except BaseException:
             self.detach()
             raise
+        self._frames.is_open = True
         if has_graphs:
             forget_compiled_graphs()
 
     def detach(self) -> None:
         """Take every hook off, and abandon calls that were cut short."""
+        self._frames.is_open = False
         self._hooks.remove()
         self._port.close()
         self._frames.drain()
@@ -151,7 +148,7 @@ class ProbeRegistry:
 
         def enter_root(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
             if torch.compiler.is_compiling():
-                port.enter(ROOT, None, None, None)
+                port.enter(ROOT, None, None, None, False)
             else:
                 frames.enter_root(sys._getframe(1))
 
@@ -161,10 +158,14 @@ class ProbeRegistry:
         parameters = list(inspect.signature(type(base).forward).parameters)[1:]
         frames, port = self._frames, self._port
 
-        def enter_base(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter_base(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            if kwargs is None:  # torch: the hook came off while those of this module ran
+                return
             given = dict(zip(parameters, args, strict=False)) | kwargs
             if torch.compiler.is_compiling():
-                port.enter(number, given.get("input_ids"), given.get("attention_mask"), given.get("inputs_embeds"))
+                cached = given.get("past_key_values") is not None
+                ids, mask, embeds = (given.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds"))
+                port.enter(number, ids, mask, embeds, cached)
             elif module is not base:
                 raise CaptureError(
                     f"a copy of {self._mapped.owner} runs with the hooks of this probe: nn.DataParallel makes such "
@@ -193,16 +194,22 @@ class ProbeRegistry:
         leave, stop = self._make_exit(number), self.wants_stop
         watch_direct_calls(self._hooks, self._root, number, self._frames, enter, leave, wants_stop=stop)
 
-    def enter_compiled(self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None) -> None:
+    def enter_compiled(
+        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
+    ) -> None:
         """Take note, from a running graph, that a module was called."""
         if stack == ROOT:
             self._frames.enter_root(None)
         else:
             given = {"input_ids": ids, "attention_mask": mask, "inputs_embeds": embeds}
-            self._frames.enter_base(stack, read_context(given), None)
+            context = read_context(given)
+            # the length of a cache is no number that a graph of all lengths can give
+            self._frames.enter_base(stack, replace(context, first_position=None) if cached else context, None)
 
     def receive_compiled(self, point: int, value: Tensor) -> None:
         """Take a value from a running graph, whose memory the graph will use again."""
+        if getattr(self._sink, "keeps_gradients", False):
+            raise OptionError("gradients=True does not go with a compiled model: probe the model without compiling it.")
         call = self._frames.current()
         if call is not None:
             keeps = not getattr(self._sink, "copies_at_once", False)
@@ -216,7 +223,8 @@ class ProbeRegistry:
 
     def _attach_point(self, point: _Point) -> None:
         if point.takes == "weights":
-            self._attach_weights(point)
+            deliver = functools.partial(self._receive_at, point=point)
+            watch_attention(self._hooks, point.module, point.key, self._frames, self._port, deliver)
             return
         # Run at every layer of every call, so without the calls that would make it shorter.
         frames, get_ident, port, key = self._frames.by_thread, threading.get_ident, self._port, point.key
@@ -226,7 +234,9 @@ class ProbeRegistry:
             receive, which = self._receive, point.indices[0]
         if point.takes == "input":
 
-            def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+                if kwargs is None:
+                    return
                 value = args[0] if args else next(iter(kwargs.values()))
                 if torch.compiler.is_compiling():
                     port.receive(key, value)
@@ -248,44 +258,6 @@ class ProbeRegistry:
         """Whether the module makes one whole value for one site."""
         site = self.sites[point.indices[0]]
         return len(point.indices) == 1 and site.call_index is None and site.part is None and not point.is_chunked
-
-    def _attach_weights(self, point: _Point) -> None:
-        """Watch an attention module and its children, and let its twin work the weights out."""
-        current, port, key = self._frames.current, self._port, point.key
-        # A graph traces one twin that is there beforehand; threads that run Python have one per call.
-        traced = EagerTwin(point.module, checks=False)
-
-        def twin_of() -> EagerTwin | None:
-            if torch.compiler.is_compiling():
-                return traced
-            call = current()
-            return call.twins.get(key) if call is not None else None
-
-        def start(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if torch.compiler.is_compiling():
-                traced.clear()
-            elif (call := current()) is not None:
-                call.twins[key] = EagerTwin(module)
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str) -> None:
-            if (twin := twin_of()) is not None:
-                twin.note(name, args[0] if args else next(iter(kwargs.values()), None), output)
-
-        def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if (twin := twin_of()) is None:
-                return
-            weights_BHSS = twin.finish(args, kwargs, output)
-            if torch.compiler.is_compiling():
-                port.receive(key, weights_BHSS)
-                traced.clear()
-            elif (call := current()) is not None:
-                call.twins.pop(key)
-                self._receive_at(call, point, weights_BHSS)
-
-        self._hooks.keep(point.module, point.module.register_forward_pre_hook(start))
-        for name, child in point.module.named_children():
-            self._hooks.keep(child, child.register_forward_hook(functools.partial(note, name=name), with_kwargs=True))
-        self._hooks.keep(point.module, point.module.register_forward_hook(finish, with_kwargs=True))
 
     def _receive_at(self, call: Call, point: _Point, value: Any) -> None:
         """Take a value that is a chunk, or one of several calls, or several sites at once."""
@@ -313,7 +285,7 @@ class ProbeRegistry:
             return value.chunk(3, dim=-1)[part.index]
         by_head = value.unflatten(-1, (part.num_heads, 3, -1))
         third = by_head[..., part.index, :].flatten(-2)
-        return third if part.bias is None else third + self._biases[part.bias]
+        return third if part.bias is None else third + self._root.get_parameter(part.bias)
 
     def _join_gradients(self, part: Part | None, gradients: Sequence[Tensor]) -> Tensor:
         """Make the gradient of a value out of those of what it is made of."""
@@ -328,8 +300,8 @@ class ProbeRegistry:
                 f"{self.sites[index].name!r} of {self._mapped.owner} was made twice in one call: its module runs "
                 "several times, and one value would hide the others. Ask for the sites of single layers."
             )
-        self._sink.receive(call, index, value)
         call.seen |= 1 << index
+        self._sink.receive(call, index, value)
         if call.seen == call.expected and self._hooks.may_stop():
             raise Stop
 
@@ -348,6 +320,10 @@ class ProbeRegistry:
         """Whether the call of this thread has yet to make a site."""
         call = self._frames.current()
         return call is not None and (call.seen != call.expected or bool(call.ahead))
+
+    def mark_stopped(self) -> None:
+        """Take note that the call of this thread ends early, with all that was asked."""
+        self._frames.mark_stopped()
 
     def _override_forwards(self) -> None:
         """Find where a stopped forward may come out: at a wrapper of `torch.compile`, else at the model and its bases.

@@ -1,6 +1,6 @@
 """Where captured values go: memory, a callable, or a store.
 
-Each sink is a `registry.Sink`. `MemorySink` and `CallableSink` pass on what the model made; `StoreSink` packs rows into
+Each sink is a `calls.Sink`. `MemorySink` and `CallableSink` pass on what the model made; `StoreSink` packs rows into
 shard buffers and hands full ones to the writer.
 
 Must never know of modules or hooks.
@@ -64,6 +64,8 @@ class CapturedCall(Mapping[str, Value]):
     def positions(self) -> range:
         """Positions of the S tokens of this call: under `generate` with a cache, one new position a call."""
         first = self._context.first_position
+        if first is None:
+            raise CaptureError("positions are not known: the model was compiled and called with a key-value cache.")
         return range(first, first + (self._context.shape[1] if self._context.shape else 0))
 
     @property

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import xxhash
+
 from layerprobe.errors import InputError
 
-__all__ = ["Record", "TextSource", "open_source"]
+__all__ = ["InputDigest", "Record", "TextSource", "check_text", "open_source"]
 
 _MOST_FIELD_CHARACTERS = (1 << 31) - 1
 _SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
@@ -29,6 +31,53 @@ class Record:
 
     text: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+class InputDigest:
+    """A fingerprint of records, in their order; equal for the same input and, in all likelihood, for no other."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._hash = xxhash.xxh3_128()
+        self._count = 0
+
+    def add(self, record: Record) -> int:
+        """Take in one record; gives its bytes as JSON.
+
+        Raises:
+            InputError: half a character in the text, or fields that are no JSON.
+        """
+        check_text(record.text, self._name, self._count)
+        try:
+            line = json.dumps([record.text, record.fields], ensure_ascii=False, sort_keys=True, default=str).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{self._name}, text {self._count}: its other fields cannot be kept as JSON ({error}). "
+                "Leave them out or clean them."
+            ) from error
+        self._hash.update(line + b"\n")
+        self._count += 1
+        return len(line)
+
+    def hexdigest(self) -> str:
+        """Give the fingerprint as 32 hexadecimal digits."""
+        return self._hash.hexdigest()
+
+
+def check_text(text: str, name: str, number: int) -> str:
+    """Refuse a text that no tokenizer takes.
+
+    Raises:
+        InputError: it holds half a character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name}, text {number}: holds half a character ({text[error.start]!r} at {error.start}), which no "
+            "tokenizer takes. Clean the text first."
+        ) from error
+    return text
 
 
 @dataclass(frozen=True)
@@ -69,7 +118,10 @@ def open_source(texts: Any, field: str = "text") -> TextSource:
 
 
 def _open_path(path: str, field: str) -> TextSource:
+    if not path:
+        raise InputError("no input '': give a path, or '-' for standard input.")
     if path == "-":
+        _refuse_field("standard input", field)
         return _spool_stdin()
     if path.startswith("hf:"):
         raise InputError(f"{path!r}: data sets of the hub are not read yet. Save it as .jsonl or .parquet first.")
@@ -92,6 +144,8 @@ def _open_path(path: str, field: str) -> TextSource:
 
     def iterate() -> Iterator[Record]:
         for file in files:
+            if not file.is_file():
+                raise InputError(f"{file}: is gone. Put it back and run the same command again.")
             yield from _READERS[file.suffix.lower()](file, field)
 
     return TextSource(path, iterate)
@@ -158,7 +212,13 @@ def _strip_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def _read_txt(path: Path, _: str) -> Iterator[Record]:
+def _refuse_field(name: str, field: str) -> None:
+    if field != "text":
+        raise InputError(f"{name}: is plain text and has no field {field!r}. Leave out the field.")
+
+
+def _read_txt(path: Path, field: str) -> Iterator[Record]:
+    _refuse_field(str(path), field)
     with open(path, "rb") as file:
         for _number, line in _decode_lines(file, str(path)):
             yield Record(_strip_end(line))
@@ -186,6 +246,9 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
         lines = (line for _, line in _decode_lines(file, str(path)))
         reader = csv.DictReader(lines, strict=True)
         try:
+            names = reader.fieldnames or ()
+            if len(set(names)) < len(names):
+                raise InputError(f"{path}, line 1: names a column twice. Rename one.")
             for record in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in record or None in record.values():

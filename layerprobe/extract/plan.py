@@ -7,7 +7,6 @@ Hides estimates and checks. Runs the model once, on one short text, to learn how
 """
 
 import itertools
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import nn
 
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe, describe_pool
@@ -23,8 +21,8 @@ from layerprobe.capture.select import Pool, check_pool, resolve_dtype
 from layerprobe.capture.units import measure_site
 from layerprobe.errors import InputError, ModelError, OptionError, SpaceError
 from layerprobe.extract.batching import tokenize
-from layerprobe.extract.inputs import Record, TextSource, open_source
-from layerprobe.extract.resume import check_folder, find_done
+from layerprobe.extract.inputs import InputDigest, Record, TextSource, check_text, open_source
+from layerprobe.extract.resume import check_finite, check_folder, find_done
 from layerprobe.models import LoadedModel, describe_model, describe_tokenizer, load_model, load_tokenizer
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.store.format import ShardHeader, fingerprint_of
@@ -172,7 +170,8 @@ class Plan:
         place = self.folder.absolute()
         while not place.exists():
             place = place.parent
-        return shutil.disk_usage(place).free
+        replaced = self.folder.glob("shard-*.safetensors") if self.overwrite else ()
+        return shutil.disk_usage(place).free + sum(file.stat().st_size for file in replaced)
 
     def units(self) -> Iterator[Unit]:
         """Go through the units of the input."""
@@ -227,7 +226,9 @@ def plan_extraction(
     max_length = _choose_max_length(model, tokenizer, options.max_length)
     stored = _measure_sites(model, tokenizer, sites, options)
     sample = list(itertools.islice(source, _SAMPLE_EXAMPLES))
-    sampled = tokenize(tokenizer, [_checked(record.text, source, n) for n, record in enumerate(sample)], max_length)
+    sampled = tokenize(
+        tokenizer, [check_text(record.text, source.name, n) for n, record in enumerate(sample)], max_length
+    )
     whole = [
         (len(r.text.encode()), len(i))
         for r, i, cut in zip(sample, sampled.ids, sampled.truncated, strict=True)
@@ -254,6 +255,8 @@ def plan_extraction(
     # beside the values: an id per token; an ordinal and two offsets per example; the records
     num_bytes = value_bytes + 8 * num_tokens + 24 * survey.num_examples + survey.record_bytes
     done, num_damaged = ({}, 0) if overwrite else find_done(folder, description)
+    if options.nonfinite == "error":
+        check_finite(done.values())
     plan = Plan(
         folder, model, tokenizer, source, options, sites, stored, rule, batch_tokens, survey.num_examples,
         survey.num_units, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite,
@@ -278,42 +281,17 @@ class _Survey:
 
 def _survey(source: TextSource, rule: UnitRule) -> _Survey:
     """Go through the whole input once: count, estimate, and take its fingerprint."""
-    digest = xxhash.xxh3_128()
+    digest = InputDigest(source.name)
     num_examples = num_tokens = num_units = value_bytes = record_bytes = 0
     for unit in rule.cut(iter(source)):
         for record in unit.records:
-            _checked(record.text, source, num_examples)
-            line = _encode(record, source, num_examples)
-            digest.update(line)
-            digest.update(b"\n")
-            record_bytes += len(line)
+            record_bytes += digest.add(record)
             num_examples += 1
             tokens = rule.estimate_tokens(len(record.text.encode()))
             num_tokens += tokens
             value_bytes += rule.cost(tokens)
         num_units += 1
     return _Survey(num_examples, num_tokens, num_units, value_bytes, record_bytes, digest.hexdigest())
-
-
-def _encode(record: Record, source: TextSource, number: int) -> bytes:
-    try:
-        return json.dumps([record.text, record.fields], ensure_ascii=False, sort_keys=True, default=str).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{source.name}, text {number}: its other fields cannot be kept as JSON ({error}). "
-            "Leave them out or clean them."
-        ) from error
-
-
-def _checked(text: str, source: TextSource, number: int) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{source.name}, text {number}: holds half a character ({text[error.start]!r} at {error.start}), which no "
-            "tokenizer takes. Clean the text first."
-        ) from error
-    return text
 
 
 def _get_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | None) -> tuple[nn.Module, Any]:

@@ -5,13 +5,14 @@ missing. Must never write.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from layerprobe.errors import PlanError, StoreError
+from layerprobe.errors import NonFiniteError, PlanError, StoreError
 from layerprobe.store.format import STORE_FILE, ShardHeader, parse_shard_name, read_header, read_json
 
-__all__ = ["check_folder", "find_done"]
+__all__ = ["check_finite", "check_folder", "find_done"]
 
 
 def check_folder(folder: Path) -> None:
@@ -43,6 +44,21 @@ def _find_existing(path: Path) -> Path:
             return path
         except (FileNotFoundError, NotADirectoryError):
             path = path.parent
+
+
+def check_finite(headers: Iterable[ShardHeader]) -> None:
+    """Make sure that what is there keeps to `nonfinite="error"`, under whichever policy it was written.
+
+    Raises:
+        NonFiniteError: a shard counts values that are not finite.
+    """
+    for header in headers:
+        if header.nonfinite:
+            listed = ", ".join(f"{count} at {site!r}" for site, count in header.nonfinite.items())
+            raise NonFiniteError(
+                f"{header.file}: was written with values that are not finite or do not fit the dtype: {listed}. "
+                "Keep nonfinite='warn', or pass --overwrite with a wider dtype."
+            )
 
 
 def find_done(folder: Path, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:

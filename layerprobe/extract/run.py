@@ -22,8 +22,9 @@ from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe
 from layerprobe.capture.select import Pool, resolve_dtype
 from layerprobe.capture.units import AnnouncedBatch
-from layerprobe.errors import StoreError
+from layerprobe.errors import InputError, StoreError
 from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.inputs import InputDigest
 from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, plan_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, flush_tree, make_folder, parse_shard_name
@@ -186,11 +187,19 @@ def run_extraction(plan: Plan, progress: bool = False) -> RunReport:
         mininterval=interval_s,
         delay=interval_s,
     )
+    digest = InputDigest(plan.source.name)
     with bar, _evaluating(plan.model), torch.inference_mode(), probe:
         for unit in plan.units():
+            for record in unit.records:
+                digest.add(record)
             if unit.number not in plan.done:
                 _run_unit(plan, sink, unit, report, bar)
                 bar.set_postfix_str(_describe_pace(report, writer.num_bytes, time.perf_counter() - start), False)
+    if digest.hexdigest() != plan.description["input"]["hash"]:
+        raise InputError(
+            f"{plan.source.name}: changed while the run was under way, so {plan.folder} holds parts of two inputs. "
+            "Run again with --overwrite, or into another folder."
+        )
     headers = [*plan.done.values(), *writer.committed]
     commit_index(plan.folder, headers)
     report.num_bytes = writer.num_bytes
@@ -243,11 +252,12 @@ def _prepare_store(plan: Plan) -> None:
     folder = plan.folder
     try:
         make_folder(folder)
+        # first of all: an index beside missing shards would call the store complete
+        (folder / INDEX_FILE).unlink(missing_ok=True)
         for file in list(folder.iterdir()):
-            leftover = file.name.endswith(".tmp")
+            own = _is_own(file.name.removesuffix(".tmp"))
             replaced = plan.overwrite and (file.name == TOKENIZER_FOLDER or parse_shard_name(file.name) is not None)
-            # an index beside missing shards would call the store complete
-            if leftover or replaced or file.name == INDEX_FILE:
+            if replaced or (own and file.name.endswith(".tmp")):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
         if not (folder / STORE_FILE).exists() or plan.overwrite:
             commit_description(folder, plan.description)
@@ -261,6 +271,10 @@ def _prepare_store(plan: Plan) -> None:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{folder}: cannot be written ({error.strerror or error}). Choose another folder.") from error
+
+
+def _is_own(name: str) -> bool:
+    return name in (STORE_FILE, INDEX_FILE, TOKENIZER_FOLDER) or parse_shard_name(name) is not None
 
 
 @contextlib.contextmanager

@@ -290,7 +290,9 @@ def read_header(path: Path) -> ShardHeader:
     try:
         header = _parse_header(text)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise FormatError(f"{path}: its header is damaged ({error}). Run 'layerprobe info' on its folder.") from error
+        raise FormatError(
+            f"{path}: its header is damaged ({error}). Remove it and run the same extraction again to make it anew."
+        ) from error
     end = max((entry.stop for entry in header.tensors.values()), default=0)
     if 8 + length + end != size:
         raise FormatError(f"{path}: holds {size} bytes, its header asks for {8 + length + end}. The file is cut.")

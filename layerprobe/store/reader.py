@@ -7,13 +7,14 @@ Hides files, mappings and the order of rows inside a shard. Must never know of m
 """
 
 import json
+import operator
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from layerprobe.store.format import (
     read_header,
     read_json,
 )
-from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo, pool_packed
+from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo, check_index, pool_packed
 
 __all__ = ["Example", "SiteView", "Store", "open_store"]
 
@@ -188,6 +189,7 @@ class Store:
             for shard in shards:
                 if parse_shard_name(shard.file) is None:
                     raise FormatError(f"{self.folder / INDEX_FILE}: {shard.file!r} is not the name of a shard.")
+            check_index(self.folder / INDEX_FILE, self.index, shards)
             return shards
         headers = [read_header(path) for path in self.folder.iterdir() if parse_shard_name(path.name) is not None]
         return [ShardInfo(h.file, h.first_example, h.num_examples, h.num_tokens) for h in headers]
@@ -257,10 +259,6 @@ class SiteView(Sequence[Tensor | ScaledRows]):
     def __len__(self) -> int:
         return len(self.store)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor | ScaledRows: ...
-    @overload
-    def __getitem__(self, index: slice | Sequence[int]) -> list[Tensor | ScaledRows]: ...  # type: ignore[override]
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[ordinal] for ordinal in list(self.store.ordinals())[index]]
@@ -269,7 +267,10 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             if ordinals.size and ordinals.dtype.kind not in "iu":
                 raise OptionError(f"{self.site!r} is indexed by ordinals: an index of {ordinals.dtype} is none.")
             return [self[int(ordinal)] for ordinal in ordinals]
-        shard, ordinal = self.store._find(int(index))
+        try:
+            shard, ordinal = self.store._find(operator.index(index))
+        except TypeError as error:
+            raise OptionError(f"{self.site!r} is indexed by ordinals, not by {index!r}.") from error
         position, start, stop = shard.span(ordinal)
         if self.kind == "attention":
             length, first = stop - start, self.width * shard.pairs_before[position]
@@ -300,12 +301,12 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             return ScaledRows(values, shard.tensor(self.site + SCALE_SUFFIX)[where])
         return values
 
-    def pooled(self, pool: str = "mean") -> Tensor:
+    def pooled(self, pool: str | None = None) -> Tensor:
         """Reduce each example to one vector, in the order of the input.
 
         Args:
-            pool: `mean`, `max`, `cls` (first token) or `last`, over all real tokens, special ones included. A store
-                that was pooled already takes only its own.
+            pool: `mean`, `max`, `cls` (first token) or `last`, over all real tokens, special ones included; None for
+                `mean`. A site with one vector per example was pooled already, and takes only None or its own.
 
         Returns:
             float32 `[N, D]`. An example without tokens gives NaN.
@@ -316,16 +317,18 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         Cost: one pass over the site, one shard in float32 at a time.
         """
         self._refuse_attention("pooled")
-        if pool not in ("mean", "max", "cls", "last"):
+        if pool not in (None, "mean", "max", "cls", "last", self.store.pool):
             raise OptionError(f"no pool {pool!r}: use mean, max, cls or last.")
-        if self.kind != "token" and self.store.pool not in (pool, None):
-            raise OptionError(f"{self.site!r} was pooled by {self.store.pool!r} when it was stored, not {pool!r}.")
+        if self.kind != "token" and pool not in (None, self.store.pool):
+            raise OptionError(
+                f"{self.site!r} has one vector per example (pool: {self.store.pool}), not one by {pool!r}."
+            )
         out = torch.empty(len(self), self.width, dtype=torch.float32)
         row = 0
         for shard in self.store.iter_shards():
             vectors = self._take(shard, slice(None)).float()
             if self.kind == "token":
-                vectors = pool_packed(vectors, shard.tensor("offsets"), pool)
+                vectors = pool_packed(vectors, shard.tensor("offsets"), pool or "mean")
             count = shard.header.num_examples
             out[row : row + count] = vectors[torch.tensor(shard.position, dtype=torch.long)]
             row += count

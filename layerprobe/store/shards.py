@@ -5,9 +5,11 @@ Must never know of stores or sites.
 """
 
 import mmap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from layerprobe.errors import FormatError
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, checksum, read_header
 
-__all__ = ["MappedShard", "ScaledRows", "ShardInfo", "pool_packed"]
+__all__ = ["MappedShard", "ScaledRows", "ShardInfo", "check_index", "pool_packed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,8 @@ class MappedShard:
         self.header: ShardHeader = read_header(path)
         if self.header.fingerprint != fingerprint:
             raise FormatError(f"{path}: belongs to another run than {STORE_FILE} beside it.")
-        if (self.header.first_example, self.header.num_examples) != (info.first_example, info.num_examples):
+        counts = (self.header.first_example, self.header.num_examples, self.header.num_tokens)
+        if counts != (info.first_example, info.num_examples, info.num_tokens):
             raise FormatError(f"{path}: does not hold the examples that {INDEX_FILE} says.")
         self._path = path
         self._check = check
@@ -124,12 +127,29 @@ class MappedShard:
         return position, self.offsets[position], self.offsets[position + 1]
 
 
+def check_index(path: Path, index: Mapping[str, Any], shards: Sequence[ShardInfo]) -> None:
+    """Make sure that an index names shards without a gap, with the counts that it says.
+
+    Raises:
+        FormatError: it does not.
+    """
+    place = 0
+    for shard in sorted(shards, key=lambda shard: shard.first_example):
+        if shard.first_example != place:
+            raise FormatError(f"{path}: is damaged: no shard has example {place}.")
+        place += shard.num_examples
+    if (place, sum(shard.num_tokens for shard in shards)) != (index.get("examples"), index.get("tokens")):
+        raise FormatError(f"{path}: is damaged: its shards do not add up to the counts that it says.")
+
+
 def pool_packed(rows_TD: Tensor, offsets: Tensor, pool: str) -> Tensor:
     """Reduce packed float32 rows to one vector per example, `[N, D]`."""
     if pool in ("mean", "max"):
         return torch.segment_reduce(rows_TD, pool, offsets=offsets, axis=0, initial=None).masked_fill_(
             (offsets[1:] == offsets[:-1])[:, None], float("nan")
         )
+    if not len(rows_TD):
+        return rows_TD.new_full((len(offsets) - 1, rows_TD.shape[1]), float("nan"))
     picked = offsets[:-1] if pool == "cls" else offsets[1:] - 1
     empty = offsets[1:] == offsets[:-1]
     return rows_TD[picked.masked_fill(empty, 0)].masked_fill_(empty[:, None], float("nan"))

@@ -1,0 +1,75 @@
+"""Watch an attention module and its children, and let its twin work the weights out.
+
+The children tell what they gave, so that nothing is computed twice; the weights are there once the module is done.
+
+Hides the hooks that this takes. Must never know what becomes of the weights.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerprobe.capture.calls import Call
+from layerprobe.capture.compiled import Port
+from layerprobe.capture.frames import Frames
+from layerprobe.capture.hooks import HookSet
+from layerprobe.sites.weights import EagerTwin
+
+__all__ = ["watch_attention"]
+
+# What torch leaves out for a hook that came off while those of its module ran.
+_GONE: Any = object()
+
+
+def watch_attention(
+    hooks: HookSet, module: nn.Module, key: int, frames: Frames, port: Port, deliver: Callable[..., None]
+) -> None:
+    """Hook one attention module.
+
+    Args:
+        hooks: What takes the hooks off again.
+        module: What mixes the heads.
+        key: Its number among the points of the probe.
+        frames: Tell which call is under way.
+        port: The way out of a compiled graph.
+        deliver: Called with the call and `value=`, the `[B, H, S, S]` weights.
+    """
+    current = frames.current
+    # A graph traces one twin that is there beforehand; threads that run Python have one per call.
+    traced = EagerTwin(module, checks=False)
+
+    def twin_of() -> EagerTwin | None:
+        if torch.compiler.is_compiling():
+            return traced
+        call = current()
+        return call.twins.get(key) if call is not None else None
+
+    def start(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling():
+            traced.clear()
+        elif (call := current()) is not None:
+            call.twins[key] = EagerTwin(module)
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any = _GONE, *, name: str) -> None:
+        if output is not _GONE and (twin := twin_of()) is not None:
+            twin.note(name, args[0] if args else next(iter(kwargs.values()), None), output)
+
+    def finish(module: nn.Module, args: Any, kwargs: Any, output: Any = _GONE) -> None:
+        if output is _GONE or (twin := twin_of()) is None:
+            return
+        weights_BHSS: Tensor = twin.finish(args, kwargs, output)
+        call: Call | None
+        if torch.compiler.is_compiling():
+            port.receive(key, weights_BHSS)
+            traced.clear()
+        elif (call := current()) is not None:
+            call.twins.pop(key)
+            deliver(call, value=weights_BHSS)
+
+    hooks.keep(module, module.register_forward_pre_hook(start))
+    for name, child in module.named_children():
+        hooks.keep(child, child.register_forward_hook(functools.partial(note, name=name), with_kwargs=True))
+    hooks.keep(module, module.register_forward_hook(finish, with_kwargs=True))
