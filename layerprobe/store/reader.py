@@ -320,9 +320,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         if pool not in (None, "mean", "max", "cls", "last", self.store.pool):
             raise OptionError(f"no pool {pool!r}: use mean, max, cls or last.")
         if self.kind != "token" and pool not in (None, self.store.pool):
-            raise OptionError(
-                f"{self.site!r} has one vector per example (pool: {self.store.pool}), not one by {pool!r}."
-            )
+            raise OptionError(f"{self.site!r} has one vector per example, pooled by {self.store.pool}, not {pool!r}.")
         out = torch.empty(len(self), self.width, dtype=torch.float32)
         row = 0
         for shard in self.store.iter_shards():
