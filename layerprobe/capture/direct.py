@@ -14,7 +14,6 @@ from torch import nn
 
 from layerprobe.capture.frames import Frames
 from layerprobe.capture.hooks import HookSet
-from layerprobe.errors import OptionError
 
 __all__ = ["watch_direct_calls"]
 
@@ -26,8 +25,6 @@ def watch_direct_calls(
     frames: Frames,
     enter: Callable[..., None],
     leave: Callable[..., None],
-    *,
-    wants_stop: bool,
 ) -> None:
     """Open and close a call around each run of a module's forward that its hooks do not see.
 
@@ -37,13 +34,7 @@ def watch_direct_calls(
         number: Its number among the frames.
         frames: Tell whether its hooks have seen the call.
         enter, leave: What the hooks would have called: with the module, the arguments and, to leave, the output.
-        wants_stop: Whether the forward is to end early.
-
-    Raises:
-        OptionError: it is: the wrapper could not go on without the output.
     """
-    if wants_stop:
-        raise OptionError("stop=True leaves a SentenceTransformer nothing to pool: pass and call model[0].auto_model.")
 
     def watch(inner: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(inner)

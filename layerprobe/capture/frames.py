@@ -106,10 +106,15 @@ class Frames:
         return frame.call is not None and bool(frame.call.seen & self._after)
 
     def mark_stopped(self) -> None:
-        """Take note that the innermost call of this thread ends early, having made all that was asked."""
+        """End the innermost call of this thread, as one that has made all that was asked.
+
+        Here and not as its frame closes: torch tells hooks nothing of an early end, so a probe without `stop` on the
+        base of a task model would not hear of it.
+        """
         frames = self.by_thread.get(threading.get_ident())
         if frames:
             frames[-1].is_stopped = True
+            self._end_call(frames[-1], completed=False)
 
     def leave(self, number: int, completed: bool) -> None:
         """Take note that a module is done; `completed` is False if it raised or was stopped."""

@@ -56,6 +56,7 @@ class ProbeRegistry:
     Raises:
         ArchitectureError: the model is not supported.
         SiteError: a pattern matches nothing.
+        OptionError: `stop` where nothing can end the forward early, or nothing could go on after it.
     """
 
     def __init__(self, model: nn.Module, sites: str | Sequence[str], sink: Sink, *, stop: bool = False) -> None:
@@ -67,6 +68,7 @@ class ProbeRegistry:
         self._given = model
         self._sink = sink
         self.wants_stop = stop
+        self._require_an_end()
         self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner)
         self._port = Port(self, next((p.device for p in self._root.parameters()), torch.device("cpu")))
         self._points = self._group_points()
@@ -191,8 +193,7 @@ class ProbeRegistry:
     def _watch_direct_calls(self) -> None:
         number = 0 if self._root is self._mapped.base else ROOT
         enter = self._make_root_entry() if number == ROOT else self._make_base_entry(0, self._root)
-        leave, stop = self._make_exit(number), self.wants_stop
-        watch_direct_calls(self._hooks, self._root, number, self._frames, enter, leave, wants_stop=stop)
+        watch_direct_calls(self._hooks, self._root, number, self._frames, enter, self._make_exit(number))
 
     def enter_compiled(
         self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
@@ -325,14 +326,18 @@ class ProbeRegistry:
         """Take note that the call of this thread ends early, with all that was asked."""
         self._frames.mark_stopped()
 
-    def _override_forwards(self) -> None:
-        """Find where a stopped forward may come out: at a wrapper of `torch.compile`, else at the model and its bases.
-
-        Raises:
-            OptionError: the model was compiled in place, and nothing of it can be wrapped.
-        """
-        if any(part._compiled_call_impl is not None for part in self._root.modules()):
+    def _require_an_end(self) -> None:
+        """Refuse `stop` where nothing of the model can be wrapped, or its wrapper could not do without the output."""
+        if self.wants_stop and any(part._compiled_call_impl is not None for part in self._root.modules()):
             raise OptionError("stop=True does not go with model.compile(): use torch.compile(model), or leave it out.")
+        if self.wants_stop and calls_forward(self._given):
+            raise OptionError(
+                "stop=True leaves a SentenceTransformer nothing to pool: pass and call model[0].auto_model."
+            )
+
+    def _override_forwards(self) -> None:
+        """Find where a stopped forward comes out: at a wrapper of `torch.compile`, else at the model and its bases."""
+        self._require_an_end()
         if "_orig_mod" in self._given._modules:
             self._hooks.override(self._given, "forward", functools.partial(self._end_early, None))
             return

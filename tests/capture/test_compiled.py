@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import layerprobe as lp
-from layerprobe.errors import OptionError
+from layerprobe.errors import CaptureError, OptionError
 
 LENGTHS = (5, 7, 16, 9, 33)
 ALL_SITES = ["embeddings", "layers.*", "layers.*.*.*", "layers.*.mid", "pooler"]
@@ -143,11 +143,77 @@ def test_compiled_forward_is_stopped_after_the_last_asked_site(tiny_bert: Any) -
     assert "forward" not in tiny_bert.__dict__
 
 
-def test_stop_of_a_model_compiled_in_place_is_refused_and_leaves_no_hook(tiny_bert: Any) -> None:
+def test_stop_of_a_model_compiled_in_place_is_refused_and_leaves_nothing(tiny_bert: Any, tmp_path: Path) -> None:
+    match = r"stop=True does not go with model\.compile\(\): use torch\.compile\(model\), or leave it out\."
+    early = lp.Probe(tiny_bert, "layers.0", stop=True)
     tiny_bert.compile(backend="eager")
-    with pytest.raises(OptionError, match=r"stop=True does not go with model\.compile\(\)"):
-        lp.Probe(tiny_bert, "layers.0", stop=True).__enter__()
+    with pytest.raises(OptionError, match=match):
+        lp.Probe(tiny_bert, "layers.0", to=tmp_path / "acts", stop=True)
+    assert not (tmp_path / "acts").exists()
+    with pytest.raises(OptionError, match=match):
+        early.__enter__()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny_bert.modules())
+
+
+class _Outer(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.model(**batch)
+
+
+def _compile_forward(model: Any) -> Any:
+    model.forward = _compile(model.forward)
+    return model
+
+
+WAYS = {
+    "function": lambda model: _compile(lambda **batch: model(**batch)),
+    "outer module": lambda model: _compile(_Outer(model)),
+    "forward": _compile_forward,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_hooks_put_on_after_a_graph_around_the_model_ran_fire(tiny_bert: Any, way: str) -> None:
+    """What was compiled cannot be found from the model."""
+    run = WAYS[way](tiny_bert)
+    with torch.no_grad():
+        run(**_batch(5))
+        for length in (7, 9):
+            with lp.Probe(tiny_bert, ["embeddings", "layers.*"]) as probe:
+                output = run(**_batch(length))
+            assert torch.equal(probe["layers.-1"], output.last_hidden_state)
+            assert torch.equal(probe.calls[0].input_ids, _batch(length)["input_ids"])
+
+
+def test_gradients_of_a_compiled_model_are_refused(tiny_bert: Any) -> None:
+    compiled = _compile(tiny_bert)
+    with (
+        pytest.raises(OptionError, match=r"gradients=True does not go with a compiled model: probe the model without"),
+        lp.Probe(compiled, "layers.*", gradients=True),
+    ):
+        compiled(**_batch(7))
+    assert not any(module._forward_hooks for module in tiny_bert.modules())
+
+
+def test_positions_of_a_compiled_decoder_with_a_cache_are_not_guessed(make_bert: Any) -> None:
+    from transformers import DynamicCache
+
+    model, batch = make_bert("BertLMHeadModel", is_decoder=True), _batch(5)
+    compiled = torch.compile(model, dynamic=True, backend="eager")
+    with torch.no_grad(), lp.Probe(compiled, "layers.*") as probe:
+        compiled(**batch, use_cache=False)
+        cache = compiled(**batch, past_key_values=DynamicCache(config=model.config)).past_key_values
+        mask = torch.ones(3, 6, dtype=torch.int64)
+        compiled(input_ids=batch["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+    assert probe.calls[0].positions == range(5)
+    for call in probe.calls[1:]:
+        with pytest.raises(CaptureError, match=r"positions are not known: the model was compiled and called with a"):
+            _ = call.positions
+    assert probe.calls[2]["layers.0"].shape == (3, 1, 32)
 
 
 def test_compiled_training_step_has_the_same_gradients_with_a_probe(make_bert: Any) -> None:

@@ -1,7 +1,6 @@
 """Others on the model: hooks of the user, transformers' own capture; and whatever is raised, wherever."""
 
 import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,14 +172,14 @@ def test_error_is_unchanged_and_leaves_nothing(
 ) -> None:
     model = make_bert()
     to = place(model, Fuse(error, at=2))
-    before = look_at(model)
+    before, hooks = look_at(model), list_hooks(model)
     with pytest.raises(type(error)) as caught, lp.Probe(model, ["layers.*"], to=to, stop=stop):
         _call(model, batch, times=2)
     assert caught.value is error
     assert error.__cause__ is None
     assert look_at(model) == before
     model(**batch)
-    assert not list_hooks(copy.deepcopy(make_bert()))
+    assert list_hooks(copy.deepcopy(model)) == hooks
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -211,6 +210,7 @@ def test_call_after_a_caught_error_goes_on_in_the_store(
 ) -> None:
     model = make_bert()
     _in_the_model(model, Fuse(error, at=2))
+    hooks = list_hooks(model)
     with lp.Probe(model, ["layers.1"], to=tmp_path / "acts"):
         for _ in range(3):
             try:
@@ -219,4 +219,88 @@ def test_call_after_a_caught_error_goes_on_in_the_store(
                 continue
     assert (tmp_path / "acts" / "index.json").exists()
     assert len(lp.open(tmp_path / "acts")) == 6
-    assert not list_hooks(pickle.loads(pickle.dumps(make_bert())))
+    assert list_hooks(copy.deepcopy(model)) == hooks == []
+
+
+ENDINGS = [ValueError("broke"), KeyboardInterrupt("pressed")]
+
+
+def _break_late(model: Any, fuse: Fuse) -> None:
+    """Raise in layer 2, which `layers.0` does not need."""
+    model.base_model.encoder.layer[2].attention.register_forward_pre_hook(fuse)
+
+
+@pytest.mark.parametrize("error", ENDINGS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("class_name", ["BertModel", "BertForSequenceClassification"])
+def test_call_that_raises_after_its_last_site_is_not_recorded(
+    make_bert: Any, batch: Any, error: BaseException, class_name: str
+) -> None:
+    model = make_bert(class_name)
+    expected = model(**batch, output_hidden_states=True).hidden_states
+    _break_late(model, Fuse(error))
+    with lp.Probe(model, "layers.0") as probe, lp.Probe(model.base_model, ["layers.*"]) as other:
+        with pytest.raises(type(error)) as caught:
+            model(**batch)
+        assert caught.value is error
+        model(**batch)
+    assert len(probe.calls) == len(other.calls) == 1
+    assert torch.equal(probe["layers.0"], expected[1])
+    assert torch.equal(other["layers.0"], expected[1])
+
+
+@pytest.mark.parametrize("error", ENDINGS, ids=lambda error: type(error).__name__)
+def test_rows_of_a_call_that_raises_after_its_last_site_are_not_stored(
+    make_bert: Any, batch: Any, tmp_path: Path, error: BaseException
+) -> None:
+    model, other = make_bert(), {name: value.flip(0) for name, value in batch.items()}
+    expected = model(**other, output_hidden_states=True).hidden_states[1]
+    _break_late(model, Fuse(error))
+    with lp.Probe(model, "layers.0", to=tmp_path / "acts"):
+        with pytest.raises(type(error)):
+            model(**batch)
+        model(**other)
+    rows = lp.open(tmp_path / "acts")["layers.0"]
+    assert len(rows) == len(expected)
+    for made, hidden, mask in zip(rows, expected, other["attention_mask"], strict=True):
+        assert torch.equal(made, hidden[mask.bool()])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("class_name", ["BertModel", "BertForSequenceClassification"])
+def test_early_end_is_recorded_by_every_probe_on_the_model(make_bert: Any, batch: Any, class_name: str) -> None:
+    model = make_bert(class_name)
+    hidden = model(**batch, output_hidden_states=True).hidden_states
+    _break_late(model, Fuse(ValueError("layer 2 was reached")))
+    with (
+        lp.Probe(model, "layers.0", stop=True) as first,
+        lp.Probe(model.base_model, "layers.1") as second,
+        lp.Probe(model, ["layers.0", "layers.1"], stop=True) as third,
+    ):
+        assert model(**batch) is None
+        assert model(**batch) is None
+    for probe, index in ((first, 0), (second, 1), (third, 0), (third, 1)):
+        assert len(probe.calls) == 2
+        assert all(torch.equal(made[f"layers.{index}"], hidden[index + 1]) for made in probe.calls)
+
+
+@pytest.mark.parametrize("place", ["layer", "embeddings", "base", "attention"])
+@pytest.mark.parametrize("before", [True, False])
+def test_probe_closed_by_a_hook_of_the_user_within_a_call_raises_nothing(
+    make_bert: Any, batch: Any, place: str, before: bool
+) -> None:
+    model = make_bert()
+    expected, hooks = model(**batch).last_hidden_state, list_hooks(model)
+    layer = model.encoder.layer[1]
+    places = {"layer": layer, "embeddings": model.embeddings, "base": model, "attention": layer.attention.self}
+    sites = ["layers.*", "module:encoder.layer.1:input", "layers.*.attention.weights", "layers.*.attention.query"]
+    probe = lp.Probe(model, sites)
+
+    def close(*_: Any) -> None:
+        probe.__exit__(None, None, None)
+
+    register = places[place].register_forward_pre_hook if before else places[place].register_forward_hook
+    with register(close, prepend=True):
+        probe.__enter__()
+        output = model(**batch).last_hidden_state
+    assert torch.equal(output, expected)
+    assert len(probe.calls) == 0
+    assert list_hooks(model) == hooks

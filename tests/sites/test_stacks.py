@@ -143,10 +143,10 @@ def test_error_within_a_sentence_transformer_leaves_nothing(sentences: Any) -> N
     assert len(after.calls) == 1
 
 
-def test_sentence_transformer_cannot_be_stopped(sentences: Any) -> None:
-    probe = lp.Probe(sentences, "layers.0", stop=True)
-    with pytest.raises(OptionError, match=r"nothing to pool: pass and call model\[0\]\.auto_model\."), probe:
-        pass
+def test_sentence_transformer_cannot_be_stopped(sentences: Any, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"nothing to pool: pass and call model\[0\]\.auto_model\."):
+        lp.Probe(sentences, "layers.0", to=tmp_path / "acts", stop=True)
+    assert not (tmp_path / "acts").exists()
     assert not any(module._forward_hooks for module in sentences.modules())
 
 
