@@ -24,6 +24,7 @@ ORDER = (
     "layerprobe.sites.stacks",
     "layerprobe.sites.resolve",
     "layerprobe.sites.weights",
+    "layerprobe.store.durable",
     "layerprobe.store.format",
     "layerprobe.store.shards",
     "layerprobe.store.writer",

@@ -27,7 +27,8 @@ from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, token
 from layerprobe.extract.inputs import InputDigest
 from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, plan_extraction
 from layerprobe.models import LoadedModel
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, flush_tree, make_folder, parse_shard_name
+from layerprobe.store.durable import flush_tree, make_folder
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.writer import ShardWriter, commit_description, commit_index
 from layerprobe.tables import format_bytes

@@ -21,6 +21,7 @@ import xxhash
 from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
+from layerprobe.store.durable import commit_file
 
 __all__ = [
     "FORMAT_VERSION",
@@ -35,8 +36,6 @@ __all__ = [
     "commit_bytes",
     "commit_shard",
     "fingerprint_of",
-    "flush_tree",
-    "make_folder",
     "parse_shard_name",
     "read_header",
     "read_json",
@@ -154,7 +153,7 @@ def commit_shard(folder: Path, header: ShardHeader, tensors: Sequence[tuple[str,
     """
     views = [(name, tensor, _view_bytes(tensor)) for name, tensor in tensors]
     head = _build_header(header, views)
-    _commit(folder / header.file, [head, *(view for _, _, view in views)])
+    commit_file(folder / header.file, [head, *(view for _, _, view in views)])
     return len(head) + sum(len(view) for _, _, view in views)
 
 
@@ -191,62 +190,7 @@ def commit_bytes(path: Path, data: bytes) -> None:
     Raises:
         StoreError: the system refused.
     """
-    _commit(path, [data])
-
-
-def _commit(path: Path, pieces: "Sequence[bytes | memoryview]") -> None:
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
-        try:
-            for piece in pieces:
-                _write_all(descriptor, piece)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(partial, path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be written ({error.strerror or error}). What was committed before stays readable; "
-            "run the same command again when the cause is gone."
-        ) from error
-
-
-def _write_all(descriptor: int, piece: "bytes | memoryview") -> None:
-    rest = memoryview(piece).cast("B")
-    while len(rest):
-        # Linux writes at most 2 GiB a call
-        rest = rest[os.write(descriptor, rest) :]
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, permanently."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        _flush_folder(path.parent)
-
-
-def flush_tree(folder: Path) -> None:
-    """Make a folder's files permanent, and their names in it."""
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows has no handle for a folder; its rename is durable by itself
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    commit_file(path, [data])
 
 
 def read_json(path: Path) -> dict[str, Any]:

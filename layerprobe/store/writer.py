@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import LayerProbeError, NonFiniteError, StoreError
+from layerprobe.store.durable import make_folder
 from layerprobe.store.format import (
     FORMAT_VERSION,
     INDEX_FILE,
@@ -29,7 +30,6 @@ from layerprobe.store.format import (
     ShardHeader,
     commit_bytes,
     commit_shard,
-    make_folder,
 )
 
 __all__ = [
