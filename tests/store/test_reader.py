@@ -61,6 +61,13 @@ def test_a_mask_is_no_index(write_store: WriteStore, index: Any) -> None:
         view[index]
 
 
+@pytest.mark.parametrize("index", [1.7, 1.0, "1", None, torch.tensor(1.7)], ids=repr)
+def test_what_is_no_whole_number_is_no_index(write_store: WriteStore, index: Any) -> None:
+    view = open_store(write_store().folder)["layers.0"]
+    with pytest.raises(OptionError, match=r"'layers\.0' is indexed by ordinals"):
+        view[index]
+
+
 def test_what_is_read_is_a_view_and_writing_to_it_leaves_the_file(write_store: WriteStore) -> None:
     written = write_store()
     store = open_store(written.folder)
@@ -96,10 +103,32 @@ def test_pooled_of_a_pooled_site_is_what_was_stored(write_store: WriteStore) -> 
     written = write_store(pool="mean")
     view = open_store(written.folder)["pooler"]
     assert torch.equal(view.pooled("mean"), written.pooled)
-    with pytest.raises(OptionError, match="was pooled by 'mean' when it was stored, not 'max'"):
+    with pytest.raises(OptionError, match=r"'pooler' has one vector per example.*mean.* not .*'max'"):
         view.pooled("max")
     with pytest.raises(OptionError, match="no pool 'median': use mean, max, cls or last"):
         view.pooled("median")
+
+
+def test_pooled_of_a_site_pooled_by_a_callable_needs_no_name(write_store: WriteStore) -> None:
+    written = write_store(pool="mine.first_two#0123456789abcdef")
+    view = open_store(written.folder)["pooler"]
+    assert torch.equal(view.pooled(), written.pooled)
+    assert torch.equal(view.pooled("mine.first_two#0123456789abcdef"), written.pooled)
+    with pytest.raises(OptionError, match=r"'pooler' has one vector per example.*first_two.* not .*'mean'"):
+        view.pooled("mean")
+
+
+def test_pooled_of_a_vector_per_example_in_an_unpooled_store_takes_no_pool(write_store: WriteStore) -> None:
+    written = write_store()
+    view = open_store(written.folder)["pooler"]
+    assert torch.equal(view.pooled(), written.pooled)
+    with pytest.raises(OptionError, match="'pooler' has one vector per example.* not .*'cls'"):
+        view.pooled("cls")
+
+
+def test_pooled_without_a_name_is_the_mean(write_store: WriteStore) -> None:
+    view = open_store(write_store().folder)["layers.0"]
+    torch.testing.assert_close(view.pooled(), view.pooled("mean"), rtol=0, atol=0, equal_nan=True)  # the same sums
 
 
 def sorted_rows(rows: torch.Tensor) -> list[list[float]]:
@@ -225,6 +254,30 @@ def test_a_damaged_index_is_refused_when_opened(write_store: WriteStore, change:
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(FormatError, match=rf"index\.json: .*{message}"):
         open_store(path.parent)
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 2])
+def test_an_index_that_lost_a_shard_is_refused_when_opened(write_store: WriteStore, dropped: int) -> None:
+    path = write_store(((3, 0, 5), (1, 4), (2, 2))).folder / "index.json"
+    said = json.loads(path.read_text())
+    del said["shards"][dropped]
+    path.write_text(json.dumps(said))
+    with pytest.raises(FormatError, match=r"index\.json: is damaged: (no shard has example|its shards do not add up)"):
+        open_store(path.parent)
+
+
+def test_an_index_with_a_wrong_count_of_tokens_is_refused(write_store: WriteStore) -> None:
+    folder = write_store().folder
+    sound = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**sound, "tokens": sound["tokens"] + 1}))
+    with pytest.raises(FormatError, match=r"index\.json: is damaged: its shards do not add up"):
+        open_store(folder)
+    shards = [dict(shard) for shard in sound["shards"]]
+    shards[0]["tokens"] += 1
+    shards[1]["tokens"] -= 1
+    (folder / "index.json").write_text(json.dumps({**sound, "shards": shards}))
+    with pytest.raises(FormatError, match=r"shard-000000.*: does not hold the examples that index\.json says"):
+        open_store(folder)["layers.0"][0]
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "header", "empty"])

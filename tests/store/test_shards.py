@@ -11,7 +11,7 @@ import torch
 
 from layerprobe.errors import FormatError
 from layerprobe.store.format import ShardHeader, commit_shard
-from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo
+from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo, check_index, pool_packed
 
 FINGERPRINT = "0" * 32
 FILE = "shard-000000.safetensors"
@@ -33,7 +33,7 @@ def commit(folder: Path, example: list[int], offsets: list[int], num_tokens: int
 def test_tensors_are_views_of_one_mapping(write_store: Callable[..., Any]) -> None:
     written = write_store()
     path = written.folder / FILE
-    shard = MappedShard(path, ShardInfo(FILE, 0, 3, 8), FINGERPRINT)
+    shard = MappedShard(path, ShardInfo(FILE, 0, 3, 8), FINGERPRINT, True)
     entry = shard.header.tensors["layers.0"]
     rows, ids = shard.tensor("layers.0"), shard.tensor("input_ids")
     start = rows.data_ptr() - entry.start
@@ -47,7 +47,7 @@ def test_writing_to_a_view_leaves_the_file_as_it_is(write_store: Callable[..., A
     written = write_store()
     path = written.folder / FILE
     before = path.read_bytes()
-    shard = MappedShard(path, ShardInfo(FILE, 0, 3, 8), FINGERPRINT)
+    shard = MappedShard(path, ShardInfo(FILE, 0, 3, 8), FINGERPRINT, True)
     shard.tensor("layers.0").fill_(7)
     os.sync()
     assert path.read_bytes() == before
@@ -55,17 +55,17 @@ def test_writing_to_a_view_leaves_the_file_as_it_is(write_store: Callable[..., A
 
 def test_spans_find_each_example_wherever_the_batch_order_put_it(tmp_path: Path) -> None:
     info = commit(tmp_path, [12, 10, 11], [0, 1, 1, 4], 4, first=10)
-    shard = MappedShard(tmp_path / FILE, info, FINGERPRINT)
+    shard = MappedShard(tmp_path / FILE, info, FINGERPRINT, True)
     assert [shard.span(ordinal) for ordinal in (10, 11, 12)] == [(1, 1, 1), (2, 1, 4), (0, 0, 1)]
 
 
 def test_a_tensor_without_elements_keeps_its_shape(tmp_path: Path) -> None:
     info = commit(tmp_path, [0], [0, 1], 1)
-    assert MappedShard(tmp_path / FILE, info, FINGERPRINT).tensor("nothing").shape == (0, 4)
+    assert MappedShard(tmp_path / FILE, info, FINGERPRINT, True).tensor("nothing").shape == (0, 4)
 
 
 def test_a_tensor_that_is_not_there_is_named_with_the_file(tmp_path: Path) -> None:
-    shard = MappedShard(tmp_path / FILE, commit(tmp_path, [0], [0, 1], 1), FINGERPRINT)
+    shard = MappedShard(tmp_path / FILE, commit(tmp_path, [0], [0, 1], 1), FINGERPRINT, True)
     with pytest.raises(FormatError, match=f"{FILE}: has no tensor 'layers.9'"):
         shard.tensor("layers.9")
 
@@ -86,19 +86,20 @@ def test_wrong_ordinals_and_offsets_are_refused(
 ) -> None:
     info = commit(tmp_path, example, offsets, 3)
     with pytest.raises(FormatError, match=f"{FILE}: its {message}"):
-        MappedShard(tmp_path / FILE, info, FINGERPRINT)
+        MappedShard(tmp_path / FILE, info, FINGERPRINT, True)
 
 
 def test_a_shard_of_another_run_is_refused(tmp_path: Path) -> None:
     info = commit(tmp_path, [0], [0, 1], 1)
     with pytest.raises(FormatError, match="belongs to another run"):
-        MappedShard(tmp_path / FILE, info, "1" * 32)
+        MappedShard(tmp_path / FILE, info, "1" * 32, True)
 
 
-def test_a_shard_that_the_index_describes_otherwise_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [(1, 1, 1), (0, 2, 1), (0, 1, 2)], ids=["first example", "examples", "tokens"])
+def test_a_shard_that_the_index_describes_otherwise_is_refused(tmp_path: Path, said: tuple[int, int, int]) -> None:
     commit(tmp_path, [0], [0, 1], 1)
     with pytest.raises(FormatError, match=r"does not hold the examples that index\.json says"):
-        MappedShard(tmp_path / FILE, ShardInfo(FILE, 1, 1, 1), FINGERPRINT)
+        MappedShard(tmp_path / FILE, ShardInfo(FILE, *said), FINGERPRINT, True)
 
 
 def test_scaled_rows_decode_to_values_times_scale() -> None:
@@ -107,3 +108,33 @@ def test_scaled_rows_decode_to_values_times_scale() -> None:
     assert len(scaled) == 2 and scaled.shape == (2, 2)
     assert torch.equal(scaled.float(), torch.tensor([[63.5, -32.0], [2.0, 0.0]]))
     assert torch.equal(ScaledRows(values[0], torch.tensor(0.5)).float(), torch.tensor([63.5, -32.0]))
+
+
+def test_an_index_without_gaps_and_with_true_sums_is_taken_in_any_order() -> None:
+    shards = [ShardInfo("b", 2, 1, 5), ShardInfo("a", 0, 2, 4)]
+    check_index(Path("index.json"), {"examples": 3, "tokens": 9}, shards)
+    check_index(Path("index.json"), {"examples": 0, "tokens": 0}, [])
+
+
+@pytest.mark.parametrize(
+    ("examples", "tokens", "firsts", "message"),
+    [
+        (3, 9, (0, 3), "no shard has example 2"),
+        (3, 9, (1, 3), "no shard has example 0"),
+        (3, 9, (0, 1), "no shard has example 2"),
+        (4, 9, (0, 2), "its shards do not add up to the counts that it says"),
+        (3, 8, (0, 2), "its shards do not add up to the counts that it says"),
+    ],
+)
+def test_an_index_with_a_gap_or_wrong_sums_is_refused(
+    examples: int, tokens: int, firsts: tuple[int, int], message: str
+) -> None:
+    shards = [ShardInfo("a", firsts[0], 2, 4), ShardInfo("b", firsts[1], 1, 5)]
+    with pytest.raises(FormatError, match=rf"index\.json: is damaged: {message}"):
+        check_index(Path("index.json"), {"examples": examples, "tokens": tokens}, shards)
+
+
+@pytest.mark.parametrize("pool", ["mean", "max", "cls", "last"])
+def test_examples_of_a_shard_without_rows_pool_to_nan(pool: str) -> None:
+    found = pool_packed(torch.empty(0, 3), torch.zeros(3, dtype=torch.int64), pool)
+    assert found.shape == (2, 3) and bool(found.isnan().all())
