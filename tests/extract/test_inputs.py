@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from layerprobe.errors import InputError
-from layerprobe.extract.inputs import Record, open_source
+from layerprobe.extract.inputs import InputDigest, Record, check_text, open_source
 
 TEXTS = ["one", "", "中文 text", "two 😀"]
 
@@ -121,6 +121,7 @@ def test_standard_input_can_be_gone_through_again(monkeypatch: pytest.MonkeyPatc
         ("a.csv", b"text,x\na,b,c", "line 2: has not the 2 columns"),
         ("a.csv", b"text,x\na", "line 2: has not the 2 columns"),
         ("a.csv", b'text\n"a"b', "line 2: is not CSV"),
+        ("a.csv", b"text,x,text\na,b,c", r"a\.csv, line 1: names a column twice\. Rename one"),
         ("a.csv", b"text\n\xff", "line 2: not UTF-8"),
     ],
 )
@@ -134,6 +135,7 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, name: str, raw: 
     ("texts", "message"),
     [
         ("nothing.txt", "no input 'nothing.txt': there is no such file or folder"),
+        ("", "no input '': give a path, or '-' for standard input"),
         ("hf:imdb", "'hf:imdb': data sets of the hub are not read yet"),
         (3, "int is no input"),
         ({"text": "a"}, "dict is no input"),
@@ -157,3 +159,39 @@ def test_files_and_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with pytest.raises(InputError, match="no ending is not known"):
         open_source(tmp_path / "a")
+
+
+def test_a_field_of_plain_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(InputError, match=r"a\.txt: is plain text and has no field 'body'\. Leave out the field"):
+        texts_of(tmp_path / "a.txt", "body")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one")))
+    with pytest.raises(InputError, match="standard input: is plain text and has no field 'body'"):
+        open_source("-", "body")
+
+
+def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "one"}')
+    opened = open_source(tmp_path)
+    assert len(list(opened)) == 2
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(InputError, match=r"b\.jsonl: is gone\. Put it back"):
+        list(opened)
+
+
+def test_a_digest_tells_texts_fields_and_order() -> None:
+    def digest(*records: Record) -> str:
+        made = InputDigest("texts")
+        assert all(made.add(record) > 0 for record in records)
+        return made.hexdigest()
+
+    one, two = Record("one"), Record("two")
+    others = [digest(), digest(one), digest(two, one), digest(one, two, one), digest(Record("one", {"x": 1}), two)]
+    assert len({digest(one, two), *others}) == 6
+    assert digest(Record("a", {"x": 1, "y": 2})) == digest(Record("a", {"y": 2, "x": 1}))
+
+
+def test_half_a_character_is_refused_with_its_place() -> None:
+    with pytest.raises(InputError, match=r"texts, text 3: holds half a character \('\\ud800' at 2\)"):
+        check_text("ab\ud800", "texts", 3)
