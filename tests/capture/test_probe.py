@@ -290,11 +290,24 @@ def test_sites_of_a_probe_are_in_running_order(tiny_bert: Any) -> None:
     assert [site.name for site in probe.sites] == ["embeddings", "layers.2", "pooler"]
 
 
-def test_pool_is_described_by_its_name() -> None:
+def test_pool_is_described_by_its_name_and_its_content() -> None:
     assert describe_pool(None) is None
     assert describe_pool("mean") == "mean"
-    assert describe_pool(_apply) == f"{__name__}._apply"  # type: ignore[arg-type]
-    assert describe_pool(torch.nn.Flatten(0)) == "torch.nn.modules.flatten.Flatten"
+    said = describe_pool(_apply)  # type: ignore[arg-type]
+    assert said is not None and said.startswith(f"{__name__}._apply#") and said == describe_pool(_apply)  # type: ignore[arg-type]
+    flat, flatter = describe_pool(torch.nn.Flatten(0)), describe_pool(torch.nn.Flatten(0, 1))
+    assert flat is not None and flat.startswith("torch.nn.modules.flatten.Flatten#")
+    assert flat == describe_pool(torch.nn.Flatten(0)) != flatter
+
+
+def test_pools_of_one_name_are_told_apart() -> None:
+    def make(scale: float, offset: int = 0) -> Any:
+        return lambda rows, _=offset: rows.mean(0) * scale
+
+    pools = [lambda rows: rows[0], lambda rows: rows[-1], lambda rows: rows.mean(0), lambda rows: rows.amax(0)]
+    pools += [make(1.0), make(2.0), make(1.0, 3)]
+    assert len({describe_pool(pool) for pool in pools}) == len(pools)
+    assert describe_pool(make(2.0)) == describe_pool(make(2.0))
 
 
 @pytest.mark.parametrize("name", DTYPES)
