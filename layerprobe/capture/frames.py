@@ -94,8 +94,10 @@ class Frames:
             frame.call.expected |= self._of_stack[number]
             frame.call.ahead = self._later(number)
             return
-        # A stack called by itself, as generate() calls an encoder, does not make what comes after all stacks.
-        follows = 0 if len(self._of_stack) > 1 and frame.owner == number else self._after
+        # A stack called by itself, as generate() calls an encoder, does not make what comes after all stacks, and
+        # nor does a base that a sink calls within a call.
+        is_alone = frame.owner == number and (len(self._of_stack) > 1 or len(frames) > 1)
+        follows = 0 if is_alone else self._after
         ahead = 0 if frame.owner == number else self._later(number)
         call = Call(self._stacks, {number: context}, expected=self._of_stack[number] | follows, ahead=ahead)
         self._sink.begin(call)

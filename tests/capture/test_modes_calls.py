@@ -185,6 +185,25 @@ def test_model_called_within_a_callable_keeps_the_calls_apart(make_bert: Any, ba
             assert torch.equal(call[f"layers.{index}"], hidden[index + 1])  # type: ignore[arg-type]
 
 
+def test_base_called_within_a_callable_that_gets_the_logits_is_a_call_of_its_own(make_bert: Any, batch: Any) -> None:
+    model = make_bert("BertForSequenceClassification")
+    kept: list[tuple[str, int, Tensor]] = []
+
+    def function(site: str, value: Tensor) -> None:
+        kept.append((site, len(value), value))
+        if site == "logits":
+            model.bert(batch["input_ids"][:2])
+
+    bare = model(**batch, output_hidden_states=True)
+    with lp.Probe(model, ["layers.1", "logits"], to=function):
+        output = model(**batch)
+    inner = model.bert(batch["input_ids"][:2], output_hidden_states=True)
+    assert torch.equal(output.logits, bare.logits)
+    assert [(site, size) for site, size, _ in kept] == [("layers.1", 3), ("logits", 3), ("layers.1", 2)]
+    for (_, _, value), expected in zip(kept, (bare.hidden_states[2], bare.logits, inner.hidden_states[2]), strict=True):
+        assert torch.equal(value, expected)
+
+
 def test_model_called_within_a_call_into_a_store_is_refused(tiny_bert: Any, batch: Any, tmp_path: Any) -> None:
     def again(module: Any, args: Any, output: Any) -> None:
         handle.remove()

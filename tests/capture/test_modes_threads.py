@@ -1,8 +1,9 @@
 """One model in several threads at once, and the wrapper that runs copies of it."""
 
 import itertools
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,37 @@ def test_probes_of_threads_on_one_model_leave_nothing(tiny_bert: Any) -> None:
 
     run_in_threads(3, [lambda ids=ids: probe_once(ids) for ids in inputs])
     assert look_at(tiny_bert) == before
+
+
+@pytest.fixture
+def eager_switching() -> Iterator[None]:
+    """Let threads take turns within a line, where races are."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("class_name", ["BertModel", "BertForSequenceClassification"])
+def test_probe_that_opens_and_closes_disturbs_no_other_thread(
+    make_bert: Any, eager_switching: None, class_name: str
+) -> None:
+    model, inputs = make_bert(class_name), make_inputs()[:12]
+    before, expected = look_at(model), [call(model, ids)[0] for ids in inputs]
+
+    def run_beside(number: int) -> None:
+        assert torch.equal(call(model, inputs[number])[0], expected[number])
+
+    def probe_once(number: int) -> None:
+        with lp.Probe(model, [*SITES, "layers.*.attention.weights", "layers.*.ffn.act"]) as probe:
+            run_beside(number)
+        assert len(probe.calls) >= 1
+
+    def take_turns(number: int) -> None:
+        (probe_once if number % 2 else run_beside)(number)
+
+    run_in_threads(3, [lambda number=number: take_turns(number) for number in [*range(12)] * 4])
+    assert look_at(model) == before
 
 
 def test_data_parallel_is_refused(tiny_bert: Any) -> None:
