@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import layerprobe
-from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
+from layerprobe.errors import FormatError, InputError, NonFiniteError, PlanError, StoreError
 from layerprobe.extract.plan import ExtractOptions, plan_extraction
 from layerprobe.extract.resume import check_folder
+from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 
 extract: Any = layerprobe.extract
@@ -146,6 +147,66 @@ def test_overwrite_replaces_a_run_with_nothing_of_it_left(
         extract(tiny, texts[:4], whole, dtype="float16")
     extract(tiny, texts[:4], whole, overwrite=True, dtype="float16")
     assert contents(whole) == contents(tmp_path / "new")
+
+
+def test_another_function_as_pool_is_refused_and_the_same_is_gone_on_with(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    def pool_first(rows: torch.Tensor) -> torch.Tensor:
+        return rows[0]
+
+    first, last = (lambda rows: rows[0]), (lambda rows: rows[-1])
+    extract(tiny, texts, tmp_path / "acts", pool=first)
+    before = contents(tmp_path / "acts")
+    for other in (last, pool_first):
+        with pytest.raises(PlanError, match=r"pool: '.*' there, '.*' here"):
+            extract(tiny, texts, tmp_path / "acts", pool=other)
+    assert contents(tmp_path / "acts") == before
+    extract(tiny, texts, tmp_path / "acts", pool=first)
+    assert contents(tmp_path / "acts") == before
+
+
+def test_shards_written_under_another_policy_are_refused_if_they_count_an_overflow(
+    tiny: LoadedModel, texts: list[str], make_bert: Any, tmp_path: Path
+) -> None:
+    model = make_bert(vocab_size=len(tiny.tokenizer))
+    with torch.no_grad():
+        model.encoder.layer[1].output.LayerNorm.weight.fill_(1e6)
+    options: dict[str, Any] = {"tokenizer": tiny.tokenizer, "sites": "layers.1", "dtype": "float16"}
+    assert extract(model, texts, tmp_path / "acts", **options).index["nonfinite"]["layers.1"] > 0
+    before = contents(tmp_path / "acts")
+    with pytest.raises(NonFiniteError, match=r"shard-000000.*: was written with values that .*: \d+ at 'layers\.1'\."):
+        extract(model, texts, tmp_path / "acts", nonfinite="error", **options)
+    assert contents(tmp_path / "acts") == before
+    extract(model, texts, tmp_path / "acts", nonfinite="error", overwrite=True, **(options | {"dtype": "float32"}))
+
+
+@pytest.mark.parametrize("change", ["other words", "more", "fewer", "gone"])
+def test_an_input_that_changes_under_way_makes_no_whole_store(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, change: str
+) -> None:
+    source, folder = tmp_path / "a.txt", tmp_path / "acts"
+    source.write_text("\n".join(texts))
+    plan = plan_extraction(tiny, source, folder, ExtractOptions(shard_bytes=SHARD_BYTES))
+    changed = {"other words": [*texts[:-1], "dog"], "more": [*texts, "dog"], "fewer": texts[:-1]}
+    if change == "gone":
+        source.unlink()
+    else:
+        source.write_text("\n".join(changed[change]))
+    with pytest.raises(InputError, match=r"a\.txt: (changed while the run was under way|is gone\. Put it back)"):
+        run_extraction(plan)
+    assert not (folder / "index.json").exists()
+
+
+def test_a_file_of_the_user_in_a_store_survives(tiny: LoadedModel, texts: list[str], whole: Path) -> None:
+    (whole / "notes.tmp").write_text("mine")
+    (whole / "drafts.tmp").mkdir()
+    for leftover in ("shard-000001.safetensors.tmp", "store.json.tmp", "index.json.tmp"):
+        (whole / leftover).write_bytes(b"half")
+    for overwrite in (False, True):
+        extract(tiny, texts, whole, shard_size=SHARD_BYTES, overwrite=overwrite)
+        assert (whole / "notes.tmp").read_text() == "mine" and (whole / "drafts.tmp").is_dir()
+        assert sorted(file.name for file in whole.glob("*.tmp")) == ["drafts.tmp", "notes.tmp"]
 
 
 def test_overwrite_spares_a_folder_that_is_no_store(tiny: LoadedModel, tmp_path: Path) -> None:
