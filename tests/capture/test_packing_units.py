@@ -153,3 +153,28 @@ def test_units_are_cut_alike_whichever_buffer_comes_free(
             tiny_bert(torch.ones(1, length, dtype=torch.int64))
     rows = [load_file(path)["layers.0"].shape[0] for path in sorted((tmp_path / "acts").glob("shard-*"))]
     assert rows == lengths
+
+
+def test_float8_overflow_of_a_call_that_is_cut_short_is_not_counted(make_bert: Any, tmp_path: Path) -> None:
+    model = make_bert()
+    switch = {"on": False}
+
+    def break_now(*_: Any) -> None:
+        if switch["on"]:
+            raise ValueError("cut short")
+
+    # one value per token beyond the range of float8
+    model.encoder.layer[0].output.LayerNorm.register_forward_hook(
+        lambda _, __, output: output.index_fill(2, torch.tensor([3]), 1e3)
+    )
+    model.encoder.layer[2].register_forward_hook(break_now)
+    with torch.no_grad(), lp.Probe(model, ["layers.0", "layers.2"], to=tmp_path / "acts", dtype="float8_e4m3fn"):
+        for broken in (False, True, False, True):
+            switch["on"] = broken
+            if broken:
+                with pytest.raises(ValueError, match="cut short"):
+                    model(torch.tensor([[7, 8, 9]]))
+            else:
+                model(torch.tensor([[7, 8, 9]]))
+    store = lp.open(tmp_path / "acts")
+    assert store.num_tokens == 6 and store.index["nonfinite"] == {"layers.0": 6}
