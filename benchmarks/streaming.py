@@ -1,0 +1,76 @@
+"""What does a store cost the forward pass? Many batches into one probe, its closing flush counted in.
+
+The demo model, all layers in float16, against the bare forward and against `output_hidden_states` that keeps nothing,
+on the same batches and in turns. The buffers are made before the clock starts.
+
+    python benchmarks/streaming.py [--quick] [--save] [--seconds 90]
+"""
+
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Rival, emit, interleave, make_parser
+from torch import nn
+
+import layerprobe as lp
+from layerprobe.tables import format_table
+
+SITES = ["embeddings", "layers.*"]
+SHAPES = ((8, 128), (32, 128), (8, 512))
+_TOKENS_PER_RUN = 32768
+
+
+def main() -> None:
+    parser = make_parser(__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seconds", type=float, default=90.0, help="time for the rounds of all shapes together")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = lp.load_model("demo", "cpu").model
+    shapes = ((4, 16),) if options.quick else SHAPES
+    results, rows = [], []
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for size, length in shapes:
+            ids = torch.randint(1000, 20000, (size, length))
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            calls = max(4, (256 if options.quick else _TOKENS_PER_RUN) // ids.numel())
+            rivals = {
+                "bare": Rival(partial(_call, model, batch, calls), calls),
+                "output_hidden_states": Rival(partial(_call, model, batch, calls, hidden_states=True), calls),
+                "store": Rival(partial(_stream, model, batch, calls), calls, partial(_open, model, Path(folder))),
+            }
+            timings = interleave(rivals, seconds=options.seconds / len(shapes), warm_rounds=1)
+            for name, timing in timings.items():
+                summary = timing.summary(timings["bare"])
+                result = {"batch": f"{size}x{length}", "calls": calls, "rounds": len(timing.wall_s), "rival": name}
+                results.append({**result, **summary})
+                rows.append((f"{size}x{length}", name, len(timing.wall_s), *summary.values()))
+    print(format_table(("batch", "rival", "rounds", "ms", "cpu ms", "ratio", "cpu ratio"), rows))
+    emit("streaming", {"sites": SITES, "dtype": "float16"}, results, save=options.save)
+
+
+def _call(model: nn.Module, batch: dict[str, Any], calls: int, _: object, hidden_states: bool = False) -> None:
+    for _number in range(calls):
+        model(**batch, output_hidden_states=hidden_states)
+
+
+def _open(model: nn.Module, folder: Path) -> lp.Probe:
+    """Open a probe into an empty store, and make its buffers with a first, small call."""
+    shutil.rmtree(folder / "acts", ignore_errors=True)
+    probe = lp.Probe(model, SITES, to=folder / "acts", dtype="float16")
+    probe.__enter__()
+    model(input_ids=torch.ones(1, 8, dtype=torch.int64))
+    return probe
+
+
+def _stream(model: nn.Module, batch: dict[str, Any], calls: int, probe: lp.Probe) -> None:
+    for _number in range(calls):
+        model(**batch)
+    probe.__exit__(None, None, None)
+
+
+if __name__ == "__main__":
+    main()
