@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,7 +65,9 @@ def test_units_are_runs_of_the_input_that_fit_a_shard(texts: list[str], shard_by
     for unit in units:
         assert unit.records and unit.first_example == first
         first += len(unit.records)
-        size = sum(100 * rule.estimate_tokens(len(record.text.encode())) + 10 for record in unit.records)
+        # a vector per token and example, an id per token, 24 bytes of places, the text itself
+        sizes = [len(record.text.encode()) for record in unit.records]
+        size = sum(108 * rule.estimate_tokens(count) + 10 + 24 + count for count in sizes)
         assert size <= shard_bytes or len(unit.records) == 1
     assert [len(unit.records) for unit in cut()] == [len(unit.records) for unit in units]
 
@@ -152,3 +155,24 @@ def test_a_store_larger_than_the_disk_is_refused_with_both_sizes(
     with pytest.raises(SpaceError, match=r"needs .* more, the disk has 1\.0 kB free\. Ask for fewer sites"):
         plan(tiny, ["the quick brown fox"] * 9, tmp_path / "acts")
     assert not list(tmp_path.iterdir())
+
+
+def test_shards_of_pooled_long_texts_are_about_the_size_asked_for(tiny: LoadedModel, tmp_path: Path) -> None:
+    made = plan(tiny, ["the quick brown fox " * 100] * 60, tmp_path / "acts", pool="mean", shard_bytes=20_000)
+    run_extraction(made)
+    sizes = [file.stat().st_size for file in (tmp_path / "acts").glob("shard-*")]
+    assert len(sizes) == made.num_units > 1
+    assert max(sizes) < 20_000 * 1.2 and sorted(sizes)[1] > 10_000  # a header is 2 kB
+
+
+def test_overwrite_counts_the_space_that_it_frees(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "acts"
+    run_extraction(plan(tiny, texts, folder))
+    held = sum(file.stat().st_size for file in folder.glob("shard-*"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert plan_extraction(tiny, texts, folder, overwrite=True).free_bytes == 1000 + held
+    assert plan(tiny, texts, folder).free_bytes == 1000  # nothing is to be written
+    with pytest.raises(SpaceError, match=r"needs .* more, the disk has 1\.0 kB free"):
+        plan(tiny, texts, tmp_path / "elsewhere")
