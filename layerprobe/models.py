@@ -64,7 +64,7 @@ def load_model(name: str, device: str | torch.device | None = None) -> LoadedMod
             found = getattr(transformers, saved, None)
             is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
             model_class = cast(Any, found if is_model else transformers.AutoModel)
-            model = model_class.from_pretrained(source, config=config).to(device).eval()
+            model = model_class.from_pretrained(source, config=config, trust_remote_code=False).to(device).eval()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"no model {name!r}: {_first_line(error)} Use a folder, a hub id or 'demo'.") from error
     return LoadedModel(name, model, load_tokenizer(source))

@@ -1,6 +1,8 @@
 """Models by name: the demo's known weights, folders, and everything that can be wrong with either."""
 
+import contextlib
 import copy
+import io
 import json
 import sys
 from pathlib import Path
@@ -101,6 +103,48 @@ def test_unknown_model_type_is_refused(folder: Path) -> None:
     _change(folder / "config.json", model_type="no-such-type")
     with pytest.raises(ModelError, match=r"no model '.*': .*no-such-type"):
         lp.load_model(str(folder), "cpu")
+
+
+@pytest.fixture
+def trap(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model folder with code of its own, a person who says yes to everything, and the file that code would make."""
+    ran = folder / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nclass Own: pass\n"
+    for name in ("configuration_own", "modeling_own", "tokenization_own"):
+        (folder / f"{name}.py").write_text(code)
+    classes = {"AutoConfig": "configuration_own.Own", "AutoModel": "modeling_own.Own"}
+    _change(folder / "config.json", auto_map=classes)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    return ran
+
+
+def test_code_in_a_model_folder_is_refused_and_not_run(trap: Path) -> None:
+    _change(trap.parent / "config.json", model_type="own")
+    with pytest.raises(ModelError, match=r"no model '.*': .*custom code"):
+        lp.load_model(str(trap.parent), "cpu")
+    assert not trap.exists()
+
+
+def test_code_beside_a_known_model_is_not_run(trap: Path) -> None:
+    assert type(lp.load_model(str(trap.parent), "cpu").model).__name__ == "BertForMaskedLM"
+    _change(trap.parent / "config.json", architectures=["Own"])
+    assert type(lp.load_model(str(trap.parent), "cpu").model).__name__ == "BertModel"
+    assert not trap.exists()
+
+
+def test_code_beside_a_configuration_without_a_base_model_is_not_run(trap: Path) -> None:
+    _change(trap.parent / "config.json", model_type="trocr", architectures=["Own"])
+    with pytest.raises(ModelError, match="no model"):
+        lp.load_model(str(trap.parent), "cpu")
+    assert not trap.exists()
+
+
+def test_code_of_a_tokenizer_is_not_run(trap: Path) -> None:
+    own = {"AutoTokenizer": ["tokenization_own.Own", "tokenization_own.Own"]}
+    _change(trap.parent / "tokenizer_config.json", auto_map=own, tokenizer_class="Own")
+    with contextlib.suppress(ModelError):
+        load_tokenizer(str(trap.parent))
+    assert not trap.exists()
 
 
 def test_device_that_is_not_there_is_refused(folder: Path) -> None:
