@@ -14,6 +14,7 @@ from layerprobe.cli.main import main
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"^```bash\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEST_NAME = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 RESULTS_FILE = re.compile(r"benchmarks/results/\w+\.json")
 LINK = re.compile(r"\]\(([^)#]+)\)")
@@ -27,9 +28,29 @@ def list_blocks(page: Path, language: str) -> list[str]:
 
 def list_commands(page: Path) -> list[list[str]]:
     """Find the layerprobe commands among a page's shell snippets."""
-    lines = "\n".join(list_blocks(page, "bash")).replace("\\\n", " ").replace("&&", "\n").splitlines()
+    return split_commands("\n".join(list_blocks(page, "bash")))
+
+
+def split_commands(block: str) -> list[list[str]]:
+    lines = block.replace("\\\n", " ").replace("&&", "\n").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [line for line in words if line and Path(line[0]).name == "layerprobe"]
+
+
+def list_printed() -> list[tuple[Path, str, str]]:
+    """Find each `text` block that comes right after a `bash` block of one layerprobe command."""
+    found = []
+    for page in PAGES:
+        for command, printed in PRINTED.findall(page.read_text(encoding="utf-8")):
+            if len(split_commands(command)) == len(command.replace("\\\n", " ").splitlines()) == 1:
+                found.append((page, command, printed))
+    return found
+
+
+def mask_numbers(line: str, command: list[str]) -> str:
+    """Take out what differs from machine to machine: the free space that a plan prints."""
+    line = re.sub(r"; [\d.,]+ \w+ free$", "; free", line)
+    return re.sub(r" on (cpu|cuda\S*)$", " on a device", line) if command[1] == "extract" else line
 
 
 @pytest.fixture
@@ -59,6 +80,23 @@ def test_commands_run(
         captured = capsys.readouterr()
         assert not stopped.value.code, f"{command}: {captured.err}"
         assert captured.out.strip()
+
+
+@pytest.mark.parametrize(
+    ("page", "block", "printed"), list_printed(), ids=lambda value: value.name if isinstance(value, Path) else None
+)
+def test_printed_output_is_what_the_command_prints(
+    page: Path, block: str, printed: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (command,) = split_commands(block)
+    monkeypatch.setattr("sys.argv", ["layerprobe", *command[1:]])
+    with pytest.raises(SystemExit):
+        main()
+    captured = capsys.readouterr()
+    found = captured.out if command[1] != "extract" else captured.err
+    assert [mask_numbers(line, command) for line in printed.splitlines()] == [
+        mask_numbers(line, command) for line in found.splitlines()[: len(printed.splitlines())]
+    ]
 
 
 def test_readme_begins_with_the_two_commands() -> None:
