@@ -193,8 +193,9 @@ def _require_same_context(module: nn.Module, pairs: Sequence[tuple[Tensor, Tenso
         if twin.shape != real.shape:
             raise CaptureError(f"{type(module).__name__}: its eager code takes another path. {_LOAD_EAGER}")
         seen = (real != 0).any(-1, keepdim=True) & real.isfinite().all(-1, keepdim=True)
-        # By root mean square over the whole context: rounding is spread over it (at most 1.7 eps were seen), and
-        # another formula moves all of it.
+        # By root mean square over the whole context: rounding is spread over it, and another formula moves all of it.
+        # Seen at most, over the demo model and tiny ones of every family: 2.5 eps in float32, 1.2 in the half types.
+        # A query times 1.5 in bfloat16 moves the demo model by 24 to 57 eps.
         off, size = (_root_mean_square(value, seen) for value in (twin.float() - real.float(), real.float()))
         rounding = 8 * torch.finfo(real.dtype).eps * size
         if not off <= rounding:

@@ -85,3 +85,18 @@ def test_newer_head_of_deberta_makes_its_logits(name: str) -> None:
     with torch.no_grad(), lp.Probe(model, "logits") as probe:
         output = model(**make_batch())
     assert torch.equal(probe["logits"], output.logits)
+
+
+def test_bias_of_a_fused_projection_is_that_of_weights_loaded_within_the_probe() -> None:
+    """`assign=True` puts new parameters in the place of those that were there as the probe opened."""
+    model, batch = build("deberta"), make_batch()
+    states = {key: value + 0.5 if key.endswith("q_bias") else value for key, value in model.state_dict().items()}
+    with torch.no_grad(), lp.Probe(model, ["embeddings", "layers.0.attention.query"]) as probe:
+        model.load_state_dict(states, assign=True)
+        model(**batch)
+    attention = model.encoder.layer[0].attention.self
+    weight = attention.in_proj.weight.unflatten(0, (attention.num_attention_heads, 3, -1))[:, 0].flatten(0, 1)
+    with torch.no_grad():
+        expected = probe["embeddings"] @ weight.T + states["encoder.layer.0.attention.self.q_bias"]
+    # one product of 32 terms in float32, summed in another order
+    torch.testing.assert_close(probe["layers.0.attention.query"], expected, atol=1e-5, rtol=0)
