@@ -177,4 +177,5 @@ def test_float8_overflow_of_a_call_that_is_cut_short_is_not_counted(make_bert: A
             else:
                 model(torch.tensor([[7, 8, 9]]))
     store = lp.open(tmp_path / "acts")
+    assert store.index is not None
     assert store.num_tokens == 6 and store.index["nonfinite"] == {"layers.0": 6}
