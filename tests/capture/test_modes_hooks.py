@@ -279,7 +279,7 @@ def test_early_end_is_recorded_by_every_probe_on_the_model(make_bert: Any, batch
         assert model(**batch) is None
     for probe, index in ((first, 0), (second, 1), (third, 0), (third, 1)):
         assert len(probe.calls) == 2
-        assert all(torch.equal(made[f"layers.{index}"], hidden[index + 1]) for made in probe.calls)
+        assert all(torch.equal(made[f"layers.{index}"], hidden[index + 1]) for made in probe.calls)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("place", ["layer", "embeddings", "base", "attention"])
