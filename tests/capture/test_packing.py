@@ -13,6 +13,7 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.capture import probe as probe_module
+from layerprobe.capture.probe import describe_pool
 from layerprobe.errors import CaptureError, StoreError
 
 SITES = ["embeddings", "layers.1.ffn.act", "layers.2", "pooler"]
@@ -157,7 +158,7 @@ def test_callable_pool_may_change_the_width(tiny_bert: Any, tmp_path: Path) -> N
     got = _read(tmp_path / "acts")
     for ordinal, example in enumerate(_expect(tiny_bert, batches, "layers.2")):
         assert torch.equal(got[ordinal]["layers.2"], ends(example["layers.2"]))
-    assert lp.open(tmp_path / "acts").pool == f"{__name__}.{ends.__qualname__}"
+    assert lp.open(tmp_path / "acts").pool == describe_pool(ends)
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
