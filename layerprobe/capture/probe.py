@@ -21,7 +21,7 @@ from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import describe_model
 from layerprobe.sites.resolve import Site
-from layerprobe.sites.stacks import unwrap
+from layerprobe.sites.stacks import find_device, unwrap
 from layerprobe.store.format import checksum
 from layerprobe.store.writer import ShardWriter
 from layerprobe.version import __version__
@@ -199,17 +199,7 @@ def _open_store_sink(model: nn.Module, to: str | Path, pool: Pool, dtype: torch.
         ShardWriter(folder),
         pool=pool,
         dtype=dtype,
-        device=_find_device(model),
+        device=find_device(model),
         shard_bytes=DEFAULT_SHARD_BYTES,
         description=description,
     )
-
-
-def _find_device(model: nn.Module) -> torch.device:
-    """Find where the model makes its values; weights that accelerate keeps elsewhere tell by their hooks."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if device.type == "meta":
-        hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-        places = (getattr(hook, "execution_device", None) for hook in hooks)
-        device = torch.device(next((place for place in places if place is not None), "cpu"))
-    return device

@@ -26,7 +26,7 @@ from layerprobe.capture.hooks import HookSet, Stop
 from layerprobe.capture.recompute import watch_second_runs
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import ModelMap, Part, Site, map_model
-from layerprobe.sites.stacks import calls_forward
+from layerprobe.sites.stacks import calls_forward, find_device
 
 __all__ = ["ProbeRegistry"]
 
@@ -70,7 +70,7 @@ class ProbeRegistry:
         self.wants_stop = stop
         self._require_an_end()
         self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner)
-        self._port = Port(self, next((p.device for p in self._root.parameters()), torch.device("cpu")))
+        self._port = Port(self, find_device(self._root))
         self._points = self._group_points()
         self._hooks = HookSet()
 

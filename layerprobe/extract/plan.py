@@ -25,6 +25,7 @@ from layerprobe.extract.inputs import InputDigest, Record, TextSource, check_tex
 from layerprobe.extract.resume import check_finite, check_folder, find_done
 from layerprobe.models import LoadedModel, describe_model, describe_tokenizer, load_model, load_tokenizer
 from layerprobe.sites.resolve import Site, map_model
+from layerprobe.sites.stacks import find_device
 from layerprobe.store.format import ShardHeader, fingerprint_of
 from layerprobe.store.writer import NONFINITE_POLICIES, StoredSite
 from layerprobe.tables import format_bytes, format_count
@@ -156,7 +157,7 @@ class Plan:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.model.parameters()).device
+        return find_device(self.model)
 
     @property
     def missing_bytes(self) -> int:
@@ -249,7 +250,7 @@ def plan_extraction(
     num_tokens = sampled.num_tokens if is_exact else survey.num_tokens
     value_bytes = sum(rule.cost(len(ids)) for ids in sampled.ids) if is_exact else survey.value_bytes
     batch_tokens = options.batch_tokens or (
-        _CPU_BATCH_TOKENS if next(model.parameters()).device.type == "cpu" else _GPU_BATCH_TOKENS
+        _CPU_BATCH_TOKENS if find_device(model).type == "cpu" else _GPU_BATCH_TOKENS
     )
     description = _describe(model, tokenizer, stored, options, rule, batch_tokens, survey, name)
     # beside the values: an id per token; an ordinal and two offsets per example; the records
@@ -334,7 +335,7 @@ def _measure_sites(
 ) -> tuple[StoredSite, ...]:
     """Run the model on one short text to learn the width and dtype of each site."""
     ids = tokenizer("layer probe", return_tensors="pt", truncation=True, max_length=options.max_length or 8)
-    device = next(model.parameters()).device
+    device = find_device(model)
     with torch.inference_mode(), Probe(model, [site.name for site in sites], stop=True) as probe:
         model(input_ids=ids["input_ids"].to(device), attention_mask=ids["attention_mask"].to(device))
     dtype = resolve_dtype(options.dtype)

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from layerprobe.errors import ArchitectureError
 from layerprobe.sites.anatomy import REFUSED, Anatomy, find_anatomy
 
-__all__ = ["Stack", "calls_forward", "config_of", "find_stacks", "has_module", "unwrap"]
+__all__ = ["Stack", "calls_forward", "config_of", "find_device", "find_stacks", "has_module", "unwrap"]
 
 
 @dataclass(frozen=True)
@@ -120,3 +121,13 @@ def has_module(module: Any, path: str) -> bool:
         return isinstance(module.get_submodule(path), nn.Module)
     except AttributeError:
         return False
+
+
+def find_device(model: nn.Module) -> torch.device:
+    """Find where the model makes its values; weights that accelerate keeps elsewhere tell by their hooks."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        device = torch.device(next((place for place in places if place is not None), "cpu"))
+    return device
