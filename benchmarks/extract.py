@@ -1,7 +1,7 @@
 """The whole job: 2,000 real texts to every layer on disk, against the loop that people write today.
 
-The texts are docstrings of the standard library, and paragraphs of them with 5 to 256 tokens in shuffled order. The
-rivals are the loop (32 texts at a time in the order they come, padded to the longest, `output_hidden_states=True`, one
+The texts are docstrings of the standard library in the order of its files; their paragraphs of 5 to 256 tokens, shuffled;
+and both together, shuffled. The rivals are the loop (32 texts at a time in the order they come, padded to the longest, `output_hidden_states=True`, one
 `torch.save` a batch, nothing flushed to disk), the bare forward over layerprobe's own batches, tokenised beforehand,
 and `layerprobe.extract` in float16 with all it does: planning, tokenising, checksums and flushes. At the end the rows
 of the loop and of the store are compared.
@@ -43,7 +43,12 @@ def main() -> None:
     options = parser.parse_args()
     num_texts, rounds = (48, 1) if options.quick else (options.texts, options.rounds)
     demo = lp.load_model("demo", "cpu")
-    corpora = {"docstrings": docstrings(num_texts), "paragraphs": paragraphs(num_texts, demo.tokenizer)}
+    whole, parts = list_docstrings(), list_paragraphs(demo.tokenizer)
+    corpora = {
+        "docstrings": whole[:: max(1, len(whole) // num_texts)][:num_texts],
+        "paragraphs": shuffle(parts)[:num_texts],
+        "both": shuffle([*whole, *parts])[:num_texts],
+    }
     results = {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for name, texts in corpora.items():
@@ -157,11 +162,9 @@ def compare(loop: Path, folder: Path, every: int = 8) -> float:
     return round(worst, 6)
 
 
-def docstrings(count: int) -> list[str]:
-    """Read docstrings out of the standard library's sources, in the order of its files, spread over all of them."""
-    found = list(dict.fromkeys(_iter_docstrings(Path(sysconfig.get_paths()["stdlib"]))))
-    step = max(1, len(found) // count)
-    return found[::step][:count]
+def list_docstrings() -> list[str]:
+    """Read the docstrings of the standard library's sources, in the order of its files."""
+    return list(dict.fromkeys(_iter_docstrings(Path(sysconfig.get_paths()["stdlib"]))))
 
 
 def _iter_docstrings(folder: Path) -> Iterator[str]:
@@ -180,19 +183,19 @@ def _iter_docstrings(folder: Path) -> Iterator[str]:
                     yield text
 
 
-def paragraphs(count: int, tokenizer: Any) -> list[str]:
-    """Cut docstrings at their empty lines, keep those of a middle length, and shuffle them."""
-    texts = list(dict.fromkeys(_iter_docstrings(Path(sysconfig.get_paths()["stdlib"]))))
-    parts = list(dict.fromkeys(part.strip() for text in texts for part in text.split("\n\n") if part.strip()))
-    random.Random(0).shuffle(parts)
-    kept: list[str] = []
-    for part in parts:
-        tokens = len(tokenizer(part, truncation=True, max_length=512)["input_ids"])
-        if PARAGRAPH_TOKENS[0] <= tokens <= PARAGRAPH_TOKENS[1]:
-            kept.append(part)
-        if len(kept) == count:
-            break
-    return kept
+def list_paragraphs(tokenizer: Any) -> list[str]:
+    """Cut docstrings at their empty lines and keep the parts of a middle length."""
+    found = (part.strip() for text in list_docstrings() for part in text.split("\n\n"))
+    parts = list(dict.fromkeys(filter(None, found)))
+    lengths = map(len, tokenizer(parts, truncation=True, max_length=512)["input_ids"])
+    fewest, most = PARAGRAPH_TOKENS
+    return [part for part, length in zip(parts, lengths, strict=True) if fewest <= length <= most]
+
+
+def shuffle(texts: list[str]) -> list[str]:
+    mixed = list(dict.fromkeys(texts))
+    random.Random(0).shuffle(mixed)
+    return mixed
 
 
 def _make_empty(folder: Path) -> None:

@@ -49,6 +49,8 @@ ORDER = (
     "layerprobe.extract.plan",
     "layerprobe.extract.run",
     "layerprobe.cli.views",
+    "layerprobe.cli.runs",
+    "layerprobe.cli.stores",
     "layerprobe.cli.main",
     "layerprobe",
     "layerprobe.__main__",

@@ -307,7 +307,7 @@ class StoreSink:
         # Texts average more than one token, so a vector per row is more than enough for vectors per example.
         rows = int(self._shard_bytes / (size["token"] + size["example"] + size["attention"] * pairs_per_row))
         room = self._room = Room(*map(max, first, Room(rows, rows, int(rows * pairs_per_row))))
-        return BufferPool([HostBuffer(self._stored, room, self._lane.pinned) for _ in range(_NUM_BUFFERS)])
+        return BufferPool(partial(HostBuffer, self._stored, room, self._lane.pinned), _NUM_BUFFERS)
 
 
 def _real_ids(context: Context, selection: Selection) -> Tensor:

@@ -7,6 +7,9 @@ Two host buffers take turns; when both are busy the forward waits, and the wait 
 The only file that knows of CUDA. Must never know what the values mean.
 """
 
+import contextlib
+import math
+import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +39,9 @@ __all__ = [
 
 Produce = Callable[[Target], None]
 
+# From here on memory is asked for in large pages.
+_LARGE_BYTES = 4 << 20
+
 
 class Room(NamedTuple):
     """Space in a buffer, or use of it: rows, examples, and pairs of a query and a key."""
@@ -64,7 +70,7 @@ class HostBuffer:
         room: How much of each kind at first; grows.
         pinned: Whether the memory is page-locked, so that CUDA can copy into it while it computes.
 
-    Cost: all of its memory is touched at once, so that a run that cannot have it fails at its start.
+    Cost: address space at once; memory as it is filled, on Linux in pages of 2 MiB.
     """
 
     def __init__(self, sites: Sequence[StoredSite], room: Room, pinned: bool) -> None:
@@ -109,25 +115,40 @@ class HostBuffer:
 
     def _allocate(self, site: StoredSite, extent: int) -> Tensor:
         shape = (extent * site.width,) if site.kind == "attention" else (extent, site.width)
-        # Outside inference mode, where a tensor could not be written from another mode.
-        with torch.inference_mode(False):
-            return torch.empty(shape, dtype=site.dtype, pin_memory=self._pinned).fill_(0)
+        return _allocate(shape, site.dtype, self._pinned)
 
     def _allocate_scale(self, site: StoredSite, extent: int) -> Tensor | None:
-        if site.dtype != torch.int8:
-            return None
-        with torch.inference_mode(False):
-            return torch.empty(extent, dtype=torch.float32, pin_memory=self._pinned).fill_(0)
+        return _allocate((extent,), torch.float32, self._pinned) if site.dtype == torch.int8 else None
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """Make a tensor outside inference mode, where one could not be written from another mode."""
+    with torch.inference_mode(False):
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if pinned or num_bytes < _LARGE_BYTES:
+            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        # Filling fresh memory page by page costs the forward more than the copy itself: 4 KiB ones are made one by one.
+        memory = mmap.mmap(-1, num_bytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel built without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class BufferPool:
-    """A fixed number of host buffers that take turns.
+    """A few host buffers that take turns, each made when it is first needed.
+
+    Args:
+        make: Makes a buffer.
+        count: How many there are at most.
 
     `stalled_s` is the time that callers have waited for one.
     """
 
-    def __init__(self, buffers: Sequence[HostBuffer]) -> None:
-        self._free = list(buffers)
+    def __init__(self, make: Callable[[], HostBuffer], count: int) -> None:
+        self._make = make
+        self._left = count
+        self._free: list[HostBuffer] = []
         self._changed = threading.Condition()
         self.stalled_s = 0.0
 
@@ -140,6 +161,9 @@ class BufferPool:
         start = time.perf_counter()
         with self._changed:
             check()
+            if not self._free and self._left:
+                self._left -= 1
+                self._free.append(self._make())
             while not self._free:
                 self._changed.wait()
                 check()

@@ -271,14 +271,35 @@ def _pass() -> None:
     return None
 
 
-def test_free_buffer_is_taken_at_once() -> None:
-    buffers = [HostBuffer([_site()], Room(1, 1), pinned=False) for _ in range(2)]
-    pool = BufferPool(buffers)
-    assert {id(pool.acquire(_pass)), id(pool.acquire(_pass))} == {id(buffer) for buffer in buffers}
+def _make_buffer() -> HostBuffer:
+    return HostBuffer([_site()], Room(1, 1), pinned=False)
+
+
+def test_a_buffer_is_made_only_where_none_is_free() -> None:
+    made: list[HostBuffer] = []
+
+    def make() -> HostBuffer:
+        made.append(_make_buffer())
+        return made[-1]
+
+    pool = BufferPool(make, 2)
+    first = pool.acquire(_pass)
+    pool.release(first)
+    assert pool.acquire(_pass) is first
+    assert pool.acquire(_pass) is not first
+    assert len(made) == 2
+
+
+def test_a_large_buffer_begins_with_zeros_and_takes_values() -> None:
+    rows = 1 << 20
+    target = HostBuffer([_site(width=4)], Room(rows, 1), pinned=False).target(0, 0, rows)
+    assert not target.values.any()
+    target.values.fill_(3)
+    assert bool((target.values == 3).all())
 
 
 def test_caller_waits_for_a_buffer_and_the_wait_is_counted() -> None:
-    pool = BufferPool([HostBuffer([_site()], Room(1, 1), pinned=False)])
+    pool = BufferPool(_make_buffer, 1)
     buffer = pool.acquire(_pass)
     stalled_before, asked, got = pool.stalled_s, threading.Event(), []
     # `check` runs under the pool's lock, which is free again only once the caller waits
@@ -292,7 +313,7 @@ def test_caller_waits_for_a_buffer_and_the_wait_is_counted() -> None:
 
 
 def test_failure_of_the_writer_is_raised_in_the_caller_that_waits() -> None:
-    pool = BufferPool([HostBuffer([_site()], Room(1, 1), pinned=False)])
+    pool = BufferPool(_make_buffer, 1)
     buffer = pool.acquire(_pass)
     asked, failed, raised = threading.Event(), threading.Event(), []
 

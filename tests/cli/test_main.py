@@ -194,14 +194,6 @@ def test_without_a_command_the_help_is_shown(run: Run) -> None:
     assert run("--version") == (0, f"layerprobe {layerprobe.__version__}\n", "")
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("12", 12), ("64MB", 64_000_000), ("1GiB", 1 << 30), ("1.5 k", 1500), ("2kiB", 2048), ("3T", 3 * 10**12)],
-)
-def test_sizes_are_decimal_unless_they_say_otherwise(text: str, size: int) -> None:
-    assert cli._parse_size(text) == size
-
-
 def test_the_module_runs_as_a_program(tiny_model_folder: Path, source: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,

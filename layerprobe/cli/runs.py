@@ -1,0 +1,106 @@
+"""Commands that run a model: sites, extract.
+
+Parse and call; compute nothing. `main` gives each its name and place.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerprobe.errors import OptionError
+
+__all__ = ["extract", "sites"]
+
+_MODEL_HELP = "A hub id, a folder, or 'demo' (real MiniLM weights from the demo extra)."
+_SITES_HELP = "A site pattern such as 'layers.*', 'layers.-4:' or 'layers.0,5.ffn.act'; repeat for several."
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\Z")
+_POWERS = {"": 0, "k": 1, "M": 2, "G": 3, "T": 4}
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
+Sites = Annotated[list[str] | None, typer.Option("--sites", "-s", metavar="PATTERN", help=_SITES_HELP)]
+
+
+def sites(model: Model, patterns: Sites = None) -> None:
+    """List the sites of a model: name, module, kind, width.
+
+    Example: layerprobe sites demo --sites 'layers.0.*.*'
+    """
+    from layerprobe.models import load_model
+    from layerprobe.sites.resolve import sites as list_sites
+
+    typer.echo(str(list_sites(load_model(model, "cpu").model, patterns)))
+
+
+def extract(
+    model: Model,
+    texts: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT", help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, or '-'."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the store.")],
+    patterns: Sites = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16, bfloat16, float8_e4m3fn or int8; the model's own if not given."),
+    ] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(help="cls, mean, max or last: one vector per text, over all real tokens, special ones included."),
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field of a record that holds the text.")] = "text",
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest text in tokens; the model's limit if not given.")
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per batch; 1024 on a CPU.")] = None,
+    shard_size: Annotated[str, typer.Option(help="What a shard should hold: 64MB, 1GiB.")] = "128MiB",
+    nonfinite: Annotated[
+        str, typer.Option(help="warn or error at values that are not finite or overflow the dtype.")
+    ] = "warn",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in DIR.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Extract sites for every text into a store; the same command again goes on where it was stopped.
+
+    Example: layerprobe extract demo texts.txt -o acts --dtype float16
+    """
+    from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, plan_extraction
+    from layerprobe.extract.run import run_extraction
+
+    options = ExtractOptions(
+        sites=patterns or DEFAULT_SITES,
+        dtype=dtype,
+        pool=pool,
+        field=field,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        shard_bytes=_parse_size(shard_size),
+        nonfinite=nonfinite,
+    )
+    plan = plan_extraction(model, texts, out, options, device=device, overwrite=overwrite)
+    if not quiet:
+        typer.echo(str(plan))
+    if dry_run:
+        return
+    try:
+        report = run_extraction(plan, progress=not quiet)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: whole shards are kept in {out}. Run the same command again to go on.", err=True)
+        raise
+    if not quiet:
+        typer.echo(str(report))
+    elif report.nonfinite:
+        typer.echo(str(report), err=True)
+
+
+def _parse_size(text: str) -> int:
+    match = _SIZE.match(text.strip())
+    if not match:
+        raise OptionError(f"no size {text!r}: write a number and a unit, such as 64MB or 1GiB.")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit])

@@ -1,0 +1,38 @@
+"""Commands that look at a store and need no model: info, show.
+
+Parse and call; compute nothing. `main` gives each its name and place.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerprobe.cli.views import describe_example, describe_store
+
+__all__ = ["info", "show"]
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A store.")]
+
+
+def info(folder: Folder) -> None:
+    """Say what a store holds.
+
+    Example: layerprobe info acts
+    """
+    from layerprobe.store.reader import open_store
+
+    typer.echo(describe_store(open_store(folder)))
+
+
+def show(
+    folder: Folder,
+    example: Annotated[int, typer.Argument(metavar="EXAMPLE", help="Its ordinal; negative ones count from the last.")],
+) -> None:
+    """Print an example's tokens and the norm of each site.
+
+    Example: layerprobe show acts 17
+    """
+    from layerprobe.store.reader import open_store
+
+    typer.echo(describe_example(open_store(folder).example(example)))
