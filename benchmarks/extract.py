@@ -1,10 +1,10 @@
 """The whole job: 2,000 real texts to every layer on disk, against the loop that people write today.
 
-The texts are docstrings of the standard library in the order of its files; their paragraphs of 5 to 256 tokens, shuffled;
-and both together, shuffled. The rivals are the loop (32 texts at a time in the order they come, padded to the longest, `output_hidden_states=True`, one
-`torch.save` a batch, nothing flushed to disk), the bare forward over layerprobe's own batches, tokenised beforehand,
-and `layerprobe.extract` in float16 with all it does: planning, tokenising, checksums and flushes. At the end the rows
-of the loop and of the store are compared.
+The texts are docstrings of the standard library in the order of its files; their paragraphs of 5 to 256 tokens,
+shuffled; and both together, shuffled. The rivals are the loop (32 texts at a time in the order they come, padded to the
+longest, `output_hidden_states=True`, one `torch.save` a batch, nothing flushed to disk), the bare forward over
+layerprobe's own batches, tokenised beforehand, and `layerprobe.extract` in float16 with all it does: planning,
+tokenising, checksums and flushes. At the end the rows of the loop and of the store are compared.
 
     python benchmarks/extract.py [--quick] [--save] [--texts 2000] [--rounds 3]
 """

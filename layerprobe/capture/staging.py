@@ -126,7 +126,7 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tenso
     with torch.inference_mode(False):
         num_bytes = math.prod(shape) * dtype.itemsize
         if pinned or num_bytes < _LARGE_BYTES:
-            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            return torch.zeros(shape, dtype=dtype, pin_memory=pinned)
         # Filling fresh memory page by page costs the forward more than the copy itself: 4 KiB ones are made one by one.
         memory = mmap.mmap(-1, num_bytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
