@@ -50,6 +50,7 @@ class Call:
         contexts: What each stack was called with, by number, in the order in which they were called.
         expected, ahead, seen: Sites as bits: of the stacks called so far, of those still to be called, already made.
         state: Room for the sink to keep what it needs for this call.
+        graph_numbers: What compiled graphs have entered the call by.
         sources: Set by a sink that follows gradients: for sites whose value is cut or joined, what it is made of.
     """
 
@@ -62,6 +63,7 @@ class Call:
     counts: dict[int, int] = field(default_factory=dict)
     chunks: dict[int, list[Tensor]] = field(default_factory=dict)
     twins: dict[int, EagerTwin] = field(default_factory=dict)
+    graph_numbers: set[int] = field(default_factory=set)
     sources: dict[int, Source] | None = None
 
     def context(self, index: int) -> Context:

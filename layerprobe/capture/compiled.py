@@ -4,6 +4,7 @@ Python that appends to a list or asks for its thread cannot be part of a graph, 
 `fullgraph=True`. An operator can: the compiler sees an opaque call with tensors and numbers, keeps its place among
 the others, and runs it for every batch of any length. So a hook that is traced calls an operator, and the operator
 finds the probe by its number. A graph that outlives its probe calls a number that nobody has, and nothing happens.
+Rows for a store are gathered and cast before that, in the graph, where the compiler can join it to what it computes.
 
 Hides torch's operator registry and its compiler. Must never know of sites or sinks.
 """
@@ -26,12 +27,15 @@ class Receiver(Protocol):
     """What a port talks to, as the graph runs."""
 
     def enter_compiled(
-        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
+        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool, number: int
     ) -> None:
         """A base model was called, with a key-value cache or without; a stack of -1 is the task model around it."""
 
     def receive_compiled(self, point: int, value: Tensor) -> None:
         """A module that is read made a value."""
+
+    def receive_packed(self, point: int, rows_TD: Tensor, number: int) -> None:
+        """A module that is read made rows, gathered and cast by the graph, in the call that was entered by `number`."""
 
     def leave_compiled(self, stack: int, completed: bool) -> None:
         """The model that was entered is done, or has raised."""
@@ -51,10 +55,31 @@ def _enter(
     cached: bool,
     probe: int,
     stack: int,
-) -> None:
+    packs: bool,
+) -> tuple[Tensor, Tensor]:
+    """Tell of a call; gives the places of its real tokens in `[B * S]`, and a number that no other call has.
+
+    Places are for rows that the graph gathers, so there are none where it does not. The number goes with those rows: a
+    graph that is broken in two hands it on as Python does, and two threads could hand on each other's.
+    """
+    number = next(_NUMBERS)
     receiver = _RECEIVERS.get(probe)
     if receiver is not None:
-        receiver.enter_compiled(stack, ids, mask, embeds, cached)
+        receiver.enter_compiled(stack, ids, mask, embeds, cached, number)
+    tokens = ids if ids is not None else embeds
+    if receiver is None or tokens is None or not packs:
+        kept = token.new_empty(0, dtype=torch.int64)
+    elif mask is None or mask.shape != tokens.shape[:2]:  # a mask of another shape is refused by the sink
+        kept = torch.arange(tokens.shape[0] * tokens.shape[1], device=tokens.device)
+    else:
+        kept = (mask != 0).flatten().nonzero()[:, 0]
+    return kept, torch.tensor([number])
+
+
+@_enter.register_fake
+def _(token: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return token.new_empty(count, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
 
 
 @torch.library.custom_op("layerprobe::receive", mutates_args=("token",), tags=_TAGS)
@@ -62,6 +87,13 @@ def _receive(token: Tensor, value: Tensor, probe: int, point: int) -> None:
     receiver = _RECEIVERS.get(probe)
     if receiver is not None:
         receiver.receive_compiled(point, value)
+
+
+@torch.library.custom_op("layerprobe::receive_packed", mutates_args=("token",), tags=_TAGS)
+def _receive_packed(token: Tensor, rows_TD: Tensor, number: Tensor, probe: int, point: int) -> None:
+    receiver = _RECEIVERS.get(probe)
+    if receiver is not None:
+        receiver.receive_packed(point, rows_TD, int(number))
 
 
 @torch.library.custom_op("layerprobe::leave", mutates_args=("token",), tags=_TAGS)
@@ -77,12 +109,19 @@ class Port:
     Args:
         receiver: What is told; held weakly.
         device: Where the model is.
+        packs: Whether rows are wanted without padding, and cast to `dtype` (None: as they are).
     """
 
-    def __init__(self, receiver: Receiver, device: torch.device) -> None:
+    def __init__(
+        self, receiver: Receiver, device: torch.device, packs: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
         self.number = next(_NUMBERS)
         with torch.inference_mode(False):
             self.token = torch.zeros(1, device=device)
+        self._packs = packs
+        self._dtype = dtype
+        # Of the call that is being traced; None where the base itself is not in the graph.
+        self._entered: tuple[Tensor, Tensor] | None = None
         self._receiver = weakref.ref(receiver)
 
     def open(self) -> None:
@@ -98,14 +137,24 @@ class Port:
     def enter(self, stack: int, ids: Any, mask: Any, embeds: Any, cached: bool) -> None:
         """Tell of a call, from within a graph."""
         tensors = [value if isinstance(value, Tensor) else None for value in (ids, mask, embeds)]
-        torch.ops.layerprobe.enter(self.token, *tensors, cached, self.number, stack)
+        entered = torch.ops.layerprobe.enter(self.token, *tensors, cached, self.number, stack, self._packs)
+        if self._packs and stack >= 0:
+            self._entered = entered
 
-    def receive(self, point: int, value: Tensor) -> None:
-        """Tell of a value, from within a graph."""
-        torch.ops.layerprobe.receive(self.token, value.detach(), self.number, point)
+    def receive(self, point: int, value: Tensor, is_rows: bool = False) -> None:
+        """Tell of a value, from within a graph; `is_rows`: it has a row per token."""
+        value = value.detach()
+        if not (is_rows and self._entered is not None and value.ndim == 3):
+            torch.ops.layerprobe.receive(self.token, value, self.number, point)
+            return
+        kept, number = self._entered
+        rows = value.flatten(0, 1).index_select(0, kept)
+        rows = rows if self._dtype is None else rows.to(self._dtype)
+        torch.ops.layerprobe.receive_packed(self.token, rows, number, self.number, point)
 
     def leave(self, stack: int, completed: bool) -> None:
         """Tell of the end of a call, from within a graph."""
+        self._entered = None
         torch.ops.layerprobe.leave(self.token, self.number, stack, completed)
 
 

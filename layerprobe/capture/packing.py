@@ -48,6 +48,8 @@ class _Pending:
     batch: AnnouncedBatch | None = None
     selection: Selection | None = None
     values: dict[int, Tensor] | None = None
+    # sites whose values a compiled graph has gathered and cast already
+    packed: set[int] = field(default_factory=set)
     input_ids: Tensor | None = None
     # values beyond the range of float8, counted where the values are made
     overflow: dict[int, Tensor] = field(default_factory=dict)
@@ -87,7 +89,7 @@ class StoreSink:
         self.writer = writer
         self.buffers: BufferPool | None = None
         self._pool = pool
-        self._dtype = dtype
+        self.packed_dtype = dtype
         self._shard_bytes = shard_bytes
         self._fingerprint = fingerprint
         self._description = description
@@ -107,6 +109,11 @@ class StoreSink:
     def copies_at_once(self) -> bool:
         """Whether a value may be overwritten as soon as `receive` returns; the first call's are kept until its end."""
         return self._stored is not None
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether a compiled graph may gather and cast rows itself, to `packed_dtype`, and call `receive_rows`."""
+        return self._pool is None and self.packed_dtype in (None, torch.float32, torch.float16, torch.bfloat16)
 
     @property
     def stalled_s(self) -> float:
@@ -165,6 +172,11 @@ class StoreSink:
             self._reserve(pending, call, value)
         self._put(pending, index, value)
 
+    def receive_rows(self, call: Call, index: int, rows_TD: Tensor) -> None:
+        """Take rows that are gathered and cast already."""
+        call.state.packed.add(index)
+        self.receive(call, index, rows_TD)
+
     def finish(self, call: Call) -> None:
         pending: _Pending = call.state
         try:
@@ -188,7 +200,8 @@ class StoreSink:
         """Learn from the first call how the sites will lie on disk, say so in `store.json`, and pack its rows."""
         assert pending.values is not None and self._description is not None
         self._stored = [
-            measure_site(site, pending.values[index], self._pool, self._dtype) for index, site in enumerate(self._sites)
+            measure_site(site, pending.values[index], self._pool, self.packed_dtype, index in pending.packed)
+            for index, site in enumerate(self._sites)
         ]
         described = {site.name: site.describe() for site in self._stored}
         description = {**self._description, "sites": described}
@@ -235,7 +248,11 @@ class StoreSink:
             overflow = pending.overflow.setdefault(index, torch.zeros((), dtype=torch.int64, device=value.device))
         start, count = unit.used.of(stored.kind), room_for(selection).of(stored.kind)
         target = unit.buffer.target(index, start, start + count, overflow)
-        if stored.kind == "attention":
+        if index in pending.packed:
+            if len(value) != count:
+                raise CaptureError(f"{site.name!r} gave {len(value)} rows for {count} tokens.")
+            produce = partial(cast_into, value=value)
+        elif stored.kind == "attention":
             produce = partial(write_pairs, weights_BHSS=value, selection=selection)
         elif stored.kind == "token":
             produce = partial(write_rows, value=value, selection=selection)

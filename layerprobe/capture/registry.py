@@ -70,7 +70,8 @@ class ProbeRegistry:
         self.wants_stop = stop
         self._require_an_end()
         self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner)
-        self._port = Port(self, find_device(self._root))
+        packs = getattr(sink, "packs_rows", False)
+        self._port = Port(self, find_device(self._root), packs, getattr(sink, "packed_dtype", None))
         self._points = self._group_points()
         self._hooks = HookSet()
 
@@ -196,7 +197,7 @@ class ProbeRegistry:
         watch_direct_calls(self._hooks, self._root, number, self._frames, enter, self._make_exit(number))
 
     def enter_compiled(
-        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
+        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool, number: int
     ) -> None:
         """Take note, from a running graph, that a module was called."""
         if stack == ROOT:
@@ -206,6 +207,9 @@ class ProbeRegistry:
             context = read_context(given)
             # the length of a cache is no number that a graph of all lengths can give
             self._frames.enter_base(stack, replace(context, first_position=None) if cached else context, None)
+            call = self._frames.current()
+            if call is not None:
+                call.graph_numbers.add(number)
 
     def receive_compiled(self, point: int, value: Tensor) -> None:
         """Take a value from a running graph, whose memory the graph will use again."""
@@ -215,6 +219,20 @@ class ProbeRegistry:
         if call is not None:
             keeps = not getattr(self._sink, "copies_at_once", False)
             self._receive_at(call, self._points[point], value.clone() if keeps else value)
+
+    def receive_packed(self, point: int, rows_TD: Tensor, number: int) -> None:
+        """Take rows that a running graph has gathered and cast."""
+        call = self._frames.current()
+        if call is None:
+            return
+        if number not in call.graph_numbers:
+            raise CaptureError(
+                f"two threads run {self._mapped.owner}, which was compiled in several graphs: rows of one would be "
+                "taken for the other's. Compile with fullgraph=True, or run one thread."
+            )
+        sink: Any = self._sink
+        rows_TD = rows_TD if sink.copies_at_once else rows_TD.clone()
+        self._receive(call, self._points[point].indices[0], rows_TD, sink.receive_rows)
 
     def leave_compiled(self, stack: int, completed: bool) -> None:
         """Take note, from a running graph, that a module is done or has raised."""
@@ -233,6 +251,7 @@ class ProbeRegistry:
         which: Any = point
         if self._is_plain(point):
             receive, which = self._receive, point.indices[0]
+        is_rows = self._is_plain(point) and self.sites[point.indices[0]].kind == "token"
         if point.takes == "input":
 
             def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -240,7 +259,7 @@ class ProbeRegistry:
                     return
                 value = args[0] if args else next(iter(kwargs.values()))
                 if torch.compiler.is_compiling():
-                    port.receive(key, value)
+                    port.receive(key, value, is_rows)
                 elif (stack := frames.get(get_ident())) and (call := stack[-1].call) is not None:
                     receive(call, which, value)
 
@@ -249,7 +268,7 @@ class ProbeRegistry:
 
             def read_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if torch.compiler.is_compiling():
-                    port.receive(key, _first_tensor(output))
+                    port.receive(key, _first_tensor(output), is_rows)
                 elif (stack := frames.get(get_ident())) and (call := stack[-1].call) is not None:
                     receive(call, which, output)
 
@@ -293,7 +312,7 @@ class ProbeRegistry:
         gradient = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients), dim=1)
         return gradient if part is None else self._take_part(replace(part, bias=None), gradient)
 
-    def _receive(self, call: Call, index: int, value: Any) -> None:
+    def _receive(self, call: Call, index: int, value: Any, hand_over: Callable[..., None] | None = None) -> None:
         if type(value) is not Tensor:
             value = self._take_tensor(index, value)
         if call.seen >> index & 1:
@@ -302,7 +321,7 @@ class ProbeRegistry:
                 "several times, and one value would hide the others. Ask for the sites of single layers."
             )
         call.seen |= 1 << index
-        self._sink.receive(call, index, value)
+        (hand_over or self._sink.receive)(call, index, value)
         if call.seen == call.expected and self._hooks.may_stop():
             raise Stop
 

@@ -69,12 +69,16 @@ class Unit:
     overflow: dict[int, Tensor] = field(default_factory=dict)
 
 
-def measure_site(site: Site, value: Tensor, pool: Pool, dtype: torch.dtype | None) -> StoredSite:
-    """Work out how a site will lie on disk from one of its values.
+def measure_site(
+    site: Site, value: Tensor, pool: Pool, dtype: torch.dtype | None, is_packed: bool = False
+) -> StoredSite:
+    """Work out how a site will lie on disk from one of its values; `is_packed`: from its rows `[T, D]`, cast already.
 
     Raises:
         CaptureError: the value is neither `[B, S, D]` nor `[B, D]`.
     """
+    if is_packed:
+        return StoredSite(site.name, "token", value.dtype, value.shape[1])
     if site.kind == "attention":
         if dtype == torch.int8 or pool is not None:
             raise OptionError(f"{site.name!r} is one matrix per head: it takes no pool, and a float dtype.")
