@@ -131,6 +131,63 @@ def test_compiled_model_is_streamed_to_a_store(tiny_bert: Any, tmp_path: Path) -
             assert torch.equal(store[site][3 * number + 2], expected[site][2, : length // 2].half())
 
 
+def test_rows_for_a_store_are_gathered_and_cast_inside_the_one_graph(tiny_bert: Any, tmp_path: Path) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = _compile(tiny_bert, keep)
+    with torch.no_grad(), lp.Probe(compiled, "layers.*", to=tmp_path / "acts", dtype="float16"):
+        for length in LENGTHS:
+            compiled(**_batch(length))
+    # hooks of the outermost module are compiled beside its forward
+    (graph,) = [graph for graph in graphs if "receive_packed" in str(graph.graph)]
+    assert len(graphs) == 3
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert targets.count("layerprobe.receive_packed") == targets.count("index_select") == 3
+    assert "layerprobe.receive" not in targets
+    for node in graph.graph.nodes:
+        if str(node.target) == "layerprobe.receive_packed":
+            assert node.args[1].meta["example_value"].dtype == torch.float16
+            assert node.args[1].args[0].target == "index_select"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+def test_store_of_a_fused_graph_holds_the_rows_of_its_own_output(tiny_bert: Any, tmp_path: Path) -> None:
+    compiled, outputs = _compile(tiny_bert, "inductor"), []
+    with torch.no_grad(), lp.Probe(compiled, ["layers.*", "pooler"], to=tmp_path / "acts", dtype="bfloat16"):
+        for length in LENGTHS:
+            outputs.append(compiled(**_batch(length)))
+    store = lp.open(tmp_path / "acts")
+    for number, (length, output) in enumerate(zip(LENGTHS, outputs, strict=True)):
+        last = output.last_hidden_state.bfloat16()
+        assert torch.equal(store["layers.2"][3 * number + 1], last[1])
+        assert torch.equal(store["layers.2"][3 * number + 2], last[2, : length // 2])
+        assert torch.equal(store["pooler"][3 * number], output.pooler_output[0].bfloat16())
+
+
+def test_forward_broken_into_several_graphs_is_streamed_whole(tiny_bert: Any, tmp_path: Path) -> None:
+    tiny_bert.encoder.layer[1].register_forward_pre_hook(torch._dynamo.disable(lambda *_: None))
+    compiled = _compile(tiny_bert, fullgraph=False)
+    with torch.no_grad(), lp.Probe(tiny_bert, "layers.*", to=tmp_path / "acts"):
+        for length in LENGTHS:
+            compiled(**_batch(length))
+    store = lp.open(tmp_path / "acts")
+    assert torch._dynamo.utils.counters["graph_break"]
+    for number, length in enumerate(LENGTHS):
+        expected = _eager_values(tiny_bert, "layers.*", length)
+        assert all(torch.equal(store[site][3 * number + 1], expected[site][1]) for site in expected)
+
+
+def test_rows_that_belong_to_the_call_of_another_thread_are_refused(tiny_bert: Any, tmp_path: Path) -> None:
+    probe = lp.Probe(tiny_bert, "layers.*", to=tmp_path / "acts")
+    tiny_bert.encoder.layer[0].register_forward_hook(lambda *_: probe._registry.receive_packed(0, torch.ones(4, 32), 7))
+    with torch.no_grad(), pytest.raises(CaptureError, match=r"compiled in several graphs: rows of one"), probe:
+        tiny_bert(**_batch(5))
+
+
 def test_compiled_forward_is_stopped_after_the_last_asked_site(tiny_bert: Any) -> None:
     compiled = _compile(tiny_bert)
     expected = [_eager_values(tiny_bert, "layers.0", length) for length in LENGTHS]
