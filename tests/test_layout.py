@@ -28,6 +28,8 @@ ORDER = (
     "layerprobe.store.format",
     "layerprobe.store.shards",
     "layerprobe.store.writer",
+    "layerprobe.store.catalog",
+    "layerprobe.store.siteview",
     "layerprobe.store.reader",
     "layerprobe.capture.calls",
     "layerprobe.capture.compiled",

@@ -1,45 +1,27 @@
-"""Read a store back: sites, examples, pooled vectors and batches of rows, straight from mapped shards.
+"""Read a store back: what `layerprobe.open` gives.
 
-Shards are mapped when they are first asked for and checked against their header then; what `store[site][i]` gives is a
-view of the file, not a copy. Works on complete stores and on those still being written.
+Works on complete stores and on those still being written. Examples with their tokens, text and fields are put together
+here; shards are the catalog's, the values of a site its view's.
 
-Hides files, mappings and the order of rows inside a shard. Must never know of models or hooks.
+Hides records and the tokenizer. Must never know of models or hooks.
 """
 
 import json
-import operator
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError, MissingExample, OptionError, SiteError, StoreError
-from layerprobe.store.format import (
-    FORMAT_VERSION,
-    INDEX_FILE,
-    SCALE_SUFFIX,
-    STORE_FILE,
-    TOKENIZER_FOLDER,
-    check_site,
-    parse_shard_name,
-    read_header,
-    read_json,
-)
-from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo, check_index, pool_packed
+from layerprobe.errors import FormatError, SiteError, StoreError
+from layerprobe.store.catalog import Catalog
+from layerprobe.store.format import STORE_FILE, TOKENIZER_FOLDER
+from layerprobe.store.shards import MappedShard, ScaledRows
+from layerprobe.store.siteview import SiteView
 
-__all__ = ["Example", "SiteView", "Store", "open_store"]
-
-# A mapping holds a file descriptor; a process may have about a thousand.
-_MOST_OPEN_SHARDS = 256
-_BLOCK_ROWS = 1024
-_SHUFFLE_BLOCKS = 64
+__all__ = ["Example", "Store", "open_store"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,68 +56,92 @@ class Store:
     """
 
     def __init__(self, folder: Path, check: bool) -> None:
-        self.folder = folder
-        self._check = check
-        self.description = read_json(folder / STORE_FILE)
-        if self.description.get("format") != FORMAT_VERSION:
-            found = self.description.get("format")
-            raise FormatError(f"{folder / STORE_FILE}: format {found!r}; this version reads format {FORMAT_VERSION}.")
-        try:
-            self._sites: dict[str, dict[str, Any]] = dict(self.description["sites"])
-            self.fingerprint: str = self.description["fingerprint"]
-            self.pool: str | None = self.description["pool"]
-            for site, said in self._sites.items():
-                check_site(site, said)
-        except KeyError as error:
-            raise FormatError(f"{folder / STORE_FILE}: lacks {error}.") from error
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"{folder / STORE_FILE}: is damaged ({error}).") from error
-        self.index: dict[str, Any] | None = None
-        if (folder / INDEX_FILE).exists():
-            self.index = read_json(folder / INDEX_FILE)
-        self._shards = sorted(self._list_shards(), key=lambda info: info.first_example)
-        self._firsts = [info.first_example for info in self._shards]
-        self._open: OrderedDict[int, MappedShard] = OrderedDict()
+        self._catalog = Catalog(folder, check)
+        self._views: dict[str, SiteView] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_catalog": self._catalog, "_views": {}}
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of every mapped shard. Tensors that were read stay good; reading more is an error."""
+        self._catalog.close()
+
+    @property
+    def folder(self) -> Path:
+        """Where the store is."""
+        return self._catalog.folder
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What `store.json` says."""
+        return self._catalog.description
+
+    @property
+    def index(self) -> dict[str, Any] | None:
+        """What `index.json` says; None while the run is not complete."""
+        return self._catalog.index
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the run from any other."""
+        return self._catalog.fingerprint
+
+    @property
+    def pool(self) -> str | None:
+        """How the run pooled; None for a row per token."""
+        return self._catalog.pool
 
     @property
     def is_complete(self) -> bool:
         """Whether the extraction has ended; its index is written last."""
-        return self.index is not None
+        return self._catalog.is_complete
 
     @property
     def sites(self) -> list[str]:
         """Names of the sites that are stored."""
-        return list(self._sites)
+        return list(self._catalog.sites)
 
     @property
     def num_shards(self) -> int:
         """Shards that are committed."""
-        return len(self._shards)
+        return len(self._catalog.shards)
 
     @property
     def num_tokens(self) -> int:
         """Real tokens in the committed shards."""
-        return sum(info.num_tokens for info in self._shards)
+        return self._catalog.num_tokens
 
     def __len__(self) -> int:
-        return sum(info.num_examples for info in self._shards)
+        return self._catalog.num_examples
 
     def __iter__(self) -> Iterator[Example]:
         return (self.example(ordinal) for ordinal in self.ordinals())
 
     def __repr__(self) -> str:
         state = "complete" if self.is_complete else "incomplete"
-        return f"Store({str(self.folder)!r}, {len(self)} examples, {len(self._sites)} sites, {state})"
+        return f"Store({str(self.folder)!r}, {len(self)} examples, {len(self.sites)} sites, {state})"
 
-    def __getitem__(self, site: str) -> "SiteView":
-        if site not in self._sites:
-            raise SiteError(f"no site {site!r} in {self.folder}: it holds {', '.join(self._sites)}.")
-        return SiteView(self, site)
+    def __getitem__(self, site: str) -> SiteView:
+        view = self._views.get(site)
+        if view is None:
+            if site not in self._catalog.sites:
+                raise SiteError(f"no site {site!r} in {self.folder}: it holds {', '.join(self.sites)}.")
+            view = self._views[site] = SiteView(self._catalog, site)
+        return view
 
     def ordinals(self) -> Iterator[int]:
         """List the ordinals of the examples that are there, rising."""
-        for info in self._shards:
-            yield from range(info.first_example, info.first_example + info.num_examples)
+        return self._catalog.ordinals()
+
+    def iter_shards(self) -> Iterator[MappedShard]:
+        """Go through the mapped shards in the order of the input."""
+        return self._catalog.iter_shards()
 
     def example(self, ordinal: int) -> Example:
         """Gather everything about one example: ids, tokens, text, other fields, every site.
@@ -143,7 +149,7 @@ class Store:
         Raises:
             MissingExample: it is not in the store, or not in it yet.
         """
-        shard, ordinal = self._find(ordinal)
+        shard, ordinal = self._catalog.find(ordinal)
         position, start, stop = shard.span(ordinal)
         input_ids = shard.tensor("input_ids")[start:stop]
         record: dict[str, Any] = {}
@@ -154,7 +160,7 @@ class Store:
             except ValueError as error:
                 raise FormatError(f"{self.folder / shard.header.file}: record {ordinal} is damaged.") from error
         text = record.pop("text", None)
-        sites = {site: self[site][ordinal] for site in self._sites}
+        sites = {site: self[site][ordinal] for site in self._catalog.sites}
         return Example(ordinal, input_ids, self._tokens(input_ids), text, record.get("fields", {}), sites)
 
     def _tokens(self, input_ids: Tensor) -> list[str] | None:
@@ -174,210 +180,6 @@ class Store:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise FormatError(f"{path}: is not a tokenizer ({error}).") from error
-
-    def _list_shards(self) -> list[ShardInfo]:
-        if self.index is not None:
-            try:
-                shards = [
-                    ShardInfo(
-                        str(shard["file"]), int(shard["first_example"]), int(shard["examples"]), int(shard["tokens"])
-                    )
-                    for shard in self.index["shards"]
-                ]
-            except (KeyError, TypeError, ValueError) as error:
-                raise FormatError(f"{self.folder / INDEX_FILE}: is damaged ({error!r}).") from error
-            for shard in shards:
-                if parse_shard_name(shard.file) is None:
-                    raise FormatError(f"{self.folder / INDEX_FILE}: {shard.file!r} is not the name of a shard.")
-            check_index(self.folder / INDEX_FILE, self.index, shards)
-            return shards
-        headers = [read_header(path) for path in self.folder.iterdir() if parse_shard_name(path.name) is not None]
-        return [ShardInfo(h.file, h.first_example, h.num_examples, h.num_tokens) for h in headers]
-
-    def _find(self, ordinal: int) -> tuple[MappedShard, int]:
-        """Find the shard of an example; a negative ordinal counts from the last."""
-        last = self._shards[-1].first_example + self._shards[-1].num_examples if self._shards else 0
-        wanted = ordinal + last if ordinal < 0 else ordinal
-        number = bisect_right(self._firsts, wanted) - 1
-        if number >= 0 and wanted < self._firsts[number] + self._shards[number].num_examples:
-            return self._shard(number), wanted
-        if self.is_complete:
-            raise MissingExample(f"no example {ordinal} in {self.folder}: it holds 0 to {last - 1}.")
-        raise MissingExample(
-            f"no example {ordinal} in {self.folder} yet: the run is not complete, {len(self)} examples are there. "
-            "Run the same extraction again to go on."
-        )
-
-    def _shard(self, number: int) -> MappedShard:
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        info = self._shards[number]
-        shard = MappedShard(self.folder / info.file, info, self.fingerprint, self._check)
-        for site in self._sites:
-            self[site]._check(shard)
-        self._open[number] = shard
-        if len(self._open) > _MOST_OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return shard
-
-    def iter_shards(self) -> Iterator[MappedShard]:
-        """Go through the mapped shards in the order of the input."""
-        return (self._shard(number) for number in range(len(self._shards)))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SiteView(Sequence[Tensor | ScaledRows]):
-    """One site of a store, example by example.
-
-    `view[17]` is `[T, D]` for a site with a row per token, `[D]` for a pooled one, `[H, T, T]` for attention weights: a
-    view of the mapped file in the stored dtype (int8 comes as `ScaledRows`); a slice or a list of ordinals gives a
-    list of them.
-    """
-
-    store: Store
-    site: str
-
-    @property
-    def kind(self) -> str:
-        """`token` for rows per token, `example` for one vector per example, `attention` for `[H, len, len]`."""
-        return self.store.description["sites"][self.site]["kind"]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The stored dtype."""
-        return getattr(torch, self.store.description["sites"][self.site]["dtype"])
-
-    @property
-    def width(self) -> int:
-        """D; the number of heads for `attention`."""
-        return self.store.description["sites"][self.site]["width"]
-
-    def __repr__(self) -> str:
-        return f"SiteView({self.site!r}, {len(self)} examples, {self.kind}, {self.width} x {self.dtype})"
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[ordinal] for ordinal in list(self.store.ordinals())[index]]
-        if isinstance(index, bool) or np.ndim(index) > 0:
-            ordinals = np.asarray(index)
-            if ordinals.size and ordinals.dtype.kind not in "iu":
-                raise OptionError(f"{self.site!r} is indexed by ordinals: an index of {ordinals.dtype} is none.")
-            return [self[int(ordinal)] for ordinal in ordinals]
-        try:
-            shard, ordinal = self.store._find(operator.index(index))
-        except TypeError as error:
-            raise OptionError(f"{self.site!r} is indexed by ordinals, not by {index!r}.") from error
-        position, start, stop = shard.span(ordinal)
-        if self.kind == "attention":
-            length, first = stop - start, self.width * shard.pairs_before[position]
-            flat = shard.tensor(self.site)[first : first + self.width * length * length]
-            return flat.view(self.width, length, length)
-        return self._take(shard, slice(start, stop) if self.kind == "token" else position)
-
-    def __iter__(self) -> Iterator[Tensor | ScaledRows]:
-        return (self[ordinal] for ordinal in self.store.ordinals())
-
-    def _check(self, shard: MappedShard) -> None:
-        """Refuse a shard that holds this site otherwise than `store.json` says."""
-        count = shard.header.num_tokens if self.kind == "token" else shard.header.num_examples
-        shape = (self.width * shard.pairs_before[-1],) if self.kind == "attention" else (count, self.width)
-        wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [(self.site, self.dtype, shape)]
-        if self.dtype == torch.int8:
-            wanted.append((self.site + SCALE_SUFFIX, torch.float32, (count,)))
-        for name, dtype, shape in wanted:
-            entry = shard.header.tensors.get(name)
-            if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
-                found = "nothing" if entry is None else f"{entry.dtype} of {entry.shape}"
-                path = self.store.folder / shard.header.file
-                raise FormatError(f"{path}: {name!r} is {found}; {STORE_FILE} asks for {dtype} of {shape}.")
-
-    def _take(self, shard: MappedShard, where: int | slice | Tensor) -> Tensor | ScaledRows:
-        values = shard.tensor(self.site)[where]
-        if self.dtype == torch.int8:
-            return ScaledRows(values, shard.tensor(self.site + SCALE_SUFFIX)[where])
-        return values
-
-    def pooled(self, pool: str | None = None) -> Tensor:
-        """Reduce each example to one vector, in the order of the input.
-
-        Args:
-            pool: `mean`, `max`, `cls` (first token) or `last`, over all real tokens, special ones included; None for
-                `mean`. A site with one vector per example was pooled already, and takes only None or its own.
-
-        Returns:
-            float32 `[N, D]`. An example without tokens gives NaN.
-
-        Raises:
-            OptionError: the pool does not exist, or the store was pooled otherwise.
-
-        Cost: one pass over the site, one shard in float32 at a time.
-        """
-        self._refuse_attention("pooled")
-        if pool not in (None, "mean", "max", "cls", "last", self.store.pool):
-            raise OptionError(f"no pool {pool!r}: use mean, max, cls or last.")
-        if self.kind != "token" and pool not in (None, self.store.pool):
-            raise OptionError(f"{self.site!r} has one vector per example, pooled by {self.store.pool}, not {pool!r}.")
-        out = torch.empty(len(self), self.width, dtype=torch.float32)
-        row = 0
-        for shard in self.store.iter_shards():
-            vectors = self._take(shard, slice(None)).float()
-            if self.kind == "token":
-                vectors = pool_packed(vectors, shard.tensor("offsets"), pool or "mean")
-            count = shard.header.num_examples
-            out[row : row + count] = vectors[torch.tensor(shard.position, dtype=torch.long)]
-            row += count
-        return out
-
-    def rows(self, batch_size: int = 4096, shuffle: bool = False, seed: int = 0) -> Iterator[Tensor]:
-        """Go through every vector of the site once, batch by batch.
-
-        Args:
-            batch_size: Vectors per batch; the last may be smaller.
-            shuffle: Mix them over all shards. Blocks of 1,024 rows are taken in random order, 64 at a time, and mixed
-                among themselves, so memory stays at a few tens of thousands of rows.
-            seed: The order is a function of it.
-
-        Returns:
-            An iterator of `[batch_size, D]` copies in the stored dtype (float32 where int8 is stored).
-        """
-        self._refuse_attention("gone through by rows")
-        if batch_size < 1:
-            raise OptionError(f"batch_size is {batch_size}: it must be at least 1.")
-        return self._iter_rows(batch_size, shuffle, seed)
-
-    def _refuse_attention(self, what: str) -> None:
-        if self.kind == "attention":
-            raise OptionError(f"{self.site!r} is one matrix per head and cannot be {what}: read it by example.")
-
-    def _iter_rows(self, batch_size: int, shuffle: bool, seed: int) -> Iterator[Tensor]:
-        blocks = [
-            (number, start, min(start + _BLOCK_ROWS, count))
-            for number, info in enumerate(self.store._shards)
-            for count in [info.num_tokens if self.kind == "token" else info.num_examples]
-            for start in range(0, count, _BLOCK_ROWS)
-        ]
-        random = np.random.default_rng(seed)
-        if shuffle:
-            random.shuffle(blocks)
-        pending: list[Tensor] = []
-        for first in range(0, len(blocks), _SHUFFLE_BLOCKS):
-            pending += [self._block(*block) for block in blocks[first : first + _SHUFFLE_BLOCKS]]
-            window = torch.cat(pending)
-            if shuffle:
-                window = window[torch.from_numpy(random.permutation(len(window)))]
-            whole = len(window) - len(window) % batch_size
-            yield from window[:whole].split(batch_size) if whole else ()
-            pending = [window[whole:]]
-        if pending and len(pending[0]):
-            yield pending[0]
-
-    def _block(self, number: int, start: int, stop: int) -> Tensor:
-        vectors = self._take(self.store._shard(number), slice(start, stop))
-        return vectors.float() if isinstance(vectors, ScaledRows) else vectors
 
 
 def open_store(folder: str | Path, *, check: bool = True) -> Store:

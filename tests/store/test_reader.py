@@ -73,7 +73,7 @@ def test_what_is_read_is_a_view_and_writing_to_it_leaves_the_file(write_store: W
     store = open_store(written.folder)
     first, again = store["layers.0"][0], store["layers.0"][0]
     assert first.data_ptr() == again.data_ptr()
-    whole = store._shard(0).tensor("layers.0")
+    whole = next(store.iter_shards()).tensor("layers.0")
     assert whole.data_ptr() <= first.data_ptr() < whole.data_ptr() + whole.nbytes
     before = (written.folder / "shard-000000.safetensors").read_bytes()
     first.fill_(9)
@@ -156,7 +156,7 @@ def test_the_order_of_rows_is_a_function_of_the_seed(write_store: WriteStore) ->
     assert not torch.equal(order(shuffle=True, seed=3), order(shuffle=True, seed=4))
     assert torch.equal(order(seed=3), order(seed=4))
     # rows of the second shard come among the first batches
-    stored = torch.cat([shard.tensor("layers.0") for shard in open_store(view.store.folder).iter_shards()])
+    stored = torch.cat([shard.tensor("layers.0") for shard in view.catalog.iter_shards()])
     assert torch.equal(order(), stored)
     assert not torch.equal(order(shuffle=True)[:100], stored[:100])
 
@@ -322,7 +322,7 @@ def test_more_shards_than_a_process_may_hold_open_are_read(write_store: WriteSto
     store = open_store(written.folder)
     for ordinal in (*range(300), 0):
         assert torch.equal(store["layers.0"][ordinal], written.rows[ordinal])
-    assert len(store._open) == 256
+    assert store["layers.0"].catalog.num_open == 256
 
 
 def test_examples_without_tokenizer_or_records_have_neither_tokens_nor_text(write_store: WriteStore) -> None:
