@@ -1,10 +1,12 @@
 """What several test files share: tiny random models, the real demo model, and stores of known tensors."""
 
 import os
+import shutil
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,18 @@ def texts() -> list[str]:
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "."]
     made = [" ".join(words[: 1 + 3 * number % 10]) for number in range(9)]
     return [*made, "", "the " * 200, made[3]]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 4 MiB, where one may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @dataclass(frozen=True)

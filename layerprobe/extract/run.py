@@ -27,7 +27,7 @@ from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, token
 from layerprobe.extract.inputs import InputDigest
 from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, plan_extraction
 from layerprobe.models import LoadedModel
-from layerprobe.store.durable import flush_tree, make_folder
+from layerprobe.store.durable import commit_folder, make_folder
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.writer import ShardWriter, commit_description, commit_index
@@ -265,9 +265,7 @@ def _prepare_store(plan: Plan) -> None:
         if not (folder / TOKENIZER_FOLDER).exists():
             partial = folder / (TOKENIZER_FOLDER + ".tmp")
             plan.tokenizer.save_pretrained(partial)
-            flush_tree(partial)
-            partial.rename(folder / TOKENIZER_FOLDER)
-            flush_tree(folder / TOKENIZER_FOLDER)
+            commit_folder(partial, folder / TOKENIZER_FOLDER)
     except OSError as error:
         if isinstance(error, StoreError):
             raise

@@ -2,28 +2,35 @@
 
 Large files go past the system's page cache where the file system lets them: it would copy every byte once more, at
 the cost of the forward pass beside it, to keep what nobody reads soon. One aligned buffer serves as a bounce, so
-neither the format nor the shard buffers need any alignment.
+neither the format nor the shard buffers need any alignment. Nothing is written through a memory map, where a full
+disk is a signal that kills instead of an error.
 
 Must never know what is in a file.
 """
 
+import contextlib
+import errno
 import mmap
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from layerprobe.errors import StoreError
+from layerprobe.errors import SpaceError, StoreError
 
 try:
     import fcntl
 except ImportError:  # Windows, where files are written the usual way
     fcntl = None
 
-__all__ = ["commit_file", "flush_tree", "make_folder"]
+__all__ = ["commit_file", "commit_folder", "flush_folder", "make_folder", "reserve_file", "tell_failure"]
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _BOUNCE_BYTES = 4 << 20
 _BLOCK_BYTES = 4096
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# What a file system says that cannot set space aside.
+_NO_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 def commit_file(path: Path, pieces: "Sequence[bytes | memoryview]") -> None:
@@ -34,13 +41,14 @@ def commit_file(path: Path, pieces: "Sequence[bytes | memoryview]") -> None:
         pieces: Its bytes, one after the other.
 
     Raises:
+        SpaceError: the disk is full, or a quota used up.
         StoreError: the system refused.
 
     Cost: no copy of the data but for a bounce of 4 MiB.
     """
     partial = path.with_name(path.name + ".tmp")
+    size = sum(len(piece) for piece in pieces)
     try:
-        size = sum(len(piece) for piece in pieces)
         descriptor = _open(partial, is_direct=size >= _BOUNCE_BYTES)
         try:
             if _is_direct(descriptor):
@@ -48,20 +56,86 @@ def commit_file(path: Path, pieces: "Sequence[bytes | memoryview]") -> None:
             else:
                 for piece in pieces:
                     _write_all(descriptor, piece)
+            # what was reserved, or left by a run that ended here, may be longer
+            os.ftruncate(descriptor, size)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
         os.replace(partial, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be written ({error.strerror or error}). What was committed before stays readable; "
-            "run the same command again when the cause is gone."
-        ) from error
+        raise tell_failure(path, error, size) from error
+
+
+def reserve_file(path: Path, size: int) -> None:
+    """Set space aside for a file that `commit_file` will write: in the very `.tmp` that it writes into.
+
+    Where the file system cannot do that, only what is free now is looked at.
+
+    Args:
+        path: The file's final name.
+        size: Bytes; `commit_file` gives back what it does not need.
+
+    Raises:
+        SpaceError: there is not so much; nothing is left behind.
+        StoreError: the system refused.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            _allocate(descriptor, partial, size)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            raise
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise tell_failure(path, error, size) from error
+
+
+def _allocate(descriptor: int, path: Path, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in _NO_RESERVE:
+                raise
+    if size > shutil.disk_usage(path.parent).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def tell_failure(path: Path, error: OSError, size: int = 0) -> StoreError:
+    """Put a refusal of the system into words: what it hit, why, what is missing, and how to go on.
+
+    Args:
+        path: What could not be written.
+        error: What the system said.
+        size: Bytes of the file, where they are known.
+    """
+    what = f"{path}: cannot be written ({error.strerror or error})"
+    if error.errno not in _NO_SPACE:
+        return StoreError(
+            f"{what}. What was committed before stays readable; run the same command again when the cause is gone."
+        )
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            what += f": it takes {size:,} bytes, the disk has {free:,} free, {size - free:,} are missing"
+        elif size:
+            # a quota, or a part of the disk that is not for everyone
+            what += f": it takes {size:,} bytes, more than you may use, though the disk has {free:,} free"
+    return SpaceError(
+        f"{what}. What was committed before stays readable; make room and run the same command again, or let it wait "
+        "for room with --wait-for-space."
+    )
 
 
 def _open(path: Path, is_direct: bool) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
+    # no O_TRUNC: it would give back what was reserved
+    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
     if is_direct and _DIRECT:
         try:
             return os.open(path, flags | _DIRECT, 0o666)
@@ -76,21 +150,22 @@ def _is_direct(descriptor: int) -> bool:
 
 def _write_direct(descriptor: int, pieces: "Sequence[bytes | memoryview]") -> None:
     """Write through an aligned bounce buffer; the last, incomplete block goes the usual way."""
-    with mmap.mmap(-1, _BOUNCE_BYTES) as bounce, memoryview(bounce) as room:
-        filled = 0
-        for piece in pieces:
-            rest = memoryview(piece).cast("B")
-            while len(rest):
-                count = min(len(rest), _BOUNCE_BYTES - filled)
-                room[filled : filled + count] = rest[:count]
-                rest, filled = rest[count:], filled + count
-                if filled == _BOUNCE_BYTES:
-                    _write_blocks(descriptor, room)
-                    filled = 0
-        whole = filled - filled % _BLOCK_BYTES
-        _write_blocks(descriptor, room[:whole])
-        _end_direct(descriptor)
-        _write_all(descriptor, room[whole:filled])
+    # Freed when nothing points to it any more: after a refusal the error's traceback still does, and closing would fail.
+    room = memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
+    filled = 0
+    for piece in pieces:
+        rest = memoryview(piece).cast("B")
+        while len(rest):
+            count = min(len(rest), _BOUNCE_BYTES - filled)
+            room[filled : filled + count] = rest[:count]
+            rest, filled = rest[count:], filled + count
+            if filled == _BOUNCE_BYTES:
+                _write_blocks(descriptor, room)
+                filled = 0
+    whole = filled - filled % _BLOCK_BYTES
+    _write_blocks(descriptor, room[:whole])
+    _end_direct(descriptor)
+    _write_all(descriptor, room[whole:filled])
 
 
 def _write_blocks(descriptor: int, blocks: memoryview) -> None:
@@ -125,24 +200,28 @@ def make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
-def flush_tree(folder: Path) -> None:
-    """Make a folder's files permanent, and their names in it."""
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    _flush_folder(folder)
+def commit_folder(partial: Path, folder: Path) -> None:
+    """Make a folder that is written already permanent, with all that is in it, under its final name."""
+    for file in [*partial.rglob("*"), partial]:
+        if file.is_dir():
+            flush_folder(file)
+        else:
+            _flush(file)
+    os.replace(partial, folder)
+    flush_folder(folder.parent)
 
 
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows has no handle for a folder; its rename is durable by itself
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder permanent, those that are gone too."""
+    if os.name != "nt":  # Windows has no handle for a folder; its rename is durable by itself
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,14 +1,20 @@
 """Files that are written past the page cache, and where that cannot be: the same bytes, whole or not at all."""
 
+import errno
 import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from layerprobe.errors import StoreError
+from faults import FaultySystem, fail
+from layerprobe.errors import SpaceError, StoreError
 from layerprobe.store import durable
-from layerprobe.store.durable import commit_file, flush_tree, make_folder
+from layerprobe.store.durable import commit_file, commit_folder, make_folder, reserve_file
 
 BOUNCE = 4 << 20
 
@@ -74,6 +80,113 @@ def test_large_file_that_cannot_be_written_is_an_error_that_names_it(tmp_path: P
 def test_folders_are_made_with_those_above_them(tmp_path: Path) -> None:
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
-    (tmp_path / "a" / "b" / "file").write_bytes(b"x")
-    flush_tree(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"x"
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_folder_is_committed_whole_with_the_folders_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "words.tmp" / "more").mkdir(parents=True)
+    for name in ("a", "more/b"):
+        (tmp_path / "words.tmp" / name).write_bytes(b"x")
+    flushed: list[int] = []
+    steps = FaultySystem(lambda step: flushed.append(step.inode) if step.name == "fsync" else None)
+    monkeypatch.setattr(durable, "os", steps)
+    commit_folder(tmp_path / "words.tmp", tmp_path / "words")
+    every = [tmp_path / "words", *(tmp_path / "words").rglob("*")]
+    assert {file.stat().st_ino for file in every} | {tmp_path.stat().st_ino} == set(flushed)
+    assert flushed[-1] == tmp_path.stat().st_ino and [file.name for file in tmp_path.iterdir()] == ["words"]
+
+
+# Within a block, a block and more, and large enough to go past the page cache.
+SIZES = [0, 10, 4096, 5000, BOUNCE - 1, BOUNCE + 4095, 3 * BOUNCE]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("spare", [0, 1, 100_000])
+def test_a_file_is_written_into_the_space_reserved_for_it(tmp_path: Path, size: int, spare: int) -> None:
+    pieces = _pieces([size])
+    reserve_file(tmp_path / "file", size + spare)
+    reserved = (tmp_path / "file.tmp").stat()
+    commit_file(tmp_path / "file", pieces)
+    written = (tmp_path / "file").stat()
+    assert (tmp_path / "file").read_bytes() == pieces[0]
+    assert written.st_ino == reserved.st_ino
+    # a whole block may stay for the last bytes
+    assert written.st_blocks * 512 <= size + _block_bytes(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def _block_bytes(folder: Path) -> int:
+    return max(4096, os.statvfs(folder).f_bsize)
+
+
+def test_reserved_space_is_taken_from_what_is_free(small_disk: Path) -> None:
+    before = shutil.disk_usage(small_disk).free
+    reserve_file(small_disk / "file", 1 << 20)
+    assert before - shutil.disk_usage(small_disk).free >= 1 << 20
+    commit_file(small_disk / "file", _pieces([1 << 20]))
+    assert before - shutil.disk_usage(small_disk).free < (1 << 20) + 4 * 4096
+
+
+def test_what_is_missing_is_told_in_bytes_and_nothing_is_left(small_disk: Path) -> None:
+    free = shutil.disk_usage(small_disk).free
+    message = rf"takes {free + 5:,} bytes, the disk has {free:,} free, 5 are missing.*--wait-for-space"
+    with pytest.raises(SpaceError, match=message):
+        reserve_file(small_disk / "file", free + 5)
+    assert not list(small_disk.iterdir()) and shutil.disk_usage(small_disk).free == free
+    with pytest.raises(SpaceError, match=r"file: cannot be written \(No space left on device\): it takes"):
+        commit_file(small_disk / "file", _pieces([free, 4096]))
+    assert not (small_disk / "file").exists()
+
+
+def test_without_a_way_to_reserve_what_is_free_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "os", FaultySystem(fail("posix_fallocate", errno.EOPNOTSUPP)))
+    reserve_file(tmp_path / "file", 4096)
+    with pytest.raises(SpaceError, match=r"takes [\d,]+ bytes, the disk has [\d,]+ free, [\d,]+ are missing"):
+        reserve_file(tmp_path / "file", 1 << 60)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, SpaceError),
+        (errno.EDQUOT, SpaceError),
+        (errno.EIO, StoreError),
+        (errno.EROFS, StoreError),
+        (errno.EFBIG, StoreError),
+    ],
+)
+@pytest.mark.parametrize("call", ["open", "write", "ftruncate", "fsync", "replace"])
+def test_a_refusal_of_the_system_names_its_cause_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, kind: type[StoreError]
+) -> None:
+    commit_file(tmp_path / "before", [b"kept"])
+    monkeypatch.setattr(durable, "os", FaultySystem(fail(call, number)))
+    for size in (9, BOUNCE + 9):
+        with pytest.raises(
+            StoreError, match=rf"file: cannot be written \({re.escape(os.strerror(number))}\)"
+        ) as caught:
+            commit_file(tmp_path / "file", _pieces([size]))
+        assert type(caught.value) is kind and "run the same command again" in str(caught.value)
+        assert not (tmp_path / "file").exists()
+    assert (tmp_path / "before").read_bytes() == b"kept"
+    monkeypatch.undo()
+    commit_file(tmp_path / "file", [b"now"])
+    assert (tmp_path / "file").read_bytes() == b"now" and not (tmp_path / "file.tmp").exists()
+
+
+def test_a_limit_on_the_size_of_files_is_an_error_not_a_signal(tmp_path: Path) -> None:
+    script = """
+import resource, sys
+from pathlib import Path
+from layerprobe.errors import StoreError
+from layerprobe.store.durable import commit_file, reserve_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+for act in (lambda path: reserve_file(path, 60_000), lambda path: commit_file(path, [bytes(60_000)])):
+    try:
+        act(Path(sys.argv[1], "file"))
+    except StoreError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.count("file: cannot be written (File too large)") == 2
