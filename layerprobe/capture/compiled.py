@@ -120,6 +120,8 @@ class Port:
             self.token = torch.zeros(1, device=device)
         self._packs = packs
         self._dtype = dtype
+        # Values with their history, which operators do not carry: a graph gives them to Python once it has run.
+        self._attached: list[Tensor | None] | None = None
         # Of the call that is being traced; None where the base itself is not in the graph.
         self._entered: tuple[Tensor, Tensor] | None = None
         self._receiver = weakref.ref(receiver)
@@ -134,6 +136,18 @@ class Port:
         """Hear no more of graphs that were compiled with this port."""
         _RECEIVERS.pop(self.number, None)
 
+    def keep_history(self, num_points: int) -> None:
+        """Let graphs give their values to Python too, for autograd."""
+        self._attached = [None] * num_points
+
+    def take_attached(self) -> dict[int, Tensor]:
+        """Give what the last graph gave to Python, by point, and forget it."""
+        attached = self._attached or []
+        taken = {point: value for point, value in enumerate(attached) if value is not None}
+        for point in taken:
+            attached[point] = None
+        return taken
+
     def enter(self, stack: int, ids: Any, mask: Any, embeds: Any, cached: bool) -> None:
         """Tell of a call, from within a graph."""
         tensors = [value if isinstance(value, Tensor) else None for value in (ids, mask, embeds)]
@@ -143,6 +157,8 @@ class Port:
 
     def receive(self, point: int, value: Tensor, is_rows: bool = False) -> None:
         """Tell of a value, from within a graph; `is_rows`: it has a row per token."""
+        if self._attached is not None and value.requires_grad:
+            self._attached[point] = value
         value = value.detach()
         if not (is_rows and self._entered is not None and value.ndim == 3):
             torch.ops.layerprobe.receive(self.token, value, self.number, point)

@@ -33,7 +33,8 @@ from layerprobe.capture.units import (
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.format import ShardHeader, fingerprint_of
-from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, commit_description, commit_index, prepare_folder
+from layerprobe.store.lock import StoreLock
+from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_folder, commit_description, commit_index
 
 __all__ = ["StoreSink"]
 
@@ -101,6 +102,7 @@ class StoreSink:
         self._room = NO_ROOM
         self._next_unit = 0
         self._next_example = 0
+        self._lock: StoreLock | None = None
         # Calls of several threads take turns: a unit is one run of examples.
         self._turn = threading.Condition()
         self._pending: _Pending | None = None
@@ -124,10 +126,17 @@ class StoreSink:
         check_storable(sites)
         self._sites = sites
         if self._description is not None:
-            prepare_folder(self.folder)
+            self._lock = claim_folder(self.folder)
         self.writer.start()
 
     def close(self, error: BaseException | None) -> None:
+        try:
+            self._close(error)
+        finally:
+            if self._lock is not None:
+                self._lock.__exit__()
+
+    def _close(self, error: BaseException | None) -> None:
         try:
             # Without a description the caller decides what is whole; a unit it has not ended is not.
             if self._unit is not None and self._unit.used.examples and self._description is not None:

@@ -50,7 +50,8 @@ class Probe(AbstractContextManager["Probe"]):
         dtype: None for the model's own, or `float32`, `float16`, `bfloat16`, `float8_e4m3fn`, `int8` (with one scale
             per vector).
         stop: End each forward after the last asked site. The model's call then returns None.
-        gradients: Also keep what the last `backward` sends to each site, in `probe.gradients`; memory only.
+        gradients: Keep values with their history, so that a loss can be made of them, and in `probe.gradients` what the
+            last `backward` sends to each site; memory only.
 
     Raises:
         SiteError: a pattern matches nothing.
@@ -161,6 +162,7 @@ class Probe(AbstractContextManager["Probe"]):
     def _memory(self) -> MemorySink:
         if not isinstance(self._sink, MemorySink):
             raise CaptureError("this probe keeps nothing in memory: its values went where 'to' says.")
+        self._registry.attach_history()
         return self._sink
 
 

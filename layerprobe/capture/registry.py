@@ -21,6 +21,7 @@ from layerprobe.capture.attention import watch_attention
 from layerprobe.capture.calls import Call, Sink, Source, read_context
 from layerprobe.capture.compiled import Port, forget_compiled_graphs, has_compiled
 from layerprobe.capture.direct import watch_direct_calls
+from layerprobe.capture.early import end_early, require_an_end
 from layerprobe.capture.frames import ROOT, Frames
 from layerprobe.capture.hooks import HookSet, Stop
 from layerprobe.capture.recompute import watch_second_runs
@@ -68,11 +69,14 @@ class ProbeRegistry:
         self._given = model
         self._sink = sink
         self.wants_stop = stop
-        self._require_an_end()
+        if stop:
+            require_an_end(model, self._root)
         self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner)
         packs = getattr(sink, "packs_rows", False)
         self._port = Port(self, find_device(self._root), packs, getattr(sink, "packed_dtype", None))
         self._points = self._group_points()
+        if getattr(sink, "keeps_gradients", False):
+            self._port.keep_history(len(self._points))
         self._hooks = HookSet()
 
     def __enter__(self) -> "ProbeRegistry":
@@ -100,7 +104,7 @@ class ProbeRegistry:
                 watch_second_runs(self._hooks, self._root, self._frames)
             self._hooks.join(self._mapped.base, self)
             if self.wants_stop:
-                self._override_forwards()
+                end_early(self._hooks, self._given, self._mapped, self._frames)
             if calls_forward(self._given):
                 self._watch_direct_calls()
         except BaseException:
@@ -200,6 +204,7 @@ class ProbeRegistry:
         self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool, number: int
     ) -> None:
         """Take note, from a running graph, that a module was called."""
+        self.attach_history()
         if stack == ROOT:
             self._frames.enter_root(None)
         else:
@@ -213,8 +218,12 @@ class ProbeRegistry:
 
     def receive_compiled(self, point: int, value: Tensor) -> None:
         """Take a value from a running graph, whose memory the graph will use again."""
-        if getattr(self._sink, "keeps_gradients", False):
-            raise OptionError("gradients=True does not go with a compiled model: probe the model without compiling it.")
+        if getattr(self._sink, "keeps_gradients", False) and not self._is_whole(self._points[point]):
+            name = self.sites[self._points[point].indices[0]].name
+            raise OptionError(
+                f"gradients=True of {name!r} in a compiled model: its module runs several times in one call. "
+                "Probe the model without compiling it."
+            )
         call = self._frames.current()
         if call is not None:
             keeps = not getattr(self._sink, "copies_at_once", False)
@@ -233,6 +242,14 @@ class ProbeRegistry:
         sink: Any = self._sink
         rows_TD = rows_TD if sink.copies_at_once else rows_TD.clone()
         self._receive(call, self._points[point].indices[0], rows_TD, sink.receive_rows)
+
+    def attach_history(self) -> None:
+        """Give the sink what the last graph made with its history, in place of what the operators took of it."""
+        for point, value in self._port.take_attached().items():
+            for index in self._points[point].indices:
+                part = self.sites[index].part
+                sink: Any = self._sink
+                sink.attach(index, value if part is None else self._take_part(part, value))
 
     def leave_compiled(self, stack: int, completed: bool) -> None:
         """Take note, from a running graph, that a module is done or has raised."""
@@ -276,8 +293,11 @@ class ProbeRegistry:
 
     def _is_plain(self, point: _Point) -> bool:
         """Whether the module makes one whole value for one site."""
-        site = self.sites[point.indices[0]]
-        return len(point.indices) == 1 and site.call_index is None and site.part is None and not point.is_chunked
+        return self._is_whole(point) and len(point.indices) == 1 and self.sites[point.indices[0]].part is None
+
+    def _is_whole(self, point: _Point) -> bool:
+        """Whether the module runs once in a call."""
+        return not point.is_chunked and all(self.sites[index].call_index is None for index in point.indices)
 
     def _receive_at(self, call: Call, point: _Point, value: Any) -> None:
         """Take a value that is a chunk, or one of several calls, or several sites at once."""
@@ -344,45 +364,6 @@ class ProbeRegistry:
     def mark_stopped(self) -> None:
         """Take note that the call of this thread ends early, with all that was asked."""
         self._frames.mark_stopped()
-
-    def _require_an_end(self) -> None:
-        """Refuse `stop` where nothing of the model can be wrapped, or its wrapper could not do without the output."""
-        if self.wants_stop and any(part._compiled_call_impl is not None for part in self._root.modules()):
-            raise OptionError("stop=True does not go with model.compile(): use torch.compile(model), or leave it out.")
-        if self.wants_stop and calls_forward(self._given):
-            raise OptionError(
-                "stop=True leaves a SentenceTransformer nothing to pool: pass and call model[0].auto_model."
-            )
-
-    def _override_forwards(self) -> None:
-        """Find where a stopped forward comes out: at a wrapper of `torch.compile`, else at the model and its bases."""
-        self._require_an_end()
-        if "_orig_mod" in self._given._modules:
-            self._hooks.override(self._given, "forward", functools.partial(self._end_early, None))
-            return
-        bases = {stack.base: number for number, stack in enumerate(self._mapped.stacks)}
-        for module, number in {self._root: ROOT, **bases}.items():
-            self._hooks.override(module, "forward", functools.partial(self._end_early, number))
-
-    def _end_early(self, number: int | None, inner: Callable[..., Any]) -> Callable[..., Any]:
-        """Let a stopped forward return None from the module that was called from outside.
-
-        A wrapper of `torch.compile` has no number: what it runs is a graph, whose frames it closes.
-        """
-        frames = self._frames
-
-        @functools.wraps(inner)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return inner(*args, **kwargs)
-            except Stop:
-                if number is None:
-                    frames.close_top()
-                elif not frames.is_outermost(number):
-                    raise
-                return None
-
-        return forward
 
 
 def _is_chunk(value: Tensor, shape: tuple[int, int]) -> bool:

@@ -49,6 +49,7 @@ class CapturedCall(Mapping[str, Value]):
         self._gradients = gradients
         self._num_layers = num_layers
         self._context = context
+        self._is_compiled = False
 
     @property
     def input_ids(self) -> Tensor | None:
@@ -68,9 +69,23 @@ class CapturedCall(Mapping[str, Value]):
             raise CaptureError("positions are not known: the model was compiled and called with a key-value cache.")
         return range(first, first + (self._context.shape[1] if self._context.shape else 0))
 
+    def attach(self, name: str, value: Tensor) -> bool:
+        """Take the same value with its history, if it is the same."""
+        held = self._made.get(name)
+        if not isinstance(held, Tensor) or held.shape != value.shape or not torch.equal(held, value.detach()):
+            return False
+        self._made[name] = value
+        self._is_compiled = True
+        return True
+
     @property
     def gradients(self) -> "Gradients":
         """What the last `backward` through this call sent to each site; with `gradients=True`."""
+        if self._is_compiled:
+            raise CaptureError(
+                "what backward sends to a site inside a compiled graph is not seen: the values themselves have their "
+                "history (probe['layers.3'] in a loss). Probe the model without compiling it."
+            )
         if self._gradients is None:
             raise CaptureError("no gradients were kept: pass gradients=True to the probe.")
         return self._gradients
@@ -162,7 +177,7 @@ class MemorySink:
     Args:
         pool: Reduce each example's rows first.
         dtype: Cast to this; None keeps the very tensors.
-        gradients: Keep values in the graph and record their gradients.
+        gradients: Keep values with their history in autograd, and record what backward sends to them.
     """
 
     def __init__(self, pool: Pool = None, dtype: torch.dtype | None = None, gradients: bool = False) -> None:
@@ -189,9 +204,12 @@ class MemorySink:
             values[index] = value.detach() if value.requires_grad else value
             return
         site = self._sites[index]
-        if self.keeps_gradients and value.requires_grad:
-            assert call.sources is not None
-            _follow_gradient(call.sources.pop(index, None) or Source([value], itemgetter(0)), site.name, gradients)
+        if self.keeps_gradients:
+            if value.requires_grad:
+                assert call.sources is not None
+                _follow_gradient(call.sources.pop(index, None) or Source([value], itemgetter(0)), site.name, gradients)
+            values[index] = value
+            return
         values[index] = shape_value(value.detach(), call.context(index), site, self._pool, self._dtype)
 
     def finish(self, call: Call) -> None:
@@ -200,6 +218,19 @@ class MemorySink:
         context = next(reversed(call.contexts.values()))
         followed = Gradients(gradients, list(named), self.num_layers) if self.keeps_gradients else None
         self.calls.append(CapturedCall(named, context, self.num_layers, followed))
+
+    def attach(self, index: int, value: Tensor) -> None:
+        """Put a value with its history, from a compiled graph, in place of the copy that the last call holds.
+
+        Raises:
+            CaptureError: it is of another call.
+        """
+        name = self._sites[index].name
+        if not self.calls or not self.calls[-1].attach(name, value):
+            raise CaptureError(
+                f"the value of {name!r} is of another call than the last: with gradients=True a compiled model is run "
+                "from one thread."
+            )
 
     def abandon(self, call: Call) -> None:
         call.state = None

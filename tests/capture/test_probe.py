@@ -219,6 +219,17 @@ def test_gradients_leave_those_of_the_parameters_bit_equal(make_bert: Any, batch
             assert torch.equal(one.grad, other.grad)
 
 
+def test_a_loss_of_captured_values_reaches_the_parameters(make_bert: Any, batch: Any) -> None:
+    plain, probed = make_bert(), make_bert()
+    plain(**batch, output_hidden_states=True).hidden_states[2].pow(2).sum().backward()
+    with lp.Probe(probed, "layers.1", gradients=True) as probe:
+        probed(**batch)
+    probe["layers.1"].pow(2).sum().backward()
+    for one, other in zip(plain.parameters(), probed.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
+
+
 def test_gradients_that_were_not_asked_for_are_not_there(tiny_bert: Any, batch: Any) -> None:
     with lp.Probe(tiny_bert, "layers.0") as probe:
         tiny_bert(**batch)
