@@ -25,11 +25,14 @@ ORDER = (
     "layerprobe.sites.resolve",
     "layerprobe.sites.weights",
     "layerprobe.store.durable",
+    "layerprobe.store.remote",
+    "layerprobe.store.places",
     "layerprobe.store.lock",
     "layerprobe.store.format",
     "layerprobe.store.shards",
     "layerprobe.store.writer",
     "layerprobe.store.catalog",
+    "layerprobe.store.rows",
     "layerprobe.store.siteview",
     "layerprobe.store.reader",
     "layerprobe.capture.calls",
@@ -64,7 +67,7 @@ TOP = {"layerprobe", "tests", "benchmarks", "docs", "pyproject.toml", "README.md
 MOST_LINES = 400
 # the tree of errors is drawn in its docstring
 TREE_LINE = re.compile(r"^(LayerProbeError$|\s*[├└│])")
-HEAVY = ("transformers", "matplotlib", "sklearn", "ray", "pyarrow")
+HEAVY = ("transformers", "matplotlib", "sklearn", "ray", "pyarrow", "fsspec", "s3fs")
 
 
 def module_name(path: Path) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.durable import commit_file
+from layerprobe.store.places import Place, find_place
 
 __all__ = [
     "FORMAT_VERSION",
@@ -36,6 +37,8 @@ __all__ = [
     "commit_bytes",
     "commit_shard",
     "fingerprint_of",
+    "load_header",
+    "load_json",
     "parse_shard_name",
     "read_header",
     "read_json",
@@ -67,6 +70,8 @@ _ALIGNMENT = 64
 _MOST_HEADER_BYTES = 100_000_000
 _MOST_JSON_BYTES = 1_000_000_000
 _BLANK = "0" * 16
+# Of a shard elsewhere, asked for first: a header of hundreds of sites fits, so one request mostly does.
+_FIRST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def _view_bytes(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def commit_shard(folder: Path, header: ShardHeader, tensors: Sequence[tuple[str, Tensor]]) -> int:
+def commit_shard(folder: Path | Place, header: ShardHeader, tensors: Sequence[tuple[str, Tensor]]) -> int:
     """Write one shard and make it permanent.
 
     Args:
@@ -153,7 +158,7 @@ def commit_shard(folder: Path, header: ShardHeader, tensors: Sequence[tuple[str,
     """
     views = [(name, tensor, _view_bytes(tensor)) for name, tensor in tensors]
     head = _build_header(header, views)
-    commit_file(folder / header.file, [head, *(view for _, _, view in views)])
+    find_place(folder).commit(header.file, [head, *(view for _, _, view in views)])
     return len(head) + sum(len(view) for _, _, view in views)
 
 
@@ -202,13 +207,31 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_JSON_BYTES:
             raise ValueError("it is larger than any that layerprobe writes")
-        value = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FormatError(f"{path}: is not the JSON of a store ({error}).") from error
+    return _parse_json(str(path), text)
+
+
+def load_json(place: Place, file: str) -> dict[str, Any]:
+    """Read a JSON object, wherever it lies; as `read_json`."""
+    if place.folder is not None:
+        return read_json(place.folder / file)
+    size = place.size(file)
+    if size > _MOST_JSON_BYTES:
+        raise FormatError(f"{place.label(file)}: is not the JSON of a store: it has {size:,} bytes.")
+    return _parse_json(place.label(file), place.read(file, 0, size))
+
+
+def _parse_json(label: str, text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{label}: is not the JSON of a store ({error}).") from error
     if not isinstance(value, dict):
-        raise FormatError(f"{path}: holds {type(value).__name__}, not a JSON object.")
+        raise FormatError(f"{label}: holds {type(value).__name__}, not a JSON object.")
     return value
 
 
@@ -223,25 +246,49 @@ def read_header(path: Path) -> ShardHeader:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if length > min(_MOST_HEADER_BYTES, size - 8):
-                raise FormatError(f"{path}: is cut or no shard: {size} bytes cannot hold its header.")
-            text = file.read(length)
+            text = file.read(_header_length(str(path), prefix, size))
     except FormatError:
         raise
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    return _check_header(str(path), path.name, text, size)
+
+
+def load_header(place: Place, file: str) -> ShardHeader:
+    """Read and check the header of a shard, wherever it lies; as `read_header`.
+
+    Cost: elsewhere than in a folder two requests, three for a header beyond 64 KiB.
+    """
+    if place.folder is not None:
+        return read_header(place.folder / file)
+    label, size = place.label(file), place.size(file)
+    first = place.read(file, 0, min(size, _FIRST_BYTES))
+    end = 8 + _header_length(label, first[:8], size)
+    if end > len(first):
+        first += place.read(file, len(first), end)
+    return _check_header(label, file, first[8:end], size)
+
+
+def _header_length(label: str, prefix: bytes, size: int) -> int:
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+    if length > min(_MOST_HEADER_BYTES, size - 8):
+        raise FormatError(f"{label}: is cut or no shard: {size} bytes cannot hold its header.")
+    return length
+
+
+def _check_header(label: str, file: str, text: bytes, size: int) -> ShardHeader:
+    length = len(text)
     try:
         header = _parse_header(text)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(
-            f"{path}: its header is damaged ({error}). Remove it and run the same extraction again to make it anew."
+            f"{label}: its header is damaged ({error}). Remove it and run the same extraction again to make it anew."
         ) from error
     end = max((entry.stop for entry in header.tensors.values()), default=0)
     if 8 + length + end != size:
-        raise FormatError(f"{path}: holds {size} bytes, its header asks for {8 + length + end}. The file is cut.")
-    if header.file != path.name:
-        raise FormatError(f"{path}: says it is {header.file}. Give it back its name.")
+        raise FormatError(f"{label}: holds {size} bytes, its header asks for {8 + length + end}. The file is cut.")
+    if header.file != file:
+        raise FormatError(f"{label}: says it is {header.file}. Give it back its name.")
     shifted = {
         name: TensorEntry(entry.dtype, entry.shape, entry.start + 8 + length, entry.stop + 8 + length)
         for name, entry in header.tensors.items()

@@ -1,0 +1,128 @@
+"""Where a store lies: a local folder, or a prefix of an object store.
+
+A store is a flat set of files, each written whole or not at all. Those who write and read one are handed a `Place` and
+do not ask which kind it is, but for the few things that only a folder has: files to map, locks, free space.
+
+Must never know what is in a file.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from layerprobe.errors import StoreError
+from layerprobe.store.durable import commit_file, make_folder
+from layerprobe.store.remote import RemotePlace, is_url
+
+__all__ = ["LocalPlace", "Place", "find_place"]
+
+
+class Place(Protocol):
+    """Where a store lies. `str(place)` names it in messages, without secrets."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; None elsewhere."""
+        ...
+
+    def label(self, file: str) -> str:
+        """Name a file in messages."""
+        ...
+
+    def list_files(self, folder: str = "") -> list[str]:
+        """List the names of what lies in the place or in a folder of it; empty where that does not exist."""
+        ...
+
+    def exists(self, file: str) -> bool:
+        """Whether a file is there."""
+        ...
+
+    def size(self, file: str) -> int:
+        """Bytes of a file. Raises StoreError where it is not there."""
+        ...
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        """Read a run of bytes that lies inside the file. Raises StoreError."""
+        ...
+
+    def commit(self, file: str, pieces: "Sequence[bytes | memoryview]") -> None:
+        """Write a file whole or not at all, and permanently. Raises StoreError."""
+        ...
+
+    def remove(self, file: str) -> None:
+        """Remove a file if it is there. Raises StoreError."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalPlace:
+    """A folder of this machine.
+
+    Args:
+        folder: Need not exist yet.
+    """
+
+    folder: Path
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def label(self, file: str) -> str:
+        return str(self.folder / file)
+
+    def list_files(self, folder: str = "") -> list[str]:
+        try:
+            return os.listdir(self.folder / folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _refuse(self.folder / folder, "read", error) from error
+
+    def exists(self, file: str) -> bool:
+        return (self.folder / file).is_file()
+
+    def size(self, file: str) -> int:
+        try:
+            return (self.folder / file).stat().st_size
+        except OSError as error:
+            raise _refuse(self.folder / file, "read", error) from error
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        try:
+            with open(self.folder / file, "rb") as opened:
+                opened.seek(start)
+                data = opened.read(stop - start)
+        except OSError as error:
+            raise _refuse(self.folder / file, "read", error) from error
+        if len(data) != stop - start:
+            raise StoreError(f"{self.folder / file}: cannot be read (it ends at {start + len(data)}, before {stop}).")
+        return data
+
+    def commit(self, file: str, pieces: "Sequence[bytes | memoryview]") -> None:
+        path = self.folder / file
+        if path.parent != self.folder:
+            make_folder(path.parent)
+        commit_file(path, pieces)
+
+    def remove(self, file: str) -> None:
+        try:
+            (self.folder / file).unlink(missing_ok=True)
+        except OSError as error:
+            raise _refuse(self.folder / file, "removed", error) from error
+
+
+def find_place(where: "str | Path | Place") -> Place:
+    """Find the place that a path or a URL names; a place is itself.
+
+    Raises:
+        OptionError: stores do not lie under such a URL, or what it takes is not installed.
+    """
+    if not isinstance(where, (str, Path)):
+        return where
+    return RemotePlace(str(where)) if is_url(where) else LocalPlace(Path(where))
+
+
+def _refuse(path: Path, what: str, error: OSError) -> StoreError:
+    return StoreError(f"{path}: cannot be {what} ({error.strerror or error}).")
