@@ -7,7 +7,7 @@ Hides records and the tokenizer. Must never know of models or hooks.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from layerprobe.errors import FormatError, SiteError, StoreError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.format import STORE_FILE, TOKENIZER_FOLDER
+from layerprobe.store.rows import RowBatches, RowOptions, choose_sites
 from layerprobe.store.shards import MappedShard, ScaledRows
 from layerprobe.store.siteview import SiteView
 
@@ -142,6 +143,32 @@ class Store:
     def iter_shards(self) -> Iterator[MappedShard]:
         """Go through the mapped shards in the order of the input."""
         return self._catalog.iter_shards()
+
+    def rows(
+        self,
+        batch_size: int = 4096,
+        shuffle: bool = False,
+        seed: int = 0,
+        sites: str | Sequence[str] | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> RowBatches[dict[str, Tensor]]:
+        """Go through the rows of several sites at once, batch by batch.
+
+        Args:
+            batch_size, shuffle, seed, rank, world: As in `store[site].rows`.
+            sites: Names, all with a row per token or all with a vector per example; None for all with a row per
+                token, or in a pooled store all with a vector.
+
+        Returns:
+            An iterator of `{site: [n, D]}`; row k is the same token, or example, at every site.
+
+        Raises:
+            OptionError: a value that cannot be, attention weights, or sites that have no rows in common.
+            SiteError: a site is not stored.
+        """
+        options = RowOptions(batch_size, shuffle, seed, rank, world)
+        return RowBatches(self._catalog, choose_sites(self._catalog, sites), options, dict)
 
     def example(self, ordinal: int) -> Example:
         """Gather everything about one example: ids, tokens, text, other fields, every site.

@@ -6,7 +6,9 @@ ordinals; on a store with gaps both say what is missing, and iterating gives wha
 Hides how kinds and dtypes lie in a shard. Must never know of models or hooks.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,14 @@ from torch import Tensor
 from layerprobe.errors import OptionError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.rows import RowBatches, RowOptions, choose_sites, take_rows
 from layerprobe.store.shards import MappedShard, ScaledRows, pool_packed
 
 __all__ = ["SiteView"]
 
-_BLOCK_ROWS = 1024
-_SHUFFLE_BLOCKS = 64
+_NUMPY_DTYPES = (torch.float64, torch.float32, torch.float16)
+# Rows in float32 at one time while pooling.
+_POOLED_ROWS = 1 << 15
 
 
 class SiteView(Sequence[Tensor | ScaledRows]):
@@ -35,7 +39,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
     def __init__(self, catalog: Catalog, site: str) -> None:
         self.catalog = catalog
         self.site = site
-        stored = catalog.sites[site]
+        stored = self._stored = catalog.sites[site]
         self.kind: str = stored.kind  # `token`: a row per token; `example`: a vector each; `attention`: [H, len, len]
         self.dtype: torch.dtype = stored.dtype
         self.width: int = stored.width  # D; the number of heads for `attention`
@@ -83,6 +87,21 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             return ScaledRows(values, shard.tensor(self._scale_name)[where])
         return values
 
+    def numpy(self, index: int) -> np.ndarray:
+        """Look at an example as a numpy array: a view of the mapped file, like `view[index]`.
+
+        Raises:
+            OptionError: numpy has no such dtype (bfloat16, float8), or the values need their scale (int8).
+            MissingExample: the example is not there.
+        """
+        if self._scale_name is not None or self.dtype not in _NUMPY_DTYPES:
+            why = "int8 values mean nothing without their scale" if self._scale_name else f"numpy has no {self.dtype}"
+            raise OptionError(f"{self.site!r} as a numpy array: {why}. Use view[{index!r}].float().numpy(), a copy.")
+        values = self[index]
+        if isinstance(values, list):
+            raise OptionError(f"{self.site!r} as a numpy array: {index!r} is not one example. Ask for them one by one.")
+        return values.numpy()
+
     def pooled(self, pool: str | None = None) -> Tensor:
         """Reduce each example to one vector, in the order of the input.
 
@@ -96,67 +115,87 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         Raises:
             OptionError: the pool does not exist, or the store was pooled otherwise.
 
-        Cost: one pass over the site, one shard in float32 at a time.
+        Cost: one pass over the site; beside the result, one shard's vectors and 32,768 rows in float32.
         """
-        self._refuse_attention("pooled")
+        self._check_pool(pool)
+        out = torch.empty(len(self), self.width, dtype=torch.float32)
+        row = 0
+        for vectors in self.iter_pooled(pool):
+            out[row : row + len(vectors)] = vectors
+            row += len(vectors)
+        return out
+
+    def iter_pooled(self, pool: str | None = None) -> Iterator[Tensor]:
+        """Reduce each example to one vector, shard by shard, for stores whose vectors do not fit into memory.
+
+        Returns:
+            An iterator of float32 `[n, D]` which joined are `pooled(pool)`; their ordinals are `store.ordinals()`.
+
+        Raises:
+            OptionError: as `pooled`.
+        """
+        self._check_pool(pool)
+        return (self._pool_shard(shard, pool or "mean") for shard in self.catalog.iter_shards())
+
+    def _check_pool(self, pool: str | None) -> None:
+        if self.kind == "attention":
+            raise OptionError(f"{self.site!r} is one matrix per head and cannot be pooled: read it by example.")
         if pool not in (None, "mean", "max", "cls", "last", self.catalog.pool):
             raise OptionError(f"no pool {pool!r}: use mean, max, cls or last.")
         if self.kind != "token" and pool not in (None, self.catalog.pool):
             raise OptionError(f"{self.site!r} has one vector per example, pooled by {self.catalog.pool}, not {pool!r}.")
-        out = torch.empty(len(self), self.width, dtype=torch.float32)
-        row = 0
-        for shard in self.catalog.iter_shards():
-            vectors = self._take(shard, slice(None)).float()
-            if self.kind == "token":
-                vectors = pool_packed(vectors, shard.tensor("offsets"), pool or "mean")
-            count = shard.header.num_examples
-            out[row : row + count] = vectors[torch.tensor(shard.position, dtype=torch.long)]
-            row += count
-        return out
 
-    def rows(self, batch_size: int = 4096, shuffle: bool = False, seed: int = 0) -> Iterator[Tensor]:
+    def _pool_shard(self, shard: MappedShard, pool: str) -> Tensor:
+        """Give a shard's vectors in the order of the input."""
+        order = torch.tensor(shard.position, dtype=torch.long)
+        if self.kind != "token":
+            return take_rows(shard, self._stored, order).float()
+        offsets = shard.tensor("offsets")
+        if pool in ("cls", "last"):
+            is_empty = (offsets[1:] == offsets[:-1])[order]
+            picked = (offsets[:-1] if pool == "cls" else offsets[1:] - 1)[order]
+            vectors = torch.full((len(order), self.width), float("nan"))
+            vectors[~is_empty] = take_rows(shard, self._stored, picked[~is_empty]).float()
+            return vectors
+        vectors = torch.empty(len(order), self.width)
+        first = 0
+        while first < len(order):
+            most = shard.offsets[first] + _POOLED_ROWS
+            last = max(first + 1, bisect_right(shard.offsets, most) - 1)
+            rows = self._take(shard, slice(shard.offsets[first], shard.offsets[last])).float()
+            vectors[first:last] = pool_packed(rows, offsets[first : last + 1] - offsets[first], pool)
+            first = last
+        return vectors[order]
+
+    def rows(
+        self,
+        batch_size: int = 4096,
+        shuffle: bool = False,
+        seed: int = 0,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> RowBatches[Tensor]:
         """Go through every vector of the site once, batch by batch.
 
         Args:
             batch_size: Vectors per batch; the last may be smaller.
-            shuffle: Mix them over all shards. Blocks of 1,024 rows are taken in random order, 64 at a time, and mixed
-                among themselves, so memory stays at a few tens of thousands of rows.
+            shuffle: Mix them. Shards are put in a random order and taken by groups of about a million rows or 1 GiB,
+                from 8 shards to 128; all rows of a group are mixed. Unmixed, they come as they lie.
             seed: The order is a function of it.
+            rank: Which share of the batches to give: every `world`-th, beginning with this.
+            world: Number of shares. Inside a worker of a `DataLoader` a share is split again, so that over all
+                workers and ranks every row comes once, in the batches that one process would have made.
 
         Returns:
-            An iterator of `[batch_size, D]` copies in the stored dtype (float32 where int8 is stored).
+            An iterator of `[batch_size, D]` copies in the stored dtype (float32 where int8 is stored), with
+            `state_dict()` and `load_state_dict()` to go on in the middle.
+
+        Raises:
+            OptionError: a value that cannot be, or attention weights, which have no rows.
+
+        Cost: one copy of each row. Memory of the process: 16 bytes per row of one group, and either 4 MiB of rows or
+        one batch, twice. Rows are read through the page cache, which works best with room for one group.
         """
-        self._refuse_attention("gone through by rows")
-        if batch_size < 1:
-            raise OptionError(f"batch_size is {batch_size}: it must be at least 1.")
-        return self._iter_rows(batch_size, shuffle, seed)
-
-    def _refuse_attention(self, what: str) -> None:
-        if self.kind == "attention":
-            raise OptionError(f"{self.site!r} is one matrix per head and cannot be {what}: read it by example.")
-
-    def _iter_rows(self, batch_size: int, shuffle: bool, seed: int) -> Iterator[Tensor]:
-        blocks = [
-            (number, start, min(start + _BLOCK_ROWS, count))
-            for number, info in enumerate(self.catalog.shards)
-            for count in [info.num_tokens if self.kind == "token" else info.num_examples]
-            for start in range(0, count, _BLOCK_ROWS)
-        ]
-        random = np.random.default_rng(seed)
-        if shuffle:
-            random.shuffle(blocks)
-        pending: list[Tensor] = []
-        for first in range(0, len(blocks), _SHUFFLE_BLOCKS):
-            pending += [self._block(*block) for block in blocks[first : first + _SHUFFLE_BLOCKS]]
-            window = torch.cat(pending)
-            if shuffle:
-                window = window[torch.from_numpy(random.permutation(len(window)))]
-            whole = len(window) - len(window) % batch_size
-            yield from window[:whole].split(batch_size) if whole else ()
-            pending = [window[whole:]]
-        if pending and len(pending[0]):
-            yield pending[0]
-
-    def _block(self, number: int, start: int, stop: int) -> Tensor:
-        vectors = self._take(self.catalog.shard(number), slice(start, stop))
-        return vectors.float() if isinstance(vectors, ScaledRows) else vectors
+        options = RowOptions(batch_size, shuffle, seed, rank, world)
+        return RowBatches(self.catalog, choose_sites(self.catalog, self.site), options, itemgetter(self.site))

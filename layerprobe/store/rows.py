@@ -1,0 +1,295 @@
+"""Every row of a store once, batch by batch: in which order, and how a batch is gathered.
+
+The order of an epoch is fixed before the first row is read, so batch k is known without those before it. That is what
+makes it the same for any number of workers and ranks, and what lets an epoch go on from its middle.
+
+Hides the order, and how rows of many shards come into one tensor. Must never know of examples or records.
+"""
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from layerprobe.errors import OptionError, SiteError
+from layerprobe.store.catalog import MOST_OPEN_SHARDS, Catalog
+from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.shards import MappedShard, ScaledRows
+from layerprobe.store.writer import StoredSite
+
+__all__ = ["RowBatches", "RowOptions", "choose_sites", "take_rows"]
+
+# Rows of one group are mixed with each other: enough of them to come from many shards, few enough that the pages they
+# lie in stay in the page cache while rows are picked from all over them.
+_GROUP_ROWS = 1 << 20
+_GROUP_BYTES = 1 << 30
+_LEAST_GROUP_PIECES = 8
+# A batch may lie across two groups.
+_MOST_GROUP_PIECES = MOST_OPEN_SHARDS // 2
+# A piece is a shard, or a part of one that is very long.
+_PIECE_ROWS = 1 << 17
+# Small batches are gathered several at a time, to pay for finding their rows once. Fresh memory beyond the processor's
+# cache costs more than that saves.
+_WINDOW_BYTES = 4 << 20
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How to go through rows; `SiteView.rows` says what each means.
+
+    Raises:
+        OptionError: a value that cannot be.
+    """
+
+    batch_size: int = 4096
+    shuffle: bool = False
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("seed", 0), ("world", 1), ("epoch", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+                raise OptionError(f"{name} is {value!r}: it must be a whole number of at least {least}.")
+        if isinstance(self.rank, bool) or self.rank not in range(self.world):
+            raise OptionError(f"rank is {self.rank!r}: of world={self.world} ranks it must be 0 to {self.world - 1}.")
+
+
+def choose_sites(catalog: Catalog, sites: str | Sequence[str] | None) -> tuple[StoredSite, ...]:
+    """Find sites whose rows go together.
+
+    Args:
+        catalog: Of the store.
+        sites: Names; None for every site with a row per token, or where there is none, with a vector per example.
+
+    Raises:
+        SiteError: one is not stored, or nothing in the store has rows.
+        OptionError: one holds attention weights, or some have a row per token and some a vector per example.
+    """
+    if sites is None:
+        by_kind = {
+            kind: [site for site in catalog.sites.values() if site.kind == kind] for kind in ("token", "example")
+        }
+        chosen = by_kind["token"] or by_kind["example"]
+    else:
+        names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
+        for name in names:
+            if name not in catalog.sites:
+                raise SiteError(f"no site {name!r} in {catalog.folder}: it holds {', '.join(catalog.sites)}.")
+        chosen = [catalog.sites[name] for name in names]
+    if not chosen:
+        raise SiteError(f"no site to take rows of in {catalog.folder}: it holds {', '.join(catalog.sites) or 'none'}.")
+    for site in chosen:
+        if site.kind == "attention":
+            raise OptionError(
+                f"{site.name!r} is one matrix per head and cannot be gone through by rows: read it by example."
+            )
+        if site.kind != chosen[0].kind:
+            raise OptionError(
+                f"{chosen[0].name!r} and {site.name!r} have no rows in common: one has a row per token, the other a "
+                "vector per example. Go through them one after the other."
+            )
+    return tuple(chosen)
+
+
+def _copy_rows(shard: MappedShard, name: str, rows: Tensor, out: Tensor) -> None:
+    """Copy some rows of a shard's tensor into `out`, straight from the mapped file."""
+    source = shard.tensor(name)
+    if source.dtype.itemsize == 1:  # float8 has no index_select
+        source, out = source.view(torch.uint8), out.view(torch.uint8)
+    torch.index_select(source, 0, rows, out=out)
+
+
+def take_rows(shard: MappedShard, site: StoredSite, rows: Tensor) -> Tensor:
+    """Copy some rows of a site out of a shard: `[n, D]` in the stored dtype, float32 where that is int8."""
+    values = torch.empty(len(rows), site.width, dtype=site.dtype)
+    _copy_rows(shard, site.name, rows, values)
+    if site.dtype != torch.int8:
+        return values
+    scale = torch.empty(len(rows), dtype=torch.float32)
+    _copy_rows(shard, site.name + SCALE_SUFFIX, rows, scale)
+    return ScaledRows(values, scale).float()
+
+
+class _Order:
+    """Where each row of an epoch lies: groups of pieces of shards, and inside a group its rows, mixed."""
+
+    def __init__(self, catalog: Catalog, sites: Sequence[StoredSite], options: RowOptions) -> None:
+        self._options = options
+        counts = [info.num_tokens if sites[0].kind == "token" else info.num_examples for info in catalog.shards]
+        pieces = [
+            (number, start, min(start + _PIECE_ROWS, count))
+            for number, count in enumerate(counts)
+            for start in range(0, count, _PIECE_ROWS)
+        ]
+        self.num_rows = sum(counts)
+        if options.shuffle:
+            pieces = [pieces[place] for place in self._permute(len(pieces), 0).tolist()]
+        most_rows = min(_GROUP_ROWS, max(1, _GROUP_BYTES // max(1, sum(site.bytes_per_vector for site in sites))))
+        wanted = min(-(-self.num_rows // most_rows), len(pieces) // _LEAST_GROUP_PIECES)
+        num_groups = max(1, wanted, -(-len(pieces) // _MOST_GROUP_PIECES))
+        cuts = [len(pieces) * group // num_groups for group in range(num_groups + 1)]
+        self.groups = [pieces[start:stop] for start, stop in pairwise(cuts)]
+        self.bounds = [np.cumsum([0, *(stop - start for _, start, stop in group)]) for group in self.groups]
+        self.starts = np.cumsum([0, *(int(bounds[-1]) for bounds in self.bounds)]).tolist()
+        self._mixed: tuple[int, np.ndarray] | None = None
+
+    def _permute(self, count: int, stream: int) -> np.ndarray:
+        """Put `0 .. count - 1` in an order that numpy promises to keep, as it does not for `Generator.permutation`."""
+        seeds = np.random.SeedSequence([int(self._options.seed), int(self._options.epoch), stream])
+        return np.argsort(np.random.PCG64(seeds).random_raw(count))
+
+    def locate(self, rows: np.ndarray) -> Iterator[tuple[int, int, int, np.ndarray]]:
+        """Find rows of the epoch, rising: each group, the part of `rows` in it, and their places in the group."""
+        first = 0
+        while first < len(rows):
+            group = bisect_right(self.starts, int(rows[first])) - 1
+            last = int(np.searchsorted(rows, self.starts[group + 1]))
+            places = rows[first:last] - self.starts[group]
+            if self._options.shuffle:
+                if self._mixed is None or self._mixed[0] != group:
+                    self._mixed = None  # let go of one before the next is made
+                    self._mixed = group, self._permute(self.starts[group + 1] - self.starts[group], group + 1)
+                places = self._mixed[1][places]
+            yield group, first, last, places
+            first = last
+
+
+class RowBatches(Iterator[Batch], Generic[Batch]):
+    """An epoch of rows, batch by batch. Made by `store.rows` and `store[site].rows`.
+
+    `len()` is the number of batches still to come here. `state_dict()` is small and plain; after `load_state_dict()` of
+    it, in this process or another, the iterator gives exactly the batches that were still to come.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        sites: Sequence[StoredSite],
+        options: RowOptions,
+        finish: Callable[[dict[str, Tensor]], Batch],
+    ) -> None:
+        self._catalog = catalog
+        self._sites = tuple(sites)
+        self._options = options
+        self._finish = finish
+        self._order = _Order(catalog, sites, options)
+        self._num_batches = -(-self._order.num_rows // int(options.batch_size))
+        row_bytes = max(1, sum(site.bytes_per_vector for site in sites))
+        self._window = max(1, _WINDOW_BYTES // (row_bytes * int(options.batch_size)))
+        self._given = 0  # batches of this share
+        self._ready: deque[dict[str, Tensor]] = deque()
+
+    def __iter__(self) -> "RowBatches[Batch]":
+        return self
+
+    def __len__(self) -> int:
+        return max(0, len(self._share()) - self._given)
+
+    def __next__(self) -> Batch:
+        if not self._ready:
+            numbers = self._share()[self._given : self._given + self._window]
+            if not numbers:
+                raise StopIteration
+            self._ready.extend(self._gather(numbers))
+        batch = self._finish(self._ready.popleft())
+        self._given += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where the epoch is, and of which epoch of which rows that is the place."""
+        return {**self._identity(), "given": self._given}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where an iterator over the same rows was.
+
+        Raises:
+            OptionError: the state is of other rows, another order or another share.
+        """
+        for name, own in self._identity().items():
+            if state.get(name) != own:
+                raise OptionError(
+                    f"a state with {name}={state.get(name)!r} cannot go on here, where {name} is {own!r}: "
+                    "ask for the same rows in the same way."
+                )
+        given = state.get("given")
+        if type(given) is not int or not 0 <= given <= len(self._share()):
+            raise OptionError(
+                f"a state with given={given!r} cannot go on: there are {len(self._share())} batches here."
+            )
+        self._given = given
+        self._ready.clear()
+
+    def _share(self) -> range:
+        """The numbers of the batches of this rank and, inside a `DataLoader`, of this worker."""
+        worker = get_worker_info()
+        turn, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        options = self._options
+        return range(turn * options.world + options.rank, self._num_batches, options.world * workers)
+
+    def _identity(self) -> dict[str, Any]:
+        worker = get_worker_info()
+        said = {name: int(value) for name, value in vars(self._options).items()}
+        return {
+            **said,
+            "worker": worker.id if worker is not None else 0,
+            "workers": worker.num_workers if worker is not None else 1,
+            "fingerprint": self._catalog.fingerprint,
+            "sites": [site.name for site in self._sites],
+            "num_rows": self._order.num_rows,
+        }
+
+    def _gather(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
+        size, num_rows = int(self._options.batch_size), self._order.num_rows
+        spans = [(number * size, min((number + 1) * size, num_rows)) for number in numbers]
+        rows = np.concatenate([np.arange(start, stop) for start, stop in spans])
+        lengths = [stop - start for start, stop in spans]
+        found: dict[str, tuple[Tensor, ...]] = {}
+        tensors = {name: tensor.split(lengths) for name, tensor in self._gather_rows(rows).items()}
+        for site in self._sites:
+            found[site.name] = tensors[site.name]
+            if site.dtype == torch.int8:
+                pairs = zip(tensors[site.name], tensors[site.name + SCALE_SUFFIX], strict=True)
+                found[site.name] = tuple(ScaledRows(values, scale).float() for values, scale in pairs)
+        return [{name: parts[place] for name, parts in found.items()} for place in range(len(spans))]
+
+    def _gather_rows(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Bring rows of the epoch together, shard by shard in file order, then put them in theirs."""
+        gathered: dict[str, Tensor] = {}
+        for site in self._sites:
+            gathered[site.name] = torch.empty(len(rows), site.width, dtype=site.dtype)
+            if site.dtype == torch.int8:
+                gathered[site.name + SCALE_SUFFIX] = torch.empty(len(rows), dtype=torch.float32)
+        inverse = torch.empty(len(rows), dtype=torch.int64)
+        for group, first, last, places in self._order.locate(rows):
+            sorted_at = np.argsort(places, kind="stable")
+            inverse[first + torch.from_numpy(sorted_at)] = torch.arange(first, last)
+            places = places[sorted_at]
+            bounds = self._order.bounds[group]
+            cuts = np.searchsorted(places, bounds)
+            for piece in np.flatnonzero(np.diff(cuts)).tolist():
+                number, start, _ = self._order.groups[group][piece]
+                shard, part = self._catalog.shard(number), slice(int(cuts[piece]), int(cuts[piece + 1]))
+                local = torch.from_numpy(places[part] + (start - int(bounds[piece])))
+                for name, out in gathered.items():
+                    _copy_rows(shard, name, local, out[first + part.start : first + part.stop])
+        return (
+            {name: _pick(tensor, inverse) for name, tensor in gathered.items()} if self._options.shuffle else gathered
+        )
+
+
+def _pick(tensor: Tensor, places: Tensor) -> Tensor:
+    if tensor.dtype.itemsize == 1:
+        return tensor.view(torch.uint8).index_select(0, places).view(tensor.dtype)
+    return tensor.index_select(0, places)
