@@ -12,6 +12,7 @@ LayerProbeError
     ├── FormatError      (ValueError)       a damaged, cut or foreign file
     ├── PlanError        (ValueError)       a store that holds another run
     ├── SpaceError                          not enough room on the disk
+    ├── LockError                           a store that another run is writing
     └── MissingExample   (LookupError)      an example that is not in the store (yet)
 
 A message says what was asked, what is wrong with it (with the value), what would be accepted, and what to do.
@@ -23,6 +24,7 @@ __all__ = [
     "FormatError",
     "InputError",
     "LayerProbeError",
+    "LockError",
     "MissingExample",
     "ModelError",
     "NonFiniteError",
@@ -80,6 +82,10 @@ class PlanError(StoreError, ValueError):
 
 class SpaceError(StoreError):
     """Not enough room on the disk."""
+
+
+class LockError(StoreError):
+    """A store that another run is writing."""
 
 
 class MissingExample(StoreError, LookupError):  # noqa: N818 - reads as what it is: `except MissingExample`

@@ -134,7 +134,7 @@ class StoreSink:
             self._close(error)
         finally:
             if self._lock is not None:
-                self._lock.__exit__()
+                self._lock.release()
 
     def _close(self, error: BaseException | None) -> None:
         try:

@@ -41,6 +41,7 @@ Produce = Callable[[Target], None]
 
 # From here on memory is asked for in large pages.
 _LARGE_BYTES = 4 << 20
+_LOOK_AGAIN_S = 1.0
 
 
 class Room(NamedTuple):
@@ -156,7 +157,7 @@ class BufferPool:
         """Take a free buffer, waiting for one if need be.
 
         Args:
-            check: Raises if no buffer will ever come free; called before waiting and at each change.
+            check: Raises if no buffer will ever come free; called before waiting, at each change and now and then.
         """
         start = time.perf_counter()
         with self._changed:
@@ -165,7 +166,8 @@ class BufferPool:
                 self._left -= 1
                 self._free.append(self._make())
             while not self._free:
-                self._changed.wait()
+                # not for ever: a writer that dies gives no buffer back
+                self._changed.wait(_LOOK_AGAIN_S)
                 check()
             buffer = self._free.pop()
         self.stalled_s += time.perf_counter() - start

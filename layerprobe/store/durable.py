@@ -150,7 +150,7 @@ def _is_direct(descriptor: int) -> bool:
 
 def _write_direct(descriptor: int, pieces: "Sequence[bytes | memoryview]") -> None:
     """Write through an aligned bounce buffer; the last, incomplete block goes the usual way."""
-    # Freed when nothing points to it any more: after a refusal the error's traceback still does, and closing would fail.
+    # Freed with the last that points to it: after a refusal the error's traceback still does, and closing would fail.
     room = memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
     filled = 0
     for piece in pieces:

@@ -8,7 +8,6 @@ Must never know of models, hooks or devices: it is handed CPU tensors and two ca
 
 import json
 import queue
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -31,15 +30,16 @@ from layerprobe.store.format import (
     commit_bytes,
     commit_shard,
 )
+from layerprobe.store.lock import LOCK_FILE, StoreLock
 
 __all__ = [
     "NONFINITE_POLICIES",
     "ShardJob",
     "ShardWriter",
     "StoredSite",
+    "claim_folder",
     "commit_description",
     "commit_index",
-    "prepare_folder",
 ]
 
 NONFINITE_POLICIES = ("warn", "error")
@@ -72,23 +72,32 @@ class StoredSite:
         return {"kind": self.kind, "dtype": str(self.dtype).removeprefix("torch."), "width": self.width}
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make a folder for a new store, or make sure that an existing one is empty and can be written.
+def claim_folder(folder: Path) -> StoreLock:
+    """Make a folder for a new store and hold its lock; an existing one must be empty.
+
+    Returns:
+        The lock, held; the caller gives it back.
 
     Raises:
+        LockError: another run is writing there.
         StoreError: it holds something, or cannot be written.
     """
     try:
         make_folder(folder)
-        present = next(folder.iterdir(), None)
-        if present is None:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+        lock = StoreLock(folder).acquire()
     except OSError as error:
+        if isinstance(error, StoreError):
+            raise
         raise StoreError(f"{folder}: cannot be written ({error.strerror or error}). Choose another folder.") from error
-    if present is not None:
-        what = "holds another run" if (folder / STORE_FILE).exists() else f"is not a store: it holds {present.name!r}"
-        raise StoreError(f"{folder}: {what}. Choose an empty or new folder.")
+    try:
+        present = next((file.name for file in folder.iterdir() if file.name != LOCK_FILE), None)
+        if present is not None:
+            what = "holds another run" if (folder / STORE_FILE).exists() else f"is not a store: it holds {present!r}"
+            raise StoreError(f"{folder}: {what}. Choose an empty or new folder.")
+    except BaseException:
+        lock.release()
+        raise
+    return lock
 
 
 def commit_description(folder: Path, description: Mapping[str, Any]) -> None:
@@ -176,7 +185,10 @@ class ShardWriter:
         if self._error is not None:
             if isinstance(self._error, LayerProbeError):
                 raise self._error
-            raise StoreError(f"{self.folder}: the writer stopped: {self._error}.") from self._error
+            raise StoreError(
+                f"{self.folder}: the writer stopped: {str(self._error) or type(self._error).__name__}. What was committed "
+                "before stays readable; run the same command again when the cause is gone."
+            ) from self._error
 
     def close(self) -> None:
         """Wait for the shards handed over, and end the thread. Does not raise; `check` does."""
@@ -186,15 +198,22 @@ class ShardWriter:
             self._thread = None
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                # After a failure the remaining buffers are only given back, so that nobody waits for them.
-                if self._error is None:
-                    self._write(job)
-            except BaseException as error:
-                self._error = error
-            finally:
-                job.release()
+        try:
+            while (job := self._jobs.get()) is not None:
+                self._take(job)
+        except BaseException as error:
+            # what ends the thread between two jobs is told like any failure; `check` is how the others learn of it
+            self._error = self._error or error
+
+    def _take(self, job: ShardJob) -> None:
+        try:
+            # After a failure the remaining buffers are only given back, so that nobody waits for them.
+            if self._error is None:
+                self._write(job)
+        except BaseException as error:
+            self._error = error
+        finally:
+            job.release()
 
     def _write(self, job: ShardJob) -> None:
         job.wait_ready()

@@ -1,5 +1,6 @@
 """The writer thread: order, failures in the caller's thread, values counted, buffers always given back."""
 
+import ctypes
 import json
 import threading
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerprobe.errors import NonFiniteError, StoreError
+from faults import check_shards
+from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer
+from layerprobe.errors import LockError, NonFiniteError, StoreError
 from layerprobe.store.format import ShardHeader, read_header
-from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, commit_index, prepare_folder
+from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_folder, commit_index
 
 
 def make_job(unit: int, rows: Tensor | None = None, released: list[int] | None = None, **changes: Any) -> ShardJob:
@@ -139,21 +142,51 @@ def test_the_index_sums_what_the_headers_say_in_the_order_of_units(tmp_path: Pat
     assert [shard["first_example"] for shard in index["shards"]] == [0, 3]
 
 
-def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    prepare_folder(tmp_path / "a" / "b")
+def test_a_thread_that_dies_between_two_jobs_is_told_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path)
+    writer.start()
+    first, written = make_job(0), threading.Event()
+    writer.submit(ShardJob(first.header, first.tensors, first.wait_ready, written.set))
+    written.wait()
+    thread = next(thread for thread in threading.enumerate() if thread.name == "layerprobe-writer")
+    assert thread.ident is not None
+    kill_thread(thread.ident)
+    buffers: BufferPool = BufferPool(lambda: HostBuffer([], NO_ROOM, False), 1)
+    buffer = buffers.acquire(writer.check)
+    job = make_job(1)
+    # the thread meets the exception when it wakes
+    writer._jobs.put(ShardJob(job.header, job.tensors, job.wait_ready, lambda: buffers.release(buffer)))
+    with pytest.raises(StoreError, match=r"the writer stopped: SystemExit\. What was committed before stays readable"):
+        buffers.acquire(writer.check)
+    writer.close()
+    assert [header.unit for header in writer.committed] == [0] and check_shards(tmp_path) == 1
+
+
+def kill_thread(ident: int) -> None:
+    """Raise SystemExit in another thread, wherever it is."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(SystemExit))
+
+
+def test_a_new_folder_is_made_with_its_parents_and_locked(tmp_path: Path) -> None:
+    lock = claim_folder(tmp_path / "a" / "b")
+    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["run.lock"]
+    with pytest.raises(LockError, match=r"b: another run is writing there \(process \d+ on "):
+        claim_folder(tmp_path / "a" / "b")
+    lock.release()
     assert not list((tmp_path / "a" / "b").iterdir())
-    prepare_folder(tmp_path / "a" / "b")
+    claim_folder(tmp_path / "a" / "b").release()
 
 
-def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
     with pytest.raises(StoreError, match="is not a store: it holds 'notes'"):
-        prepare_folder(tmp_path)
+        claim_folder(tmp_path)
     (tmp_path / "store.json").touch()
     with pytest.raises(StoreError, match="holds another run"):
-        prepare_folder(tmp_path)
+        claim_folder(tmp_path)
     with pytest.raises(StoreError, match="cannot be written"):
-        prepare_folder(tmp_path / "notes" / "below")
+        claim_folder(tmp_path / "notes" / "below")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["notes", "store.json"]
 
 
 def test_a_site_knows_its_bytes_on_disk_with_its_scale() -> None:

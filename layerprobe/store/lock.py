@@ -1,0 +1,164 @@
+"""One writer per store: a lock that the kernel takes back when its process ends, however it ends.
+
+The lock is on `run.lock` in the store, held through an open file; what is written in the file only serves to name the
+holder to whom it refuses. A file system without locks is told of once on stderr, and the run goes on.
+
+Must never know what is written under the lock.
+"""
+
+import errno
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+import weakref
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Any
+
+from layerprobe.errors import LockError, StoreError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+__all__ = ["LOCK_FILE", "StoreLock"]
+
+LOCK_FILE = "run.lock"
+_MOST_BYTES = 1 << 16
+# What a file system says that keeps no locks; network ones do when their server keeps none.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+class StoreLock(AbstractContextManager["StoreLock"]):
+    """Hold a store for writing.
+
+    Args:
+        folder: The store; exists.
+
+    Raises:
+        LockError: another run holds it; the message names that run's process.
+        StoreError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / LOCK_FILE
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "StoreLock":
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def acquire(self) -> "StoreLock":
+        """Take the lock; gives itself."""
+        try:
+            while not self._try_once():
+                pass
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(
+                f"{self._path}: cannot be written ({error.strerror or error}). Choose another folder."
+            ) from error
+        return self
+
+    def release(self) -> None:
+        """Give the lock back, if it is held."""
+        if self._descriptor is None:
+            return
+        # The name goes before the lock does: whoever takes it in between sees that its file has no name any more.
+        with suppress(OSError):
+            self._path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _try_once(self) -> bool:
+        """Take the lock; False if the file lost its name meanwhile, because its holder has just ended."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            self._lock(descriptor)
+            if not _has_name(descriptor, self._path):
+                os.close(descriptor)
+                return False
+            with suppress(OSError):  # a full disk forbids no lock
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, _describe_holder().encode())
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        _held.add(self)
+        return True
+
+    def _lock(self, descriptor: int) -> None:
+        reason = "Python has no file locks on this system"
+        if fcntl is not None:
+            try:
+                # Of the open file, not of the process: the same process is refused too. Over NFS it goes to the server.
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                raise LockError(
+                    f"{self._folder}: another run is writing there ({_name_holder(self._path)}). Wait for it or end "
+                    "it, and run the same command again; or choose another folder."
+                ) from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                reason = error.strerror or str(error)
+        print(
+            f"layerprobe: {self._folder}: cannot be locked ({reason}). Make sure that no other run writes there.",
+            file=sys.stderr,
+        )
+
+    def _forget(self) -> None:
+        """Let go of the file in a forked process, which would keep the lock after its parent's death."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+_held: "weakref.WeakSet[StoreLock]" = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for lock in list(_held):
+        lock._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+def _has_name(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _describe_holder() -> str:
+    holder = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.orig_argv),
+    }
+    return json.dumps(holder, indent=1)
+
+
+def _name_holder(path: Path) -> str:
+    """Say who holds a lock, as far as its file tells."""
+    found: Any = None
+    with suppress(OSError, ValueError, RecursionError), open(path, "rb") as file:
+        found = json.loads(file.read(_MOST_BYTES))
+    if not isinstance(found, dict):
+        return "it has not said which"
+    said = {key: " ".join(str(found.get(key, "?")).split()) for key in ("host", "pid", "since", "command")}
+    return f"process {said['pid']} on {said['host']}, since {said['since']}: {said['command']}"
