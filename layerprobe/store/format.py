@@ -39,6 +39,7 @@ __all__ = [
     "fingerprint_of",
     "load_header",
     "load_json",
+    "load_start",
     "parse_shard_name",
     "read_header",
     "read_json",
@@ -255,18 +256,27 @@ def read_header(path: Path) -> ShardHeader:
 
 
 def load_header(place: Place, file: str) -> ShardHeader:
-    """Read and check the header of a shard, wherever it lies; as `read_header`.
+    """Read and check the header of a shard, wherever it lies; as `read_header`."""
+    return read_header(place.folder / file) if place.folder is not None else load_start(place, file)[0]
 
-    Cost: elsewhere than in a folder two requests, three for a header beyond 64 KiB.
+
+def load_start(place: Place, file: str) -> tuple[ShardHeader, bytes]:
+    """Read a shard's header by byte range.
+
+    Returns:
+        The header, and the first bytes of the file, which mostly hold the tensors of ordinals and offsets too.
+
+    Raises:
+        FormatError, StoreError: as `read_header`.
+
+    Cost: two requests, three for a header beyond 64 KiB.
     """
-    if place.folder is not None:
-        return read_header(place.folder / file)
     label, size = place.label(file), place.size(file)
     first = place.read(file, 0, min(size, _FIRST_BYTES))
     end = 8 + _header_length(label, first[:8], size)
     if end > len(first):
         first += place.read(file, len(first), end)
-    return _check_header(label, file, first[8:end], size)
+    return _check_header(label, file, first[8:end], size), first
 
 
 def _header_length(label: str, prefix: bytes, size: int) -> int:

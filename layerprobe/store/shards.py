@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,17 @@ from torch import Tensor
 from layerprobe.errors import FormatError
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, checksum, read_header
 
-__all__ = ["MappedShard", "ScaledRows", "ShardInfo", "check_index", "pool_packed"]
+__all__ = [
+    "MappedShard",
+    "ScaledRows",
+    "Shard",
+    "ShardInfo",
+    "check_header",
+    "check_index",
+    "count_pairs",
+    "pool_packed",
+    "read_order",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +64,37 @@ class ShardInfo:
     num_tokens: int
 
 
+class Shard(Protocol):
+    """One shard: its header, and its tensors as they are asked for. Checked against its header when it is made."""
+
+    header: ShardHeader
+    # where the rows of each example begin, in the order of the shard
+    offsets: list[int]
+    # where each example of the unit lies in the shard
+    position: list[int]
+
+    @property
+    def pairs_before(self) -> list[int]:
+        """For each example the pairs of tokens of those that lie before it."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """Give a whole tensor, checked."""
+        ...
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Give some rows of a tensor, without the others where that saves fetching them."""
+        ...
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Begin to fetch whole tensors that will be asked for soon, where that takes time."""
+        ...
+
+    def span(self, ordinal: int) -> tuple[int, int, int]:
+        """Find an example: its position in the shard, and its first and last row."""
+        ...
+
+
 class MappedShard:
     """A mapped shard.
 
@@ -69,35 +110,19 @@ class MappedShard:
 
     def __init__(self, path: Path, info: ShardInfo, fingerprint: str, check: bool) -> None:
         self.header: ShardHeader = read_header(path)
-        if self.header.fingerprint != fingerprint:
-            raise FormatError(f"{path}: belongs to another run than {STORE_FILE} beside it.")
-        counts = (self.header.first_example, self.header.num_examples, self.header.num_tokens)
-        if counts != (info.first_example, info.num_examples, info.num_tokens):
-            raise FormatError(f"{path}: does not hold the examples that {INDEX_FILE} says.")
+        check_header(str(path), self.header, info, fingerprint)
         self._path = path
         self._check = check
         with open(path, "rb") as file:
             # Copy on write: tensors are writable, as torch wants them, and the file stays as it is.
             self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._tensors: dict[str, Tensor] = {}
-        self.offsets: list[int] = self.tensor("offsets").tolist()
-        order = self.tensor("example") - self.header.first_example
-        if not torch.equal(order.sort().values, torch.arange(info.num_examples)):
-            raise FormatError(f"{path}: its ordinals are not a run of {info.num_examples} examples.")
-        if (
-            self.offsets[:1] != [0]
-            or self.offsets[-1] != self.header.num_tokens
-            or sorted(self.offsets) != self.offsets
-        ):
-            raise FormatError(f"{path}: its offsets do not rise from 0 to {self.header.num_tokens}.")
-        # where each example of the unit lies in the shard
-        self.position: list[int] = torch.argsort(order).tolist()
+        self.offsets, self.position = read_order(str(path), self.header, self.tensor("example"), self.tensor("offsets"))
 
     @cached_property
     def pairs_before(self) -> list[int]:
         """For each example the pairs of tokens of those that lie before it: where its attention weights begin."""
-        lengths = self.tensor("offsets").diff()
-        return [0, *(lengths * lengths).cumsum(0).tolist()]
+        return count_pairs(self.tensor("offsets"))
 
     def tensor(self, name: str) -> Tensor:
         """Give a view of a whole tensor of the file."""
@@ -121,10 +146,54 @@ class MappedShard:
                 self._tensors[name] = flat.view(entry.shape)
         return self._tensors[name]
 
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Give a view of some rows of a tensor."""
+        return self.tensor(name)[start:stop]
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Do nothing: a mapped file is there."""
+
     def span(self, ordinal: int) -> tuple[int, int, int]:
         """Find an example: its position in the shard, and its first and last row."""
         position = self.position[ordinal - self.header.first_example]
         return position, self.offsets[position], self.offsets[position + 1]
+
+
+def check_header(label: str, header: ShardHeader, info: ShardInfo, fingerprint: str) -> None:
+    """Make sure that a shard is the one that the index names, and of this run.
+
+    Raises:
+        FormatError: it is not.
+    """
+    if header.fingerprint != fingerprint:
+        raise FormatError(f"{label}: belongs to another run than {STORE_FILE} beside it.")
+    counts = (header.first_example, header.num_examples, header.num_tokens)
+    if counts != (info.first_example, info.num_examples, info.num_tokens):
+        raise FormatError(f"{label}: does not hold the examples that {INDEX_FILE} says.")
+
+
+def read_order(label: str, header: ShardHeader, example: Tensor, offsets: Tensor) -> tuple[list[int], list[int]]:
+    """Read in which order examples lie in a shard.
+
+    Returns:
+        Where the rows of each begin, and where each example of the unit lies in the shard.
+
+    Raises:
+        FormatError: ordinals or offsets are not what the counts ask for.
+    """
+    starts: list[int] = offsets.tolist()
+    order = example - header.first_example
+    if not torch.equal(order.sort().values, torch.arange(header.num_examples)):
+        raise FormatError(f"{label}: its ordinals are not a run of {header.num_examples} examples.")
+    if starts[:1] != [0] or starts[-1] != header.num_tokens or sorted(starts) != starts:
+        raise FormatError(f"{label}: its offsets do not rise from 0 to {header.num_tokens}.")
+    return starts, torch.argsort(order).tolist()
+
+
+def count_pairs(offsets: Tensor) -> list[int]:
+    """Count, for each example, the pairs of tokens of those that lie before it."""
+    lengths = offsets.diff()
+    return [0, *(lengths * lengths).cumsum(0).tolist()]
 
 
 def check_index(path: Path, index: Mapping[str, Any], shards: Sequence[ShardInfo]) -> None:
