@@ -8,11 +8,11 @@ Must never know of models, hooks or devices.
 """
 
 import json
+import math
 import os
-import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,21 @@ from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.durable import commit_file
+from layerprobe.store.guard import LARGE, SMALL, JsonBounds, brief, open_inside, parse_json, read_inside
+from layerprobe.store.headers import (
+    BLANK_CHECKSUM,
+    FORMAT_VERSION,
+    SCALE_SUFFIX,
+    ShardHeader,
+    TensorEntry,
+    build_header,
+    check_site,
+    check_sites,
+    checksum,
+    parse_header,
+    parse_shard_name,
+    shard_name,
+)
 from layerprobe.store.places import Place, find_place
 
 __all__ = [
@@ -32,7 +47,9 @@ __all__ = [
     "TOKENIZER_FOLDER",
     "ShardHeader",
     "TensorEntry",
+    "bound_shard",
     "check_site",
+    "check_sites",
     "checksum",
     "commit_bytes",
     "commit_shard",
@@ -46,89 +63,13 @@ __all__ = [
     "shard_name",
 ]
 
-FORMAT_VERSION = 1
 STORE_FILE = "store.json"
 INDEX_FILE = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
-SCALE_SUFFIX = ":scale"
 
-_SHARD_NAME = re.compile(r"shard-(\d{6,})\.safetensors\Z")
-_TO_NAME = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_FROM_NAME = {name: dtype for dtype, name in _TO_NAME.items()}
-# Data begins at a multiple of this, so that mapped tensors are aligned for any vector unit.
-_ALIGNMENT = 64
-_MOST_HEADER_BYTES = 100_000_000
-_MOST_JSON_BYTES = 1_000_000_000
-_BLANK = "0" * 16
 # Of a shard elsewhere, asked for first: a header of hundreds of sites fits, so one request mostly does.
 _FIRST_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a shard: dtype, shape and where its bytes lie in the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class ShardHeader:
-    """What a shard says of itself.
-
-    Args:
-        unit: Number of the unit, which is also in the file's name.
-        num_examples, num_tokens: Counts of this shard.
-        first_example: Ordinal of the first example of the unit.
-        fingerprint: Of the plan that the shard belongs to.
-        num_truncated: Examples that were cut to the maximum length.
-        nonfinite: Count of values that are not finite, by site; sites without any are left out.
-        checksums: xxh3-64 of each tensor's bytes.
-        tensors: Where each tensor lies.
-    """
-
-    unit: int
-    num_examples: int
-    num_tokens: int
-    first_example: int
-    fingerprint: str
-    num_truncated: int = 0
-    nonfinite: Mapping[str, int] = field(default_factory=dict)
-    checksums: Mapping[str, str] = field(default_factory=dict)
-    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
-
-    @property
-    def file(self) -> str:
-        return shard_name(self.unit)
-
-
-def shard_name(unit: int) -> str:
-    """Name the file of a unit."""
-    return f"shard-{unit:06d}.safetensors"
-
-
-def parse_shard_name(name: str) -> int | None:
-    """Read the unit out of a file name; None if it is not a shard's."""
-    match = _SHARD_NAME.match(name)
-    return int(match.group(1)) if match and shard_name(int(match.group(1))) == name else None
-
-
-def checksum(data: "bytes | memoryview") -> str:
-    """xxh3-64 as 16 hexadecimal digits."""
-    return xxhash.xxh3_64_hexdigest(data)
+_MOST_NONFINITE = (1 << 63) - 1
 
 
 def fingerprint_of(fields: Mapping[str, Any]) -> str:
@@ -158,36 +99,25 @@ def commit_shard(folder: Path | Place, header: ShardHeader, tensors: Sequence[tu
     Cost: no copy of the data in memory; one pass for checksums, one sequential write.
     """
     views = [(name, tensor, _view_bytes(tensor)) for name, tensor in tensors]
-    head = _build_header(header, views)
+    sums = {name: checksum(view) for name, _, view in views}
+    head = build_header(header, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors], sums)
     find_place(folder).commit(header.file, [head, *(view for _, _, view in views)])
     return len(head) + sum(len(view) for _, _, view in views)
 
 
-def _build_header(header: ShardHeader, views: Iterable[tuple[str, Tensor, memoryview]]) -> bytes:
-    entries: dict[str, Any] = {}
-    checksums: dict[str, str] = {}
-    position = 0
-    for name, tensor, view in views:
-        offsets = [position, position + len(view)]
-        entries[name] = {"dtype": _TO_NAME[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        checksums[name] = checksum(view)
-        position += len(view)
-    metadata = {
-        "format": f"layerprobe/{FORMAT_VERSION}",
-        "header_checksum": _BLANK,
-        "unit": str(header.unit),
-        "examples": str(header.num_examples),
-        "tokens": str(header.num_tokens),
-        "first_example": str(header.first_example),
-        "truncated": str(header.num_truncated),
-        "fingerprint": header.fingerprint,
-        "nonfinite": json.dumps(dict(header.nonfinite)),
-        "checksums": json.dumps(checksums),
-    }
-    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    own = checksum(text)
-    return struct.pack("<Q", len(text)) + text.replace(_BLANK.encode(), own.encode(), 1)
+def bound_shard(header: ShardHeader, shapes: "Sequence[tuple[str, torch.dtype, Sequence[int]]]") -> int:
+    """Work out how many bytes a shard takes, before any of its values is made.
+
+    Args:
+        header: As for `commit_shard`.
+        shapes: Name, dtype and shape of each tensor.
+
+    Returns:
+        The bytes at most: exact but for the digits of what is not finite, which are known last.
+    """
+    worst = replace(header, nonfinite={name: _MOST_NONFINITE for name, _, _ in shapes})
+    head = build_header(worst, shapes, dict.fromkeys((name for name, _, _ in shapes), BLANK_CHECKSUM))
+    return len(head) + sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in shapes)
 
 
 def commit_bytes(path: Path, data: bytes) -> None:
@@ -206,14 +136,12 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: it is not one.
     """
     try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise ValueError("it is larger than any that layerprobe writes")
-        text = path.read_bytes()
+        text = read_inside(path.parent, path.name, _bound_json(path.name).num_bytes)
+    except FormatError:
+        raise
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except ValueError as error:
-        raise FormatError(f"{path}: is not the JSON of a store ({error}).") from error
-    return _parse_json(str(path), text)
+    return _parse_json(str(path), path.name, text)
 
 
 def load_json(place: Place, file: str) -> dict[str, Any]:
@@ -221,16 +149,20 @@ def load_json(place: Place, file: str) -> dict[str, Any]:
     if place.folder is not None:
         return read_json(place.folder / file)
     size = place.size(file)
-    if size > _MOST_JSON_BYTES:
-        raise FormatError(f"{place.label(file)}: is not the JSON of a store: it has {size:,} bytes.")
-    return _parse_json(place.label(file), place.read(file, 0, size))
+    if size > (most := _bound_json(file).num_bytes):
+        raise FormatError(f"{place.label(file)}: has {size:,} bytes; at most {most:,} are read.")
+    return _parse_json(place.label(file), file, place.read(file, 0, size))
 
 
-def _parse_json(label: str, text: bytes) -> dict[str, Any]:
+def _bound_json(file: str) -> JsonBounds:
+    return LARGE if file == INDEX_FILE else SMALL
+
+
+def _parse_json(label: str, file: str, text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text, _bound_json(file))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{label}: is not the JSON of a store ({error}).") from error
+        raise FormatError(f"{label}: is not the JSON of a store ({brief(error)}).") from error
     if not isinstance(value, dict):
         raise FormatError(f"{label}: holds {type(value).__name__}, not a JSON object.")
     return value
@@ -244,7 +176,7 @@ def read_header(path: Path) -> ShardHeader:
         StoreError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open_inside(path.parent, path.name) as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             text = file.read(_header_length(str(path), prefix, size))
@@ -281,7 +213,7 @@ def load_start(place: Place, file: str) -> tuple[ShardHeader, bytes]:
 
 def _header_length(label: str, prefix: bytes, size: int) -> int:
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-    if length > min(_MOST_HEADER_BYTES, size - 8):
+    if length > min(SMALL.num_bytes, size - 8):
         raise FormatError(f"{label}: is cut or no shard: {size} bytes cannot hold its header.")
     return length
 
@@ -289,10 +221,11 @@ def _header_length(label: str, prefix: bytes, size: int) -> int:
 def _check_header(label: str, file: str, text: bytes, size: int) -> ShardHeader:
     length = len(text)
     try:
-        header = _parse_header(text)
+        header = parse_header(text)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(
-            f"{label}: its header is damaged ({error}). Remove it and run the same extraction again to make it anew."
+            f"{label}: its header is damaged ({brief(error)}). "
+            "Remove it and run the same extraction again to make it anew."
         ) from error
     end = max((entry.stop for entry in header.tensors.values()), default=0)
     if 8 + length + end != size:
@@ -304,71 +237,3 @@ def _check_header(label: str, file: str, text: bytes, size: int) -> ShardHeader:
         for name, entry in header.tensors.items()
     }
     return ShardHeader(**{**header.__dict__, "tensors": shifted})
-
-
-def _parse_header(text: bytes) -> ShardHeader:
-    """Parse and check a header; any surprise is one of the errors that `read_header` expects."""
-    entries = json.loads(text)
-    metadata = entries.pop("__metadata__")
-    if metadata["format"] != f"layerprobe/{FORMAT_VERSION}":
-        raise ValueError(f"format {metadata['format']!r} is not layerprobe/{FORMAT_VERSION}")
-    own = metadata["header_checksum"]
-    if len(own) != 16 or checksum(text.replace(own.encode(), _BLANK.encode(), 1)) != own:
-        raise ValueError("its own checksum does not match")
-    tensors = {name: _parse_entry(name, entry) for name, entry in entries.items()}
-    position = 0
-    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != position:
-            raise ValueError(f"{name!r} begins at {entry.start}, the tensor before it ends at {position}")
-        position = entry.stop
-    header = ShardHeader(
-        unit=_count(metadata["unit"]),
-        num_examples=_count(metadata["examples"]),
-        num_tokens=_count(metadata["tokens"]),
-        first_example=_count(metadata["first_example"]),
-        fingerprint=str(metadata["fingerprint"]),
-        num_truncated=_count(metadata["truncated"]),
-        nonfinite={str(site): int(count) for site, count in json.loads(metadata["nonfinite"]).items()},
-        checksums=dict(json.loads(metadata["checksums"])),
-        tensors=tensors,
-    )
-    shapes = {
-        "example": (header.num_examples,),
-        "offsets": (header.num_examples + 1,),
-        "input_ids": (header.num_tokens,),
-    }
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape or tensors[name].dtype != torch.int64:
-            raise ValueError(f"{name!r} is {tensors[name].dtype} of shape {tensors[name].shape}, not int64 of {shape}")
-    if set(header.checksums) != set(tensors):
-        raise ValueError("checksums and tensors do not name the same")
-    return header
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(f"a count of {value}")
-    return value
-
-
-def _parse_entry(name: str, entry: dict[str, Any]) -> TensorEntry:
-    dtype = _FROM_NAME[entry["dtype"]]
-    shape = tuple(entry["shape"])
-    start, stop = entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-        raise ValueError(f"{name!r} has a size that is no whole number")
-    elements = 1
-    for extent in shape:
-        elements *= extent
-    if stop - start != elements * dtype.itemsize:
-        raise ValueError(f"{name!r} of shape {shape} does not fill its {stop - start} bytes")
-    return TensorEntry(dtype, shape, start, stop)
-
-
-def check_site(site: str, said: Mapping[str, Any]) -> None:
-    """Check what `store.json` says of a site; what is wrong is a KeyError, TypeError or ValueError."""
-    kind, dtype, width = said["kind"], said["dtype"], said["width"]
-    has_dtype = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
-    if kind not in ("token", "example", "attention") or not has_dtype or type(width) is not int or width < 0:
-        raise ValueError(f"{site!r} is of kind {kind!r}, dtype {dtype!r}, width {width!r}")

@@ -1,0 +1,233 @@
+"""Open files and read JSON that a stranger may have made.
+
+Only a regular file of the store itself is opened, never a link, a pipe or a device. JSON is held to a size, a depth and
+a number of values before it is parsed, because parsing is what takes memory and stack. `docs/security.md` has the
+table of bounds.
+
+Hides how much a parser may take. Must never know what a file means.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import stat
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from layerprobe.errors import FormatError
+
+__all__ = [
+    "LARGE",
+    "MOST_COUNT",
+    "MOST_SHARDS",
+    "MOST_SITES",
+    "SMALL",
+    "JsonBounds",
+    "brief",
+    "exists_inside",
+    "open_inside",
+    "parse_json",
+    "parse_record",
+    "read_inside",
+]
+
+
+@dataclass(frozen=True)
+class JsonBounds:
+    """How much JSON is taken.
+
+    Args:
+        num_bytes: Of the text.
+        num_values: Values of all kinds; each costs up to a quarter of a kilobyte once it is parsed.
+    """
+
+    num_bytes: int
+    num_values: int
+
+
+# A header takes about 500 bytes and 16 values for each site, so this has room for MOST_SITES.
+SMALL = JsonBounds(8 << 20, 1 << 19)
+# An index takes about 130 bytes and 5 values for each shard. The largest vocabularies take half of this.
+LARGE = JsonBounds(64 << 20, 1 << 22)
+# What is written keeps to what is read.
+MOST_SITES = 10_000
+MOST_SHARDS = 500_000
+# A sum of two counts, and a count times the size of an item, stay within 64 bits.
+MOST_COUNT = 10**17
+# Far beyond what a store nests, far below what a C stack takes.
+_MOST_DEPTH = 64
+# The fields of a record are the user's own, as deep as Python's parser writes them.
+_MOST_RECORD_DEPTH = 900
+_MOST_RECORD_VALUES = 1 << 20
+_MOST_MESSAGE = 200
+_INTEGER_DIGITS = 19
+# What Python itself converts without being asked twice; beyond it the time grows with the square.
+_LONG_DIGITS = 4300
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_OPENING = np.frombuffer(b"[{", dtype=np.uint8)
+
+
+def brief(value: object) -> str:
+    """Write something of a stranger's into a message: short, in one line, without control characters."""
+    text = value if isinstance(value, str) else str(value)
+    text = text if len(text) <= _MOST_MESSAGE else text[: _MOST_MESSAGE - 3] + "..."
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def open_inside(folder: Path, file: str) -> BinaryIO:
+    """Open a regular file that lies in a store's folder itself.
+
+    Args:
+        folder: The store; it may be a link, which the caller chose.
+        file: Its name there, with `/` between folders.
+
+    Raises:
+        FormatError: it is a link, a pipe, a device or a folder, or lies outside.
+        OSError: the system refused.
+    """
+    path = folder / file
+    parts = PurePosixPath(file).parts
+    if not parts or path.is_absolute() is not folder.is_absolute() or {"..", "/"} & set(parts):
+        raise FormatError(f"{folder}: {brief(repr(file))} is no file of a store.")
+    for count in range(1, len(parts)):
+        if not stat.S_ISDIR(os.lstat(folder.joinpath(*parts[:count])).st_mode):
+            raise FormatError(f"{folder.joinpath(*parts[:count])}: is not a folder. {_LINKS}")
+    # Opening a device can do something already, so it is looked at first.
+    _refuse_irregular(path, os.lstat(path).st_mode)
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FormatError(f"{path}: is a link. {_LINKS}") from error
+        raise
+    try:
+        _refuse_irregular(path, os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+_LINKS = "A store holds its files itself; make a copy that follows links, as 'cp -rL' does."
+
+
+def _refuse_irregular(path: Path, mode: int) -> None:
+    if stat.S_ISLNK(mode):
+        raise FormatError(f"{path}: is a link. {_LINKS}")
+    if not stat.S_ISREG(mode):
+        raise FormatError(f"{path}: is not a regular file. Remove it.")
+
+
+def exists_inside(folder: Path, file: str) -> bool:
+    """Whether a name is there, were it a link that leads nowhere; what a link leads to is not looked at."""
+    return os.path.lexists(folder / file)
+
+
+def read_inside(folder: Path, file: str, most_bytes: int) -> bytes:
+    """Read a whole small file of a store.
+
+    Raises:
+        FormatError: as `open_inside`, or the file is too large.
+        OSError: the system refused.
+    """
+    with open_inside(folder, file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        # what grows meanwhile is not followed
+        data = opened.read(most_bytes + 1) if size <= most_bytes else b""
+    if size > most_bytes or len(data) > most_bytes:
+        raise FormatError(f"{folder / file}: has {max(size, len(data)):,} bytes; at most {most_bytes:,} are read.")
+    return data
+
+
+def parse_json(data: bytes, bounds: JsonBounds) -> Any:
+    """Parse JSON of a store: UTF-8, no key twice, no number that is not finite, no half of a character.
+
+    Raises:
+        ValueError: it is something else, or more than the bounds allow. The message is short.
+
+    Cost: at most three times the text, and a quarter of a kilobyte for each value.
+    """
+    if len(data) > bounds.num_bytes:
+        raise ValueError(f"{len(data):,} bytes of JSON; at most {bounds.num_bytes:,} are read")
+    text = data.decode("utf-8")
+    _check_structure(data, bounds.num_values, _MOST_DEPTH)
+    value = json.loads(
+        text,
+        object_pairs_hook=_unique,
+        parse_int=_parse_int,
+        parse_float=_parse_float,
+        parse_constant=_refuse_constant,
+    )
+    if _SURROGATE.search(text) is not None:
+        json.dumps(value, ensure_ascii=False).encode()  # half a character is a ValueError here
+    return value
+
+
+def parse_record(data: bytes) -> dict[str, Any]:
+    """Parse the record of an example. Its fields are the user's: numbers of any kind, as Python writes them.
+
+    Raises:
+        ValueError: it is no such record.
+    """
+    _check_structure(data, _MOST_RECORD_VALUES, _MOST_RECORD_DEPTH)
+    try:
+        record = json.loads(data.decode("utf-8"), parse_int=_parse_long)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    if not isinstance(record.get("text"), str | None) or not isinstance(record.get("fields", {}), dict):
+        raise ValueError("its text is no text, or its fields are no object")
+    return record
+
+
+def _check_structure(data: bytes, most_values: int, most_depth: int) -> None:
+    """Count values and depth without parsing; what is no JSON at all may pass."""
+    if sum(map(data.count, (b",", b"[", b"{", b"]", b"}"))) <= most_depth:
+        return
+    # Escapes first, so that every quotation mark left begins or ends a string; both patterns are linear.
+    bare = re.sub(rb'"[^"]*"?', b"", re.sub(rb"\\.", b"", data, flags=re.DOTALL))
+    if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > most_values:
+        raise ValueError(f"more than {most_values:,} values")
+    brackets = np.frombuffer(re.sub(rb"[^\[\]{}]+", b"", bare), dtype=np.uint8)
+    if len(brackets) > 2 * most_values:
+        raise ValueError(f"more than {most_values:,} values")
+    steps = np.where(np.isin(brackets, _OPENING), 1, -1).astype(np.int8)
+    if steps.cumsum(dtype=np.int32).max(initial=0) > most_depth:
+        raise ValueError(f"nested more than {most_depth} deep")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"names {brief(repr(twice))} twice")
+    return found
+
+
+def _parse_int(digits: str, most_digits: int = _INTEGER_DIGITS) -> int:
+    if len(digits) > most_digits:
+        raise ValueError(f"a whole number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _parse_long(digits: str) -> int:
+    return _parse_int(digits, _LONG_DIGITS)
+
+
+def _parse_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{brief(digits)} is not a finite number")
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a finite number")

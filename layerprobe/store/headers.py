@@ -1,0 +1,300 @@
+"""What the header of a shard says: written, and parsed by someone who believes none of it.
+
+A header is checked against itself and against bounds, so that whoever uses it may trust that tensors lie back to back
+in the file, that counts fit the tensors, and that no size leaves 64 bits. The checksums in it tell damage, not malice:
+a stranger can compute them too.
+
+Must never know of files.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xxhash
+
+from layerprobe.errors import StoreError
+from layerprobe.store.guard import MOST_COUNT, MOST_SITES, SMALL, brief, parse_json
+
+__all__ = [
+    "BLANK_CHECKSUM",
+    "FORMAT_VERSION",
+    "SCALE_SUFFIX",
+    "ShardHeader",
+    "TensorEntry",
+    "build_header",
+    "check_site",
+    "check_sites",
+    "checksum",
+    "parse_header",
+    "parse_shard_name",
+    "shard_name",
+]
+
+FORMAT_VERSION = 1
+SCALE_SUFFIX = ":scale"
+
+_SHARD_NAME = re.compile(r"shard-([0-9]{6,12})\.safetensors\Z")
+_COUNT = re.compile(r"(0|[1-9][0-9]{0,17})\Z")
+_DIGEST = re.compile(r"[0-9a-f]{16}\Z")
+_TO_NAME = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_FROM_NAME = {name: dtype for dtype, name in _TO_NAME.items()}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _TO_NAME}
+# Data begins at a multiple of this, so that mapped tensors are aligned for any vector unit.
+_ALIGNMENT = 64
+BLANK_CHECKSUM = "0" * 16
+# Offsets and places of the examples of a shard are kept as Python numbers: 16 million are a gigabyte.
+_MOST_EXAMPLES = 1 << 24
+# The sum of the squares of lengths, which says where attention weights lie, fits 64 bits.
+_MOST_TOKENS = 1 << 31
+_MOST_UNIT = 10**12 - 1
+# torch counts elements, and bytes, in 64 bits, also those of a tensor that has none.
+_MOST_ELEMENTS = 1 << 48
+_MOST_DIMENSIONS = 8
+_MOST_WIDTH = 1 << 31
+_MOST_NAME = 1000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a shard: dtype, shape and where its bytes lie in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard says of itself.
+
+    Args:
+        unit: Number of the unit, which is also in the file's name.
+        num_examples, num_tokens: Counts of this shard.
+        first_example: Ordinal of the first example of the unit.
+        fingerprint: Of the plan that the shard belongs to.
+        num_truncated: Examples that were cut to the maximum length.
+        nonfinite: Count of values that are not finite, by site; sites without any are left out.
+        checksums: xxh3-64 of each tensor's bytes.
+        tensors: Where each tensor lies.
+    """
+
+    unit: int
+    num_examples: int
+    num_tokens: int
+    first_example: int
+    fingerprint: str
+    num_truncated: int = 0
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        return shard_name(self.unit)
+
+
+def shard_name(unit: int) -> str:
+    """Name the file of a unit."""
+    return f"shard-{unit:06d}.safetensors"
+
+
+def parse_shard_name(name: str) -> int | None:
+    """Read the unit out of a file name; None if it is not a shard's."""
+    match = _SHARD_NAME.match(name)
+    return int(match.group(1)) if match and shard_name(int(match.group(1))) == name else None
+
+
+def checksum(data: "bytes | memoryview") -> str:
+    """xxh3-64 as 16 hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def build_header(
+    header: ShardHeader, shapes: "Sequence[tuple[str, torch.dtype, Sequence[int]]]", checksums: Mapping[str, str]
+) -> bytes:
+    """Lay out a header, with its length before it.
+
+    Args:
+        header: Counts; its own `checksums` and `tensors` are not looked at.
+        shapes: Name, dtype and shape of each tensor, in file order.
+        checksums: Of each tensor.
+
+    Raises:
+        StoreError: it is larger than a reader would take.
+    """
+    entries: dict[str, Any] = {}
+    position = 0
+    for name, dtype, shape in shapes:
+        offsets = [position, position + dtype.itemsize * math.prod(shape)]
+        entries[name] = {"dtype": _TO_NAME[dtype], "shape": list(shape), "data_offsets": offsets}
+        position = offsets[1]
+    metadata = {
+        "format": f"layerprobe/{FORMAT_VERSION}",
+        "header_checksum": BLANK_CHECKSUM,
+        "unit": str(header.unit),
+        "examples": str(header.num_examples),
+        "tokens": str(header.num_tokens),
+        "first_example": str(header.first_example),
+        "truncated": str(header.num_truncated),
+        "fingerprint": header.fingerprint,
+        "nonfinite": json.dumps(dict(header.nonfinite)),
+        "checksums": json.dumps(dict(checksums)),
+    }
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    try:
+        _check_counts(header)
+        if len(text) > SMALL.num_bytes:
+            raise ValueError(f"its header has {len(text):,} bytes; at most {SMALL.num_bytes:,} are read")
+    except ValueError as error:
+        raise StoreError(
+            f"{header.file}: cannot be written ({error}). Ask for fewer sites or smaller shards."
+        ) from error
+    own = checksum(text)
+    return struct.pack("<Q", len(text)) + text.replace(BLANK_CHECKSUM.encode(), own.encode(), 1)
+
+
+def parse_header(text: bytes) -> ShardHeader:
+    """Parse and check the header of a shard; offsets count from its end.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError, RecursionError: it is no header of format 1, or contradicts
+            itself.
+    """
+    entries = parse_json(text, SMALL)
+    metadata = entries.pop("__metadata__")
+    if metadata["format"] != f"layerprobe/{FORMAT_VERSION}":
+        raise ValueError(f"format {brief(repr(metadata['format']))} is not layerprobe/{FORMAT_VERSION}")
+    own = metadata["header_checksum"]
+    if not _DIGEST.match(own) or checksum(text.replace(own.encode(), BLANK_CHECKSUM.encode(), 1)) != own:
+        raise ValueError("its own checksum does not match")
+    tensors = {name: _parse_entry(name, entry) for name, entry in entries.items()}
+    _check_places(tensors)
+    nonfinite = parse_json(metadata["nonfinite"].encode(), SMALL)
+    checksums = parse_json(metadata["checksums"].encode(), SMALL)
+    header = ShardHeader(
+        unit=_parse_count(metadata["unit"]),
+        num_examples=_parse_count(metadata["examples"]),
+        num_tokens=_parse_count(metadata["tokens"]),
+        first_example=_parse_count(metadata["first_example"]),
+        fingerprint=metadata["fingerprint"],
+        num_truncated=_parse_count(metadata["truncated"]),
+        nonfinite=dict(nonfinite.items()),
+        checksums=dict(checksums.items()),
+        tensors=tensors,
+    )
+    _check_counts(header)
+    if not isinstance(header.fingerprint, str) or not all(type(count) is int for count in nonfinite.values()):
+        raise ValueError("its fingerprint is no text, or a count in nonfinite is no whole number")
+    if set(checksums) != set(tensors):
+        raise ValueError("checksums and tensors do not name the same")
+    if not all(_DIGEST.match(digest) for digest in checksums.values()):
+        raise ValueError("a checksum is not of 16 hexadecimal digits")
+    _check_shapes(header)
+    return header
+
+
+def _check_counts(header: ShardHeader) -> None:
+    for what, count, most in (
+        ("unit", header.unit, _MOST_UNIT),
+        ("examples", header.num_examples, _MOST_EXAMPLES),
+        ("tokens", header.num_tokens, _MOST_TOKENS),
+        ("first_example", header.first_example, MOST_COUNT),
+    ):
+        if count > most:
+            raise ValueError(f"{what} is {count:,}; at most {most:,} are read")
+
+
+def _check_places(tensors: Mapping[str, TensorEntry]) -> None:
+    """Make sure that tensors lie back to back, each aligned to its items."""
+    position = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != position:
+            raise ValueError(f"{brief(repr(name))} begins at {entry.start}, the tensor before it ends at {position}")
+        if entry.stop > entry.start and entry.start % entry.dtype.itemsize:
+            raise ValueError(f"{brief(repr(name))} begins at {entry.start}, not aligned to its {entry.dtype}")
+        position = entry.stop
+
+
+def _check_shapes(header: ShardHeader) -> None:
+    """Hold the tensors that every shard has, and those of its records, to its counts."""
+    count = header.num_examples
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "example": (torch.int64, (count,)),
+        "offsets": (torch.int64, (count + 1,)),
+        "input_ids": (torch.int64, (header.num_tokens,)),
+    }
+    if "record_offsets" in header.tensors or "records" in header.tensors:
+        records = header.tensors["records"]
+        wanted["record_offsets"] = (torch.int64, (count + 1,))
+        wanted["records"] = (torch.uint8, (records.stop - records.start,))
+    for name, (dtype, shape) in wanted.items():
+        found = header.tensors[name]
+        if (found.dtype, found.shape) != (dtype, shape):
+            raise ValueError(f"{name!r} is {found.dtype} of shape {brief(found.shape)}, not {dtype} of {shape}")
+
+
+def _parse_count(text: str) -> int:
+    if not _COUNT.match(text):
+        raise ValueError(f"a count of {brief(text)}")
+    return int(text)
+
+
+def _parse_entry(name: str, entry: dict[str, Any]) -> TensorEntry:
+    dtype = _FROM_NAME[entry["dtype"]]
+    shape = tuple(entry["shape"])
+    start, stop = entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        raise ValueError(f"{brief(repr(name))} has a size that is no whole number")
+    elements = room = 1
+    for extent in shape:
+        elements *= extent
+        room *= max(1, extent)
+        if room > _MOST_ELEMENTS or len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"{brief(repr(name))} of shape {brief(shape)} does not fill its {stop - start} bytes")
+    if stop - start != elements * dtype.itemsize:
+        raise ValueError(f"{brief(repr(name))} of shape {brief(shape)} does not fill its {stop - start} bytes")
+    return TensorEntry(dtype, shape, start, stop)
+
+
+def check_sites(sites: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check what `store.json` says of its sites; what is wrong is a KeyError, TypeError or ValueError."""
+    if not isinstance(sites, dict):
+        raise TypeError(f"sites are {type(sites).__name__}, not an object")
+    if len(sites) > MOST_SITES:
+        raise ValueError(f"{len(sites):,} sites; at most {MOST_SITES:,} are read")
+    for site, said in sites.items():
+        check_site(site, said)
+
+
+def check_site(site: str, said: Mapping[str, Any]) -> None:
+    """Check what `store.json` says of a site; what is wrong is a KeyError, TypeError or ValueError."""
+    kind, dtype, width = said["kind"], said["dtype"], said["width"]
+    name = brief(repr(site))
+    if not site.isprintable() or len(site) > _MOST_NAME:
+        raise ValueError(f"{name} is no name of a site: it is too long, or holds control characters")
+    is_known = kind in ("token", "example", "attention") and isinstance(dtype, str) and dtype in _DTYPES
+    if not is_known or type(width) is not int or not 0 <= width <= _MOST_WIDTH:
+        raise ValueError(
+            f"{name} is of kind {brief(repr(kind))}, dtype {brief(repr(dtype))}, width {brief(repr(width))}"
+        )
+    if kind == "attention" and dtype == "int8":
+        raise ValueError(f"{name} is of kind 'attention' and dtype 'int8', which has no scale there")
