@@ -19,6 +19,7 @@ import layerprobe as lp
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import ShardHeader, commit_shard
 from layerprobe.store.writer import commit_description, commit_index
+from sizes import TINY
 
 FINGERPRINT = "0" * 32
 
@@ -29,15 +30,7 @@ torch.set_num_threads(1)
 def _tiny_config(**changes: Any) -> Any:
     from transformers import BertConfig
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "vocab_size": 100,
-        "max_position_embeddings": 64,
-    }
-    return BertConfig(**(sizes | changes))
+    return BertConfig(**(TINY | changes))
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,8 @@ class _Frame:
     """A running call of the model in one thread.
 
     `runner` is the interpreter's frame that runs it: one that is on no stack any more was cut short. None where a
-    compiled graph runs it. `inside` holds the stacks whose base is running; `is_stopped` says that it ends early
-    because every probe has what it asked.
+    compiled graph runs it. `caller` is the one that called that. `inside` holds the stacks whose base is running;
+    `is_stopped` says that it ends early because every probe has what it asked.
     """
 
     owner: int
@@ -37,6 +37,10 @@ class _Frame:
     call: Call | None = None
     is_stopped: bool = False
     inside: set[int] = field(default_factory=set)
+    caller: FrameType | None = None
+
+    def __post_init__(self) -> None:
+        self.caller = self.runner.f_back if self.runner is not None else None
 
 
 class Frames:
@@ -118,10 +122,19 @@ class Frames:
             frames[-1].is_stopped = True
             self._end_call(frames[-1], completed=False)
 
-    def leave(self, number: int, completed: bool) -> None:
-        """Take note that a module is done; `completed` is False if it raised or was stopped."""
+    def leave(self, number: int, completed: bool, runner: FrameType | None = None) -> None:
+        """Take note that a module is done; `completed` is False if it raised or was stopped.
+
+        Args:
+            runner: The interpreter's frame that tells so, which is one of those that ran the module. torch tells too of
+                a call that never began, because a hook before it has raised, and that is none of them.
+        """
         frames = self.by_thread.get(threading.get_ident())
         if not frames:
+            return
+        top = frames[-1]
+        is_known = runner is None or top.runner is None or runner in (top.runner, top.caller)
+        if not completed and top.owner == number and not is_known:
             return
         frames[-1].inside.discard(number)
         if frames[-1].owner == number:

@@ -123,7 +123,7 @@ class StoreSink:
         return self.buffers.stalled_s if self.buffers is not None else 0.0
 
     def open(self, sites: Sequence[Site]) -> None:
-        check_storable(sites)
+        check_storable(sites, self._pool, self.packed_dtype)
         self._sites = sites
         if self._description is not None:
             self._lock = claim_folder(self.folder)

@@ -155,8 +155,14 @@ class Probe(AbstractContextManager["Probe"]):
     def _only_call(self) -> CapturedCall:
         calls = self._memory().calls
         if len(calls) != 1:
-            what = "was not called" if not calls else f"was called {len(calls)} times"
-            raise CaptureError(f"the model {what} in the probe: use probe.calls, a list with one entry per call.")
+            if not calls:
+                raise CaptureError(
+                    "the model was not called in the probe (model.forward() goes past its hooks; a call that raised is "
+                    "none): call model(...) inside the with block."
+                )
+            raise CaptureError(
+                f"the model was called {len(calls)} times in the probe: use probe.calls, one entry per call."
+            )
         return calls[0]
 
     def _memory(self) -> MemorySink:

@@ -191,7 +191,7 @@ class ProbeRegistry:
             if torch.compiler.is_compiling():
                 port.leave(number, output is not None)
             else:
-                frames.leave(number, output is not None)
+                frames.leave(number, output is not None, sys._getframe(1))
 
         return leave
 

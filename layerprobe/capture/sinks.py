@@ -21,7 +21,7 @@ from layerprobe.sites.grammar import expand_patterns
 from layerprobe.sites.resolve import Site
 from layerprobe.store.shards import ScaledRows
 
-__all__ = ["CallableSink", "CapturedCall", "MemorySink", "select_call"]
+__all__ = ["CallableSink", "CapturedCall", "MemorySink", "check_pooled", "select_call"]
 
 Value = Tensor | ScaledRows
 
@@ -153,8 +153,6 @@ def select_call(context: Context, value: Tensor) -> Selection:
 
 def shape_value(value: Tensor, context: Context, site: Site, pool: Pool, dtype: torch.dtype | None) -> Value:
     """Pool and cast one value outside any store."""
-    if pool is not None and site.kind == "attention":
-        raise OptionError(f"{site.name!r} is one matrix per head: it takes no pool.")
     if pool is not None and is_per_token(site, value):
         value = pool_rows(value, select_call(context, value), pool)
     if dtype is None or dtype == value.dtype:
@@ -164,6 +162,17 @@ def shape_value(value: Tensor, context: Context, site: Site, pool: Pool, dtype: 
         scale = torch.empty(value.shape[:-1], device=value.device) if dtype == torch.int8 else None
     cast_into(Target(out, scale), value)
     return out if scale is None else ScaledRows(out, scale)
+
+
+def check_pooled(sites: Sequence[Site], pool: Pool) -> None:
+    """Refuse a pool where a site has nothing to pool.
+
+    Raises:
+        OptionError: attention weights are asked for.
+    """
+    matrices = [site.name for site in sites if site.kind == "attention"]
+    if pool is not None and matrices:
+        raise OptionError(f"{matrices[0]!r} is one matrix per head: it takes no pool.")
 
 
 def is_per_token(site: Site, value: Tensor) -> bool:
@@ -190,6 +199,7 @@ class MemorySink:
         self._sites: Sequence[Site] = ()
 
     def open(self, sites: Sequence[Site]) -> None:
+        check_pooled(sites, self._pool)
         self._sites = sites
 
     def begin(self, call: Call) -> None:
@@ -269,6 +279,7 @@ class CallableSink:
         self._sites: Sequence[Site] = ()
 
     def open(self, sites: Sequence[Site]) -> None:
+        check_pooled(sites, self._pool)
         self._sites = sites
 
     def begin(self, call: Call) -> None:

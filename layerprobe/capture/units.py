@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.select import Pool, Selection, pool_rows
-from layerprobe.capture.sinks import is_per_token
+from layerprobe.capture.sinks import check_pooled, is_per_token
 from layerprobe.capture.staging import NO_ROOM, HostBuffer, Room
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
@@ -25,6 +25,7 @@ __all__ = [
     "Unit",
     "check_storable",
     "encode_record",
+    "list_shapes",
     "list_tensors",
     "measure_site",
     "room_for",
@@ -80,8 +81,6 @@ def measure_site(
     if is_packed:
         return StoredSite(site.name, "token", value.dtype, value.shape[1])
     if site.kind == "attention":
-        if dtype == torch.int8 or pool is not None:
-            raise OptionError(f"{site.name!r} is one matrix per head: it takes no pool, and a float dtype.")
         return StoredSite(site.name, "attention", dtype or value.dtype, value.shape[1])
     per_token = is_per_token(site, value)
     if value.ndim != (3 if per_token else 2):
@@ -97,12 +96,19 @@ def measure_site(
     return StoredSite(site.name, kind, dtype or value.dtype, width)
 
 
-def check_storable(sites: Sequence[Site]) -> None:
-    """Make sure that one run of tokens serves all sites, as a shard has only one.
+def check_storable(sites: Sequence[Site], pool: Pool, dtype: torch.dtype | None) -> None:
+    """Make sure that sites can be stored so, and that one run of tokens serves all of them, as a shard has only one.
 
     Raises:
-        OptionError: sites of an encoder and of a decoder, or of a decoder's view of the encoder.
+        OptionError: attention weights that are pooled or stored as int8; sites of an encoder and of a decoder, or of a
+            decoder's view of the encoder.
     """
+    check_pooled(sites, pool)
+    matrices = [site.name for site in sites if site.kind == "attention"]
+    if matrices and dtype == torch.int8:
+        raise OptionError(
+            f"{matrices[0]!r} is one matrix per head, int8 has a scale per vector: ask for a float dtype."
+        )
     sources = [site.name for site in sites if site.kind == "source" or ".cross_attention.weights" in site.name]
     if sources:
         raise OptionError(f"{sources[0]!r} has a row per token of the encoder: capture it into memory instead.")
@@ -116,6 +122,32 @@ def room_for(selection: Selection) -> Room:
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+
+
+def list_shapes(
+    stored: Sequence[StoredSite], room: Room, record_bytes: int
+) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Work out what `list_tensors` will give for a unit with records, before any value of it is made.
+
+    Args:
+        stored: The sites.
+        room: Of the whole unit.
+        record_bytes: Of all its records.
+    """
+    shapes: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
+        ("example", torch.int64, (room.examples,)),
+        ("offsets", torch.int64, (room.examples + 1,)),
+        ("input_ids", torch.int64, (room.rows,)),
+        ("record_offsets", torch.int64, (room.examples + 1,)),
+        ("records", torch.uint8, (record_bytes,)),
+    ]
+    for site in stored:
+        count = room.of(site.kind)
+        shape = (count * site.width,) if site.kind == "attention" else (count, site.width)
+        shapes.append((site.name, site.dtype, shape))
+        if site.dtype == torch.int8:
+            shapes.append((site.name + SCALE_SUFFIX, torch.float32, (count,)))
+    return sorted(shapes, key=lambda named: -named[1].itemsize)
 
 
 def list_tensors(unit: Unit, stored: Sequence[StoredSite]) -> list[tuple[str, Tensor]]:

@@ -8,15 +8,7 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.errors import CaptureError
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 100,
-    "max_position_embeddings": 64,
-}
+from sizes import TINY
 
 
 @pytest.fixture
@@ -24,7 +16,7 @@ def decoder() -> Any:
     import transformers
 
     torch.manual_seed(0)
-    return transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, is_decoder=True)).eval()
+    return transformers.BertLMHeadModel(transformers.BertConfig(**TINY, is_decoder=True)).eval()
 
 
 @pytest.fixture
@@ -34,8 +26,8 @@ def pair() -> Any:
 
     torch.manual_seed(0)
     halves = (
-        transformers.BertConfig(**SIZES),
-        transformers.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True),
+        transformers.BertConfig(**TINY),
+        transformers.BertConfig(**TINY, is_decoder=True, add_cross_attention=True),
     )
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*halves)
     config.decoder_start_token_id, config.pad_token_id = 1, 0
@@ -240,7 +232,7 @@ def test_shared_layer_is_read_by_its_call(batch: Any) -> None:
     import transformers
 
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {**SIZES, "num_hidden_layers": 4, "embedding_size": 16, "num_hidden_groups": 2}
+    sizes: dict[str, Any] = {**TINY, "num_hidden_layers": 4, "embedding_size": 16, "num_hidden_groups": 2}
     config = transformers.AlbertConfig(**sizes)
     model = transformers.AlbertModel(config).eval()
     hidden = model(**batch, output_hidden_states=True).hidden_states
@@ -266,3 +258,33 @@ def test_chunks_of_a_call_are_joined_with_an_early_end(make_bert: Any, chunk: in
     for call in probe.calls:
         assert torch.equal(call["layers.1.ffn.act"], expected["layers.1.ffn.act"])  # type: ignore[arg-type]
         assert call["layers.1.ffn.act"].shape == (2, 6, 64)  # type: ignore[union-attr]
+
+
+def test_call_within_a_call_that_never_begins_leaves_the_outer_one_whole(tiny_bert: Any, batch: Any) -> None:
+    """torch tells always-called hooks of a call whose first hook, of the user, has raised."""
+    refuses = False
+
+    def refuse(*_: Any) -> None:
+        if refuses:
+            raise ValueError("not now")
+
+    tiny_bert.register_forward_pre_hook(refuse)
+
+    def call_again(*_: Any) -> None:
+        nonlocal refuses
+        refuses = True
+        with pytest.raises(ValueError, match="not now"):
+            tiny_bert(**batch)
+        refuses = False
+
+    tiny_bert.encoder.layer[1].register_forward_hook(call_again)
+    with torch.no_grad(), lp.Probe(tiny_bert, ["embeddings", "layers.*"]) as probe:
+        hidden = tiny_bert(**batch, output_hidden_states=True).hidden_states
+    assert all(torch.equal(probe[site], value) for site, value in zip(probe.calls[0], hidden, strict=True))
+
+
+def test_forward_called_past_the_hooks_is_not_taken_for_a_call(tiny_bert: Any, batch: Any) -> None:
+    with torch.no_grad(), lp.Probe(tiny_bert, "layers.*") as probe:
+        tiny_bert.forward(**batch)
+    with pytest.raises(CaptureError, match=r"was not called in the probe \(model\.forward\(\) goes past its hooks"):
+        _ = probe["layers.0"]

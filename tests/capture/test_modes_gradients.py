@@ -9,16 +9,9 @@ from torch import Tensor, nn
 import layerprobe as lp
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
+from sizes import TINY
 
 ALL = ["*", "layers.*", "layers.*.*", "layers.*.*.*"]
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 100,
-    "max_position_embeddings": 64,
-}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", {}),
     "albert": ("Albert", {"embedding_size": 16, "num_hidden_groups": 2, "num_hidden_layers": 4}),
@@ -33,7 +26,7 @@ def make_model(family: str, attention: str = "eager", **changes: Any) -> Any:
 
     name, more = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**(SIZES | more | changes), attn_implementation=attention)
+    config = getattr(transformers, f"{name}Config")(**(TINY | more | changes), attn_implementation=attention)
     return getattr(transformers, f"{name}Model")(config).eval()
 
 

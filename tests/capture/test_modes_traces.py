@@ -160,3 +160,45 @@ def test_forward_put_on_within_a_probe_stays(tiny_bert: Any, batch: Any) -> None
         assert tiny_bert(**batch) is None
     assert tiny_bert.forward is own
     assert torch.equal(tiny_bert(**batch)[0], expected)
+
+
+def _compiled_call(model: Any, batch: Any) -> None:
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    compiled(**batch)
+
+
+def _checkpointed_call(model: Any, batch: Any) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    if not model.training:  # once: each time leaves other functions
+        enable({"use_reentrant": True})
+        model.train()
+    model(**batch)[0].sum().backward()
+
+
+def _generate(model: Any, batch: Any) -> None:
+    model.generate(**batch, max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+WAYS: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
+    "compiled": ("BertModel", {}, _compiled_call, {}),
+    "compiled, history": ("BertModel", {}, _compiled_call, {"gradients": True}),
+    "checkpointed": ("BertModel", {}, _checkpointed_call, {"gradients": True}),
+    "generate": ("BertLMHeadModel", {"is_decoder": True}, _generate, {}),
+    "pooled": ("BertModel", {}, lambda model, batch: model(**batch), {"pool": "mean", "dtype": "int8"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_left_after_any_way_to_run(make_bert: Any, batch: Any, way: str) -> None:
+    class_name, changes, run, options = WAYS[way]
+    model = make_bert(class_name, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **changes)
+    run(model, batch)  # what running it so leaves by itself
+    model.zero_grad()
+    before = look_at(model)
+    with lp.Probe(model, ["embeddings", "layers.*"], **options) as probe:
+        run(model, batch)
+    model.zero_grad()
+    assert look_at(model) == before
+    assert probe.calls
+    assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
