@@ -1,7 +1,7 @@
 """The command line: one door to the functions of the library.
 
-An error is one line on stderr and exit code 2, Ctrl-C exit code 130. Computes nothing; the commands stand in `runs` and
-`stores`.
+An error is one line on stderr and exit code 2, Ctrl-C exit code 130, SIGTERM 143. Computes nothing; the commands
+stand in `runs` and `stores`.
 """
 
 import os

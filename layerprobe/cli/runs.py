@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from layerprobe.errors import OptionError
+from layerprobe.cli.signals import TERMINATED, Terminator
+from layerprobe.errors import OptionError, SpaceError
 
 __all__ = ["extract", "sites"]
 
@@ -62,6 +63,13 @@ def extract(
     ] = "warn",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in DIR.")] = False,
+    wait_for_space: Annotated[
+        bool, typer.Option("--wait-for-space", help="On a full disk wait for room instead of stopping.")
+    ] = False,
+    grace: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="After SIGTERM, time for the shard under way to be finished."),
+    ] = 30,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -82,16 +90,30 @@ def extract(
         shard_bytes=_parse_size(shard_size),
         nonfinite=nonfinite,
     )
-    plan = plan_extraction(model, texts, out, options, device=device, overwrite=overwrite)
-    if not quiet:
-        typer.echo(str(plan))
-    if dry_run:
-        return
-    try:
-        report = run_extraction(plan, progress=not quiet)
-    except KeyboardInterrupt:
-        typer.echo(f"stopped: whole shards are kept in {out}. Run the same command again to go on.", err=True)
-        raise
+    stopped = f"stopped: whole shards are kept in {out}. Run the same command again to go on."
+    with Terminator(str(out), grace) as terminator:
+        plan = plan_extraction(
+            model, texts, out, options, device=device, overwrite=overwrite, wait_for_space=wait_for_space
+        )
+        if not quiet:
+            typer.echo(str(plan))
+        if dry_run:
+            return
+        terminator.defer()
+        try:
+            report = run_extraction(plan, not quiet, terminator.stop)
+        except KeyboardInterrupt:
+            typer.echo(stopped, err=True)
+            raise
+        except SpaceError as error:
+            if not terminator.stop.is_set():
+                raise
+            # a wait for room that was ended
+            typer.echo(stopped, err=True)
+            raise typer.Exit(TERMINATED) from error
+    if not report.is_complete:
+        typer.echo(stopped, err=True)
+        raise typer.Exit(TERMINATED)
     if not quiet:
         typer.echo(str(report))
     elif report.nonfinite:

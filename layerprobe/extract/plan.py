@@ -18,7 +18,7 @@ from torch import nn
 
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe, describe_pool
 from layerprobe.capture.select import Pool, check_pool, resolve_dtype
-from layerprobe.capture.units import measure_site
+from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, ModelError, OptionError, SpaceError
 from layerprobe.extract.batching import tokenize
 from layerprobe.extract.inputs import InputDigest, Record, TextSource, check_text, open_source
@@ -148,6 +148,7 @@ class Plan:
     done: dict[int, ShardHeader]
     num_damaged: int
     overwrite: bool
+    wait_for_space: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -171,7 +172,11 @@ class Plan:
         place = self.folder.absolute()
         while not place.exists():
             place = place.parent
-        replaced = self.folder.glob("shard-*.safetensors") if self.overwrite else ()
+        # what a run that was killed had reserved goes before anything is written
+        replaced = itertools.chain(
+            self.folder.glob("shard-*.safetensors.tmp"),
+            self.folder.glob("shard-*.safetensors") if self.overwrite else (),
+        )
         return shutil.disk_usage(place).free + sum(file.stat().st_size for file in replaced)
 
     def units(self) -> Iterator[Unit]:
@@ -207,6 +212,7 @@ def plan_extraction(
     tokenizer: Any = None,
     device: str | None = None,
     overwrite: bool = False,
+    wait_for_space: bool = False,
 ) -> Plan:
     """Work out and check a run; see `extract` for the arguments.
 
@@ -260,12 +266,13 @@ def plan_extraction(
         check_finite(done.values())
     plan = Plan(
         folder, model, tokenizer, source, options, sites, stored, rule, batch_tokens, survey.num_examples,
-        survey.num_units, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite,
+        survey.num_units, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite, wait_for_space,
     )  # fmt: skip
-    if plan.missing_bytes > plan.free_bytes:
+    if plan.missing_bytes > plan.free_bytes and not wait_for_space:
         raise SpaceError(
             f"{folder}: needs {format_bytes(plan.missing_bytes)} more, the disk has {format_bytes(plan.free_bytes)} "
-            "free. Ask for fewer sites, a smaller dtype or a pool, or choose another disk."
+            f"free: {plan.missing_bytes - plan.free_bytes:,} bytes missing. Ask for fewer sites, a smaller dtype or "
+            "a pool, choose another disk, or start all the same with --wait-for-space."
         )
     return plan
 
@@ -334,6 +341,7 @@ def _measure_sites(
     model: nn.Module, tokenizer: Any, sites: tuple[Site, ...], options: ExtractOptions
 ) -> tuple[StoredSite, ...]:
     """Run the model on one short text to learn the width and dtype of each site."""
+    check_storable(sites, options.pool, resolve_dtype(options.dtype))
     ids = tokenizer("layer probe", return_tensors="pt", truncation=True, max_length=options.max_length or 8)
     device = find_device(model)
     with torch.inference_mode(), Probe(model, [site.name for site in sites], stop=True) as probe:

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from layerprobe.errors import NonFiniteError, PlanError, StoreError
-from layerprobe.store.format import STORE_FILE, ShardHeader, parse_shard_name, read_header, read_json
+from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
+from layerprobe.store.format import FORMAT_VERSION, STORE_FILE, ShardHeader, parse_shard_name, read_header, read_json
+from layerprobe.store.lock import LOCK_FILE
 
 __all__ = ["check_finite", "check_folder", "find_done"]
 
@@ -25,7 +26,9 @@ def check_folder(folder: Path) -> None:
         if not os.access(place, os.W_OK | os.X_OK):
             raise StoreError(f"{folder}: cannot be written (no permission in {place}). Choose another folder.")
         if folder.is_dir() and not (folder / STORE_FILE).exists():
-            foreign = next((file.name for file in folder.iterdir() if file.name != STORE_FILE + ".tmp"), None)
+            # what a run has that is at its very beginning, or was killed there
+            ours = (LOCK_FILE, STORE_FILE + ".tmp")
+            foreign = next((file.name for file in folder.iterdir() if file.name not in ours), None)
             if foreign is not None:
                 raise StoreError(f"{folder}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")
     except StoreError:
@@ -66,10 +69,16 @@ def find_done(folder: Path, description: dict[str, Any]) -> tuple[dict[int, Shar
 
     Raises:
         PlanError: the folder holds another run.
+        FormatError: it holds a store of another format.
     """
     if not (folder / STORE_FILE).is_file():
         return {}, 0
     found = read_json(folder / STORE_FILE)
+    if found.get("format") != FORMAT_VERSION:
+        raise FormatError(
+            f"{folder}: holds a store of format {found.get('format')!r}, this version writes format {FORMAT_VERSION}. "
+            "Choose another folder, or pass --overwrite to replace it."
+        )
     if found.get("fingerprint") != description["fingerprint"]:
         raise PlanError(
             f"{folder}: holds another run ({'; '.join(_list_differences(found, description)) or 'its fingerprint'}). "

@@ -5,8 +5,8 @@ the next unit goes on. A unit is committed whole or not at all; what is missing 
 """
 
 import contextlib
-import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,16 +21,17 @@ from tqdm import tqdm
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe
 from layerprobe.capture.select import Pool, resolve_dtype
-from layerprobe.capture.units import AnnouncedBatch
-from layerprobe.errors import InputError, StoreError
+from layerprobe.capture.units import AnnouncedBatch, encode_record
+from layerprobe.errors import InputError
 from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
-from layerprobe.extract.inputs import InputDigest
+from layerprobe.extract.folder import hold_store
+from layerprobe.extract.inputs import InputDigest, Record
 from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, plan_extraction
+from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel
-from layerprobe.store.durable import commit_folder, make_folder
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
+from layerprobe.store.format import ShardHeader
 from layerprobe.store.reader import Store, open_store
-from layerprobe.store.writer import ShardWriter, commit_description, commit_index
+from layerprobe.store.writer import ShardWriter, commit_index
 from layerprobe.tables import format_bytes
 
 __all__ = ["RunReport", "extract", "run_extraction"]
@@ -49,6 +50,7 @@ class RunReport:
         seconds: From the first text to the index.
         stalled_s: Time the forward waited for a buffer to be written.
         nonfinite: Values that are not finite, by site.
+        is_complete: Whether the store is; False where the run was asked to stop.
     """
 
     num_examples: int = 0
@@ -59,6 +61,7 @@ class RunReport:
     seconds: float = 0.0
     stalled_s: float = 0.0
     nonfinite: Counter[str] = field(default_factory=Counter)
+    is_complete: bool = True
 
     @property
     def padding(self) -> float:
@@ -66,7 +69,7 @@ class RunReport:
         return 1 - self.num_tokens / self.num_computed if self.num_computed else 0.0
 
     def __str__(self) -> str:
-        if not self.num_examples:
+        if self.is_complete and not self.num_examples:
             return "nothing to do: every shard is there already"
         seconds = max(self.seconds, 1e-9)
         line = (
@@ -97,6 +100,7 @@ def extract(
     nonfinite: str = "warn",
     device: str | None = None,
     overwrite: bool = False,
+    wait_for_space: bool = False,
     progress: bool | None = None,
 ) -> Store:
     """Extract sites for every text into a store, resumably.
@@ -119,6 +123,7 @@ def extract(
         nonfinite: `warn` counts values that are not finite, `error` stops at them.
         device: Where to put a model given by name.
         overwrite: Replace another run in the folder.
+        wait_for_space: On a full disk wait for room instead of stopping.
         progress: Whether to say on stderr what is done; None for only on a terminal.
 
     Returns:
@@ -127,7 +132,8 @@ def extract(
     Raises:
         InputError, ModelError, SiteError, OptionError, ArchitectureError: before any work.
         PlanError: the folder holds another run, with the fields that differ.
-        SpaceError: the disk cannot hold the store.
+        SpaceError: the disk cannot hold the store, or the next shard, with the bytes that are missing.
+        LockError: another run is writing there; its process is named.
         NonFiniteError: with `nonfinite="error"`.
         StoreError: the disk refused; what was committed stays, and the same call goes on.
 
@@ -143,7 +149,16 @@ def extract(
         shard_bytes=shard_size,
         nonfinite=nonfinite,
     )
-    plan = plan_extraction(model, texts, to, options, tokenizer=tokenizer, device=device, overwrite=overwrite)
+    plan = plan_extraction(
+        model,
+        texts,
+        to,
+        options,
+        tokenizer=tokenizer,
+        device=device,
+        overwrite=overwrite,
+        wait_for_space=wait_for_space,
+    )
     shows_progress = sys.stderr.isatty() if progress is None else progress
     if shows_progress:
         print(plan, file=sys.stderr)
@@ -153,19 +168,30 @@ def extract(
     return open_store(to)
 
 
-def run_extraction(plan: Plan, progress: bool = False) -> RunReport:
+def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | None = None) -> RunReport:
     """Do what a plan says is missing.
+
+    Args:
+        plan: What to do.
+        progress: Whether to show a bar on stderr.
+        stop: Set to end the run after the unit under way; what is committed stays.
 
     Returns:
         What was done now, without what an earlier run had done.
 
     Raises:
-        NonFiniteError, StoreError: as `extract`.
+        LockError, NonFiniteError, StoreError: as `extract`.
     """
+    stop = stop or threading.Event()
+    keeper = RoomKeeper(plan.folder, plan.wait_for_space, stop)
+    with hold_store(plan, keeper) as plan:
+        return _run_plan(plan, keeper, stop, progress)
+
+
+def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: bool) -> RunReport:
     start = time.perf_counter()
-    _prepare_store(plan)
     report = RunReport()
-    writer = ShardWriter(plan.folder, plan.options.nonfinite)
+    writer = ShardWriter(plan.folder, plan.options.nonfinite, keeper.attempt)
     sink = StoreSink(
         plan.folder,
         writer,
@@ -191,18 +217,22 @@ def run_extraction(plan: Plan, progress: bool = False) -> RunReport:
     digest = InputDigest(plan.source.name)
     with bar, _evaluating(plan.model), torch.inference_mode(), probe:
         for unit in plan.units():
+            if stop.is_set():
+                report.is_complete = False
+                break
             for record in unit.records:
                 digest.add(record)
             if unit.number not in plan.done:
-                _run_unit(plan, sink, unit, report, bar)
+                _run_unit(plan, keeper, sink, unit, report, bar)
                 bar.set_postfix_str(_describe_pace(report, writer.num_bytes, time.perf_counter() - start), False)
-    if digest.hexdigest() != plan.description["input"]["hash"]:
+    if report.is_complete and digest.hexdigest() != plan.description["input"]["hash"]:
         raise InputError(
             f"{plan.source.name}: changed while the run was under way, so {plan.folder} holds parts of two inputs. "
             "Run again with --overwrite, or into another folder."
         )
-    headers = [*plan.done.values(), *writer.committed]
-    commit_index(plan.folder, headers)
+    if report.is_complete:
+        headers = [*plan.done.values(), *writer.committed]
+        keeper.attempt(lambda: commit_index(plan.folder, headers))
     report.num_bytes = writer.num_bytes
     report.stalled_s = sink.stalled_s
     for header in writer.committed:
@@ -211,9 +241,19 @@ def run_extraction(plan: Plan, progress: bool = False) -> RunReport:
     return report
 
 
-def _run_unit(plan: Plan, sink: StoreSink, unit: Unit, report: RunReport, bar: "tqdm[Any]") -> None:
+def _run_unit(plan: Plan, keeper: RoomKeeper, sink: StoreSink, unit: Unit, report: RunReport, bar: "tqdm[Any]") -> None:
     tokenized = tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
     num_truncated = sum(tokenized.truncated)
+    header = ShardHeader(
+        unit.number,
+        len(unit.records),
+        tokenized.num_tokens,
+        unit.first_example,
+        plan.fingerprint,
+        num_truncated,
+    )
+    record_bytes = sum(len(encode_record(_make_record(record))) for record in unit.records)
+    keeper.reserve(header, plan.stored, tokenized.room, record_bytes)
     sink.begin_unit(unit.number, unit.first_example, tokenized.room, num_truncated)
     padding_side = plan.tokenizer.padding_side
     pad_id = plan.tokenizer.pad_token_id or 0
@@ -233,47 +273,23 @@ def _run_unit(plan: Plan, sink: StoreSink, unit: Unit, report: RunReport, bar: "
 
 def _announce(unit: Unit, tokenized: TokenizedUnit, batch: Batch, padding_side: str) -> AnnouncedBatch:
     ids = [token_id for member in batch.members for token_id in tokenized.ids[member]]
-    records = [unit.records[member] for member in batch.members]
     return AnnouncedBatch(
         ordinals=[unit.first_example + member for member in batch.members],
         lengths=batch.lengths,
         num_positions=batch.input_ids.shape[1],
         padding_side=padding_side,
         input_ids=torch.tensor(ids, dtype=torch.int64),
-        records=[{"text": record.text, **({"fields": record.fields} if record.fields else {})} for record in records],
+        records=[_make_record(unit.records[member]) for member in batch.members],
     )
+
+
+def _make_record(record: Record) -> dict[str, Any]:
+    """Give what travels with an example."""
+    return {"text": record.text, **({"fields": record.fields} if record.fields else {})}
 
 
 def _describe_pace(report: RunReport, num_bytes: int, seconds: float) -> str:
     return f"{report.num_tokens / max(seconds, 1e-9):,.0f} tokens/s, {format_bytes(num_bytes)} written"
-
-
-def _prepare_store(plan: Plan) -> None:
-    """Clear what an ended or replaced run left, and write what comes before the first shard."""
-    folder = plan.folder
-    try:
-        make_folder(folder)
-        # first of all: an index beside missing shards would call the store complete
-        (folder / INDEX_FILE).unlink(missing_ok=True)
-        for file in list(folder.iterdir()):
-            own = _is_own(file.name.removesuffix(".tmp"))
-            replaced = plan.overwrite and (file.name == TOKENIZER_FOLDER or parse_shard_name(file.name) is not None)
-            if replaced or (own and file.name.endswith(".tmp")):
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-        if not (folder / STORE_FILE).exists() or plan.overwrite:
-            commit_description(folder, plan.description)
-        if not (folder / TOKENIZER_FOLDER).exists():
-            partial = folder / (TOKENIZER_FOLDER + ".tmp")
-            plan.tokenizer.save_pretrained(partial)
-            commit_folder(partial, folder / TOKENIZER_FOLDER)
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{folder}: cannot be written ({error.strerror or error}). Choose another folder.") from error
-
-
-def _is_own(name: str) -> bool:
-    return name in (STORE_FILE, INDEX_FILE, TOKENIZER_FOLDER) or parse_shard_name(name) is not None
 
 
 @contextlib.contextmanager

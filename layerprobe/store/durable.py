@@ -127,10 +127,7 @@ def tell_failure(path: Path, error: OSError, size: int = 0) -> StoreError:
         elif size:
             # a quota, or a part of the disk that is not for everyone
             what += f": it takes {size:,} bytes, more than you may use, though the disk has {free:,} free"
-    return SpaceError(
-        f"{what}. What was committed before stays readable; make room and run the same command again, or let it wait "
-        "for room with --wait-for-space."
-    )
+    return SpaceError(f"{what}. What was committed before stays readable; make room on the disk.")
 
 
 def _open(path: Path, is_direct: bool) -> int:

@@ -148,16 +148,24 @@ class ShardJob:
     release: Callable[[], None]
 
 
+def _do(commit: Callable[[], int]) -> int:
+    return commit()
+
+
 class ShardWriter:
     """Write shards into a folder from a thread of its own.
 
     Args:
         folder: The store; exists.
         nonfinite: `warn` counts values that are not finite, `error` refuses the shard that holds some.
+        attempt: Calls the function it is given, which commits a shard; may call it again on a full disk.
     """
 
-    def __init__(self, folder: Path, nonfinite: str = "warn") -> None:
+    def __init__(
+        self, folder: Path, nonfinite: str = "warn", attempt: Callable[[Callable[[], int]], int] = _do
+    ) -> None:
         self.folder = folder
+        self._attempt = attempt
         self.committed: list[ShardHeader] = []
         self.num_bytes = 0
         self.busy_s = 0.0
@@ -185,9 +193,10 @@ class ShardWriter:
         if self._error is not None:
             if isinstance(self._error, LayerProbeError):
                 raise self._error
+            what = str(self._error) or type(self._error).__name__
             raise StoreError(
-                f"{self.folder}: the writer stopped: {str(self._error) or type(self._error).__name__}. What was committed "
-                "before stays readable; run the same command again when the cause is gone."
+                f"{self.folder}: the writer stopped: {what}. What was committed before stays readable; run the same "
+                "command again when the cause is gone."
             ) from self._error
 
     def close(self) -> None:
@@ -230,7 +239,7 @@ class ShardWriter:
                 "Store a wider dtype (float32, bfloat16), or pass nonfinite='warn' to keep and count them."
             )
         header = replace(job.header, nonfinite=counts)
-        self.num_bytes += commit_shard(self.folder, header, job.tensors)
+        self.num_bytes += self._attempt(lambda: commit_shard(self.folder, header, job.tensors))
         self.committed.append(header)
         self.busy_s += time.perf_counter() - start
 

@@ -1,0 +1,120 @@
+"""The folder of a run: held against other runs, cleared of what an ended one left, given what precedes the shards.
+
+What is removed is flushed before anything new has a name, so that a power loss cannot bring back an index beside shards
+that are gone. Must never know of models or units.
+"""
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from layerprobe.errors import StoreError
+from layerprobe.extract.plan import Plan
+from layerprobe.extract.resume import check_finite, find_done
+from layerprobe.extract.space import RoomKeeper
+from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
+from layerprobe.store.lock import StoreLock
+from layerprobe.store.writer import commit_description
+
+__all__ = ["hold_store"]
+
+
+@contextlib.contextmanager
+def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[Plan]:
+    """Hold the folder of a plan while it is carried out, ready for its first missing shard.
+
+    Gives the plan with what is done listed anew: another run may have gone on with it since it was made. No `.tmp` of
+    the store outlives the block, and none of another run is touched, since none can be under way.
+
+    Raises:
+        LockError: another run is writing there.
+        PlanError: the folder has come to hold another run.
+        StoreError: it cannot be written.
+    """
+    try:
+        make_folder(plan.folder)
+    except OSError as error:
+        raise tell_failure(plan.folder, error) from error
+    with StoreLock(plan.folder):
+        if not plan.overwrite:
+            done, num_damaged = find_done(plan.folder, plan.description)
+            plan = replace(plan, done=done, num_damaged=num_damaged)
+            if plan.options.nonfinite == "error":
+                check_finite(done.values())
+        try:
+            try:
+                _clear(plan)
+                _begin(plan, keeper)
+            except OSError as error:
+                raise error if isinstance(error, StoreError) else tell_failure(plan.folder, error) from error
+            yield plan
+        finally:
+            # gives back what was kept for a unit that did not come about
+            with contextlib.suppress(OSError):
+                _remove_partial(plan.folder)
+
+
+def _clear(plan: Plan) -> None:
+    """Remove what an ended or replaced run left."""
+    folder = plan.folder
+    if (folder / INDEX_FILE).exists():
+        # first of all, and permanently: an index beside missing shards would call the store complete
+        (folder / INDEX_FILE).unlink()
+        flush_folder(folder)
+    _remove_partial(folder)
+    if plan.overwrite:
+        for file in list(folder.iterdir()):
+            if file.name == TOKENIZER_FOLDER or parse_shard_name(file.name) is not None:
+                _remove(file)
+        flush_folder(folder)
+
+
+def _remove_partial(folder: Path) -> None:
+    for file in list(folder.iterdir()):
+        if file.name.endswith(".tmp") and _is_own(file.name.removesuffix(".tmp")):
+            _remove(file)
+
+
+def _remove(file: Path) -> None:
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    else:
+        file.unlink()
+
+
+def _is_own(name: str) -> bool:
+    return name in (STORE_FILE, INDEX_FILE, TOKENIZER_FOLDER) or parse_shard_name(name) is not None
+
+
+def _begin(plan: Plan, keeper: RoomKeeper) -> None:
+    """Write what comes before the first shard."""
+    folder = plan.folder
+    if not (folder / STORE_FILE).exists() or plan.overwrite:
+        keeper.attempt(lambda: commit_description(folder, plan.description))
+    if not (folder / TOKENIZER_FOLDER).exists():
+        keeper.attempt(lambda: _commit_tokenizer(plan.tokenizer, folder))
+
+
+def _commit_tokenizer(tokenizer: Any, folder: Path) -> None:
+    partial, final = folder / (TOKENIZER_FOLDER + ".tmp"), folder / TOKENIZER_FOLDER
+    if partial.exists():
+        _remove(partial)
+    try:
+        try:
+            tokenizer.save_pretrained(partial)
+        except OSError:
+            raise
+        except Exception as error:
+            # the library underneath raises a bare Exception that tells the system's number in its text
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number.group(1)), str(error)) from error
+        commit_folder(partial, final)
+    except OSError as error:
+        raise tell_failure(final, error) from error

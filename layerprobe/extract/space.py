@@ -1,0 +1,88 @@
+"""Room on the disk: kept for a unit before it is computed, waited for where that was asked.
+
+A full disk stops a run between two units, or pauses it there, and loses nothing. Hides how long to wait and what to say
+meanwhile. Must never know of models.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from layerprobe.capture.staging import Room
+from layerprobe.capture.units import list_shapes
+from layerprobe.errors import SpaceError
+from layerprobe.store.durable import reserve_file
+from layerprobe.store.format import ShardHeader, bound_shard
+from layerprobe.store.writer import StoredSite
+
+__all__ = ["RoomKeeper"]
+
+_FIRST_WAIT_S = 1.0
+_LONGEST_WAIT_S = 60.0
+
+_T = TypeVar("_T")
+
+
+class RoomKeeper:
+    """Do what takes room on the disk, and what to do where there is none.
+
+    Args:
+        folder: The store; None where it is not in a folder, so that no room can be kept.
+        waits: Whether to wait for room instead of stopping.
+        stop: Set by another thread, or a signal, to end a wait.
+    """
+
+    def __init__(self, folder: Path | None, waits: bool, stop: threading.Event) -> None:
+        self._folder = folder
+        self._waits = waits
+        self._stop = stop
+
+    def reserve(self, header: ShardHeader, stored: Sequence[StoredSite], room: Room, record_bytes: int) -> None:
+        """Keep room for a shard that is about to be computed; returns when it is kept.
+
+        Args:
+            header: Counts of the shard, as far as they are known.
+            stored: Its sites.
+            room: Its rows, examples and pairs.
+            record_bytes: Of all its records.
+
+        Raises:
+            SpaceError: there is none, with the bytes that are missing.
+        """
+        folder = self._folder
+        if folder is not None:
+            size = bound_shard(header, list_shapes(stored, room, record_bytes))
+            self.attempt(lambda: reserve_file(folder / header.file, size))
+
+    def attempt(self, action: Callable[[], _T]) -> _T:
+        """Do something that takes room, again and again until there is some, where that was asked.
+
+        Raises:
+            SpaceError: there is none, and nobody waits for it, or no longer.
+        """
+        delay_s, has_said = _FIRST_WAIT_S, False
+        while True:
+            try:
+                result = action()
+            except SpaceError as error:
+                if not self._waits or self._stop.is_set():
+                    raise SpaceError(
+                        f"{error} Then run the same command again, or let it wait with --wait-for-space."
+                    ) from error
+                if not has_said:
+                    has_said = _say(f"{error} Waiting for it.")
+                self._stop.wait(delay_s)
+                delay_s = min(2 * delay_s, _LONGEST_WAIT_S)
+            else:
+                if has_said:
+                    _say("there is room again: going on.")
+                return result
+
+
+def _say(text: str) -> bool:
+    tqdm.write(f"layerprobe: {text}", file=sys.stderr)
+    return True
