@@ -1,0 +1,41 @@
+"""The input records that a shard keeps: each example's text and its other fields.
+
+Hides how they lie in a shard. Must never know of sites or tokenizers.
+"""
+
+import json
+from typing import Any
+
+from layerprobe.errors import FormatError
+from layerprobe.store.shards import Shard
+
+__all__ = ["has_records", "read_record"]
+
+
+def has_records(shard: Shard) -> bool:
+    """Tell whether a shard keeps what its examples were made of."""
+    return "record_offsets" in shard.header.tensors
+
+
+def read_record(shard: Shard, ordinal: int, label: str) -> dict[str, Any]:
+    """Read an example's record: `text` and `fields`, each if it was kept; empty where the shard keeps none.
+
+    Args:
+        shard: The one that has the example.
+        ordinal: Of the example.
+        label: What to call the file in a message.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    if not has_records(shard):
+        return {}
+    position, _, _ = shard.span(ordinal)
+    first, last = shard.part("record_offsets", position, position + 2).tolist()
+    try:
+        record = json.loads(shard.part("records", first, last).numpy().tobytes())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{label}: record {ordinal} is damaged ({error}).") from error
+    if not isinstance(record, dict) or not isinstance(record.get("fields", {}), dict):
+        raise FormatError(f"{label}: record {ordinal} is damaged: it is no JSON object of a text and fields.")
+    return record

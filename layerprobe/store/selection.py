@@ -1,0 +1,274 @@
+"""Selection: which examples or tokens of a store are meant, and their rows.
+
+Goes through ids and records shard by shard; sites are read only when rows are asked for. What comes out is in the order
+of the input, each example or token once.
+
+Hides how conditions are tested. Must never know of models.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.errors import OptionError, SiteError
+from layerprobe.store.catalog import Catalog
+from layerprobe.store.records import has_records, read_record
+from layerprobe.store.rows import take_rows
+from layerprobe.store.shards import Shard
+from layerprobe.store.vocabulary import Vocabulary, WordRuns
+from layerprobe.store.writer import StoredSite
+
+__all__ = ["Asked", "Selection", "select"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `Store.where` was asked.
+
+    Raises:
+        OptionError: nothing, two ways to name a token, or a value of the wrong type.
+    """
+
+    record: Callable[[dict[str, Any]], object] | None = None
+    token: str | None = None
+    token_id: int | None = None
+    word: str | None = None
+    id: int | Sequence[int] | None = None
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named = [name for name in ("token", "token_id", "word") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise OptionError(f"where({', '.join(f'{name}=...' for name in named)}): a token has one name. Use one.")
+        if not (named or self.fields or self.record is not None or self.id is not None):
+            raise OptionError(
+                "where(): asks for nothing. Use token=, word=, id=, a field of the records, or a function."
+            )
+        if self.record is not None and not callable(self.record):
+            raise OptionError(
+                f"where({self.record!r}): is no function of a record. Name what it is: id=, token=, text=."
+            )
+        for name, wanted in (("token", str), ("word", str), ("token_id", int)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+                raise OptionError(f"where({name}={value!r}): it must be of type {wanted.__name__}.")
+
+    @property
+    def has_records(self) -> bool:
+        """Whether records must be read."""
+        return bool(self.fields) or self.record is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Examples, or tokens, of a store. Made by `Store.where`.
+
+    `len()` counts them; iterating gives ordinals, or pairs of an ordinal and a position in it.
+
+    Args:
+        catalog: Of the store.
+        examples: int64 `[n]`, ordinals, rising.
+        positions: int64 `[n]`, each token's place in its example, that of a word's first piece; None for examples.
+        lengths: int64 `[n]`, the pieces of each word, 1 for a token; None for examples.
+    """
+
+    catalog: Catalog
+    examples: Tensor
+    positions: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Any]:
+        examples = self.examples.tolist()
+        return iter(examples if self.positions is None else zip(examples, self.positions.tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        what = "examples" if self.positions is None else "tokens"
+        return f"Selection({len(self)} {what} of {str(self.catalog.place)!r})"
+
+    def rows(self, site: str, pieces: str = "first") -> Tensor:
+        """Gather the rows of what is selected.
+
+        Args:
+            site: A site with a row per token: one row per token or word, or all rows of each example. For examples
+                also one with a vector per example.
+            pieces: What a word of several pieces gives: its `first` row, its `last`, or their `mean`.
+
+        Returns:
+            `[n, D]` in the stored dtype (float32 where that is int8, and for `mean`).
+
+        Raises:
+            SiteError: the site is not stored.
+            OptionError: it has no such rows, or `pieces` is none of the three.
+
+        Cost: the result; each shard that has some of it is read once, and only there.
+        """
+        stored = self._check(site, pieces)
+        spans = list(self._spans())
+        if self.positions is None and stored.kind == "token":
+            count = sum(int(_lengths(shard, part).sum()) for shard, part in self._shards(spans))
+        else:
+            count = len(self)
+        is_wide = stored.dtype == torch.int8 or (pieces == "mean" and self.positions is not None)
+        out = torch.empty(count, stored.width, dtype=torch.float32 if is_wide else stored.dtype)
+        row = 0
+        for shard, part in self._shards(spans):
+            found = self._take(shard, stored, part, pieces)
+            out[row : row + len(found)] = found
+            row += len(found)
+        return out
+
+    def _check(self, site: str, pieces: str) -> StoredSite:
+        stored = self.catalog.sites.get(site)
+        if stored is None:
+            raise SiteError(f"no site {site!r} in {self.catalog.place}: it holds {', '.join(self.catalog.sites)}.")
+        if stored.kind == "attention":
+            raise OptionError(f"{site!r} is one matrix per head and has no rows: read it by example.")
+        if stored.kind == "example" and self.positions is not None:
+            raise OptionError(f"{site!r} has a vector per example and no row per token: select examples for it.")
+        if pieces not in ("first", "last", "mean"):
+            raise OptionError(f"pieces={pieces!r}: use first, last or mean.")
+        return stored
+
+    def _spans(self) -> Iterator[tuple[int, slice]]:
+        """Cut the selection by shard."""
+        first = 0
+        while first < len(self):
+            number, _ = self.catalog.locate(int(self.examples[first]))
+            info = self.catalog.shards[number]
+            last = int(torch.searchsorted(self.examples, info.first_example + info.num_examples))
+            yield number, slice(first, last)
+            first = last
+
+    def _shards(self, spans: Sequence[tuple[int, slice]]) -> Iterator[tuple[Shard, "_Part"]]:
+        for number, part in spans:
+            shard = self.catalog.shard(number)
+            places = torch.tensor(shard.position)[self.examples[part] - shard.header.first_example]
+            yield shard, _Part(part, places)
+
+    def _take(self, shard: Shard, stored: StoredSite, part: "_Part", pieces: str) -> Tensor:
+        if stored.kind == "example":
+            return take_rows(shard, stored, part.places)
+        starts = shard.tensor("offsets")[part.places]
+        if self.positions is None or self.lengths is None:
+            lengths = _lengths(shard, part)
+            begins = lengths.cumsum(0) - lengths
+            return take_rows(
+                shard, stored, torch.arange(int(lengths.sum())) + (starts - begins).repeat_interleave(lengths)
+            )
+        rows, lengths = starts + self.positions[part.span], self.lengths[part.span]
+        if pieces != "mean":
+            return take_rows(shard, stored, rows if pieces == "first" else rows + lengths - 1)
+        total = take_rows(shard, stored, rows).float()
+        for piece in range(1, int(lengths.max())):
+            has_piece = lengths > piece
+            total[has_piece] += take_rows(shard, stored, rows[has_piece] + piece).float()
+        return total / lengths[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What of a selection lies in one shard: its span in the selection, and where its examples lie."""
+
+    span: slice
+    places: Tensor
+
+
+def _lengths(shard: Shard, part: _Part) -> Tensor:
+    return shard.tensor("offsets").diff()[part.places]
+
+
+def select(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary | None]) -> Selection:
+    """Find what was asked for.
+
+    Args:
+        catalog: Of the store.
+        asked: The conditions, which must all hold.
+        vocabulary: Gives the store's tokenizer, if it has one; called only if it is needed.
+    """
+    by_shard = _by_shard(catalog, asked.id)
+    runs = _find_runs(catalog, asked, vocabulary)
+    unseen = set(asked.fields)
+    seen: set[str] = set()
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for number, ordinals in by_shard.items():
+        shard = catalog.shard(number)
+        if asked.has_records:
+            ordinals = _filter_records(catalog, shard, ordinals, asked, seen)
+        none = np.empty(0, np.int64)
+        found.append((ordinals, none, none) if runs is None else _find_tokens(shard, ordinals, runs))
+    if (lacking := unseen - seen) and by_shard:
+        name = min(lacking)
+        held = f"they have {', '.join(sorted(seen))}" if seen else "no records were kept. Use id=, token= or token_id="
+        raise OptionError(f"no record in {catalog.place} has a field {name!r}: {held}.")
+    columns = [torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int64)])) for parts in zip(*found, strict=True)]
+    if not columns:
+        columns = [torch.empty(0, dtype=torch.int64)] * 3
+    return Selection(catalog, *(columns if runs is not None else columns[:1]))
+
+
+def _by_shard(catalog: Catalog, wanted: int | Sequence[int] | None) -> dict[int, np.ndarray]:
+    """Give the ordinals to look at, shard by shard."""
+    if wanted is None:
+        return {
+            number: np.arange(info.first_example, info.first_example + info.num_examples)
+            for number, info in enumerate(catalog.shards)
+        }
+    ordinals = np.atleast_1d(np.asarray(wanted))
+    if ordinals.size and (ordinals.dtype.kind not in "iu" or ordinals.ndim > 1):
+        raise OptionError(
+            f"where(id={wanted!r}): an id is the ordinal of an example, a whole number, or a list of them."
+        )
+    by_shard: dict[int, list[int]] = {}
+    for number, ordinal in sorted({catalog.locate(int(ordinal)) for ordinal in ordinals}):
+        by_shard.setdefault(number, []).append(ordinal)
+    return {number: np.array(ordinals, np.int64) for number, ordinals in by_shard.items()}
+
+
+def _filter_records(catalog: Catalog, shard: Shard, ordinals: np.ndarray, asked: Asked, seen: set[str]) -> np.ndarray:
+    if has_records(shard):
+        shard.prefetch(["record_offsets", "records"])
+    elif asked.record is not None:
+        raise OptionError(f"where(function): {catalog.place} keeps no records. Use id=, token= or token_id=.")
+    kept = []
+    for ordinal in ordinals.tolist():
+        record = read_record(shard, ordinal, catalog.place.label(shard.header.file))
+        flat = {**record.get("fields", {}), **({"text": record["text"]} if "text" in record else {})}
+        seen.update(flat)
+        has_fields = all(name in flat and flat[name] == value for name, value in asked.fields.items())
+        if has_fields and (asked.record is None or asked.record(flat)):
+            kept.append(ordinal)
+    return np.array(kept, np.int64)
+
+
+def _find_runs(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary | None]) -> WordRuns | None:
+    """Turn what names a token or a word into runs of ids; None if examples are asked for."""
+    if asked.token_id is not None:
+        return WordRuns.of_token(asked.token_id)
+    name, text = ("token", asked.token) if asked.token is not None else ("word", asked.word)
+    if text is None:
+        return None
+    found = vocabulary()
+    if found is None:
+        raise OptionError(f"where({name}={text!r}): {catalog.place} has no tokenizer. Use token_id=.")
+    return WordRuns.of_token(found.id_of(text)) if name == "token" else found.runs_of(text)
+
+
+def _find_tokens(shard: Shard, ordinals: np.ndarray, wanted: WordRuns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find runs of ids in some examples of a shard: ordinals, positions and lengths, in the order of the input."""
+    if not len(ordinals):
+        return ordinals, ordinals, ordinals
+    rows, lengths = wanted.find(shard.tensor("input_ids"), shard.tensor("offsets"))
+    offsets = np.asarray(shard.offsets)
+    places = np.searchsorted(offsets, rows, side="right") - 1
+    examples, positions = shard.tensor("example").numpy()[places], rows - offsets[places]
+    is_asked = np.isin(examples, ordinals)
+    examples, positions, lengths = examples[is_asked], positions[is_asked], lengths[is_asked]
+    order = np.lexsort((positions, examples))
+    return examples[order], positions[order], lengths[order]

@@ -1,0 +1,173 @@
+"""The tokenizer that lies in a store: from ids to tokens, and from a token or a word to ids.
+
+A token is a token of the tokenizer, written as the tokenizer writes it (`bank`, `##er`, `Ġbank`). A word is the run of
+tokens that it is cut into, with no piece of a longer word before or after it.
+
+Hides the tokenizers package and the styles of its families. Must never know of shards.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.errors import FormatError, OptionError
+
+__all__ = ["Vocabulary", "WordRuns"]
+
+# what families of tokenizers put before a token that begins a word
+_MARKERS = {"ByteLevel": "Ġ", "Metaspace": "▁"}
+
+
+@dataclass(frozen=True, eq=False)
+class WordRuns:
+    """How a word looks among ids.
+
+    Args:
+        runs: Each way to write it, as ids.
+        continues: bool `[V]`, whether a token goes on with the word before it.
+        ends_in_word: bool `[V]`, whether a token's last sign is a letter or digit.
+    """
+
+    runs: tuple[tuple[int, ...], ...]
+    continues: Tensor
+    ends_in_word: Tensor
+
+    @classmethod
+    def of_token(cls, token_id: int) -> "WordRuns":
+        """Look for one token, wherever it stands."""
+        nothing = torch.zeros(1, dtype=torch.bool)
+        return cls(((token_id,),), nothing, nothing)
+
+    def find(self, input_ids: Tensor, offsets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Find the runs among packed ids.
+
+        Returns:
+            int64 `[n]` each: the row at which a run begins, and its length.
+        """
+        rows, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for run in self.runs:
+            starts = torch.nonzero(input_ids[: max(0, len(input_ids) - len(run) + 1)] == run[0]).flatten()
+            for place, token_id in enumerate(run[1:], 1):
+                starts = starts[input_ids[starts + place] == token_id]
+            # the first row of the next example
+            stops = offsets[torch.searchsorted(offsets, starts, right=True)]
+            is_inside = starts + len(run) <= stops
+            starts, stops = starts[is_inside], stops[is_inside]
+            is_cut = (starts + len(run) < stops) & self._look_up(self.continues, input_ids, starts + len(run))
+            if bool(self._look_up(self.continues, torch.tensor([run[0]]), torch.tensor([0]))):
+                is_first = torch.isin(starts, offsets)
+                is_cut |= ~is_first & self._look_up(self.ends_in_word, input_ids, starts - 1)
+            rows.append(starts[~is_cut].numpy())
+            lengths.append(np.full(len(rows[-1]), len(run)))
+        return np.concatenate(rows), np.concatenate(lengths)
+
+    @staticmethod
+    def _look_up(table: Tensor, input_ids: Tensor, rows: Tensor) -> Tensor:
+        """Ask a table about the ids at some rows; ids that the tokenizer does not have are no part of a word."""
+        ids = input_ids[rows.clamp(0, max(0, len(input_ids) - 1))]
+        is_known = (ids >= 0) & (ids < len(table))
+        return is_known & table[ids.clamp(0, len(table) - 1)]
+
+
+class Vocabulary:
+    """A tokenizer, by its file.
+
+    Args:
+        label: What to call the file in messages.
+        data: The bytes of a `tokenizer.json`.
+
+    Raises:
+        FormatError: it is not a tokenizer.
+    """
+
+    def __init__(self, label: str, data: bytes) -> None:
+        from tokenizers import Tokenizer
+
+        self._label = label
+        try:
+            self._tokenizer: Any = Tokenizer.from_buffer(data)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise FormatError(f"{label}: is not a tokenizer ({error}).") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def tokens(self, ids: Tensor) -> list[str]:
+        """Give each id's token; an id that has none gives an empty text."""
+        tokens = (self._tokenizer.id_to_token(token_id) if token_id >= 0 else None for token_id in ids.tolist())
+        return ["" if token is None else token for token in tokens]
+
+    def id_of(self, token: str) -> int:
+        """Find a token's id.
+
+        Raises:
+            OptionError: it is no token; the message says into which tokens it is cut.
+        """
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            pieces = ", ".join(map(repr, self._tokenizer.encode(token, add_special_tokens=False).tokens)) or "nothing"
+            raise OptionError(
+                f"no token {token!r} in {self._label}: it is cut into {pieces}. "
+                f"Use word={token!r} for the runs of its pieces, or one of them as token=."
+            )
+        return found
+
+    def runs_of(self, word: str) -> WordRuns:
+        """Find how a word, or several in a row, may be written.
+
+        Raises:
+            OptionError: the tokenizer has no tokens for it.
+        """
+        encodings = [self._tokenizer.encode(text, add_special_tokens=False) for text in (word, " " + word)]
+        runs = tuple(dict.fromkeys(tuple(encoding.ids) for encoding in encodings if encoding.ids))
+        runs = tuple(run for run in runs if self._unknown_id not in run)
+        if not word.strip() or not runs:
+            raise OptionError(f"no word {word!r} for {self._label}: it has no tokens to write it with.")
+        continues, ends_in_word = self._joints
+        return WordRuns(runs, continues, ends_in_word)
+
+    @cached_property
+    def _said(self) -> dict[str, Any]:
+        return json.loads(self._tokenizer.to_str())
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        model = self._said["model"]
+        if model.get("unk_token") is not None:
+            return self._tokenizer.token_to_id(model["unk_token"])
+        return model.get("unk_id")
+
+    @cached_property
+    def _joints(self) -> tuple[Tensor, Tensor]:
+        """For each id, whether it goes on with a word, and whether it ends as a word does."""
+        model = self._said["model"]
+        used = json.dumps([self._said.get("pre_tokenizer"), self._said.get("normalizer"), self._said.get("decoder")])
+        marker = next((marker for name, marker in _MARKERS.items() if f'"{name}"' in used), None)
+        prefix = model.get("continuing_subword_prefix") if model.get("type") in ("WordPiece", "BPE") else None
+        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        continues = torch.zeros(max([size - 1, *ids.values()]) + 1, dtype=torch.bool)
+        ends_in_word = torch.zeros_like(continues)
+        for token, token_id in ids.items():
+            if prefix:
+                continues[token_id] = len(token) > len(prefix) and token.startswith(prefix)
+            elif marker is not None:
+                text = self._spell(token, token_id, marker)
+                continues[token_id] = _is_of_word(text[:1])
+                ends_in_word[token_id] = _is_of_word(text[-1:])
+        return continues, ends_in_word
+
+    def _spell(self, token: str, token_id: int, marker: str) -> str:
+        """Turn a token into text, its leading space kept."""
+        if marker == _MARKERS["Metaspace"]:
+            return token.replace(marker, " ")
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _is_of_word(sign: str) -> bool:
+    # a token may end inside a letter of several bytes
+    return sign.isalnum() or sign == "\N{REPLACEMENT CHARACTER}"
