@@ -9,8 +9,8 @@ Hides files, names of shards and the limit on open files. Must never know of sit
 import operator
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +21,15 @@ from layerprobe.store.format import (
     INDEX_FILE,
     SCALE_SUFFIX,
     STORE_FILE,
-    check_site,
+    check_sites,
+    load_header,
+    load_json,
     parse_shard_name,
-    read_header,
-    read_json,
 )
-from layerprobe.store.shards import MappedShard, ShardInfo, check_index
+from layerprobe.store.guard import brief
+from layerprobe.store.places import Place
+from layerprobe.store.ranges import RangedShard, TensorCache
+from layerprobe.store.shards import MappedShard, Shard, ShardInfo, check_apart, parse_index
 from layerprobe.store.writer import StoredSite
 
 __all__ = ["MOST_OPEN_SHARDS", "Catalog"]
@@ -39,44 +42,47 @@ class Catalog:
     """The shards of one store.
 
     Args:
-        folder: Where it is.
+        place: Where it is.
         check: Compare each tensor of a shard with its checksum when it is first read.
 
     Raises:
         FormatError: `store.json`, `index.json` or, where there is no index, a shard is damaged.
     """
 
-    def __init__(self, folder: Path, check: bool) -> None:
-        self.folder = folder
+    def __init__(self, place: Place, check: bool) -> None:
+        self.place = place
         self.check = check
-        self.description = read_json(folder / STORE_FILE)
-        if self.description.get("format") != FORMAT_VERSION:
-            found = self.description.get("format")
-            raise FormatError(f"{folder / STORE_FILE}: format {found!r}; this version reads format {FORMAT_VERSION}.")
+        label = place.label(STORE_FILE)
+        self.description = load_json(place, STORE_FILE)
+        found = self.description.get("format")
+        if type(found) is not int or found != FORMAT_VERSION:
+            raise FormatError(f"{label}: format {brief(repr(found))}; this version reads format {FORMAT_VERSION}.")
         try:
             self.fingerprint: str = self.description["fingerprint"]
             self.pool: str | None = self.description["pool"]
-            said_of: dict[str, dict[str, Any]] = dict(self.description["sites"])
-            for site, said in said_of.items():
-                check_site(site, said)
+            said_of: dict[str, dict[str, Any]] = self.description["sites"]
+            check_sites(said_of)
+            if not isinstance(self.fingerprint, str) or not isinstance(self.pool, str | None):
+                raise TypeError("its fingerprint or pool is no text")
         except KeyError as error:
-            raise FormatError(f"{folder / STORE_FILE}: lacks {error}.") from error
+            raise FormatError(f"{label}: lacks {brief(error)}.") from error
         except (TypeError, ValueError) as error:
-            raise FormatError(f"{folder / STORE_FILE}: is damaged ({error}).") from error
+            raise FormatError(f"{label}: is damaged ({brief(error)}).") from error
         self.sites = {
             site: StoredSite(site, said["kind"], getattr(torch, said["dtype"]), said["width"])
             for site, said in said_of.items()
         }
         self.index: dict[str, Any] | None = None
-        if (folder / INDEX_FILE).exists():
-            self.index = read_json(folder / INDEX_FILE)
+        if place.exists(INDEX_FILE):
+            self.index = load_json(place, INDEX_FILE)
+        self._cache = TensorCache()
         self.shards = sorted(self._list_shards(), key=lambda info: info.first_example)
         self.num_examples = sum(info.num_examples for info in self.shards)
         self.num_tokens = sum(info.num_tokens for info in self.shards)
         # one past the last ordinal that is there
         self.end = max((info.first_example + info.num_examples for info in self.shards), default=0)
         self._firsts = [info.first_example for info in self.shards]
-        self._open: OrderedDict[int, MappedShard] = OrderedDict()
+        self._open: OrderedDict[int, Shard] = OrderedDict()
         self._is_closed = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,14 +101,20 @@ class Catalog:
         """Let go of every mapping; the memory goes with the last tensor that looks at it."""
         self._is_closed = True
         self._open.clear()
+        self._cache.close()
 
     def ordinals(self) -> Iterator[int]:
         """List the ordinals of the examples that are there, rising."""
         for info in self.shards:
             yield from range(info.first_example, info.first_example + info.num_examples)
 
-    def find(self, ordinal: int) -> tuple[MappedShard, int]:
-        """Find the shard of an example; a negative ordinal counts from the last.
+    def find(self, ordinal: int) -> tuple[Shard, int]:
+        """Find and open the shard of an example; otherwise as `locate`."""
+        number, wanted = self.locate(ordinal)
+        return self.shard(number), wanted
+
+    def locate(self, ordinal: int) -> tuple[int, int]:
+        """Find which shard has an example, and its ordinal; a negative one counts from the last.
 
         Raises:
             MissingExample: no shard has it, or none has it yet.
@@ -113,16 +125,16 @@ class Catalog:
             wanted += self.end
         number = bisect_right(self._firsts, wanted) - 1
         if number >= 0 and wanted < self._firsts[number] + self.shards[number].num_examples:
-            return self.shard(number), wanted
+            return number, wanted
         if self.is_complete:
             held = f"it holds 0 to {self.end - 1}" if self.end else "it holds none"
-            raise MissingExample(f"no example {ordinal} in {self.folder}: {held}.")
+            raise MissingExample(f"no example {ordinal} in {self.place}: {held}.")
         raise MissingExample(
-            f"no example {ordinal} in {self.folder} yet: the run is not complete, {self.num_examples} examples are "
+            f"no example {ordinal} in {self.place} yet: the run is not complete, {self.num_examples} examples are "
             "there. Run the same extraction again to go on."
         )
 
-    def shard(self, number: int) -> MappedShard:
+    def shard(self, number: int) -> Shard:
         """Give a shard by its place in the order of the input, mapped and checked.
 
         Raises:
@@ -134,21 +146,47 @@ class Catalog:
             self._open.move_to_end(number)
             return found
         if self._is_closed:
-            raise StoreError(f"{self.folder}: this store was closed. Open it again with layerprobe.open.")
-        info = self.shards[number]
-        shard = MappedShard(self.folder / info.file, info, self.fingerprint, self.check)
-        for site in self.sites.values():
-            self._check_site(shard, site)
+            raise StoreError(f"{self.place}: this store was closed. Open it again with layerprobe.open.")
+        return self._keep(number, self._make_shard(number))
+
+    def prefetch(self, numbers: Sequence[int], names: Sequence[str]) -> None:
+        """Begin to fetch tensors of shards that will be asked for soon; does nothing where shards are mapped.
+
+        Args:
+            numbers: Places of the shards in the order of the input; those beyond the last are left out.
+            names: Of the tensors.
+        """
+        if self.place.folder is not None:
+            return
+        numbers = [number for number in numbers if number < len(self.shards)]
+        missing = [number for number in numbers if number not in self._open]
+        for number, shard in zip(missing, self._cache.map(self._make_shard, missing), strict=True):
+            self._keep(number, shard)
+        for number in numbers:
+            self.shard(number).prefetch(names)
+
+    def _keep(self, number: int, shard: Shard) -> Shard:
         self._open[number] = shard
         if len(self._open) > MOST_OPEN_SHARDS:
             self._open.popitem(last=False)
         return shard
 
-    def iter_shards(self) -> Iterator[MappedShard]:
+    def _make_shard(self, number: int) -> Shard:
+        info = self.shards[number]
+        shard: Shard
+        if self.place.folder is not None:
+            shard = MappedShard(self.place.folder / info.file, info, self.fingerprint, self.check)
+        else:
+            shard = RangedShard(self.place, info, self.fingerprint, self.check, self._cache)
+        for site in self.sites.values():
+            self._check_site(shard, site)
+        return shard
+
+    def iter_shards(self) -> Iterator[Shard]:
         """Go through the mapped shards in the order of the input."""
         return (self.shard(number) for number in range(len(self.shards)))
 
-    def _check_site(self, shard: MappedShard, site: StoredSite) -> None:
+    def _check_site(self, shard: Shard, site: StoredSite) -> None:
         """Refuse a shard that holds a site otherwise than `store.json` says."""
         count = shard.header.num_tokens if site.kind == "token" else shard.header.num_examples
         shape = (site.width * shard.pairs_before[-1],) if site.kind == "attention" else (count, site.width)
@@ -159,24 +197,16 @@ class Catalog:
             entry = shard.header.tensors.get(name)
             if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
                 found = "nothing" if entry is None else f"{entry.dtype} of {entry.shape}"
-                path = self.folder / shard.header.file
-                raise FormatError(f"{path}: {name!r} is {found}; {STORE_FILE} asks for {dtype} of {shape}.")
+                label = self.place.label(shard.header.file)
+                raise FormatError(f"{label}: {name!r} is {found}; {STORE_FILE} asks for {dtype} of {shape}.")
 
     def _list_shards(self) -> list[ShardInfo]:
+        label = self.place.label(INDEX_FILE)
         if self.index is not None:
-            try:
-                shards = [
-                    ShardInfo(
-                        str(shard["file"]), int(shard["first_example"]), int(shard["examples"]), int(shard["tokens"])
-                    )
-                    for shard in self.index["shards"]
-                ]
-            except (KeyError, TypeError, ValueError) as error:
-                raise FormatError(f"{self.folder / INDEX_FILE}: is damaged ({error!r}).") from error
-            for shard in shards:
-                if parse_shard_name(shard.file) is None:
-                    raise FormatError(f"{self.folder / INDEX_FILE}: {shard.file!r} is not the name of a shard.")
-            check_index(self.folder / INDEX_FILE, self.index, shards)
-            return shards
-        headers = [read_header(path) for path in self.folder.iterdir() if parse_shard_name(path.name) is not None]
-        return [ShardInfo(h.file, h.first_example, h.num_examples, h.num_tokens) for h in headers]
+            return parse_index(label, self.index)
+        names = [name for name in self.place.list_files() if parse_shard_name(name) is not None]
+        load = partial(load_header, self.place)
+        headers = map(load, names) if self.place.folder is not None else self._cache.map(load, names)
+        shards = [ShardInfo(h.file, h.first_example, h.num_examples, h.num_tokens) for h in headers]
+        check_apart(str(self.place), shards)
+        return shards

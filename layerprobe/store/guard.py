@@ -25,8 +25,10 @@ from layerprobe.errors import FormatError
 __all__ = [
     "LARGE",
     "MOST_COUNT",
+    "MOST_ROWS",
     "MOST_SHARDS",
     "MOST_SITES",
+    "NO_LINKS",
     "SMALL",
     "JsonBounds",
     "brief",
@@ -60,6 +62,9 @@ MOST_SITES = 10_000
 MOST_SHARDS = 500_000
 # A sum of two counts, and a count times the size of an item, stay within 64 bits.
 MOST_COUNT = 10**17
+# An order of rows takes a few hundred megabytes at this many, which fill a petabyte.
+MOST_ROWS = 1 << 38
+NO_LINKS = "A store holds its files itself; make a copy that follows links, as 'cp -rL' does."
 # Far beyond what a store nests, far below what a C stack takes.
 _MOST_DEPTH = 64
 # The fields of a record are the user's own, as deep as Python's parser writes them.
@@ -97,7 +102,7 @@ def open_inside(folder: Path, file: str) -> BinaryIO:
         raise FormatError(f"{folder}: {brief(repr(file))} is no file of a store.")
     for count in range(1, len(parts)):
         if not stat.S_ISDIR(os.lstat(folder.joinpath(*parts[:count])).st_mode):
-            raise FormatError(f"{folder.joinpath(*parts[:count])}: is not a folder. {_LINKS}")
+            raise FormatError(f"{folder.joinpath(*parts[:count])}: is not a folder. {NO_LINKS}")
     # Opening a device can do something already, so it is looked at first.
     _refuse_irregular(path, os.lstat(path).st_mode)
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -105,7 +110,7 @@ def open_inside(folder: Path, file: str) -> BinaryIO:
         descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise FormatError(f"{path}: is a link. {_LINKS}") from error
+            raise FormatError(f"{path}: is a link. {NO_LINKS}") from error
         raise
     try:
         _refuse_irregular(path, os.fstat(descriptor).st_mode)
@@ -115,12 +120,9 @@ def open_inside(folder: Path, file: str) -> BinaryIO:
         raise
 
 
-_LINKS = "A store holds its files itself; make a copy that follows links, as 'cp -rL' does."
-
-
 def _refuse_irregular(path: Path, mode: int) -> None:
     if stat.S_ISLNK(mode):
-        raise FormatError(f"{path}: is a link. {_LINKS}")
+        raise FormatError(f"{path}: is a link. {NO_LINKS}")
     if not stat.S_ISREG(mode):
         raise FormatError(f"{path}: is not a regular file. Remove it.")
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from layerprobe.errors import StoreError
+from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.durable import commit_file, make_folder
+from layerprobe.store.guard import NO_LINKS, exists_inside, open_inside
 from layerprobe.store.remote import RemotePlace, is_url
 
 __all__ = ["LocalPlace", "Place", "find_place"]
@@ -74,26 +75,32 @@ class LocalPlace:
 
     def list_files(self, folder: str = "") -> list[str]:
         try:
+            if folder and (self.folder / folder).is_symlink():
+                raise FormatError(f"{self.folder / folder}: is a link. {NO_LINKS}")
             return os.listdir(self.folder / folder)
+        except FormatError:
+            raise
         except FileNotFoundError:
             return []
         except OSError as error:
             raise _refuse(self.folder / folder, "read", error) from error
 
     def exists(self, file: str) -> bool:
-        return (self.folder / file).is_file()
+        return exists_inside(self.folder, file)
 
     def size(self, file: str) -> int:
         try:
-            return (self.folder / file).stat().st_size
+            return os.lstat(self.folder / file).st_size
         except OSError as error:
             raise _refuse(self.folder / file, "read", error) from error
 
     def read(self, file: str, start: int, stop: int) -> bytes:
         try:
-            with open(self.folder / file, "rb") as opened:
+            with open_inside(self.folder, file) as opened:
                 opened.seek(start)
                 data = opened.read(stop - start)
+        except FormatError:
+            raise
         except OSError as error:
             raise _refuse(self.folder / file, "read", error) from error
         if len(data) != stop - start:

@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.catalog import MOST_OPEN_SHARDS, Catalog
 from layerprobe.store.format import SCALE_SUFFIX
-from layerprobe.store.shards import MappedShard, ScaledRows
+from layerprobe.store.shards import ScaledRows, Shard
 from layerprobe.store.writer import StoredSite
 
 __all__ = ["RowBatches", "RowOptions", "choose_sites", "take_rows"]
@@ -86,10 +86,10 @@ def choose_sites(catalog: Catalog, sites: str | Sequence[str] | None) -> tuple[S
         names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
         for name in names:
             if name not in catalog.sites:
-                raise SiteError(f"no site {name!r} in {catalog.folder}: it holds {', '.join(catalog.sites)}.")
+                raise SiteError(f"no site {name!r} in {catalog.place}: it holds {', '.join(catalog.sites)}.")
         chosen = [catalog.sites[name] for name in names]
     if not chosen:
-        raise SiteError(f"no site to take rows of in {catalog.folder}: it holds {', '.join(catalog.sites) or 'none'}.")
+        raise SiteError(f"no site to take rows of in {catalog.place}: it holds {', '.join(catalog.sites) or 'none'}.")
     for site in chosen:
         if site.kind == "attention":
             raise OptionError(
@@ -103,7 +103,7 @@ def choose_sites(catalog: Catalog, sites: str | Sequence[str] | None) -> tuple[S
     return tuple(chosen)
 
 
-def _copy_rows(shard: MappedShard, name: str, rows: Tensor, out: Tensor) -> None:
+def _copy_rows(shard: Shard, name: str, rows: Tensor, out: Tensor) -> None:
     """Copy some rows of a shard's tensor into `out`, straight from the mapped file."""
     source = shard.tensor(name)
     if source.dtype.itemsize == 1:  # float8 has no index_select
@@ -111,7 +111,7 @@ def _copy_rows(shard: MappedShard, name: str, rows: Tensor, out: Tensor) -> None
     torch.index_select(source, 0, rows, out=out)
 
 
-def take_rows(shard: MappedShard, site: StoredSite, rows: Tensor) -> Tensor:
+def take_rows(shard: Shard, site: StoredSite, rows: Tensor) -> Tensor:
     """Copy some rows of a site out of a shard: `[n, D]` in the stored dtype, float32 where that is int8."""
     values = torch.empty(len(rows), site.width, dtype=site.dtype)
     _copy_rows(shard, site.name, rows, values)
@@ -190,6 +190,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         self._window = max(1, _WINDOW_BYTES // (row_bytes * int(options.batch_size)))
         self._given = 0  # batches of this share
         self._ready: deque[dict[str, Tensor]] = deque()
+        self._fetched = -1  # group whose tensors were asked for
 
     def __iter__(self) -> "RowBatches[Batch]":
         return self
@@ -277,6 +278,9 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
             inverse[first + torch.from_numpy(sorted_at)] = torch.arange(first, last)
             places = places[sorted_at]
             bounds = self._order.bounds[group]
+            if group != self._fetched:
+                self._catalog.prefetch([number for number, _, _ in self._order.groups[group]], list(gathered))
+                self._fetched = group
             cuts = np.searchsorted(places, bounds)
             for piece in np.flatnonzero(np.diff(cuts)).tolist():
                 number, start, _ = self._order.groups[group][piece]

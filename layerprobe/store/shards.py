@@ -8,23 +8,34 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, checksum, read_header
+from layerprobe.errors import FormatError, StoreError
+from layerprobe.store.format import (
+    INDEX_FILE,
+    STORE_FILE,
+    ShardHeader,
+    checksum,
+    parse_shard_name,
+    read_header,
+)
+from layerprobe.store.guard import MOST_COUNT, MOST_ROWS, brief, open_inside
 
 __all__ = [
     "MappedShard",
     "ScaledRows",
     "Shard",
     "ShardInfo",
+    "check_apart",
     "check_header",
     "check_index",
     "count_pairs",
+    "parse_index",
     "pool_packed",
     "read_order",
 ]
@@ -73,7 +84,7 @@ class Shard(Protocol):
     # where each example of the unit lies in the shard
     position: list[int]
 
-    @property
+    @cached_property
     def pairs_before(self) -> list[int]:
         """For each example the pairs of tokens of those that lie before it."""
         ...
@@ -113,9 +124,7 @@ class MappedShard:
         check_header(str(path), self.header, info, fingerprint)
         self._path = path
         self._check = check
-        with open(path, "rb") as file:
-            # Copy on write: tensors are writable, as torch wants them, and the file stays as it is.
-            self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._memory = _map_file(path, max(entry.stop for entry in self.header.tensors.values()))
         self._tensors: dict[str, Tensor] = {}
         self.offsets, self.position = read_order(str(path), self.header, self.tensor("example"), self.tensor("offsets"))
 
@@ -159,6 +168,19 @@ class MappedShard:
         return position, self.offsets[position], self.offsets[position + 1]
 
 
+def _map_file(path: Path, size: int) -> mmap.mmap:
+    try:
+        with open_inside(path.parent, path.name) as file:
+            # Copy on write: tensors are writable, as torch wants them, and the file stays as it is.
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(f"{path}: was cut while it was opened.") from error
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be mapped ({error.strerror or error}).") from error
+
+
 def check_header(label: str, header: ShardHeader, info: ShardInfo, fingerprint: str) -> None:
     """Make sure that a shard is the one that the index names, and of this run.
 
@@ -196,19 +218,55 @@ def count_pairs(offsets: Tensor) -> list[int]:
     return [0, *(lengths * lengths).cumsum(0).tolist()]
 
 
-def check_index(path: Path, index: Mapping[str, Any], shards: Sequence[ShardInfo]) -> None:
+def parse_index(label: str, index: Mapping[str, Any]) -> list[ShardInfo]:
+    """Read which shards an index names.
+
+    Raises:
+        FormatError: it names none, another file than a shard, a count that cannot be, or leaves an example out.
+    """
+    shards: list[ShardInfo] = []
+    named = index.get("shards")
+    for said in named if isinstance(named, list) else [None]:
+        found = said if isinstance(said, dict) else {}
+        file, *counts = (found.get(key) for key in ("file", "first_example", "examples", "tokens"))
+        if not all(type(count) is int and 0 <= count <= MOST_COUNT for count in counts):
+            raise FormatError(f"{label}: is damaged: {brief(repr(said))} does not name a shard and its counts.")
+        if not isinstance(file, str) or parse_shard_name(file) is None:
+            raise FormatError(f"{label}: {brief(repr(file))} is not the name of a shard.")
+        shards.append(ShardInfo(file, *counts))
+    check_index(label, index, shards)
+    if sum(shard.num_examples + shard.num_tokens for shard in shards) > MOST_ROWS:
+        raise FormatError(f"{label}: claims more than {MOST_ROWS:,} rows, which no store holds.")
+    return shards
+
+
+def check_apart(place: str, shards: Sequence[ShardInfo]) -> None:
+    """Make sure that no two shards of an unfinished store claim the same example.
+
+    Raises:
+        FormatError: two do.
+    """
+    ordered = sorted(shards, key=lambda shard: (shard.first_example, shard.num_examples))
+    for one, other in pairwise(ordered):
+        if one.first_example + one.num_examples > other.first_example:
+            raise FormatError(f"{place}: {one.file} and {other.file} both hold example {other.first_example}.")
+
+
+def check_index(label: str, index: Mapping[str, Any], shards: Sequence[ShardInfo]) -> None:
     """Make sure that an index names shards without a gap, with the counts that it says.
 
     Raises:
         FormatError: it does not.
     """
+    if len({shard.file for shard in shards}) != len(shards):
+        raise FormatError(f"{label}: is damaged: it names a shard twice.")
     place = 0
     for shard in sorted(shards, key=lambda shard: shard.first_example):
         if shard.first_example != place:
-            raise FormatError(f"{path}: is damaged: no shard has example {place}.")
+            raise FormatError(f"{label}: is damaged: no shard has example {place}.")
         place += shard.num_examples
     if (place, sum(shard.num_tokens for shard in shards)) != (index.get("examples"), index.get("tokens")):
-        raise FormatError(f"{path}: is damaged: its shards do not add up to the counts that it says.")
+        raise FormatError(f"{label}: is damaged: its shards do not add up to the counts that it says.")
 
 
 def pool_packed(rows_TD: Tensor, offsets: Tensor, pool: str) -> Tensor:

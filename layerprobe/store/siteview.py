@@ -19,13 +19,15 @@ from layerprobe.errors import OptionError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.rows import RowBatches, RowOptions, choose_sites, take_rows
-from layerprobe.store.shards import MappedShard, ScaledRows, pool_packed
+from layerprobe.store.shards import ScaledRows, Shard, pool_packed
 
 __all__ = ["SiteView"]
 
 _NUMPY_DTYPES = (torch.float64, torch.float32, torch.float16)
 # Rows in float32 at one time while pooling.
 _POOLED_ROWS = 1 << 15
+# Of a store under a URL, the one that is worked on and those that are fetched meanwhile.
+_SHARDS_AHEAD = 3
 
 
 class SiteView(Sequence[Tensor | ScaledRows]):
@@ -65,23 +67,27 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             raise OptionError(f"{self.site!r} is indexed by ordinals, not by {index!r}.") from error
         position, start, stop = shard.span(ordinal)
         if self.kind == "token":
-            values = shard.tensor(self.site)[start:stop]
-            return (
-                values if self._scale_name is None else ScaledRows(values, shard.tensor(self._scale_name)[start:stop])
-            )
+            values = shard.part(self.site, start, stop)
+            return values if self._scale_name is None else ScaledRows(values, shard.part(self._scale_name, start, stop))
         if self.kind == "example":
-            return self._take(shard, position)
+            values = shard.part(self.site, position, position + 1)[0]
+            if self._scale_name is None:
+                return values
+            return ScaledRows(values, shard.part(self._scale_name, position, position + 1)[0])
         length, first = stop - start, self.width * shard.pairs_before[position]
-        flat = shard.tensor(self.site)[first : first + self.width * length * length]
+        flat = shard.part(self.site, first, first + self.width * length * length)
         return flat.view(self.width, length, length)
 
     def __iter__(self) -> Iterator[Tensor | ScaledRows]:
-        return (self[ordinal] for ordinal in self.catalog.ordinals())
+        for number, info in enumerate(self.catalog.shards):
+            self._prefetch(number)
+            for ordinal in range(info.first_example, info.first_example + info.num_examples):
+                yield self[ordinal]
 
     def __reversed__(self) -> Iterator[Tensor | ScaledRows]:
         return (self[ordinal] for ordinal in reversed(list(self.catalog.ordinals())))
 
-    def _take(self, shard: MappedShard, where: int | slice | Tensor) -> Tensor | ScaledRows:
+    def _take(self, shard: Shard, where: int | slice | Tensor) -> Tensor | ScaledRows:
         values = shard.tensor(self.site)[where]
         if self._scale_name is not None:
             return ScaledRows(values, shard.tensor(self._scale_name)[where])
@@ -135,7 +141,17 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             OptionError: as `pooled`.
         """
         self._check_pool(pool)
-        return (self._pool_shard(shard, pool or "mean") for shard in self.catalog.iter_shards())
+        return self._iter_pooled(pool or "mean")
+
+    def _iter_pooled(self, pool: str) -> Iterator[Tensor]:
+        for number in range(len(self.catalog.shards)):
+            self._prefetch(number)
+            yield self._pool_shard(self.catalog.shard(number), pool)
+
+    def _prefetch(self, number: int) -> None:
+        """Have a shard's values fetched, and those of the next ones while it is worked on."""
+        names = [self.site] if self._scale_name is None else [self.site, self._scale_name]
+        self.catalog.prefetch(range(number, number + _SHARDS_AHEAD), names)
 
     def _check_pool(self, pool: str | None) -> None:
         if self.kind == "attention":
@@ -145,7 +161,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         if self.kind != "token" and pool not in (None, self.catalog.pool):
             raise OptionError(f"{self.site!r} has one vector per example, pooled by {self.catalog.pool}, not {pool!r}.")
 
-    def _pool_shard(self, shard: MappedShard, pool: str) -> Tensor:
+    def _pool_shard(self, shard: Shard, pool: str) -> Tensor:
         """Give a shard's vectors in the order of the input."""
         order = torch.tensor(shard.position, dtype=torch.long)
         if self.kind != "token":

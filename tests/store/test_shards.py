@@ -112,8 +112,8 @@ def test_scaled_rows_decode_to_values_times_scale() -> None:
 
 def test_an_index_without_gaps_and_with_true_sums_is_taken_in_any_order() -> None:
     shards = [ShardInfo("b", 2, 1, 5), ShardInfo("a", 0, 2, 4)]
-    check_index(Path("index.json"), {"examples": 3, "tokens": 9}, shards)
-    check_index(Path("index.json"), {"examples": 0, "tokens": 0}, [])
+    check_index("index.json", {"examples": 3, "tokens": 9}, shards)
+    check_index("index.json", {"examples": 0, "tokens": 0}, [])
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_an_index_with_a_gap_or_wrong_sums_is_refused(
 ) -> None:
     shards = [ShardInfo("a", firsts[0], 2, 4), ShardInfo("b", firsts[1], 1, 5)]
     with pytest.raises(FormatError, match=rf"index\.json: is damaged: {message}"):
-        check_index(Path("index.json"), {"examples": examples, "tokens": tokens}, shards)
+        check_index("index.json", {"examples": examples, "tokens": tokens}, shards)
 
 
 @pytest.mark.parametrize("pool", ["mean", "max", "cls", "last"])
