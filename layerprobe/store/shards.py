@@ -227,7 +227,7 @@ def parse_index(label: str, index: Mapping[str, Any]) -> list[ShardInfo]:
     shards: list[ShardInfo] = []
     named = index.get("shards")
     for said in named if isinstance(named, list) else [None]:
-        found = said if isinstance(said, dict) else {}
+        found: dict[str, Any] = said if isinstance(said, dict) else {}
         file, *counts = (found.get(key) for key in ("file", "first_example", "examples", "tokens"))
         if not all(type(count) is int and 0 <= count <= MOST_COUNT for count in counts):
             raise FormatError(f"{label}: is damaged: {brief(repr(said))} does not name a shard and its counts.")
