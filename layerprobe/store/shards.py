@@ -228,7 +228,8 @@ def parse_index(label: str, index: Mapping[str, Any]) -> list[ShardInfo]:
     named = index.get("shards")
     for said in named if isinstance(named, list) else [None]:
         found: dict[str, Any] = said if isinstance(said, dict) else {}
-        file, *counts = (found.get(key) for key in ("file", "first_example", "examples", "tokens"))
+        file = found.get("file")
+        counts: list[Any] = [found.get(key) for key in ("first_example", "examples", "tokens")]
         if not all(type(count) is int and 0 <= count <= MOST_COUNT for count in counts):
             raise FormatError(f"{label}: is damaged: {brief(repr(said))} does not name a shard and its counts.")
         if not isinstance(file, str) or parse_shard_name(file) is None:
