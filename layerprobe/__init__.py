@@ -10,13 +10,16 @@ from layerprobe.extract.run import extract
 from layerprobe.models import load_model
 from layerprobe.sites.anatomy import Anatomy, register_architecture
 from layerprobe.sites.resolve import sites
+from layerprobe.store.datasets import ExampleDataset, RowDataset
 from layerprobe.store.reader import open_store as open
 from layerprobe.version import __version__
 
 __all__ = [
     "Anatomy",
+    "ExampleDataset",
     "Probe",
     "ProbeRegistry",
+    "RowDataset",
     "Sink",
     "__version__",
     "extract",

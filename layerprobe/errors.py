@@ -13,7 +13,7 @@ LayerProbeError
     ├── PlanError        (ValueError)       a store that holds another run
     ├── SpaceError                          not enough room on the disk
     ├── LockError                           a store that another run is writing
-    └── MissingExample   (LookupError)      an example that is not in the store (yet)
+    └── MissingExample   (IndexError)       an example that is not in the store (yet)
 
 A message says what was asked, what is wrong with it (with the value), what would be accepted, and what to do.
 """
@@ -88,5 +88,5 @@ class LockError(StoreError):
     """A store that another run is writing."""
 
 
-class MissingExample(StoreError, LookupError):  # noqa: N818 - reads as what it is: `except MissingExample`
+class MissingExample(StoreError, IndexError):  # noqa: N818 - reads as what it is: `except MissingExample`
     """An example that is not in the store, or not in it yet."""

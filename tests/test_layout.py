@@ -41,6 +41,7 @@ ORDER = (
     "layerprobe.store.selection",
     "layerprobe.store.siteview",
     "layerprobe.store.reader",
+    "layerprobe.store.datasets",
     "layerprobe.capture.calls",
     "layerprobe.capture.compiled",
     "layerprobe.capture.hooks",

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -76,12 +77,14 @@ class Catalog:
         if place.exists(INDEX_FILE):
             self.index = load_json(place, INDEX_FILE)
         self._cache = TensorCache()
-        self.shards = sorted(self._list_shards(), key=lambda info: info.first_example)
+        self.shards = sorted(self._list_shards(), key=lambda info: (info.first_example, info.num_examples))
         self.num_examples = sum(info.num_examples for info in self.shards)
         self.num_tokens = sum(info.num_tokens for info in self.shards)
         # one past the last ordinal that is there
         self.end = max((info.first_example + info.num_examples for info in self.shards), default=0)
         self._firsts = [info.first_example for info in self.shards]
+        # how many examples are there before each shard
+        self._places = [0, *accumulate(info.num_examples for info in self.shards)]
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._is_closed = False
 
@@ -107,6 +110,20 @@ class Catalog:
         """List the ordinals of the examples that are there, rising."""
         for info in self.shards:
             yield from range(info.first_example, info.first_example + info.num_examples)
+
+    def ordinal_at(self, place: int) -> int:
+        """Give the ordinal of the k-th example that is there.
+
+        Raises:
+            MissingExample: there are not as many.
+        """
+        wanted = operator.index(place)
+        if wanted < 0:
+            wanted += self.num_examples
+        if not 0 <= wanted < self.num_examples:
+            raise MissingExample(f"no example at place {place} of {self.place}: {self.num_examples} are there.")
+        number = bisect_right(self._places, wanted) - 1
+        return self.shards[number].first_example + wanted - self._places[number]
 
     def find(self, ordinal: int) -> tuple[Shard, int]:
         """Find and open the shard of an example; otherwise as `locate`."""

@@ -3,11 +3,10 @@
 Works on complete stores and on those still being written. Examples with their tokens, text and fields are put together
 here; shards are the catalog's, the values of a site its view's.
 
-Hides records and the tokenizer. Must never know of models or hooks.
+Hides how an example is put together. Must never know of models or hooks.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +14,16 @@ from typing import Any
 
 from torch import Tensor
 
-from layerprobe.errors import FormatError, SiteError, StoreError
+from layerprobe.errors import SiteError, StoreError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.format import STORE_FILE, TOKENIZER_FOLDER
+from layerprobe.store.places import Place, find_place
+from layerprobe.store.records import read_record
 from layerprobe.store.rows import RowBatches, RowOptions, choose_sites
-from layerprobe.store.shards import MappedShard, ScaledRows
+from layerprobe.store.selection import Asked, Selection, select
+from layerprobe.store.shards import ScaledRows, Shard
 from layerprobe.store.siteview import SiteView
+from layerprobe.store.vocabulary import Vocabulary
 
 __all__ = ["Example", "Store", "open_store"]
 
@@ -56,8 +59,8 @@ class Store:
     examples that are there; iterating gives each of them in the order of the input.
     """
 
-    def __init__(self, folder: Path, check: bool) -> None:
-        self._catalog = Catalog(folder, check)
+    def __init__(self, where: Path | Place, check: bool) -> None:
+        self._catalog = Catalog(find_place(where), check)
         self._views: dict[str, SiteView] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,8 +78,19 @@ class Store:
 
     @property
     def folder(self) -> Path:
-        """Where the store is."""
-        return self._catalog.folder
+        """The local folder that the store is.
+
+        Raises:
+            StoreError: it lies elsewhere.
+        """
+        if self._catalog.place.folder is None:
+            raise StoreError(f"{self.place}: is not a folder of this machine. Copy the store into one for this.")
+        return self._catalog.place.folder
+
+    @property
+    def place(self) -> Place:
+        """Where the store is, folder or not; `str()` of it is its path or URL."""
+        return self._catalog.place
 
     @property
     def description(self) -> dict[str, Any]:
@@ -126,13 +140,13 @@ class Store:
 
     def __repr__(self) -> str:
         state = "complete" if self.is_complete else "incomplete"
-        return f"Store({str(self.folder)!r}, {len(self)} examples, {len(self.sites)} sites, {state})"
+        return f"Store({str(self.place)!r}, {len(self)} examples, {len(self.sites)} sites, {state})"
 
     def __getitem__(self, site: str) -> SiteView:
         view = self._views.get(site)
         if view is None:
             if site not in self._catalog.sites:
-                raise SiteError(f"no site {site!r} in {self.folder}: it holds {', '.join(self.sites)}.")
+                raise SiteError(f"no site {site!r} in {self.place}: it holds {', '.join(self.sites)}.")
             view = self._views[site] = SiteView(self._catalog, site)
         return view
 
@@ -140,8 +154,26 @@ class Store:
         """List the ordinals of the examples that are there, rising."""
         return self._catalog.ordinals()
 
-    def iter_shards(self) -> Iterator[MappedShard]:
-        """Go through the mapped shards in the order of the input."""
+    def ordinal_at(self, place: int) -> int:
+        """Give the ordinal of the k-th example that is there; k itself on a store without gaps.
+
+        Raises:
+            MissingExample: there are not as many.
+        """
+        return self._catalog.ordinal_at(place)
+
+    def input_ids(self, ordinal: int) -> Tensor:
+        """Give an example's token ids, int64 `[T]`, special ones included: a view of the file.
+
+        Raises:
+            MissingExample: it is not in the store, or not in it yet.
+        """
+        shard, ordinal = self._catalog.find(ordinal)
+        _, start, stop = shard.span(ordinal)
+        return shard.part("input_ids", start, stop)
+
+    def iter_shards(self) -> Iterator[Shard]:
+        """Go through the shards in the order of the input."""
         return self._catalog.iter_shards()
 
     def rows(
@@ -152,6 +184,7 @@ class Store:
         sites: str | Sequence[str] | None = None,
         rank: int = 0,
         world: int = 1,
+        epoch: int = 0,
     ) -> RowBatches[dict[str, Tensor]]:
         """Go through the rows of several sites at once, batch by batch.
 
@@ -159,6 +192,7 @@ class Store:
             batch_size, shuffle, seed, rank, world: As in `store[site].rows`.
             sites: Names, all with a row per token or all with a vector per example; None for all with a row per
                 token, or in a pooled store all with a vector.
+            epoch: Another order of the same seed for each.
 
         Returns:
             An iterator of `{site: [n, D]}`; row k is the same token, or example, at every site.
@@ -167,7 +201,7 @@ class Store:
             OptionError: a value that cannot be, attention weights, or sites that have no rows in common.
             SiteError: a site is not stored.
         """
-        options = RowOptions(batch_size, shuffle, seed, rank, world)
+        options = RowOptions(batch_size, shuffle, seed, rank, world, epoch)
         return RowBatches(self._catalog, choose_sites(self._catalog, sites), options, dict)
 
     def example(self, ordinal: int) -> Example:
@@ -177,52 +211,74 @@ class Store:
             MissingExample: it is not in the store, or not in it yet.
         """
         shard, ordinal = self._catalog.find(ordinal)
-        position, start, stop = shard.span(ordinal)
-        input_ids = shard.tensor("input_ids")[start:stop]
-        record: dict[str, Any] = {}
-        if "record_offsets" in shard.header.tensors:
-            first, last = shard.tensor("record_offsets")[position : position + 2].tolist()
-            try:
-                record = json.loads(shard.tensor("records")[first:last].numpy().tobytes())
-            except ValueError as error:
-                raise FormatError(f"{self.folder / shard.header.file}: record {ordinal} is damaged.") from error
+        input_ids = self.input_ids(ordinal)
+        record = read_record(shard, ordinal, self.place.label(shard.header.file))
         text = record.pop("text", None)
         sites = {site: self[site][ordinal] for site in self._catalog.sites}
-        return Example(ordinal, input_ids, self._tokens(input_ids), text, record.get("fields", {}), sites)
+        tokens = self._vocabulary.tokens(input_ids) if self._vocabulary is not None else None
+        return Example(ordinal, input_ids, tokens, text, record.get("fields", {}), sites)
 
-    def _tokens(self, input_ids: Tensor) -> list[str] | None:
-        if self._tokenizer is None:
-            return None
-        tokens = (self._tokenizer.id_to_token(token_id) for token_id in input_ids.tolist())
-        return ["" if token is None else token for token in tokens]
+    def where(
+        self,
+        record: Callable[[dict[str, Any]], object] | None = None,
+        /,
+        *,
+        token: str | None = None,
+        token_id: int | None = None,
+        word: str | None = None,
+        id: int | Sequence[int] | None = None,  # noqa: A002 - what it is called in the records of many
+        **fields: object,
+    ) -> Selection:
+        """Select tokens or examples; several conditions must all hold.
+
+        Args:
+            record: A function of an example's record, `{"text": ..., **fields}`, that says whether it is meant.
+            token: A token as the tokenizer writes it: `bank`, `##er`.
+            token_id: The same by its id.
+            word: A word, or several in a row: the run of tokens that it is cut into, not as a part of a longer word.
+            id: An ordinal, or several; a negative one counts from the last.
+            fields: `text=`, or any field of the input record, equal to the value. A field whose name is taken here
+                can be asked for by a function.
+
+        Returns:
+            Pairs of an example and a position, if a token or word is asked for, else examples; in the order of the
+            input, each once.
+
+        Raises:
+            OptionError: a field that no record has, a token or word that the tokenizer does not have, or two ways to
+                name a token.
+            MissingExample: an ordinal that is not there.
+
+        Cost: one pass over the ids, and over the records if they are asked for; not over any site.
+        """
+        asked = Asked(record, token, token_id, word, id, fields)
+        return select(self._catalog, asked, lambda: self._vocabulary)
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        path = self.folder / TOKENIZER_FOLDER / "tokenizer.json"
-        if not path.exists():
+    def _vocabulary(self) -> Vocabulary | None:
+        file = f"{TOKENIZER_FOLDER}/tokenizer.json"
+        if not self.place.exists(file):
             return None
-        from tokenizers import Tokenizer
-
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise FormatError(f"{path}: is not a tokenizer ({error}).") from error
+        return Vocabulary(self.place.label(file), self.place.read(file, 0, self.place.size(file)))
 
 
-def open_store(folder: str | Path, *, check: bool = True) -> Store:
+def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:
     """Open a store, complete or still being written.
 
     Args:
-        folder: Where it is.
+        folder: Where it is: a path, or a URL under `s3://`, `gs://`, `hf://` or `memory://`.
         check: Compare each tensor of a shard with its checksum when it is first read, once. False reads only the pages
-            that are asked for, and takes a damaged row for a sound one.
+            that are asked for, and takes a damaged row for a sound one. Under a URL, single examples are fetched by
+            range, which no checksum covers; whole tensors are compared.
 
     Raises:
+        OptionError: stores do not lie under such a URL, or what it takes is not installed.
         StoreError: there is no store there.
         FormatError: a file of it is damaged.
     """
-    folder = Path(folder)
-    if not (folder / STORE_FILE).is_file():
-        what = "is not a store: it has no store.json" if folder.is_dir() else "does not exist"
-        raise StoreError(f"{folder}: {what}. Make one with 'layerprobe extract MODEL INPUT -o {folder}'.")
-    return Store(folder, check)
+    place = find_place(folder)
+    if not place.exists(STORE_FILE):
+        is_there = place.folder.is_dir() if place.folder is not None else bool(place.list_files())
+        what = "is not a store: it has no store.json" if is_there else "does not exist"
+        raise StoreError(f"{place}: {what}. Make one with 'layerprobe extract MODEL INPUT -o {place}'.")
+    return Store(place, check)

@@ -1,0 +1,111 @@
+"""Stores as data sets of torch: one example at a time, or batches of rows.
+
+Both go to the workers of a `DataLoader` however those are started: what travels is the path of the store and what was
+seen when it was opened, and each worker maps the shards itself. What they give is copied out of the mapping.
+
+Must never know how shards or orders are made.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from layerprobe.errors import SiteError
+from layerprobe.store.reader import Store
+from layerprobe.store.rows import RowBatches, RowOptions
+from layerprobe.store.shards import ScaledRows
+
+__all__ = ["ExampleDataset", "RowDataset"]
+
+
+class ExampleDataset(Dataset[dict[str, Any]]):
+    """The examples of a store, for a sampler to choose from.
+
+    An item is a dict of each site's values, `input_ids` and `index`, the ordinal. On a store with gaps item k is the
+    k-th example that is there. Examples differ in length, so a `DataLoader` needs `batch_size=None` or a `collate_fn`,
+    unless the store is pooled.
+
+    Args:
+        store: An open store.
+        sites: Which to read, a name or several; None for all.
+
+    Raises:
+        SiteError: a site is not stored.
+    """
+
+    def __init__(self, store: Store, sites: str | Sequence[str] | None = None) -> None:
+        names = [sites] if isinstance(sites, str) else list(store.sites if sites is None else sites)
+        if not names:
+            raise SiteError(f"no site asked of {store.place}: it holds {', '.join(store.sites) or 'none'}.")
+        for name in names:
+            store[name]
+        self.store = store
+        self.sites = names
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ordinal = self.store.ordinal_at(index)
+        values = {name: self.store[name][ordinal] for name in self.sites}
+        # A view would take its whole shard along through the queue of a worker.
+        item: dict[str, Any] = {
+            name: value.float() if isinstance(value, ScaledRows) else value.clone() for name, value in values.items()
+        }
+        return {**item, "input_ids": self.store.input_ids(ordinal).clone(), "index": ordinal}
+
+
+class RowDataset(IterableDataset[dict[str, Tensor]]):
+    """The rows of a store, batch by batch, as `store.rows` gives them; use `DataLoader(dataset, batch_size=None)`.
+
+    Over all workers and ranks every row comes once in an epoch; the batches of a rank are the same for any number of
+    workers. Each epoch has the same order until `set_epoch` says otherwise.
+
+    Args:
+        store: An open store.
+        sites, batch_size, shuffle, seed, rank, world: As in `store.rows`.
+
+    Raises:
+        SiteError: a site is not stored.
+        OptionError: a value that cannot be, or sites that have no rows in common.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        sites: str | Sequence[str] | None = None,
+        batch_size: int = 4096,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.store = store
+        self.sites = sites
+        self.options = RowOptions(batch_size, shuffle, seed, rank, world)
+        self._num_batches = len(self._start(0))
+        # shared, so that workers that outlive an epoch see the next one's number
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> RowBatches[dict[str, Tensor]]:
+        return self._start(int(self._epoch))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the epoch that begins next: a function of the seed and this number.
+
+        Raises:
+            OptionError: it is no whole number of at least 0.
+        """
+        self._epoch.fill_(int(RowOptions(epoch=epoch).epoch))
+
+    def _start(self, epoch: int) -> RowBatches[dict[str, Tensor]]:
+        options = self.options
+        return self.store.rows(
+            options.batch_size, options.shuffle, options.seed, self.sites, options.rank, options.world, epoch
+        )
