@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerprobe.extract.batching import TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.batching import BATCH_COST_TOKENS, TokenizedUnit, cut_batches, tokenize
 from layerprobe.models import LoadedModel
 
 
@@ -61,7 +61,30 @@ def test_the_cut_is_a_function_of_the_unit(lengths: list[int]) -> None:
     assert cut() == cut()
 
 
-def test_much_shorter_texts_begin_a_new_batch_once_a_quarter_is_full() -> None:
-    unit = TokenizedUnit([[7] * length for length in (30, 30, 29, 10, 10, 3)], [False] * 6)
-    assert [batch.lengths for batch in cut_batches(unit, 120, 0, "right")] == [[30, 30, 29], [10, 10, 3]]
-    assert [batch.lengths for batch in cut_batches(unit, 1000, 0, "right")] == [[30, 30, 29, 10, 10, 3]]
+def _cost(batches: list[list[int]]) -> int:
+    return sum(max(1, *batch, 0) * len(batch) + BATCH_COST_TOKENS for batch in batches)
+
+
+def _least_cost(lengths: list[int], budget: int) -> int:
+    """Of all cuts of the sorted lengths, the cheapest that keeps to the budget; tried one by one."""
+    if not lengths:
+        return 0
+    costs = []
+    for end in range(1, len(lengths) + 1):
+        if end == 1 or max(1, lengths[0]) * end <= budget:
+            costs.append(_cost([lengths[:end]]) + _least_cost(lengths[end:], budget))
+    return min(costs)
+
+
+@given(lengths=st.lists(st.integers(0, 60), max_size=9), budget=st.integers(1, 200))
+def test_no_other_cut_computes_less(lengths: list[int], budget: int) -> None:
+    unit = TokenizedUnit([[7] * length for length in lengths], [False] * len(lengths))
+    made = [batch.lengths for batch in cut_batches(unit, budget, 0, "right")]
+    assert _cost(made) == _least_cost(sorted(lengths, reverse=True), budget)
+
+
+def test_padding_of_texts_of_all_lengths_is_under_two_percent() -> None:
+    lengths = [int(2 + 400 / (1 + number)) + number % 90 for number in range(1500)]
+    unit = TokenizedUnit([[7] * length for length in lengths], [False] * len(lengths))
+    computed = sum(batch.input_ids.numel() for batch in cut_batches(unit, 1024, 0, "right"))
+    assert computed <= sum(lengths) / 0.98
