@@ -87,6 +87,7 @@ class Catalog:
         self._places = [0, *accumulate(info.num_examples for info in self.shards)]
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._is_closed = False
+        self._is_weighed = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -105,6 +106,23 @@ class Catalog:
         self._is_closed = True
         self._open.clear()
         self._cache.close()
+
+    def check_claims(self) -> None:
+        """Hold the counts of the index to the sizes of the files, before memory is taken for so many rows.
+
+        Raises:
+            FormatError: a file cannot hold what the index says.
+            StoreError: a file is not there.
+
+        Cost: the first time one look at each file's size in a folder; none elsewhere.
+        """
+        if self.place.folder is None or self.index is None or self._is_weighed:
+            return
+        for info in self.shards:
+            # an ordinal and an offset for each example, an id for each token
+            if self.place.size(info.file) < 16 * info.num_examples + 8 * info.num_tokens:
+                raise FormatError(f"{self.place.label(info.file)}: does not hold the examples that {INDEX_FILE} says.")
+        self._is_weighed = True
 
     def ordinals(self) -> Iterator[int]:
         """List the ordinals of the examples that are there, rising."""

@@ -67,7 +67,7 @@ _MOST_UNIT = 10**12 - 1
 # torch counts elements, and bytes, in 64 bits, also those of a tensor that has none.
 _MOST_ELEMENTS = 1 << 48
 _MOST_DIMENSIONS = 8
-_MOST_WIDTH = 1 << 31
+_MOST_WIDTH = 1 << 24
 _MOST_NAME = 1000
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import LockError, StoreError
+from layerprobe.store.guard import open_inside
 
 try:
     import fcntl
@@ -80,7 +81,9 @@ class StoreLock(AbstractContextManager["StoreLock"]):
 
     def _try_once(self) -> bool:
         """Take the lock; False if the file lost its name meanwhile, because its holder has just ended."""
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        # neither a link that leads out of the folder nor a pipe that nobody reads
+        careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | careful, 0o666)
         try:
             self._lock(descriptor)
             if not _has_name(descriptor, self._path):
@@ -156,7 +159,7 @@ def _describe_holder() -> str:
 def _name_holder(path: Path) -> str:
     """Say who holds a lock, as far as its file tells."""
     found: Any = None
-    with suppress(OSError, ValueError, RecursionError), open(path, "rb") as file:
+    with suppress(OSError, ValueError, RecursionError), open_inside(path.parent, path.name) as file:
         found = json.loads(file.read(_MOST_BYTES))
     if not isinstance(found, dict):
         return "it has not said which"

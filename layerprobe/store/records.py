@@ -3,10 +3,10 @@
 Hides how they lie in a shard. Must never know of sites or tokenizers.
 """
 
-import json
 from typing import Any
 
 from layerprobe.errors import FormatError
+from layerprobe.store.guard import brief, parse_record
 from layerprobe.store.shards import Shard
 
 __all__ = ["has_records", "read_record"]
@@ -32,10 +32,10 @@ def read_record(shard: Shard, ordinal: int, label: str) -> dict[str, Any]:
         return {}
     position, _, _ = shard.span(ordinal)
     first, last = shard.part("record_offsets", position, position + 2).tolist()
+    num_bytes = shard.header.tensors["records"].shape[0]
+    if not 0 <= first <= last <= num_bytes:
+        raise FormatError(f"{label}: record {ordinal} is damaged: it lies at {first} to {last} of {num_bytes} bytes.")
     try:
-        record = json.loads(shard.part("records", first, last).numpy().tobytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{label}: record {ordinal} is damaged ({error}).") from error
-    if not isinstance(record, dict) or not isinstance(record.get("fields", {}), dict):
-        raise FormatError(f"{label}: record {ordinal} is damaged: it is no JSON object of a text and fields.")
-    return record
+        return parse_record(shard.part("records", first, last).numpy().tobytes())
+    except ValueError as error:
+        raise FormatError(f"{label}: record {ordinal} is damaged ({brief(error)}).") from error

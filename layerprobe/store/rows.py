@@ -127,6 +127,7 @@ class _Order:
 
     def __init__(self, catalog: Catalog, sites: Sequence[StoredSite], options: RowOptions) -> None:
         self._options = options
+        catalog.check_claims()
         counts = [info.num_tokens if sites[0].kind == "token" else info.num_examples for info in catalog.shards]
         pieces = [
             (number, start, min(start + _PIECE_ROWS, count))
@@ -189,6 +190,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         row_bytes = max(1, sum(site.bytes_per_vector for site in sites))
         self._window = max(1, _WINDOW_BYTES // (row_bytes * int(options.batch_size)))
         self._given = 0  # batches of this share
+        self._is_checked = False
         self._ready: deque[dict[str, Tensor]] = deque()
         self._fetched = -1  # group whose tensors were asked for
 
@@ -267,6 +269,10 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
 
     def _gather_rows(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Bring rows of the epoch together, shard by shard in file order, then put them in theirs."""
+        if not self._is_checked:
+            # one shard shows whether the widths are real, before memory is taken for them
+            self._catalog.shard(self._order.groups[0][0][0])
+            self._is_checked = True
         gathered: dict[str, Tensor] = {}
         for site in self._sites:
             gathered[site.name] = torch.empty(len(rows), site.width, dtype=site.dtype)

@@ -216,6 +216,7 @@ def select(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary |
 def _by_shard(catalog: Catalog, wanted: int | Sequence[int] | None) -> dict[int, np.ndarray]:
     """Give the ordinals to look at, shard by shard."""
     if wanted is None:
+        catalog.check_claims()
         return {
             number: np.arange(info.first_example, info.first_example + info.num_examples)
             for number, info in enumerate(catalog.shards)

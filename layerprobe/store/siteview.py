@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.errors import OptionError
+from layerprobe.errors import OptionError, StoreError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.rows import RowBatches, RowOptions, choose_sites, take_rows
@@ -120,11 +120,19 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
         Raises:
             OptionError: the pool does not exist, or the store was pooled otherwise.
+            StoreError: the vectors do not fit into memory.
 
         Cost: one pass over the site; beside the result, one shard's vectors and 32,768 rows in float32.
         """
         self._check_pool(pool)
-        out = torch.empty(len(self), self.width, dtype=torch.float32)
+        self.catalog.check_claims()
+        try:
+            out = torch.empty(len(self), self.width, dtype=torch.float32)
+        except RuntimeError as error:
+            raise StoreError(
+                f"{self.catalog.place}: {len(self):,} vectors of {self.width:,} values do not fit into memory. "
+                "Use iter_pooled()."
+            ) from error
         row = 0
         for vectors in self.iter_pooled(pool):
             out[row : row + len(vectors)] = vectors

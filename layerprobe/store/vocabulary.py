@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import FormatError, OptionError
+from layerprobe.store.guard import LARGE, brief, parse_json
 
 __all__ = ["Vocabulary", "WordRuns"]
 
 # what families of tokenizers put before a token that begins a word
 _MARKERS = {"ByteLevel": "Ġ", "Metaspace": "▁"}
+
+# of a tokenizer.json, what says which token an id is
+_NAMING_PARTS = ("version", "model", "added_tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,19 +90,27 @@ class Vocabulary:
     """
 
     def __init__(self, label: str, data: bytes) -> None:
-        from tokenizers import Tokenizer
-
         self._label = label
+        self._data = data
         try:
-            self._tokenizer: Any = Tokenizer.from_buffer(data)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise FormatError(f"{label}: is not a tokenizer ({error}).") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+            said = parse_json(data, LARGE)
+            # The patterns of the other parts, which a stranger may have made slow, take no part in what an id is.
+            names = {key: said.get(key) if key in _NAMING_PARTS else None for key in said}
+        except (ValueError, AttributeError) as error:
+            raise FormatError(f"{label}: is not a tokenizer ({brief(error)}).") from error
+        self._names = _load(label, json.dumps(names).encode())
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """The tokenizer with all its parts, to cut texts of the reader's own."""
+        found = _load(self._label, self._data)
+        found.no_padding()
+        found.no_truncation()
+        return found
 
     def tokens(self, ids: Tensor) -> list[str]:
         """Give each id's token; an id that has none gives an empty text."""
-        tokens = (self._tokenizer.id_to_token(token_id) if token_id >= 0 else None for token_id in ids.tolist())
+        tokens = (self._names.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None for token_id in ids.tolist())
         return ["" if token is None else token for token in tokens]
 
     def id_of(self, token: str) -> int:
@@ -107,7 +119,7 @@ class Vocabulary:
         Raises:
             OptionError: it is no token; the message says into which tokens it is cut.
         """
-        found = self._tokenizer.token_to_id(token)
+        found = self._names.token_to_id(token)
         if found is None:
             pieces = ", ".join(map(repr, self._tokenizer.encode(token, add_special_tokens=False).tokens)) or "nothing"
             raise OptionError(
@@ -166,6 +178,17 @@ class Vocabulary:
         if marker == _MARKERS["Metaspace"]:
             return token.replace(marker, " ")
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _load(label: str, data: bytes) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_buffer(data)
+    except BaseException as error:  # tokenizers raises bare Exception, and where it panics not even that
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise FormatError(f"{label}: is not a tokenizer ({brief(error)}).") from error
 
 
 def _is_of_word(sign: str) -> bool:
