@@ -34,7 +34,8 @@ from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.format import ShardHeader, fingerprint_of
 from layerprobe.store.lock import StoreLock
-from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_folder, commit_description, commit_index
+from layerprobe.store.places import Place, find_place
+from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_place, commit_description, commit_index
 
 __all__ = ["StoreSink"]
 
@@ -63,7 +64,7 @@ class StoreSink:
     are opened and sealed by the caller (`begin_unit`, `end_unit`) and every batch is announced.
 
     Args:
-        folder: The store. With a description it is made new; without, it is the caller's.
+        where: The store. With a description it is made new; without, it is the caller's.
         writer: Not started yet.
         pool, dtype: What happens to the rows.
         device: Where the model makes them.
@@ -75,7 +76,7 @@ class StoreSink:
 
     def __init__(
         self,
-        folder: Path,
+        where: Path | Place,
         writer: ShardWriter,
         *,
         pool: Pool,
@@ -86,7 +87,7 @@ class StoreSink:
         description: Mapping[str, Any] | None = None,
         stored: Sequence[StoredSite] | None = None,
     ) -> None:
-        self.folder = folder
+        self.place = find_place(where)
         self.writer = writer
         self.buffers: BufferPool | None = None
         self._pool = pool
@@ -126,7 +127,7 @@ class StoreSink:
         check_storable(sites, self._pool, self.packed_dtype)
         self._sites = sites
         if self._description is not None:
-            self._lock = claim_folder(self.folder)
+            self._lock = claim_place(self.place)
         self.writer.start()
 
     def close(self, error: BaseException | None) -> None:
@@ -146,7 +147,7 @@ class StoreSink:
         if error is None:
             self.writer.check()
             if self._description is not None and self._stored is not None:
-                commit_index(self.folder, self.writer.committed)
+                commit_index(self.place, self.writer.committed)
 
     # calls
 
@@ -215,7 +216,7 @@ class StoreSink:
         described = {site.name: site.describe() for site in self._stored}
         description = {**self._description, "sites": described}
         self._fingerprint = fingerprint_of(description)
-        commit_description(self.folder, {**description, "fingerprint": self._fingerprint})
+        commit_description(self.place, {**description, "fingerprint": self._fingerprint})
         values, pending.values = pending.values, None
         self._reserve(pending, call, values[0])
         for index, value in values.items():

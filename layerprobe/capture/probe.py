@@ -23,6 +23,7 @@ from layerprobe.models import describe_model
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import find_device, unwrap
 from layerprobe.store.format import checksum
+from layerprobe.store.places import find_place
 from layerprobe.store.writer import ShardWriter
 from layerprobe.version import __version__
 
@@ -43,8 +44,8 @@ class Probe(AbstractContextManager["Probe"]):
     Args:
         model: A supported Hugging Face model. What it computes stays bit-equal.
         sites: One pattern or several, such as `"layers.*"` or `["embeddings", "layers.-1"]`.
-        to: Where values go. None: memory, `[B, S, D]` as the model made them. A path: a store, one row per real token.
-            A function: called with `(site, value)` as each value is made. A `Sink`: its methods.
+        to: Where values go. None: memory, `[B, S, D]` as the model made them. A path or a URL: a store, one row per
+            real token. A function: called with `(site, value)` as each value is made. A `Sink`: its methods.
         pool: None, or one vector per example by `cls`, `mean`, `max`, `last` or a callable from `[T, D]` rows to one
             vector. Over all real tokens, special ones included.
         dtype: None for the model's own, or `float32`, `float16`, `bfloat16`, `float8_e4m3fn`, `int8` (with one scale
@@ -192,9 +193,7 @@ def describe_pool(pool: Pool) -> str | None:
 
 
 def _open_store_sink(model: nn.Module, to: str | Path, pool: Pool, dtype: torch.dtype | None) -> StoreSink:
-    if "://" in str(to):
-        raise OptionError(f"to={str(to)!r}: stores are written to local folders only. Give a path.")
-    folder = Path(to)
+    place = find_place(to)
     description = {
         "layerprobe": __version__,
         "model": describe_model(unwrap(model)),
@@ -203,8 +202,8 @@ def _open_store_sink(model: nn.Module, to: str | Path, pool: Pool, dtype: torch.
         "plan": None,
     }
     return StoreSink(
-        folder,
-        ShardWriter(folder),
+        place,
+        ShardWriter(place),
         pool=pool,
         dtype=dtype,
         device=find_device(model),

@@ -4,7 +4,6 @@ Parse and call; compute nothing. `main` gives each its name and place.
 """
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,7 +41,7 @@ def extract(
             metavar="INPUT", help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, or '-'."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the store.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder of the store, or a URL: s3://b/acts.")],
     patterns: Sites = None,
     dtype: Annotated[
         str | None,
@@ -91,7 +90,7 @@ def extract(
         nonfinite=nonfinite,
     )
     stopped = f"stopped: whole shards are kept in {out}. Run the same command again to go on."
-    with Terminator(str(out), grace) as terminator:
+    with Terminator(out, grace) as terminator:
         plan = plan_extraction(
             model, texts, out, options, device=device, overwrite=overwrite, wait_for_space=wait_for_space
         )

@@ -3,7 +3,6 @@
 Parse and call; compute nothing. `main` gives each its name and place.
 """
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,10 +11,11 @@ from layerprobe.cli.views import describe_example, describe_store
 
 __all__ = ["info", "show"]
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A store.")]
+# not a Path, which would make one slash of the two in a URL
+Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
 
 
-def info(folder: Folder) -> None:
+def info(folder: Where) -> None:
     """Say what a store holds.
 
     Example: layerprobe info acts
@@ -26,7 +26,7 @@ def info(folder: Folder) -> None:
 
 
 def show(
-    folder: Folder,
+    folder: Where,
     example: Annotated[int, typer.Argument(metavar="EXAMPLE", help="Its ordinal; negative ones count from the last.")],
 ) -> None:
     """Print an example's tokens and the norm of each site.

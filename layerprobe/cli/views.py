@@ -3,6 +3,8 @@
 Turns objects of the library into text. Computes nothing but what it takes to lay them out.
 """
 
+from layerprobe.store.format import parse_shard_name
+from layerprobe.store.guard import brief
 from layerprobe.store.reader import Example, Store
 from layerprobe.tables import format_bytes, format_count, format_table
 
@@ -12,25 +14,25 @@ __all__ = ["describe_example", "describe_store"]
 def describe_store(store: Store) -> str:
     """Lay out what a store holds."""
     model = store.description.get("model") or {}
-    size = sum(file.stat().st_size for file in store.folder.glob("shard-*.safetensors"))
+    sizes = {name: size for name, size in store.place.list_sizes().items() if parse_shard_name(name) is not None}
     state = "complete" if store.is_complete else "not complete"
     listed = [str(shard["file"]) for shard in (store.index or {}).get("shards", [])]
-    if lost := [name for name in listed if not (store.folder / name).is_file()]:
+    if lost := [name for name in listed if name not in sizes]:
         state = f"{format_count(len(lost), 'shard')} lost, {lost[0]} the first"
     if not store.is_complete or lost:
         state += ": run the same extraction again to go on"
     lines = [
-        f"store     {store.folder}: {state}",
-        f"model     {model.get('id') or '(unnamed)'} ({model.get('class')})",
+        f"store     {store.place}: {state}",
+        f"model     {brief(model.get('id') or '(unnamed)')} ({brief(model.get('class'))})",
         f"holds     {len(store):,} examples, {store.num_tokens:,} tokens, "
-        f"{format_count(store.num_shards, 'shard')}, {format_bytes(size)}",
+        f"{format_count(store.num_shards, 'shard')}, {format_bytes(sum(sizes.values()))}",
         f"pool      {store.pool or 'none: a row per real token'}",
     ]
     index = store.index or {}
     if index.get("truncated"):
         lines.append(f"cut       {index['truncated']:,} texts were longer than the maximum length")
     if index.get("nonfinite"):
-        counts = ", ".join(f"{count:,} at {site}" for site, count in index["nonfinite"].items())
+        counts = ", ".join(f"{count:,} at {brief(site)}" for site, count in index["nonfinite"].items())
         lines.append(f"nonfinite {counts}")
     views = [store[site] for site in store.sites]
     rows = [(view.site, view.kind, str(view.dtype).removeprefix("torch."), view.width) for view in views]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import StoreError
+from layerprobe.extract.elsewhere import begin_remote
 from layerprobe.extract.plan import Plan
 from layerprobe.extract.resume import check_finite, find_done
 from layerprobe.extract.space import RoomKeeper
@@ -26,7 +27,7 @@ __all__ = ["hold_store"]
 
 @contextlib.contextmanager
 def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[Plan]:
-    """Hold the folder of a plan while it is carried out, ready for its first missing shard.
+    """Hold the place of a plan while it is carried out, ready for its first missing shard.
 
     Gives the plan with what is done listed anew: another run may have gone on with it since it was made. No `.tmp` of
     the store outlives the block, and none of another run is touched, since none can be under way.
@@ -36,38 +37,42 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[Plan]:
         PlanError: the folder has come to hold another run.
         StoreError: it cannot be written.
     """
+    folder = plan.place.folder
+    if folder is None:
+        begin_remote(plan)
+        yield plan
+        return
     try:
-        make_folder(plan.folder)
+        make_folder(folder)
     except OSError as error:
-        raise tell_failure(plan.folder, error) from error
-    with StoreLock(plan.folder):
+        raise tell_failure(folder, error) from error
+    with StoreLock(folder):
         if not plan.overwrite:
-            done, num_damaged = find_done(plan.folder, plan.description)
+            done, num_damaged = find_done(folder, plan.description)
             plan = replace(plan, done=done, num_damaged=num_damaged)
             if plan.options.nonfinite == "error":
                 check_finite(done.values())
         try:
             try:
-                _clear(plan)
-                _begin(plan, keeper)
+                _clear(folder, plan.overwrite)
+                _begin(plan, folder, keeper)
             except OSError as error:
-                raise error if isinstance(error, StoreError) else tell_failure(plan.folder, error) from error
+                raise error if isinstance(error, StoreError) else tell_failure(folder, error) from error
             yield plan
         finally:
             # gives back what was kept for a unit that did not come about
             with contextlib.suppress(OSError):
-                _remove_partial(plan.folder)
+                _remove_partial(folder)
 
 
-def _clear(plan: Plan) -> None:
+def _clear(folder: Path, overwrite: bool) -> None:
     """Remove what an ended or replaced run left."""
-    folder = plan.folder
     if (folder / INDEX_FILE).exists():
         # first of all, and permanently: an index beside missing shards would call the store complete
         (folder / INDEX_FILE).unlink()
         flush_folder(folder)
     _remove_partial(folder)
-    if plan.overwrite:
+    if overwrite:
         for file in list(folder.iterdir()):
             if file.name == TOKENIZER_FOLDER or parse_shard_name(file.name) is not None:
                 _remove(file)
@@ -91,9 +96,8 @@ def _is_own(name: str) -> bool:
     return name in (STORE_FILE, INDEX_FILE, TOKENIZER_FOLDER) or parse_shard_name(name) is not None
 
 
-def _begin(plan: Plan, keeper: RoomKeeper) -> None:
+def _begin(plan: Plan, folder: Path, keeper: RoomKeeper) -> None:
     """Write what comes before the first shard."""
-    folder = plan.folder
     if not (folder / STORE_FILE).exists() or plan.overwrite:
         keeper.attempt(lambda: commit_description(folder, plan.description))
     if not (folder / TOKENIZER_FOLDER).exists():

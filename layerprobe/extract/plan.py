@@ -20,13 +20,14 @@ from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe, describe_pool
 from layerprobe.capture.select import Pool, check_pool, resolve_dtype
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, ModelError, OptionError, SpaceError
-from layerprobe.extract.batching import tokenize
+from layerprobe.extract.batching import BATCH_COST_TOKENS, tokenize
 from layerprobe.extract.inputs import InputDigest, Record, TextSource, check_text, open_source
-from layerprobe.extract.resume import check_finite, check_folder, find_done
+from layerprobe.extract.resume import check_finite, check_place, find_done
 from layerprobe.models import LoadedModel, describe_model, describe_tokenizer, load_model, load_tokenizer
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.format import ShardHeader, fingerprint_of
+from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.writer import NONFINITE_POLICIES, StoredSite
 from layerprobe.tables import format_bytes, format_count
 from layerprobe.version import __version__
@@ -130,7 +131,7 @@ class Unit:
 class Plan:
     """A run that is ready to go. `print(plan)` says what it will do."""
 
-    folder: Path
+    place: Place
     model: nn.Module
     tokenizer: Any
     source: TextSource
@@ -156,6 +157,15 @@ class Plan:
         return self.description["fingerprint"]
 
     @property
+    def folder(self) -> Path:
+        """The local folder of the store.
+
+        Raises:
+            StoreError: it lies elsewhere.
+        """
+        return need_folder(self.place)
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return find_device(self.model)
@@ -167,8 +177,10 @@ class Plan:
         return round(self.num_bytes * (self.num_examples - done) / self.num_examples)
 
     @property
-    def free_bytes(self) -> int:
-        """Free space where the store is or will be."""
+    def free_bytes(self) -> int | None:
+        """Free space where the store is or will be; None where that has no bound to be known."""
+        if self.place.folder is None:
+            return None
         place = self.folder.absolute()
         while not place.exists():
             place = place.parent
@@ -193,8 +205,8 @@ class Plan:
             f"input     {self.source.name}: {self.num_examples:,} examples, {about}{self.num_tokens:,} tokens",
             f"model     {self.description['model']['id'] or self.description['model']['class']} on {self.device}",
             f"sites     {len(self.sites)} ({names}), {rows}, {dtypes}",
-            f"store     {self.folder}: {format_count(self.num_units, 'shard')}, {about}{format_bytes(self.num_bytes)}; "
-            f"{format_bytes(self.free_bytes)} free",
+            f"store     {self.place}: {format_count(self.num_units, 'shard')}, {about}{format_bytes(self.num_bytes)}; "
+            + ("space not checked there" if self.free_bytes is None else f"{format_bytes(self.free_bytes)} free"),
         ]
         if self.done:
             lines.append(f"resuming  {format_count(len(self.done), 'shard')} of {self.num_units:,} already there")
@@ -206,7 +218,7 @@ class Plan:
 def plan_extraction(
     model: nn.Module | LoadedModel | str,
     texts: Any,
-    folder: str | Path,
+    to: str | Path | Place,
     options: ExtractOptions | None = None,
     *,
     tokenizer: Any = None,
@@ -220,10 +232,10 @@ def plan_extraction(
         LayerProbeError: anything that would make the run fail and can be known before it starts.
     """
     options = options or ExtractOptions()
-    if "://" in str(folder):
-        raise OptionError(f"{str(folder)!r}: stores are written to local folders only. Give a path.")
-    folder = Path(folder)
-    check_folder(folder)
+    place = find_place(to)
+    check_place(place)
+    if wait_for_space and place.folder is None:
+        raise OptionError(f"{place}: wait_for_space goes with a local folder: no disk can fill up there. Leave it out.")
     source = open_source(texts, options.field)
     if next(iter(source), None) is None:
         raise InputError(f"{source.name}: holds no texts. Give at least one.")
@@ -261,17 +273,18 @@ def plan_extraction(
     description = _describe(model, tokenizer, stored, options, rule, batch_tokens, survey, name)
     # beside the values: an id per token; an ordinal and two offsets per example; the records
     num_bytes = value_bytes + 8 * num_tokens + 24 * survey.num_examples + survey.record_bytes
-    done, num_damaged = ({}, 0) if overwrite else find_done(folder, description)
+    done, num_damaged = ({}, 0) if overwrite else find_done(place, description)
     if options.nonfinite == "error":
         check_finite(done.values())
     plan = Plan(
-        folder, model, tokenizer, source, options, sites, stored, rule, batch_tokens, survey.num_examples,
+        place, model, tokenizer, source, options, sites, stored, rule, batch_tokens, survey.num_examples,
         survey.num_units, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite, wait_for_space,
     )  # fmt: skip
-    if plan.missing_bytes > plan.free_bytes and not wait_for_space:
+    free_bytes = plan.free_bytes
+    if free_bytes is not None and plan.missing_bytes > free_bytes and not wait_for_space:
         raise SpaceError(
-            f"{folder}: needs {format_bytes(plan.missing_bytes)} more, the disk has {format_bytes(plan.free_bytes)} "
-            f"free: {plan.missing_bytes - plan.free_bytes:,} bytes missing. Ask for fewer sites, a smaller dtype or "
+            f"{place}: needs {format_bytes(plan.missing_bytes)} more, the disk has {format_bytes(free_bytes)} "
+            f"free: {plan.missing_bytes - free_bytes:,} bytes missing. Ask for fewer sites, a smaller dtype or "
             "a pool, choose another disk, or start all the same with --wait-for-space."
         )
     return plan
@@ -371,6 +384,7 @@ def _describe(
         "plan": {
             "max_length": rule.max_length,
             "batch_tokens": batch_tokens,
+            "batch_cost_tokens": BATCH_COST_TOKENS,
             "shard_bytes": rule.shard_bytes,
             "text_bytes_per_token": rule.text_bytes_per_token,
             "units": survey.num_units,

@@ -5,15 +5,33 @@ missing. Must never write.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
-from layerprobe.store.format import FORMAT_VERSION, STORE_FILE, ShardHeader, parse_shard_name, read_header, read_json
+from layerprobe.store.format import FORMAT_VERSION, STORE_FILE, ShardHeader, load_header, load_json, parse_shard_name
 from layerprobe.store.lock import LOCK_FILE
+from layerprobe.store.places import Place, find_place
 
-__all__ = ["check_finite", "check_folder", "find_done"]
+__all__ = ["check_finite", "check_folder", "check_place", "find_done"]
+
+_NUM_REQUESTS = 8
+
+
+def check_place(place: Place) -> None:
+    """Make sure that a store can be written there, as far as that shows without making anything that stays.
+
+    Raises:
+        StoreError: it holds something else than a store, or cannot be written.
+    """
+    if place.folder is not None:
+        check_folder(place.folder)
+        return
+    names = place.list_files()
+    if names and STORE_FILE not in names:
+        raise StoreError(f"{place}: is not a store: it holds {names[0]!r}. Choose an empty or new prefix.")
 
 
 def check_folder(folder: Path) -> None:
@@ -64,39 +82,55 @@ def check_finite(headers: Iterable[ShardHeader]) -> None:
             )
 
 
-def find_done(folder: Path, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:
-    """Find the shards of this very run that are there already.
+def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:
+    """Find the shards of this very run that are there already, and count those that are damaged.
 
     Raises:
         PlanError: the folder holds another run.
         FormatError: it holds a store of another format.
     """
-    if not (folder / STORE_FILE).is_file():
+    place = find_place(where)
+    if not place.exists(STORE_FILE):
         return {}, 0
-    found = read_json(folder / STORE_FILE)
+    found = load_json(place, STORE_FILE)
     if found.get("format") != FORMAT_VERSION:
         raise FormatError(
-            f"{folder}: holds a store of format {found.get('format')!r}, this version writes format {FORMAT_VERSION}. "
+            f"{place}: holds a store of format {found.get('format')!r}, this version writes format {FORMAT_VERSION}. "
             "Choose another folder, or pass --overwrite to replace it."
         )
     if found.get("fingerprint") != description["fingerprint"]:
         raise PlanError(
-            f"{folder}: holds another run ({'; '.join(_list_differences(found, description)) or 'its fingerprint'}). "
+            f"{place}: holds another run ({'; '.join(_list_differences(found, description)) or 'its fingerprint'}). "
             "Choose another folder, repeat its options, or pass --overwrite to replace it."
         )
     done: dict[int, ShardHeader] = {}
     num_damaged = 0
-    for path in folder.iterdir():
-        if parse_shard_name(path.name) is None:
-            continue
-        try:
-            header = read_header(path)
-        except StoreError:
+    names = [name for name in place.list_files() if parse_shard_name(name) is not None]
+    for header in _load_headers(place, names):
+        if header is None:
             num_damaged += 1
-            continue
-        if header.fingerprint == description["fingerprint"]:
+        elif header.fingerprint == description["fingerprint"]:
             done[header.unit] = header
     return done, num_damaged
+
+
+def _load_headers(place: Place, names: list[str]) -> Iterator[ShardHeader | None]:
+    """Read headers; None for each that is damaged."""
+
+    def load(name: str) -> ShardHeader | None:
+        try:
+            return load_header(place, name)
+        except StoreError as error:
+            # a server that does not answer does not make a shard a damaged one
+            if place.folder is None and not isinstance(error, FormatError):
+                raise
+            return None
+
+    if place.folder is not None:
+        yield from map(load, names)
+        return
+    with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+        yield from pool.map(load, names)
 
 
 def _list_differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

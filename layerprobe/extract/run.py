@@ -30,6 +30,7 @@ from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, p
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import ShardHeader
+from layerprobe.store.places import Place
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.writer import ShardWriter, commit_index
 from layerprobe.tables import format_bytes
@@ -87,7 +88,7 @@ class RunReport:
 def extract(
     model: nn.Module | LoadedModel | str,
     texts: Any,
-    to: str | Path,
+    to: str | Path | Place,
     *,
     sites: str | Sequence[str] = DEFAULT_SITES,
     dtype: str | torch.dtype | None = None,
@@ -109,7 +110,8 @@ def extract(
         model: A model, what `load_model` gave, or a name: a hub id, a folder, or `demo`. It runs in eval mode and is
             left as it was.
         texts: A list of strings or mappings, a file (`.txt`, `.jsonl`, `.csv`, `.parquet`), a folder of them, or `-`.
-        to: Folder of the store. One that holds part of the same run is gone on with.
+        to: Folder of the store, or a URL under `s3://`, `gs://`, `hf://` or `memory://`. One that holds part of the
+            same run is gone on with.
         sites: Patterns.
         dtype: Stored dtype; None for the model's own.
         pool: None for a row per token, or `cls`, `mean`, `max`, `last`, or a callable on `[T, D]` rows. Over all real
@@ -183,7 +185,7 @@ def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | N
         LockError, NonFiniteError, StoreError: as `extract`.
     """
     stop = stop or threading.Event()
-    keeper = RoomKeeper(plan.folder, plan.wait_for_space, stop)
+    keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop)
     with hold_store(plan, keeper) as plan:
         return _run_plan(plan, keeper, stop, progress)
 
@@ -191,9 +193,9 @@ def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | N
 def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: bool) -> RunReport:
     start = time.perf_counter()
     report = RunReport()
-    writer = ShardWriter(plan.folder, plan.options.nonfinite, keeper.attempt)
+    writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt)
     sink = StoreSink(
-        plan.folder,
+        plan.place,
         writer,
         pool=plan.options.pool,
         dtype=resolve_dtype(plan.options.dtype),
@@ -227,12 +229,12 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
                 bar.set_postfix_str(_describe_pace(report, writer.num_bytes, time.perf_counter() - start), False)
     if report.is_complete and digest.hexdigest() != plan.description["input"]["hash"]:
         raise InputError(
-            f"{plan.source.name}: changed while the run was under way, so {plan.folder} holds parts of two inputs. "
+            f"{plan.source.name}: changed while the run was under way, so {plan.place} holds parts of two inputs. "
             "Run again with --overwrite, or into another folder."
         )
     if report.is_complete:
         headers = [*plan.done.values(), *writer.committed]
-        keeper.attempt(lambda: commit_index(plan.folder, headers))
+        keeper.attempt(lambda: commit_index(plan.place, headers))
     report.num_bytes = writer.num_bytes
     report.stalled_s = sink.stalled_s
     for header in writer.committed:

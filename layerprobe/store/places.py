@@ -6,7 +6,9 @@ do not ask which kind it is, but for the few things that only a folder has: file
 Must never know what is in a file.
 """
 
+import contextlib
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from layerprobe.store.durable import commit_file, make_folder
 from layerprobe.store.guard import NO_LINKS, exists_inside, open_inside
 from layerprobe.store.remote import RemotePlace, is_url
 
-__all__ = ["LocalPlace", "Place", "find_place"]
+__all__ = ["LocalPlace", "Place", "find_place", "need_folder"]
 
 
 class Place(Protocol):
@@ -34,6 +36,10 @@ class Place(Protocol):
 
     def list_files(self, folder: str = "") -> list[str]:
         """List the names of what lies in the place or in a folder of it; empty where that does not exist."""
+        ...
+
+    def list_sizes(self) -> dict[str, int]:
+        """List the names and bytes of the files in the place; empty where it does not exist."""
         ...
 
     def exists(self, file: str) -> bool:
@@ -85,6 +91,15 @@ class LocalPlace:
         except OSError as error:
             raise _refuse(self.folder / folder, "read", error) from error
 
+    def list_sizes(self) -> dict[str, int]:
+        sizes = {}
+        for name in self.list_files():
+            with contextlib.suppress(FileNotFoundError):  # a run goes on meanwhile
+                said = os.lstat(self.folder / name)
+                if stat.S_ISREG(said.st_mode):
+                    sizes[name] = said.st_size
+        return sizes
+
     def exists(self, file: str) -> bool:
         return exists_inside(self.folder, file)
 
@@ -129,6 +144,17 @@ def find_place(where: "str | Path | Place") -> Place:
     if not isinstance(where, (str, Path)):
         return where
     return RemotePlace(str(where)) if is_url(where) else LocalPlace(Path(where))
+
+
+def need_folder(place: Place) -> Path:
+    """Give the folder of a place, for what only a folder can do.
+
+    Raises:
+        StoreError: it has none.
+    """
+    if place.folder is None:
+        raise StoreError(f"{place}: is not a folder of this machine. Copy the store into one for this.")
+    return place.folder
 
 
 def _refuse(path: Path, what: str, error: OSError) -> StoreError:

@@ -118,17 +118,24 @@ class RemotePlace:
     def list_files(self, folder: str = "") -> list[str]:
         """List what lies in the place or in a folder of it, without what lies deeper."""
 
-        def ask(fs: Any, root: str) -> list[str]:
+        return [name for name, _ in self._list(folder)]
+
+    def list_sizes(self) -> dict[str, int]:
+        """List the names and bytes of the files in the place."""
+        return {name: int(entry["size"]) for name, entry in self._list("") if entry["type"] == "file"}
+
+    def _list(self, folder: str) -> list[tuple[str, dict[str, Any]]]:
+        def ask(fs: Any, root: str) -> list[tuple[str, dict[str, Any]]]:
+            path = f"{root}/{folder}".rstrip("/")
             try:
-                found = fs.ls(f"{root}/{folder}".rstrip("/"), detail=True)
+                found = fs.ls(path, detail=True)
             except FileNotFoundError:
                 return []
-            names = [str(entry["name"]).rstrip("/").rsplit("/", 1)[-1] for entry in found]
+            named = [(str(entry["name"]).rstrip("/"), entry) for entry in found]
             # a prefix that is an object too, as some tools make for a folder, lists itself
-            own = root.rstrip("/").rsplit("/", 1)[-1]
-            return [name for name, entry in zip(names, found, strict=True) if name != own or entry["type"] != "file"]
+            return [(name.rsplit("/", 1)[-1], entry) for name, entry in named if name.strip("/") != path.strip("/")]
 
-        return self._try(folder or "its list", "read", ask)
+        return self._try(folder, "read", ask)
 
     def exists(self, file: str) -> bool:
         """Whether a file is there."""
@@ -247,7 +254,8 @@ class RemotePlace:
         tried = f", after {attempts} attempts" if attempts > 1 else ""
         hint = "Look at the name and the permissions" if attempts == 1 else "Try again when the server answers"
         kept = " What was committed before stays readable." if what == "written" else ""
-        return StoreError(f"{self.label(file)}: cannot be {what} ({cause}{tried}).{kept} {hint}.")
+        label = self.label(file) if file else str(self)
+        return StoreError(f"{label}: cannot be {what} ({cause}{tried}).{kept} {hint}.")
 
 
 class _Pieces(io.RawIOBase):

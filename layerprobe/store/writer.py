@@ -27,17 +27,17 @@ from layerprobe.store.format import (
     SCALE_SUFFIX,
     STORE_FILE,
     ShardHeader,
-    commit_bytes,
     commit_shard,
 )
 from layerprobe.store.lock import LOCK_FILE, StoreLock
+from layerprobe.store.places import Place, find_place
 
 __all__ = [
     "NONFINITE_POLICIES",
     "ShardJob",
     "ShardWriter",
     "StoredSite",
-    "claim_folder",
+    "claim_place",
     "commit_description",
     "commit_index",
 ]
@@ -72,16 +72,21 @@ class StoredSite:
         return {"kind": self.kind, "dtype": str(self.dtype).removeprefix("torch."), "width": self.width}
 
 
-def claim_folder(folder: Path) -> StoreLock:
-    """Make a folder for a new store and hold its lock; an existing one must be empty.
+def claim_place(where: Path | Place) -> StoreLock | None:
+    """Make sure that a place is empty, and hold it for a new store.
 
     Returns:
-        The lock, held; the caller gives it back.
+        The folder's lock, held; the caller gives it back. None elsewhere: object stores have no locks.
 
     Raises:
         LockError: another run is writing there.
         StoreError: it holds something, or cannot be written.
     """
+    place = find_place(where)
+    folder = place.folder
+    if folder is None:
+        _refuse_content(place, place.list_files())
+        return None
     try:
         make_folder(folder)
         lock = StoreLock(folder).acquire()
@@ -90,23 +95,26 @@ def claim_folder(folder: Path) -> StoreLock:
             raise
         raise StoreError(f"{folder}: cannot be written ({error.strerror or error}). Choose another folder.") from error
     try:
-        present = next((file.name for file in folder.iterdir() if file.name != LOCK_FILE), None)
-        if present is not None:
-            what = "holds another run" if (folder / STORE_FILE).exists() else f"is not a store: it holds {present!r}"
-            raise StoreError(f"{folder}: {what}. Choose an empty or new folder.")
+        _refuse_content(place, [name for name in place.list_files() if name != LOCK_FILE])
     except BaseException:
         lock.release()
         raise
     return lock
 
 
-def commit_description(folder: Path, description: Mapping[str, Any]) -> None:
+def _refuse_content(place: Place, names: Sequence[str]) -> None:
+    if names:
+        what = "holds another run" if STORE_FILE in names else f"is not a store: it holds {names[0]!r}"
+        raise StoreError(f"{place}: {what}. Choose an empty or new folder.")
+
+
+def commit_description(where: Path | Place, description: Mapping[str, Any]) -> None:
     """Write `store.json`, the first file of a store."""
     text = json.dumps({"format": FORMAT_VERSION, **description}, indent=2, ensure_ascii=False)
-    commit_bytes(folder / STORE_FILE, text.encode())
+    find_place(where).commit(STORE_FILE, [text.encode()])
 
 
-def commit_index(folder: Path, headers: Iterable[ShardHeader]) -> None:
+def commit_index(where: Path | Place, headers: Iterable[ShardHeader]) -> None:
     """Write `index.json`, the last file of a store: its presence means complete."""
     headers = sorted(headers, key=lambda header: header.unit)
     nonfinite: Counter[str] = Counter()
@@ -128,7 +136,7 @@ def commit_index(folder: Path, headers: Iterable[ShardHeader]) -> None:
             for header in headers
         ],
     }
-    commit_bytes(folder / INDEX_FILE, json.dumps(index, indent=1).encode())
+    find_place(where).commit(INDEX_FILE, [json.dumps(index, indent=1).encode()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,18 +161,18 @@ def _do(commit: Callable[[], int]) -> int:
 
 
 class ShardWriter:
-    """Write shards into a folder from a thread of its own.
+    """Write shards into a store from a thread of its own.
 
     Args:
-        folder: The store; exists.
+        where: The store; a folder exists.
         nonfinite: `warn` counts values that are not finite, `error` refuses the shard that holds some.
         attempt: Calls the function it is given, which commits a shard; may call it again on a full disk.
     """
 
     def __init__(
-        self, folder: Path, nonfinite: str = "warn", attempt: Callable[[Callable[[], int]], int] = _do
+        self, where: Path | Place, nonfinite: str = "warn", attempt: Callable[[Callable[[], int]], int] = _do
     ) -> None:
-        self.folder = folder
+        self.place = find_place(where)
         self._attempt = attempt
         self.committed: list[ShardHeader] = []
         self.num_bytes = 0
@@ -195,7 +203,7 @@ class ShardWriter:
                 raise self._error
             what = str(self._error) or type(self._error).__name__
             raise StoreError(
-                f"{self.folder}: the writer stopped: {what}. What was committed before stays readable; run the same "
+                f"{self.place}: the writer stopped: {what}. What was committed before stays readable; run the same "
                 "command again when the cause is gone."
             ) from self._error
 
@@ -239,7 +247,7 @@ class ShardWriter:
                 "Store a wider dtype (float32, bfloat16), or pass nonfinite='warn' to keep and count them."
             )
         header = replace(job.header, nonfinite=counts)
-        self.num_bytes += self._attempt(lambda: commit_shard(self.folder, header, job.tensors))
+        self.num_bytes += self._attempt(lambda: commit_shard(self.place, header, job.tensors))
         self.committed.append(header)
         self.busy_s += time.perf_counter() - start
 

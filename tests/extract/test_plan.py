@@ -144,8 +144,8 @@ def test_a_folder_that_cannot_hold_a_store_is_refused_before_the_input_is_read(t
     ]:
         with pytest.raises(StoreError, match=message):
             plan_extraction("no model", "no input", folder)
-    with pytest.raises(OptionError, match="local folders only"):
-        plan_extraction("no model", "no input", "s3://bucket/acts")
+    with pytest.raises(OptionError, match=r"ftp://bucket/acts: stores do not lie under ftp://\. Give a local path, or"):
+        plan_extraction("no model", "no input", "ftp://bucket/acts")
 
 
 def test_a_store_larger_than_the_disk_is_refused_with_both_sizes(

@@ -14,7 +14,7 @@ from faults import check_shards
 from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer
 from layerprobe.errors import LockError, NonFiniteError, StoreError
 from layerprobe.store.format import ShardHeader, read_header
-from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_folder, commit_index
+from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_place, commit_index
 
 
 def make_job(unit: int, rows: Tensor | None = None, released: list[int] | None = None, **changes: Any) -> ShardJob:
@@ -168,24 +168,27 @@ def kill_thread(ident: int) -> None:
 
 
 def test_a_new_folder_is_made_with_its_parents_and_locked(tmp_path: Path) -> None:
-    lock = claim_folder(tmp_path / "a" / "b")
+    lock = claim_place(tmp_path / "a" / "b")
+    assert lock is not None
     assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["run.lock"]
     with pytest.raises(LockError, match=r"b: another run is writing there \(process \d+ on "):
-        claim_folder(tmp_path / "a" / "b")
+        claim_place(tmp_path / "a" / "b")
     lock.release()
     assert not list((tmp_path / "a" / "b").iterdir())
-    claim_folder(tmp_path / "a" / "b").release()
+    again = claim_place(tmp_path / "a" / "b")
+    assert again is not None
+    again.release()
 
 
 def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
     with pytest.raises(StoreError, match="is not a store: it holds 'notes'"):
-        claim_folder(tmp_path)
+        claim_place(tmp_path)
     (tmp_path / "store.json").touch()
     with pytest.raises(StoreError, match="holds another run"):
-        claim_folder(tmp_path)
+        claim_place(tmp_path)
     with pytest.raises(StoreError, match="cannot be written"):
-        claim_folder(tmp_path / "notes" / "below")
+        claim_place(tmp_path / "notes" / "below")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["notes", "store.json"]
 
 

@@ -1,0 +1,51 @@
+"""The beginning of a run into an object store: clear what an ended run left, write what precedes the shards.
+
+There are no locks and no renames there. A shard is an object, and an object is whole; two runs of one plan at once
+write the same bytes, and what one of them removes at its beginning, the index, the last of them writes at its end.
+
+Must never know of models or units.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from layerprobe.extract.plan import Plan
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
+from layerprobe.store.places import Place
+from layerprobe.store.writer import commit_description
+
+__all__ = ["begin_remote"]
+
+_TOKENIZER_FILE = "tokenizer.json"
+
+
+def begin_remote(plan: Plan) -> None:
+    """Make a prefix ready for the first missing shard of a plan.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    place = plan.place
+    # first of all: an index beside missing shards would call the store complete
+    place.remove(INDEX_FILE)
+    if plan.overwrite:
+        for name in place.list_files():
+            if parse_shard_name(name) is not None:
+                place.remove(name)
+        for name in place.list_files(TOKENIZER_FOLDER):
+            place.remove(f"{TOKENIZER_FOLDER}/{name}")
+    if plan.overwrite or not place.exists(STORE_FILE):
+        commit_description(place, plan.description)
+    if not place.exists(f"{TOKENIZER_FOLDER}/{_TOKENIZER_FILE}"):
+        _commit_tokenizer(plan.tokenizer, place)
+
+
+def _commit_tokenizer(tokenizer: Any, place: Place) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        # last the one by whose name it is known to be there
+        files = sorted(Path(folder).iterdir(), key=lambda file: (file.name == _TOKENIZER_FILE, file.name))
+        for file in files:
+            if file.is_file():
+                place.commit(f"{TOKENIZER_FOLDER}/{file.name}", [file.read_bytes()])
