@@ -7,6 +7,7 @@ call before it is made, and passes it on. The file system underneath is a real o
 import os
 import random
 import stat
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +37,17 @@ class Step:
 
 
 class FaultySystem:
-    """The module `os`, with a function that is told of each call and may raise, or kill, instead of it."""
+    """The module `os`, with a function that is told of each call and may raise, or kill, instead of it.
+
+    Calls of several threads take turns, so that what a function looks at holds still.
+    """
 
     def __init__(
         self, before: Callable[[Step], object] | None = None, after: Callable[[Step], object] | None = None
     ) -> None:
         self._before = before
         self._after = after
+        self._turn = threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
@@ -51,18 +56,19 @@ class FaultySystem:
 
         def call(*arguments: Any, **options: Any) -> Any:
             step = Step(name, arguments)
-            if self._before is not None:
-                self._before(step)
-            result = real(*arguments, **options)
-            if self._after is not None:
-                self._after(step)
-            return result
+            with self._turn:
+                if self._before is not None:
+                    self._before(step)
+                result = real(*arguments, **options)
+                if self._after is not None:
+                    self._after(step)
+                return result
 
         return call
 
 
 def fail(name: str, number: int, nth: int = 0) -> Callable[[Step], None]:
-    """Let the nth call of one kind, and all after it, fail with an error of the system."""
+    """Let the calls of one kind fail with an error of the system, from the nth on, counted from 0."""
     seen = 0
 
     def before(step: Step) -> None:
@@ -70,6 +76,8 @@ def fail(name: str, number: int, nth: int = 0) -> Callable[[Step], None]:
         if step.name == name:
             seen += 1
             if seen > nth:
+                if name == "close":  # a descriptor is gone whatever its last flush said
+                    os.close(step.arguments[0])
                 raise OSError(number, os.strerror(number))
 
     return before
@@ -87,6 +95,14 @@ class ForgetfulDisk:
         self.root = root
         self._contents: dict[int, bytes] = {}
         self._names: dict[int, dict[str, int]] = {}
+
+    def remember(self) -> None:
+        """Take all that is there now for flushed."""
+        for folder in (self.root, *(path for path in self.root.rglob("*") if path.is_dir())):
+            self._names[folder.stat().st_ino] = {file.name: file.lstat().st_ino for file in folder.iterdir()}
+        for file in self.root.rglob("*"):
+            if file.is_file():
+                self._contents[file.stat().st_ino] = file.read_bytes()
 
     def watch(self, step: Step) -> None:
         """Take note of a call that was made; for `FaultySystem(after=...)`."""

@@ -70,11 +70,9 @@ class RoomKeeper:
                 result = action()
             except SpaceError as error:
                 if not self._waits or self._stop.is_set():
-                    raise SpaceError(
-                        f"{error} Then run the same command again, or let it wait with --wait-for-space."
-                    ) from error
+                    raise SpaceError(f"{error} With --wait-for-space it waits for room.") from error
                 if not has_said:
-                    has_said = _say(f"{error} Waiting for it.")
+                    has_said = _say(f"{error} Waiting for room.")
                 self._stop.wait(delay_s)
                 delay_s = min(2 * delay_s, _LONGEST_WAIT_S)
             else:

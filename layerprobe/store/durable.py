@@ -127,7 +127,10 @@ def tell_failure(path: Path, error: OSError, size: int = 0) -> StoreError:
         elif size:
             # a quota, or a part of the disk that is not for everyone
             what += f": it takes {size:,} bytes, more than you may use, though the disk has {free:,} free"
-    return SpaceError(f"{what}. What was committed before stays readable; make room on the disk.")
+    return SpaceError(
+        f"{what}. Make room on the disk: what was committed before stays readable, and the same command goes on from "
+        "there."
+    )
 
 
 def _open(path: Path, is_direct: bool) -> int:

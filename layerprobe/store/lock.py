@@ -76,8 +76,9 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         # The name goes before the lock does: whoever takes it in between sees that its file has no name any more.
         with suppress(OSError):
             self._path.unlink()
-        os.close(self._descriptor)
-        self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        with suppress(OSError):  # the descriptor is gone all the same, and the caller's error says more
+            os.close(descriptor)
 
     def _try_once(self) -> bool:
         """Take the lock; False if the file lost its name meanwhile, because its holder has just ended."""
