@@ -34,13 +34,19 @@ ORDER = (
     "layerprobe.store.shards",
     "layerprobe.store.ranges",
     "layerprobe.store.writer",
+    "layerprobe.store.checks",
+    "layerprobe.store.progress",
+    "layerprobe.store.verify",
     "layerprobe.store.catalog",
     "layerprobe.store.records",
     "layerprobe.store.vocabulary",
     "layerprobe.store.rows",
     "layerprobe.store.selection",
     "layerprobe.store.siteview",
+    "layerprobe.store.columns",
     "layerprobe.store.reader",
+    "layerprobe.store.packed",
+    "layerprobe.store.export",
     "layerprobe.store.datasets",
     "layerprobe.capture.calls",
     "layerprobe.capture.compiled",
@@ -48,6 +54,8 @@ ORDER = (
     "layerprobe.capture.frames",
     "layerprobe.capture.early",
     "layerprobe.capture.direct",
+    "layerprobe.capture.entries",
+    "layerprobe.capture.values",
     "layerprobe.capture.recompute",
     "layerprobe.capture.attention",
     "layerprobe.capture.registry",
@@ -62,8 +70,10 @@ ORDER = (
     "layerprobe.extract.resume",
     "layerprobe.extract.plan",
     "layerprobe.extract.space",
+    "layerprobe.extract.elsewhere",
     "layerprobe.extract.folder",
     "layerprobe.extract.run",
+    "layerprobe.extract.audit",
     "layerprobe.cli.views",
     "layerprobe.cli.signals",
     "layerprobe.cli.runs",
@@ -77,7 +87,7 @@ TOP = {"layerprobe", "tests", "benchmarks", "docs", "pyproject.toml", "README.md
 MOST_LINES = 400
 # the tree of errors is drawn in its docstring
 TREE_LINE = re.compile(r"^(LayerProbeError$|\s*[├└│])")
-HEAVY = ("transformers", "matplotlib", "sklearn", "ray", "pyarrow", "fsspec", "s3fs")
+HEAVY = ("transformers", "matplotlib", "sklearn", "ray", "pyarrow", "datasets", "zarr", "fsspec", "s3fs")
 
 
 def module_name(path: Path) -> str:

@@ -17,19 +17,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Port", "Receiver", "forget_compiled_graphs", "has_compiled"]
+__all__ = ["TAGS", "Follower", "Port", "Receiver", "find_receiver", "forget_compiled_graphs", "has_compiled"]
 
 # A CUDA graph replays kernels and not Python; the compiler has to leave these calls out of it.
-_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 
-class Receiver(Protocol):
-    """What a port talks to, as the graph runs."""
+class Follower(Protocol):
+    """What a port tells of calls, as the graph runs."""
 
     def enter_compiled(
         self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool, number: int
     ) -> None:
         """A base model was called, with a key-value cache or without; a stack of -1 is the task model around it."""
+
+    def leave_compiled(self, stack: int, completed: bool) -> None:
+        """The model that was entered is done, or has raised."""
+
+
+class Receiver(Follower, Protocol):
+    """What a port tells of values too."""
 
     def receive_compiled(self, point: int, value: Tensor) -> None:
         """A module that is read made a value."""
@@ -37,16 +44,13 @@ class Receiver(Protocol):
     def receive_packed(self, point: int, rows_TD: Tensor, number: int) -> None:
         """A module that is read made rows, gathered and cast by the graph, in the call that was entered by `number`."""
 
-    def leave_compiled(self, stack: int, completed: bool) -> None:
-        """The model that was entered is done, or has raised."""
 
-
-_RECEIVERS: "weakref.WeakValueDictionary[int, Receiver]" = weakref.WeakValueDictionary()
+_RECEIVERS: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
 # `token` is said to be changed by every operator, and so the compiler neither drops nor reorders them.
-@torch.library.custom_op("layerprobe::enter", mutates_args=("token",), tags=_TAGS)
+@torch.library.custom_op("layerprobe::enter", mutates_args=("token",), tags=TAGS)
 def _enter(
     token: Tensor,
     ids: Tensor | None,
@@ -82,21 +86,21 @@ def _(token: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return token.new_empty(count, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
 
 
-@torch.library.custom_op("layerprobe::receive", mutates_args=("token",), tags=_TAGS)
+@torch.library.custom_op("layerprobe::receive", mutates_args=("token",), tags=TAGS)
 def _receive(token: Tensor, value: Tensor, probe: int, point: int) -> None:
     receiver = _RECEIVERS.get(probe)
     if receiver is not None:
         receiver.receive_compiled(point, value)
 
 
-@torch.library.custom_op("layerprobe::receive_packed", mutates_args=("token",), tags=_TAGS)
+@torch.library.custom_op("layerprobe::receive_packed", mutates_args=("token",), tags=TAGS)
 def _receive_packed(token: Tensor, rows_TD: Tensor, number: Tensor, probe: int, point: int) -> None:
     receiver = _RECEIVERS.get(probe)
     if receiver is not None:
         receiver.receive_packed(point, rows_TD, int(number))
 
 
-@torch.library.custom_op("layerprobe::leave", mutates_args=("token",), tags=_TAGS)
+@torch.library.custom_op("layerprobe::leave", mutates_args=("token",), tags=TAGS)
 def _leave(token: Tensor, probe: int, stack: int, completed: bool) -> None:
     receiver = _RECEIVERS.get(probe)
     if receiver is not None:
@@ -113,7 +117,7 @@ class Port:
     """
 
     def __init__(
-        self, receiver: Receiver, device: torch.device, packs: bool = False, dtype: torch.dtype | None = None
+        self, receiver: Follower, device: torch.device, packs: bool = False, dtype: torch.dtype | None = None
     ) -> None:
         self.number = next(_NUMBERS)
         with torch.inference_mode(False):
@@ -172,6 +176,11 @@ class Port:
         """Tell of the end of a call, from within a graph."""
         self._entered = None
         torch.ops.layerprobe.leave(self.token, self.number, stack, completed)
+
+
+def find_receiver(number: int) -> Any:
+    """Find whom the open port of this number tells, for operators of others; None once it is closed."""
+    return _RECEIVERS.get(number)
 
 
 def has_compiled() -> bool:

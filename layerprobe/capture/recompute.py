@@ -26,13 +26,14 @@ __all__ = ["watch_second_runs"]
 _CHECKPOINT = "_gradient_checkpointing_func"
 
 
-def watch_second_runs(hooks: HookSet, model: nn.Module, frames: Frames) -> None:
+def watch_second_runs(hooks: HookSet, model: nn.Module, frames: Frames, *, always: bool = False) -> None:
     """Open a frame around each layer that runs again in backward.
 
     Args:
         hooks: What takes it all off again.
         model: Its layers are watched where checkpointing is on.
         frames: Of the probe.
+        always: Also where the first run was in the graph: what changes values has to change them again.
     """
 
     def watch(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,7 +43,7 @@ def watch_second_runs(hooks: HookSet, model: nn.Module, frames: Frames) -> None:
                 return checkpoint(function, *args, **kwargs)
             # a module that serves several layers goes on counting from here
             again = replace(call, expected=-1, seen=0, counts=dict(call.counts), chunks={}, twins={})
-            return checkpoint(partial(_run, function, frames, again, {}), *args, **kwargs)
+            return checkpoint(partial(_run, function, frames, again, {}, always), *args, **kwargs)
 
         return watched
 
@@ -52,13 +53,19 @@ def watch_second_runs(hooks: HookSet, model: nn.Module, frames: Frames) -> None:
 
 
 def _run(
-    function: Callable[..., Any], frames: Frames, again: Call, first: dict[str, bool], *args: Any, **kwargs: Any
+    function: Callable[..., Any],
+    frames: Frames,
+    again: Call,
+    first: dict[str, bool],
+    always: bool,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """Run a layer; the second time within a frame, if the first was in no graph."""
+    """Run a layer; the second time within a frame, if the first was in no graph or that does not matter."""
     if not first:
         first["in_graph"] = torch.is_grad_enabled()
         return function(*args, **kwargs)
-    if first["in_graph"]:
+    if first["in_graph"] and not always:
         return function(*args, **kwargs)
     frames.open_again(replace(again, counts=dict(again.counts)))
     try:

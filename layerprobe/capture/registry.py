@@ -7,8 +7,6 @@ Hides torch's hook machinery and the early end of a forward. Must never know wha
 """
 
 import functools
-import inspect
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +18,15 @@ from torch import Tensor, nn
 from layerprobe.capture.attention import watch_attention
 from layerprobe.capture.calls import Call, Sink, Source, read_context
 from layerprobe.capture.compiled import Port, forget_compiled_graphs, has_compiled
-from layerprobe.capture.direct import watch_direct_calls
 from layerprobe.capture.early import end_early, require_an_end
+from layerprobe.capture.entries import watch_calls
 from layerprobe.capture.frames import ROOT, Frames
 from layerprobe.capture.hooks import HookSet, Stop
 from layerprobe.capture.recompute import watch_second_runs
+from layerprobe.capture.values import find_tensor, take_part
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import ModelMap, Part, Site, map_model
-from layerprobe.sites.stacks import calls_forward, find_device
+from layerprobe.sites.stacks import find_device
 
 __all__ = ["ProbeRegistry"]
 
@@ -97,7 +96,7 @@ class ProbeRegistry:
         has_graphs = has_compiled()
         try:
             self._port.open()
-            self._attach_frames()
+            watch_calls(self._hooks, self._given, self._mapped, self._frames, self._port)
             for point in self._points:
                 self._attach_point(point)
             if getattr(self._sink, "keeps_gradients", False):
@@ -105,8 +104,6 @@ class ProbeRegistry:
             self._hooks.join(self._mapped.base, self)
             if self.wants_stop:
                 end_early(self._hooks, self._given, self._mapped, self._frames)
-            if calls_forward(self._given):
-                self._watch_direct_calls()
         except BaseException:
             self.detach()
             raise
@@ -136,69 +133,7 @@ class ProbeRegistry:
             points.append(_Point(key, self._root.get_submodule(path), takes, tuple(indices), is_chunked))
         return points
 
-    # frames and calls
-
-    def _attach_frames(self) -> None:
-        """Hook the outermost model and the bases: a call begins at a base and ends where it came from."""
-        bases = [stack.base for stack in self._mapped.stacks]
-        if all(self._root is not base for base in bases):
-            self._hooks.keep(self._root, self._root.register_forward_pre_hook(self._make_root_entry()))
-            self._hooks.keep(self._root, self._root.register_forward_hook(self._make_exit(ROOT), always_call=True))
-        for number, base in enumerate(bases):
-            self._hooks.keep(
-                base, base.register_forward_pre_hook(self._make_base_entry(number, base), with_kwargs=True)
-            )
-            self._hooks.keep(base, base.register_forward_hook(self._make_exit(number), always_call=True))
-
-    def _make_root_entry(self) -> Callable[..., None]:
-        frames, port = self._frames, self._port
-
-        def enter_root(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
-            if torch.compiler.is_compiling():
-                port.enter(ROOT, None, None, None, False)
-            else:
-                frames.enter_root(sys._getframe(1))
-
-        return enter_root
-
-    def _make_base_entry(self, number: int, base: nn.Module) -> Callable[..., None]:
-        parameters = list(inspect.signature(type(base).forward).parameters)[1:]
-        frames, port = self._frames, self._port
-
-        def enter_base(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-            if kwargs is None:  # torch: the hook came off while those of this module ran
-                return
-            given = dict(zip(parameters, args, strict=False)) | kwargs
-            if torch.compiler.is_compiling():
-                cached = given.get("past_key_values") is not None
-                ids, mask, embeds = (given.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds"))
-                port.enter(number, ids, mask, embeds, cached)
-            elif module is not base:
-                raise CaptureError(
-                    f"a copy of {self._mapped.owner} runs with the hooks of this probe: nn.DataParallel makes such "
-                    "copies. Call the model itself, or use DistributedDataParallel."
-                )
-            else:
-                frames.enter_base(number, read_context(given), sys._getframe(1))
-
-        return enter_base
-
-    def _make_exit(self, number: int) -> Callable[..., None]:
-        frames, port = self._frames, self._port
-
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            # torch passes None for the output of a forward that raised
-            if torch.compiler.is_compiling():
-                port.leave(number, output is not None)
-            else:
-                frames.leave(number, output is not None, sys._getframe(1))
-
-        return leave
-
-    def _watch_direct_calls(self) -> None:
-        number = 0 if self._root is self._mapped.base else ROOT
-        enter = self._make_root_entry() if number == ROOT else self._make_base_entry(0, self._root)
-        watch_direct_calls(self._hooks, self._root, number, self._frames, enter, self._make_exit(number))
+    # calls of compiled graphs
 
     def enter_compiled(
         self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool, number: int
@@ -249,7 +184,7 @@ class ProbeRegistry:
             for index in self._points[point].indices:
                 part = self.sites[index].part
                 sink: Any = self._sink
-                sink.attach(index, value if part is None else self._take_part(part, value))
+                sink.attach(index, value if part is None else take_part(self._root, part, value))
 
     def leave_compiled(self, stack: int, completed: bool) -> None:
         """Take note, from a running graph, that a module is done or has raised."""
@@ -285,7 +220,7 @@ class ProbeRegistry:
 
             def read_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if torch.compiler.is_compiling():
-                    port.receive(key, _first_tensor(output), is_rows)
+                    port.receive(key, find_tensor(output), is_rows)
                 elif (stack := frames.get(get_ident())) and (call := stack[-1].call) is not None:
                     receive(call, which, output)
 
@@ -317,20 +252,12 @@ class ProbeRegistry:
             if site.call_index is None or site.call_index == count:
                 if call.sources is not None:
                     call.sources[index] = Source(sources, functools.partial(self._join_gradients, site.part))
-                self._receive(call, index, value if site.part is None else self._take_part(site.part, value))
-
-    def _take_part(self, part: Part, value: Tensor) -> Tensor:
-        """Take query, key or value out of a fused projection's output."""
-        if part.num_heads is None:
-            return value.chunk(3, dim=-1)[part.index]
-        by_head = value.unflatten(-1, (part.num_heads, 3, -1))
-        third = by_head[..., part.index, :].flatten(-2)
-        return third if part.bias is None else third + self._root.get_parameter(part.bias)
+                self._receive(call, index, value if site.part is None else take_part(self._root, site.part, value))
 
     def _join_gradients(self, part: Part | None, gradients: Sequence[Tensor]) -> Tensor:
         """Make the gradient of a value out of those of what it is made of."""
         gradient = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients), dim=1)
-        return gradient if part is None else self._take_part(replace(part, bias=None), gradient)
+        return gradient if part is None else take_part(self._root, replace(part, bias=None), gradient)
 
     def _receive(self, call: Call, index: int, value: Any, hand_over: Callable[..., None] | None = None) -> None:
         if type(value) is not Tensor:
@@ -346,7 +273,7 @@ class ProbeRegistry:
             raise Stop
 
     def _take_tensor(self, index: int, value: Any) -> Tensor:
-        first = _first_tensor(value)
+        first = find_tensor(value)
         if not isinstance(first, Tensor):
             raise CaptureError(
                 f"{self.sites[index].name!r} of {self._mapped.owner} gave {type(value).__name__}, not a tensor: "
@@ -368,14 +295,3 @@ class ProbeRegistry:
 
 def _is_chunk(value: Tensor, shape: tuple[int, int]) -> bool:
     return value.ndim == 3 and value.shape[0] == shape[0] and value.shape[1] < shape[1]
-
-
-def _first_tensor(value: Any) -> Any:
-    """Find the hidden state in what a module gives; what is no tensor is given back as it is."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, (tuple, list)):
-        items = [item for item in value if isinstance(item, Tensor)]
-        # 4.x DistilBERT puts its weights, of four dimensions, before the hidden state
-        return next((item for item in items if item.ndim != 4), items[0] if items else value)
-    return getattr(value, "last_hidden_state", value)
