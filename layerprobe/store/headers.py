@@ -28,6 +28,7 @@ __all__ = [
     "ShardHeader",
     "TensorEntry",
     "build_header",
+    "check_description",
     "check_site",
     "check_sites",
     "checksum",
@@ -273,6 +274,20 @@ def _parse_entry(name: str, entry: dict[str, Any]) -> TensorEntry:
     if stop - start != elements * dtype.itemsize:
         raise ValueError(f"{brief(repr(name))} of shape {brief(shape)} does not fill its {stop - start} bytes")
     return TensorEntry(dtype, shape, start, stop)
+
+
+def check_description(description: Mapping[str, Any]) -> None:
+    """Check what a reader uses of `store.json`; what is wrong is a KeyError, TypeError or ValueError."""
+    check_sites(description["sites"])
+    pool, model = description["pool"], description.get("model")
+    for name, value in (("fingerprint", description["fingerprint"]), ("pool", "" if pool is None else pool)):
+        if not isinstance(value, str) or not value.isprintable() or len(value) > _MOST_NAME:
+            raise ValueError(f"its {name} is {brief(repr(value))}")
+    if not isinstance(model, dict | None) or not all(isinstance(said, str | None) for said in (model or {}).values()):
+        raise ValueError(f"its model is {brief(repr(model))}")
+    for name in ("input", "plan", "tokenizer"):
+        if not isinstance(description.get(name), dict | None):
+            raise ValueError(f"its {name} is {brief(repr(description[name]))}")
 
 
 def check_sites(sites: Mapping[str, Mapping[str, Any]]) -> None:
