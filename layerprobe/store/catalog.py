@@ -8,7 +8,7 @@ Hides files, names of shards and the limit on open files. Must never know of sit
 
 import operator
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
@@ -22,12 +22,12 @@ from layerprobe.store.format import (
     INDEX_FILE,
     SCALE_SUFFIX,
     STORE_FILE,
-    check_sites,
     load_header,
     load_json,
     parse_shard_name,
 )
 from layerprobe.store.guard import brief
+from layerprobe.store.headers import check_description
 from layerprobe.store.places import Place
 from layerprobe.store.ranges import RangedShard, TensorCache
 from layerprobe.store.shards import MappedShard, Shard, ShardInfo, check_apart, parse_index
@@ -59,19 +59,16 @@ class Catalog:
         if type(found) is not int or found != FORMAT_VERSION:
             raise FormatError(f"{label}: format {brief(repr(found))}; this version reads format {FORMAT_VERSION}.")
         try:
-            self.fingerprint: str = self.description["fingerprint"]
-            self.pool: str | None = self.description["pool"]
-            said_of: dict[str, dict[str, Any]] = self.description["sites"]
-            check_sites(said_of)
-            if not isinstance(self.fingerprint, str) or not isinstance(self.pool, str | None):
-                raise TypeError("its fingerprint or pool is no text")
+            check_description(self.description)
         except KeyError as error:
             raise FormatError(f"{label}: lacks {brief(error)}.") from error
         except (TypeError, ValueError) as error:
             raise FormatError(f"{label}: is damaged ({brief(error)}).") from error
+        self.fingerprint: str = self.description["fingerprint"]
+        self.pool: str | None = self.description["pool"]
         self.sites = {
             site: StoredSite(site, said["kind"], getattr(torch, said["dtype"]), said["width"])
-            for site, said in said_of.items()
+            for site, said in self.description["sites"].items()
         }
         self.index: dict[str, Any] | None = None
         if place.exists(INDEX_FILE):
@@ -87,6 +84,7 @@ class Catalog:
         self._places = [0, *accumulate(info.num_examples for info in self.shards)]
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._is_closed = False
+        self._checked: defaultdict[int, set[str]] = defaultdict(set)
         self._is_weighed = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,18 +183,17 @@ class Catalog:
         return self._keep(number, self._make_shard(number))
 
     def prefetch(self, numbers: Sequence[int], names: Sequence[str]) -> None:
-        """Begin to fetch tensors of shards that will be asked for soon; does nothing where shards are mapped.
+        """Begin to fetch tensors of shards that will be asked for soon.
 
         Args:
             numbers: Places of the shards in the order of the input; those beyond the last are left out.
             names: Of the tensors.
         """
-        if self.place.folder is not None:
-            return
         numbers = [number for number in numbers if number < len(self.shards)]
         missing = [number for number in numbers if number not in self._open]
-        for number, shard in zip(missing, self._cache.map(self._make_shard, missing), strict=True):
-            self._keep(number, shard)
+        if self.place.folder is None:
+            for number, shard in zip(missing, self._cache.map(self._make_shard, missing), strict=True):
+                self._keep(number, shard)
         for number in numbers:
             self.shard(number).prefetch(names)
 
@@ -210,7 +207,9 @@ class Catalog:
         info = self.shards[number]
         shard: Shard
         if self.place.folder is not None:
-            shard = MappedShard(self.place.folder / info.file, info, self.fingerprint, self.check)
+            shard = MappedShard(
+                self.place.folder / info.file, info, self.fingerprint, self.check, self._checked[number]
+            )
         else:
             shard = RangedShard(self.place, info, self.fingerprint, self.check, self._cache)
         for site in self.sites.values():

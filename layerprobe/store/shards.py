@@ -114,16 +114,20 @@ class MappedShard:
         info: What the index says of it.
         fingerprint: Of the store's plan.
         check: Compare each tensor with its checksum before it is first handed out.
+        checked: Checksums that were found right, kept by the caller for when the shard is mapped again.
 
     Raises:
         FormatError: the file is damaged, or of another run.
     """
 
-    def __init__(self, path: Path, info: ShardInfo, fingerprint: str, check: bool) -> None:
+    def __init__(
+        self, path: Path, info: ShardInfo, fingerprint: str, check: bool, checked: set[str] | None = None
+    ) -> None:
         self.header: ShardHeader = read_header(path)
         check_header(str(path), self.header, info, fingerprint)
         self._path = path
         self._check = check
+        self._checked = set() if checked is None else checked
         self._memory = _map_file(path, max(entry.stop for entry in self.header.tensors.values()))
         self._tensors: dict[str, Tensor] = {}
         self.offsets, self.position = read_order(str(path), self.header, self.tensor("example"), self.tensor("offsets"))
@@ -140,13 +144,16 @@ class MappedShard:
                 entry = self.header.tensors[name]
             except KeyError as error:
                 raise FormatError(f"{self._path}: has no tensor {name!r}.") from error
-            if self._check:
+            # with its name: two tensors may be alike, and one of them damaged
+            mark = f"{name} {self.header.checksums[name]}"
+            if self._check and mark not in self._checked:
                 with memoryview(self._memory) as whole, whole[entry.start : entry.stop] as part:
                     if checksum(part) != self.header.checksums[name]:
                         raise FormatError(
                             f"{self._path}: the bytes of {name!r} are not those that were written. "
                             "Remove the file and run the same extraction again to make it anew."
                         )
+                self._checked.add(mark)
             count = (entry.stop - entry.start) // entry.dtype.itemsize
             if count == 0:
                 self._tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
@@ -160,7 +167,12 @@ class MappedShard:
         return self.tensor(name)[start:stop]
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Do nothing: a mapped file is there."""
+        """Have the system read tensors ahead: rows picked here and there of a cold file would come page by page."""
+        for name in names:
+            entry = self.header.tensors.get(name)
+            if entry is not None and entry.stop > entry.start:
+                start = entry.start - entry.start % mmap.PAGESIZE
+                self._memory.madvise(mmap.MADV_WILLNEED, start, entry.stop - start)
 
     def span(self, ordinal: int) -> tuple[int, int, int]:
         """Find an example: its position in the shard, and its first and last row."""
@@ -236,6 +248,10 @@ def parse_index(label: str, index: Mapping[str, Any]) -> list[ShardInfo]:
             raise FormatError(f"{label}: {brief(repr(file))} is not the name of a shard.")
         shards.append(ShardInfo(file, *counts))
     check_index(label, index, shards)
+    lost, cut = index.get("nonfinite", {}), index.get("truncated", 0)
+    sums = [cut, *lost.values()] if isinstance(lost, dict) else [None]
+    if not all(type(count) is int and count >= 0 for count in sums):
+        raise FormatError(f"{label}: is damaged: its truncated or nonfinite are no counts.")
     if sum(shard.num_examples + shard.num_tokens for shard in shards) > MOST_ROWS:
         raise FormatError(f"{label}: claims more than {MOST_ROWS:,} rows, which no store holds.")
     return shards
