@@ -227,7 +227,7 @@ class StoreSink:
         batch = pending.batch
         if batch is not None:
             pending.selection = Selection.from_lengths(
-                batch.lengths, batch.num_positions, batch.padding_side, value.device
+                batch.lengths, batch.num_positions, batch.padding_side, value.device, batch.sequences
             )
             pending.input_ids = batch.input_ids
         else:
@@ -259,15 +259,17 @@ class StoreSink:
         start, count = unit.used.of(stored.kind), room_for(selection).of(stored.kind)
         target = unit.buffer.target(index, start, start + count, overflow)
         if index in pending.packed:
-            if len(value) != count:
-                raise CaptureError(f"{site.name!r} gave {len(value)} rows for {count} tokens.")
-            produce = partial(cast_into, value=value)
+            rows_TD = selection.repeat_rows(value)
+            if len(rows_TD) != count:
+                raise CaptureError(f"{site.name!r} gave {len(rows_TD)} rows for {count} tokens.")
+            produce = partial(cast_into, value=rows_TD)
         elif stored.kind == "attention":
             produce = partial(write_pairs, weights_BHSS=value, selection=selection)
         elif stored.kind == "token":
             produce = partial(write_rows, value=value, selection=selection)
         else:
-            vectors = pool_rows(value, selection, self._pool) if is_per_token(site, value) else value
+            is_pooled = is_per_token(site, value)
+            vectors = pool_rows(value, selection, self._pool) if is_pooled else selection.repeat_vectors(value)
             if tuple(vectors.shape) != tuple(target.values.shape):
                 raise CaptureError(
                     f"{site.name!r} gave {tuple(vectors.shape)} vectors for {count} examples of width {stored.width}."

@@ -9,7 +9,6 @@ Letters: B sequences, S padded positions, T rows (real tokens), N examples (= B)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -59,16 +58,23 @@ class Selection:
     """Which tokens of a `[B, S]` batch are real.
 
     Args:
-        lengths: Real tokens of each sequence.
+        lengths: Real tokens of each example.
         num_positions: S.
         runs: Rectangles that hold all real tokens, in order, or None.
         index: Flat positions of the real tokens on the model's device, used where `runs` is None.
+        sequences: For each example the sequence that it is, where several are one; None where each has its own.
     """
 
     lengths: tuple[int, ...]
     num_positions: int
     runs: tuple[Run, ...] | None
     index: Tensor | None = None
+    sequences: tuple[int, ...] | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return len(self.lengths) if self.sequences is None else 1 + max(self.sequences, default=-1)
 
     @property
     def num_rows(self) -> int:
@@ -82,11 +88,16 @@ class Selection:
 
     @classmethod
     def from_lengths(
-        cls, lengths: Sequence[int], num_positions: int, padding_side: str, device: torch.device
+        cls,
+        lengths: Sequence[int],
+        num_positions: int,
+        padding_side: str,
+        device: torch.device,
+        sequences: Sequence[int] | None = None,
     ) -> "Selection":
         """Describe a batch padded on one side, without looking at a mask."""
         spans = [(0, n) if padding_side == "right" else (num_positions - n, num_positions) for n in lengths]
-        return cls._from_spans(spans, num_positions, device)
+        return cls._from_spans(spans, num_positions, device, None if sequences is None else tuple(sequences))
 
     @classmethod
     def from_mask(cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> "Selection":
@@ -119,21 +130,41 @@ class Selection:
         return cls(tuple(lengths), num_positions, None, kept.flatten().nonzero()[:, 0].to(device))
 
     @classmethod
-    def _from_spans(cls, spans: list[tuple[int, int]], num_positions: int, device: torch.device) -> "Selection":
+    def _from_spans(
+        cls,
+        spans: list[tuple[int, int]],
+        num_positions: int,
+        device: torch.device,
+        sequences: tuple[int, ...] | None = None,
+    ) -> "Selection":
         lengths = tuple(stop - start for start, stop in spans)
-        runs = []
-        position = 0
-        for (start, stop), group in groupby(spans):
-            size = len(list(group))
-            runs.append(Run(position, position + size, start, stop))
-            position += size
+        placed = list(zip(sequences or range(len(spans)), spans, strict=True))
+        runs: list[Run] = []
+        for sequence, (start, stop) in placed:
+            if runs and (runs[-1].last, runs[-1].start, runs[-1].stop) == (sequence, start, stop):
+                runs[-1] = Run(runs[-1].first, sequence + 1, start, stop)
+            else:
+                runs.append(Run(sequence, sequence + 1, start, stop))
         if len(runs) <= _MOST_RUNS and device.type == "cpu":
-            return cls(lengths, num_positions, tuple(runs))
-        rows = [
-            torch.arange(b * num_positions + start, b * num_positions + stop) for b, (start, stop) in enumerate(spans)
-        ]
+            return cls(lengths, num_positions, tuple(runs), None, sequences)
+        rows = [torch.arange(b * num_positions + start, b * num_positions + stop) for b, (start, stop) in placed]
         index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
-        return cls(lengths, num_positions, None, index.to(device, non_blocking=True))
+        return cls(lengths, num_positions, None, index.to(device, non_blocking=True), sequences)
+
+    def repeat_rows(self, rows_TD: Tensor) -> Tensor:
+        """Give each example its rows, of rows that hold each sequence once."""
+        if self.sequences is None:
+            return rows_TD
+        of_sequence = dict(zip(self.sequences, self.lengths, strict=True))
+        starts = torch.tensor([0, *(of_sequence[number] for number in sorted(of_sequence))]).cumsum(0)
+        index = [torch.arange(int(starts[number]), int(starts[number + 1])) for number in self.sequences]
+        return rows_TD.index_select(0, torch.cat(index).to(rows_TD.device))
+
+    def repeat_vectors(self, vectors: Tensor) -> Tensor:
+        """Give each example its vector, of one per sequence."""
+        if self.sequences is None:
+            return vectors
+        return vectors.index_select(0, torch.tensor(self.sequences, device=vectors.device))
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -196,7 +227,7 @@ def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
 
     Cost: one pass over the rows with no memory of its own; two for masks with holes, for int8 and for float8.
     """
-    num_sequences, num_positions = len(selection.lengths), selection.num_positions
+    num_sequences, num_positions = selection.num_sequences, selection.num_positions
     width = target.values.shape[1:]
     if tuple(value.shape[:2]) != (num_sequences, num_positions) or value.shape[2:] != width:
         raise CaptureError(
@@ -231,14 +262,15 @@ def write_pairs(target: Target, weights_BHSS: Tensor, selection: Selection) -> N
         CaptureError: the weights are not of the B and S of the call.
     """
     size, _, *positions = weights_BHSS.shape
-    if size != len(selection.lengths) or positions != [selection.num_positions] * 2:
+    if size != selection.num_sequences or positions != [selection.num_positions] * 2:
         raise CaptureError(f"attention weights of shape {tuple(weights_BHSS.shape)} are not between the call's tokens.")
     blocks: list[Tensor] = []
     if selection.runs is not None:
         blocks = [weights_BHSS[r.first : r.last, :, r.start : r.stop, r.start : r.stop] for r in selection.runs]
     else:
         assert selection.index is not None
-        for number, rows in enumerate(selection.index.split(list(selection.lengths))):
+        numbers = selection.sequences or range(len(selection.lengths))
+        for number, rows in zip(numbers, selection.index.split(list(selection.lengths)), strict=True):
             kept = rows - number * selection.num_positions
             blocks.append(weights_BHSS[number : number + 1].index_select(2, kept).index_select(3, kept))
     start = 0
@@ -280,7 +312,7 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
     Raises:
         CaptureError: the values have no row per token, or the callable does not give one vector.
     """
-    if value_BSD.ndim != 3 or tuple(value_BSD.shape[:2]) != (len(selection.lengths), selection.num_positions):
+    if value_BSD.ndim != 3 or tuple(value_BSD.shape[:2]) != (selection.num_sequences, selection.num_positions):
         raise CaptureError(f"a value of shape {tuple(value_BSD.shape)} has no row per token to pool.")
     if selection.runs is not None:
         parts = [_pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs]

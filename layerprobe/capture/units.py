@@ -43,6 +43,7 @@ class AnnouncedBatch:
         padding_side: `left` or `right`.
         input_ids: int64 `[T]` on the CPU, without padding.
         records: What travels with each example, or None.
+        sequences: For each example its sequence in the batch, where texts that are the same share one; else None.
     """
 
     ordinals: Sequence[int]
@@ -51,6 +52,7 @@ class AnnouncedBatch:
     padding_side: str
     input_ids: Tensor
     records: Sequence[Mapping[str, Any]] | None = None
+    sequences: Sequence[int] | None = None
 
 
 @dataclass(eq=False)

@@ -47,11 +47,13 @@ class Batch:
     Args:
         members: Places of the texts in the unit.
         lengths: Tokens of each.
+        sequences: For each its row of `input_ids`; texts of the same ids share one.
         input_ids, attention_mask: `[B, S]` int64.
     """
 
     members: list[int]
     lengths: list[int]
+    sequences: list[int]
     input_ids: Tensor
     attention_mask: Tensor
 
@@ -82,17 +84,22 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
 def cut_batches(unit: TokenizedUnit, batch_tokens: int, pad_id: int, padding_side: str) -> Iterator[Batch]:
     """Cut a unit into batches of at most `batch_tokens` padded tokens, longest texts first.
 
-    Of all cuts of the sorted texts the one that computes least, each batch counted as some tokens more. The longest
-    come first so that buffers and stages reach their size at once. A text longer than the budget is a batch of its own.
-    Ties keep the order of the input, so the cut is a function of the unit alone.
+    Texts of the same ids are computed once. Of all cuts of the sorted texts it is the one that computes least, each
+    batch counted as some tokens more. The longest come first so that buffers and stages reach their size at once. A
+    text longer than the budget is a batch of its own. Ties keep the order of the input, so the cut is a function of the
+    unit alone.
 
     Cost: for each text a look at as many as fit into a batch with it, in numpy.
     """
-    order = sorted(range(len(unit.ids)), key=lambda member: -len(unit.ids[member]))
-    ends = _choose_ends([len(unit.ids[member]) for member in order], batch_tokens)
+    same: dict[tuple[int, ...], list[int]] = {}
+    for member, ids in enumerate(unit.ids):
+        same.setdefault(tuple(ids), []).append(member)
+    sequences = sorted(same, key=lambda ids: -len(ids))
+    ends = _choose_ends([len(ids) for ids in sequences], batch_tokens)
     start = 0
-    while start < len(order):
-        yield _pad(order[start : ends[start]], unit.ids, pad_id, padding_side)
+    while start < len(sequences):
+        chosen = sequences[start : ends[start]]
+        yield _pad(chosen, [same[ids] for ids in chosen], pad_id, padding_side)
         start = ends[start]
 
 
@@ -115,14 +122,16 @@ def _choose_ends(lengths: Sequence[int], batch_tokens: int) -> list[int]:
     return ends
 
 
-def _pad(members: list[int], ids: Sequence[Sequence[int]], pad_id: int, padding_side: str) -> Batch:
-    lengths = [len(ids[member]) for member in members]
+def _pad(sequences: Sequence[tuple[int, ...]], members: Sequence[list[int]], pad_id: int, padding_side: str) -> Batch:
+    lengths = [len(ids) for ids in sequences]
     # A model wants at least one position, even where a tokenizer gives nothing for an empty text.
     longest = max(1, *lengths)
-    input_ids = torch.full((len(members), longest), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(members), longest), dtype=torch.int64)
-    for row, (member, length) in enumerate(zip(members, lengths, strict=True)):
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(sequences), longest), dtype=torch.int64)
+    for row, (ids, length) in enumerate(zip(sequences, lengths, strict=True)):
         place = slice(0, length) if padding_side == "right" else slice(longest - length, longest)
-        input_ids[row, place] = torch.tensor(ids[member], dtype=torch.int64)
+        input_ids[row, place] = torch.tensor(ids, dtype=torch.int64)
         attention_mask[row, place] = 1
-    return Batch(members, lengths, input_ids, attention_mask)
+    rows = [row for row, those in enumerate(members) for _ in those]
+    flat = [member for those in members for member in those]
+    return Batch(flat, [lengths[row] for row in rows], rows, input_ids, attention_mask)

@@ -47,6 +47,8 @@ class RunReport:
     Args:
         num_examples, num_tokens, num_bytes: Written by this run.
         num_computed: Tokens that went through the model, padding included.
+        num_padding: Those of them that are padding.
+        num_repeated: Texts whose tokens are those of another text of the unit, and so were not computed again.
         num_truncated: Texts cut to the maximum length.
         seconds: From the first text to the index.
         stalled_s: Time the forward waited for a buffer to be written.
@@ -58,6 +60,8 @@ class RunReport:
     num_tokens: int = 0
     num_bytes: int = 0
     num_computed: int = 0
+    num_padding: int = 0
+    num_repeated: int = 0
     num_truncated: int = 0
     seconds: float = 0.0
     stalled_s: float = 0.0
@@ -67,7 +71,7 @@ class RunReport:
     @property
     def padding(self) -> float:
         """Share of the computed tokens that was padding."""
-        return 1 - self.num_tokens / self.num_computed if self.num_computed else 0.0
+        return self.num_padding / self.num_computed if self.num_computed else 0.0
 
     def __str__(self) -> str:
         if self.is_complete and not self.num_examples:
@@ -79,6 +83,8 @@ class RunReport:
             f"{format_bytes(self.num_bytes)} written, padding {self.padding:.1%}, "
             f"{self.num_truncated:,} truncated, stalled {self.stalled_s:.2f} s"
         )
+        if self.num_repeated:
+            line += f", {self.num_repeated:,} computed with another of the same tokens"
         if self.nonfinite:
             worst = ", ".join(f"{count:,} at {site}" for site, count in self.nonfinite.most_common(3))
             line += f"; {self.nonfinite.total():,} values are not finite or overflow the dtype ({worst})"
@@ -266,6 +272,8 @@ def _run_unit(plan: Plan, keeper: RoomKeeper, sink: StoreSink, unit: Unit, repor
             attention_mask=batch.attention_mask.to(plan.device, non_blocking=True),
         )
         report.num_computed += batch.input_ids.numel()
+        report.num_padding += int((batch.attention_mask == 0).sum())
+        report.num_repeated += len(batch.members) - len(batch.input_ids)
         report.num_tokens += sum(batch.lengths)
         report.num_examples += len(batch.members)
         bar.update(len(batch.members))
@@ -282,6 +290,7 @@ def _announce(unit: Unit, tokenized: TokenizedUnit, batch: Batch, padding_side: 
         padding_side=padding_side,
         input_ids=torch.tensor(ids, dtype=torch.int64),
         records=[_make_record(unit.records[member]) for member in batch.members],
+        sequences=batch.sequences if len(batch.sequences) > len(batch.input_ids) else None,
     )
 
 

@@ -34,28 +34,41 @@ def test_no_texts_are_no_ids(tiny: LoadedModel) -> None:
 LENGTHS = st.lists(st.integers(0, 30), max_size=40)
 
 
-@given(lengths=LENGTHS, budget=st.integers(1, 100), side=st.sampled_from(["left", "right"]))
-def test_each_text_is_in_one_batch_under_the_budget_longest_first(lengths: list[int], budget: int, side: str) -> None:
-    unit = TokenizedUnit([list(range(1, length + 1)) for length in lengths], [False] * len(lengths))
+TEXTS = st.lists(st.lists(st.integers(1, 3), max_size=30), max_size=40)
+
+
+@given(texts=TEXTS, budget=st.integers(1, 100), side=st.sampled_from(["left", "right"]))
+def test_each_text_is_in_one_batch_under_the_budget_longest_first(
+    texts: list[list[int]], budget: int, side: str
+) -> None:
+    unit = TokenizedUnit(texts, [False] * len(texts))
     batches = list(cut_batches(unit, budget, 0, side))
     members = [member for batch in batches for member in batch.members]
-    assert sorted(members) == list(range(len(lengths)))
-    assert members == sorted(members, key=lambda member: (-lengths[member], member))
+    assert sorted(members) == list(range(len(texts)))
+    assert sum(len(batch.input_ids) for batch in batches) == len({tuple(ids) for ids in texts})
+    first = [batch.members[batch.sequences.index(row)] for batch in batches for row in range(len(batch.input_ids))]
+    assert first == sorted(first, key=lambda member: (-len(texts[member]), member))
     for batch in batches:
-        assert batch.input_ids.numel() <= budget or len(batch.members) == 1
-        assert batch.input_ids.shape == batch.attention_mask.shape == (len(batch.members), max(1, *batch.lengths, 0))
-        for row, member in enumerate(batch.members):
+        assert batch.input_ids.numel() <= budget or len(batch.input_ids) == 1
+        assert batch.input_ids.shape == batch.attention_mask.shape
+        assert batch.input_ids.shape[1] == max(1, *batch.lengths, 0)
+        for row, member, length in zip(batch.sequences, batch.members, batch.lengths, strict=True):
             kept = batch.attention_mask[row].bool()
-            assert batch.input_ids[row][kept].tolist() == unit.ids[member]
+            assert batch.input_ids[row][kept].tolist() == unit.ids[member] and length == len(unit.ids[member])
             assert not batch.input_ids[row][~kept].any()
             edge = kept if side == "right" else kept.flip(0)
-            assert torch.equal(edge, torch.arange(len(edge)) < len(unit.ids[member]))
+            assert torch.equal(edge, torch.arange(len(edge)) < length)
+
+
+def _unit_of(lengths: list[int]) -> TokenizedUnit:
+    """Texts of these lengths, no two the same but the empty ones."""
+    return TokenizedUnit([[number + 7] * length for number, length in enumerate(lengths)], [False] * len(lengths))
 
 
 @given(lengths=LENGTHS)
 def test_the_cut_is_a_function_of_the_unit(lengths: list[int]) -> None:
     def cut() -> list[Any]:
-        unit = TokenizedUnit([[7] * length for length in lengths], [False] * len(lengths))
+        unit = _unit_of(lengths)
         return [batch.members for batch in cut_batches(unit, 40, 0, "right")]
 
     assert cut() == cut()
@@ -76,15 +89,15 @@ def _least_cost(lengths: list[int], budget: int) -> int:
     return min(costs)
 
 
-@given(lengths=st.lists(st.integers(0, 60), max_size=9), budget=st.integers(1, 200))
+@given(lengths=st.lists(st.integers(1, 60), max_size=9), budget=st.integers(1, 200))
 def test_no_other_cut_computes_less(lengths: list[int], budget: int) -> None:
-    unit = TokenizedUnit([[7] * length for length in lengths], [False] * len(lengths))
+    unit = _unit_of(lengths)
     made = [batch.lengths for batch in cut_batches(unit, budget, 0, "right")]
     assert _cost(made) == _least_cost(sorted(lengths, reverse=True), budget)
 
 
 def test_padding_of_texts_of_all_lengths_is_under_two_percent() -> None:
     lengths = [int(2 + 400 / (1 + number)) + number % 90 for number in range(1500)]
-    unit = TokenizedUnit([[7] * length for length in lengths], [False] * len(lengths))
+    unit = _unit_of(lengths)
     computed = sum(batch.input_ids.numel() for batch in cut_batches(unit, 1024, 0, "right"))
     assert computed <= sum(lengths) / 0.98

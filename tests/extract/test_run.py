@@ -211,7 +211,8 @@ def test_the_report_counts_what_was_done(tiny: LoadedModel, texts: list[str], tm
     lengths = [len(tiny.tokenizer(text, truncation=True)["input_ids"]) for text in texts]
     assert (report.num_examples, report.num_tokens, report.num_truncated) == (12, sum(lengths), 1)
     assert report.num_bytes == sum(file.stat().st_size for file in (tmp_path / "acts").glob("shard-*"))
-    assert report.padding == 1 - sum(lengths) / report.num_computed and report.stalled_s >= 0
+    assert report.num_computed - report.num_padding == sum(lengths)
+    assert report.padding == report.num_padding / report.num_computed and report.stalled_s >= 0
     line = str(report)
     for part in (
         "12 examples",
@@ -261,3 +262,29 @@ def test_peak_memory_does_not_grow_with_the_number_of_examples(tiny_model_folder
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
     assert peaks[1] < peaks[0] * 1.05, f"kB for 1,000 and 20,000 examples: {peaks}"
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": "mean"}, {"dtype": "int8"}, {"sites": ["pooler", "layers.0"]}])
+@pytest.mark.parametrize("sites", [["layers.*"], ["layers.1.attention.weights"]])
+def test_texts_of_the_same_tokens_are_computed_once_and_stored_for_each(
+    tiny: LoadedModel, tmp_path: Path, options: Any, sites: list[str]
+) -> None:
+    if "attention" in sites[0] and options:
+        pytest.skip("weights take neither")
+    texts = ["the fox", "a lazy dog", "THE FOX", "", "the fox", "a quick brown dog", "", "the  fox"]
+    seen: list[int] = []
+    handle = tiny.model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    asked = {"sites": sites, "tokenizer": tiny.tokenizer, **options}
+    store = extract(tiny.model, texts, tmp_path / "acts", **asked)
+    handle.remove()
+    assert sum(seen) - 1 == len({tuple(store.example(i).input_ids.tolist()) for i in range(len(texts))})
+    for number, text in enumerate(texts):
+        alone = extract(tiny.model, [text], tmp_path / f"alone-{number}", **asked)
+        assert store.example(number).text == text
+        for site in store.sites:
+            # a batch of another shape reorders the sums of a forward; int8 then rounds to a neighbour
+            tolerance = 0.03 if options.get("dtype") == "int8" else 1e-5
+            assert torch.allclose(store[site][number].float(), alone[site][0].float(), atol=tolerance)
+            assert torch.equal(store[site][0].float(), store[site][4].float())
