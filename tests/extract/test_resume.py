@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import layerprobe
 from layerprobe.errors import FormatError, InputError, NonFiniteError, PlanError, StoreError
@@ -60,6 +62,21 @@ def test_any_lost_shard_is_made_again_byte_for_byte(tiny: LoadedModel, texts: li
     shutil.rmtree(whole / "tokenizer")
     plan = plan_extraction(tiny, texts, whole, ExtractOptions(shard_bytes=SHARD_BYTES))
     assert f"of {plan.num_units} already there" in str(plan)
+    assert resume(tiny, texts, whole) == before
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lost=st.sets(st.integers(0, 40)), loses_index=st.booleans())
+def test_any_subset_of_shards_is_made_again_byte_for_byte(
+    tiny: LoadedModel, texts: list[str], whole: Path, lost: set[int], loses_index: bool
+) -> None:
+    # what one example leaves is what the next one begins with
+    before = contents(whole)
+    paths = sorted(whole.glob("shard-*"))
+    for number in lost:
+        paths[number % len(paths)].unlink(missing_ok=True)
+    if loses_index:
+        (whole / "index.json").unlink()
     assert resume(tiny, texts, whole) == before
 
 
