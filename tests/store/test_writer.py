@@ -195,3 +195,20 @@ def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(tmp_path: Pa
 def test_a_site_knows_its_bytes_on_disk_with_its_scale() -> None:
     assert StoredSite("layers.0", "token", torch.float16, 384).bytes_per_vector == 768
     assert StoredSite("layers.0", "token", torch.int8, 384).bytes_per_vector == 388
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int64]
+)
+def test_every_kind_of_value_is_told_as_torch_tells_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    """All bit patterns of two bytes, as the top of each dtype's own."""
+    size = dtype.itemsize
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.uint8).view(-1, 2)
+    raw = torch.zeros(1 << 16, max(2, size), dtype=torch.uint8)
+    raw[:, -2:] = patterns
+    values = raw.view(dtype)
+    writer = ShardWriter(tmp_path)
+    write_all(writer, make_job(0, values))
+    expected = int((~torch.isfinite(values.float() if size == 1 else values)).sum())
+    assert writer.committed[0].nonfinite == ({"layers.0": expected} if expected else {})
+    assert bool(expected) == dtype.is_floating_point
