@@ -194,6 +194,9 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         self._ready: deque[dict[str, Tensor]] = deque()
         self._fetched = -1  # group whose tensors were asked for
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": deque()}  # gathered again where it goes on
+
     def __iter__(self) -> "RowBatches[Batch]":
         return self
 
