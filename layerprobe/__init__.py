@@ -11,6 +11,7 @@ from layerprobe.models import load_model
 from layerprobe.sites.anatomy import Anatomy, register_architecture
 from layerprobe.sites.resolve import sites
 from layerprobe.store.datasets import ExampleDataset, RowDataset
+from layerprobe.store.export import export
 from layerprobe.store.reader import open_store as open
 from layerprobe.version import __version__
 
@@ -22,6 +23,7 @@ __all__ = [
     "RowDataset",
     "Sink",
     "__version__",
+    "export",
     "extract",
     "load_model",
     "open",

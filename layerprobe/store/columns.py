@@ -1,0 +1,375 @@
+"""From shards to Arrow: a column per thing that is known of an example or of a token, in the order of the input.
+
+A record batch holds at most about 32 MiB of values, so memory does not grow with the store. Values keep their dtype
+where Arrow has it (float16, float32, float64) and are widened to float32 where it has not.
+
+Hides pyarrow, which comes with the extra `data`. Must never know of folders or stores.
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.errors import FormatError, LayerProbeError, OptionError, SiteError, StoreError
+from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns
+from layerprobe.store.format import SCALE_SUFFIX, fingerprint_of
+from layerprobe.store.records import has_records, read_record
+from layerprobe.store.rows import take_rows
+from layerprobe.store.shards import Shard
+from layerprobe.store.writer import StoredSite
+
+__all__ = [
+    "ROWS",
+    "Columns",
+    "column_dtype",
+    "cut_places",
+    "match_sites",
+    "open_dataset",
+    "require",
+    "rows_of",
+    "take_site",
+    "write_arrow",
+    "write_parquet",
+]
+
+ROWS = ("examples", "tokens")
+# Values of one record batch, which is also a row group of a Parquet file.
+_BATCH_BYTES = 32 << 20
+_MAPPED_BYTES = 1 << 20
+_KEPT_DTYPES = (torch.float16, torch.float32, torch.float64)
+_INPUT_SUFFIX = ":input"
+_OWN_COLUMNS = ("index", "position", "input_id", "input_ids", "token", "tokens", "text", "fields")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What becomes a column.
+
+    Args:
+        sites: The sites, in the order in which the model runs them.
+        rows: `examples` or `tokens`.
+        tokens: Turns ids into tokens; None where the store has no tokenizer.
+
+    Raises:
+        OptionError: there is no such row, or a site has no value per token.
+        FormatError: a site has the name of a column.
+    """
+
+    sites: tuple[StoredSite, ...]
+    rows: str = "examples"
+    tokens: Callable[[Tensor], list[str]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows not in ROWS:
+            raise OptionError(f"rows is {self.rows!r}: use {' or '.join(map(repr, ROWS))}.")
+        for site in self.sites:
+            if self.rows == "tokens" and site.kind != "token":
+                raise OptionError(
+                    f"{site.name!r} has no value per token (it is of kind {site.kind!r}): choose other sites, or "
+                    "rows='examples'."
+                )
+            if site.name in _OWN_COLUMNS:
+                raise FormatError(f"a site is named {site.name!r}, as a column that every table has.")
+
+
+def require(module: str, what: str) -> Any:
+    """Import something that the extra `data` brings.
+
+    Raises:
+        OptionError: it is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise OptionError(
+            f"{what} needs {package}, which is not installed ({error}). Install it with pip install 'layerprobe[data]'."
+        ) from error
+
+
+def match_sites(patterns: str | Sequence[str] | None, names: Sequence[str], owner: str) -> list[str]:
+    """Find the stored sites that patterns stand for, in the order of the store.
+
+    Args:
+        patterns: As for `extract`; layers count to the last that is stored. None for every site.
+        names: The stored sites.
+        owner: What to call the store in messages.
+
+    Raises:
+        SiteError: a pattern is malformed, or matches nothing that is stored.
+    """
+    if patterns is None:
+        return list(names)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise SiteError(f"no site asked of {owner}: it holds {', '.join(names)}.")
+    chosen = {pattern for pattern in patterns if pattern in names}
+    own = [name for name in names if not name.startswith(MODULE_PREFIX)]
+    inputs = [name.removesuffix(_INPUT_SUFFIX) for name in names if name.endswith(_INPUT_SUFFIX)]
+    outputs = [name for name in names if not name.endswith(_INPUT_SUFFIX)]
+    for pattern in patterns:
+        if pattern not in chosen:
+            modules = inputs if str(pattern).endswith(_INPUT_SUFFIX) else outputs
+            modules = [name.removeprefix(MODULE_PREFIX) for name in modules if name.startswith(MODULE_PREFIX)]
+            chosen.update(expand_patterns(pattern, own, _count_layers(own), owner, modules))
+    return [name for name in names if name in chosen]
+
+
+def _count_layers(names: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        segments = name.split(".")
+        for place, segment in enumerate(segments[:-1]):
+            if segment == "layers" and segments[place + 1].isdecimal():
+                stack = ".".join(segments[: place + 1])
+                counts[stack] = max(counts.get(stack, 0), int(segments[place + 1]) + 1)
+    return counts
+
+
+def column_dtype(site: StoredSite) -> torch.dtype:
+    """Choose what a site's values become where bfloat16, float8 and scaled int8 do not exist."""
+    return site.dtype if site.dtype in _KEPT_DTYPES else torch.float32
+
+
+def cut_places(shard: Shard, sites: Sequence[StoredSite]) -> Iterator[list[int]]:
+    """Cut a shard's examples, in the order of the input, into lists whose values take about 32 MiB, at least one each.
+
+    Returns:
+        An iterator of places in the shard.
+    """
+    lengths = np.diff(shard.offsets)
+    costs = np.full(len(lengths), 64, dtype=np.int64) + lengths * 16
+    for site in sites:
+        size = site.width * max(4, site.dtype.itemsize)
+        costs += size * {"token": lengths, "example": np.int64(1), "attention": lengths * lengths}[site.kind]
+    places: list[int] = []
+    total = 0
+    for place in shard.position:
+        if places and total + int(costs[place]) > _BATCH_BYTES:
+            yield places
+            places, total = [], 0
+        places.append(place)
+        total += int(costs[place])
+    if places:
+        yield places
+
+
+def rows_of(shard: Shard, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Find the rows of examples, one after the other.
+
+    Returns:
+        int64 `[n]`, the rows of the shard; int64 `[len(places) + 1]`, where each example begins among them.
+    """
+    offsets = torch.tensor(shard.offsets)
+    starts, lengths = offsets[list(places)], offsets.diff()[list(places)]
+    begins = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    rows = torch.arange(int(begins[-1])) + torch.repeat_interleave(starts - begins[:-1], lengths)
+    return rows, begins
+
+
+def take_site(shard: Shard, site: StoredSite, places: Sequence[int]) -> np.ndarray:
+    """Copy a site's values of some examples out of a shard.
+
+    Returns:
+        `[n, D]` in the column's dtype: rows, or vectors; for attention weights they are flat.
+    """
+    dtype = np.dtype(str(column_dtype(site)).removeprefix("torch."))
+    if site.kind == "example":
+        return take_rows(shard, site, torch.tensor(places, dtype=torch.int64)).to(column_dtype(site)).numpy()
+    # where the values of each example begin in the shard
+    begins = shard.offsets if site.kind == "token" else [site.width * pairs for pairs in shard.pairs_before]
+    values = shard.tensor(site.name)
+    scale = shard.tensor(site.name + SCALE_SUFFIX) if site.dtype == torch.int8 else None
+    count = sum(begins[place + 1] - begins[place] for place in places)
+    taken = _allocate((count, site.width) if site.kind == "token" else (count,), dtype)
+    target, end = torch.from_numpy(taken), 0
+    for place in places:
+        start, stop = begins[place], begins[place + 1]
+        part = target[end : end + stop - start]
+        end += stop - start
+        if scale is None:
+            part.copy_(values[start:stop])
+        else:
+            torch.mul(values[start:stop], scale[start:stop, None], out=part)
+    return taken
+
+
+def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Make room for the values of one batch.
+
+    Large rooms are mapped, so that the system has them back after use: of blocks of this size that are each a little
+    larger than the hole that the last one left, the heap would grow with the store.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < _MAPPED_BYTES:
+        return np.empty(shape, dtype)
+    return np.ndarray(shape, dtype, buffer=mmap.mmap(-1, num_bytes))
+
+
+def write_arrow(path: Path, shards: Iterable[Shard], columns: Columns, *, as_stream: bool = False) -> None:
+    """Write an Arrow IPC file, or a stream as `datasets` maps it."""
+    pyarrow = require("pyarrow", "Arrow")
+    ipc = require("pyarrow.ipc", "Arrow")
+    schema = _schema(pyarrow, columns)
+    new = ipc.new_stream if as_stream else ipc.new_file
+    with pyarrow.OSFile(str(path), "wb") as sink, new(sink, schema) as writer:
+        for batch in _list_batches(pyarrow, schema, shards, columns):
+            writer.write_batch(batch)
+
+
+def write_parquet(path: Path, shards: Iterable[Shard], columns: Columns) -> None:
+    """Write a Parquet file, a row group per record batch."""
+    pyarrow = require("pyarrow", "Parquet")
+    parquet = require("pyarrow.parquet", "Parquet")
+    schema = _schema(pyarrow, columns)
+    with parquet.ParquetWriter(str(path), schema) as writer:
+        for batch in _list_batches(pyarrow, schema, shards, columns):
+            writer.write_batch(batch)
+
+
+def open_dataset(
+    shards: Callable[[], Iterable[Shard]], columns: Columns, fingerprint: str, cache: str | Path | None
+) -> Any:
+    """Give a `datasets.Dataset` that maps an Arrow stream, which is written into a cache if it is not there yet.
+
+    Args:
+        shards: Goes through the shards in the order of the input.
+        columns: What becomes a column.
+        fingerprint: Of the store.
+        cache: Folder of the stream; None for the one of `datasets`.
+    """
+    datasets = require("datasets", "to_datasets")
+    folder = Path(cache) if cache is not None else Path(datasets.config.HF_DATASETS_CACHE) / "layerprobe"
+    names = [site.name for site in columns.sites]
+    # the checksums of what is written, so that a shard that was added or made anew gives another name
+    contents = [[shard.header.file, sorted(shard.header.checksums.items())] for shard in shards()]
+    digest = fingerprint_of(
+        {"store": fingerprint, "sites": names, "shards": contents, "tokens": columns.tokens is not None}
+    )
+    path = folder / f"{digest}.arrow"
+    if not path.is_file():
+        partial = folder / f"{digest}.{os.getpid()}.tmp"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_arrow(partial, shards(), columns, as_stream=True)
+            os.replace(partial, path)
+        except OSError as error:
+            if isinstance(error, LayerProbeError):
+                raise
+            raise StoreError(
+                f"{path}: cannot be written ({error.strerror or error}). Choose a folder with cache=."
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    return datasets.Dataset.from_file(str(path))
+
+
+def _schema(pyarrow: Any, columns: Columns) -> Any:
+    has_tokens = columns.tokens is not None
+    if columns.rows == "tokens":
+        fields = {"index": pyarrow.int64(), "position": pyarrow.int64(), "input_id": pyarrow.int64()}
+        fields |= {"token": pyarrow.string()} if has_tokens else {}
+    else:
+        fields = {"index": pyarrow.int64(), "input_ids": pyarrow.list_(pyarrow.int64())}
+        fields |= {"tokens": pyarrow.list_(pyarrow.string())} if has_tokens else {}
+        fields |= {"text": pyarrow.string(), "fields": pyarrow.string()}
+    for site in columns.sites:
+        item = pyarrow.from_numpy_dtype(np.dtype(str(column_dtype(site)).removeprefix("torch.")))
+        if site.kind == "attention":
+            fields[site.name] = pyarrow.list_(pyarrow.list_(pyarrow.list_(item)))
+        else:
+            vector = pyarrow.list_(item, site.width)
+            is_listed = site.kind == "token" and columns.rows == "examples"
+            fields[site.name] = pyarrow.list_(vector) if is_listed else vector
+    return pyarrow.schema(list(fields.items()))
+
+
+def _list_batches(pyarrow: Any, schema: Any, shards: Iterable[Shard], columns: Columns) -> Iterator[Any]:
+    build = _build_tokens if columns.rows == "tokens" else _build_examples
+    for shard in shards:
+        shard.prefetch(["input_ids", "records", *(site.name for site in columns.sites)])
+        for places in cut_places(shard, columns.sites):
+            built = build(pyarrow, shard, places, columns)
+            yield pyarrow.record_batch([built[name] for name in schema.names], schema=schema)
+
+
+def _build_examples(pyarrow: Any, shard: Shard, places: Sequence[int], columns: Columns) -> Mapping[str, Any]:
+    rows, begins = rows_of(shard, places)
+    ids = shard.tensor("input_ids")[rows]
+    texts, fields = _read_records(pyarrow, shard, places)
+    built = {
+        "index": pyarrow.array(shard.tensor("example")[list(places)].numpy()),
+        "input_ids": _nest(pyarrow, begins, pyarrow.array(ids.numpy())),
+        "text": texts,
+        "fields": fields,
+    }
+    if columns.tokens is not None:
+        built["tokens"] = _nest(pyarrow, begins, pyarrow.array(columns.tokens(ids), pyarrow.string()))
+    for site in columns.sites:
+        values = pyarrow.array(take_site(shard, site, places).reshape(-1))
+        if site.kind == "attention":
+            lengths = begins.diff()
+            heads = lengths.repeat_interleave(site.width)
+            by_query = _nest(pyarrow, _sum_up(heads.repeat_interleave(heads)), values)
+            by_head = _nest(pyarrow, _sum_up(heads), by_query)
+            built[site.name] = _nest(pyarrow, torch.arange(len(places) + 1) * site.width, by_head)
+        else:
+            vectors = pyarrow.FixedSizeListArray.from_arrays(values, site.width)
+            built[site.name] = _nest(pyarrow, begins, vectors) if site.kind == "token" else vectors
+    return built
+
+
+def _build_tokens(pyarrow: Any, shard: Shard, places: Sequence[int], columns: Columns) -> Mapping[str, Any]:
+    rows, begins = rows_of(shard, places)
+    ids = shard.tensor("input_ids")[rows]
+    lengths = begins.diff()
+    built = {
+        "index": pyarrow.array(shard.tensor("example")[list(places)].repeat_interleave(lengths).numpy()),
+        "position": pyarrow.array((torch.arange(len(rows)) - begins[:-1].repeat_interleave(lengths)).numpy()),
+        "input_id": pyarrow.array(ids.numpy()),
+    }
+    if columns.tokens is not None:
+        built["token"] = pyarrow.array(columns.tokens(ids), pyarrow.string())
+    for site in columns.sites:
+        values = pyarrow.array(take_site(shard, site, places).reshape(-1))
+        built[site.name] = pyarrow.FixedSizeListArray.from_arrays(values, site.width)
+    return built
+
+
+def _sum_up(lengths: Tensor) -> Tensor:
+    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+
+
+def _nest(pyarrow: Any, begins: Tensor, values: Any) -> Any:
+    return pyarrow.ListArray.from_arrays(pyarrow.array(begins.to(torch.int32).numpy()), values)
+
+
+def _read_records(pyarrow: Any, shard: Shard, places: Sequence[int]) -> tuple[Any, Any]:
+    """Give the texts, and the other fields as JSON, since what they are differs from record to record."""
+    if has_records(shard):
+        # whole, and held against their checksums
+        shard.tensor("record_offsets")
+        shard.tensor("records")
+    ordinals = shard.tensor("example")[list(places)].tolist()
+    records = [read_record(shard, ordinal, shard.header.file) for ordinal in ordinals]
+    try:
+        texts = pyarrow.array([record.get("text") for record in records], pyarrow.string())
+        fields = [
+            json.dumps(record["fields"], ensure_ascii=False) if "fields" in record else None for record in records
+        ]
+        return texts, pyarrow.array(fields, pyarrow.string())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{shard.header.file}: a record is damaged ({error}).") from error

@@ -1,0 +1,210 @@
+"""`layerprobe.export`: a store as one file, or folder, of another format.
+
+Goes through the shards in the order of the input, never holding more than one record batch or chunk, and gives the
+result its name when it is whole: a killed export leaves a `.tmp` and nothing else.
+
+Hides how a file becomes permanent. Must never know of models or hooks.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from layerprobe.errors import LayerProbeError, OptionError, StoreError
+from layerprobe.store.columns import Columns, column_dtype, match_sites, require, write_arrow, write_parquet
+from layerprobe.store.durable import commit_folder
+from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_zarr
+from layerprobe.store.reader import Store, open_store
+from layerprobe.store.shards import Shard
+from layerprobe.store.writer import StoredSite
+from layerprobe.tables import format_bytes, format_count
+
+__all__ = ["FORMATS", "ExportReport", "export"]
+
+_TABLES: dict[str, Callable[..., None]] = {"parquet": write_parquet, "arrow": write_arrow}
+_PACKED: dict[str, Callable[[Path, Sequence[PackedArray]], None]] = {"npz": write_npz, "zarr": write_zarr}
+_MODULES = {"parquet": "pyarrow.parquet", "arrow": "pyarrow.ipc", "zarr": "zarr"}
+FORMATS = (*_TABLES, *_PACKED)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported; `str(report)` says it in a line or two.
+
+    Args:
+        out: Where it is.
+        format: One of `FORMATS`.
+        num_examples, num_tokens, num_bytes: How much it is.
+        sites: Their names.
+        widened: Sites whose dtype the format has not, with that dtype; they are float32 there.
+        is_complete: Whether the store was; if not, examples are missing.
+    """
+
+    out: Path
+    format: str
+    num_examples: int
+    num_tokens: int
+    num_bytes: int
+    sites: tuple[str, ...]
+    widened: Mapping[str, str]
+    is_complete: bool
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.out}: {format_count(self.num_examples, 'example')}, {format_count(self.num_tokens, 'token')}, "
+            f"{format_count(len(self.sites), 'site')}, {format_bytes(self.num_bytes)}"
+        ]
+        if self.widened:
+            dtypes = " and ".join(dict.fromkeys(self.widened.values()))
+            lines.append(
+                f"{format_count(len(self.widened), 'site')} of {dtypes} became float32, which {self.format} has"
+            )
+        if not self.is_complete:
+            lines.append("the store is not complete: examples are missing")
+        return "\n".join(lines)
+
+
+def export(
+    store: Store | str | Path,
+    out: str | Path,
+    to: str = "parquet",
+    *,
+    sites: str | Sequence[str] | None = None,
+    rows: str | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> ExportReport:
+    """Write a store as one file of another format; `zarr` is a folder.
+
+    Args:
+        store: A store, or where it is.
+        out: What to write.
+        to: `parquet` or `arrow`: a table; `npz` or `zarr`: packed arrays. `docs/export.md` lists columns and arrays.
+        sites: Patterns over the stored sites; None for all of them, or with `rows="tokens"` all with a row per token.
+        rows: What a row of a table is: `examples`, the default, or `tokens`. Packed arrays are not made of rows.
+        overwrite: Replace what is there.
+        progress: Whether to show a bar; None for only on a terminal.
+
+    Returns:
+        What was written.
+
+    Raises:
+        OptionError: a value that does not exist, or what the format takes is not installed.
+        SiteError: a pattern matches nothing that is stored.
+        StoreError: there is no store, a shard is damaged, `out` exists, or the disk refused. Nothing is left then.
+
+    Cost: about 100 MiB, however large the store; packed arrays take one pass over it for each of them.
+    """
+    if to not in FORMATS:
+        raise OptionError(f"no format {to!r}: use {', '.join(FORMATS)}.")
+    if rows is not None and to in _PACKED:
+        raise OptionError(f"rows={rows!r} goes with a table: {to} holds packed rows with the offsets of examples.")
+    if to in _MODULES:
+        require(_MODULES[to], f"to={to!r}")
+    out = Path(out)
+    if not isinstance(store, Store):
+        store = open_store(store)
+    columns = _choose_columns(store, sites, rows or "examples")
+    _check_target(store, out, to, overwrite)
+    with _committed(out, overwrite) as partial:
+        if to in _TABLES:
+            with _bar(store.num_shards, progress) as bar:
+                _TABLES[to](partial, _counted(store, bar), columns)
+        else:
+            with _bar(0, progress) as bar:
+                arrays = list_arrays(lambda: _counted(store, bar), columns.sites)
+                # the pass that measured is done
+                bar.reset(store.num_shards * len(arrays))
+                _PACKED[to](partial, arrays)
+    widened = {
+        site.name: str(site.dtype).removeprefix("torch.") for site in columns.sites if column_dtype(site) != site.dtype
+    }
+    names = tuple(site.name for site in columns.sites)
+    return ExportReport(
+        out, to, len(store), store.num_tokens, _measure(out), names, widened, store.is_complete
+    )  # fmt: skip
+
+
+def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: str) -> Columns:
+    views = [store[name] for name in match_sites(patterns, store.sites, str(store.place))]
+    if rows == "tokens" and patterns is None:
+        views = [view for view in views if view.kind == "token"]
+        if not views:
+            raise OptionError(f"rows='tokens': {store.place} holds no site with a row per token. Use rows='examples'.")
+    sites = tuple(StoredSite(view.site, view.kind, view.dtype, view.width) for view in views)
+    return Columns(sites, rows, store.id_to_tokens)
+
+
+def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:
+    """Make sure that an export harms neither the store nor what is no export."""
+    if not out.parent.is_dir():
+        raise StoreError(f"{out}: cannot be written: {out.parent} is not a folder. Make it first.")
+    folder = store.place.folder
+    if folder is not None:
+        inside, target = folder.resolve(), out.resolve()
+        if target == inside or inside in target.parents or target in inside.parents:
+            raise OptionError(f"{out}: lies in or around the store {folder}. Choose another place.")
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise StoreError(f"{out}: exists already. Choose another name, or pass overwrite=True (--overwrite).")
+    is_group = out.is_dir() and (out / "zarr.json").is_file()
+    if out.is_symlink() or (not is_group if to == "zarr" else not out.is_file()):
+        what = "a Zarr group" if to == "zarr" else "a file"
+        raise StoreError(f"{out}: is not {what}, so it is not replaced. Choose another name.")
+
+
+@contextlib.contextmanager
+def _committed(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Give the name to write under; the rest happens when all is written, or nothing is left."""
+    partial, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old.tmp")
+    try:
+        _remove(partial)
+        try:
+            yield partial
+            if overwrite and out.is_dir():
+                # a folder cannot be renamed onto one that holds something
+                _remove(old)
+                os.replace(out, old)
+            commit_folder(partial, out)
+            _remove(old)
+        except BaseException:
+            _remove(partial)
+            raise
+    except LayerProbeError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{out}: cannot be written ({error.strerror or error}). Nothing was left there; the store is as it was."
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _bar(num_passes: int, progress: bool | None) -> "tqdm[Any]":
+    shows = sys.stderr.isatty() if progress is None else progress
+    return tqdm(total=num_passes, unit=" shards", disable=not shows, leave=False)
+
+
+def _counted(store: Store, bar: "tqdm[Any]") -> Iterator[Shard]:
+    for shard in store.iter_shards():
+        yield shard
+        bar.update()
+
+
+def _measure(out: Path) -> int:
+    if out.is_file():
+        return out.stat().st_size
+    return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

@@ -1,0 +1,218 @@
+"""From shards to packed arrays in the order of the input, one after the other: `.npz` and Zarr.
+
+Each array is written in a pass over the shards of its own, piece by piece, so memory does not grow with the store and
+no array is pickled. The records stay what they are in a shard: JSON objects back to back in bytes, with their offsets.
+
+Must never know of folders or stores.
+"""
+
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from layerprobe.errors import FormatError
+from layerprobe.store.columns import column_dtype, cut_places, require, rows_of, take_site
+from layerprobe.store.shards import Shard
+from layerprobe.store.writer import StoredSite
+
+__all__ = ["OFFSETS_SUFFIX", "PackedArray", "list_arrays", "write_npz", "write_zarr"]
+
+OFFSETS_SUFFIX = ":offsets"
+# Values that are written at a time, and of a Zarr chunk.
+_PIECE_BYTES = 4 << 20
+# A member of an archive, or an array of a group, that cannot lead out of it.
+_SAFE_NAME = re.compile(r"\w[\w.:+-]*\Z")
+_RESERVED = ("zarr.json",)
+
+Shards = Callable[[], Iterable[Shard]]
+
+
+@dataclass(frozen=True)
+class PackedArray:
+    """One array: its whole shape, and its values piece by piece along the first axis."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class _Totals:
+    num_examples: int = 0
+    num_tokens: int = 0
+    num_pairs: int = 0
+    record_bytes: int = 0
+
+
+def list_arrays(shards: Shards, sites: Sequence[StoredSite]) -> list[PackedArray]:
+    """Plan the arrays of an export.
+
+    Args:
+        shards: Goes through the shards in the order of the input; called once more for each array.
+        sites: What to export.
+
+    Returns:
+        `example [N]`, `offsets [N + 1]`, `input_ids [T]`, `record_offsets [N + 1]` and `records` where texts were kept,
+        then the sites: `[T, D]`, `[N, D]`, or flat with `SITE:offsets [N + 1]` for attention weights.
+
+    Raises:
+        FormatError: a site has a name that no file may have.
+    """
+    for site in sites:
+        if not _SAFE_NAME.match(site.name) or site.name in _RESERVED:
+            raise FormatError(f"a site is named {site.name!r}, which cannot be the name of an array in a file.")
+    totals = _measure(shards(), any(site.kind == "attention" for site in sites))
+    by_example, by_token = (totals.num_examples,), (totals.num_tokens,)
+    begins = (totals.num_examples + 1,)
+    int64 = np.dtype(np.int64)
+
+    def ordinals() -> Iterator[np.ndarray]:
+        for shard in shards():
+            yield shard.tensor("example")[shard.position].numpy()
+
+    def ids() -> Iterator[np.ndarray]:
+        for shard in shards():
+            for places in cut_places(shard, ()):
+                yield shard.tensor("input_ids")[rows_of(shard, places)[0]].numpy()
+
+    arrays = [
+        PackedArray("example", int64, by_example, ordinals),
+        PackedArray("offsets", int64, begins, lambda: _accumulate(shards, lambda shard: np.diff(shard.offsets))),
+        PackedArray("input_ids", int64, by_token, ids),
+    ]
+    if totals.record_bytes:
+        arrays += [
+            PackedArray("record_offsets", int64, begins, lambda: _accumulate(shards, _record_sizes)),
+            PackedArray("records", np.dtype(np.uint8), (totals.record_bytes,), lambda: _list_records(shards)),
+        ]
+    for site in sites:
+        arrays += _list_site(shards, site, totals)
+    return arrays
+
+
+def _measure(shards: Iterable[Shard], has_pairs: bool) -> _Totals:
+    totals = _Totals()
+    for shard in shards:
+        header = shard.header
+        records = header.tensors.get("records")
+        totals = _Totals(
+            totals.num_examples + header.num_examples,
+            totals.num_tokens + header.num_tokens,
+            totals.num_pairs + (shard.pairs_before[-1] if has_pairs else 0),
+            totals.record_bytes + (records.shape[0] if records is not None else 0),
+        )
+    return totals
+
+
+def _list_site(shards: Shards, site: StoredSite, totals: _Totals) -> list[PackedArray]:
+    dtype = np.dtype(str(column_dtype(site)).removeprefix("torch."))
+
+    def values() -> Iterator[np.ndarray]:
+        for shard in shards():
+            for places in cut_places(shard, (site,)):
+                yield take_site(shard, site, places)
+
+    if site.kind == "attention":
+        sizes = site.width
+        return [
+            PackedArray(
+                site.name + OFFSETS_SUFFIX,
+                np.dtype(np.int64),
+                (totals.num_examples + 1,),
+                lambda: _accumulate(shards, lambda shard: np.diff(shard.pairs_before) * sizes),
+            ),
+            PackedArray(site.name, dtype, (site.width * totals.num_pairs,), values),
+        ]
+    count = totals.num_tokens if site.kind == "token" else totals.num_examples
+    return [PackedArray(site.name, dtype, (count, site.width), values)]
+
+
+def _accumulate(shards: Shards, sizes: Callable[[Shard], np.ndarray]) -> Iterator[np.ndarray]:
+    """Turn the sizes of a shard's examples, in its own order, into offsets in the order of the input."""
+    end = np.zeros(1, dtype=np.int64)
+    yield end
+    for shard in shards():
+        ends = end[-1] + np.cumsum(sizes(shard)[shard.position], dtype=np.int64)
+        if len(ends):
+            yield ends
+            end = ends[-1:]
+
+
+def _record_sizes(shard: Shard) -> np.ndarray:
+    if "record_offsets" not in shard.header.tensors:
+        return np.zeros(shard.header.num_examples, dtype=np.int64)
+    return shard.tensor("record_offsets").diff().numpy()
+
+
+def _list_records(shards: Shards) -> Iterator[np.ndarray]:
+    for shard in shards():
+        if "record_offsets" in shard.header.tensors:
+            begins = shard.tensor("record_offsets").tolist()
+            records = shard.tensor("records")
+            for place in shard.position:
+                yield records[begins[place] : begins[place + 1]].numpy()
+
+
+def write_npz(path: Path, arrays: Sequence[PackedArray]) -> None:
+    """Write arrays into an archive that `numpy.load(allow_pickle=False)` reads."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for array in arrays:
+            # with a fixed date, so that the same store gives the same bytes
+            with archive.open(zipfile.ZipInfo(array.name + ".npy"), "w", force_zip64=True) as member:
+                _write_npy(member, array)
+
+
+def _write_npy(member: IO[bytes], array: PackedArray) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+    np.lib.format.write_array_header_1_0(member, header)  # type: ignore[arg-type]
+    for piece in _cut_evenly(array):
+        member.write(piece.tobytes())
+
+
+def write_zarr(path: Path, arrays: Sequence[PackedArray]) -> None:
+    """Write arrays into a Zarr group, format 3, a chunk at a time."""
+    zarr = require("zarr", "Zarr")
+    group = zarr.open_group(str(path), mode="w", zarr_format=3)
+    for array in arrays:
+        chunks = (min(_chunk_rows(array), max(1, array.shape[0])), *array.shape[1:])
+        target = group.create_array(array.name, shape=array.shape, dtype=array.dtype, chunks=chunks)
+        start = 0
+        for piece in _cut_evenly(array):
+            target[start : start + len(piece)] = piece
+            start += len(piece)
+
+
+def _chunk_rows(array: PackedArray) -> int:
+    return max(1, _PIECE_BYTES // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:]))))
+
+
+def _cut_evenly(array: PackedArray) -> Iterator[np.ndarray]:
+    """Cut the values anew, so that each piece but the last fills a chunk: one that is half there is written twice.
+
+    Raises:
+        FormatError: there are not as many as was said before.
+    """
+    most = _chunk_rows(array)
+    room = np.empty((min(most, array.shape[0]), *array.shape[1:]), dtype=array.dtype)
+    filled = total = 0
+    for piece in array.pieces():
+        total += len(piece)
+        while len(piece):
+            count = min(len(piece), len(room) - filled)
+            if not count:
+                break
+            room[filled : filled + count] = piece[:count]
+            piece, filled = piece[count:], filled + count
+            if filled == most:
+                yield room
+                filled = 0
+    if total != array.shape[0]:
+        raise FormatError(f"{array.name!r} has {total:,} vectors; its shards said {array.shape[0]:,}.")
+    if filled:
+        yield room[:filled]

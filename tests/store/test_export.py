@@ -1,0 +1,374 @@
+"""Exports, read back by the formats' own readers and compared with what the store gives example by example."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+
+import layerprobe as lp
+from layerprobe.errors import FormatError, OptionError, SiteError, StoreError
+from layerprobe.models import LoadedModel
+from layerprobe.store import columns, packed
+
+extract: Any = lp.extract
+open_store: Any = lp.open
+WriteStore = Callable[..., Any]
+
+
+@pytest.fixture
+def store(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> Any:
+    """Several shards with rows, matrices of heads, texts and fields."""
+    records = [{"text": text, "n": n, "of": {"zh": "中"}} if n % 2 else {"text": text} for n, text in enumerate(texts)]
+    sites = ["layers.*", "layers.1.attention.weights"]
+    made = extract(tiny, records, tmp_path / "acts", sites=sites, dtype="float16", shard_size=20_000)
+    assert made.num_shards >= 4
+    return made
+
+
+def read_table(path: Path) -> Any:
+    if path.suffix == ".parquet":
+        return pq.read_table(path)
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow"])
+def test_a_row_per_example_holds_what_the_store_gives(store: Any, tmp_path: Path, to: str) -> None:
+    report = lp.export(store, tmp_path / f"out.{to}", to)
+    table = read_table(tmp_path / f"out.{to}")
+    assert table.num_rows == len(store) == report.num_examples
+    assert table.column_names == ["index", "input_ids", "tokens", "text", "fields", *store.sites]
+    assert table.schema.field("layers.0").type == pa.list_(pa.list_(pa.float16(), 32))
+    for row, example in zip(table.to_pylist(), store, strict=True):
+        assert row["index"] == example.index and row["text"] == example.text
+        assert row["input_ids"] == example.input_ids.tolist() and row["tokens"] == example.tokens
+        assert (json.loads(row["fields"]) if row["fields"] is not None else {}) == example.fields
+        for site in store.sites:
+            expected = example[site].numpy()
+            assert np.array_equal(np.array(row[site], dtype=np.float16).reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow"])
+def test_a_row_per_token_holds_what_the_store_gives(store: Any, tmp_path: Path, to: str) -> None:
+    lp.export(store, tmp_path / f"out.{to}", to, rows="tokens")
+    table = read_table(tmp_path / f"out.{to}")
+    assert table.num_rows == store.num_tokens
+    assert table.column_names == ["index", "position", "input_id", "token", "layers.0", "layers.1", "layers.2"]
+    assert table.schema.field("layers.0").type == pa.list_(pa.float16(), 32)
+    rows = iter(table.to_pylist())
+    for example in store:
+        for position, token in enumerate(example.tokens):
+            row = next(rows)
+            assert (row["index"], row["position"], row["token"]) == (example.index, position, token)
+            assert row["input_id"] == int(example.input_ids[position])
+            for site in ("layers.0", "layers.2"):
+                assert np.array_equal(np.array(row[site], dtype=np.float16), example[site][position].numpy())
+
+
+def read_packed(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as found:
+            return dict(found)
+    group = zarr.open_group(str(path), mode="r")
+    return {name: np.asarray(array[:]) for name, array in group.arrays()}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("to", ["npz", "zarr"])
+def test_packed_arrays_hold_what_the_store_gives(
+    store: Any, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # so small that batches, pieces and chunks end in the middle of shards and examples
+    monkeypatch.setattr(columns, "_BATCH_BYTES", 5_000)
+    monkeypatch.setattr(packed, "_PIECE_BYTES", 700)
+    lp.export(store, tmp_path / f"out.{to}", to)
+    found = read_packed(tmp_path / f"out.{to}")
+    heads, pairs = "layers.1.attention.weights", "layers.1.attention.weights:offsets"
+    assert sorted(found) == sorted(
+        ["example", "offsets", "input_ids", "record_offsets", "records", pairs, *store.sites]
+    )
+    assert found["layers.0"].dtype == np.float16 and found["layers.0"].shape == (store.num_tokens, 32)
+    assert found["offsets"][0] == 0 and found["offsets"][-1] == store.num_tokens
+    for k, example in enumerate(store):
+        assert found["example"][k] == example.index
+        rows = slice(*found["offsets"][k : k + 2])
+        assert found["input_ids"][rows].tolist() == example.input_ids.tolist()
+        for site in ("layers.0", "layers.1", "layers.2"):
+            assert np.array_equal(found[site][rows], example[site].numpy())
+        matrices = found[heads][slice(*found[pairs][k : k + 2])]
+        assert np.array_equal(matrices.reshape(example[heads].shape), example[heads].numpy())
+        record = json.loads(found["records"][slice(*found["record_offsets"][k : k + 2])].tobytes())
+        assert record["text"] == example.text and record.get("fields", {}) == example.fields
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow", "npz", "zarr"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_dtype_is_kept_or_widened_and_the_report_says_so(
+    write_store: WriteStore, tmp_path: Path, dtype: torch.dtype, to: str
+) -> None:
+    written = write_store(((3, 0, 5), (1, 4)), dtype)
+    report = lp.export(written.folder, tmp_path / f"out.{to}", to)
+    is_kept = dtype == torch.float64
+    name = str(dtype).removeprefix("torch.")
+    assert report.widened == ({} if is_kept else {"layers.0": name})
+    assert (f"1 site of {name} became float32" in str(report)) is not is_kept
+    rows = [rows.double() for rows in written.rows]
+    if to in ("npz", "zarr"):
+        found = read_packed(tmp_path / f"out.{to}")
+        assert found["layers.0"].dtype == (np.float64 if is_kept else np.float32)
+        assert np.array_equal(found["layers.0"].astype(np.float64), torch.cat(rows).numpy())
+        assert np.array_equal(found["pooler"], written.pooled.numpy())
+        assert "records" not in found
+    else:
+        table = read_table(tmp_path / f"out.{to}")
+        assert "tokens" not in table.column_names and table["text"].null_count == 5
+        assert table.schema.field("pooler").type == pa.list_(pa.float32(), 8)
+        for found, expected in zip(table["layers.0"].to_pylist(), rows, strict=True):
+            assert np.array_equal(np.array(found).reshape(-1, 8), expected.numpy())
+        assert np.array_equal(np.array(table["pooler"].to_pylist(), dtype=np.float32), written.pooled.numpy())
+
+
+@pytest.mark.parametrize("to", ["parquet", "npz"])
+def test_scaled_int8_is_decoded(tiny: LoadedModel, texts: list[str], tmp_path: Path, to: str) -> None:
+    store = extract(tiny, texts, tmp_path / "acts", sites="layers.0", dtype="int8", shard_size=4_000)
+    assert lp.export(store, tmp_path / f"out.{to}", to).widened == {"layers.0": "int8"}
+    expected = torch.cat([rows.float() for rows in store["layers.0"]]).numpy()
+    if to == "npz":
+        found = read_packed(tmp_path / "out.npz")["layers.0"]
+    else:
+        rows = read_table(tmp_path / "out.parquet")["layers.0"].to_pylist()
+        found = np.concatenate([np.array(row, dtype=np.float32).reshape(-1, 32) for row in rows])
+    assert np.array_equal(found, expected)
+
+
+def test_sites_are_chosen_by_patterns_of_what_is_stored(store: Any, tmp_path: Path) -> None:
+    assert lp.export(store, tmp_path / "a", sites="layers.-2:").sites == ("layers.1", "layers.2")
+    assert lp.export(store, tmp_path / "b", sites=["layers.2", "layers.0"]).sites == ("layers.0", "layers.2")
+    for sites, message in (
+        ("layers.3", r"no site 'layers\.3' in .*acts: layers are 0 to 2"),
+        ("layers.0.ffn.act", r"no site 'layers\.0\.ffn\.act' in .*acts\."),
+        ([], "no site asked"),
+    ):
+        with pytest.raises(SiteError, match=message):
+            lp.export(store, tmp_path / "c", sites=sites)
+    assert not (tmp_path / "c").exists()
+
+
+def test_sites_of_modules_are_chosen_by_their_names() -> None:
+    names = ["layers.0", "module:encoder.layer.0", "module:encoder.layer.1", "module:encoder.layer.1:input"]
+    assert columns.match_sites("module:encoder.layer.1:input", names, "acts") == names[3:]
+    assert columns.match_sites("module:encoder.layer.*:input", names, "acts") == names[3:]
+    assert columns.match_sites("module:encoder.layer.*", names, "acts") == names[1:3]
+    assert columns.match_sites(None, names, "acts") == names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "csv"}, "no format 'csv': use parquet, arrow, npz, zarr"),
+        ({"rows": "words"}, "rows is 'words': use 'examples' or 'tokens'"),
+        ({"to": "npz", "rows": "tokens"}, "rows='tokens' goes with a table: npz holds packed rows"),
+        ({"rows": "tokens", "sites": "layers.1.attention.weights"}, "has no value per token.*kind 'attention'"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(store: Any, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        lp.export(store, tmp_path / "out", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["acts"]
+
+
+def test_a_pooled_store_has_no_rows_of_tokens(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
+    store = extract(tiny, texts, tmp_path / "acts", pool="mean")
+    with pytest.raises(OptionError, match="holds no site with a row per token"):
+        lp.export(store, tmp_path / "out", rows="tokens")
+
+
+@pytest.mark.parametrize(("to", "package"), [("parquet", "pyarrow"), ("arrow", "pyarrow"), ("zarr", "zarr")])
+def test_a_missing_extra_is_named(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, package: str
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(OptionError, match=rf"to='{to}' needs {package}.*pip install 'layerprobe\[data\]'"):
+        lp.export(store, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow", "npz", "zarr"])
+def test_what_is_there_is_replaced_only_when_asked(store: Any, tmp_path: Path, to: str) -> None:
+    out = tmp_path / "out"
+    lp.export(store, out, to, sites="layers.0")
+    before = {path: path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()}
+    with pytest.raises(StoreError, match=r"out: exists already.*--overwrite"):
+        lp.export(store, out, to)
+    assert before == {path: path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()}
+    assert lp.export(store, out, to, sites="layers.1", overwrite=True).sites == ("layers.1",)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["acts", "out"]
+    fresh = tmp_path / "fresh"
+    lp.export(store, fresh, to, sites="layers.1")
+    made = [{p.relative_to(top): p.read_bytes() for p in top.rglob("*") if p.is_file()} for top in (out, fresh)]
+    assert made[0] == made[1]
+    assert out.is_dir() or out.read_bytes() == fresh.read_bytes()
+
+
+def test_overwriting_spares_what_is_no_export(store: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    (tmp_path / "link").symlink_to(tmp_path / "mine" / "thesis.txt")
+    for out, to, message in (
+        (tmp_path / "mine", "zarr", "is not a Zarr group"),
+        (tmp_path / "mine", "parquet", "is not a file"),
+        (tmp_path / "link", "parquet", "is not a file"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            lp.export(store, out, to, overwrite=True)
+    for out in (tmp_path / "acts", tmp_path / "acts" / "out", tmp_path):
+        with pytest.raises(OptionError, match="lies in or around the store"):
+            lp.export(store, out, "zarr", overwrite=True)
+    with pytest.raises(StoreError, match=r"none is not a folder\. Make it first"):
+        lp.export(store, tmp_path / "none" / "out")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years" and open_store(tmp_path / "acts").is_complete
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow", "npz", "zarr"])
+def test_a_damaged_shard_is_an_error_and_leaves_nothing(store: Any, tmp_path: Path, to: str) -> None:
+    store.close()
+    path = tmp_path / "acts" / "shard-000002.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(FormatError, match=r"shard-000002\.safetensors: the bytes of"):
+        lp.export(tmp_path / "acts", tmp_path / "out", to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["acts"]
+
+
+@pytest.mark.parametrize("to", ["parquet", "arrow", "npz", "zarr"])
+def test_a_full_disk_is_an_error_and_leaves_nothing(write_store: WriteStore, small_disk: Path, to: str) -> None:
+    store = write_store(((2000, 2000), (2000,)), width=512).folder
+    with pytest.raises(StoreError, match=r"out: cannot be written \(.*Nothing was left there"):
+        lp.export(store, small_disk / "out", to)
+    assert not any(small_disk.iterdir())
+
+
+def test_an_unfinished_store_gives_what_is_there_and_the_report_says_so(
+    write_store: WriteStore, tmp_path: Path
+) -> None:
+    written = write_store(((3, 1), (2, 2), (4,)), complete=False)
+    (written.folder / "shard-000001.safetensors").unlink()
+    report = lp.export(written.folder, tmp_path / "out.parquet")
+    assert not report.is_complete and "the store is not complete" in str(report)
+    table = read_table(tmp_path / "out.parquet")
+    assert table["index"].to_pylist() == [0, 1, 4]
+    lp.export(written.folder, tmp_path / "out.npz", "npz")
+    found = read_packed(tmp_path / "out.npz")
+    assert found["example"].tolist() == [0, 1, 4] and found["offsets"].tolist() == [0, 3, 4, 8]
+    assert np.array_equal(found["layers.0"], torch.cat([written.rows[k] for k in (0, 1, 4)]).numpy())
+
+
+def test_a_site_named_like_a_column_or_a_path_is_refused() -> None:
+    def site(name: str) -> Any:
+        return columns.StoredSite(name, "token", torch.float32, 4)
+
+    with pytest.raises(FormatError, match="a site is named 'text'"):
+        columns.Columns((site("text"),))
+    for name in ("../layers.0", "a/b", ".hidden", "zarr.json", ""):
+        with pytest.raises(FormatError, match="cannot be the name of an array"):
+            packed.list_arrays(lambda: iter(()), (site(name),))
+
+
+def test_the_bar_counts_shards(store: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lp.export(store, tmp_path / "a", "npz", progress=True)
+    assert " shards" in capsys.readouterr().err
+    lp.export(store, tmp_path / "b", "npz", progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_peak_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
+    """A store three times as large takes no more; each is measured in a fresh process."""
+    code = textwrap.dedent(
+        """
+        import resource, sys
+        from pathlib import Path
+        import torch
+        import layerprobe as lp
+        from layerprobe.store.format import ShardHeader, commit_shard
+        from layerprobe.store.writer import commit_description, commit_index
+        folder, to, units = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+        folder.mkdir()
+        sites = {"layers.0": {"kind": "token", "dtype": "float32", "width": 512}}
+        commit_description(folder, {"sites": sites, "fingerprint": "0" * 32, "pool": None})
+        headers = []
+        for unit in range(units):
+            rows = torch.full((8192, 512), float(unit))
+            tensors = [("example", torch.arange(64) + 64 * unit), ("offsets", torch.arange(65) * 128)]
+            tensors += [("input_ids", torch.zeros(8192, dtype=torch.int64)), ("layers.0", rows)]
+            headers.append(ShardHeader(unit, 64, 8192, 64 * unit, "0" * 32))
+            commit_shard(folder, headers[-1], tensors)
+        commit_index(folder, headers)
+        store, most = lp.open(folder), 0
+        def list_shards(list_shards=store.iter_shards):
+            global most
+            for shard in list_shards():
+                yield shard
+                # mapped pages of the file are the system's to take back, these are not
+                most = max(most, int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]))
+        store.iter_shards = list_shards
+        lp.export(store, folder.with_name(folder.name + "-out"), to)
+        print(most)
+        """
+    )
+
+    def measure(to: str, units: int) -> int:
+        command = [sys.executable, "-c", code, str(tmp_path / f"{to}-{units}"), to, str(units)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    for to in ("parquet", "arrow", "npz", "zarr"):
+        small, large = measure(to, 4), measure(to, 12)
+        assert large < small + 60_000, f"{to}: {small:,} kB for 64 MB, {large:,} kB for 192 MB"
+
+
+def test_a_store_becomes_a_dataset(store: Any, tmp_path: Path) -> None:
+    dataset = store.to_datasets(sites="layers.-1", cache=tmp_path / "cache")
+    assert dataset.num_rows == len(store)
+    assert dataset.column_names == ["index", "input_ids", "tokens", "text", "fields", "layers.2"]
+    for row, example in zip(dataset.with_format("numpy"), store, strict=True):
+        assert row["index"] == example.index and row["text"] == example.text
+        found = np.array(list(row["layers.2"]), dtype=np.float16)
+        assert np.array_equal(found.reshape(-1, 32), example["layers.2"].numpy())
+    (file,) = (tmp_path / "cache").iterdir()
+    written = file.stat().st_mtime_ns
+    assert store.to_datasets(sites="layers.-1", cache=tmp_path / "cache").num_rows == len(store)
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()] == [written]
+    assert store.to_datasets(sites="layers.0", cache=tmp_path / "cache").column_names[-1] == "layers.0"
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_dataset_follows_shards_that_were_added(write_store: WriteStore, tmp_path: Path) -> None:
+    written = write_store(((3, 1), (2, 2)))
+    (written.folder / "index.json").unlink()
+    moved = (written.folder / "shard-000001.safetensors").rename(tmp_path / "away")
+    assert open_store(written.folder).to_datasets(cache=tmp_path / "cache").num_rows == 2
+    moved.rename(written.folder / "shard-000001.safetensors")
+    assert open_store(written.folder).to_datasets(cache=tmp_path / "cache")["index"][:] == [0, 1, 2, 3]
+
+
+def test_a_dataset_without_its_extra_or_its_cache_says_so(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="Choose a folder with cache="):
+        store.to_datasets(cache=tmp_path / "file")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(OptionError, match="to_datasets needs datasets"):
+        store.to_datasets(cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
