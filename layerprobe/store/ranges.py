@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError
+from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.format import ShardHeader, TensorEntry, checksum, load_start
 from layerprobe.store.places import Place
 from layerprobe.store.shards import ShardInfo, check_header, count_pairs, read_order
@@ -71,9 +71,18 @@ class TensorCache:
         return self._start()[1].map(ask, items)
 
     def find(self, key: tuple[str, str]) -> Tensor | None:
-        """Give a tensor that is here or on its way."""
+        """Give a tensor that is here or on its way; None where it was not asked for, or did not come.
+
+        Raises:
+            FormatError: it came, and is damaged.
+        """
         held = self._held.get(key) if self._pid == os.getpid() else None
-        return held[0].result() if held is not None else None
+        try:
+            return held[0].result() if held is not None else None
+        except FormatError:
+            raise
+        except StoreError:
+            return None
 
     def begin(self, key: tuple[str, str], size: int, load: Callable[[], Tensor]) -> Future[Tensor]:
         """Have a tensor fetched, unless it is here or on its way."""

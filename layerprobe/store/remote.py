@@ -7,11 +7,11 @@ Hides fsspec and the drivers under it. Must never know what is in an object, and
 """
 
 import contextlib
+import importlib
 import io
 import os
 import random
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +101,6 @@ class RemotePlace:
         self.url = url.rstrip("/")
         self.patience = patience or Patience()
         self._protocol = protocol
-        self._lock = threading.Lock()
         self._connected: tuple[int, Any, str] | None = None
         self._connect()
 
@@ -201,16 +200,18 @@ class RemotePlace:
 
     def _connect(self) -> tuple[Any, str]:
         """Give the driver and the store's path in its words; a forked process needs a driver of its own."""
-        with self._lock:
-            if self._connected is None or self._connected[0] != os.getpid():
-                self._connected = (os.getpid(), *self._make_driver())
-            return self._connected[1:]
+        # no lock, which a fork could leave locked for ever: two threads that both make a driver do no harm
+        connected = self._connected
+        if connected is None or connected[0] != os.getpid():
+            connected = self._connected = (os.getpid(), *self._make_driver())
+        return connected[1:]
 
     def _make_driver(self) -> tuple[Any, str]:
         try:
             import fsspec
             from fsspec.config import conf
 
+            importlib.import_module(_DRIVERS[self._protocol])
             options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
             if self._protocol == "s3":
                 # one set of retries, ours: three nested ones would multiply

@@ -16,7 +16,7 @@ from layerprobe.cli.main import main
 from layerprobe.errors import FormatError, LayerProbeError, MissingExample, OptionError, PlanError, StoreError
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import load_header
-from layerprobe.store.places import LocalPlace, Place
+from layerprobe.store.places import Place
 from layerprobe.store.remote import RemotePlace
 from servers import Spoiler
 from store.conftest import PATIENCE, SECRET
@@ -403,7 +403,3 @@ def test_a_store_can_be_pickled(local: Any, place: RemotePlace) -> None:
     store["layers.1"].pooled()
     again = pickle.loads(pickle.dumps(store))
     assert torch.equal(again["layers.1"].pooled(), local["layers.1"].pooled())
-
-
-def test_a_local_place_reads_what_a_path_reads(local: Any) -> None:
-    assert torch.equal(lp.open(LocalPlace(local.folder))["layers.1"][2], local["layers.1"][2])
