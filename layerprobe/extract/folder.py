@@ -20,6 +20,7 @@ from layerprobe.extract.space import RoomKeeper
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
 from layerprobe.store.lock import StoreLock
+from layerprobe.store.progress import PROGRESS_FILE
 from layerprobe.store.writer import commit_description
 
 __all__ = ["hold_store"]
@@ -93,7 +94,7 @@ def _remove(file: Path) -> None:
 
 
 def _is_own(name: str) -> bool:
-    return name in (STORE_FILE, INDEX_FILE, TOKENIZER_FOLDER) or parse_shard_name(name) is not None
+    return name in (STORE_FILE, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FOLDER) or parse_shard_name(name) is not None
 
 
 def _begin(plan: Plan, folder: Path, keeper: RoomKeeper) -> None:

@@ -14,6 +14,7 @@ from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
 from layerprobe.store.format import FORMAT_VERSION, STORE_FILE, ShardHeader, load_header, load_json, parse_shard_name
 from layerprobe.store.lock import LOCK_FILE
 from layerprobe.store.places import Place, find_place
+from layerprobe.store.progress import PROGRESS_FILE
 
 __all__ = ["check_finite", "check_folder", "check_place", "find_done"]
 
@@ -45,7 +46,7 @@ def check_folder(folder: Path) -> None:
             raise StoreError(f"{folder}: cannot be written (no permission in {place}). Choose another folder.")
         if folder.is_dir() and not (folder / STORE_FILE).exists():
             # what a run has that is at its very beginning, or was killed there
-            ours = (LOCK_FILE, STORE_FILE + ".tmp")
+            ours = (LOCK_FILE, STORE_FILE + ".tmp", PROGRESS_FILE, PROGRESS_FILE + ".tmp")
             foreign = next((file.name for file in folder.iterdir() if file.name not in ours), None)
             if foreign is not None:
                 raise StoreError(f"{folder}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")

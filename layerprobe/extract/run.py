@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import ShardHeader
 from layerprobe.store.places import Place
+from layerprobe.store.progress import Done, ProgressFile
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.writer import ShardWriter, commit_index
 from layerprobe.tables import format_bytes
 
-__all__ = ["RunReport", "extract", "run_extraction"]
+__all__ = ["RunReport", "evaluating", "extract", "run_extraction"]
 
 _LOG_INTERVAL_S = 10.0
 
@@ -192,11 +193,11 @@ def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | N
     """
     stop = stop or threading.Event()
     keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop)
-    with hold_store(plan, keeper) as plan:
-        return _run_plan(plan, keeper, stop, progress)
+    with hold_store(plan, keeper) as plan, ProgressFile(plan.place.folder) as told:
+        return _run_plan(plan, keeper, stop, progress, told)
 
 
-def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: bool) -> RunReport:
+def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: bool, told: ProgressFile) -> RunReport:
     start = time.perf_counter()
     report = RunReport()
     writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt)
@@ -222,8 +223,14 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
         mininterval=interval_s,
         delay=interval_s,
     )
+
+    def advance(num_examples: int) -> None:
+        bar.update(num_examples)
+        told.tick()
+
+    told.begin(lambda: _measure(plan, report, writer, sink))
     digest = InputDigest(plan.source.name)
-    with bar, _evaluating(plan.model), torch.inference_mode(), probe:
+    with bar, evaluating(plan.model), torch.inference_mode(), probe:
         for unit in plan.units():
             if stop.is_set():
                 report.is_complete = False
@@ -231,7 +238,7 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
             for record in unit.records:
                 digest.add(record)
             if unit.number not in plan.done:
-                _run_unit(plan, keeper, sink, unit, report, bar)
+                _run_unit(plan, keeper, sink, unit, report, advance)
                 bar.set_postfix_str(_describe_pace(report, writer.num_bytes, time.perf_counter() - start), False)
     if report.is_complete and digest.hexdigest() != plan.description["input"]["hash"]:
         raise InputError(
@@ -249,7 +256,30 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
     return report
 
 
-def _run_unit(plan: Plan, keeper: RoomKeeper, sink: StoreSink, unit: Unit, report: RunReport, bar: "tqdm[Any]") -> None:
+def _measure(plan: Plan, report: RunReport, writer: ShardWriter, sink: StoreSink) -> Done:
+    """Say how far a run is, for those who look at its folder."""
+    examples = sum(header.num_examples for header in plan.done.values()) + report.num_examples
+    return Done(
+        units=len(plan.done) + len(writer.committed),
+        num_units=plan.num_units,
+        examples=examples,
+        num_examples=plan.num_examples,
+        tokens=report.num_tokens,
+        num_bytes=writer.num_bytes,
+        # an input that grows under way ends as an error, but not here
+        missing_bytes=max(0, round(plan.num_bytes * (1 - examples / plan.num_examples))),
+        stalled_s=sink.stalled_s,
+    )
+
+
+def _run_unit(
+    plan: Plan,
+    keeper: RoomKeeper,
+    sink: StoreSink,
+    unit: Unit,
+    report: RunReport,
+    advance: Callable[[int], None],
+) -> None:
     tokenized = tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
     num_truncated = sum(tokenized.truncated)
     header = ShardHeader(
@@ -276,7 +306,7 @@ def _run_unit(plan: Plan, keeper: RoomKeeper, sink: StoreSink, unit: Unit, repor
         report.num_repeated += len(batch.members) - len(batch.input_ids)
         report.num_tokens += sum(batch.lengths)
         report.num_examples += len(batch.members)
-        bar.update(len(batch.members))
+        advance(len(batch.members))
     sink.end_unit()
     report.num_truncated += num_truncated
 
@@ -304,7 +334,7 @@ def _describe_pace(report: RunReport, num_bytes: int, seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode and every module back into the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,0 +1,271 @@
+"""Hold one file of a store against what it says of itself: `store.json`, the tokenizer, a shard.
+
+A shard is read in pieces, so that memory is bounded whatever a header claims. What is wrong is a FormatError.
+
+Must never know of the other shards, or of what is done about damage.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from layerprobe.errors import FormatError
+from layerprobe.store.format import (
+    FORMAT_VERSION,
+    SCALE_SUFFIX,
+    STORE_FILE,
+    TOKENIZER_FOLDER,
+    ShardHeader,
+    check_sites,
+    fingerprint_of,
+    load_header,
+    load_json,
+)
+from layerprobe.store.guard import LARGE, brief, parse_json
+from layerprobe.store.places import Place
+from layerprobe.store.shards import count_pairs, read_order
+from layerprobe.store.writer import StoredSite
+
+__all__ = [
+    "TOKENIZER_FILE",
+    "Wanted",
+    "check_description",
+    "check_shard",
+    "check_tokenizer",
+    "hash_tokenizer",
+    "read_totals",
+    "tell",
+]
+
+TOKENIZER_FILE = f"{TOKENIZER_FOLDER}/tokenizer.json"
+# A multiple of every item's size, so that a piece of ids is whole ids.
+_PIECE_BYTES = 8 << 20
+_IDENTITY = ("input", "model", "tokenizer", "sites", "pool", "plan")
+_MODEL_IDENTITY = ("class", "config_hash", "weights_hash")
+_ADVICE = re.compile(r"\. (Remove|Give|The file|Run|A store holds).*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `store.json` and the tokenizer ask of shards; None where they do not say, or cannot be read.
+
+    Args:
+        fingerprint: Of the run.
+        sites: How they lie on disk.
+        num_units, num_examples: In all.
+        lowest_id, highest_id: Of the tokenizer; -1 stands for a row that has no token.
+    """
+
+    fingerprint: str | None = None
+    sites: tuple[StoredSite, ...] | None = None
+    num_units: int | None = None
+    num_examples: int | None = None
+    lowest_id: int = -1
+    highest_id: int | None = None
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any], highest_id: int | None) -> "Wanted":
+        """Read it out of a description that was checked."""
+        sites = tuple(
+            StoredSite(name, said["kind"], getattr(torch, said["dtype"]), said["width"])
+            for name, said in description["sites"].items()
+        )
+        num_units, num_examples = read_totals(description)
+        # a Probe, which keeps no tokenizer, may see a model that is called with embeddings
+        lowest_id = -1 if description.get("tokenizer") is None else 0
+        return cls(description["fingerprint"], sites, num_units, num_examples, lowest_id, highest_id)
+
+
+def read_totals(description: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Find how many units and examples a store is to have, where `store.json` says so."""
+    found: list[int | None] = []
+    for section, key in (("plan", "units"), ("input", "examples")):
+        said = description.get(section)
+        value = said.get(key) if isinstance(said, dict) else None
+        found.append(value if type(value) is int else None)
+    return found[0], found[1]
+
+
+def tell(place: Place, file: str, error: Exception) -> str:
+    """Say what is wrong with a file without its name, and without the advice that a report gives once."""
+    return _ADVICE.sub("", brief(str(error).removeprefix(f"{place.label(file)}: "))).rstrip(".")
+
+
+def check_description(place: Place) -> dict[str, Any]:
+    """Check `store.json` by itself, its fingerprint where the recipe is known.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    label = place.label(STORE_FILE)
+    description = load_json(place, STORE_FILE)
+    try:
+        if description["format"] != FORMAT_VERSION:
+            raise ValueError(f"format {description['format']!r}; this version reads format {FORMAT_VERSION}")
+        check_sites(description["sites"])
+        fingerprint, pool = description["fingerprint"], description["pool"]
+        if not isinstance(fingerprint, str) or not isinstance(pool, str | None):
+            raise TypeError("its fingerprint or pool is no text")
+        own = _fingerprint(description)
+    except KeyError as error:
+        raise FormatError(f"{label}: lacks {brief(error)}.") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{label}: is damaged ({brief(error)}).") from error
+    if own not in (None, fingerprint):
+        raise FormatError(f"{label}: its fingerprint is {brief(fingerprint)}, that of what it says is {own}.")
+    return description
+
+
+def _fingerprint(description: Mapping[str, Any]) -> str | None:
+    """Work out the fingerprint of a run from what it says of itself, by the rule of docs/format.md."""
+    if "plan" not in description:
+        return None
+    if description["plan"] is None:
+        return fingerprint_of(
+            {key: value for key, value in description.items() if key not in ("format", "fingerprint")}
+        )
+    fields = {key: description[key] for key in _IDENTITY}
+    fields["model"] = {key: fields["model"][key] for key in _MODEL_IDENTITY}
+    return fingerprint_of(fields)
+
+
+def hash_tokenizer(data: bytes) -> str:
+    """Work out from a `tokenizer.json` the hash by which `store.json` knows its tokenizer.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    rules = parse_json(data, LARGE)
+    if not isinstance(rules, dict):
+        raise ValueError("it is no JSON object")
+    kept = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+    return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
+
+
+def check_tokenizer(place: Place, said: Mapping[str, Any]) -> int:
+    """Load the tokenizer as a reader does, and hold it against what `store.json` says.
+
+    Returns:
+        Its highest id.
+
+    Raises:
+        FormatError: it is not there, is none, or is another.
+    """
+    from tokenizers import Tokenizer
+
+    label = place.label(TOKENIZER_FILE)
+    if not place.exists(TOKENIZER_FILE):
+        raise FormatError(f"{label}: is not there.")
+    if (size := place.size(TOKENIZER_FILE)) > LARGE.num_bytes:
+        raise FormatError(f"{label}: has {size:,} bytes; at most {LARGE.num_bytes:,} are read.")
+    data = place.read(TOKENIZER_FILE, 0, size)
+    try:
+        found = hash_tokenizer(data)
+        tokenizer = Tokenizer.from_buffer(data)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise FormatError(f"{label}: is not a tokenizer ({brief(error)}).") from error
+    if said.get("hash") not in (None, found):
+        raise FormatError(f"{label}: its hash is {found}, {STORE_FILE} says {brief(said['hash'])}.")
+    # ids may have holes
+    return max([tokenizer.get_vocab_size(with_added_tokens=True) - 1, *tokenizer.get_vocab().values()])
+
+
+def check_shard(place: Place, file: str, wanted: Wanted, advance: Callable[[int], object]) -> ShardHeader:
+    """Read every byte of a shard and hold it against the header and `store.json`.
+
+    Args:
+        place, file: Where it is.
+        wanted: What is asked of it.
+        advance: Told how many bytes were read.
+
+    Raises:
+        FormatError: it is damaged.
+        StoreError: it cannot be read.
+    """
+    header = load_header(place, file)
+    if wanted.fingerprint is not None and header.fingerprint != wanted.fingerprint:
+        raise FormatError(f"belongs to another run than {STORE_FILE}")
+    _check_contents(place, header, wanted, advance)
+    return header
+
+
+def _check_contents(place: Place, header: ShardHeader, wanted: Wanted, advance: Callable[[int], object]) -> None:
+    """Read the tensors of a shard, each byte once, and hold them against header and `store.json`."""
+    damaged: list[str] = []
+    kept: dict[str, Tensor] = {}
+    lowest, highest = 0, -1
+    for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].start):
+        digest, pieces = xxhash.xxh3_64(), []
+        for piece in _read_pieces(place, header.file, entry.start, entry.stop, advance):
+            digest.update(piece)
+            if name in ("example", "offsets", "record_offsets"):
+                pieces.append(piece)
+            elif name == "input_ids":
+                ids = np.frombuffer(piece, dtype="<i8")
+                lowest, highest = min(lowest, int(ids.min())), max(highest, int(ids.max()))
+        if pieces and entry.dtype == torch.int64:
+            kept[name] = torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.int64)
+        if digest.hexdigest() != header.checksums[name]:
+            damaged.append(name)
+    if damaged:
+        listed = ", ".join(brief(repr(name)) for name in damaged[:3]) + (", ..." if len(damaged) > 3 else "")
+        raise FormatError(f"the bytes of {listed} are not those that were written")
+    empty = torch.empty(0, dtype=torch.int64)
+    offsets = kept.get("offsets", empty)
+    read_order(place.label(header.file), header, kept.get("example", empty), offsets)
+    _check_records(header, kept.get("record_offsets", empty))
+    if lowest < wanted.lowest_id or (wanted.highest_id is not None and highest > wanted.highest_id):
+        raise FormatError(
+            f"has ids from {lowest} to {highest}; the tokenizer has {wanted.lowest_id} to {wanted.highest_id}"
+        )
+    if wanted.sites is not None:
+        _check_sites(header, wanted.sites, count_pairs(offsets)[-1])
+
+
+def _read_pieces(place: Place, file: str, start: int, stop: int, advance: Callable[[int], object]) -> Iterator[bytes]:
+    for first in range(start, stop, _PIECE_BYTES):
+        piece = place.read(file, first, min(first + _PIECE_BYTES, stop))
+        advance(len(piece))
+        yield piece
+
+
+def _check_records(header: ShardHeader, offsets: Tensor) -> None:
+    """Check that records lie back to back, one for each example, where there are any."""
+    there = header.tensors.keys() & {"record_offsets", "records"}
+    if not there:
+        return
+    if len(there) < 2 or header.tensors["records"].dtype != torch.uint8:
+        raise FormatError("has records without their offsets, or offsets without records")
+    (size,) = header.tensors["records"].shape or (0,)
+    is_rising = len(offsets) == header.num_examples + 1 and bool((offsets.diff() >= 0).all())
+    if not is_rising or int(offsets[0]) != 0 or int(offsets[-1]) != size:
+        raise FormatError(f"its record_offsets do not rise from 0 to {size} in {header.num_examples} steps")
+
+
+def _check_sites(header: ShardHeader, sites: Sequence[StoredSite], num_pairs: int) -> None:
+    """Check dtype and shape of every tensor, that none is missing and none is unknown."""
+    tokens, examples = header.num_tokens, header.num_examples
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for site in sites:
+        count = tokens if site.kind == "token" else examples
+        wanted[site.name] = site.dtype, (site.width * num_pairs,) if site.kind == "attention" else (count, site.width)
+        if site.dtype == torch.int8:
+            wanted[site.name + SCALE_SUFFIX] = torch.float32, (count,)
+    for name, (dtype, shape) in wanted.items():
+        entry = header.tensors.get(name)
+        if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
+            there = "nothing" if entry is None else f"{entry.dtype} of {entry.shape}"
+            raise FormatError(f"{name!r} is {there}; {STORE_FILE} asks for {dtype} of {shape}")
+    own = {"example", "offsets", "input_ids", "record_offsets", "records"}
+    unknown = sorted(
+        (header.tensors.keys() - own - wanted.keys()) | (header.nonfinite.keys() - {s.name for s in sites})
+    )
+    if unknown:
+        raise FormatError(f"{STORE_FILE} does not know {brief(repr(unknown[0]))}")

@@ -1,0 +1,299 @@
+"""How far a run is, told from outside: `progress.json`, and what `layerprobe status` makes of it.
+
+The run writes the file now and then; it is a courtesy, never flushed, never trusted by a reader of the store, and a
+disk that refuses it stops nothing. Whether a run is alive is asked of the system, not of the file: a process that was
+killed can say nothing any more.
+
+Hides processes and paces. Must never know of models or hooks.
+"""
+
+import json
+import math
+import os
+import shutil
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from layerprobe.errors import FormatError, StoreError
+from layerprobe.store.checks import read_totals
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, load_header, load_json, parse_shard_name
+from layerprobe.store.guard import brief
+from layerprobe.store.places import Place, find_place
+
+__all__ = ["PROGRESS_FILE", "Done", "ProgressFile", "StoreStatus", "read_status"]
+
+PROGRESS_FILE = "progress.json"
+_INTERVAL_S = 1.0
+# Rates are those of this much of the past: long enough for shards to be committed in it, short enough to be the pace.
+_PACE_S = 300.0
+# A run that cannot be asked whether it lives is taken for running as long as it has been heard of so recently.
+_SILENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run has done so far.
+
+    Args:
+        units, num_units: Committed, and in all; what earlier runs committed included.
+        examples, num_examples: The same; examples of the units under way included.
+        tokens, num_bytes: By this run alone; bytes that are committed.
+        missing_bytes: Estimate of what is still to be written.
+        stalled_s: How long the forward has waited for the disk.
+    """
+
+    units: int
+    num_units: int
+    examples: int
+    num_examples: int
+    tokens: int
+    num_bytes: int
+    missing_bytes: int
+    stalled_s: float
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """How far the run of a store is. Made by `layerprobe.status`.
+
+    Args:
+        folder: Where the store is.
+        state: `complete`; `running`; `killed` (its process is gone); `stopped` (it ended by itself, see `reason`);
+            `silent` (on another machine, and not heard of for a minute); `incomplete` (nothing tells of a run).
+        reason: Why it stopped.
+        num_units_done, num_units: Shards that are there, and of how many; None where that is not known.
+        num_examples_done, num_examples: The same for examples.
+        tokens_per_s, bytes_per_s: Over the last five minutes; None unless it runs.
+        stalled: Share of that time in which the forward waited for the disk.
+        remaining_s: Until the run is complete, at that pace.
+        missing_bytes: Estimate of what is still to be written.
+        free_bytes: Of the disk; None under a URL.
+        full_s: Until the disk is full, at that pace.
+        process: Who runs it, or ran it.
+        is_alive: Whether that process is; None where it cannot be asked.
+        heard_s: Seconds since it last wrote how far it is.
+    """
+
+    folder: str
+    state: str
+    num_units_done: int
+    num_units: int | None
+    num_examples_done: int
+    num_examples: int | None
+    reason: str | None = None
+    tokens_per_s: float | None = None
+    bytes_per_s: float | None = None
+    stalled: float | None = None
+    remaining_s: float | None = None
+    missing_bytes: int | None = None
+    free_bytes: int | None = None
+    full_s: float | None = None
+    process: str | None = None
+    is_alive: bool | None = None
+    heard_s: float | None = None
+
+
+class ProgressFile(AbstractContextManager["ProgressFile"]):
+    """Write how far a run is into its store, at most once a second.
+
+    Args:
+        folder: The store; None where it is not in a folder, and then nothing is written.
+
+    Leaving the block removes the file if the store is complete, and else says in it that the run has ended, and why.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._path = None if folder is None else folder / PROGRESS_FILE
+        self._measure: Callable[[], Done] | None = None
+        self._paces: deque[tuple[float, Done]] = deque()
+        self._next = 0.0
+        self._about = {**_describe_process(os.getpid()), "started": round(time.time(), 3)}
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._path is None:
+            return
+        # whatever happens here, the error of the run is the one to be told
+        with suppress(OSError):
+            if error is None and (self._path.parent / INDEX_FILE).exists():
+                self._path.unlink(missing_ok=True)
+            elif self._measure is not None:
+                reason = "it was asked to" if error is None else f"{type(error).__name__}: {error}".rstrip(": ")
+                self._write("stopped", brief(reason))
+
+    def begin(self, measure: Callable[[], Done]) -> None:
+        """Say that the run has begun, and how to ask it how far it is."""
+        self._measure = measure
+        self._write("running")
+
+    def tick(self) -> None:
+        """Write how far the run is, if the last time is long enough ago."""
+        if time.monotonic() >= self._next:
+            self._write("running")
+
+    def _write(self, state: str, reason: str | None = None) -> None:
+        if self._path is None or self._measure is None:
+            return
+        now, done = time.monotonic(), self._measure()
+        self._next = now + _INTERVAL_S
+        self._paces.append((now, done))
+        while now - self._paces[0][0] > _PACE_S:
+            self._paces.popleft()
+        then, before = self._paces[0]
+        pace = {
+            "seconds": round(now - then, 3),
+            "examples": done.examples - before.examples,
+            "tokens": done.tokens - before.tokens,
+            "num_bytes": done.num_bytes - before.num_bytes,
+            "stalled_s": round(done.stalled_s - before.stalled_s, 3),
+        }
+        updated = round(time.time(), 3)
+        said = {"state": state, "reason": reason, **self._about, "updated": updated, **asdict(done), "pace": pace}
+        partial = self._path.with_name(PROGRESS_FILE + ".tmp")
+        try:
+            partial.write_text(json.dumps(said, indent=1), encoding="utf-8")
+            os.replace(partial, self._path)
+        except OSError:
+            # a disk that is full has to keep what it has left for shards
+            with suppress(OSError):
+                partial.unlink()
+
+
+def read_status(folder: str | Path) -> StoreStatus:
+    """Tell how far the run of a store is, from outside and without disturbing it.
+
+    Args:
+        folder: Where the store is.
+
+    Raises:
+        StoreError: there is no store there.
+        FormatError: `store.json` or `index.json` is damaged.
+
+    Cost: without an index and a run under way, the header of each shard is read.
+    """
+    place = find_place(folder)
+    if not place.exists(STORE_FILE):
+        raise StoreError(f"{place}: is not a store: it has no {STORE_FILE}. Name the folder of an extraction.")
+    files = place.list_files()
+    shards = [file for file in files if parse_shard_name(file) is not None]
+    free = shutil.disk_usage(place.folder).free if place.folder is not None else None
+    if INDEX_FILE in files:
+        index = load_json(place, INDEX_FILE)
+        listed, examples = index.get("shards"), index.get("examples")
+        if not isinstance(listed, list) or not isinstance(examples, int):
+            raise FormatError(f"{place.label(INDEX_FILE)}: is damaged. Run 'layerprobe verify {place}'.")
+        return StoreStatus(str(place), "complete", len(shards), len(listed), examples, examples, free_bytes=free)
+    said = _read_progress(place) if PROGRESS_FILE in files else None
+    if said is None:
+        units, examples = read_totals(load_json(place, STORE_FILE))
+        done = _count_examples(place, shards)
+        return StoreStatus(str(place), "incomplete", len(shards), units, done, examples, free_bytes=free)
+    return _judge(place, shards, said, free)
+
+
+def _judge(place: Place, shards: list[str], said: Mapping[str, Any], free: int | None) -> StoreStatus:
+    heard_s = max(0.0, time.time() - said["updated"])
+    is_alive = _ask_process(said)
+    if said["state"] == "stopped":
+        state = "stopped"
+    elif is_alive is None:
+        state = "running" if heard_s <= _SILENCE_S else "silent"
+    else:
+        state = "running" if is_alive else "killed"
+    known: dict[str, Any] = {
+        "reason": brief(said["reason"]) if said["reason"] is not None else None,
+        "process": brief(f"process {said['pid']} on {said['host']}"),
+        "is_alive": is_alive,
+        "heard_s": heard_s,
+        "free_bytes": free,
+    }
+    if state != "running":
+        done = _count_examples(place, shards)
+        return StoreStatus(str(place), state, len(shards), said["num_units"], done, said["num_examples"], **known)
+    pace = said["pace"]
+    seconds = max(pace["seconds"], 1e-9)
+    left = said["num_examples"] - said["examples"]
+    return StoreStatus(
+        str(place), state, len(shards), said["num_units"], said["examples"], said["num_examples"], **known,
+        tokens_per_s=pace["tokens"] / seconds,
+        bytes_per_s=pace["num_bytes"] / seconds,
+        stalled=min(1.0, pace["stalled_s"] / seconds),
+        remaining_s=left * seconds / pace["examples"] if pace["examples"] else None,
+        missing_bytes=said["missing_bytes"],
+        full_s=free * seconds / pace["num_bytes"] if pace["num_bytes"] and free is not None else None,
+    )  # fmt: skip
+
+
+_COUNTS = ("pid", "units", "num_units", "examples", "num_examples", "tokens", "num_bytes", "missing_bytes")
+_PACE = ("seconds", "examples", "tokens", "num_bytes", "stalled_s")
+
+
+def _read_progress(place: Place) -> Mapping[str, Any] | None:
+    """Read the file, or nothing where it is not what a run writes: it only informs."""
+    try:
+        said = load_json(place, PROGRESS_FILE)
+        is_sound = (
+            said["state"] in ("running", "stopped")
+            and all(type(said[key]) is int and said[key] >= 0 for key in _COUNTS)
+            and all(_is_amount(said["pace"][key]) for key in _PACE)
+            and _is_amount(said["updated"])
+            and {"host", "space", "process_start", "reason"} <= said.keys()
+        )
+    except (StoreError, KeyError, TypeError):
+        return None
+    return said if is_sound else None
+
+
+def _is_amount(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
+
+
+def _count_examples(place: Place, shards: list[str]) -> int:
+    """Count the examples that are committed; a damaged shard has none."""
+    count = 0
+    for file in shards:
+        with suppress(StoreError):
+            count += load_header(place, file).num_examples
+    return count
+
+
+def _describe_process(pid: int) -> dict[str, Any]:
+    """Say which process it is, so that another that was given its number later is not taken for it."""
+    return {"host": socket.gethostname(), "space": _find_space(), "pid": pid, "process_start": _read_stat(pid)[1]}
+
+
+def _find_space() -> str | None:
+    """Name the set of processes that this one sees: those of another container have numbers of their own."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return None
+
+
+def _read_stat(pid: int) -> tuple[str | None, str | None]:
+    """Tell a process's state, and when it began in clock ticks since the machine did; None where nothing says so."""
+    with suppress(OSError, IndexError):
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = text.rpartition(")")[2].split()  # the name, in brackets, may hold anything
+        return fields[0], fields[19]
+    return None, None
+
+
+def _ask_process(said: Mapping[str, Any]) -> bool | None:
+    """Ask the system whether the process of a run is alive; None where it is another system's."""
+    if os.name == "nt" or said["host"] != socket.gethostname() or said["space"] != _find_space():
+        return None
+    try:
+        os.kill(said["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's, but there
+    state, start = _read_stat(said["pid"])
+    if state == "Z":
+        return False  # dead, and nobody has asked how it ended
+    return said["process_start"] is None or start is None or said["process_start"] == start

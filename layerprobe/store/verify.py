@@ -1,0 +1,320 @@
+"""Hold every byte of a store against what was written, and remove what is damaged.
+
+Each file by itself, the shards against each other, and the index against them. Repair only ever removes: making a shard
+again is the extraction's.
+
+Hides what there is to compare. Must never know of models.
+"""
+
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from layerprobe.errors import FormatError, StoreError
+from layerprobe.store.checks import TOKENIZER_FILE, Wanted, check_description, check_shard, check_tokenizer, tell
+from layerprobe.store.durable import flush_folder
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, ShardHeader, load_json, parse_shard_name
+from layerprobe.store.guard import brief
+from layerprobe.store.lock import StoreLock
+from layerprobe.store.places import Place, find_place
+from layerprobe.store.progress import PROGRESS_FILE
+from layerprobe.tables import format_bytes, format_count
+
+__all__ = ["Problem", "VerifyReport", "verify"]
+
+_NUM_THREADS = 2
+_NUM_REQUESTS = 8
+
+
+class Problem(NamedTuple):
+    """Something that is not as it was written: a file of the store, and what is wrong with it."""
+
+    file: str
+    what: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a look at every byte of a store found; `str(report)` is its closing text. Made by `layerprobe.verify`.
+
+    Args:
+        folder: Where the store is.
+        num_shards: Shards that were read.
+        num_bytes: Bytes that were read.
+        problems: What is wrong, in the order of the files; of a damaged shard one line.
+        notes: What is worth knowing and not wrong.
+        removed: Files that repair has removed.
+        is_complete: Whether the store is, or was before repair.
+        advice: What to do.
+    """
+
+    folder: str
+    num_shards: int
+    num_bytes: int
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+    removed: tuple[str, ...]
+    is_complete: bool
+    advice: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong; what repair has removed was wrong."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [f"{file}: {what}" for file, what in self.problems]
+        lines += [f"note: {note}" for note in self.notes]
+        found = format_count(len(self.problems), "problem") if self.problems else "every byte is as it was written"
+        state = "" if self.is_complete else ", not complete"
+        read = f"{format_count(self.num_shards, 'shard')}, {format_bytes(self.num_bytes)}"
+        lines.append(f"{self.folder}: {read}{state}: {found}.")
+        if self.removed:
+            lines.append(f"removed {', '.join(self.removed)}")
+        return "\n".join([*lines, self.advice] if self.advice else lines)
+
+
+@dataclass
+class _Findings:
+    """What was found so far."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    # what repair may remove: made again by the run, and known to be wrong
+    removable: set[str] = field(default_factory=set)
+
+    def add(self, file: str, what: str, *removable: str) -> None:
+        self.problems.append(Problem(file, what))
+        self.removable.update(removable)
+
+
+def verify(folder: str | Path, repair: bool = False, progress: bool | None = None) -> VerifyReport:
+    """Read every byte of a store and compare it with what was written.
+
+    Args:
+        folder: Where it is; complete or not.
+        repair: Remove damaged shards, a damaged index or tokenizer, and with any of them the index, so that the same
+            extraction makes them again, byte for byte.
+        progress: Whether to show a bar on stderr; None for only on a terminal.
+
+    Raises:
+        StoreError: there is no store there; or `repair` on a store with damage that a `Probe` has filled, which no run
+            can make again.
+        LockError: `repair` while a run is writing there.
+
+    Cost: each byte is read once, by two threads, in pieces of 8 MiB; memory holds those, and the ordinals and offsets
+    of a shard.
+    """
+    place = find_place(folder)
+    if not place.exists(STORE_FILE):
+        raise StoreError(f"{place}: is not a store: it has no {STORE_FILE}. Name the folder of an extraction.")
+    with ExitStack() as held:
+        if repair and place.folder is not None:
+            held.enter_context(StoreLock(place.folder))
+        files = sorted(place.list_files())
+        is_complete = INDEX_FILE in files
+        found = _Findings()
+        description = _read_description(place, found)
+        wanted = Wanted()
+        if description is not None:
+            wanted = Wanted.from_description(description, _read_tokenizer(place, description, found))
+        shards = [file for file in files if parse_shard_name(file) is not None]
+        headers, num_bytes = _check_shards(place, shards, wanted, found, progress)
+        _check_order(headers, wanted, found)
+        if is_complete:
+            _check_index(place, shards, headers, wanted, found)
+        elif wanted.num_units is not None and len(shards) < wanted.num_units:
+            found.notes.append(f"{wanted.num_units - len(shards):,} of {wanted.num_units:,} shards are not there yet")
+        found.notes += [f"{file} is left over; the next run removes it" for file in files if _is_leftover(file)]
+        removed = _remove(place, files, description, found) if repair else ()
+    problems, notes = tuple(sorted(found.problems)), tuple(found.notes)
+    advice = _advise(place, description, found, removed, is_complete)
+    return VerifyReport(str(place), len(shards), num_bytes, problems, notes, removed, is_complete, advice)
+
+
+def _read_description(place: Place, found: _Findings) -> dict[str, Any] | None:
+    try:
+        return check_description(place)
+    except FormatError as error:
+        # no run makes it again, so it is not removed
+        found.add(STORE_FILE, tell(place, STORE_FILE, error))
+        return None
+
+
+def _read_tokenizer(place: Place, description: Mapping[str, Any], found: _Findings) -> int | None:
+    """Check the tokenizer, where there is to be one; gives its highest id."""
+    said = description.get("tokenizer")
+    if not isinstance(said, dict):
+        return None
+    try:
+        return check_tokenizer(place, said)
+    except FormatError as error:
+        found.add(TOKENIZER_FILE, tell(place, TOKENIZER_FILE, error), TOKENIZER_FOLDER)
+        return None
+
+
+def _check_shards(
+    place: Place, files: Sequence[str], wanted: Wanted, found: _Findings, progress: bool | None
+) -> tuple[list[ShardHeader], int]:
+    """Check each shard by itself; gives the headers of the sound ones, and the bytes of all."""
+    sizes: list[int] = []
+    for file in files:
+        sizes.append(0)
+        with suppress(StoreError):  # a link to nowhere; what is wrong with it is said below
+            sizes[-1] = place.size(file)
+    shows_progress = sys.stderr.isatty() if progress is None else progress
+    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=not shows_progress, leave=False)
+    executor = ThreadPoolExecutor(_NUM_THREADS if place.folder is not None else _NUM_REQUESTS)
+    headers: list[ShardHeader] = []
+    try:
+        with bar:
+            tasks = [executor.submit(check_shard, place, file, wanted, bar.update) for file in files]
+            for file, task in zip(files, tasks, strict=True):
+                try:
+                    headers.append(task.result())
+                except FormatError as error:
+                    found.add(file, tell(place, file, error), file)
+                except StoreError as error:
+                    # what cannot be read is not known to be damaged
+                    found.add(file, tell(place, file, error))
+    finally:
+        executor.shutdown(cancel_futures=True)
+    return headers, sum(sizes)
+
+
+def _check_order(headers: Sequence[ShardHeader], wanted: Wanted, found: _Findings) -> None:
+    """Check that shards follow each other: no example twice, none left out between two neighbours."""
+    before: ShardHeader | None = None
+    for header in sorted(headers, key=lambda header: header.unit):
+        end = 0 if before is None else before.first_example + before.num_examples
+        is_next = header.unit == (0 if before is None else before.unit + 1)
+        if header.first_example < end or (is_next and header.first_example > end):
+            after = "" if before is None else f", {before.file} ends before {end}"
+            # either may be the wrong one
+            found.add(
+                header.file,
+                f"begins at example {header.first_example}{after}",
+                header.file,
+                *([] if before is None else [before.file]),
+            )
+        elif wanted.num_units is not None and header.unit >= wanted.num_units:
+            found.add(header.file, f"is beyond the {wanted.num_units:,} shards of {STORE_FILE}", header.file)
+        elif wanted.num_examples is not None and header.first_example + header.num_examples > wanted.num_examples:
+            found.add(header.file, f"is beyond the {wanted.num_examples:,} examples of {STORE_FILE}", header.file)
+        before = header
+
+
+def _check_index(
+    place: Place, shards: Sequence[str], headers: Sequence[ShardHeader], wanted: Wanted, found: _Findings
+) -> None:
+    """Check the index against the shards; what a damaged shard would have to say is left out."""
+    try:
+        index = load_json(place, INDEX_FILE)
+        listed = {shard["file"]: shard for shard in index["shards"]}
+        if len(listed) != len(index["shards"]):
+            raise ValueError("it names a shard twice")
+    except FormatError as error:
+        found.add(INDEX_FILE, tell(place, INDEX_FILE, error), INDEX_FILE)
+        return
+    except (KeyError, TypeError, ValueError) as error:
+        found.add(INDEX_FILE, f"is damaged ({brief(repr(error))})", INDEX_FILE)
+        return
+    wrong = [f"names {brief(file)}, which is not there" for file in listed if file not in shards]
+    wrong += [f"does not name {file}" for file in shards if file not in listed]
+    if wanted.num_units not in (None, len(listed)):
+        wrong.append(f"names {len(listed):,} shards, {STORE_FILE} has {wanted.num_units:,}")
+    for header in headers:
+        own = {"first_example": header.first_example, "examples": header.num_examples, "tokens": header.num_tokens}
+        if header.file in listed and {"file": header.file, **own} != listed[header.file]:
+            wrong.append(f"says {brief(listed[header.file])}, the shard says {own}")
+    if len(headers) == len(shards):
+        nonfinite: Counter[str] = Counter()
+        for header in headers:
+            nonfinite.update(header.nonfinite)
+        sums: dict[str, Any] = {
+            "examples": sum(header.num_examples for header in headers),
+            "tokens": sum(header.num_tokens for header in headers),
+            "truncated": sum(header.num_truncated for header in headers),
+            "nonfinite": dict(nonfinite),
+        }
+        for key, value in sums.items():
+            if index.get(key) != value:
+                wrong.append(f"{key!r} is {brief(index.get(key))}, of the shards {brief(value)}")
+        if wanted.num_examples not in (None, sums["examples"]):
+            wrong.append(f"the shards have {sums['examples']:,} examples, {STORE_FILE} {wanted.num_examples:,}")
+    if wrong:
+        found.add(INDEX_FILE, "; ".join(wrong[:3]) + ("; ..." if len(wrong) > 3 else ""), INDEX_FILE)
+
+
+def _is_leftover(file: str) -> bool:
+    name = file.removesuffix(".tmp")
+    own = (STORE_FILE, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FOLDER)
+    return name != file and (name in own or parse_shard_name(name) is not None)
+
+
+def _remove(
+    place: Place, files: Sequence[str], description: Mapping[str, Any] | None, found: _Findings
+) -> tuple[str, ...]:
+    """Remove what is damaged and can be made again; gives the names."""
+    if not found.removable or description is None:
+        return ()
+    if not _can_resume(description):
+        raise StoreError(
+            f"{place}: {sorted(found.removable)[0]} is damaged, and a Probe filled this store: no run makes a part "
+            "of it again, so nothing was removed. Copy the damaged files from elsewhere."
+        )
+    # The index first, and permanently: beside missing shards it would call the store complete.
+    removed = sorted(found.removable | {INDEX_FILE}, key=lambda file: (file != INDEX_FILE, file))
+    removed = [file for file in removed if file in files or file == TOKENIZER_FOLDER]
+    for file in removed:
+        path = None if place.folder is None else place.folder / file
+        try:
+            if path is not None and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif file == TOKENIZER_FOLDER and path is None:
+                for name in place.list_files(file):
+                    place.remove(f"{file}/{name}")
+            else:
+                place.remove(file)
+            if path is not None:
+                flush_folder(path.parent)
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"{path}: cannot be removed ({error.strerror or error}).") from error
+    return tuple(removed)
+
+
+def _can_resume(description: Mapping[str, Any]) -> bool:
+    return isinstance(description.get("plan"), dict)
+
+
+def _advise(
+    place: Place,
+    description: Mapping[str, Any] | None,
+    found: _Findings,
+    removed: Sequence[str],
+    is_complete: bool,
+) -> str:
+    if description is None:
+        return f"{STORE_FILE} cannot be made again: copy it from elsewhere, or extract anew with --overwrite."
+    model = description.get("model")
+    name = model.get("id") if isinstance(model, dict) else None
+    command = f"'layerprobe extract {brief(name or 'MODEL')} INPUT -o {place}' with the options it was made with"
+    if removed:
+        return f"Run {command}: it makes what was removed again, byte for byte."
+    if found.removable and _can_resume(description):
+        return (
+            f"Run 'layerprobe verify {place} --repair' to remove what is damaged, then the extraction to make it again."
+        )
+    if found.problems:
+        return "Copy what is damaged from elsewhere, or extract anew."
+    return "" if is_complete or not _can_resume(description) else f"Run {command} to go on."
