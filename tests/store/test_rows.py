@@ -266,8 +266,7 @@ def test_a_damaged_shard_stops_an_epoch_and_loses_no_batch(numbered: Any) -> Non
     iterator = layerprobe.open(numbered.folder)["float32"].rows(10)
     found: list[int] = []
     with pytest.raises(FormatError, match=r"shard-000002.*are not those that were written"):
-        for batch in iterator:
-            found += places([batch])
+        found.extend(place for batch in iterator for place in places([batch]))
     state = iterator.state_dict()
     path.write_bytes(sound)
     mended = layerprobe.open(numbered.folder)["float32"].rows(10)
