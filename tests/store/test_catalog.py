@@ -1,0 +1,73 @@
+"""The shards of a store: mapped when they are asked for, compared once, let go of when the store is closed."""
+
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import layerprobe
+from layerprobe.errors import FormatError, StoreError
+from layerprobe.store.format import checksum, read_header
+
+WriteStore = Callable[..., Any]
+SECOND = "shard-000001.safetensors"
+# what a site gives may be a tensor or ScaledRows; the tests know which
+open_store: Callable[[Path], Any] = layerprobe.open
+
+
+def test_a_closed_store_reads_no_more_but_what_was_read_stays(write_store: WriteStore) -> None:
+    written = write_store()
+    with layerprobe.open(written.folder) as store:
+        rows = store["layers.0"][0]
+        again = pickle.loads(pickle.dumps(store))
+    assert torch.equal(rows, written.rows[0]) and torch.equal(again["layers.0"][0], rows)
+    for read in (lambda: store["layers.0"][0], lambda: store.example(1), lambda: store["layers.0"].pooled()):
+        with pytest.raises(StoreError, match=r"this store was closed\. Open it again"):
+            read()
+    assert len(store) == 5
+
+
+def test_ten_thousand_shards_open_without_one_being_touched(write_store: WriteStore) -> None:
+    written = write_store(((2, 3),))
+    path = written.folder / "index.json"
+    said = json.loads(path.read_text())
+    shards = [
+        {"file": f"shard-{unit:06d}.safetensors", "first_example": 2 * unit, "examples": 2, "tokens": 5}
+        for unit in range(10_000)
+    ]
+    path.write_text(json.dumps({**said, "examples": 20_000, "tokens": 50_000, "shards": shards}))
+    touched: list[str] = []
+    sys.addaudithook(lambda event, given: touched.append(str(given[0])) if event == "open" and is_on[0] else None)
+    is_on = [True]
+    store = open_store(written.folder)
+    assert len(store) == 20_000 and store.num_tokens == 50_000 and store.num_shards == 10_000
+    assert torch.equal(store["layers.0"][1], written.rows[1])
+    is_on[0] = False
+    opened = [name for name in touched if "shard-" in name]
+    assert opened and {Path(name).name for name in opened} == {"shard-000000.safetensors"}
+    with pytest.raises(StoreError, match=r"shard-009999\.safetensors: cannot be read"):
+        store["layers.0"][-1]
+
+
+def test_a_tensor_is_compared_once_however_often_its_shard_is_mapped(
+    write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerprobe.store.catalog.MOST_OPEN_SHARDS", 1)
+    written = write_store()
+    store = open_store(written.folder)
+    compared: list[int] = []
+    monkeypatch.setattr("layerprobe.store.shards.checksum", lambda data: compared.append(len(data)) or checksum(data))
+    for ordinal in (0, 4, 0, 4):
+        assert torch.equal(store["layers.0"][ordinal], written.rows[ordinal])
+    assert len(compared) == 6  # ordinals, offsets and rows of two shards
+    path = written.folder / SECOND
+    damaged = bytearray(path.read_bytes())
+    damaged[read_header(path).tensors["pooler"].start] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(FormatError, match="bytes of 'pooler'"):
+        store["pooler"][4]

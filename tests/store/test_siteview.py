@@ -1,0 +1,69 @@
+"""A site's view: arrays of numpy, pooling in pieces, and what indices and slices mean."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import layerprobe
+from layerprobe.errors import MissingExample, OptionError
+
+WriteStore = Callable[..., Any]
+SECOND = "shard-000001.safetensors"
+# what a site gives may be a tensor or ScaledRows; the tests know which
+open_store: Callable[[Path], Any] = layerprobe.open
+
+
+def test_an_example_as_a_numpy_array_is_a_view(write_store: WriteStore) -> None:
+    view = open_store(write_store(dtype=torch.float16).folder)["layers.0"]
+    array = view.numpy(2)
+    assert array.dtype == np.float16 and array.ctypes.data == view[2].data_ptr()
+    assert np.array_equal(array, view[2].numpy())
+    with pytest.raises(OptionError, match="is not one example"):
+        view.numpy([1, 2])
+    with pytest.raises(MissingExample, match="no example 9"):
+        view.numpy(9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_what_numpy_cannot_hold_names_what_can(write_store: WriteStore, dtype: torch.dtype) -> None:
+    view = open_store(write_store(dtype=dtype).folder)["layers.0"]
+    with pytest.raises(OptionError, match=rf"numpy has no {dtype}\. Use view\[2\]\.float\(\)\.numpy\(\), a copy"):
+        view.numpy(2)
+    assert view[2].float().numpy().shape == (5, 8)
+
+
+@pytest.mark.parametrize("pool", ["mean", "max", "cls", "last"])
+def test_pooling_in_pieces_changes_no_bit(write_store: WriteStore, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = open_store(write_store(((3, 0, 5, 0), (1, 40, 7), (0, 0)), torch.float16).folder)["layers.0"]
+    whole = view.pooled(pool)
+    monkeypatch.setattr("layerprobe.store.siteview._POOLED_ROWS", 6)
+    parts = list(view.iter_pooled(pool))
+    assert [len(part) for part in parts] == [4, 3, 2]
+    assert torch.equal(torch.cat(parts).nan_to_num(7), whole.nan_to_num(7))
+    assert whole.isnan().any(1).tolist() == [False, True, False, True, False, False, False, True, True]
+    with pytest.raises(OptionError, match="no pool 'median'"):
+        view.iter_pooled("median")
+
+
+def test_pooling_float8_picks_the_stored_rows(write_store: WriteStore) -> None:
+    written = write_store(dtype=torch.float8_e4m3fn)
+    found = open_store(written.folder)["layers.0"].pooled("last")
+    assert torch.equal(found[[0, 2]], torch.stack([written.rows[0][-1], written.rows[2][-1]]).float())
+
+
+def test_a_slice_means_ordinals_and_says_what_is_missing(write_store: WriteStore) -> None:
+    written = write_store(((3, 0, 5), (1, 4), (2, 2)), complete=False)
+    (written.folder / SECOND).unlink()
+    view = open_store(written.folder)["layers.0"]
+    assert all(map(torch.equal, view[5:], written.rows[5:])) and len(view[5:]) == 2
+    assert all(map(torch.equal, view[-2:], written.rows[5:]))
+    assert all(map(torch.equal, view[2::-1], written.rows[2::-1]))
+    for gap in (slice(2, 4), slice(None), slice(-4, None)):
+        with pytest.raises(MissingExample, match=r"no example [34] in .* yet"):
+            view[gap]
+    there = [written.rows[ordinal] for ordinal in (0, 1, 2, 5, 6)]
+    assert all(map(torch.equal, view, there)) and all(map(torch.equal, reversed(view), there[::-1]))
