@@ -47,6 +47,12 @@ def load_model(name: str, device: str | torch.device | None = None) -> LoadedMod
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
         OptionError: there is no such device.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> demo = lp.load_model("demo", "cpu")
+        >>> type(demo.model).__name__, demo.model.training, demo.tokenizer.is_fast
+        ('BertModel', False, True)
     """
     source = str(find_demo_model()) if name == "demo" else name
     if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):

@@ -1,5 +1,8 @@
 """The README and every page of docs/: their snippets run, their commands work, what they name is there."""
 
+import doctest
+import importlib
+import inspect
 import json
 import re
 import shlex
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import layerprobe
 from layerprobe.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -166,3 +170,29 @@ def test_quoted_numbers_are_in_the_results(page: Path) -> None:
             quoted = next(filter(None, groups))
             decimals = len(quoted.partition(".")[2])
             assert any(f"{number:.{decimals}f}" == quoted for number in found), f"{quoted} is in none of {files}"
+
+
+EXAMPLES = {
+    name: examples
+    for name in layerprobe.__all__
+    if not isinstance(getattr(layerprobe, name), str)
+    for examples in [doctest.DocTestParser().get_examples(inspect.getdoc(getattr(layerprobe, name)) or "")]
+}
+
+
+def test_every_public_name_shows_an_example() -> None:
+    assert [name for name, examples in EXAMPLES.items() if not examples] == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_a_public_name_runs(name: str, folder: Path) -> None:
+    found = getattr(layerprobe, name)
+    module = importlib.import_module(found.__module__)
+    (test,) = [
+        test
+        for test in doctest.DocTestFinder(recurse=False).find(found, name, module=module, globs={})
+        if test.examples
+    ]
+    said: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
+    assert result.failed == 0, "".join(said)

@@ -83,6 +83,25 @@ class Sink(Protocol):
     """Where captured values go.
 
     Methods are called in the thread that runs the model. `index` counts the sites given to `open`.
+
+    Example:
+        >>> import torch, layerprobe as lp
+        >>> from transformers import BertConfig, BertModel
+        >>> class Shapes:
+        ...     def open(self, sites):
+        ...         self.names, self.seen = [site.name for site in sites], {}
+        ...     def receive(self, call, index, value):
+        ...         self.seen[self.names[index]] = tuple(value.shape)
+        ...     def begin(self, call): ...
+        ...     def finish(self, call): ...
+        ...     def abandon(self, call): ...
+        ...     def close(self, error): ...
+        >>> tiny = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> model, sink = BertModel(tiny).eval(), Shapes()
+        >>> with lp.Probe(model, "layers.*", to=sink):
+        ...     output = model(input_ids=torch.tensor([[1, 2, 3]]))
+        >>> sink.seen
+        {'layers.0': (1, 3, 32), 'layers.1': (1, 3, 32)}
     """
 
     def open(self, sites: Sequence[Site]) -> None:

@@ -57,6 +57,18 @@ class ProbeRegistry:
         ArchitectureError: the model is not supported.
         SiteError: a pattern matches nothing.
         OptionError: `stop` where nothing can end the forward early, or nothing could go on after it.
+
+    Example:
+        >>> import torch, layerprobe as lp
+        >>> from layerprobe.capture.sinks import MemorySink
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> model, sink = BertModel(tiny).eval(), MemorySink()
+        >>> sink.open(lp.ProbeRegistry(model, "layers.*", sink).sites)
+        >>> with lp.ProbeRegistry(model, "layers.*", sink):
+        ...     output = model(input_ids=torch.tensor([[1, 2, 3]]))
+        >>> list(sink.calls[0])
+        ['layers.0', 'layers.1']
     """
 
     def __init__(self, model: nn.Module, sites: str | Sequence[str], sink: Sink, *, stop: bool = False) -> None:

@@ -75,10 +75,10 @@ class ExtractOptions:
         check_pool(self.pool)
         if self.nonfinite not in NONFINITE_POLICIES:
             raise OptionError(f"no policy {self.nonfinite!r} for values that are not finite: use warn or error.")
-        for name in ("max_length", "batch_tokens", "shard_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name} is {value}: it must be at least 1.")
+        sizes = {"max_length": self.max_length, "batch_tokens": self.batch_tokens, "shard_size": self.shard_bytes}
+        for name, value in sizes.items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise OptionError(f"{name} is {value!r}: it must be a whole number of at least 1.")
 
 
 @dataclass(frozen=True)

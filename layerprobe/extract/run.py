@@ -147,6 +147,12 @@ def extract(
         StoreError: the disk refused; what was committed stays, and the same call goes on.
 
     Cost: two buffers of `shard_size` and one batch, however many texts.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> store = lp.extract("demo", ["The kettle whistled.", "Who left?"], "memory://acts", pool="mean")
+        >>> store.sites[:2], store["layers.5"].pooled().shape
+        (['embeddings', 'layers.0'], torch.Size([2, 384]))
     """
     options = ExtractOptions(
         sites=[sites] if isinstance(sites, str) else list(sites),

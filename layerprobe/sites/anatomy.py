@@ -52,6 +52,11 @@ class Anatomy:
         heads: Names under which task models keep the module that makes the logits; the first that exists counts.
         cross: Name that stands for the first segment of the attention paths in a decoder's cross attention, or None.
         first_call: Whether query, key and value are made by the first of several calls of their modules.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> lp.Anatomy().layers, lp.Anatomy(down="ffn.down").down
+        ('encoder.layer', 'ffn.down')
     """
 
     embeddings: tuple[str, ...] = ("embeddings",)

@@ -34,6 +34,13 @@ class ExampleDataset(Dataset[dict[str, Any]]):
 
     Raises:
         SiteError: a site is not stored.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> store = lp.extract("demo", ["The kettle whistled.", "Who left?"], "memory://examples", pool="mean")
+        >>> dataset = lp.ExampleDataset(store, "layers.5")
+        >>> len(dataset), dataset[1]["layers.5"].shape, dataset[1]["input_ids"].tolist()
+        (2, torch.Size([384]), [101, 2040, 2187, 1029, 102])
     """
 
     def __init__(self, store: Store, sites: str | Sequence[str] | None = None) -> None:
@@ -71,6 +78,12 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
     Raises:
         SiteError: a site is not stored.
         OptionError: a value that cannot be, or sites that have no rows in common.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> store = lp.extract("demo", ["The kettle whistled.", "Who left?"], "memory://rows", sites="layers.*")
+        >>> [batch["layers.5"].shape[0] for batch in lp.RowDataset(store, "layers.5", batch_size=8, shuffle=True)]
+        [8, 4]
     """
 
     def __init__(

@@ -101,6 +101,14 @@ def export(
         StoreError: there is no store, a shard is damaged, `out` exists, or the disk refused. Nothing is left then.
 
     Cost: about 100 MiB, however large the store; packed arrays take one pass over it for each of them.
+
+    Example:
+        >>> import numpy, tempfile, layerprobe as lp
+        >>> store = lp.extract("demo", ["The kettle whistled.", "Who left?"], "memory://exported", pool="mean")
+        >>> out = tempfile.mkdtemp() + "/acts.npz"
+        >>> report = lp.export(store, out, "npz", sites="layers.5")
+        >>> numpy.load(out)["layers.5"].shape
+        (2, 384)
     """
     if to not in FORMATS:
         raise OptionError(f"no format {to!r}: use {', '.join(FORMATS)}.")

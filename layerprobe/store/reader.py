@@ -298,6 +298,13 @@ def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:
         OptionError: stores do not lie under such a URL, or what it takes is not installed.
         StoreError: there is no store there.
         FormatError: a file of it is damaged.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> made = lp.extract("demo", ["The kettle whistled.", "Who left?"], "memory://opened", sites="layers.-1")
+        >>> store = lp.open("memory://opened")
+        >>> store.is_complete, len(store), store["layers.5"][1].shape
+        (True, 2, torch.Size([5, 384]))
     """
     place = find_place(folder)
     if not place.exists(STORE_FILE):

@@ -92,7 +92,7 @@ def test_the_fingerprint_follows_what_changes_the_bytes_and_nothing_else(
         ({"nonfinite": "ignore"}, "no policy 'ignore'"),
         ({"max_length": 0}, "max_length is 0"),
         ({"batch_tokens": -1}, "batch_tokens is -1"),
-        ({"shard_bytes": 0}, "shard_bytes is 0"),
+        ({"shard_bytes": 0}, "shard_size is 0"),
     ],
 )
 def test_an_option_that_does_not_exist_is_refused(options: dict[str, Any], message: str) -> None:
@@ -152,7 +152,7 @@ def test_a_store_larger_than_the_disk_is_refused_with_both_sizes(
     tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Plan, "free_bytes", property(lambda _: 1000))
-    with pytest.raises(SpaceError, match=r"needs .* more, the disk has 1\.0 kB free\. Ask for fewer sites"):
+    with pytest.raises(SpaceError, match=r"needs .* more, the disk has 1\.0 kB free: [0-9,]+ bytes missing\. Ask for fewer"):
         plan(tiny, ["the quick brown fox"] * 9, tmp_path / "acts")
     assert not list(tmp_path.iterdir())
 
@@ -176,3 +176,18 @@ def test_overwrite_counts_the_space_that_it_frees(
     assert plan(tiny, texts, folder).free_bytes == 1000  # nothing is to be written
     with pytest.raises(SpaceError, match=r"needs .* more, the disk has 1\.0 kB free"):
         plan(tiny, texts, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": "8"}, "max_length is '8'"),
+        ({"batch_tokens": 0}, "batch_tokens is 0"),
+        ({"shard_bytes": 0}, "shard_size is 0"),
+        ({"max_length": True}, "max_length is True"),
+        ({"batch_tokens": 2.5}, "batch_tokens is 2.5"),
+    ],
+)
+def test_a_size_that_is_none_is_refused_by_the_name_of_its_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=f"{message}: it must be a whole number of at least 1"):
+        ExtractOptions(**options)
