@@ -1,6 +1,5 @@
 """Stores on an S3 server: the same bytes as in a folder, few requests, and faults that are lived through or named."""
 
-import os
 import pickle
 import subprocess
 import sys
@@ -389,7 +388,6 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_reads_on_with_connections_of_its_own(local: Any, place: RemotePlace) -> None:
     copy_store(local, place)
     command = [sys.executable, "-W", "ignore", "-c", FORKED, place.url]
