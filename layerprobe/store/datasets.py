@@ -83,7 +83,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
         >>> import layerprobe as lp
         >>> store = lp.extract("demo", ["The kettle whistled.", "Who left?"], "memory://rows", sites="layers.*")
         >>> [batch["layers.5"].shape[0] for batch in lp.RowDataset(store, "layers.5", batch_size=8, shuffle=True)]
-        [8, 4]
+        [8, 3]
     """
 
     def __init__(
