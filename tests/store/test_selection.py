@@ -27,9 +27,7 @@ def store(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("selection")
     (folder / "in.jsonl").write_text("\n".join(map(json.dumps, RECORDS)), encoding="utf-8")
     sites = ["layers.0", "layers.0.attention.weights"]
-    lp.extract(
-        tiny.model, folder / "in.jsonl", folder / "acts", tokenizer=tiny.tokenizer, sites=sites, shard_size=1 << 14
-    )
+    lp.extract(tiny.model, folder / "in.jsonl", folder / "acts", tokenizer=tiny.tokenizer, sites=sites, shard_size=4000)
     found = lp.open(folder / "acts")
     assert found.num_shards > 1
     return found
