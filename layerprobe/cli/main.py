@@ -40,6 +40,8 @@ def _options(
 app.command()(runs.sites)
 app.command(short_help="Extract sites for every text into a store.")(runs.extract)
 app.command()(stores.info)
+app.command(short_help="Tell how far a run is, from outside.")(stores.status)
+app.command(short_help="Check every byte of a store; repair it, or run some of it again.")(stores.verify)
 # -1 is an example, not an option
 app.command(context_settings={"ignore_unknown_options": True})(stores.show)
 

@@ -1,4 +1,4 @@
-"""Commands that look at a store and need no model: info, show.
+"""Commands that look at a store: info, show, status, verify.
 
 Parse and call; compute nothing. `main` gives each its name and place.
 """
@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from layerprobe.cli.views import describe_example, describe_store
+from layerprobe.cli.views import describe_example, describe_status, describe_store
+from layerprobe.errors import OptionError
 
-__all__ = ["info", "show"]
+__all__ = ["info", "show", "status", "verify"]
 
 # not a Path, which would make one slash of the two in a URL
 Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
@@ -36,3 +37,53 @@ def show(
     from layerprobe.store.reader import open_store
 
     typer.echo(describe_example(open_store(folder).example(example)))
+
+
+def status(folder: Where) -> None:
+    """Tell how far a run is, from outside: paces, time left, time until the disk is full, whether it is alive.
+
+    Example: layerprobe status acts
+    """
+    from layerprobe.store.progress import read_status
+
+    typer.echo(describe_status(read_status(folder)))
+
+
+def verify(
+    folder: Where,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is damaged, so that the same extraction makes it again.")
+    ] = False,
+    recompute: Annotated[
+        int | None, typer.Option(metavar="N", help="Run N random examples through the model again and compare.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The model for --recompute; the one that DIR names if not given."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which examples --recompute draws.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Where --recompute runs: cpu, cuda, cuda:1.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no bar.")] = False,
+) -> None:
+    """Read every byte of a store and compare it with what was written; exit code 1 if anything is wrong.
+
+    Example: layerprobe verify acts --recompute 16
+    """
+    from layerprobe.store.verify import verify as verify_store
+
+    if recompute is None and (model is not None or device is not None):
+        raise OptionError("--model and --device say what --recompute N runs: pass that too.")
+    if recompute is not None and recompute < 1:
+        raise OptionError(f"--recompute is {recompute}: it must be at least 1.")
+    progress = False if quiet else None
+    report = verify_store(folder, repair, progress)
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
+    if recompute is not None:
+        from layerprobe.extract.audit import audit
+
+        audited = audit(folder, model, recompute, seed, device=device, progress=progress)
+        typer.echo(str(audited))
+        if not audited.ok:
+            raise typer.Exit(1)

@@ -5,10 +5,11 @@ Turns objects of the library into text. Computes nothing but what it takes to la
 
 from layerprobe.store.format import parse_shard_name
 from layerprobe.store.guard import brief
+from layerprobe.store.progress import StoreStatus
 from layerprobe.store.reader import Example, Store
 from layerprobe.tables import format_bytes, format_count, format_table
 
-__all__ = ["describe_example", "describe_store"]
+__all__ = ["describe_example", "describe_status", "describe_store"]
 
 
 def describe_store(store: Store) -> str:
@@ -37,6 +38,50 @@ def describe_store(store: Store) -> str:
     views = [store[site] for site in store.sites]
     rows = [(view.site, view.kind, str(view.dtype).removeprefix("torch."), view.width) for view in views]
     return "\n".join([*lines, "", format_table(("site", "kind", "dtype", "width"), rows)])
+
+
+def describe_status(status: StoreStatus) -> str:
+    """Lay out how far a run is."""
+    state = {
+        "complete": "complete",
+        "running": "running",
+        "killed": "killed: its process is gone. Run the same extraction again to go on",
+        "stopped": f"stopped: {(status.reason or '').rstrip('.')}. Run the same extraction again to go on",
+        "silent": "on another machine, and not heard of for a while: see whether it is alive there",
+        "incomplete": "not complete, and nothing tells of a run. Run the same extraction again to go on",
+    }[status.state]
+    lines = [
+        f"store     {status.folder}: {state}",
+        f"done      {_format_part(status.num_units_done, status.num_units, 'shards')}, "
+        f"{_format_part(status.num_examples_done, status.num_examples, 'examples')}",
+    ]
+    if status.process is not None:
+        alive = {True: "alive", False: "gone", None: "cannot be asked from here"}[status.is_alive]
+        lines.append(f"process   {status.process}, {alive}; last heard of {_format_time(status.heard_s)} ago")
+    if status.tokens_per_s is not None and status.bytes_per_s is not None and status.stalled is not None:
+        lines.append(
+            f"pace      {status.tokens_per_s:,.0f} tokens/s, {format_bytes(status.bytes_per_s)}/s, "
+            f"stalled {status.stalled:.0%} of the time"
+        )
+        lines.append(f"left      {_format_time(status.remaining_s)}, {format_bytes(status.missing_bytes or 0)}")
+    if status.free_bytes is not None and status.state != "complete":
+        full = "" if status.full_s is None else f"; full in {_format_time(status.full_s)} at this pace"
+        lines.append(f"disk      {format_bytes(status.free_bytes)} free{full}")
+    return "\n".join(lines)
+
+
+def _format_part(done: int, whole: int | None, noun: str) -> str:
+    return f"{done:,} {noun}" if whole is None else f"{done:,} of {whole:,} {noun}"
+
+
+def _format_time(seconds: float | None) -> str:
+    """Write a time in the unit in which it is a number of two or three digits."""
+    if seconds is None:
+        return "unknown time"
+    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.0f} s"
 
 
 def describe_example(example: Example) -> str:

@@ -180,7 +180,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(
             cli.main()
 
 
-@pytest.mark.parametrize("command", ["sites", "extract", "info", "show"])
+@pytest.mark.parametrize("command", ["sites", "extract", "info", "show", "status", "verify"])
 def test_help_shows_an_example_in_plain_text(run: Run, command: str) -> None:
     code, printed, said = run(command, "--help")
     assert code == 0 and said == ""

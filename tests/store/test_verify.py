@@ -113,7 +113,7 @@ def test_every_flipped_bit_of_a_shard_is_named(write_store: Any) -> None:
     [
         (lambda raw: raw[:-9], "The file is cut"),
         (lambda raw: raw + b"0", "its header asks for"),
-        (lambda raw: b"", "0 bytes cannot hold its header"),
+        (lambda _: b"", "0 bytes cannot hold its header"),
         (lambda raw: raw[:40] + b"?" + raw[41:], "its header is damaged"),
         (lambda raw: raw[:-40] + b"?" + raw[-39:], "are not those that were written"),
     ],
@@ -156,8 +156,8 @@ def test_a_shard_that_cannot_be_read_is_not_called_damaged(store: Path, monkeypa
         (lambda t: t.pop("layers.1"), {}, "'layers.1' is nothing; store.json asks for torch.float32"),
         (lambda t: t.update({"layers.1": t["layers.1"].half()}), {}, "'layers.1' is torch.float16"),
         (lambda t: t.update({"layers.2": t["layers.1"]}), {}, "store.json does not know 'layers.2'"),
-        (lambda t: None, {"nonfinite": {"layers.7": 3}}, "store.json does not know 'layers.7'"),
-        (lambda t: None, {"fingerprint": "1" * 32}, "belongs to another run"),
+        (lambda _: None, {"nonfinite": {"layers.7": 3}}, "store.json does not know 'layers.7'"),
+        (lambda _: None, {"fingerprint": "1" * 32}, "belongs to another run"),
     ],
 )
 def test_a_shard_with_right_checksums_and_wrong_contents_is_named(

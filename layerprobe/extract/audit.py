@@ -1,0 +1,285 @@
+"""Run some examples of a store through the model again, one at a time, and compare every value.
+
+Checksums prove that a store is what was written; this proves that what was written is what the model makes of the
+texts: the right tokens, the right layer, the right example. A value may differ from its repetition by what a batch of
+another shape does to sums, and by the rounding to the stored dtype, and by no more.
+
+Hides that tolerance. Must never write.
+"""
+
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from layerprobe.capture.probe import Probe
+from layerprobe.capture.select import POOLS, Target, cast_into
+from layerprobe.errors import OptionError, PlanError, StoreError
+from layerprobe.extract.batching import tokenize
+from layerprobe.extract.run import evaluating
+from layerprobe.models import LoadedModel, describe_model, load_model, load_tokenizer
+from layerprobe.sites.stacks import find_device
+from layerprobe.store.checks import check_tokenizer
+from layerprobe.store.format import TOKENIZER_FOLDER
+from layerprobe.store.reader import Example, Store, open_store
+from layerprobe.store.shards import ScaledRows
+from layerprobe.tables import format_count
+
+__all__ = ["AuditProblem", "AuditReport", "audit"]
+
+# What sums in another order may change, as a share of the largest magnitude that the site has in the example: of the
+# dtype that the model computes in. About ten times the most that was seen with models of 12 layers.
+_REORDERED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# TF32, which a GPU may multiply float32 in, keeps as many bits as float16.
+_REORDERED_TF32 = 2e-2
+_MODEL_FIELDS = ("class", "config_hash", "weights_hash")
+
+
+class AuditProblem(NamedTuple):
+    """An example that is not what the model makes of its text: its ordinal, the site (or `input_ids`), and how."""
+
+    example: int
+    site: str
+    what: str
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit found; `str(report)` is its closing text. Made by `layerprobe.audit`.
+
+    Args:
+        folder: Where the store is.
+        examples: Ordinals of the examples that were run again.
+        num_values: Values that were compared.
+        problems: What differs, by example and site.
+        largest: The largest difference, as a share of what is allowed; above 1 is a problem.
+    """
+
+    folder: str
+    examples: tuple[int, ...]
+    num_values: int
+    problems: tuple[AuditProblem, ...]
+    largest: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every value is what the model makes."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [f"example {example}: {site}: {what}" for example, site, what in self.problems]
+        run = f"{format_count(len(self.examples), 'example')} run again, {self.num_values:,} values compared"
+        wrong = len({problem.example for problem in self.problems})
+        found = (
+            f"{format_count(wrong, 'example')} not as the model makes them"
+            if wrong
+            else f"all as the model makes them, the largest difference {self.largest:.1%} of what rounding allows"
+        )
+        return "\n".join([*lines, f"{self.folder}: {run}: {found}."])
+
+
+def audit(
+    folder: str | Path,
+    model: nn.Module | LoadedModel | str | None = None,
+    num_examples: int = 16,
+    seed: int = 0,
+    *,
+    device: str | None = None,
+    progress: bool | None = None,
+) -> AuditReport:
+    """Run random examples of a store through its model again, one at a time, and compare ids and every site.
+
+    A stored value passes if it differs from the repeated one, cast and pooled alike, by at most the sum of: a share of
+    the largest magnitude that the site has in the example (1e-4 for a model in float32, 2e-2 in float16 and under TF32,
+    1e-1 in bfloat16), one step of the stored dtype, and for int8 one scale of its vector. NaN and infinity must be
+    where they were.
+
+    Args:
+        folder: Where the store is; complete or not.
+        model: A model, what `load_model` gave, or a name; None for the one that `store.json` names. It must be the
+            very model: class, config and weights.
+        num_examples: How many; all, if there are fewer.
+        seed: Which ones.
+        device: Where to put a model given by name.
+        progress: Whether to show a bar on stderr; None for only on a terminal.
+
+    Raises:
+        PlanError: it is another model, with the fields that differ.
+        StoreError: the store cannot be audited: a `Probe` filled it, and nothing tells how the model was called; a
+            function pooled it; it keeps no texts.
+        FormatError: it is damaged.
+        ModelError: the model cannot be loaded.
+        OptionError: `num_examples` is below 1, or a device without a name.
+
+    Cost: a forward for each example; memory for one.
+    """
+    if num_examples < 1:
+        raise OptionError(f"num_examples is {num_examples}: it must be at least 1.")
+    store = open_store(folder)
+    plan = _check_auditable(store)
+    network = _find_model(store, model, device)
+    tokenizer = _load_own_tokenizer(store)
+    chosen = _choose(store, num_examples, seed)
+    problems: list[AuditProblem] = []
+    num_values, largest = 0, 0.0
+    shows_progress = sys.stderr.isatty() if progress is None else progress
+    with torch.inference_mode(), evaluating(network):
+        for ordinal in tqdm(chosen, unit=" examples", disable=not shows_progress, leave=False):
+            example = store.example(ordinal)
+            if example.text is None:
+                raise StoreError(
+                    f"{store.place}: keeps no text of example {ordinal}. Only its checksums can be checked."
+                )
+            (ids,) = tokenize(tokenizer, [example.text], plan["max_length"]).ids
+            stored_ids = example.input_ids.tolist()
+            if ids != stored_ids:
+                problems.append(AuditProblem(ordinal, "input_ids", _compare_ids(ids, stored_ids)))
+            if len(ids) != len(stored_ids) or not ids:
+                continue
+            for site, what, share, count in _compare(store, network, example, ids):
+                num_values, largest = num_values + count, max(largest, share)
+                if what:
+                    problems.append(AuditProblem(ordinal, site, what))
+    return AuditReport(str(store.place), tuple(chosen), num_values, tuple(problems), largest)
+
+
+def _check_auditable(store: Store) -> Mapping[str, Any]:
+    """Make sure that a run can be repeated from what the store says; gives its plan."""
+    plan = store.description.get("plan")
+    if not isinstance(plan, dict) or type(plan.get("max_length")) is not int:
+        raise StoreError(
+            f"{store.place}: a Probe filled it, and nothing in it tells the texts or how the model was called (token "
+            "types, positions, mask). Run 'layerprobe verify' without --recompute."
+        )
+    if store.pool not in (None, *POOLS):
+        raise StoreError(
+            f"{store.place}: was pooled by the function {store.pool!r}, which no store holds. Stores of every row or "
+            f"pooled by {', '.join(POOLS)} can be audited."
+        )
+    return plan
+
+
+def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, device: str | None) -> nn.Module:
+    """Find the model and make sure that it is the one that the store was made with.
+
+    Raises:
+        PlanError: it is another, or `store.json` names none.
+    """
+    said = store.description["model"]
+    if model is None:
+        model = said.get("id") or ""
+        if not model:
+            raise PlanError(f"{store.place}: does not name its model. Pass the model (--model).")
+    if isinstance(model, str):
+        network = load_model(model, device).model
+    elif device is not None:
+        raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
+    else:
+        network = model.model if isinstance(model, LoadedModel) else model
+    own = describe_model(network)
+    differing = [
+        f"{key}: {said.get(key)!r} there, {own[key]!r} here" for key in _MODEL_FIELDS if said.get(key) != own[key]
+    ]
+    if differing:
+        raise PlanError(
+            f"{store.place}: was made with another model ({'; '.join(differing)}). Pass the very model "
+            "it was made with (--model); a config may also differ between versions of transformers."
+        )
+    return network
+
+
+def _load_own_tokenizer(store: Store) -> Any:
+    """Load the tokenizer that lies in the store, if it is the one that the run says it used."""
+    place, said = store.place, store.description.get("tokenizer")
+    if not isinstance(said, dict):
+        raise StoreError(f"{place}: does not say which tokenizer made its ids. Only its checksums can be checked.")
+    check_tokenizer(place, said)
+    if place.folder is not None:
+        return load_tokenizer(str(place.folder / TOKENIZER_FOLDER))
+    with tempfile.TemporaryDirectory() as folder:
+        for file in place.list_files(TOKENIZER_FOLDER):
+            name = f"{TOKENIZER_FOLDER}/{file}"
+            (Path(folder) / file).write_bytes(place.read(name, 0, place.size(name)))
+        return load_tokenizer(folder)
+
+
+def _choose(store: Store, count: int, seed: int) -> list[int]:
+    """Draw ordinals of examples that are there, rising."""
+    places = sorted(random.Random(seed).sample(range(len(store)), min(count, len(store))))  # noqa: S311 - no secret
+    wanted = iter(places)
+    found: list[int] = []
+    place = next(wanted, None)
+    for number, ordinal in enumerate(store.ordinals()):
+        if number == place:
+            found.append(ordinal)
+            place = next(wanted, None)
+    return found
+
+
+def _compare_ids(ids: list[int], stored: list[int]) -> str:
+    if len(ids) != len(stored):
+        return f"{len(stored)} are stored, the tokenizer makes {len(ids)} of the text"
+    place = next(place for place, (own, other) in enumerate(zip(ids, stored, strict=True)) if own != other)
+    return f"{stored[place]} is stored at {place}, the tokenizer makes {ids[place]} of the text"
+
+
+def _compare(
+    store: Store, network: nn.Module, example: Example, ids: list[int]
+) -> Iterator[tuple[str, str | None, float, int]]:
+    """Run an example by itself; for each site give what is wrong, the share of the tolerance, and how many values."""
+    device = find_device(network)
+    with Probe(network, store.sites, pool=store.pool, stop=True) as probe:
+        input_ids = torch.tensor([ids], device=device)
+        network(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+    made = {site: probe[site][0] for site in store.sites}
+    for site in store.sites:
+        share = _measure(example[site], made[site])
+        what = None
+        if share > 1:
+            what = f"differs by {share:,.3g} times what rounding allows"
+            twin = next((other for other in made if other != site and _measure(example[site], made[other]) <= 1), None)
+            if twin is not None:
+                what += f"; it holds what the model makes at {twin}"
+        yield site, what, share, made[site].numel()
+
+
+def _measure(stored: Tensor | ScaledRows, made: Tensor) -> float:
+    """Give the largest difference as a share of what is allowed; infinite where values cannot be compared."""
+    if stored.shape != made.shape:
+        return float("inf")
+    dtype = stored.values.dtype if isinstance(stored, ScaledRows) else stored.dtype
+    target = Target(
+        torch.empty(made.shape, dtype=dtype),
+        torch.empty(made.shape[:-1]) if dtype == torch.int8 else None,
+    )
+    cast_into(target, made.cpu())
+    repeated = target.values.double()
+    if isinstance(stored, ScaledRows):
+        assert target.scale is not None
+        scale = torch.maximum(stored.scale, target.scale)[..., None].double()
+        found, repeated = stored.float().double(), repeated * target.scale[..., None].double()
+        step = scale.expand(made.shape)
+    else:
+        found = stored.double()
+        limits = torch.finfo(dtype)
+        step = torch.maximum(found.abs(), repeated.abs()) * limits.eps + limits.tiny * limits.eps
+    finite = repeated.isfinite()
+    same = (found == repeated) | (found.isnan() & repeated.isnan())
+    if not bool((finite & found.isfinite() | same).all()):
+        return float("inf")
+    largest = made.cpu().double()[finite].abs().max().item() if bool(finite.any()) else 0.0
+    allowed = step + largest * _share_reordered(made)
+    return torch.where(same, 0.0, (found - repeated).abs() / allowed).max().item() if made.numel() else 0.0
+
+
+def _share_reordered(made: Tensor) -> float:
+    if made.dtype == torch.float32 and made.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        return _REORDERED_TF32
+    return _REORDERED[made.dtype]

@@ -1,0 +1,127 @@
+"""Commands that look at a store: their exit codes, and what they print."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import layerprobe
+from layerprobe.cli import main as cli
+from layerprobe.cli.views import describe_status
+from layerprobe.models import load_model
+from layerprobe.store.format import commit_shard
+from layerprobe.store.progress import Done, ProgressFile, StoreStatus, read_status
+
+Run = Callable[..., tuple[int, str, str]]
+extract: Any = layerprobe.extract
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process; gives exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["layerprobe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    texts = ["the quick brown fox", "", "the lazy dog .", "fox"]
+    extract(load_model(str(tiny_model_folder), "cpu"), texts, tmp_path / "acts", dtype="float16", shard_size=3000)
+    return tmp_path / "acts"
+
+
+def test_verify_says_that_all_is_well_and_exits_with_0(run: Run, folder: Path) -> None:
+    code, printed, said = run("verify", folder)
+    assert (code, said) == (0, "") and printed.endswith("every byte is as it was written.\n")
+
+
+def test_verify_names_each_damaged_shard_in_a_line_and_exits_with_1(run: Run, folder: Path) -> None:
+    for name in ("shard-000000.safetensors", "shard-000001.safetensors"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    code, printed, said = run("verify", folder, "--recompute", 3)
+    lines = printed.splitlines()
+    assert (code, said) == (1, "") and "examples run again" not in printed
+    assert [line.split(":")[0] for line in lines[:2]] == ["shard-000000.safetensors", "shard-000001.safetensors"]
+    code, printed, _ = run("verify", folder, "--repair")
+    assert code == 1 and "removed index.json, shard-000000.safetensors, shard-000001.safetensors" in printed
+    code, printed, _ = run("verify", folder)
+    assert code == 0 and "note: 2 of " in printed and "not complete" in printed
+
+
+def test_verify_of_what_is_no_store_exits_with_2(run: Run, tmp_path: Path) -> None:
+    code, _, said = run("verify", tmp_path)
+    assert code == 2 and "is not a store: it has no store.json" in said and said.count("\n") == 1
+
+
+def test_recompute_runs_examples_again(run: Run, folder: Path, tiny_model_folder: Path) -> None:
+    code, printed, said = run("verify", folder, "--recompute", 3, "--device", "cpu")
+    assert (code, said) == (0, "") and ": 3 examples run again, " in printed.splitlines()[-1]
+    first = run("verify", folder, "--recompute", 9, "--model", tiny_model_folder, "--seed", 4)
+    assert first[0] == 0 and ": 4 examples run again, " in first[1]
+    code, printed, said = run("verify", folder, "--recompute", 3, "--model", "demo")
+    assert code == 2 and "was made with another model (config_hash: " in said
+
+
+def test_an_audit_that_fails_exits_with_1(run: Run, folder: Path) -> None:
+    for shard in layerprobe.open(folder).iter_shards():
+        tensors = {name: shard.tensor(name).clone() for name in shard.header.tensors}
+        tensors["layers.2"].zero_()
+        commit_shard(folder, shard.header, list(tensors.items()))
+    assert run("verify", folder)[0] == 0
+    code, printed, _ = run("verify", folder, "--recompute", 2)
+    assert code == 1 and ": layers.2: differs by " in printed and "2 examples not as the model makes them" in printed
+
+
+def test_options_of_an_audit_without_one_are_refused(run: Run, folder: Path) -> None:
+    for option in (["--model", "demo"], ["--device", "cpu"]):
+        code, _, said = run("verify", folder, *option)
+        assert code == 2 and "--model and --device say what --recompute N runs: pass that too" in said
+    code, _, said = run("verify", folder, "--recompute", 0)
+    assert code == 2 and "--recompute is 0: it must be at least 1" in said
+
+
+def test_status_of_a_run_under_way(run: Run, folder: Path) -> None:
+    assert run("status", folder)[1].startswith(f"store     {folder}: complete\ndone      ")
+    (folder / "index.json").unlink()
+    assert "nothing tells of a run" in run("status", folder)[1]
+    with ProgressFile(folder) as told:
+        told.begin(lambda: Done(1, 4, 2, 8, 50, 9000, 3000, 0.0))
+        code, printed, said = run("status", folder)
+        assert (code, said) == (0, "")
+        words = [line.split()[0] for line in printed.splitlines()]
+        assert words == ["store", "done", "process", "pace", "left", "disk"]
+        assert ": running\n" in printed and "2 of 8 examples" in printed and f"process {os.getpid()} on " in printed
+        assert ", alive; last heard of 0 s ago" in printed
+    code, printed, _ = run("status", folder)
+    assert code == 0 and ": stopped: it was asked to. Run the same extraction again to go on\n" in printed
+
+
+def test_status_says_paces_and_times_in_fitting_units(folder: Path) -> None:
+    running = StoreStatus(
+        "acts", "running", 3, 12, 30, 120, None, 1234.5, 2.5e9, 0.125, 7300.0, 10**12, 10**11, 4 * 86400.0,
+        "process 7 on here", True, 0.4,
+    )  # fmt: skip
+    assert describe_status(running).splitlines() == [
+        "store     acts: running",
+        "done      3 of 12 shards, 30 of 120 examples",
+        "process   process 7 on here, alive; last heard of 0 s ago",
+        "pace      1,234 tokens/s, 2.5 GB/s, stalled 12% of the time",
+        "left      2.0 h, 1.0 TB",
+        "disk      100.0 GB free; full in 4.0 days at this pace",
+    ]
+    killed = StoreStatus("acts", "killed", 3, None, 30, None, process="process 7 on here", is_alive=False, heard_s=130)
+    assert describe_status(killed).splitlines()[1:] == [
+        "done      3 shards, 30 examples",
+        "process   process 7 on here, gone; last heard of 2.2 min ago",
+    ]
+    assert read_status(folder).state == "complete"
