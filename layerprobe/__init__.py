@@ -6,13 +6,16 @@ The door: it re-exports and holds no logic. Importing it loads neither transform
 from layerprobe.capture.calls import Sink
 from layerprobe.capture.probe import Probe
 from layerprobe.capture.registry import ProbeRegistry
+from layerprobe.extract.audit import audit
 from layerprobe.extract.run import extract
 from layerprobe.models import load_model
 from layerprobe.sites.anatomy import Anatomy, register_architecture
 from layerprobe.sites.resolve import sites
 from layerprobe.store.datasets import ExampleDataset, RowDataset
 from layerprobe.store.export import export
+from layerprobe.store.progress import read_status as status
 from layerprobe.store.reader import open_store as open
+from layerprobe.store.verify import verify
 from layerprobe.version import __version__
 
 __all__ = [
@@ -23,10 +26,13 @@ __all__ = [
     "RowDataset",
     "Sink",
     "__version__",
+    "audit",
     "export",
     "extract",
     "load_model",
     "open",
     "register_architecture",
     "sites",
+    "status",
+    "verify",
 ]
