@@ -20,7 +20,7 @@ import layerprobe as lp
 from layerprobe.store.format import read_header
 
 # What changes a store, or makes a change permanent.
-CALLS = ("open", "posix_fallocate", "write", "ftruncate", "fsync", "close", "replace", "unlink")
+CALLS = ("open", "posix_fallocate", "write", "ftruncate", "fsync", "close", "replace")
 
 
 @dataclass(frozen=True)

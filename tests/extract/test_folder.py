@@ -68,6 +68,7 @@ def test_every_call_of_a_run_may_fail_and_nothing_is_lost(
     counted: Counter[str] = Counter()
     put_under(monkeypatch, FaultySystem(lambda step: counted.update([step.name])))
     run_extraction(plan)
+    assert counted[call] >= plan.num_units
     for nth in range(counted[call]):
         shutil.rmtree(plan.folder)
         number = ERRORS[nth % len(ERRORS)]
@@ -79,9 +80,9 @@ def test_every_call_of_a_run_may_fail_and_nothing_is_lost(
             assert any(advice in said for advice in ("same command", "Choose another folder"))
         else:
             # only a lock is given back without a word
-            assert call in ("close", "ftruncate", "write", "unlink", "fsync")
+            assert call in ("close", "ftruncate", "write")
         check_shards(plan.folder)
-        assert not [file for file in plan.folder.glob("*.tmp") if call != "unlink"]
+        assert not list(plan.folder.glob("*.tmp"))
         run_extraction(plan)
         assert contents(plan.folder) == expected
 
