@@ -88,12 +88,12 @@ def describe_example(example: Example) -> str:
     """Lay out an example's tokens and, for each of them, the norm at each site."""
     per_token = {name: value for name, value in example.sites.items() if value.float().ndim == 2}
     pooled = {name: value for name, value in example.sites.items() if name not in per_token}
-    tokens = example.tokens or [""] * len(example.input_ids)
+    tokens = [_shorten(token) for token in example.tokens or [""] * len(example.input_ids)]
     norms = [value.float().norm(dim=1).tolist() for value in per_token.values()]
     head = [f"example {example.index}: {len(example.input_ids)} tokens"]
     if example.text is not None:
         head.append(f"text    {_shorten(example.text)}")
-    head.extend(f"{name:<7} {_shorten(str(value))}" for name, value in example.fields.items())
+    head.extend(f"{_shorten(name):<7} {_shorten(str(value))}" for name, value in example.fields.items())
     for name, value in pooled.items():
         head.append(f"norm of {name}: {value.float().norm().item():.2f}")
     if not per_token:

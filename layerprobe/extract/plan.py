@@ -27,6 +27,7 @@ from layerprobe.models import LoadedModel, describe_model, describe_tokenizer, l
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.format import ShardHeader, fingerprint_of
+from layerprobe.store.guard import MOST_SHARDS
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.writer import NONFINITE_POLICIES, StoredSite
 from layerprobe.tables import format_bytes, format_count
@@ -264,6 +265,8 @@ def plan_extraction(
         text_bytes_per_token=round(text_bytes / tokens, 2) if tokens > 0 and text_bytes > 0 else _BYTES_PER_TOKEN,
     )
     survey = _survey(source, rule)
+    if survey.num_units > MOST_SHARDS:
+        raise OptionError(f"{survey.num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
     is_exact = survey.num_examples <= len(sample)
     num_tokens = sampled.num_tokens if is_exact else survey.num_tokens
     value_bytes = sum(rule.cost(len(ids)) for ids in sampled.ids) if is_exact else survey.value_bytes

@@ -215,7 +215,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_int(digits: str, most_digits: int = _INTEGER_DIGITS) -> int:
-    if len(digits) > most_digits:
+    if len(digits.lstrip("-")) > most_digits:
         raise ValueError(f"a whole number of {len(digits):,} digits")
     return int(digits)
 

@@ -30,6 +30,7 @@ from layerprobe.store.format import (
     ShardHeader,
     commit_shard,
 )
+from layerprobe.store.guard import MOST_SHARDS, MOST_SITES
 from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.places import Place, find_place
 
@@ -120,14 +121,29 @@ def _refuse_content(place: Place, names: Sequence[str]) -> None:
 
 
 def commit_description(where: Path | Place, description: Mapping[str, Any]) -> None:
-    """Write `store.json`, the first file of a store."""
+    """Write `store.json`, the first file of a store.
+
+    Raises:
+        StoreError: it would name more sites than a reader takes.
+    """
+    if (count := len(description.get("sites", {}))) > MOST_SITES:
+        raise StoreError(f"{find_place(where)}: {count:,} sites; at most {MOST_SITES:,} are read. Ask for fewer sites.")
     text = json.dumps({"format": FORMAT_VERSION, **description}, indent=2, ensure_ascii=False)
     find_place(where).commit(STORE_FILE, [text.encode()])
 
 
 def commit_index(where: Path | Place, headers: Iterable[ShardHeader]) -> None:
-    """Write `index.json`, the last file of a store: its presence means complete."""
+    """Write `index.json`, the last file of a store: its presence means complete.
+
+    Raises:
+        StoreError: it would name more shards than a reader takes.
+    """
     headers = sorted(headers, key=lambda header: header.unit)
+    if len(headers) > MOST_SHARDS:
+        raise StoreError(
+            f"{find_place(where).label(INDEX_FILE)}: cannot be written ({len(headers):,} shards; at most "
+            f"{MOST_SHARDS:,} are read). Ask for larger shards."
+        )
     nonfinite: Counter[str] = Counter()
     for header in headers:
         nonfinite.update(header.nonfinite)

@@ -1,6 +1,6 @@
 """Run a fuzz target: guided by coverage where atheris is installed, else by mutation alone.
 
-In tests/: `python -m fuzz header CORPUS -max_total_time=300 -len_control=0`, and in place of `header` also `store_json`;
+In tests/: `python -m fuzz header CORPUS -max_total_time=300 -len_control=0`, or `store_json` in place of `header`;
 without atheris `python -m fuzz header CORPUS 300`. Both start from a folder of inputs and stop after a time or at the
 first error, whose input they keep. Must never know what a target does.
 """
