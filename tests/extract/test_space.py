@@ -81,7 +81,7 @@ def test_a_count_of_what_is_not_finite_fits_into_what_is_reserved(
 
     monkeypatch.setattr(durable, "os", FaultySystem(look))
     store = lp.extract(model, texts, tmp_path / "acts", tokenizer=tiny.tokenizer, shard_size=10_000)
-    assert len(store.index["nonfinite"]) == len(store.sites) and not too_small
+    assert store.index is not None and len(store.index["nonfinite"]) == len(store.sites) and not too_small
 
 
 def test_a_full_disk_stops_before_the_unit_is_computed_and_the_same_call_goes_on(
