@@ -14,6 +14,7 @@ from layerprobe.sites.resolve import sites
 from layerprobe.store.datasets import ExampleDataset, RowDataset
 from layerprobe.store.export import export
 from layerprobe.store.progress import read_status as status
+from layerprobe.store.merge import merge
 from layerprobe.store.reader import open_store as open
 from layerprobe.store.verify import verify
 from layerprobe.version import __version__
@@ -30,6 +31,7 @@ __all__ = [
     "export",
     "extract",
     "load_model",
+    "merge",
     "open",
     "register_architecture",
     "sites",

@@ -35,6 +35,8 @@ ORDER = (
     "layerprobe.store.ranges",
     "layerprobe.store.writer",
     "layerprobe.store.checks",
+    "layerprobe.store.identity",
+    "layerprobe.store.merge",
     "layerprobe.store.progress",
     "layerprobe.store.verify",
     "layerprobe.store.catalog",

@@ -12,6 +12,7 @@ from typing import Any
 
 from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
 from layerprobe.store.format import FORMAT_VERSION, STORE_FILE, ShardHeader, load_header, load_json, parse_shard_name
+from layerprobe.store.identity import list_differences
 from layerprobe.store.lock import LOCK_FILE
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.progress import PROGRESS_FILE
@@ -101,7 +102,7 @@ def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[in
         )
     if found.get("fingerprint") != description["fingerprint"]:
         raise PlanError(
-            f"{place}: holds another run ({'; '.join(_list_differences(found, description)) or 'its fingerprint'}). "
+            f"{place}: holds another run ({'; '.join(list_differences(found, description)) or 'its fingerprint'}). "
             "Choose another folder, repeat its options, or pass --overwrite to replace it."
         )
     done: dict[int, ShardHeader] = {}
@@ -132,32 +133,3 @@ def _load_headers(place: Place, names: list[str]) -> Iterator[ShardHeader | None
         return
     with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
         yield from pool.map(load, names)
-
-
-def _list_differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Name the fields in which two runs differ, with both values."""
-    there, here = _flatten(_condense(found)), _flatten(_condense(wanted))
-    ignored = ("format", "layerprobe", "fingerprint", "model.id", "model.revision")
-    return [
-        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted(there.keys() | here.keys())
-        if key not in ignored and there.get(key) != here.get(key)
-    ]
-
-
-def _condense(description: dict[str, Any]) -> dict[str, Any]:
-    """Put what is the same for most sites into one field each, so that a list of differences stays short."""
-    sites = description.get("sites")
-    if not isinstance(sites, dict) or not all(isinstance(site, dict) for site in sites.values()):
-        return description
-    dtypes = dict.fromkeys(str(site.get("dtype")) for site in sites.values())
-    return {**description, "sites": " ".join(sites), "dtype": " ".join(dtypes)}
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
-    return flat

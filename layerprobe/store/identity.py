@@ -1,0 +1,45 @@
+"""What makes two stores parts of one run: their fingerprint, and in words the fields in which two plans differ.
+
+Must never know of files.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["list_differences"]
+
+# What tells of a run and does not change a byte of it, or follows from the rest.
+_IGNORED = ("format", "layerprobe", "fingerprint", "model.id", "model.revision")
+
+
+def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Name the fields in which two runs differ, with both values.
+
+    Args:
+        found: What a `store.json` says.
+        wanted: What another says, or a plan.
+    """
+    there, here = _flatten(_condense(found)), _flatten(_condense(wanted))
+    return [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if key not in _IGNORED and there.get(key) != here.get(key)
+    ]
+
+
+def _condense(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Put what is the same for most sites into one field each, so that a list of differences stays short."""
+    sites = description.get("sites")
+    if not isinstance(sites, dict) or not all(isinstance(site, dict) for site in sites.values()):
+        return dict(description)
+    dtypes = dict.fromkeys(str(site.get("dtype")) for site in sites.values())
+    return {**description, "sites": " ".join(sites), "dtype": " ".join(dtypes)}
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

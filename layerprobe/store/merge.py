@@ -1,0 +1,337 @@
+"""`layerprobe.merge`: stores of one plan, each with some of its units, become one store.
+
+Headers are read first, so that another plan or two versions of a unit are refused before a byte is written. Then each
+shard is copied or linked beside the store, held byte by byte against its header there, and renamed into it. What is
+missing or damaged is told, and the index is written only when nothing is.
+
+Must never know of models or hooks.
+"""
+
+import os
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError
+from layerprobe.store.checks import Wanted, check_description, check_shard, check_tokenizer, tell
+from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, ShardHeader, parse_shard_name, read_header
+from layerprobe.store.guard import open_inside
+from layerprobe.store.identity import list_differences
+from layerprobe.store.lock import LOCK_FILE, StoreLock
+from layerprobe.store.places import LocalPlace, find_place, need_folder
+from layerprobe.store.writer import commit_description, commit_index
+from layerprobe.tables import format_bytes, format_count
+
+__all__ = ["MergeReport", "merge"]
+
+# Where a shard is held against its header before it is one of the store.
+_STAGE = "merge.tmp"
+_PIECE_BYTES = 4 << 20
+_MOST_LISTED = 8
+
+
+@dataclass
+class MergeReport:
+    """What a merge did; `str(report)` says it, a line for each thing that is wrong.
+
+    Args:
+        out: The store.
+        num_units: Of the plan.
+        num_added: Shards that came from the folders.
+        num_kept: Shards that the store had already.
+        num_alike: Further copies of a shard, the same to the byte as far as headers and their checksums tell.
+        damaged: Files that were left out, and why.
+        missing: Units that no folder has whole.
+    """
+
+    out: Path
+    num_units: int
+    num_added: int = 0
+    num_kept: int = 0
+    num_alike: int = 0
+    damaged: list[tuple[Path, str]] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every unit is there, and with them the index."""
+        return not self.missing
+
+    def __str__(self) -> str:
+        lines = [f"{path}: left out: {why}" for path, why in self.damaged]
+        there = self.num_added + self.num_kept
+        line = f"{self.out}: {there:,} of {format_count(self.num_units, 'shard')}, {self.num_added:,} of them new"
+        if self.num_alike:
+            line += f"; {format_count(self.num_alike, 'shard')} came twice and alike"
+        lines.append(line)
+        if self.missing:
+            listed = ", ".join(map(str, self.missing[:_MOST_LISTED])) + (", ..." if len(self.missing) > 8 else "")
+            lines.append(
+                f"not complete: {format_count(len(self.missing), 'unit')} missing ({listed}). Merge the store that has "
+                "them into it, or run the same extraction there."
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One copy of a shard, its header read."""
+
+    folder: Path
+    header: ShardHeader
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.header.file
+
+
+def merge(
+    out: str | Path, folders: Sequence[str | Path], *, link: bool = False, progress: bool | None = None
+) -> MergeReport:
+    """Make one store of several that hold units of the same plan.
+
+    Args:
+        out: Folder of the store: new, empty, or a store of that plan, which is added to.
+        folders: The stores. They are only read.
+        link: Link shards into the store instead of copying them; both must lie on one file system. A shard is never
+            changed, so neither store can harm the other.
+        progress: Whether to show a bar; None for only on a terminal.
+
+    Returns:
+        What was done, what was damaged and which units are missing. `index.json` is written only when none is.
+
+    Raises:
+        OptionError: no folder is given.
+        PlanError: a folder holds another plan, with the fields that differ; or two folders hold other values of the
+            same unit. Nothing is written then.
+        LockError: a run is writing into `out`.
+        SpaceError: the disk cannot hold the copies.
+        StoreError: a folder is no store, or the disk refused; the same call goes on.
+
+    Cost: each byte is read twice and written once; linked, read once. 4 MiB of memory.
+    """
+    if isinstance(folders, (str, Path)) or not folders:
+        raise OptionError(f"folders is {folders!r}: give a list of at least one store.")
+    target = need_folder(find_place(out))
+    sources = list(dict.fromkeys(need_folder(find_place(folder)) for folder in folders))
+    has_store = (target / STORE_FILE).exists()
+    descriptions = {folder: _describe(folder) for folder in ([target] if has_store else []) + sources}
+    first, description = next(iter(descriptions.items()))
+    for folder, other in descriptions.items():
+        if other["fingerprint"] != description["fingerprint"]:
+            differing = "; ".join(list_differences(description, other)) or "its fingerprint"
+            raise PlanError(f"{folder}: holds another run than {first} ({differing}). Merge stores of one plan.")
+    if not has_store:
+        _check_new(target)
+    report = MergeReport(target, description["plan"]["units"])
+    copies = _list_copies(target, descriptions, report)
+    if not link:
+        _check_room(target, copies)
+    try:
+        make_folder(target)
+        with StoreLock(target):
+            _fill(target, copies, descriptions, report, link, progress)
+    except LayerProbeError:
+        raise
+    except OSError as error:
+        raise tell_failure(target, error) from error
+    return report
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    if not (folder / STORE_FILE).exists():
+        what = "is not a store: it has no store.json" if folder.is_dir() else "does not exist"
+        raise StoreError(f"{folder}: {what}. Give folders of stores.")
+    description = check_description(LocalPlace(folder))
+    plan = description.get("plan")
+    if not isinstance(plan, dict) or type(plan.get("units")) is not int:
+        raise PlanError(f"{folder}: has no plan that says how many units there are. Only stores of extract are merged.")
+    return description
+
+
+def _check_new(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise StoreError(f"{target}: is a file, not a folder. Choose another folder.")
+    ours = (LOCK_FILE, _STAGE, STORE_FILE + ".tmp")
+    foreign = next((name for name in (os.listdir(target) if target.is_dir() else ()) if name not in ours), None)
+    if foreign is not None:
+        raise StoreError(f"{target}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")
+
+
+def _list_copies(target: Path, folders: Mapping[Path, dict[str, Any]], report: MergeReport) -> dict[int, list[_Copy]]:
+    """Find the copies of each unit, that of the store itself first; two that differ are refused."""
+    found: defaultdict[int, list[_Copy]] = defaultdict(list)
+    seen: set[Path] = set()
+    for folder in [target, *folders]:
+        if not folder.is_dir() or folder.resolve() in seen:
+            continue
+        seen.add(folder.resolve())
+        for name in sorted(name for name in os.listdir(folder) if parse_shard_name(name) is not None):
+            try:
+                header = read_header(folder / name)
+                if header.fingerprint != folders[folder]["fingerprint"]:
+                    raise FormatError(f"belongs to another run than {STORE_FILE}")
+                if header.unit >= report.num_units:
+                    raise FormatError(f"is unit {header.unit}; the plan has {report.num_units}")
+            except StoreError as error:
+                report.damaged.append((folder / name, tell(LocalPlace(folder), name, error)))
+                continue
+            found[header.unit].append(_Copy(folder, header))
+    for copies in found.values():
+        for other in copies[1:]:
+            _compare(copies[0], other)
+    return found
+
+
+def _compare(one: _Copy, other: _Copy) -> None:
+    if one.header == other.header:
+        return
+    there, here = one.header.checksums, other.header.checksums
+    tensors = [repr(name) for name in there if there[name] != here.get(name)] or ["counts"]
+    listed = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
+    raise PlanError(
+        f"{other.path}: differs from {one.path} in {listed}, though the plan is the same: they were made by other "
+        "hardware or software. Leave one of the two folders out, or remove one of the two files."
+    )
+
+
+def _check_room(target: Path, copies: Mapping[int, list[_Copy]]) -> None:
+    needed = sum(found[0].path.stat().st_size for found in copies.values() if found[0].folder != target)
+    place = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    if needed > (free := shutil.disk_usage(place).free):
+        raise SpaceError(
+            f"{target}: needs {format_bytes(needed)}, the disk has {format_bytes(free)} free. Make room, choose "
+            "another disk, or link the shards on the disk where they are (link=True, --link)."
+        )
+
+
+def _fill(
+    target: Path,
+    copies: Mapping[int, list[_Copy]],
+    descriptions: Mapping[Path, dict[str, Any]],
+    report: MergeReport,
+    link: bool,
+    progress: bool | None,
+) -> None:
+    description = next(iter(descriptions.values()))
+    stage = target / _STAGE
+    shutil.rmtree(stage, ignore_errors=True)
+    if not (target / STORE_FILE).exists():
+        commit_description(target, description)
+    highest_id = _bring_tokenizer(target, descriptions, report)
+    wanted = Wanted.from_description(description, highest_id)
+    headers: list[ShardHeader] = []
+    shows = sys.stderr.isatty() if progress is None else progress
+    size = sum(copy.path.stat().st_size for found in copies.values() for copy in found[:1])
+    with tqdm(total=size, unit="B", unit_scale=True, disable=not shows, leave=False) as bar:
+        for unit in range(report.num_units):
+            header = _bring(target, copies.get(unit, []), wanted, report, link, bar)
+            report.missing += [unit] if header is None else []
+            headers += [header] if header is not None else []
+    shutil.rmtree(stage, ignore_errors=True)
+    if report.is_complete:
+        _check_run(target, headers, wanted)
+        if not (target / INDEX_FILE).exists() or report.num_added:
+            commit_index(target, headers)
+
+
+def _bring(
+    target: Path, copies: Sequence[_Copy], wanted: Wanted, report: MergeReport, link: bool, bar: "tqdm[Any]"
+) -> ShardHeader | None:
+    """Take the first copy of a unit that is whole into the store, if it is not there; gives its header."""
+    for copy in copies:
+        is_own = copy.folder == target
+        place = copy.folder if is_own else _stage(target, copy, link)
+        try:
+            header = check_shard(LocalPlace(place), copy.header.file, wanted, bar.update)
+        except FormatError as error:
+            report.damaged.append((copy.path, tell(LocalPlace(place), copy.header.file, error)))
+            # the index, if there is one, speaks of a shard that is none
+            _remove(target / INDEX_FILE if is_own else place / copy.header.file)
+            continue
+        if not is_own:
+            _remove(target / INDEX_FILE)
+            os.replace(place / header.file, target / header.file)
+            flush_folder(target)
+        report.num_added += not is_own
+        report.num_kept += is_own
+        report.num_alike += len(copies) - 1 - copies.index(copy)
+        return header
+    _remove(target / INDEX_FILE)
+    return None
+
+
+def _stage(target: Path, copy: _Copy, link: bool) -> Path:
+    """Put a shard beside the store, durably, under its own name; gives the folder."""
+    stage = target / _STAGE
+    stage.mkdir(exist_ok=True)
+    path = stage / copy.header.file
+    _remove(path)
+    if not link:
+        _copy(copy.folder, copy.header.file, path)
+        return stage
+    try:
+        os.link(copy.path, path, follow_symlinks=False)
+    except OSError as error:
+        raise StoreError(
+            f"{copy.path}: cannot be linked into {target} ({error.strerror or error}). Copy instead: leave link out."
+        ) from error
+    return stage
+
+
+def _copy(folder: Path, file: str, path: Path) -> None:
+    try:
+        with open_inside(folder, file) as source, open(path, "xb") as sink:
+            while piece := source.read(_PIECE_BYTES):
+                sink.write(piece)
+            sink.flush()
+            os.fsync(sink.fileno())
+    except StoreError:
+        raise
+    except OSError as error:
+        raise tell_failure(path, error) from error
+
+
+def _bring_tokenizer(target: Path, descriptions: Mapping[Path, dict[str, Any]], report: MergeReport) -> int | None:
+    """Copy the first tokenizer that is the plan's, if the store has none; gives its highest id."""
+    for folder, description in {target: next(iter(descriptions.values())), **descriptions}.items():
+        said = description.get("tokenizer")
+        if not isinstance(said, dict) or not (folder / TOKENIZER_FOLDER).exists():
+            continue
+        try:
+            highest_id = check_tokenizer(LocalPlace(folder), said)
+            if folder != target:
+                partial = target / (TOKENIZER_FOLDER + ".tmp")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                for name in sorted(os.listdir(folder / TOKENIZER_FOLDER)):
+                    if (folder / TOKENIZER_FOLDER / name).is_file():
+                        _copy(folder, f"{TOKENIZER_FOLDER}/{name}", partial / name)
+                shutil.rmtree(target / TOKENIZER_FOLDER, ignore_errors=True)
+                commit_folder(partial, target / TOKENIZER_FOLDER)
+            return highest_id
+        except FormatError as error:
+            report.damaged.append((folder / TOKENIZER_FOLDER, tell(LocalPlace(folder), TOKENIZER_FOLDER, error)))
+    return None
+
+
+def _check_run(target: Path, headers: Sequence[ShardHeader], wanted: Wanted) -> None:
+    """Make sure that all units together are the examples of the plan, without a gap."""
+    place = 0
+    for header in headers:
+        if header.first_example != place:
+            raise FormatError(f"{target / header.file}: begins with example {header.first_example}, not with {place}.")
+        place += header.num_examples
+    if wanted.num_examples not in (None, place):
+        raise FormatError(f"{target}: its shards hold {place} examples; {STORE_FILE} says {wanted.num_examples}.")
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
