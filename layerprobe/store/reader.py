@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from layerprobe.errors import SiteError, StoreError
+from layerprobe.errors import FormatError, SiteError, StoreError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import Columns, match_sites, open_dataset
-from layerprobe.store.format import STORE_FILE, TOKENIZER_FOLDER
-from layerprobe.store.places import Place, find_place
-from layerprobe.store.records import read_record
+from layerprobe.store.format import SCALE_SUFFIX, STORE_FILE, TOKENIZER_FOLDER
+from layerprobe.store.guard import LARGE
+from layerprobe.store.places import Place, find_place, need_folder
+from layerprobe.store.records import RECORD_TENSORS, read_record
 from layerprobe.store.rows import RowBatches, RowOptions, choose_sites
 from layerprobe.store.selection import Asked, Selection, select
 from layerprobe.store.shards import ScaledRows, Shard
@@ -84,9 +85,7 @@ class Store:
         Raises:
             StoreError: it lies elsewhere.
         """
-        if self._catalog.place.folder is None:
-            raise StoreError(f"{self.place}: is not a folder of this machine. Copy the store into one for this.")
-        return self._catalog.place.folder
+        return need_folder(self.place)
 
     @property
     def place(self) -> Place:
@@ -137,7 +136,11 @@ class Store:
         return self._catalog.num_examples
 
     def __iter__(self) -> Iterator[Example]:
-        return (self.example(ordinal) for ordinal in self.ordinals())
+        names = [*(name for site in self.sites for name in (site, site + SCALE_SUFFIX)), "input_ids", *RECORD_TENSORS]
+        for number, info in enumerate(self._catalog.shards):
+            self._catalog.prefetch([number, number + 1], names)
+            for ordinal in range(info.first_example, info.first_example + info.num_examples):
+                yield self.example(ordinal)
 
     def __repr__(self) -> str:
         state = "complete" if self.is_complete else "incomplete"
@@ -282,7 +285,9 @@ class Store:
         file = f"{TOKENIZER_FOLDER}/tokenizer.json"
         if not self.place.exists(file):
             return None
-        return Vocabulary(self.place.label(file), self.place.read(file, 0, self.place.size(file)))
+        if (size := self.place.size(file)) > LARGE.num_bytes:
+            raise FormatError(f"{self.place.label(file)}: has {size:,} bytes; at most {LARGE.num_bytes:,} are read.")
+        return Vocabulary(self.place.label(file), self.place.read(file, 0, size))
 
 
 def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:

@@ -9,7 +9,9 @@ from layerprobe.errors import FormatError
 from layerprobe.store.guard import brief, parse_record
 from layerprobe.store.shards import Shard
 
-__all__ = ["has_records", "read_record"]
+__all__ = ["RECORD_TENSORS", "has_records", "read_record"]
+
+RECORD_TENSORS = ("record_offsets", "records")
 
 
 def has_records(shard: Shard) -> bool:

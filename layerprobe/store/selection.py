@@ -16,13 +16,16 @@ from torch import Tensor
 
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.catalog import Catalog
-from layerprobe.store.records import has_records, read_record
+from layerprobe.store.records import RECORD_TENSORS, has_records, read_record
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard
 from layerprobe.store.vocabulary import Vocabulary, WordRuns
 from layerprobe.store.writer import StoredSite
 
 __all__ = ["Asked", "Selection", "select"]
+
+# Of a store under a URL, the one that is looked at and those that are fetched meanwhile.
+_SHARDS_AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,10 @@ def select(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary |
     unseen = set(asked.fields)
     seen: set[str] = set()
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for number, ordinals in by_shard.items():
+    names = [*(() if runs is None else ("input_ids",)), *(RECORD_TENSORS if asked.has_records else ())]
+    numbers = list(by_shard)
+    for place, (number, ordinals) in enumerate(by_shard.items()):
+        catalog.prefetch(numbers[place : place + _SHARDS_AHEAD], names)
         shard = catalog.shard(number)
         if asked.has_records:
             ordinals = _filter_records(catalog, shard, ordinals, asked, seen)
@@ -233,9 +239,7 @@ def _by_shard(catalog: Catalog, wanted: int | Sequence[int] | None) -> dict[int,
 
 
 def _filter_records(catalog: Catalog, shard: Shard, ordinals: np.ndarray, asked: Asked, seen: set[str]) -> np.ndarray:
-    if has_records(shard):
-        shard.prefetch(["record_offsets", "records"])
-    elif asked.record is not None:
+    if asked.record is not None and not has_records(shard):
         raise OptionError(f"where(function): {catalog.place} keeps no records. Use id=, token= or token_id=.")
     kept = []
     for ordinal in ordinals.tolist():

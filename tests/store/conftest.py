@@ -1,18 +1,17 @@
-"""What the tests of places share: an S3 server of their own, with a bucket for each test."""
+"""What the tests of places share: an S3 server, a bucket for each test, and a local store to hold others against."""
 
 import http.client
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from layerprobe.store.remote import Patience
+import layerprobe as lp
+from elsewhere import OPTIONS, PATIENCE, SECRET
+from layerprobe.models import LoadedModel
+from layerprobe.store.remote import RemotePlace
 from servers import Spoiler, serve_s3
-
-# Of a key that is never to be seen in a message.
-SECRET = "not-for-any-eyes"
-# Long enough for a busy machine; what does stall does so until it is released.
-PATIENCE = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.02, timeout_s=2)
 
 _numbers = itertools.count()
 
@@ -48,3 +47,21 @@ def bucket(server: Spoiler) -> str:
     assert connection.getresponse().status == 200
     connection.close()
     return f"s3://{name}"
+
+
+@pytest.fixture
+def place(bucket: str) -> RemotePlace:
+    return RemotePlace(f"{bucket}/deep/acts", PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def plain_texts() -> list[str]:
+    """Twelve plain_texts of different lengths, one empty, one too long."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "."]
+    return [*(" ".join(words[: 1 + 3 * number % 10]) for number in range(10)), "", "the " * 200]
+
+
+@pytest.fixture(scope="module")
+def local(tiny: LoadedModel, plain_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The store in a folder that those elsewhere are held against."""
+    return lp.extract(tiny, plain_texts, tmp_path_factory.mktemp("local") / "acts", **OPTIONS)

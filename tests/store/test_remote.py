@@ -1,9 +1,8 @@
-"""Stores on an S3 server: the same bytes as in a folder, few requests, and faults that are lived through or named."""
+"""Stores on an S3 server: the same bytes as in a folder, by few requests."""
 
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,56 +10,15 @@ import pytest
 import torch
 
 import layerprobe as lp
+from elsewhere import OPTIONS, PATIENCE, SECOND, SHARD_BYTES, contents, copy_store
 from layerprobe.cli.main import main
-from layerprobe.errors import FormatError, LayerProbeError, MissingExample, OptionError, PlanError, StoreError
+from layerprobe.errors import FormatError, MissingExample, OptionError, PlanError, StoreError
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import load_header
-from layerprobe.store.places import Place
 from layerprobe.store.remote import RemotePlace
 from servers import Spoiler
-from store.conftest import PATIENCE, SECRET
 
-SHARD_BYTES = 12_000
-OPTIONS: dict[str, Any] = {"sites": "layers.*", "dtype": "float16", "shard_size": SHARD_BYTES}
-# for answers that never come
-SHORT = replace(PATIENCE, timeout_s=0.5)
-SECOND = "shard-000001.safetensors"
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture
-def place(bucket: str) -> RemotePlace:
-    return RemotePlace(f"{bucket}/deep/acts", PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    """Twelve texts of different lengths, one empty, one too long."""
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "."]
-    return [*(" ".join(words[: 1 + 3 * number % 10]) for number in range(10)), "", "the " * 200]
-
-
-@pytest.fixture(scope="module")
-def local(tiny: LoadedModel, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The store in a folder that those elsewhere are held against."""
-    return lp.extract(tiny, texts, tmp_path_factory.mktemp("local") / "acts", **OPTIONS)
-
-
-def contents(place: Place, folder: str = "") -> dict[str, bytes]:
-    """Read every file of a store."""
-    found: dict[str, bytes] = {}
-    for name in place.list_files(folder):
-        file = f"{folder}/{name}" if folder else name
-        if name == "tokenizer":
-            found.update(contents(place, file))
-        else:
-            found[file] = place.read(file, 0, place.size(file))
-    return found
-
-
-def copy_store(store: Any, place: Place) -> None:
-    for file, data in contents(store.place).items():
-        place.commit(file, [data])
 
 
 def list_puts(server: Spoiler) -> list[str]:
@@ -68,11 +26,11 @@ def list_puts(server: Spoiler) -> list[str]:
 
 
 def test_an_extraction_puts_the_bytes_of_a_local_one(
-    tiny: LoadedModel, texts: list[str], place: RemotePlace, server: Spoiler, local: Any
+    tiny: LoadedModel, plain_texts: list[str], place: RemotePlace, server: Spoiler, local: Any
 ) -> None:
     server.clear()
-    store = lp.extract(tiny, texts, place, **OPTIONS)
-    assert store.is_complete and len(store) == len(texts) and str(store.place) == str(place)
+    store = lp.extract(tiny, plain_texts, place, **OPTIONS)
+    assert store.is_complete and len(store) == len(plain_texts) and str(store.place) == str(place)
     assert contents(place) == contents(local.place)
     puts = list_puts(server)
     assert puts[0] == "store.json" and puts[-1] == "index.json"
@@ -84,12 +42,14 @@ def test_an_extraction_puts_the_bytes_of_a_local_one(
 
 
 def test_every_value_is_the_local_one(
-    texts: list[str], tiny: LoadedModel, place: RemotePlace, tmp_path: Path, server: Spoiler
+    plain_texts: list[str], tiny: LoadedModel, place: RemotePlace, tmp_path: Path, server: Spoiler
 ) -> None:
     weights = ["layers.0.attention.weights", "layers.1"]
     for pool, dtype, sites in ((None, "int8", "layers.*"), ("mean", "int8", "layers.*"), (None, None, weights)):
         name = f"{pool}-{dtype}"
-        local = lp.extract(tiny, texts, tmp_path / name, sites=sites, pool=pool, dtype=dtype, shard_size=SHARD_BYTES)
+        local = lp.extract(
+            tiny, plain_texts, tmp_path / name, sites=sites, pool=pool, dtype=dtype, shard_size=SHARD_BYTES
+        )
         elsewhere = RemotePlace(f"{place.url}/{name}", PATIENCE)
         copy_store(local, elsewhere)
         store = lp.open(elsewhere)
@@ -116,8 +76,8 @@ def test_pooled_and_rows_are_the_local_ones(local: Any, place: RemotePlace) -> N
 def test_one_example_of_one_layer_costs_kilobytes(
     tiny: LoadedModel, place: RemotePlace, server: Spoiler, tmp_path: Path
 ) -> None:
-    texts = [f"the quick brown fox {number}" for number in range(1500)]
-    local = lp.extract(tiny, texts, tmp_path / "large", sites="layers.*")
+    many = [f"the quick brown fox {number}" for number in range(1500)]
+    local = lp.extract(tiny, many, tmp_path / "large", sites="layers.*")
     copy_store(local, place)
     shard_bytes = place.size("shard-000000.safetensors")
     assert local.num_shards == 1 and shard_bytes > 5_000_000
@@ -126,7 +86,7 @@ def test_one_example_of_one_layer_costs_kilobytes(
     first = store["layers.2"][17]
     # the size, the first 64 KiB, and the rows; what of the ordinals and offsets is beyond those
     assert len(server.requests) <= 5
-    assert sum(request.sent_bytes for request in server.requests) < 64 * 1024 + 16 * len(texts) + first.nbytes
+    assert sum(request.sent_bytes for request in server.requests) < 64 * 1024 + 16 * len(many) + first.nbytes
     server.clear()
     second = store["layers.1"][800]
     assert [request.sent_bytes for request in server.requests] == [second.nbytes]
@@ -150,6 +110,22 @@ def test_many_examples_in_their_order_are_fetched_by_shard(local: Any, place: Re
     assert len(server.requests) == 3 * store.num_shards
 
 
+def test_whole_examples_in_their_order_and_searches_are_fetched_by_shard(
+    local: Any, place: RemotePlace, server: Spoiler
+) -> None:
+    copy_store(local, place)
+    store = lp.open(place)
+    server.clear()
+    assert [example.text for example in store] == [example.text for example in local]
+    # per shard: its size, its beginning, each site, ids, and where records begin and what they are
+    assert len([request for request in server.requests if "shard-" in request.path]) == 8 * store.num_shards
+    store = lp.open(place)
+    assert list(store.where(token="fox")) == list(local.where(token="fox"))
+    server.clear()
+    assert list(store.where(word="lazy dog")) == list(local.where(word="lazy dog"))
+    assert not server.requests  # the ids are here
+
+
 def test_opening_a_complete_store_reads_no_shard(local: Any, place: RemotePlace, server: Spoiler) -> None:
     copy_store(local, place)
     server.clear()
@@ -158,7 +134,7 @@ def test_opening_a_complete_store_reads_no_shard(local: Any, place: RemotePlace,
 
 
 def test_a_run_goes_on_with_what_is_missing(
-    tiny: LoadedModel, texts: list[str], place: RemotePlace, server: Spoiler, local: Any
+    tiny: LoadedModel, plain_texts: list[str], place: RemotePlace, server: Spoiler, local: Any
 ) -> None:
     copy_store(local, place)
     place.remove("index.json")
@@ -168,13 +144,13 @@ def test_a_run_goes_on_with_what_is_missing(
     with pytest.raises(MissingExample, match=r"no example \d+ in s3://.*/acts yet: the run is not complete"):
         part["layers.0"][local._catalog.shards[1].first_example]
     server.clear()
-    lp.extract(tiny, texts, place, **OPTIONS)
+    lp.extract(tiny, plain_texts, place, **OPTIONS)
     assert list_puts(server) == [SECOND, "index.json"]
     assert contents(place) == contents(local.place)
 
 
 def test_a_damaged_shard_is_named_and_made_again(
-    tiny: LoadedModel, texts: list[str], place: RemotePlace, local: Any
+    tiny: LoadedModel, plain_texts: list[str], place: RemotePlace, local: Any
 ) -> None:
     copy_store(local, place)
     sound = contents(place)[SECOND]
@@ -182,7 +158,7 @@ def test_a_damaged_shard_is_named_and_made_again(
     with pytest.raises(FormatError, match=rf"s3://.*/acts/{SECOND}: holds \d+ bytes, its header asks for"):
         lp.open(place)["layers.0"].pooled()
     place.remove("index.json")
-    lp.extract(tiny, texts, place, **OPTIONS)
+    lp.extract(tiny, plain_texts, place, **OPTIONS)
     assert contents(place)[SECOND] == sound
 
 
@@ -208,17 +184,17 @@ def test_a_flipped_bit_is_found_where_a_whole_tensor_is_read(local: Any, place: 
 
 
 def test_another_run_and_other_files_are_refused(
-    tiny: LoadedModel, texts: list[str], place: RemotePlace, local: Any
+    tiny: LoadedModel, plain_texts: list[str], place: RemotePlace, local: Any
 ) -> None:
     other = RemotePlace(f"{place.url}-other", PATIENCE)
     other.commit("notes.txt", [b"mine"])
     with pytest.raises(StoreError, match=r"-other: is not a store: it holds 'notes\.txt'"):
-        lp.extract(tiny, texts, other, **OPTIONS)
+        lp.extract(tiny, plain_texts, other, **OPTIONS)
     copy_store(local, place)
     with pytest.raises(PlanError, match=r"s3://.*: holds another run \(dtype: 'float16' there, 'float32' here"):
-        lp.extract(tiny, texts, place, **{**OPTIONS, "dtype": "float32"})
+        lp.extract(tiny, plain_texts, place, **{**OPTIONS, "dtype": "float32"})
     with pytest.raises(OptionError, match="wait_for_space goes with a local folder"):
-        lp.extract(tiny, texts, place, wait_for_space=True, **OPTIONS)
+        lp.extract(tiny, plain_texts, place, wait_for_space=True, **OPTIONS)
     with (
         pytest.raises(StoreError, match=r"s3://.*/acts: holds another run\. Choose an empty"),
         lp.Probe(tiny.model, "layers.0", to=place.url),
@@ -226,9 +202,11 @@ def test_another_run_and_other_files_are_refused(
         pass
 
 
-def test_overwrite_replaces_another_run(tiny: LoadedModel, texts: list[str], place: RemotePlace, local: Any) -> None:
-    lp.extract(tiny, texts, place, **{**OPTIONS, "dtype": "float32", "shard_size": SHARD_BYTES // 2})
-    lp.extract(tiny, texts, place, overwrite=True, **OPTIONS)
+def test_overwrite_replaces_another_run(
+    tiny: LoadedModel, plain_texts: list[str], place: RemotePlace, local: Any
+) -> None:
+    lp.extract(tiny, plain_texts, place, **{**OPTIONS, "dtype": "float32", "shard_size": SHARD_BYTES // 2})
+    lp.extract(tiny, plain_texts, place, overwrite=True, **OPTIONS)
     assert contents(place) == contents(local.place)
 
 
@@ -253,105 +231,9 @@ def test_a_probe_fills_a_store(tiny: LoadedModel, place: RemotePlace) -> None:
         assert torch.equal(store["layers.1"][ordinal], probe["layers.1"][ordinal][mask])
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "cut", "reset", "stall"])
-def test_a_fault_of_reading_is_lived_through(fault: str, local: Any, place: RemotePlace, server: Spoiler) -> None:
-    copy_store(local, place)
-    store = lp.open(RemotePlace(place.url, SHORT))
-    server.clear()
-    server.spoil(fault)
-    found = store["layers.1"][4]
-    assert torch.equal(found, local["layers.1"][4])
-    assert not server.faults
-    server.spoil(fault)
-    assert torch.equal(store["layers.2"].pooled(), local["layers.2"].pooled())
-    assert not server.faults
-
-
-@pytest.mark.parametrize("fault", ["500", "503", "reset", "stall"])
-def test_a_fault_of_writing_is_lived_through(
-    fault: str, tiny: LoadedModel, texts: list[str], place: RemotePlace, server: Spoiler, local: Any
-) -> None:
-    server.clear()
-    server.spoil(fault, "503", method="PUT")
-    lp.extract(tiny, texts, RemotePlace(place.url, SHORT), **OPTIONS)
-    assert not server.faults
-    assert contents(place) == contents(local.place)
-
-
-@pytest.mark.parametrize(
-    ("fault", "cause"),
-    [("503", "Please try again"), ("cut", "not completed|bytes came"), ("reset", "disconnected|closed|reset")],
-)
-def test_a_server_that_stays_ill_is_an_error_that_names_the_object(
-    fault: str, cause: str, local: Any, place: RemotePlace, server: Spoiler
-) -> None:
-    copy_store(local, place)
-    store = lp.open(place)
-    server.clear()
-    # more than attempts: below, a connection that was reset is made anew without a word
-    server.spoil(*[fault] * 3 * PATIENCE.attempts)
-    message = rf"s3://.*/acts/shard-000000\.safetensors: cannot be read \(.*({cause}).*after 4 attempts\)"
-    with pytest.raises(StoreError, match=message) as caught:
-        store["layers.1"][0]
-    assert caught.value.__cause__ is not None and not isinstance(caught.value, FormatError)
-    server.faults.clear()
-    # what failed is asked for again
-    assert torch.equal(store["layers.1"][0], local["layers.1"][0])
-    server.spoil(*[fault] * (4 * PATIENCE.attempts))
-    with pytest.raises(StoreError, match="after 4 attempts"):
-        store["layers.1"].pooled()
-    server.faults.clear()
-    assert torch.equal(store["layers.1"][1], local["layers.1"][1])
-    assert torch.equal(store["layers.1"].pooled(), local["layers.1"].pooled())
-
-
-def test_a_server_that_takes_no_shard_stops_the_run_which_can_go_on(
-    tiny: LoadedModel, texts: list[str], place: RemotePlace, server: Spoiler, local: Any
-) -> None:
-    lp.extract(tiny, texts, place, **OPTIONS)
-    for file in ("index.json", SECOND):
-        place.remove(file)
-    server.clear()
-    server.spoil(*["500"] * PATIENCE.attempts, method="PUT")
-    with pytest.raises(StoreError, match=rf"/acts/{SECOND}: cannot be written .*What was committed before stays"):
-        lp.extract(tiny, texts, place, **OPTIONS)
-    assert not place.exists("index.json")
-    lp.extract(tiny, texts, place, **OPTIONS)
-    assert contents(place) == contents(local.place)
-
-
-def test_a_server_that_does_not_answer_makes_no_shard_a_damaged_one(
-    tiny: LoadedModel, texts: list[str], place: RemotePlace, server: Spoiler, local: Any
-) -> None:
-    copy_store(local, place)
-    server.clear()
-    # the size of store.json is told, that of no shard
-    server.spoil("none", "none", *["500"] * 200, method="HEAD")
-    with pytest.raises(StoreError, match=r"/shard-\d+\.safetensors: cannot be read .*after 4 attempts"):
-        lp.extract(tiny, texts, place, **OPTIONS)
-    assert server.count("PUT") == 0
-
-
-def test_no_message_tells_a_secret(
-    tiny: LoadedModel, texts: list[str], place: RemotePlace, server: Spoiler, local: Any
-) -> None:
-    copy_store(local, place)
-    messages = []
-    for faults in (["503"] * 99, ["cut"] * 99, ["reset"] * 99):
-        server.spoil(*faults)
-        with pytest.raises(LayerProbeError) as caught:
-            lp.open(place)
-        messages.append(str(caught.value))
-        server.clear()
-    with pytest.raises(StoreError) as caught:
-        RemotePlace("s3://no-such-bucket/acts", PATIENCE).commit("x", [b"1"])
-    messages += [str(caught.value), repr(place.__dict__), str(place)]
-    assert not [message for message in messages if SECRET in message]
-
-
 def test_the_command_line_takes_urls(
     tiny_model_folder: Path,
-    texts: list[str],
+    plain_texts: list[str],
     place: RemotePlace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -365,7 +247,7 @@ def test_the_command_line_takes_urls(
         assert not stopped.value.code, captured.err
         return captured.out
 
-    (tmp_path / "a.txt").write_text("\n".join(text for text in texts if text), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\n".join(text for text in plain_texts if text), encoding="utf-8")
     said = run("extract", str(tiny_model_folder), str(tmp_path / "a.txt"), "-o", place.url, "--device", "cpu")
     assert f"store     {place}: 1 shard" in said and "space not checked there" in said
     said = run("info", place.url)

@@ -1,0 +1,37 @@
+"""Stores elsewhere in tests: how patient to be, what to extract, every file of a store, a store copied to a place."""
+
+from dataclasses import replace
+from typing import Any
+
+from layerprobe.store.places import Place
+from layerprobe.store.remote import Patience
+
+__all__ = ["OPTIONS", "PATIENCE", "SECOND", "SECRET", "SHARD_BYTES", "SHORT", "contents", "copy_store"]
+
+# Of a key that is never to be seen in a message.
+SECRET = "not-for-any-eyes"
+# Long enough for a busy machine; what does stall does so until it is released.
+PATIENCE = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.02, timeout_s=2)
+
+SHARD_BYTES = 12_000
+OPTIONS: dict[str, Any] = {"sites": "layers.*", "dtype": "float16", "shard_size": SHARD_BYTES}
+# for answers that never come
+SHORT = replace(PATIENCE, timeout_s=0.5)
+SECOND = "shard-000001.safetensors"
+
+
+def contents(place: Place, folder: str = "") -> dict[str, bytes]:
+    """Read every file of a store."""
+    found: dict[str, bytes] = {}
+    for name in place.list_files(folder):
+        file = f"{folder}/{name}" if folder else name
+        if name == "tokenizer":
+            found.update(contents(place, file))
+        else:
+            found[file] = place.read(file, 0, place.size(file))
+    return found
+
+
+def copy_store(store: Any, place: Place) -> None:
+    for file, data in contents(store.place).items():
+        place.commit(file, [data])
