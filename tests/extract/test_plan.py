@@ -165,6 +165,15 @@ def test_shards_of_pooled_long_texts_are_about_the_size_asked_for(tiny: LoadedMo
     assert max(sizes) < 20_000 * 1.2 and sorted(sizes)[1] > 10_000  # a header is 2 kB
 
 
+def test_a_run_of_more_shards_than_are_read_is_refused_before_any_work(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerprobe.extract.plan.MOST_SHARDS", 2)
+    with pytest.raises(OptionError, match=r"\d+ shards; at most 2 are read\. Raise shard_size"):
+        plan(tiny, texts * 9, tmp_path / "acts", shard_bytes=20_000)
+    assert not (tmp_path / "acts").exists()
+
+
 def test_overwrite_counts_the_space_that_it_frees(
     tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
