@@ -1,5 +1,6 @@
 """A plan says what a run will do and refuses what cannot be done, before anything is written."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,7 +169,7 @@ def test_shards_of_pooled_long_texts_are_about_the_size_asked_for(tiny: LoadedMo
 def test_a_run_of_more_shards_than_are_read_is_refused_before_any_work(
     tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerprobe.extract.plan.MOST_SHARDS", 2)
+    monkeypatch.setattr(sys.modules[plan_extraction.__module__], "MOST_SHARDS", 2)
     with pytest.raises(OptionError, match=r"\d+ shards; at most 2 are read\. Raise shard_size"):
         plan(tiny, texts * 9, tmp_path / "acts", shard_bytes=20_000)
     assert not (tmp_path / "acts").exists()
