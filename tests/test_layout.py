@@ -74,6 +74,7 @@ ORDER = (
     "layerprobe.extract.space",
     "layerprobe.extract.elsewhere",
     "layerprobe.extract.folder",
+    "layerprobe.extract.ahead",
     "layerprobe.extract.run",
     "layerprobe.extract.audit",
     "layerprobe.cli.views",

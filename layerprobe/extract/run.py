@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe
 from layerprobe.capture.select import Pool, resolve_dtype
 from layerprobe.capture.units import AnnouncedBatch, encode_record
 from layerprobe.errors import InputError
+from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
 from layerprobe.extract.folder import hold_store
 from layerprobe.extract.inputs import InputDigest, Record
@@ -237,14 +239,14 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
     told.begin(lambda: _measure(plan, report, writer, sink))
     digest = InputDigest(plan.source.name)
     with bar, evaluating(plan.model), torch.inference_mode(), probe:
-        for unit in plan.units():
+        for unit, tokenized in tokenize_ahead(plan.units(), partial(_tokenize_missing, plan)):
             if stop.is_set():
                 report.is_complete = False
                 break
             for record in unit.records:
                 digest.add(record)
-            if unit.number not in plan.done:
-                _run_unit(plan, keeper, sink, unit, report, advance)
+            if tokenized is not None:
+                _run_unit(plan, keeper, sink, unit, tokenized, report, advance)
                 bar.set_postfix_str(_describe_pace(report, writer.num_bytes, time.perf_counter() - start), False)
     if report.is_complete and digest.hexdigest() != plan.description["input"]["hash"]:
         raise InputError(
@@ -278,15 +280,21 @@ def _measure(plan: Plan, report: RunReport, writer: ShardWriter, sink: StoreSink
     )
 
 
+def _tokenize_missing(plan: Plan, unit: Unit) -> TokenizedUnit | None:
+    if unit.number in plan.done:
+        return None
+    return tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
+
+
 def _run_unit(
     plan: Plan,
     keeper: RoomKeeper,
     sink: StoreSink,
     unit: Unit,
+    tokenized: TokenizedUnit,
     report: RunReport,
     advance: Callable[[int], None],
 ) -> None:
-    tokenized = tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
     num_truncated = sum(tokenized.truncated)
     header = ShardHeader(
         unit.number,

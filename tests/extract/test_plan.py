@@ -153,7 +153,9 @@ def test_a_store_larger_than_the_disk_is_refused_with_both_sizes(
     tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Plan, "free_bytes", property(lambda _: 1000))
-    with pytest.raises(SpaceError, match=r"needs .* more, the disk has 1\.0 kB free: [0-9,]+ bytes missing\. Ask for fewer"):
+    with pytest.raises(
+        SpaceError, match=r"needs .* more, the disk has 1\.0 kB free: [0-9,]+ bytes missing\. Ask for fewer"
+    ):
         plan(tiny, ["the quick brown fox"] * 9, tmp_path / "acts")
     assert not list(tmp_path.iterdir())
 
