@@ -6,6 +6,9 @@ The door: it re-exports and holds no logic. Importing it loads neither transform
 from layerprobe.capture.calls import Sink
 from layerprobe.capture.probe import Probe
 from layerprobe.capture.registry import ProbeRegistry
+from layerprobe.edit.editor import edit
+from layerprobe.edit.making import ablate, clamp, noise, patch, project_out, replace, scale, steer
+from layerprobe.edit.where import token_ids
 from layerprobe.extract.audit import audit
 from layerprobe.extract.run import extract
 from layerprobe.models import load_model
@@ -27,14 +30,24 @@ __all__ = [
     "RowDataset",
     "Sink",
     "__version__",
+    "ablate",
     "audit",
+    "clamp",
+    "edit",
     "export",
     "extract",
     "load_model",
     "merge",
+    "noise",
     "open",
+    "patch",
+    "project_out",
     "register_architecture",
+    "replace",
+    "scale",
     "sites",
     "status",
+    "steer",
+    "token_ids",
     "verify",
 ]

@@ -49,6 +49,7 @@ ORDER = (
     "layerprobe.store.reader",
     "layerprobe.store.packed",
     "layerprobe.store.export",
+    "layerprobe.store.hub",
     "layerprobe.store.datasets",
     "layerprobe.capture.calls",
     "layerprobe.capture.compiled",
@@ -67,6 +68,13 @@ ORDER = (
     "layerprobe.capture.units",
     "layerprobe.capture.packing",
     "layerprobe.capture.probe",
+    "layerprobe.edit.where",
+    "layerprobe.edit.edits",
+    "layerprobe.edit.making",
+    "layerprobe.edit.plan",
+    "layerprobe.edit.moments",
+    "layerprobe.edit.traced",
+    "layerprobe.edit.editor",
     "layerprobe.extract.inputs",
     "layerprobe.extract.batching",
     "layerprobe.extract.resume",
@@ -81,11 +89,12 @@ ORDER = (
     "layerprobe.cli.signals",
     "layerprobe.cli.runs",
     "layerprobe.cli.stores",
+    "layerprobe.cli.exports",
     "layerprobe.cli.main",
     "layerprobe",
     "layerprobe.__main__",
 )
-FOLDERS = ("sites", "store", "capture", "extract", "cli")
+FOLDERS = ("sites", "store", "capture", "edit", "extract", "cli")
 TOP = {"layerprobe", "tests", "benchmarks", "docs", "pyproject.toml", "README.md", "LICENSE", ".gitignore", ".ci"}
 MOST_LINES = 400
 # the tree of errors is drawn in its docstring

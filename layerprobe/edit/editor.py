@@ -1,0 +1,294 @@
+"""`lp.edit`: a `with` block in which values of a model are changed as it runs.
+
+Its hooks stand before all others at a module, so a probe at the same site sees the changed value; edits within edits
+run outermost first. In a graph of `torch.compile` the same hooks are traced: the arithmetic joins the graph, and
+operators tell it what only the running call knows.
+
+Hides the order of hooks and how a call is followed. Must never know what an edit does.
+"""
+
+import enum
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerprobe.capture.calls import Call, read_context
+from layerprobe.capture.compiled import Port, forget_compiled_graphs, has_compiled
+from layerprobe.capture.entries import watch_calls
+from layerprobe.capture.frames import ROOT, Frames
+from layerprobe.capture.hooks import HookSet
+from layerprobe.capture.recompute import watch_second_runs
+from layerprobe.capture.values import find_tensor, put_part, put_tensor, take_part
+from layerprobe.edit.edits import Edit
+from layerprobe.edit.moments import CallState, Moment, note_value
+from layerprobe.edit.plan import Point, Slot, plan_points
+from layerprobe.edit.traced import ask_for_extra, ask_for_order, ask_for_tokens
+from layerprobe.errors import CaptureError
+from layerprobe.sites.resolve import Site, map_model
+from layerprobe.sites.stacks import find_device
+
+__all__ = ["Editor", "edit"]
+
+_MARK = "is_layerprobe_edit"
+
+
+def edit(model: nn.Module, edits: Mapping[str, Edit | Sequence[Edit]], *, tokenizer: Any = None) -> "Editor":
+    """Change values of a model while a `with` block runs; afterwards it is as it was.
+
+    Args:
+        model: A supported Hugging Face model, wrapped or not.
+        edits: By site or pattern, one edit or several, which run as written.
+        tokenizer: For edits whose `where` names tokens.
+
+    Returns:
+        A context manager, for one block.
+
+    Raises:
+        SiteError: a pattern matches nothing, or a site cannot be edited.
+        ArchitectureError: the model is not supported.
+        OptionError: an edit does not fit a site: another width or device, heads that are not there.
+
+    Cost: one new tensor per edit and value, and one more where some tokens are left as they are.
+
+    Example:
+        >>> import torch, layerprobe as lp
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> model = BertModel(tiny).eval()
+        >>> with torch.no_grad(), lp.edit(model, {"layers.1": lp.scale(0.0)}):
+        ...     output = model(input_ids=torch.tensor([[1, 2, 3]]))
+        >>> float(output.last_hidden_state.abs().max())
+        0.0
+    """
+    return Editor(model, edits, tokenizer)
+
+
+class _Lifecycle(enum.Enum):
+    NEW = "new"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class _Numbering:
+    """The sink of the frames: gives each call its number, and keeps nothing."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+
+    def open(self, sites: Sequence[Site]) -> None:
+        """Begin at 0."""
+
+    def begin(self, call: Call) -> None:
+        """Number a call."""
+        call.state = CallState(next(self._numbers))
+
+    def receive(self, call: Call, index: int, value: Tensor) -> None:
+        """Values are changed where they are made, and not handed on."""
+
+    def finish(self, call: Call) -> None:
+        """A call leaves nothing."""
+
+    def abandon(self, call: Call) -> None:
+        """Nor does one that was cut short."""
+
+    def close(self, error: BaseException | None) -> None:
+        """Nothing is held."""
+
+
+class Editor(AbstractContextManager["Editor"]):
+    """The edits of one `with` block. Made by `lp.edit`."""
+
+    def __init__(self, model: nn.Module, edits: Mapping[str, Edit | Sequence[Edit]], tokenizer: Any = None) -> None:
+        self._given = model
+        self._mapped = map_model(model)
+        self._root = self._mapped.model
+        self.sites, self._points = plan_points(self._mapped, edits, tokenizer)
+        self._frames = Frames(self.sites, len(self._mapped.stacks), _Numbering(), self._mapped.owner)
+        self._port = Port(self, find_device(self._root))
+        self._hooks = HookSet()
+        self._has_graphs = False
+        self._state = _Lifecycle.NEW
+
+    def __enter__(self) -> "Editor":
+        if self._state is not _Lifecycle.NEW:
+            raise CaptureError(f"this edit is {self._state.value}: make a new one for another with block.")
+        try:
+            self._port.open()
+            watch_calls(self._hooks, self._given, self._mapped, self._frames, self._port)
+            for point in self._points:
+                self._attach(point)
+            watch_second_runs(self._hooks, self._root, self._frames, always=True)
+        except BaseException:
+            self._detach()
+            raise
+        self._frames.is_open = True
+        if has_compiled():
+            forget_compiled_graphs()
+        self._state = _Lifecycle.OPEN
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._state = _Lifecycle.CLOSED
+        self._detach()
+        if self._has_graphs:
+            forget_compiled_graphs()
+
+    def _detach(self) -> None:
+        self._frames.is_open = False
+        self._hooks.remove()
+        self._port.close()
+        self._frames.drain()
+
+    # hooks
+
+    def _attach(self, point: Point) -> None:
+        """Put a hook before those of others, and behind those of edits that are on already."""
+        if point.takes == "input":
+            hook = self._make_input_hook(point)
+            handle = point.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            beside: Any = point.module._forward_pre_hooks
+        else:
+            hook = self._make_output_hook(point)
+            handle = point.module.register_forward_hook(hook, prepend=True)
+            beside = point.module._forward_hooks
+        self._hooks.keep(point.module, handle)
+        earlier = [number for number, other in beside.items() if hasattr(other, _MARK) and number != handle.id]
+        for number in reversed(earlier):
+            beside.move_to_end(number, last=False)
+
+    def _make_output_hook(self, point: Point) -> Callable[..., Any]:
+        def edit_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            held = self._require_values(point, find_tensor(output))
+            made = self._change(point, held)
+            return None if made is held else put_tensor(output, held, made)
+
+        setattr(edit_output, _MARK, True)
+        return edit_output
+
+    def _make_input_hook(self, point: Point) -> Callable[..., Any]:
+        def edit_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+            if kwargs is None:  # torch: the hook came off while those of this module ran
+                return None
+            name = None if args else next(iter(kwargs))
+            held = self._require_values(point, args[0] if name is None else kwargs[name])
+            made = self._change(point, held)
+            if made is held:
+                return None
+            return ((made, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: made})
+
+        setattr(edit_input, _MARK, True)
+        return edit_input
+
+    def _require_values(self, point: Point, value: Any) -> Tensor:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = f"values of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise CaptureError(
+                f"{point.slots[0].site.name!r} of {self._mapped.owner} gave {got}: only modules that pass floating "
+                "tensors can be edited."
+            )
+        return value
+
+    # values
+
+    def _change(self, point: Point, value: Tensor) -> Tensor:
+        """Run the edits of a module on a value."""
+        if torch.compiler.is_compiling():
+            return self._change_traced(point, value)
+        call = self._frames.current()
+        if call is None:
+            return value
+        moment = note_value(call, point, value.shape, value.device)
+        for number, slot in enumerate(point.slots):
+            if moment.is_meant[number]:
+                mask = moment.masks[number]
+                held = value if slot.site.part is None else take_part(self._root, slot.site.part, value)
+                extra = moment.give(slot, mask, held)
+                value = _put(slot, value, held, mask, slot.edit.change(held, mask, extra))
+        return value
+
+    def _change_traced(self, point: Point, value: Tensor) -> Tensor:
+        """The same in a graph, where every edit runs and masks alone decide."""
+        token, editor, key = self._port.token, self._port.number, point.key
+        masks = ask_for_tokens(token, value, editor, key, len(point.slots))
+        for number, slot in enumerate(point.slots):
+            mask, extra = masks[number], None
+            held = value if slot.site.part is None else take_part(self._root, slot.site.part, value)
+            if slot.edit.need == "order":
+                extra = ask_for_order(token, held, editor, key, number)
+            elif slot.edit.need:
+                extra = ask_for_extra(token, held, editor, key, number)
+            value = _put(slot, value, held, mask, slot.edit.change(held, mask, extra))
+        return value
+
+    # what graphs ask for
+
+    def enter_compiled(
+        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool, number: int
+    ) -> None:
+        """Take note, from a running graph, that a module was called."""
+        self._has_graphs = True
+        if stack == ROOT:
+            self._frames.enter_root(None)
+            return
+        context = read_context({"input_ids": ids, "attention_mask": mask, "inputs_embeds": embeds})
+        # the length of a cache is no number that a graph of all lengths can give
+        self._frames.enter_base(stack, replace(context, first_position=None) if cached else context, None)
+
+    def leave_compiled(self, stack: int, completed: bool) -> None:
+        """Take note, from a running graph, that a module is done or has raised."""
+        self._frames.leave(stack, completed)
+
+    def pick_compiled(self, key: int, value: Tensor) -> Tensor:
+        """Tell a running graph which tokens of a value each edit is meant for."""
+        point, shape = self._points[key], value.shape[:-1]
+        self._has_graphs = True
+        call = self._frames.current()
+        if call is None:
+            return torch.zeros((len(point.slots), *shape), dtype=torch.bool, device=value.device)
+        moment = note_value(call, point, value.shape, value.device)
+        call.state.moments[key] = moment
+        masks = []
+        for slot, meant, mask in zip(point.slots, moment.is_meant, moment.masks, strict=True):
+            if mask is not None and mask.ndim == value.ndim:
+                raise CaptureError(
+                    f"lp.{slot.edit.name} at {slot.site.name!r}: a mask [B, S, D] is for models that are not compiled. "
+                    "Pass one of [B, S], or units."
+                )
+            meant_here = torch.full(shape, meant, dtype=torch.bool, device=value.device)
+            masks.append(meant_here if mask is None else mask)
+        return torch.stack(masks)
+
+    def give_compiled(self, key: int, number: int, value: Tensor) -> Tensor:
+        """Tell a running graph what an edit needs beside the value."""
+        slot, call = self._points[key].slots[number], self._frames.current()
+        moment: Moment | None = None if call is None else call.state.moments.get(key)
+        if moment is None or not moment.is_meant[number]:
+            is_order = slot.edit.need == "order"
+            return torch.arange(value.shape[:-1].numel(), device=value.device) if is_order else torch.zeros_like(value)
+        if any(tensor.requires_grad for tensor in slot.edit.tensors.values()) and torch.is_grad_enabled():
+            raise CaptureError(
+                f"lp.{slot.edit.name} at {slot.site.name!r}: no gradient flows to rows in a compiled model. Patch one "
+                "vector [D], or do not compile."
+            )
+        extra = moment.give(slot, moment.masks[number], value)
+        assert extra is not None
+        return extra.contiguous()
+
+
+def _put(slot: Slot, value: Tensor, held: Tensor, mask: Tensor | None, made: Tensor) -> Tensor:
+    """Put a changed site back into the value it is of; what is not meant stays to the bit."""
+    if made is held:
+        return value
+    kept = slot.columns
+    if mask is not None:
+        mask = mask if mask.ndim == held.ndim else mask[..., None]
+        kept = mask if kept is None else mask & kept
+    if slot.site.part is not None:
+        change = made - held
+        return put_part(slot.site.part, value, change if kept is None else torch.where(kept, change, 0))
+    return made if kept is None else torch.where(kept, made, held)

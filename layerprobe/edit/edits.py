@@ -1,0 +1,380 @@
+"""The edits: what each does to a value, as small frozen values of their own.
+
+An edit is made by a user, checked as it is made, fitted to a site before the model runs, and then asked for a changed
+value. It gives a new tensor and never writes into the one it got. What it needs beside the value (random numbers, rows
+laid out on the tokens of a call) is handed to it, so that all of it can be traced into a graph.
+
+Hides the arithmetic. Must never know of hooks, calls or the model.
+
+Letters: B sequences, S positions, D width, T rows, K directions.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from layerprobe.edit.where import check_where
+from layerprobe.errors import CaptureError, OptionError
+
+__all__ = ["Ablate", "Clamp", "Edit", "Noise", "Patch", "ProjectOut", "Replace", "Resample", "Scale", "Steer"]
+
+Number = float | Tensor
+# Beside the value an edit may need: numbers drawn like it, an order of its tokens, or its rows laid out on the tokens.
+Need = Literal["", "noise", "order", "rows"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Edit:
+    """What every edit has: where it applies, and to which heads or units.
+
+    Args:
+        where: Which tokens; None for real ones, never padding.
+        heads: Only the columns of these heads, at sites that have heads.
+        units: Only these columns.
+    """
+
+    name: ClassVar[str] = ""
+    where: Any = None
+    heads: tuple[int, ...] | None = None
+    units: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_where(self.where)
+        for label, numbers in (("heads", self.heads), ("units", self.units)):
+            is_list = isinstance(numbers, tuple) and all(type(number) is int for number in numbers)
+            if numbers is not None and not (is_list and numbers):
+                raise OptionError(f"lp.{self.name}: {label}={numbers!r}: give a list of numbers, or leave it out.")
+        if self.heads is not None and self.units is not None:
+            raise OptionError(f"lp.{self.name}: heads and units do not go together: leave out one.")
+
+    @property
+    def need(self) -> Need:
+        """What `change` has to be given beside the value."""
+        return ""
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether chunks of a value would be changed otherwise than the whole."""
+        return False
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of the user's that meet values of the model, by what they are called."""
+        return {}
+
+    def fit(self, site: str, width: int | None) -> "Edit":
+        """Check the edit against one site, and work out beforehand what can be."""
+        del site, width
+        return self
+
+    def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
+        """Give the changed value; what `where`, `heads` and `units` leave out is put back by the caller.
+
+        Args:
+            value: `[B, S, D]`, or `[B, D]` at a site with one vector per text.
+            mask: bool `[B, S]`, the tokens that are meant; None for all.
+            extra: What the edit needs, as `need` says.
+        """
+        raise NotImplementedError
+
+    def require_width(self, label: str, found: int, site: str, width: int | None) -> None:
+        """Refuse a tensor that is not as wide as the site."""
+        if width is not None and found != width:
+            raise OptionError(
+                f"lp.{self.name} at {site!r}: its {label} has {found} values, the site {width}. "
+                "lp.sites(model) lists the widths."
+            )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Steer(Edit):
+    """Adds a vector."""
+
+    name: ClassVar[str] = "steer"
+    vector: Tensor
+    scale: Number = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_tensor(self.name, "vector", self.vector, (1,))
+        _require_number(self.name, "scale", self.scale)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"vector": self.vector, **_if_tensor("scale", self.scale)}
+
+    def fit(self, site: str, width: int | None) -> "Edit":
+        self.require_width("vector", len(self.vector), site, width)
+        return self
+
+    def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
+        if not isinstance(self.scale, Tensor) and self.scale == 0:
+            return value
+        return value + (self.scale * self.vector).to(value.dtype)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Ablate(Edit):
+    """Takes a value's information away."""
+
+    name: ClassVar[str] = "ablate"
+    kind: str = "zero"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind not in ("zero", "mean"):
+            raise OptionError(f"lp.ablate: no kind {self.kind!r}: use 'zero', 'mean' or 'resample'.")
+
+    @property
+    def needs_whole(self) -> bool:
+        return self.kind == "mean"
+
+    def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
+        if self.kind == "zero":
+            return torch.zeros_like(value)
+        dims = tuple(range(value.ndim - 1))
+        wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        if mask is None:
+            mean = wide.mean(dims, keepdim=True)
+        else:
+            kept = mask if mask.ndim == value.ndim else mask[..., None]
+            mean = torch.where(kept, wide, 0).sum(dims, keepdim=True) / kept.sum(dims, keepdim=True).clamp(min=1)
+        return mean.to(value.dtype).expand_as(value)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Resample(Edit):
+    """Gives each token the vector of another one of the call."""
+
+    name: ClassVar[str] = "ablate"
+    seed: int = 0
+
+    @property
+    def need(self) -> Need:
+        return "order"
+
+    @property
+    def needs_whole(self) -> bool:
+        return True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_seed(self.name, self.seed)
+
+    def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
+        assert extra is not None
+        flat = value.flatten(0, -2)
+        return flat.index_select(0, extra).view_as(value)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Patch(Edit):
+    """Puts given values in place of the model's."""
+
+    name: ClassVar[str] = "patch"
+    values: Any
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.values, Tensor) and not hasattr(self.values, "__getitem__"):
+            raise OptionError(
+                f"lp.patch: values are {type(self.values).__name__}: give a tensor, a Probe, one of its calls, an "
+                "example of a store, or tensors by site."
+            )
+
+    @property
+    def need(self) -> Need:
+        return "rows" if isinstance(self.values, Tensor) and self.values.ndim > 1 else ""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return _if_tensor("values", self.values)
+
+    def fit(self, site: str, width: int | None) -> "Edit":
+        values = self.values if isinstance(self.values, Tensor) else _look_up(self.values, site)
+        if not 1 <= values.ndim <= 3 or not values.is_floating_point():
+            raise OptionError(
+                f"lp.patch at {site!r}: values of {values.dtype} and shape {tuple(values.shape)}: give [B, S, D] as a "
+                "Probe does, [T, D] for the tokens of one text, or one vector [D]."
+            )
+        self.require_width("last dimension", values.shape[-1], site, width)
+        return replace(self, values=values)
+
+    def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
+        return (self.values if extra is None else extra).to(value.dtype).expand_as(value)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ProjectOut(Edit):
+    """Takes the part of a value that lies in the span of some directions away."""
+
+    name: ClassVar[str] = "project_out"
+    directions: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_tensor(self.name, "directions", self.directions, (1, 2))
+        with torch.no_grad():
+            rank = int(torch.linalg.matrix_rank(self.rows.double()))
+        if rank < len(self.rows):
+            raise OptionError(
+                f"lp.project_out: {len(self.rows)} directions span {rank} dimensions: one is zero, or follows from the "
+                "others. Leave it out."
+            )
+
+    @property
+    def rows(self) -> Tensor:
+        """The directions, `[K, D]`."""
+        return self.directions if self.directions.ndim == 2 else self.directions[None]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"directions": self.directions}
+
+    def fit(self, site: str, width: int | None) -> "Edit":
+        self.require_width("direction", self.directions.shape[-1], site, width)
+        # an orthonormal basis is worked out once, unless somebody learns it
+        return self if self.directions.requires_grad else replace(self, directions=_orthonormal(self.rows))
+
+    def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
+        wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        basis_KD = _orthonormal(self.rows) if self.directions.requires_grad else self.rows
+        basis_KD = basis_KD.to(wide.dtype)
+        return (wide - (wide @ basis_KD.T) @ basis_KD).to(value.dtype)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Noise(Edit):
+    """Adds Gaussian noise."""
+
+    name: ClassVar[str] = "noise"
+    std: float
+    seed: int = 0
+
+    @property
+    def need(self) -> Need:
+        return "noise"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_number(self.name, "std", self.std)
+        if isinstance(self.std, Tensor) or self.std < 0:
+            raise OptionError(f"lp.noise: std={self.std!r}: give a number from 0 on.")
+        _require_seed(self.name, self.seed)
+
+    def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
+        assert extra is not None
+        return value if self.std == 0 else value + extra * self.std
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Clamp(Edit):
+    """Keeps values within bounds."""
+
+    name: ClassVar[str] = "clamp"
+    low: float | None
+    high: float | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bounds = [bound for bound in (self.low, self.high) if bound is not None]
+        if not bounds or any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in bounds):
+            raise OptionError(f"lp.clamp: low={self.low!r}, high={self.high!r}: give one number or both.")
+        if len(bounds) == 2 and not bounds[0] <= bounds[1]:
+            raise OptionError(f"lp.clamp: low={self.low!r} is above high={self.high!r}. Swap them.")
+
+    def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
+        return value.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scale(Edit):
+    """Multiplies values."""
+
+    name: ClassVar[str] = "scale"
+    factor: Number
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_number(self.name, "factor", self.factor, most=1)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return _if_tensor("factor", self.factor)
+
+    def fit(self, site: str, width: int | None) -> "Edit":
+        if isinstance(self.factor, Tensor) and self.factor.ndim == 1:
+            self.require_width("factor", len(self.factor), site, width)
+        return self
+
+    def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
+        if not isinstance(self.factor, Tensor):
+            return value if self.factor == 1 else value * self.factor
+        return value * self.factor.to(value.dtype)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Replace(Edit):
+    """Puts what a function makes of a value in its place."""
+
+    name: ClassVar[str] = "replace"
+    function: Callable[[Tensor], Tensor]
+
+    @property
+    def needs_whole(self) -> bool:
+        return True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.function):
+            raise OptionError(f"lp.replace: {self.function!r} is no function: give one from a value to a value.")
+
+    def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
+        made = self.function(value)
+        if not isinstance(made, Tensor) or made.shape != value.shape or made.dtype != value.dtype:
+            got = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+            raise CaptureError(
+                f"the function of lp.replace gave {got}: it must give {value.dtype} {tuple(value.shape)}, as it got."
+            )
+        return made
+
+
+def _orthonormal(rows_KD: Tensor) -> Tensor:
+    """Give an orthonormal basis of what the rows span, worked out in float64 and rounded once."""
+    return torch.linalg.qr(rows_KD.double().T)[0].T.to(torch.promote_types(rows_KD.dtype, torch.float32))
+
+
+def _look_up(values: Any, site: str) -> Tensor:
+    """Find a site's values in a probe, a call, an example or a mapping; int8 ones with their scale."""
+    try:
+        found = values[site]
+    except KeyError as error:
+        raise OptionError(f"lp.patch at {site!r}: the values have no {site!r}. Capture the site too.") from error
+    return found if isinstance(found, Tensor) else found.float()
+
+
+def _if_tensor(label: str, value: Any) -> dict[str, Tensor]:
+    return {label: value} if isinstance(value, Tensor) else {}
+
+
+def _require_tensor(name: str, label: str, value: Any, ndims: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor) or value.ndim not in ndims or not value.is_floating_point() or not value.numel():
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        wanted = " or ".join("[D]" if ndim == 1 else "[K, D]" for ndim in ndims)
+        raise OptionError(f"lp.{name}: {label} is {got}: give a floating tensor {wanted}.")
+
+
+def _require_number(name: str, label: str, value: Any, most: int = 0) -> None:
+    is_tensor = isinstance(value, Tensor) and value.ndim <= most and value.is_floating_point()
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_tensor or is_number):
+        raise OptionError(f"lp.{name}: {label}={value!r}: give a finite number{' or a tensor [D]' if most else ''}.")
+
+
+def _require_seed(name: str, seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise OptionError(f"lp.{name}: seed={seed!r}: give a whole number from 0 on.")

@@ -1,0 +1,183 @@
+"""What an edit is told of the moment: which call of a module this is, which tokens are meant, random numbers, rows.
+
+One value of one module in one call of the model is a moment. A module may run several times in a call (ALBERT's
+shared layer, an FFN in chunks), and which time it is decides which edits are meant and for which positions.
+
+Hides how runs of a module are counted. Must never know of hooks or compilers, or of what an edit does.
+
+Letters: B sequences, S positions, D width, T rows.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerprobe.capture.calls import Call, Context
+from layerprobe.edit.plan import Point, Slot
+from layerprobe.edit.where import pick_tokens, place_in_text
+from layerprobe.errors import CaptureError
+
+__all__ = ["CallState", "Moment", "note_value"]
+
+
+@dataclass
+class CallState:
+    """What is kept for one call of the model: its number, and masks that several sites share."""
+
+    number: int
+    masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+    # Of compiled graphs, which ask for one thing after another.
+    moments: dict[int, "Moment"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """One value of one module.
+
+    Args:
+        call: The call of the model.
+        number: Which run of the module this is in the call.
+        start: The first position that the value holds; above 0 for a later chunk.
+        masks: For each edit bool `[B, S]`, or None for every position.
+        is_meant: For each edit whether it is meant for this run.
+    """
+
+    call: Call
+    number: int
+    start: int
+    masks: tuple[Tensor | None, ...]
+    is_meant: tuple[bool, ...]
+
+    def give(self, slot: Slot, mask: Tensor | None, value: Tensor) -> Tensor | None:
+        """Give what an edit needs beside the value."""
+        need = slot.edit.need
+        if need == "rows":
+            return _lay_out(slot, self.call, value, self.start)
+        if need == "noise":
+            maker = self._generator(slot, value.device)
+            return torch.randn(value.shape, generator=maker, device=value.device, dtype=value.dtype)
+        if need == "order":
+            meant = torch.ones(value.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
+            meant = meant.any(-1) if meant.ndim == value.ndim else meant
+            places = meant.flatten().nonzero()[:, 0]
+            order = torch.arange(meant.numel())
+            order[places] = places[torch.randperm(len(places), generator=self._generator(slot, torch.device("cpu")))]
+            return order.to(value.device)
+        return None
+
+    def _generator(self, slot: Slot, device: torch.device) -> torch.Generator:
+        """Make random numbers that depend on the seed and on the place of the value, and on nothing else."""
+        seed: Any = slot.edit
+        name = f"{seed.seed}/{slot.site.name}/{self.call.state.number}/{self.start}"
+        digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+
+
+def note_value(call: Call, point: Point, shape: Sequence[int], device: torch.device) -> Moment:
+    """Take note that a module made a value, and work out which tokens of it are meant.
+
+    Raises:
+        CaptureError: the value has no row per token, or the call does not tell which tokens are meant.
+    """
+    number, start = call.counts.get(point.key, 0), 0
+    context = call.context(point.slots[0].index)
+    if point.is_chunked and _is_chunk(shape, context.shape):
+        assert context.shape is not None
+        start = call.counts.get(~point.key, 0)
+        stop = start + shape[1]
+        call.counts[~point.key] = stop % context.shape[1]
+        if stop == context.shape[1]:
+            call.counts[point.key] = number + 1
+    else:
+        call.counts[point.key] = number + 1
+    is_meant = tuple(slot.site.call_index in (None, number) for slot in point.slots)
+    masks = tuple(
+        _mask_of(call, slot, shape, start, device) if meant else None
+        for slot, meant in zip(point.slots, is_meant, strict=True)
+    )
+    for slot, meant in zip(point.slots, is_meant, strict=True):
+        call.seen |= meant << slot.index
+    return Moment(call, number, start, masks, is_meant)
+
+
+def _is_chunk(shape: Sequence[int], whole: tuple[int, int] | None) -> bool:
+    return whole is not None and len(shape) == 3 and shape[0] == whole[0] and shape[1] < whole[1]
+
+
+def _mask_of(call: Call, slot: Slot, shape: Sequence[int], start: int, device: torch.device) -> Tensor | None:
+    """Find which tokens of a value an edit is meant for."""
+    if slot.spot.kind == "all":
+        return None
+    context = _context_of(call, slot)
+    is_chunk = _is_chunk(shape, context.shape) and start + shape[1] <= (context.shape or (0, 0))[1]
+    if context.shape is None or len(shape) != 3 or (tuple(shape[:2]) != context.shape and not is_chunk):
+        raise CaptureError(
+            f"lp.{slot.edit.name} at {slot.site.name!r}: its value has shape {tuple(shape)}, not a row for each token "
+            f"of {context.shape}. Edit every position with where='all'."
+        )
+    key = (id(slot.spot) if slot.spot.kind != "real" else 0, id(context))
+    masks = call.state.masks
+    if key not in masks:
+        masks[key] = pick_tokens(slot.spot, context, device)
+    mask = masks[key]
+    if mask is None:
+        return None
+    if mask.ndim == 3 and mask.shape[-1] != shape[-1]:
+        raise CaptureError(
+            f"lp.{slot.edit.name} at {slot.site.name!r}: where is a mask of {mask.shape[-1]} columns, the value has "
+            f"{shape[-1]}. Pass a mask [B, S], or one as wide as the site."
+        )
+    mask = mask if mask.device == device else mask.to(device)  # layers may lie on several devices
+    return mask[:, start : start + shape[1]] if is_chunk else mask
+
+
+def _context_of(call: Call, slot: Slot) -> Context:
+    """Find what the texts are whose tokens a value has a row for: in cross attention those of the other stack."""
+    if slot.site.kind != "source":
+        return call.context(slot.index)
+    others = [context for stack, context in call.contexts.items() if stack != slot.site.stack]
+    if not others:
+        raise CaptureError(
+            f"lp.{slot.edit.name} at {slot.site.name!r}: its rows are the encoder's tokens, and the encoder did "
+            "not run in this call, so padding is not known. Edit every position with where='all'."
+        )
+    return others[0]
+
+
+def _lay_out(slot: Slot, call: Call, value: Tensor, start: int) -> Tensor:
+    """Lay given values out on a value: by position, or by the real tokens of each text."""
+    edit: Any = slot.edit
+    values: Tensor = edit.values.to(value.dtype)
+    if slot.site.kind == "example":
+        return _expand(slot, values, value)
+    context = _context_of(call, slot)
+    size = value.shape[1]
+    if values.ndim == 3:
+        first = (context.first_position or 0) + start
+        if context.first_position and values.shape[1] <= first:
+            return value.clone()  # generated after the tokens that there are values for
+        whole = context.shape is None or values.shape[1] == context.shape[1]
+        return _expand(slot, values[:, first : first + size] if whole else values, value)
+    place_BS, length_B1 = place_in_text(context)
+    place_BS = place_BS[:, start : start + size].to(value.device)
+    if not context.first_position and not bool((length_B1 == len(values)).all()):
+        raise CaptureError(
+            f"lp.patch at {slot.site.name!r}: {len(values)} rows for texts of {length_B1.flatten().tolist()} real "
+            "tokens: give as many rows as each text has tokens, or one vector."
+        )
+    laid = values[place_BS.clamp(0, len(values) - 1)]
+    return torch.where(((place_BS >= 0) & (place_BS < len(values)))[..., None], laid, value)
+
+
+def _expand(slot: Slot, values: Tensor, value: Tensor) -> Tensor:
+    if values.shape[0] not in (1, value.shape[0]) or values.shape[1:] != value.shape[1:]:
+        edit: Any = slot.edit
+        raise CaptureError(
+            f"lp.patch at {slot.site.name!r}: values of shape {tuple(edit.values.shape)} do not fit "
+            f"{tuple(value.shape)}. Patch a batch of the same shape, or give [T, D] or [D]."
+        )
+    return values.expand_as(value)

@@ -1,0 +1,193 @@
+"""From what a user asks to edit to a checked list of what will be done at which module.
+
+Patterns become sites, tokens become ids, heads become columns; widths, devices and what a site allows are checked. All
+of it before the model runs and before a hook exists.
+
+Hides which sites can be edited and how heads lie in a vector. Must never touch hooks or run the model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerprobe.edit.edits import Edit, Patch
+from layerprobe.edit.where import Spot, resolve_where
+from layerprobe.errors import OptionError, SiteError
+from layerprobe.sites.resolve import ModelMap, Site
+from layerprobe.sites.stacks import find_device
+
+__all__ = ["Point", "Slot", "head_width", "plan_points", "require_editable"]
+
+_WITH_HEADS = ("query", "key", "value", "context")
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One edit at one site.
+
+    Args:
+        index: Of the site among those that are edited.
+        site: Where.
+        edit: What, fitted to the site.
+        spot: For which tokens.
+        columns: bool `[D]`, for which columns; None for all.
+    """
+
+    index: int
+    site: Site
+    edit: Edit
+    spot: Spot
+    columns: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A module whose output or input is edited, and the edits there, as they were written."""
+
+    key: int
+    module: nn.Module
+    takes: str
+    slots: tuple[Slot, ...]
+    is_chunked: bool
+
+
+def plan_points(
+    mapped: ModelMap, asked: Mapping[str, Edit | Sequence[Edit]], tokenizer: Any
+) -> tuple[tuple[Site, ...], tuple[Point, ...]]:
+    """Check edits and gather them by module.
+
+    Args:
+        mapped: The model.
+        asked: Edits by pattern.
+        tokenizer: For `where` that names tokens, or None.
+
+    Returns:
+        The sites that are edited, and the modules.
+
+    Raises:
+        SiteError: a pattern matches nothing, or a site cannot be edited.
+        OptionError: an edit does not fit a site.
+    """
+    if not isinstance(asked, Mapping) or not asked:
+        raise OptionError(f"lp.edit: {asked!r} is no edit: give them by site, as in {{'layers.3': lp.scale(0.5)}}.")
+    wanted = []
+    for pattern, edits in asked.items():
+        listed = [edits] if isinstance(edits, Edit) else edits
+        if not isinstance(listed, (list, tuple)) or not listed or not all(isinstance(one, Edit) for one in listed):
+            raise OptionError(
+                f"lp.edit at {pattern!r}: {edits!r} is no edit: give one of lp.steer, lp.ablate, lp.patch, "
+                "lp.project_out, lp.noise, lp.clamp, lp.scale, lp.replace, or a list of them."
+            )
+        wanted += [(site, edit) for site in mapped.select(pattern) for edit in listed]
+    names = list(dict.fromkeys(site.name for site, _ in wanted))
+    grouped: dict[tuple[str, str], list[Slot]] = {}
+    for site, edit in wanted:
+        slot = _make_slot(mapped, names.index(site.name), site, edit, tokenizer)
+        grouped.setdefault((site.module, site.takes), []).append(slot)
+    points = tuple(
+        Point(key, mapped.model.get_submodule(path), takes, tuple(slots), _is_chunked(mapped, slots[0].site))
+        for key, ((path, takes), slots) in enumerate(grouped.items())
+    )
+    found = {site.name: site for site, _ in wanted}
+    return tuple(found.values()), points
+
+
+def require_editable(site: Site, owner: str) -> None:
+    """Refuse sites at which a change would go nowhere, or only half of its way.
+
+    Raises:
+        SiteError: naming the site to edit instead.
+    """
+    if site.takes == "weights":
+        raise SiteError(
+            f"lp.edit at {site.name!r} of {owner}: the model does not compute with these weights again, a change would "
+            f"go nowhere. Edit {site.name.replace('.weights', '.context')!r}, what they mix."
+        )
+    if site.name.endswith(".mid") and site.takes == "input":
+        layer = site.name.removesuffix(".mid")
+        raise SiteError(
+            f"lp.edit at {site.name!r} of {owner}: its residual stream goes past every module there, a change would "
+            f"reach the FFN alone. Edit '{layer}.attention.out', which is added to it, or {layer!r}."
+        )
+
+
+def head_width(mapped: ModelMap, site: Site) -> tuple[int, int] | None:
+    """Give the width of a head and the number of heads at a site; None where there are none.
+
+    Several queries may share a key and a value, and ConvBERT's context holds more than its heads make.
+    """
+    prefix, _, last = site.name.rpartition(".")
+    known = {other.name: other for other in mapped.table}
+    weights, query = known.get(f"{prefix}.weights"), known.get(f"{prefix}.query")
+    if last not in _WITH_HEADS or weights is None or query is None or site.width is None:
+        return None
+    assert weights.width and query.width
+    width = query.width // weights.width
+    return width, min(site.width // width, weights.width)
+
+
+def _make_slot(mapped: ModelMap, index: int, site: Site, edit: Edit, tokenizer: Any) -> Slot:
+    require_editable(site, mapped.owner)
+    device = _device_at(mapped, site)
+    for label, tensor in edit.tensors.items():
+        if tensor.device != device:
+            raise OptionError(
+                f"lp.{edit.name} at {site.name!r}: its {label} is on {tensor.device}, the site on {device}. "
+                f"Move it with .to({str(device)!r})."
+            )
+    if edit.needs_whole and _is_chunked(mapped, site):
+        raise OptionError(
+            f"lp.{edit.name} at {site.name!r}: chunk_size_feed_forward makes its value in chunks, and this edit needs "
+            f"the whole. Set model.config.chunk_size_feed_forward to 0 before the model is made."
+        )
+    if site.kind == "example" and edit.where is not None and not (isinstance(edit.where, str) and edit.where == "all"):
+        raise OptionError(f"lp.{edit.name} at {site.name!r}: it has one vector per text: leave out where.")
+    fitted = edit.fit(site.name, site.width)
+    if isinstance(fitted, Patch):
+        most = 2 if site.kind == "example" else 3
+        if fitted.values.ndim > most:
+            raise OptionError(f"lp.patch at {site.name!r}: values {tuple(fitted.values.shape)} are no [B, D].")
+        fitted = replace(fitted, values=fitted.values.to(device))
+    spot = Spot("all") if site.kind == "example" else resolve_where(edit.where, tokenizer)
+    return Slot(index, site, fitted, spot, _find_columns(mapped, site, edit, device))
+
+
+def _find_columns(mapped: ModelMap, site: Site, edit: Edit, device: torch.device) -> Tensor | None:
+    """Turn heads or units into a mask of columns."""
+    asked = edit.heads if edit.heads is not None else edit.units
+    if asked is None:
+        return None
+    if site.width is None:
+        raise OptionError(f"lp.{edit.name} at {site.name!r}: its width is not known before it runs: leave out units.")
+    width, count, label = 1, site.width, "units"
+    if edit.heads is not None:
+        found = head_width(mapped, site)
+        if found is None:
+            raise OptionError(
+                f"lp.{edit.name} at {site.name!r}: it has no heads: they are told apart at attention.query, key, value "
+                "and context. Edit one of these, or use units."
+            )
+        (width, count), label = found, "heads"
+    columns = torch.zeros(site.width, dtype=torch.bool, device=device)
+    for number in asked:
+        if not -count <= number < count:
+            raise OptionError(f"lp.{edit.name} at {site.name!r}: no {label} {number}: they are 0 to {count - 1}.")
+        first = number % count * width
+        columns[first : first + width] = True
+    return columns
+
+
+def _device_at(mapped: ModelMap, site: Site) -> torch.device:
+    """Find where a site's values are made: its layer may lie on another device than the first."""
+    module = mapped.model.get_submodule(site.module)
+    device = next((parameter.device for parameter in module.parameters()), None)
+    return find_device(mapped.model) if device is None or device.type == "meta" else device
+
+
+def _is_chunked(mapped: ModelMap, site: Site) -> bool:
+    config = mapped.stacks[site.stack or 0].base.config
+    in_ffn = ".ffn." in site.name or site.kind == "unknown"
+    return in_ffn and bool(getattr(config, "chunk_size_feed_forward", 0))
