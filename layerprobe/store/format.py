@@ -21,7 +21,6 @@ import xxhash
 from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
-from layerprobe.store.durable import commit_file
 from layerprobe.store.guard import LARGE, SMALL, JsonBounds, brief, open_inside, parse_json, read_inside
 from layerprobe.store.headers import (
     BLANK_CHECKSUM,
@@ -51,7 +50,6 @@ __all__ = [
     "check_site",
     "check_sites",
     "checksum",
-    "commit_bytes",
     "commit_shard",
     "fingerprint_of",
     "load_header",
@@ -118,15 +116,6 @@ def bound_shard(header: ShardHeader, shapes: "Sequence[tuple[str, torch.dtype, S
     worst = replace(header, nonfinite={name: _MOST_NONFINITE for name, _, _ in shapes})
     head = build_header(worst, shapes, dict.fromkeys((name for name, _, _ in shapes), BLANK_CHECKSUM))
     return len(head) + sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in shapes)
-
-
-def commit_bytes(path: Path, data: bytes) -> None:
-    """Write a small file and make it permanent, replacing an older one whole.
-
-    Raises:
-        StoreError: the system refused.
-    """
-    commit_file(path, [data])
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store import format as fmt
-from layerprobe.store.format import ShardHeader, commit_bytes, commit_shard, read_header, read_json
+from layerprobe.store.durable import commit_file
+from layerprobe.store.format import ShardHeader, commit_shard, read_header, read_json
 
 DTYPES = [
     torch.float32,
@@ -271,7 +272,7 @@ def test_files_honour_the_umask(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
         path = committed(tmp_path)
-        commit_bytes(tmp_path / "index.json", b"{}")
+        commit_file(tmp_path / "index.json", [b"{}"])
     finally:
         os.umask(before)
     for file in (path, tmp_path / "index.json"):
@@ -386,7 +387,7 @@ def test_a_refused_write_names_the_file_and_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"shard-000000.safetensors: cannot be written .*run the same command again"):
         commit_shard(tmp_path / "missing", header, tensors)
     with pytest.raises(StoreError, match="cannot be written"):
-        commit_bytes(tmp_path / "missing" / "index.json", b"{}")
+        commit_file(tmp_path / "missing" / "index.json", [b"{}"])
 
 
 def test_a_full_device_is_an_error_not_a_crash(tmp_path: Path) -> None:
@@ -394,5 +395,5 @@ def test_a_full_device_is_an_error_not_a_crash(tmp_path: Path) -> None:
         pytest.skip("no /dev/full")
     (tmp_path / "index.json.tmp").symlink_to("/dev/full")
     with pytest.raises(StoreError, match="No space left"):
-        commit_bytes(tmp_path / "index.json", b"{}")
+        commit_file(tmp_path / "index.json", [b"{}"])
     assert not (tmp_path / "index.json").exists()
