@@ -1,7 +1,7 @@
 """The command line: one door to the functions of the library.
 
 An error is one line on stderr and exit code 2, Ctrl-C exit code 130, SIGTERM 143. Computes nothing; the commands
-stand in `runs` and `stores`.
+stand in `runs`, `stores` and `exports`.
 """
 
 import os
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from layerprobe.cli import runs, stores
+from layerprobe.cli import exports, runs, stores
 from layerprobe.errors import LayerProbeError
 from layerprobe.version import __version__
 
@@ -44,6 +44,10 @@ app.command(short_help="Tell how far a run is, from outside.")(stores.status)
 app.command(short_help="Check every byte of a store; repair it, or run some of it again.")(stores.verify)
 # -1 is an example, not an option
 app.command(context_settings={"ignore_unknown_options": True})(stores.show)
+app.command(short_help="Write a store as one Parquet, Arrow, npz or Zarr file.")(exports.export)
+app.command(short_help="Make one store of several that hold units of the same plan.")(exports.merge)
+app.command(short_help="Send a complete store to the Hugging Face hub.")(exports.push)
+app.command(short_help="Fetch a store from the Hugging Face hub.")(exports.pull)
 
 
 def main() -> None:

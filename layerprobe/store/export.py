@@ -115,7 +115,7 @@ def export(
     if rows is not None and to in _PACKED:
         raise OptionError(f"rows={rows!r} goes with a table: {to} holds packed rows with the offsets of examples.")
     if to in _MODULES:
-        require(_MODULES[to], f"to={to!r}")
+        _require(to)
     out = Path(out)
     if not isinstance(store, Store):
         store = open_store(store)
@@ -138,6 +138,15 @@ def export(
     return ExportReport(
         out, to, len(store), store.num_tokens, _measure(out), names, widened, store.is_complete
     )  # fmt: skip
+
+
+def _require(to: str) -> None:
+    module = require(_MODULES[to], f"to={to!r}")
+    if to == "zarr" and int(module.__version__.partition(".")[0]) < 3:
+        raise OptionError(
+            f"to='zarr' needs zarr 3, {module.__version__} is installed. Install it, on Python 3.11 or newer, with "
+            "pip install 'layerprobe[data]'."
+        )
 
 
 def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: str) -> Columns:

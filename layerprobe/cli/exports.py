@@ -1,0 +1,87 @@
+"""Commands that bring stores elsewhere and together: export, merge, push, pull.
+
+Parse and call; compute nothing. `main` gives each its name and place.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerprobe.cli.stores import Where
+
+__all__ = ["export", "merge", "pull", "push"]
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Hub = Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/USER/NAME")]
+
+
+def export(
+    folder: Where,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The file; for zarr a folder.")],
+    to: Annotated[str, typer.Option("--to", help="parquet, arrow, npz or zarr.")] = "parquet",
+    patterns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sites", "-s", metavar="PATTERN", help="Of the stored sites, all if not given; repeat for several."
+        ),
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option("--rows", help="examples or tokens: what a row of a table is; examples if not given.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a store as one Parquet, Arrow, npz or Zarr file.
+
+    Example: layerprobe export acts --to parquet -o acts.parquet --sites 'layers.-1'
+    """
+    from layerprobe.store.export import export as export_store
+
+    progress = False if quiet else None
+    report = export_store(folder, out, to, sites=patterns, rows=rows, overwrite=overwrite, progress=progress)
+    if not quiet:
+        typer.echo(str(report))
+
+
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The store: new, or of the same plan and added to.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Stores that hold units of one plan.")],
+    link: Annotated[bool, typer.Option("--link", help="Link shards instead of copying them.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make one store of several that hold units of the same plan. Exit code 1 if units are missing.
+
+    Example: layerprobe merge acts machine-1/acts machine-2/acts
+    """
+    from layerprobe.store.merge import merge as merge_stores
+
+    report = merge_stores(out, folders, link=link, progress=False if quiet else None)
+    if not quiet:
+        typer.echo(str(report))
+    if not report.is_complete:
+        raise typer.Exit(1)
+
+
+def push(
+    folder: Where,
+    url: Hub,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
+) -> None:
+    """Send a complete store to the Hugging Face hub, as the user whom 'hf auth login' knows.
+
+    Example: layerprobe push acts hf://datasets/someone/acts
+    """
+    from layerprobe.store.hub import push as push_store
+
+    typer.echo(str(push_store(folder, url, private=private)))
+
+
+def pull(url: Hub, folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; new or empty.")]) -> None:
+    """Fetch a store from the Hugging Face hub, and nothing that is not a store's.
+
+    Example: layerprobe pull hf://datasets/someone/acts acts
+    """
+    from layerprobe.store.hub import pull as pull_store
+
+    typer.echo(str(pull_store(url, folder)))

@@ -1,0 +1,242 @@
+"""Stores to and from the Hugging Face hub, as the files of a data set repository.
+
+What is sent is whole and checked, its index last. What is fetched is a store's files and nothing else: names and sizes
+are looked at before the first byte, headers before the folder gets its name. Who may do it is the hub client's affair;
+no token passes through here.
+
+Hides huggingface_hub. Must never know of models or hooks.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError
+from layerprobe.store.durable import commit_folder, make_folder
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name, read_json
+from layerprobe.store.guard import brief
+from layerprobe.store.places import find_place, need_folder
+from layerprobe.store.reader import Store, open_store
+from layerprobe.tables import format_bytes, format_count
+
+__all__ = ["Moved", "pull", "push"]
+
+_Found = TypeVar("_Found")
+
+_URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?\Z")
+_TOKENIZER_FILE = re.compile(re.escape(TOKENIZER_FOLDER) + r"/\w[\w-]*(\.[\w-]+)*\.(json|txt|model|jinja)\Z")
+# What the hub or its users put beside any data set.
+_BESIDE = re.compile(r"\.gitattributes\Z|README\.md\Z|LICENSE(\.\w+)?\Z")
+_TOKEN = re.compile(r"hf_\w{4,}")
+# Where the client keeps how far it came.
+_CLIENT_FOLDER = ".cache"
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What went to the hub or came from it; `str(moved)` says it.
+
+    Args:
+        source, target: Where from, where to.
+        num_files, num_bytes: How much.
+    """
+
+    source: str
+    target: str
+    num_files: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        count = format_count(self.num_files, "file")
+        return f"{self.source} -> {self.target}: {count}, {format_bytes(self.num_bytes)}"
+
+
+def push(folder: str | Path, url: str, *, private: bool = False, api: Any = None) -> Moved:
+    """Send a complete store to the hub, into a repository of its own.
+
+    Args:
+        folder: The store.
+        url: `hf://datasets/USER/NAME`. The repository is made if there is none; one that holds the same run is gone on
+            with.
+        private: Whether a repository that is made is private.
+        api: What speaks to the hub; None for `huggingface_hub.HfApi()`, which finds the user's token by itself.
+
+    Raises:
+        OptionError: the URL names no repository.
+        StoreError: the store is not complete, or the hub refused.
+        FormatError: a shard is damaged, or the repository holds something else than a store.
+        PlanError: it holds another run.
+    """
+    repo, revision = _parse(url)
+    if revision is not None:
+        raise OptionError(f"{url}: a store is pushed to the main branch. Leave '@{revision}' out.")
+    where = need_folder(find_place(folder))
+    with open_store(where, check=False) as store:
+        _check_store(store, where)
+        fingerprint = store.fingerprint
+        files = _list_own(where, store)
+    api = api or _connect()
+    _ask(url, lambda: api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True))
+    there = _list_files(api, url, repo, None)[1]
+    if STORE_FILE in there:
+        path = _ask(url, lambda: api.hf_hub_download(repo, STORE_FILE, repo_type="dataset"))
+        if read_json(Path(os.path.realpath(path))).get("fingerprint") != fingerprint:
+            raise PlanError(f"{url}: holds another run than {where}. Choose another repository.")
+    # older clients have a call of its own for what takes long
+    upload = getattr(api, "upload_large_folder", None) or api.upload_folder
+    first = [name for name in files if name != INDEX_FILE]
+    _ask(url, lambda: upload(repo_id=repo, folder_path=str(where), repo_type="dataset", allow_patterns=first))
+    # last, as in a folder: its presence means complete
+    index = str(where / INDEX_FILE)
+    _ask(
+        url, lambda: api.upload_file(path_or_fileobj=index, path_in_repo=INDEX_FILE, repo_id=repo, repo_type="dataset")
+    )
+    return Moved(str(where), url, len(files), sum((where / name).stat().st_size for name in files))
+
+
+def pull(url: str, folder: str | Path, *, api: Any = None) -> Moved:
+    """Fetch a store from the hub.
+
+    Args:
+        url: `hf://datasets/USER/NAME`, or `...@REVISION`.
+        folder: Where to; new or empty. It gets its name when all is there and sound; until then what has come lies in
+            `FOLDER.tmp`, and the same call goes on with it.
+        api: As for `push`.
+
+    Raises:
+        OptionError: the URL names no repository.
+        FormatError: the repository holds something else than a store, or a damaged one. `layerprobe verify` afterwards
+            holds every byte against its checksum, which this does not.
+        SpaceError: the disk cannot hold it.
+        StoreError: the folder holds something, the store there is not complete, or the hub refused.
+    """
+    repo, revision = _parse(url)
+    target = need_folder(find_place(folder))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target}: exists already. Choose a new or empty folder.")
+    api = api or _connect()
+    commit, sizes = _list_files(api, url, repo, revision)
+    if STORE_FILE not in sizes:
+        raise FormatError(f"{url}: is not a store: it has no {STORE_FILE}.")
+    if INDEX_FILE not in sizes:
+        raise StoreError(f"{url}: the store there is not complete: it has no {INDEX_FILE}.")
+    partial = target.with_name(target.name + ".tmp")
+    try:
+        make_folder(partial)
+        _check_room(partial, sizes)
+        _ask(
+            url,
+            lambda: api.snapshot_download(
+                repo, repo_type="dataset", revision=commit, local_dir=str(partial), allow_patterns=sorted(sizes)
+            ),
+        )
+        try:
+            _keep_only(partial, sizes)
+            with open_store(partial, check=False) as store:
+                _check_store(store, partial)
+        except FormatError:
+            # what is damaged would be taken for fetched the next time
+            shutil.rmtree(partial)
+            raise
+        if target.is_dir():
+            target.rmdir()
+        commit_folder(partial, target)
+    except LayerProbeError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{target}: cannot be written ({error.strerror or error}). Run the same command again to go on."
+        ) from error
+    return Moved(url, str(target), len(sizes), sum(sizes.values()))
+
+
+def _parse(url: str) -> tuple[str, str | None]:
+    match = _URL.match(url)
+    if match is None or ".." in url:
+        raise OptionError(f"{brief(repr(url))} names no data set: write hf://datasets/USER/NAME.")
+    return match.group(1), match.group(2)
+
+
+def _connect() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+def _ask(url: str, request: Callable[[], _Found]) -> _Found:
+    """Make a request of the hub's client, which raises errors of many kinds."""
+    try:
+        return request()
+    except LayerProbeError:
+        raise
+    except Exception as error:
+        lines = _TOKEN.sub("hf_...", str(error)).strip().splitlines() or [type(error).__name__]
+        # without its cause, which may say in a traceback what is masked here
+        raise StoreError(f"{url}: the hub refused ({brief(lines[0])}). Run the same command again to go on.") from None
+
+
+def _list_files(api: Any, url: str, repo: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """List the files of a store in a repository, with their sizes, and the commit that holds them.
+
+    Raises:
+        FormatError: it holds another file, or one without a size.
+    """
+    info = _ask(url, lambda: api.dataset_info(repo, revision=revision, files_metadata=True))
+    sizes: dict[str, int] = {}
+    for sibling in info.siblings or []:
+        name = str(sibling.rfilename)
+        if _BESIDE.match(name):
+            continue
+        is_own = name in (STORE_FILE, INDEX_FILE) or _TOKENIZER_FILE.match(name) or parse_shard_name(name) is not None
+        if not is_own:
+            raise FormatError(f"{url}: is not a store: it holds {brief(repr(name))}.")
+        if type(sibling.size) is not int or sibling.size < 0:
+            raise FormatError(f"{url}: {name} has no size.")
+        sizes[name] = sibling.size
+    return str(info.sha), sizes
+
+
+def _list_own(folder: Path, store: Store) -> list[str]:
+    """List what of a folder is the store's."""
+    tokenizer = folder / TOKENIZER_FOLDER
+    names = sorted(f"{TOKENIZER_FOLDER}/{name}" for name in (os.listdir(tokenizer) if tokenizer.is_dir() else ()))
+    shards = [shard.header.file for shard in store.iter_shards()]
+    return [STORE_FILE, *(name for name in names if _TOKENIZER_FILE.match(name)), *shards, INDEX_FILE]
+
+
+def _check_store(store: Store, folder: Path) -> None:
+    """Hold every header against the file's size, `store.json` and the index."""
+    if not store.is_complete:
+        raise StoreError(f"{folder}: is not complete. Run the same extraction again to go on, then push.")
+    for _ in store.iter_shards():
+        pass
+
+
+def _check_room(partial: Path, sizes: dict[str, int]) -> None:
+    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    needed, free = sum(sizes.values()) - there, shutil.disk_usage(partial).free
+    if needed > free:
+        raise SpaceError(
+            f"{partial}: needs {format_bytes(needed)} more, the disk has {format_bytes(free)} free. Make room, or "
+            "choose another disk."
+        )
+
+
+def _keep_only(partial: Path, sizes: dict[str, int]) -> None:
+    """Remove what the client keeps for itself and what an earlier revision left, and compare sizes."""
+    shutil.rmtree(partial / _CLIENT_FOLDER, ignore_errors=True)
+    for path in sorted(partial.rglob("*"), reverse=True):
+        name = path.relative_to(partial).as_posix()
+        if path.is_symlink() or (path.is_file() and name not in sizes):
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    for name, size in sizes.items():
+        path = partial / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise FormatError(f"{name}: came with {found} bytes; the hub lists {size}. Run the same command again.")
