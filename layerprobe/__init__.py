@@ -3,15 +3,19 @@
 The door: it re-exports and holds no logic. Importing it loads neither transformers, matplotlib, sklearn nor ray.
 """
 
+from layerprobe.analysis.check import check
+from layerprobe.analysis.differences import differences
 from layerprobe.capture.calls import Sink
 from layerprobe.capture.probe import Probe
 from layerprobe.capture.registry import ProbeRegistry
 from layerprobe.edit.editor import edit
 from layerprobe.edit.making import ablate, clamp, noise, patch, project_out, replace, scale, steer
+from layerprobe.edit.patching import patching
 from layerprobe.edit.where import token_ids
 from layerprobe.extract.audit import audit
 from layerprobe.extract.run import extract
 from layerprobe.models import load_model
+from layerprobe.report.plots import plot, plot_attention
 from layerprobe.sites.anatomy import Anatomy, register_architecture
 from layerprobe.sites.resolve import sites
 from layerprobe.store.datasets import ExampleDataset, RowDataset
@@ -32,7 +36,9 @@ __all__ = [
     "__version__",
     "ablate",
     "audit",
+    "check",
     "clamp",
+    "differences",
     "edit",
     "export",
     "extract",
@@ -41,6 +47,9 @@ __all__ = [
     "noise",
     "open",
     "patch",
+    "patching",
+    "plot",
+    "plot_attention",
     "project_out",
     "register_architecture",
     "replace",

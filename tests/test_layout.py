@@ -46,11 +46,23 @@ ORDER = (
     "layerprobe.store.selection",
     "layerprobe.store.siteview",
     "layerprobe.store.columns",
+    "layerprobe.store.difference",
     "layerprobe.store.reader",
     "layerprobe.store.packed",
     "layerprobe.store.export",
     "layerprobe.store.hub",
     "layerprobe.store.datasets",
+    "layerprobe.analysis.geometry",
+    "layerprobe.analysis.moments",
+    "layerprobe.analysis.results",
+    "layerprobe.analysis.figures",
+    "layerprobe.analysis.sweep",
+    "layerprobe.analysis.passes",
+    "layerprobe.analysis.differences",
+    "layerprobe.analysis.check",
+    "layerprobe.analysis.points",
+    "layerprobe.analysis.projection",
+    "layerprobe.report.plots",
     "layerprobe.capture.calls",
     "layerprobe.capture.compiled",
     "layerprobe.capture.hooks",
@@ -75,6 +87,9 @@ ORDER = (
     "layerprobe.edit.moments",
     "layerprobe.edit.traced",
     "layerprobe.edit.editor",
+    "layerprobe.edit.effects",
+    "layerprobe.edit.patching",
+    "layerprobe.edit.masked",
     "layerprobe.extract.inputs",
     "layerprobe.extract.batching",
     "layerprobe.extract.resume",
@@ -90,11 +105,13 @@ ORDER = (
     "layerprobe.cli.runs",
     "layerprobe.cli.stores",
     "layerprobe.cli.exports",
+    "layerprobe.cli.analyses",
+    "layerprobe.cli.edits",
     "layerprobe.cli.main",
     "layerprobe",
     "layerprobe.__main__",
 )
-FOLDERS = ("sites", "store", "capture", "edit", "extract", "cli")
+FOLDERS = ("sites", "store", "analysis", "report", "capture", "edit", "extract", "cli")
 TOP = {"layerprobe", "tests", "benchmarks", "docs", "pyproject.toml", "README.md", "LICENSE", ".gitignore", ".ci"}
 MOST_LINES = 400
 # the tree of errors is drawn in its docstring

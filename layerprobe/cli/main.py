@@ -1,7 +1,7 @@
 """The command line: one door to the functions of the library.
 
 An error is one line on stderr and exit code 2, Ctrl-C exit code 130, SIGTERM 143. Computes nothing; the commands
-stand in `runs`, `stores` and `exports`.
+stand in the other files of this folder.
 """
 
 import os
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from layerprobe.cli import exports, runs, stores
+from layerprobe.cli import analyses, edits, exports, runs, stores
 from layerprobe.errors import LayerProbeError
 from layerprobe.version import __version__
 
@@ -48,6 +48,10 @@ app.command(short_help="Write a store as one Parquet, Arrow, npz or Zarr file.")
 app.command(short_help="Make one store of several that hold units of the same plan.")(exports.merge)
 app.command(short_help="Send a complete store to the Hugging Face hub.")(exports.push)
 app.command(short_help="Fetch a store from the Hugging Face hub.")(exports.pull)
+app.command(short_help="Say how far rows move from layer to layer.")(analyses.diff)
+app.command(short_help="Draw each layer's points, or an example's attention.")(analyses.plot)
+app.command(short_help="Say what to know of a store before a cosine is taken in it.")(analyses.check)
+app.command(short_help="Say which sites carry what a model puts in for [MASK].")(edits.patch)
 
 
 def main() -> None:

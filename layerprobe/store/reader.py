@@ -17,6 +17,7 @@ from torch import Tensor
 from layerprobe.errors import FormatError, SiteError, StoreError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import Columns, match_sites, open_dataset
+from layerprobe.store.difference import Difference, pair_depth
 from layerprobe.store.format import SCALE_SUFFIX, STORE_FILE, TOKENIZER_FOLDER
 from layerprobe.store.guard import LARGE
 from layerprobe.store.places import Place, find_place, need_folder
@@ -26,6 +27,7 @@ from layerprobe.store.selection import Asked, Selection, select
 from layerprobe.store.shards import ScaledRows, Shard
 from layerprobe.store.siteview import SiteView
 from layerprobe.store.vocabulary import Vocabulary
+from layerprobe.store.writer import StoredSite
 
 __all__ = ["Example", "Store", "open_store"]
 
@@ -153,6 +155,28 @@ class Store:
                 raise SiteError(f"no site {site!r} in {self.place}: it holds {', '.join(self.sites)}.")
             view = self._views[site] = SiteView(self._catalog, site)
         return view
+
+    @property
+    def stored_sites(self) -> Mapping[str, StoredSite]:
+        """How each site lies in the store, by name."""
+        return self._catalog.sites
+
+    def difference(self, site: str, other: str) -> Difference:
+        """Subtract one site from another, lazily: `store.difference("layers.5", "layers.4")[17]`.
+
+        Raises:
+            SiteError: a site is not stored.
+            OptionError: the two have no rows in common, or other widths.
+        """
+        return Difference(self[site], self[other])
+
+    def differences(self) -> list[Difference]:
+        """Subtract from each layer's output the one before it, the embeddings first, lazily.
+
+        Raises:
+            SiteError: fewer than two such sites are stored.
+        """
+        return [self.difference(*pair) for pair in pair_depth(self._catalog.sites, str(self.place))]
 
     def ordinals(self) -> Iterator[int]:
         """List the ordinals of the examples that are there, rising."""

@@ -1,0 +1,356 @@
+"""`layerprobe.differences`: how far rows move from layer to layer, and what shape each layer has.
+
+Two passes over the store; nothing of it is kept but sums, a sample for neighbours, and the names of what moves most.
+The numbers come from `passes` and `geometry`; here they are put together, and laid out as table, CSV, JSON and picture.
+
+Must never know of models, hooks or shards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+from layerprobe.analysis.geometry import count_effective_rank, count_participation, find_outliers
+from layerprobe.analysis.moments import check_cosine
+from layerprobe.analysis.passes import CKA_ROWS, MovePass, ShapePass
+from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
+from layerprobe.analysis.sweep import (
+    check_count,
+    choose_depth,
+    count_rows,
+    count_types,
+    draw_rows,
+    few_threads,
+    need_store,
+    sweep,
+)
+from layerprobe.errors import InputError, OptionError, SiteError
+from layerprobe.store.reader import Store
+from layerprobe.tables import format_count, format_table
+
+__all__ = ["Differences", "ExampleMove", "PairDifference", "SiteShape", "TokenMove", "differences"]
+
+_NEIGHBOURS = 10
+_SAMPLE = 2000
+_PAIR_COLUMNS = ("before", "after", "l2", "relative_l2", "cosine_distance", "cka", "neighbour_overlap")
+_SHAPE_COLUMNS = (
+    "site",
+    "mean_norm",
+    "anisotropy",
+    "self_similarity",
+    "effective_rank",
+    "participation_ratio",
+    "outliers",
+)
+
+
+@dataclass(frozen=True)
+class PairDifference:
+    """How two sites differ, as means over rows. None where the two have other widths, or the number does not exist.
+
+    Args:
+        before, after: The sites.
+        l2: Length of the difference.
+        relative_l2: The same over the length of the row before.
+        cosine_distance: 1 minus the cosine.
+        cka: Linear CKA: 1 for sites that are the same up to rotation and scale.
+        neighbour_overlap: Share of the nearest neighbours of a row that are the same at both.
+    """
+
+    before: str
+    after: str
+    l2: float | None
+    relative_l2: float | None
+    cosine_distance: float | None
+    cka: float
+    neighbour_overlap: float
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """What shape the rows of a site have.
+
+    Args:
+        site: The site.
+        mean_norm: Mean length of a row.
+        anisotropy: Mean cosine of two different rows.
+        self_similarity: Mean cosine of two rows of the same token, over tokens.
+        effective_rank: Exponential of the entropy of the singular values, centred.
+        participation_ratio: Of the eigenvalues of the covariance.
+        outliers: Dimensions that are far larger than the others.
+    """
+
+    site: str
+    mean_norm: float
+    anisotropy: float
+    self_similarity: float
+    effective_rank: float
+    participation_ratio: float
+    outliers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenMove:
+    """A token that moves far between two sites: mean cosine distance over the rows that have it."""
+
+    before: str
+    after: str
+    token_id: int
+    token: str | None
+    count: int
+    cosine_distance: float
+
+
+@dataclass(frozen=True)
+class ExampleMove:
+    """An example that moves far between two sites: mean cosine distance over its rows."""
+
+    before: str
+    after: str
+    example: int
+    num_rows: int
+    cosine_distance: float
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What `layerprobe.differences` found.
+
+    Args:
+        pairs: The pairs of sites.
+        sites: Each site.
+        cka: Every site against every other, in the order of `sites`.
+        tokens, examples: For each pair the ten that move most, the furthest first.
+        num_rows: Rows that the means are over.
+        num_sampled: Rows whose neighbours were compared.
+        num_words: Tokens that self-similarity is a mean over.
+        neighbours: How many neighbours of each.
+        cka_rows: Rows of a minibatch of CKA.
+        cosine: How rows were prepared before each cosine.
+        seed: Of all draws.
+    """
+
+    pairs: tuple[PairDifference, ...]
+    sites: tuple[SiteShape, ...]
+    cka: tuple[tuple[float, ...], ...]
+    tokens: tuple[TokenMove, ...]
+    examples: tuple[ExampleMove, ...]
+    num_rows: int
+    num_sampled: int
+    num_words: int
+    neighbours: int
+    cka_rows: int
+    cosine: str
+    seed: int
+
+    def table(self) -> str:
+        """Lay out pairs and sites as text, with what moves most between the pair that is furthest apart."""
+        pairs = [[table_cell(getattr(pair, name)) for name in _PAIR_COLUMNS] for pair in self.pairs]
+        sites = [[table_cell(getattr(site, name)) for name in _SHAPE_COLUMNS] for site in self.sites]
+        parts = [
+            f"{format_count(self.num_rows, 'row')}; cosines {self.cosine}; CKA debiased over minibatches of "
+            f"{self.cka_rows}; {self.neighbours} neighbours of {self.num_sampled:,} rows; self-similarity of "
+            f"{format_count(self.num_words, 'token')}",
+            "",
+            format_table([name.replace("_", " ") for name in _PAIR_COLUMNS], pairs),
+            "",
+            format_table([name.replace("_", " ") for name in _SHAPE_COLUMNS], sites),
+        ]
+        apart = [pair for pair in self.pairs if pair.cosine_distance is not None]
+        if apart:
+            furthest = max(apart, key=lambda pair: pair.cosine_distance or 0.0)
+            parts += ["", f"moves most from {furthest.before} to {furthest.after}, the pair furthest apart by cosine"]
+            parts += [f"  {line}" for line in self._name_moves(furthest)]
+        return "\n".join(parts)
+
+    __str__ = table
+
+    def _name_moves(self, pair: PairDifference) -> list[str]:
+        tokens = [move for move in self.tokens if (move.before, move.after) == (pair.before, pair.after)]
+        examples = [move for move in self.examples if (move.before, move.after) == (pair.before, pair.after)]
+        lines = []
+        if tokens:
+            named = ", ".join(
+                f"{repr(move.token) if move.token else move.token_id} {move.cosine_distance:.2f}" for move in tokens
+            )
+            lines.append(f"tokens    {named}")
+        for place, move in enumerate(examples[:3]):
+            text = f" {shorten(move.text)}" if move.text is not None else ""
+            lines.append(f"{'' if place else 'examples':<9} {move.example}: {move.cosine_distance:.2f}{text}")
+        return lines
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the pairs as CSV, a row each.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        return write_csv(path, _PAIR_COLUMNS, [[getattr(pair, name) for name in _PAIR_COLUMNS] for pair in self.pairs])
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write everything as one JSON object.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        return write_json(path, self)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw CKA of every site against every other, and the curves over depth.
+
+        Args:
+            path: A `.png`, `.svg` or `.pdf` to write; None for the figure alone.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            OptionError: matplotlib is not installed, or the suffix is none of these.
+        """
+        from layerprobe.analysis.figures import Curve, draw_depth
+
+        names = [site.site for site in self.sites]
+        by_names = {(pair.before, pair.after): pair for pair in self.pairs}
+        steps = [by_names[step] for step in pairwise(names)]
+        curves = [
+            Curve("anisotropy", names, [site.anisotropy for site in self.sites]),
+            Curve("self-similarity", names, [site.self_similarity for site in self.sites]),
+            Curve("cosine distance from layer before", names[1:], [step.cosine_distance for step in steps]),
+            Curve("neighbours kept from layer before", names[1:], [step.neighbour_overlap for step in steps]),
+        ]
+        rank = Curve("effective rank", names, [site.effective_rank for site in self.sites])
+        return draw_depth(names, self.cka, curves, rank, path)
+
+
+def differences(
+    store: Store | str | Path,
+    *,
+    sites: str | Sequence[str] | None = None,
+    pairs: str = "adjacent",
+    cosine: str = "raw",
+    max_rows: int | None = None,
+    sample: int = _SAMPLE,
+    neighbours: int = _NEIGHBOURS,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Differences:
+    """Say how far rows move from layer to layer, and what shape each layer has.
+
+    Args:
+        store: A store, or where it is; pooled stores give what needs no tokens.
+        sites: Patterns over the stored sites; None for the embeddings and every layer's output.
+        pairs: `adjacent` sites, or `all` pairs.
+        cosine: Of `raw` rows, `centred` ones, or z-scores (`zscored`) of each dimension.
+        max_rows: About how many rows to take, drawn at random: in the first pass rows, in the second whole examples.
+            None for all.
+        sample: Rows whose neighbours are compared; at 2,000 the overlap is known to about 0.01.
+        neighbours: Of each row.
+        seed: Of all draws.
+        progress: Whether to show a bar; None for only on a terminal.
+
+    Raises:
+        OptionError: a value that does not exist, or sites that have no rows in common.
+        SiteError: a pattern matches nothing, or fewer than two sites are left.
+        InputError: fewer than two rows.
+        NonFiniteError: a row that is not finite, by name.
+
+    Cost: two passes over the store. Memory per site 8 D^2 bytes, 16 kB per sampled row of all, a chunk of 4,096 rows.
+    """
+    if pairs not in ("adjacent", "all"):
+        raise OptionError(f"pairs={pairs!r}: use adjacent or all.")
+    check_cosine(cosine)
+    for name, value in (("sample", sample), ("neighbours", neighbours)):
+        check_count(name, value)
+    check_count("seed", seed, 0)
+    if max_rows is not None:
+        check_count("max_rows", max_rows, 2)
+    store = need_store(store)
+    chosen = choose_depth(store, sites)
+    names = [site.name for site in chosen]
+    if len(chosen) < 2:
+        raise SiteError(f"differences of {names[0]!r} alone: it takes two sites. {store.place} holds {store.sites}.")
+    if count_rows(store, chosen) < 2:
+        raise InputError(f"differences of {store.place}: it has {count_rows(store, chosen)} rows; two are the least.")
+    places = list(pairwise(range(len(names))) if pairs == "adjacent" else combinations(range(len(names)), 2))
+    with few_threads():
+        shape = ShapePass(chosen, sample)
+        for values in draw_rows(store, chosen, max_rows=max_rows, seed=seed, progress=progress):
+            shape.add(values)
+        scalings = [moments.scaling(cosine) for moments in shape.moments]
+        types = count_types(store) if chosen[0].kind == "token" else None
+        moves = MovePass(chosen, places, scalings, types, seed)
+        for chunk in sweep(store, chosen, max_rows=max_rows, seed=seed, what="moves", progress=progress):
+            moves.add(chunk)
+        if moves.num_rows < 2:
+            raise InputError(f"max_rows={max_rows}: no two rows of {store.place} were drawn. Ask for more.")
+        pairs_found = _list_pairs(names, places, shape, moves, scalings, neighbours)
+    return Differences(
+        pairs=pairs_found,
+        sites=_list_shapes(names, shape, moves),
+        cka=tuple(map(tuple, shape.cka.tolist())),
+        tokens=_list_tokens(store, names, places, moves),
+        examples=_list_examples(store, names, places, moves),
+        num_rows=moves.num_rows,
+        num_sampled=shape.num_sampled,
+        num_words=moves.num_words,
+        neighbours=neighbours,
+        cka_rows=CKA_ROWS,
+        cosine=cosine,
+        seed=seed,
+    )
+
+
+def _list_pairs(
+    names: Sequence[str], places: Sequence[tuple[int, int]], shape: ShapePass, moves: MovePass, scalings: Any, k: int
+) -> tuple[PairDifference, ...]:
+    cka, overlaps = shape.cka, shape.overlap(places, scalings, k)
+    return tuple(
+        PairDifference(names[a], names[b], *moves.distances(pair), float(cka[a, b]), overlaps[pair])
+        for pair, (a, b) in enumerate(places)
+    )
+
+
+def _list_shapes(names: Sequence[str], shape: ShapePass, moves: MovePass) -> tuple[SiteShape, ...]:
+    norms, similar = moves.mean_norms, moves.self_similarity
+    return tuple(
+        SiteShape(
+            name,
+            norms[place],
+            moves.units[place].mean_cosine,
+            similar[place],
+            count_effective_rank(moments.covariance),
+            count_participation(moments.covariance),
+            tuple(find_outliers(moments.rms)),
+        )
+        for place, (name, moments) in enumerate(zip(names, shape.moments, strict=True))
+    )
+
+
+def _list_tokens(
+    store: Store, names: Sequence[str], places: Sequence[tuple[int, int]], moves: MovePass
+) -> tuple[TokenMove, ...]:
+    import torch
+
+    found = []
+    for pair, (a, b) in enumerate(places):
+        moved = moves.most_moved_types(pair)
+        ids = torch.tensor([token_id for token_id, _, _ in moved], dtype=torch.int64)
+        tokens = store.id_to_tokens(ids) if store.id_to_tokens is not None else [None] * len(moved)
+        found += [
+            TokenMove(names[a], names[b], token_id, token, count, mean)
+            for (token_id, count, mean), token in zip(moved, tokens, strict=True)
+        ]
+    return tuple(found)
+
+
+def _list_examples(
+    store: Store, names: Sequence[str], places: Sequence[tuple[int, int]], moves: MovePass
+) -> tuple[ExampleMove, ...]:
+    return tuple(
+        ExampleMove(names[a], names[b], ordinal, count, mean, store.example(ordinal).text)
+        for pair, (a, b) in enumerate(places)
+        for ordinal, count, mean in moves.most_moved_examples(pair)
+    )

@@ -1,0 +1,230 @@
+"""How every picture of the library is made: style, palette, files, heat maps, curves over depth.
+
+Figures are made without pyplot, so nothing of the caller's own matplotlib is touched and none has to be closed. Colours
+are told apart by the colour-blind; files are the same bytes for the same numbers.
+
+matplotlib is imported in the functions that draw. Must never know of stores.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerprobe.errors import OptionError, StoreError
+
+__all__ = [
+    "GREY",
+    "MARKERS",
+    "PALETTE",
+    "Curve",
+    "check_suffix",
+    "draw_curves",
+    "draw_depth",
+    "label_sites",
+    "need_package",
+    "save_figure",
+    "styled",
+]
+
+# Okabe and Ito 2008, Color Universal Design; yellow, which white paper swallows, is left out.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+GREY = "#BBBBBB"
+# A second sign beside the colour, for paper without any.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_SUFFIXES = (".png", ".svg", ".pdf")
+_LAYER = re.compile(r"layers\.(\d+)\Z")
+# Of a cell of a heat map: beyond so many sites its number could not be read.
+_MOST_NUMBERED = 14
+# Where a cell is so dark that its number must be white.
+_DARK = 0.6
+_STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.5,
+    "svg.hashsalt": "layerprobe",
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line over depth: its name, the sites that it has values at, and the values; None leaves a gap."""
+
+    name: str
+    sites: Sequence[str]
+    values: Sequence[float | None]
+
+
+def need_package(module: str, what: str, pip: str) -> Any:
+    """Import what a picture takes.
+
+    Args:
+        module: Its name.
+        what: What asked for it.
+        pip: What to install.
+
+    Raises:
+        OptionError: it is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise OptionError(f"{what} needs {package}, which is not installed. Use: pip install '{pip}'.") from error
+
+
+@contextmanager
+def styled() -> Iterator[Any]:
+    """Make figures in the library's style; gives the class `Figure`.
+
+    Raises:
+        OptionError: matplotlib is not installed.
+    """
+    matplotlib = need_package("matplotlib", "a picture", "layerprobe[analysis]")
+    figure = need_package("matplotlib.figure", "a picture", "layerprobe[analysis]")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield figure.Figure
+
+
+def check_suffix(path: str | Path) -> Path:
+    """Make sure that a picture can be written under a name.
+
+    Raises:
+        OptionError: its suffix is no format of pictures.
+        StoreError: its folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise OptionError(f"no picture {str(path)!r}: {path.suffix or 'no suffix'!r} is not {', '.join(_SUFFIXES)}.")
+    if not path.parent.is_dir():
+        raise StoreError(f"{path}: there is no folder {path.parent}. Make it, or choose another path.")
+    return path
+
+
+def save_figure(figure: Any, path: str | Path | None) -> Any:
+    """Write a figure, in the format of the suffix, without the time or the program's version; gives the figure.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    if path is None:
+        return figure
+    path = check_suffix(path)
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
+    try:
+        figure.savefig(path, dpi=200, metadata=undated[path.suffix.lower()])
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from error
+    return figure
+
+
+def label_sites(names: Sequence[str]) -> list[str]:
+    """Shorten sites for an axis: `layers.3` to `3`, `embeddings` to `emb`."""
+    short = []
+    for name in names:
+        layer = _LAYER.match(name)
+        short.append(layer.group(1) if layer else "emb" if name == "embeddings" else name)
+    return short
+
+
+def draw_depth(
+    names: Sequence[str],
+    cka: Sequence[Sequence[float]],
+    curves: Sequence[Curve],
+    rank: Curve,
+    path: str | Path | None,
+) -> Any:
+    """Draw a heat map of every site against every other, and curves over depth beside it and below."""
+    if path is not None:
+        check_suffix(path)
+    with styled() as make_figure:
+        figure = make_figure(figsize=(5.5, 5.2), layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.3, 1), height_ratios=(1.15, 1))
+        _draw_heat(figure, figure.add_subplot(grid[0, 0]), names, cka)
+        beside = figure.add_subplot(grid[0, 1])
+        _draw_lines(beside, names, [rank])
+        beside.set_title("effective rank")
+        beside.set_ylim(bottom=0, top=1.08 * max([1.0, *(value for value in rank.values if value is not None)]))
+        below = figure.add_subplot(grid[1, :])
+        _draw_lines(below, names, curves)
+        figure.legend(handles=below.get_legend_handles_labels()[0], loc="outside lower center", ncols=2)
+        return save_figure(figure, path)
+
+
+def draw_curves(names: Sequence[str], curves: Sequence[Curve], title: str, path: str | Path | None) -> Any:
+    """Draw curves over depth."""
+    if path is not None:
+        check_suffix(path)
+    with styled() as make_figure:
+        figure = make_figure(figsize=(4.6, 2.4), layout="constrained")
+        axes = figure.add_subplot()
+        _draw_lines(axes, names, curves)
+        axes.set_title(title)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        return save_figure(figure, path)
+
+
+def _draw_lines(axes: Any, names: Sequence[str], curves: Sequence[Curve]) -> None:
+    places = {name: place for place, name in enumerate(names)}
+    for number, curve in enumerate(curves):
+        values = [np.nan if value is None else value for value in curve.values]
+        axes.plot(
+            [places[site] for site in curve.sites],
+            values,
+            color=PALETTE[number % len(PALETTE)],
+            marker=MARKERS[number % len(MARKERS)],
+            label=curve.name,
+        )
+    _mark_sites(axes.xaxis, names)
+    axes.set_xlabel("layer")
+    axes.grid(axis="y", linewidth=0.3, color="#DDDDDD")
+    axes.set_axisbelow(True)
+
+
+def _draw_heat(figure: Any, axes: Any, names: Sequence[str], cka: Sequence[Sequence[float]]) -> None:
+    values = np.asarray(cka, dtype=float)
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis_r", origin="lower")
+    if len(names) <= _MOST_NUMBERED:
+        for row, column in np.ndindex(values.shape):
+            if np.isfinite(values[row, column]):
+                text = f"{values[row, column]:.2f}".removeprefix("0").removesuffix(".00")
+                shade = "white" if values[row, column] > _DARK else "black"
+                axes.text(column, row, text, ha="center", va="center", fontsize=6, color=shade)
+    else:
+        bar = figure.colorbar(image, ax=axes, shrink=0.8)
+        bar.outline.set_visible(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        _mark_sites(axis, names)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title("linear CKA, layer by layer")
+
+
+def _mark_sites(axis: Any, names: Sequence[str]) -> None:
+    """Name the sites along an axis, every second or third where all would run into each other."""
+    step = -(-len(names) // _MOST_NUMBERED)
+    labels = label_sites(names)
+    is_long = max(map(len, labels)) > 3
+    axis.set_ticks(range(0, len(names), step), labels[::step], rotation=60 if is_long and axis.axis_name == "x" else 0)
+    if is_long and axis.axis_name == "x":
+        for label in axis.get_ticklabels():
+            label.set_horizontalalignment("right")

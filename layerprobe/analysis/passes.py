@@ -1,0 +1,216 @@
+"""The two passes of `layerprobe.differences` over a store, and what each keeps.
+
+The first takes rows mixed: moments, minibatches for CKA, a sample for neighbours. The second takes whole examples: what
+belongs to a row, a token or an example. Each keeps D x D numbers per site and a few per pair, type and sampled row.
+
+Letters: n rows, D width, S sites, P pairs. Must never know of files, tables or pictures.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.analysis.geometry import find_neighbours, mean_cosine, neighbour_overlap, unbiased_hsic
+from layerprobe.analysis.moments import Moments, Scaling, UnitSums
+from layerprobe.analysis.sweep import Chunk
+from layerprobe.store.writer import StoredSite
+
+__all__ = ["CKA_ROWS", "MOST_MOVES", "MovePass", "ShapePass"]
+
+# Rows of a minibatch of CKA, as in Nguyen et al. 2021; the unbiased estimate needs 4.
+CKA_ROWS = 256
+_LEAST_CKA_ROWS = 4
+# Ethayarajh 2019 takes 1,000 words, each with at least 5 contexts.
+_MOST_WORDS = 1000
+_LEAST_CONTEXTS = 5
+MOST_MOVES = 10
+
+
+class ShapePass:
+    """What mixed rows say: moments of each site, CKA of each pair, rows kept for neighbours.
+
+    Args:
+        sites: The sites.
+        sample: Rows to keep.
+    """
+
+    def __init__(self, sites: Sequence[StoredSite], sample: int) -> None:
+        self.moments = [Moments(site.width) for site in sites]
+        self._hsic = torch.zeros(len(sites), len(sites), dtype=torch.float64)
+        self._cka_rows = 0
+        self._wanted = sample
+        self._kept: list[list[Tensor]] = [[] for _ in sites]
+
+    def add(self, values: list[Tensor]) -> None:
+        """Take a batch of mixed rows in, the same rows at each site."""
+        for moments, rows in zip(self.moments, values, strict=True):
+            moments.add(rows)
+        if self._wanted > 0:
+            for kept, rows in zip(self._kept, values, strict=True):
+                kept.append(rows[: self._wanted].clone())
+            self._wanted -= len(values[0])
+        for first in range(0, len(values[0]), CKA_ROWS):
+            batch = [rows[first : first + CKA_ROWS] for rows in values]
+            if len(batch[0]) >= _LEAST_CKA_ROWS:
+                # a shorter last batch is as unbiased, and counts for less
+                self._hsic += unbiased_hsic(batch) * len(batch[0])
+                self._cka_rows += len(batch[0])
+
+    @property
+    def cka(self) -> Tensor:
+        """float64 `[S, S]`; NaN where a site does not vary, or there were fewer than 4 rows."""
+        own = self._hsic.diagonal()
+        scale = torch.outer(own, own).sqrt()
+        return torch.where(scale > 0, self._hsic / scale, float("nan"))
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows that were kept."""
+        return sum(len(rows) for rows in self._kept[0])
+
+    def overlap(self, pairs: Sequence[tuple[int, int]], scalings: Sequence[Scaling], k: int) -> list[float]:
+        """Compare the neighbours of the kept rows at pairs of sites."""
+        if self.num_sampled <= k:
+            return [float("nan")] * len(pairs)
+        found = [
+            find_neighbours(scaling.apply(torch.cat(kept)), k)
+            for scaling, kept in zip(scalings, self._kept, strict=True)
+        ]
+        return [neighbour_overlap(found[a], found[b]) for a, b in pairs]
+
+
+class MovePass:
+    """What whole examples say: lengths and cosines of rows, how far each moves between two sites, and which most.
+
+    Args:
+        sites: The sites.
+        pairs: Places of two sites each.
+        scalings: How rows of each site are prepared for a cosine.
+        types: int64 `[V]`, the ids that occur, rising, and how often each does; None for pooled sites.
+        seed: Of the draw of words for self-similarity.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[StoredSite],
+        pairs: Sequence[tuple[int, int]],
+        scalings: Sequence[Scaling],
+        types: tuple[Tensor, Tensor] | None,
+        seed: int,
+    ) -> None:
+        self._names = [site.name for site in sites]
+        self._pairs, self._scalings = list(pairs), list(scalings)
+        self._is_even = [sites[a].width == sites[b].width for a, b in pairs]
+        self.num_rows = 0
+        self._norms = torch.zeros(len(sites), dtype=torch.float64)
+        self.units = [UnitSums(site.width) for site in sites]
+        # sums of L2, of relative L2, of cosine distance; and of rows whose relative L2 exists
+        self._sums = torch.zeros(4, len(pairs), dtype=torch.float64)
+        self._best: list[list[tuple[float, int, int]]] = [[] for _ in pairs]
+        self._ids = types[0] if types is not None else None
+        self._type_counts = torch.zeros(0 if types is None else len(types[0]), dtype=torch.int64)
+        self._type_moves = torch.zeros(len(pairs), len(self._type_counts), dtype=torch.float64)
+        words = torch.zeros(0, dtype=torch.int64)
+        if types is not None:
+            words = (types[1] >= _LEAST_CONTEXTS).nonzero().flatten()
+            drawn = np.random.default_rng(seed).permutation(len(words))[:_MOST_WORDS]
+            words = words[torch.from_numpy(np.sort(drawn))]
+        # which of the drawn words a type is, the last place for those that were not
+        self._word_of = torch.full((len(self._type_counts),), len(words), dtype=torch.int64)
+        self._word_of[words] = torch.arange(len(words))
+        self._word_counts = torch.zeros(len(words) + 1, dtype=torch.int64)
+        self._word_squares = torch.zeros(len(sites), len(words) + 1, dtype=torch.float64)
+        self._word_sums = [torch.zeros(len(words) + 1, site.width, dtype=torch.float64) for site in sites]
+
+    def add(self, chunk: Chunk) -> None:
+        """Take whole examples in."""
+        values = [chunk.values[name] for name in self._names]
+        self.num_rows += len(chunk.examples)
+        lengths = [rows.norm(dim=1) for rows in values]
+        self._norms += torch.stack([length.sum() for length in lengths])
+        units = [
+            sums.add(scaling.apply(rows))
+            for sums, scaling, rows in zip(self.units, self._scalings, values, strict=True)
+        ]
+        types = None
+        if self._ids is not None:
+            assert chunk.input_ids is not None
+            types = torch.searchsorted(self._ids, chunk.input_ids)
+            self._type_counts += torch.bincount(types, minlength=len(self._ids))
+            self._add_words(units, self._word_of[types])
+        # consecutive rows of an example
+        ordinals, of_row, counts = torch.unique_consecutive(chunk.examples, return_inverse=True, return_counts=True)
+        for pair, (a, b) in enumerate(self._pairs):
+            if not self._is_even[pair]:
+                continue
+            moved = (values[b] - values[a]).norm(dim=1)
+            has_length = lengths[a] > 0
+            turned = 1 - (units[a] * units[b]).sum(1)
+            sums = (moved.sum(), (moved[has_length] / lengths[a][has_length]).sum(), turned.sum(), has_length.sum())
+            self._sums[:, pair] += torch.stack([value.double() for value in sums])
+            if types is not None:
+                self._type_moves[pair].index_add_(0, types, turned)
+            means = torch.zeros(len(ordinals), dtype=torch.float64).index_add_(0, of_row, turned) / counts
+            self._keep_best(pair, means, ordinals, counts)
+
+    def _add_words(self, units: Sequence[Tensor], words: Tensor) -> None:
+        self._word_counts += torch.bincount(words, minlength=len(self._word_counts))
+        for site, rows in enumerate(units):
+            self._word_sums[site].index_add_(0, words, rows)
+            self._word_squares[site].index_add_(0, words, rows.square().sum(1))
+
+    def _keep_best(self, pair: int, means: Tensor, ordinals: Tensor, counts: Tensor) -> None:
+        most = means.topk(min(MOST_MOVES, len(means))).indices
+        found = zip(means[most].tolist(), ordinals[most].tolist(), counts[most].tolist(), strict=True)
+        self._best[pair] = heapq.nlargest(MOST_MOVES, [*self._best[pair], *found])
+
+    @property
+    def mean_norms(self) -> list[float]:
+        """Mean length of a row at each site, as it is stored."""
+        return (self._norms / max(1, self.num_rows)).tolist()
+
+    @property
+    def self_similarity(self) -> list[float]:
+        """Mean over words of the mean cosine between a word's rows, at each site; NaN where no word came five times."""
+        found = []
+        for sums, squares in zip(self._word_sums, self._word_squares, strict=True):
+            of_words = [
+                mean_cosine(sums[word], float(squares[word]), count)
+                for word, count in enumerate(self._word_counts[:-1].tolist())
+                if count > 1
+            ]
+            found.append(sum(of_words) / len(of_words) if of_words else float("nan"))
+        return found
+
+    @property
+    def num_words(self) -> int:
+        """Words that self-similarity is a mean of."""
+        return int((self._word_counts[:-1] > 1).sum())
+
+    def distances(self, pair: int) -> tuple[float | None, float | None, float | None]:
+        """Mean L2, relative L2 and cosine distance of a pair; None where the two have other widths."""
+        if not self._is_even[pair]:
+            return None, None, None
+        moved, relative, turned, counted = self._sums[:, pair].tolist()
+        # relative to nothing is nothing
+        return moved / self.num_rows, relative / counted if counted else None, turned / self.num_rows
+
+    def most_moved_types(self, pair: int) -> list[tuple[int, int, float]]:
+        """The ids that move most: id, how often it came, mean distance; of those that came five times, if any."""
+        if self._ids is None or not self._is_even[pair]:
+            return []
+        counted = (self._type_counts >= _LEAST_CONTEXTS).nonzero().flatten()
+        if not len(counted):
+            counted = (self._type_counts > 0).nonzero().flatten()
+        means = self._type_moves[pair][counted] / self._type_counts[counted]
+        most = means.topk(min(MOST_MOVES, len(means))).indices
+        chosen = counted[most]
+        found = zip(self._ids[chosen].tolist(), self._type_counts[chosen].tolist(), means[most].tolist(), strict=True)
+        return list(found)
+
+    def most_moved_examples(self, pair: int) -> list[tuple[int, int, float]]:
+        """The examples that move most: ordinal, rows, mean cosine distance."""
+        return [(ordinal, count, mean) for mean, ordinal, count in self._best[pair]]

@@ -1,0 +1,228 @@
+"""The points of a picture: which rows or examples are drawn, their vectors at each site, and what colours them.
+
+The draw is of rows, or of examples, over the whole store by one seed, the same at every site; only what is drawn is
+read. A colour is a number per point or a category.
+
+Hides shards and records. Must never know of projections or figures.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.errors import InputError, NonFiniteError, OptionError
+from layerprobe.store.reader import Store
+from layerprobe.store.rows import take_rows
+from layerprobe.store.shards import pool_packed
+from layerprobe.store.writer import StoredSite
+
+__all__ = ["OTHER", "Colours", "Points", "choose_points", "colour_points", "draw_points", "has_field"]
+
+_POOLS = ("mean", "max", "cls", "last")
+# What colours rows and what colours examples; anything else is a field of the records.
+_ROW_COLOURS = ("token", "position")
+# More numbers than this are a scale, fewer are categories.
+_MOST_CATEGORIES = 7
+OTHER = "other"
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """What is drawn.
+
+    Args:
+        values: float64 `[n, D]` of each site.
+        kind: `rows` or `examples`.
+        num_all: How many there are in the store.
+        examples: int64 `[n]`, the ordinal of each point.
+        positions: int64 `[n]`, of each row in its example; None for examples.
+        input_ids: int64 `[n]`; None for examples.
+    """
+
+    values: dict[str, Tensor]
+    kind: str
+    num_all: int
+    examples: Tensor
+    positions: Tensor | None
+    input_ids: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True, eq=False)
+class Colours:
+    """What colours the points.
+
+    Args:
+        name: What the colour is.
+        numbers: float64 `[n]` for a scale, or `[S, n]` for one that differs from site to site; None for categories.
+        categories: One per point; None for a scale.
+        order: The categories that get a colour, the most frequent first, and last `other` if there are more.
+    """
+
+    name: str
+    numbers: np.ndarray | None = None
+    categories: tuple[str, ...] | None = None
+    order: tuple[str, ...] = ()
+
+
+def choose_points(store: Store, sites: Sequence[StoredSite], color: str, points: str | None, pool: str | None) -> str:
+    """Decide whether rows or examples are drawn: as asked, else by what the colour belongs to.
+
+    Raises:
+        OptionError: a value that does not exist, or rows of a pooled store.
+    """
+    if points not in (None, "rows", "examples"):
+        raise OptionError(f"points={points!r}: use rows or examples.")
+    if pool is not None and pool not in _POOLS:
+        raise OptionError(f"pool={pool!r}: use {', '.join(_POOLS)}.")
+    is_pooled = sites[0].kind != "token"
+    if is_pooled and (points == "rows" or color in _ROW_COLOURS):
+        what = "points='rows'" if points == "rows" else f"color={color!r}"
+        raise OptionError(
+            f"{what}: {sites[0].name!r} in {store.place} has one vector per example, pooled by {store.pool}, and no "
+            "row per token. Extract it again without a pool."
+        )
+    if is_pooled and pool not in (None, store.pool):
+        raise OptionError(f"pool={pool!r}: {store.place} was pooled already, by {store.pool}. Leave pool out.")
+    if color in _ROW_COLOURS and (points == "examples" or pool is not None):
+        raise OptionError(f"color={color!r} belongs to rows, and examples were asked for. Use points='rows', no pool.")
+    if points is not None and points == "rows" and pool is not None:
+        raise OptionError(f"pool={pool!r} makes examples of rows, and points='rows' asks for rows. Use one of the two.")
+    if points is not None:
+        return points
+    return "rows" if not is_pooled and pool is None and color in (*_ROW_COLOURS, "norm") else "examples"
+
+
+def draw_points(
+    store: Store, sites: Sequence[StoredSite], kind: str, *, pool: str | None, max_points: int, seed: int
+) -> Points:
+    """Draw points at random and read them at every site.
+
+    Raises:
+        InputError: there are fewer than three.
+        NonFiniteError: one is not finite, by name.
+        OptionError: all are the same at a site.
+    """
+    by_rows = kind == "rows"
+    num_all = store.num_tokens if by_rows else len(store)
+    if num_all < 3:
+        raise InputError(f"a picture of {store.place}: it has {num_all} {kind}; three are the least.")
+    chosen = np.arange(num_all)
+    if num_all > max_points:
+        chosen = np.sort(np.random.default_rng(seed).permutation(num_all)[:max_points])
+    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    identity: list[tuple[Tensor, Tensor, Tensor]] = []
+    first = 0
+    for shard in store.iter_shards():
+        count = shard.header.num_tokens if by_rows else shard.header.num_examples
+        part = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, first + count)] - first
+        first += count
+        if not len(part):
+            continue
+        picked = torch.from_numpy(part)
+        if by_rows:
+            offsets = shard.tensor("offsets")
+            of = torch.searchsorted(offsets, picked, right=True) - 1
+            identity.append((shard.tensor("example")[of], picked - offsets[of], shard.tensor("input_ids")[picked]))
+        else:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            identity.append((shard.tensor("example")[picked], nothing, nothing))
+        for site in sites:
+            is_single = by_rows or site.kind != "token"
+            rows = take_rows(shard, site, picked) if is_single else _pool(shard, site, picked, pool or "mean")
+            found[site.name].append(rows.double())
+    examples, positions, ids = (torch.cat(parts) for parts in zip(*identity, strict=True))
+    values = {name: torch.cat(rows) for name, rows in found.items()}
+    drawn = Points(values, kind, num_all, examples, positions if by_rows else None, ids if by_rows else None)
+    _refuse_useless(store, drawn, pool)
+    return drawn
+
+
+def _pool(shard: Any, site: StoredSite, picked: Tensor, pool: str) -> Tensor:
+    """Pool some examples of a shard, given by their place in it."""
+    offsets = shard.tensor("offsets")
+    starts, stops = offsets[picked], offsets[picked + 1]
+    pooled = [
+        pool_packed(take_rows(shard, site, torch.arange(start, stop)).float(), torch.tensor([0, stop - start]), pool)
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
+    ]
+    return torch.cat(pooled)
+
+
+def _refuse_useless(store: Store, points: Points, pool: str | None) -> None:
+    for name, values in points.values.items():
+        is_bad = ~torch.isfinite(values).all(1)
+        if bool(is_bad.any()):
+            raise NonFiniteError(
+                f"{name!r} in {store.place}: example {int(points.examples[is_bad][0])} is not finite or has no rows, "
+                "and has no place in a picture. Leave the site out; 'layerprobe check' counts such rows."
+            )
+        if bool((values == values[0]).all()):
+            why = " the first token's vector there does not depend on the text." if pool == "cls" else ""
+            raise OptionError(
+                f"a picture of {name!r}: all {len(points):,} points are the same.{why} "
+                "Leave the site out, or use pool='mean'."
+            )
+
+
+def colour_points(store: Store, points: Points, color: str) -> Colours:
+    """Find what colours each point.
+
+    Args:
+        store: The store.
+        points: The points.
+        color: `token`, `position`, `norm`, or a field of the records such as `label`.
+
+    Raises:
+        OptionError: no record has the field, or the store has no tokenizer to name tokens.
+    """
+    if color == "norm":
+        return Colours("norm", np.stack([values.norm(dim=1).numpy() for values in points.values.values()]))
+    if color == "position":
+        assert points.positions is not None
+        return Colours("position", points.positions.double().numpy())
+    if color == "token":
+        assert points.input_ids is not None
+        if store.id_to_tokens is None:
+            raise OptionError(
+                f"color='token': {store.place} has no tokenizer to name them. Stores of layerprobe.extract have one; "
+                "use position or norm here."
+            )
+        return _categorise("token", store.id_to_tokens(points.input_ids))
+    values = _read_field(store, points, color)
+    numbers = [value for value in values if isinstance(value, Real) and not isinstance(value, bool)]
+    if len(numbers) == len(values) and len(set(numbers)) > _MOST_CATEGORIES:
+        return Colours(color, np.asarray(numbers, dtype=float))
+    return _categorise(color, ["none" if value is None else str(value) for value in values])
+
+
+def has_field(store: Store, field: str) -> bool:
+    """Tell whether the first example's record has a field."""
+    return bool(len(store)) and field in store.example(store.ordinal_at(0)).fields
+
+
+def _read_field(store: Store, points: Points, field: str) -> list[Any]:
+    ordinals = points.examples.tolist()
+    fields = {ordinal: store.example(ordinal).fields for ordinal in set(ordinals)}
+    if not any(field in found for found in fields.values()):
+        known = sorted({name for found in fields.values() for name in found})
+        raise OptionError(
+            f"color={field!r}: no record in {store.place} has such a field: they have {', '.join(known) or 'none'}. "
+            "Use one of them, or token, position or norm."
+        )
+    return [fields[ordinal].get(field) for ordinal in ordinals]
+
+
+def _categorise(name: str, values: Sequence[str]) -> Colours:
+    ranked = [value for value, _ in Counter(sorted(values)).most_common()]
+    order = tuple(ranked) if len(ranked) <= _MOST_CATEGORIES else (*ranked[:_MOST_CATEGORIES], OTHER)
+    categories = tuple(value if value in order[:_MOST_CATEGORIES] else OTHER for value in values)
+    return Colours(name, categories=categories, order=order)

@@ -1,0 +1,146 @@
+"""From vectors to two components, layer by layer, turned so that the eye can follow a point.
+
+PCA, t-SNE or UMAP; each layer after the first is turned and mirrored onto the one before, which changes no distance in
+the picture. What a picture hides is measured beside it: the variance kept, and trustworthiness.
+
+Letters: n points, D width. Must never know of stores or figures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.analysis.figures import need_package
+from layerprobe.analysis.geometry import turn_onto
+from layerprobe.errors import OptionError
+
+__all__ = ["METHODS", "Panel", "project"]
+
+METHODS = ("pca", "tsne", "umap")
+_NEIGHBOURS = 10
+# Trustworthiness compares all pairs: more points than this are drawn from.
+_MOST_TRUSTED = 2000
+# What t-SNE is given; more components change little and cost much (van der Maaten and Hinton 2008, section 4.2).
+_TSNE_WIDTH = 50
+# Of a start of t-SNE: small, so that the layout can form (scikit-learn's own choice for PCA).
+_TSNE_START = 1e-4
+_PERPLEXITY = 30.0
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One layer in two components.
+
+    Args:
+        site: The site.
+        points: float64 `[n, 2]`, centred, with a mean squared length of 1.
+        variance: Share of the variance that the plane keeps; None for methods that keep none in particular.
+        trust: Trustworthiness at k = 10: 1 if no neighbour in the picture is far away in truth; None for fewer than 22
+            points. Of a draw of 2,000 points where there are more.
+    """
+
+    site: str
+    points: Tensor
+    variance: float | None
+    trust: float | None
+
+
+def project(values: dict[str, Tensor], method: str, *, shared: bool, seed: int) -> list[Panel]:
+    """Bring each site's points to two components.
+
+    Args:
+        values: float64 `[n, D]` of each site, the same points at each.
+        method: `pca`, `tsne` or `umap`; the last two start each layer from the one before.
+        shared: One PCA basis for all sites, each about its own mean; nothing is turned then.
+        seed: Of t-SNE, UMAP and the draw for trustworthiness.
+
+    Raises:
+        OptionError: a method that does not exist or is not installed, or a shared basis of sites of different widths.
+
+    Source: trustworthiness: Venna and Kaski 2001, Neighborhood Preservation in Nonlinear Projection Methods, eq. 2.
+    """
+    if method not in METHODS:
+        raise OptionError(f"method={method!r}: use {', '.join(METHODS)}.")
+    if shared and method != "pca":
+        raise OptionError(f"shared=True with method={method!r}: only PCA has a basis to share.")
+    basis = _share_basis(values) if shared else None
+    panels: list[Panel] = []
+    for name, rows in values.items():
+        centred = rows - rows.mean(0)
+        before = panels[-1].points if panels else None
+        variance = None
+        if method == "pca":
+            axes = basis if basis is not None else _find_axes(centred, 2)
+            points = centred @ axes
+            variance = float((centred @ axes).square().sum() / centred.square().sum())
+        else:
+            points = _embed(centred, method, before, seed)
+        if not shared:
+            points = _size(points)
+            points = points if before is None else turn_onto(points, before)
+        panels.append(Panel(name, points, variance, _trust(centred, points, seed)))
+    if shared:
+        # one scale for all, so that sizes can be compared
+        scale = torch.cat([panel.points for panel in panels]).square().sum(1).mean().sqrt()
+        panels = [Panel(panel.site, panel.points / scale, panel.variance, panel.trust) for panel in panels]
+    return panels
+
+
+def _find_axes(centred_nD: Tensor, count: int) -> Tensor:
+    """Find the principal axes, `[D, count]`, each with its largest entry positive."""
+    if centred_nD.shape[1] < count:
+        raise OptionError(f"{count} components of vectors {centred_nD.shape[1]} wide: there are not as many.")
+    _, axes = torch.linalg.eigh(centred_nD.T @ centred_nD)
+    axes = axes[:, -count:].flip(1)
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    return axes * largest.sign()
+
+
+def _share_basis(values: dict[str, Tensor]) -> Tensor:
+    widths = {rows.shape[1] for rows in values.values()}
+    if len(widths) > 1:
+        raise OptionError(f"shared=True: the sites are {sorted(widths)} wide, and a basis has one width.")
+    # each about its own mean: the way from layer to layer would take both axes
+    return _find_axes(torch.cat([rows - rows.mean(0) for rows in values.values()]), 2)
+
+
+def _size(points_n2: Tensor) -> Tensor:
+    """Centre points and give them a mean squared length of 1."""
+    centred = points_n2 - points_n2.mean(0)
+    return centred / centred.square().sum(1).mean().sqrt()
+
+
+def _embed(centred_nD: Tensor, method: str, before: Tensor | None, seed: int) -> Tensor:
+    width = min(_TSNE_WIDTH, *centred_nD.shape)
+    rows = (centred_nD @ _find_axes(centred_nD, width)).numpy()
+    start = rows[:, :2] if before is None else before.numpy()
+    if method == "tsne":
+        manifold = need_package("sklearn.manifold", "method='tsne'", "layerprobe[analysis]")
+        embedder = manifold.TSNE(
+            perplexity=min(_PERPLEXITY, (len(rows) - 1) / 3),
+            init=(start / start.std() * _TSNE_START).astype(np.float32),
+            learning_rate="auto",
+            random_state=seed,
+        )
+        return torch.from_numpy(embedder.fit_transform(rows.astype(np.float32))).double()
+    umap = need_package("umap", "method='umap'", "umap-learn")
+    embedder = umap.UMAP(
+        n_neighbors=min(15, len(rows) - 1),
+        init=(10 * start / np.abs(start).max()).astype(np.float32),
+        random_state=seed,
+    )
+    return torch.from_numpy(embedder.fit_transform(rows)).double()
+
+
+def _trust(rows_nD: Tensor, points_n2: Tensor, seed: int) -> float | None:
+    # beyond half of the points the measure is not defined
+    if len(rows_nD) < 2 * (_NEIGHBOURS + 1):
+        return None
+    manifold = need_package("sklearn.manifold", "trustworthiness", "layerprobe[analysis]")
+    drawn: Sequence[int] | slice = slice(None)
+    if len(rows_nD) > _MOST_TRUSTED:
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(rows_nD))[:_MOST_TRUSTED]).tolist()
+    return float(manifold.trustworthiness(rows_nD[drawn].numpy(), points_n2[drawn].numpy(), n_neighbors=_NEIGHBOURS))

@@ -1,0 +1,88 @@
+"""What every result can do: become a table, a CSV file, a JSON file.
+
+A result is a frozen dataclass; this file turns its numbers into text and files. Numbers that do not exist (NaN, a site
+that has none) are empty cells and JSON nulls, so that any reader can take them.
+
+Must never know of stores or of what the numbers mean.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from layerprobe.errors import StoreError
+
+__all__ = ["Number", "plain", "shorten", "table_cell", "write_csv", "write_json"]
+
+Number = float | None
+
+_MOST_LETTERS = 60
+
+
+def plain(value: Any) -> Any:
+    """Turn a result into what JSON holds: dataclasses to objects, tuples to lists, NaN to null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a result as one JSON object.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    return _write(path, text + "\n")
+
+
+def write_csv(path: str | Path, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
+    """Write rows under headers.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    import io
+
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(headers)
+    writer.writerows([plain(cell) for cell in row] for row in rows)
+    return _write(path, text.getvalue())
+
+
+def table_cell(value: object) -> object:
+    """Bring a value into a table: three decimals, lists joined, nothing where there is no number."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        # large numbers need no decimals, small ones would vanish in three
+        return float(f"{value:.3g}") if abs(value) < 0.01 else round(value, 3)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value[:5])) + (", ..." if len(value) > 5 else "") or "none"
+    return value
+
+
+def shorten(text: str, most: int = _MOST_LETTERS) -> str:
+    """Bring a text to one line without control characters."""
+    line = "".join(character if character.isprintable() else " " for character in text[:most])
+    return line + ("..." if len(text) > most else "")
+
+
+def _write(path: str | Path, text: str) -> Path:
+    path = Path(path)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from error
+    return path

@@ -1,0 +1,156 @@
+"""Commands that say what a store holds has to say: diff, plot, check.
+
+Parse and call; compute nothing. `main` gives each its name and place.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from layerprobe.errors import OptionError
+
+__all__ = ["check", "diff", "plot"]
+
+Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
+Patterns = Annotated[
+    list[str] | None,
+    typer.Option("--site", "-s", metavar="PATTERN", help="Stored sites such as 'layers.*'; repeat for several."),
+]
+Seed = Annotated[int, typer.Option(help="Of all draws.")]
+MaxRows = Annotated[int | None, typer.Option(metavar="ROWS", help="About how many rows to take, at random; all.")]
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+def diff(
+    folder: Where,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
+    ] = None,
+    all_pairs: Annotated[bool, typer.Option("--all-pairs", help="Every pair of sites, not only neighbours.")] = False,
+    patterns: Patterns = None,
+    cosine: Annotated[str, typer.Option(help="Of raw, centred or zscored rows.")] = "raw",
+    max_rows: MaxRows = None,
+    seed: Seed = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Say how far rows move from layer to layer, and what shape each layer has.
+
+    Example: layerprobe diff acts -o acts.csv
+    """
+    from layerprobe.analysis.differences import differences
+
+    check_out = _check_out(out)
+    found = differences(
+        folder,
+        sites=patterns,
+        pairs="all" if all_pairs else "adjacent",
+        cosine=cosine,
+        max_rows=max_rows,
+        seed=seed,
+        progress=False if quiet else None,
+    )
+    check_out(found)
+    if not quiet:
+        typer.echo(found.table())
+
+
+def check(
+    folder: Where,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
+    ] = None,
+    patterns: Patterns = None,
+    max_rows: MaxRows = None,
+    seed: Seed = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Say what to know of a store before a cosine is taken in it: constant and outlying dimensions, rows not finite.
+
+    Exit code 1 where a row is not finite or a site is the same everywhere.
+
+    Example: layerprobe check acts
+    """
+    from layerprobe.analysis.check import check as check_store
+
+    check_out = _check_out(out)
+    found = check_store(folder, sites=patterns, max_rows=max_rows, seed=seed, progress=False if quiet else None)
+    check_out(found)
+    if json is not None:
+        found.to_json(json)
+    if not quiet:
+        typer.echo(found.table())
+    if not found.is_sound:
+        raise typer.Exit(1)
+
+
+def plot(
+    folder: Where,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="A .png, .svg or .pdf to write.")],
+    patterns: Patterns = None,
+    color: Annotated[
+        str | None, typer.Option(help="token, position, norm, or a field of the records; label if there is one.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="pca, tsne or umap.")] = "pca",
+    points: Annotated[str | None, typer.Option(help="rows or examples; what the colour belongs to.")] = None,
+    pool: Annotated[str | None, typer.Option(help="An example's vector: mean, max, cls or last of its rows.")] = None,
+    shared: Annotated[bool, typer.Option("--shared", help="One PCA basis for all layers.")] = False,
+    max_points: Annotated[int | None, typer.Option(help="The most to draw; 10,000, for t-SNE 2,000.")] = None,
+    attention: Annotated[
+        int | None, typer.Option(metavar="EXAMPLE", help="Draw this example's attention weights, head by head.")
+    ] = None,
+    seed: Seed = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Draw each layer's points in two components, a panel each; or an example's attention, a panel a head.
+
+    Example: layerprobe plot acts -o layers.png --color token
+    """
+    from layerprobe.report.plots import plot as draw
+    from layerprobe.report.plots import plot_attention
+
+    if attention is not None:
+        given = {"--color": color, "--points": points, "--pool": pool, "--max-points": max_points}
+        useless = [name for name, value in given.items() if value is not None]
+        useless += [name for name, is_given in (("--shared", shared), ("--method", method != "pca")) if is_given]
+        if useless:
+            raise OptionError(f"{', '.join(useless)} with --attention: a map of weights has no points. Leave it out.")
+        if patterns is not None and len(patterns) > 1:
+            raise OptionError(f"--attention with {len(patterns)} sites: one picture holds the heads of one. Name one.")
+        plot_attention(folder, attention, out, site=patterns[0] if patterns else None)
+    else:
+        picture = draw(
+            folder,
+            out,
+            site=patterns or "layers.*",
+            color=color,
+            method=method,
+            points=points,
+            pool=pool,
+            shared=shared,
+            max_points=max_points,
+            seed=seed,
+        )
+        if not quiet:
+            typer.echo(picture.table())
+    if not quiet:
+        typer.echo(f"wrote {out}")
+
+
+def _check_out(out: str | None) -> Callable[[Any], object]:
+    """Choose by its suffix how a result is written, before anything is computed."""
+    if out is None:
+        return lambda _: None
+    suffix = Path(out).suffix.lower()
+    if suffix == ".csv":
+        return lambda result: result.to_csv(out)
+    if suffix == ".json":
+        return lambda result: result.to_json(out)
+    if suffix in _PICTURES:
+        from layerprobe.analysis.figures import check_suffix
+
+        check_suffix(out)
+        return lambda result: result.plot(out)
+    raise OptionError(f"--out {out}: {suffix or 'no suffix'!r} is not .csv, .json, {', '.join(_PICTURES)}.")

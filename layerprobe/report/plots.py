@@ -1,0 +1,372 @@
+"""`layerprobe.plot` and `layerprobe.plot_attention`: small multiples, one panel a layer or a head.
+
+Draws what `analysis` has computed and computes nothing of its own but where things stand on the paper. What a panel
+hides is printed on it, and what was left out is said in the figure.
+
+Must never know of models, hooks or shards.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from layerprobe.analysis.figures import (
+    GREY,
+    MARKERS,
+    PALETTE,
+    check_suffix,
+    need_package,
+    save_figure,
+    styled,
+)
+from layerprobe.analysis.points import (
+    OTHER,
+    Colours,
+    Points,
+    choose_points,
+    colour_points,
+    draw_points,
+    has_field,
+)
+from layerprobe.analysis.projection import METHODS, Panel, project
+from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
+from layerprobe.analysis.sweep import check_count, choose_depth, few_threads, need_store
+from layerprobe.errors import OptionError, SiteError
+from layerprobe.store.reader import Store
+from layerprobe.tables import format_table
+
+__all__ = ["Picture", "plot", "plot_attention"]
+
+_MOST_POINTS = {"pca": 10_000, "tsne": 2000, "umap": 10_000}
+_MOST_PANELS_IN_A_ROW = 3
+_PANEL_INCHES = 1.85
+# Of 7-point type.
+_LETTERS_PER_INCH = 17
+_MOST_HEADS_IN_A_ROW = 4
+# Tokens along the edge of an attention map that can be told apart, and letters of each.
+_MOST_TOKENS = 40
+_MOST_LETTERS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """What `layerprobe.plot` drew.
+
+    Args:
+        panels: A site each: its points, the share of variance they keep, their trustworthiness.
+        examples: The ordinal of each point.
+        positions: Its place in the example; None where a point is an example.
+        color: What coloured the points.
+        num_all: How many points there were to draw from.
+        method: How two components were made.
+        figure: The matplotlib figure.
+    """
+
+    panels: tuple[Panel, ...]
+    examples: tuple[int, ...]
+    positions: tuple[int, ...] | None
+    color: str
+    num_all: int
+    method: str
+    figure: Any
+
+    def table(self) -> str:
+        """Lay out what each panel keeps, as text."""
+        rows = [(panel.site, *(table_cell(value) for value in (panel.variance, panel.trust))) for panel in self.panels]
+        drawn = f"{len(self.examples):,} of {self.num_all:,} points, {self.method}, coloured by {self.color}"
+        return "\n".join([drawn, "", format_table(("site", "variance kept", "trustworthiness"), rows)])
+
+    __str__ = table
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the points as CSV: a row for each point and site.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        positions = self.positions if self.positions is not None else (None,) * len(self.examples)
+        rows = [
+            (panel.site, example, position, x, y)
+            for panel in self.panels
+            for example, position, (x, y) in zip(self.examples, positions, panel.points.tolist(), strict=True)
+        ]
+        return write_csv(path, ("site", "example", "position", "x", "y"), rows)
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write everything but the figure as one JSON object.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        panels = [
+            {"site": panel.site, "variance": panel.variance, "trust": panel.trust, "points": panel.points.tolist()}
+            for panel in self.panels
+        ]
+        said = {name: getattr(self, name) for name in ("method", "color", "num_all", "examples", "positions")}
+        return write_json(path, {**said, "panels": panels})
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Give the matplotlib figure, and write it where a path is given.
+
+        Raises:
+            OptionError: the suffix is not `.png`, `.svg` or `.pdf`.
+        """
+        return save_figure(self.figure, path)
+
+
+def plot(
+    store: Store | str | Path,
+    path: str | Path | None = None,
+    *,
+    site: str | Sequence[str] = "layers.*",
+    color: str | None = None,
+    method: str = "pca",
+    points: str | None = None,
+    pool: str | None = None,
+    shared: bool = False,
+    max_points: int | None = None,
+    seed: int = 0,
+) -> Picture:
+    """Draw each layer's points in two components, a panel each, turned so that the eye can follow a point.
+
+    Args:
+        store: A store, or where it is.
+        path: A `.png`, `.svg` or `.pdf` to write; None for the figure alone.
+        site: Patterns over the stored sites.
+        color: `token`, `position` or `norm` of a row, or a field of the input records; None for `label` where the
+            records have one, else `norm`.
+        method: `pca`; `tsne`, each layer started from the one before; `umap`, if umap-learn is installed.
+        points: `rows` or `examples`; None for what the colour belongs to.
+        pool: How an example's rows become one vector: `mean` if not given, `max`, `cls` or `last`.
+        shared: One PCA basis for all layers instead of one each.
+        max_points: The most to draw, at random; None for 10,000, for t-SNE 2,000. The figure says what was left out.
+        seed: Of all draws.
+
+    Raises:
+        OptionError: a value that does not exist, a pooled store where rows are needed, points that are all the same,
+            or a package that is not installed.
+        SiteError: a pattern matches nothing that is stored.
+        InputError: fewer than three points.
+        NonFiniteError: a point that is not finite, by name.
+
+    Cost: the drawn rows in float64 at every site; trustworthiness compares up to 2,000 points with each other.
+    """
+    if method not in METHODS:
+        raise OptionError(f"method={method!r}: use {', '.join(METHODS)}.")
+    check_count("max_points", _MOST_POINTS[method] if max_points is None else max_points, 3)
+    check_count("seed", seed, 0)
+    if path is not None:
+        check_suffix(path)
+    need_package("matplotlib", "a picture", "layerprobe[analysis]")
+    store = need_store(store)
+    sites = choose_depth(store, site)
+    if color is None:
+        color = "label" if has_field(store, "label") else "norm"
+    kind = choose_points(store, sites, color, points, pool)
+    drawn = draw_points(store, sites, kind, pool=pool, max_points=max_points or _MOST_POINTS[method], seed=seed)
+    colours = colour_points(store, drawn, color)
+    with few_threads():
+        panels = project(drawn.values, method, shared=shared, seed=seed)
+    figure = _draw_panels(panels, drawn, colours, method, shared)
+    picture = Picture(
+        tuple(panels),
+        tuple(drawn.examples.tolist()),
+        tuple(drawn.positions.tolist()) if drawn.positions is not None else None,
+        color,
+        drawn.num_all,
+        method,
+        figure,
+    )
+    picture.plot(path)
+    return picture
+
+
+def _draw_panels(panels: Sequence[Panel], drawn: Points, colours: Colours, method: str, shared: bool) -> Any:
+    columns = 2 if len(panels) == 4 else min(_MOST_PANELS_IN_A_ROW, len(panels))
+    rows = -(-len(panels) // columns)
+    with styled() as make_figure:
+        size = (max(2, columns) * _PANEL_INCHES, rows * (_PANEL_INCHES + 0.3) + 0.7)
+        figure = make_figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        limits = _find_limits(panels) if shared else None
+        mappable = None
+        for place, axes in enumerate(grid.flat):
+            if place >= len(panels):
+                axes.axis("off")
+                continue
+            panel = panels[place]
+            mappable = _draw_points(axes, panel.points.numpy(), colours, place)
+            axes.set_title(f"{panel.site}\n{_describe(panel)}", fontsize=7.5, linespacing=1.25)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_box_aspect(1)
+            axes.spines[:].set_visible(True)
+            axes.spines[:].set_color("#CCCCCC")
+            low, high = limits if limits is not None else _find_limits([panel])
+            axes.set_xlim(low[0], high[0])
+            axes.set_ylim(low[1], high[1])
+        _add_key(figure, grid, colours, mappable)
+        said = textwrap.fill(_say_what(drawn, method, shared), int(size[0] * _LETTERS_PER_INCH))
+        figure.supxlabel(said, fontsize=7, color="#444444")
+        return figure
+
+
+def _draw_points(axes: Any, points: np.ndarray, colours: Colours, place: int) -> Any:
+    """Draw one panel; gives what a colour bar belongs to, for a scale."""
+    size = float(np.clip(2500 / len(points), 1.5, 14))
+    look = {"s": size, "linewidths": 0, "alpha": 0.75, "rasterized": len(points) > 2000}
+    if colours.categories is None:
+        numbers = colours.numbers
+        assert numbers is not None
+        of_panel = numbers[place] if numbers.ndim == 2 else numbers
+        low, high = np.percentile(numbers, [1, 99])
+        return axes.scatter(*points.T, c=of_panel, cmap="viridis", vmin=low, vmax=high, **look)
+    categories = np.asarray(colours.categories)
+    # grey ones below, so that they hide no other
+    for category in reversed(colours.order):
+        color, marker = _sign(colours, category)
+        axes.scatter(*points[categories == category].T, color=color, marker=marker, **look)
+    return None
+
+
+def _sign(colours: Colours, category: str) -> tuple[str, str]:
+    place = colours.order.index(category)
+    if place == len(PALETTE) and category == OTHER:
+        return GREY, "."
+    return PALETTE[place], MARKERS[place]
+
+
+def _describe(panel: Panel) -> str:
+    said = []
+    if panel.variance is not None:
+        said.append(f"{panel.variance:.{0 if panel.variance >= 0.1 else 1}%} of variance")
+    if panel.trust is not None:
+        said.append(f"trust {panel.trust:.2f}")
+    return ", ".join(said)
+
+
+def _find_limits(panels: Sequence[Panel]) -> tuple[np.ndarray, np.ndarray]:
+    """Find a square that holds every point of the panels, with room at its edge."""
+    points = torch.cat([panel.points for panel in panels]).numpy()
+    low, high = points.min(0), points.max(0)
+    middle, half = (low + high) / 2, max(0.54 * float((high - low).max()), 1e-9)
+    return middle - half, middle + half
+
+
+def _add_key(figure: Any, grid: np.ndarray, colours: Colours, mappable: Any) -> None:
+    if mappable is not None:
+        bar = figure.colorbar(mappable, ax=grid, location="bottom", shrink=0.5, aspect=40, pad=0.02)
+        bar.set_label(colours.name)
+        bar.outline.set_visible(False)
+        bar.solids.set_alpha(1)
+        return
+    lines = need_package("matplotlib.lines", "a picture", "layerprobe[analysis]")
+    handles = []
+    for category in colours.order:
+        color, marker = _sign(colours, category)
+        look = {"color": color, "marker": marker, "linestyle": "", "markersize": 4.5}
+        handles.append(lines.Line2D([], [], label=_escape(shorten(category, 24)), **look))
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = int(np.clip(figure.get_figwidth() * _LETTERS_PER_INCH / (longest + 6), 1, 4))
+    figure.legend(
+        handles=handles, title=_escape(colours.name), loc="outside upper center", ncols=columns, handletextpad=0.1
+    )
+
+
+def _escape(text: str) -> str:
+    """Keep matplotlib from reading mathematics between dollar signs, or leaving a label out for its first letter."""
+    text = text.replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text or "(empty)"
+
+
+def _say_what(drawn: Points, method: str, shared: bool) -> str:
+    num = f"{len(drawn):,} {drawn.kind}"
+    if len(drawn) < drawn.num_all:
+        num += f" drawn at random of {drawn.num_all:,}"
+    how = {"pca": "PCA", "tsne": "t-SNE, each layer started from the one before", "umap": "UMAP, each started likewise"}
+    turned = "one basis for all layers" if shared else "each layer turned onto the one before"
+    return f"{num}; {how[method]}; {turned}"
+
+
+def plot_attention(
+    store: Store | str | Path,
+    example: int,
+    path: str | Path | None = None,
+    *,
+    site: str | None = None,
+    heads: Sequence[int] | None = None,
+) -> Any:
+    """Draw an example's attention weights, a panel a head: rows attend, columns are attended to.
+
+    Args:
+        store: A store that holds attention weights, or where it is.
+        example: Its ordinal; negative ones count from the last.
+        path: A `.png`, `.svg` or `.pdf` to write; None for the figure alone.
+        site: Which weights; None for the first that are stored.
+        heads: Which heads; None for all.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        SiteError: no such weights are stored.
+        OptionError: the site holds none, a head that does not exist, or matplotlib is not installed.
+        MissingExample: the example is not there.
+    """
+    if path is not None:
+        check_suffix(path)
+    store = need_store(store)
+    site = _find_weights(store, site)
+    weights = store[site][example].float()
+    chosen = list(range(len(weights))) if heads is None else list(heads)
+    if not chosen or any(head not in range(len(weights)) for head in chosen):
+        raise OptionError(f"heads={chosen}: {site!r} has heads 0 to {len(weights) - 1}.")
+    ids = store.input_ids(example)
+    tokens = store.id_to_tokens(ids) if store.id_to_tokens is not None else [str(one) for one in ids.tolist()]
+    columns = min(_MOST_HEADS_IN_A_ROW, len(chosen))
+    rows = -(-len(chosen) // columns)
+    # whole maps where their tokens can be read, else the names of every second or third
+    inches = float(np.clip(0.115 * len(tokens), 1.3, 3.2))
+    step = max(1, -(-len(tokens) // min(_MOST_TOKENS, int(inches / 0.095))))
+    marks = [_escape(shorten(token, _MOST_LETTERS)) for token in tokens][::step]
+    with styled() as make_figure:
+        figure = make_figure(figsize=(columns * inches + 1.1, rows * (inches + 0.25) + 1.0), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        top = float(weights[chosen].max())
+        image = None
+        for place, axes in enumerate(grid.flat):
+            if place >= len(chosen):
+                axes.axis("off")
+                continue
+            image = axes.imshow(weights[chosen[place]].numpy(), vmin=0, vmax=top, cmap="Blues")
+            axes.set_title(f"head {chosen[place]}")
+            axes.set_xticks(range(0, len(tokens), step), marks, rotation=90, fontsize=6)
+            axes.set_yticks(range(0, len(tokens), step), marks, fontsize=6)
+            axes.tick_params(length=0, labelbottom=place + columns >= len(chosen))
+            axes.spines[:].set_visible(True)
+            axes.spines[:].set_color("#CCCCCC")
+        bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 1.6 / rows), aspect=25)
+        bar.outline.set_visible(False)
+        said = f"{site}, example {example}: rows attend to columns"
+        said += f"; one token in {step} is named" if step > 1 else ""
+        figure.suptitle(textwrap.fill(said, int(figure.get_figwidth() * (_LETTERS_PER_INCH - 3))), fontsize=8)
+        return save_figure(figure, path)
+
+
+def _find_weights(store: Store, site: str | None) -> str:
+    stored = [name for name in store.sites if store[name].kind == "attention"]
+    if site is None:
+        if not stored:
+            raise SiteError(
+                f"no attention weights in {store.place}: it holds {', '.join(store.sites)}. "
+                "Extract with --sites 'layers.*.attention.weights'."
+            )
+        return stored[0]
+    if store[site].kind != "attention":
+        raise OptionError(f"{site!r} holds no attention weights: {', '.join(stored) or 'no site'} does.")
+    return site
