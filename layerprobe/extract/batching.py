@@ -57,6 +57,21 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
 
+    def halves(self) -> "tuple[Batch, Batch]":
+        """Cut in two, as long as before and in the same order; at least two sequences."""
+        middle = len(self.input_ids) // 2
+        first = sum(sequence < middle for sequence in self.sequences)
+        return self._part(0, middle, 0, first), self._part(middle, len(self.input_ids), first, len(self.members))
+
+    def _part(self, start: int, stop: int, first: int, last: int) -> "Batch":
+        return Batch(
+            self.members[first:last],
+            self.lengths[first:last],
+            [sequence - start for sequence in self.sequences[first:last]],
+            self.input_ids[start:stop],
+            self.attention_mask[start:stop],
+        )
+
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenizedUnit:
     """Turn texts into ids, special tokens included, cut to `max_length`."""

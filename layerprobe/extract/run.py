@@ -52,6 +52,7 @@ class RunReport:
         num_computed: Tokens that went through the model, padding included.
         num_padding: Those of them that are padding.
         num_repeated: Texts whose tokens are those of another text of the unit, and so were not computed again.
+        num_halved: Batches that did not fit into the device's memory and were run in two.
         num_truncated: Texts cut to the maximum length.
         seconds: From the first text to the index.
         stalled_s: Time the forward waited for a buffer to be written.
@@ -65,6 +66,7 @@ class RunReport:
     num_computed: int = 0
     num_padding: int = 0
     num_repeated: int = 0
+    num_halved: int = 0
     num_truncated: int = 0
     seconds: float = 0.0
     stalled_s: float = 0.0
@@ -86,6 +88,8 @@ class RunReport:
             f"{format_bytes(self.num_bytes)} written, padding {self.padding:.1%}, "
             f"{self.num_truncated:,} truncated, stalled {self.stalled_s:.2f} s"
         )
+        if self.num_halved:
+            line += f", {self.num_halved:,} batches halved for want of memory: ask for fewer tokens with batch_tokens"
         if self.num_repeated:
             line += f", {self.num_repeated:,} computed with another of the same tokens"
         if self.nonfinite:
@@ -307,14 +311,9 @@ def _run_unit(
     record_bytes = sum(len(encode_record(_make_record(record))) for record in unit.records)
     keeper.reserve(header, plan.stored, tokenized.room, record_bytes)
     sink.begin_unit(unit.number, unit.first_example, tokenized.room, num_truncated)
-    padding_side = plan.tokenizer.padding_side
     pad_id = plan.tokenizer.pad_token_id or 0
-    for batch in cut_batches(tokenized, plan.batch_tokens, pad_id, padding_side):
-        sink.announce(_announce(unit, tokenized, batch, padding_side))
-        plan.model(
-            input_ids=batch.input_ids.to(plan.device, non_blocking=True),
-            attention_mask=batch.attention_mask.to(plan.device, non_blocking=True),
-        )
+    for batch in cut_batches(tokenized, plan.batch_tokens, pad_id, plan.tokenizer.padding_side):
+        _run_batch(plan, sink, unit, tokenized, batch, report)
         report.num_computed += batch.input_ids.numel()
         report.num_padding += int((batch.attention_mask == 0).sum())
         report.num_repeated += len(batch.members) - len(batch.input_ids)
@@ -323,6 +322,27 @@ def _run_unit(
         advance(len(batch.members))
     sink.end_unit()
     report.num_truncated += num_truncated
+
+
+def _run_batch(
+    plan: Plan, sink: StoreSink, unit: Unit, tokenized: TokenizedUnit, batch: Batch, report: RunReport
+) -> None:
+    """Send a batch through the model; where memory does not suffice, its halves, whose rows lie in the same order."""
+    sink.announce(_announce(unit, tokenized, batch, plan.tokenizer.padding_side))
+    try:
+        plan.model(
+            input_ids=batch.input_ids.to(plan.device, non_blocking=True),
+            attention_mask=batch.attention_mask.to(plan.device, non_blocking=True),
+        )
+        return
+    except torch.OutOfMemoryError:
+        if len(batch.input_ids) < 2:
+            raise
+    # outside the handler, which would keep the failed forward's tensors alive
+    torch.cuda.empty_cache()
+    report.num_halved += 1
+    for half in batch.halves():
+        _run_batch(plan, sink, unit, tokenized, half, report)
 
 
 def _announce(unit: Unit, tokenized: TokenizedUnit, batch: Batch, padding_side: str) -> AnnouncedBatch:

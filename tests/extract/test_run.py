@@ -288,3 +288,39 @@ def test_texts_of_the_same_tokens_are_computed_once_and_stored_for_each(
             tolerance = 0.03 if options.get("dtype") == "int8" else 1e-5
             assert torch.allclose(store[site][number].float(), alone[site][0].float(), atol=tolerance)
             assert torch.equal(store[site][0].float(), store[site][4].float())
+
+
+def test_a_batch_that_does_not_fit_is_run_in_halves_with_the_same_rows(tiny: LoadedModel, tmp_path: Path) -> None:
+    texts = ["the quick brown fox", "a dog", "the fox", "a dog", "lazy", "the lazy dog", "", "brown"]
+    whole = extract(tiny.model, texts, tmp_path / "whole", tokenizer=tiny.tokenizer)
+    asked: list[int] = []
+
+    def refuse(_: Any, args: Any, kwargs: Any) -> None:
+        asked.append(len(kwargs["input_ids"]))
+        if asked[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = tiny.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    plan = plan_extraction(tiny.model, texts, tmp_path / "halved", tokenizer=tiny.tokenizer)
+    report = run_extraction(plan)
+    handle.remove()
+    assert max(asked) == 7 and report.num_halved == 3
+    assert "3 batches halved for want of memory" in str(report)
+    halved = layerprobe.open(tmp_path / "halved")
+    for number in range(len(texts)):
+        assert torch.equal(halved.example(number).input_ids, whole.example(number).input_ids)
+        for site in whole.sites:
+            # a batch of another size reorders the sums of a forward
+            assert torch.allclose(halved[site][number], whole[site][number], atol=1e-5)
+
+
+def test_a_text_that_does_not_fit_alone_is_an_error_of_torch(tiny: LoadedModel, tmp_path: Path) -> None:
+    plan = plan_extraction(tiny.model, ["the fox", "a dog"], tmp_path / "acts", tokenizer=tiny.tokenizer)
+    handle = tiny.model.register_forward_pre_hook(lambda *_: _refuse_memory())
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        run_extraction(plan)
+    handle.remove()
+
+
+def _refuse_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
