@@ -251,6 +251,11 @@ class Editor(AbstractContextManager["Editor"]):
         if call is None:
             return torch.zeros((len(point.slots), *shape), dtype=torch.bool, device=value.device)
         moment = note_value(call, point, value.shape, value.device)
+        if moment.number and any(slot.site.call_index is None for slot in point.slots):
+            raise CaptureError(
+                f"{point.slots[0].site.name!r} of {self._mapped.owner} was made twice in one call: torch.compile lets "
+                "layers share a graph that it has broken in two, and with it the edits of one of them. Do not compile."
+            )
         call.state.moments[key] = moment
         masks = []
         for slot, meant, mask in zip(point.slots, moment.is_meant, moment.masks, strict=True):

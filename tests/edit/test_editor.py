@@ -289,7 +289,7 @@ def test_generation_is_edited_step_by_step_with_a_cache_or_without(use_cache: bo
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.BertLMHeadModel(transformers.BertConfig(**TINY, is_decoder=True)).eval()
+    model: Any = transformers.BertLMHeadModel(transformers.BertConfig(**TINY, is_decoder=True)).eval()
     ids = torch.randint(1, 100, (2, 5))
     mask = torch.ones_like(ids)
     mask[1, :2] = 0

@@ -1,0 +1,287 @@
+"""Activation patching: what each site, position and head carries from one text to a metric.
+
+A clean and a corrupted text differ in what matters. Each patch runs the corrupted one with one value of the clean one
+put in its place; a batch holds many copies, each with a patch of its own, so that a sweep is a few dozen forwards.
+`attribution` estimates all patches from one gradient.
+
+Hides how patches are batched. Must never know of hooks.
+
+Letters: B copies in a batch, S positions, D width, L sites, P positions patched, H heads.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from layerprobe.capture.probe import Probe
+from layerprobe.edit.editor import edit
+from layerprobe.edit.edits import Edit
+from layerprobe.edit.effects import Effects
+from layerprobe.edit.making import patch, replace
+from layerprobe.edit.plan import head_width, require_editable
+from layerprobe.errors import CaptureError, OptionError
+from layerprobe.sites.resolve import ModelMap, Site, map_model
+
+__all__ = ["patching"]
+
+Metric = Callable[[Any], Tensor]
+Batch = Mapping[str, Any]
+
+
+def patching(
+    model: nn.Module,
+    clean: Batch,
+    corrupt: Batch,
+    metric: Metric,
+    sites: str | Sequence[str] = "layers.*",
+    *,
+    positions: bool | Sequence[int] = True,
+    heads: bool = False,
+    method: str = "exact",
+    batch_size: int = 32,
+    tokenizer: Any = None,
+    progress: bool | None = None,
+) -> Effects:
+    """Measure how much of the way from corrupt to clean the metric goes when one value is clean's.
+
+    Args:
+        model: A supported model in eval mode.
+        clean, corrupt: What the model is called with: one text each, of the same number of tokens.
+        metric: From the model's output to one number per row, `[B]`: `lambda out: out.logits[:, 4, answer]`.
+        sites: What is patched: sites with a vector per token.
+        positions: Patch real tokens one by one; a list of them; or False, all at once.
+        heads: Patch heads one by one, at attention.query, key, value and context.
+        method: `exact` runs each patch. `attribution` estimates `(clean - corrupt) * gradient` in two forwards and one
+            backward.
+        batch_size: Copies per forward, of `exact`.
+        tokenizer: Names the positions in tables and pictures.
+        progress: A bar on stderr; None where that is a terminal.
+
+    Returns:
+        The effects, which print, save and plot.
+
+    Raises:
+        SiteError, ArchitectureError: as `lp.edit`.
+        OptionError: the texts do not match, a site has no row per token or no heads, the model is in training mode.
+        CaptureError: the metric gives something else than one number per row.
+
+    Cost: `L * P * H / batch_size` forwards of a batch, and two; clean's values of all sites are held.
+
+    Source: exact patching: Meng et al. 2022, section 2 (causal tracing). Attribution: Nanda 2023 (attribution
+        patching), the first-order term of the same difference.
+
+    Example:
+        >>> import torch, layerprobe as lp
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> model = BertModel(tiny).eval()
+        >>> clean, corrupt = ({"input_ids": torch.tensor([ids])} for ids in ([5, 6, 7], [5, 8, 7]))
+        >>> found = lp.patching(model, clean, corrupt, lambda out: out.last_hidden_state[:, 0, 0])
+        >>> found.effects.shape
+        torch.Size([2, 3])
+    """
+    sweep = _plan(model, clean, corrupt, metric, sites, positions, heads)
+    if method not in ("exact", "attribution"):
+        raise OptionError(f"patching: no method {method!r}: use 'exact' or 'attribution'.")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise OptionError(f"patching: batch_size={batch_size!r}: give a whole number from 1 on.")
+    names = [site.name for site in sweep.sites]
+    with torch.no_grad(), Probe(model, names) as probe:
+        clean_metric = sweep.measure(model(**clean), 1)
+    values = {name: probe[name] for name in names}
+    if method == "exact":
+        with torch.no_grad():
+            corrupt_metric = sweep.measure(model(**corrupt), 1)
+            found = _run_patches(sweep, values, batch_size, progress) - corrupt_metric
+    else:
+        corrupt_metric, found = _attribute(sweep, values)
+    heads_found = None if sweep.num_heads is None else tuple(range(sweep.num_heads))
+    return Effects(
+        tuple(names),
+        sweep.positions,
+        heads_found,
+        found.reshape(sweep.shape),
+        float(clean_metric),
+        float(corrupt_metric),
+        method,
+        _name_positions(sweep, tokenizer),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Sweep:
+    """A sweep whose parts are known to fit each other; `positions` and `num_heads` are None where all go at once."""
+
+    model: nn.Module
+    clean: Batch
+    corrupt: Batch
+    metric: Metric
+    sites: tuple[Site, ...]
+    real: Tensor
+    positions: tuple[int, ...] | None
+    num_heads: int | None
+    head_widths: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        more = [len(self.positions)] if self.positions is not None else []
+        return (len(self.sites), *more, *([self.num_heads] if self.num_heads is not None else []))
+
+    def measure(self, output: Any, num_rows: int) -> Tensor:
+        """Ask for the metric of a batch, float64 `[B]`."""
+        found = self.metric(output)
+        if not isinstance(found, Tensor) or tuple(found.shape) != (num_rows,):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise CaptureError(
+                f"patching: the metric gave {got} for {num_rows} rows: it must give one number per row, as in "
+                "lambda out: out.logits[:, 4, answer]."
+            )
+        return found.double()
+
+
+def _plan(
+    model: nn.Module,
+    clean: Batch,
+    corrupt: Batch,
+    metric: Metric,
+    sites: str | Sequence[str],
+    positions: bool | Sequence[int],
+    heads: bool,
+) -> _Sweep:
+    """Check everything before the model runs."""
+    if not callable(metric):
+        raise OptionError(f"patching: metric={metric!r} is no function: give one from the output to a number per row.")
+    mapped = map_model(model)
+    if model.training:
+        raise OptionError("patching a model in training mode: dropout would move every number. Call model.eval().")
+    chosen = mapped.select(sites)
+    widths = [_check_site(mapped, site, heads) for site in chosen]
+    if heads and len({count for _, count in widths}) > 1:
+        raise OptionError(f"patching: sites with {sorted({count for _, count in widths})} heads: sweep them apart.")
+    real = _check_texts(clean, corrupt)
+    listed: tuple[int, ...] | None = None
+    if positions is True:
+        listed = tuple(real.nonzero()[:, 0].tolist())
+    elif positions is not False:
+        listed = tuple(positions)
+        size = len(real)
+        if not listed or not all(type(place) is int and -size <= place < size for place in listed):
+            raise OptionError(
+                f"patching: positions={positions!r}: the texts have {size}. Give a list of them, or True."
+            )
+        listed = tuple(place % size for place in listed)
+    num_heads = widths[0][1] if heads else None
+    return _Sweep(model, clean, corrupt, metric, chosen, real, listed, num_heads, tuple(w for w, _ in widths))
+
+
+def _check_site(mapped: ModelMap, site: Site, heads: bool) -> tuple[int, int]:
+    require_editable(site, mapped.owner)
+    if site.kind not in ("token", "unknown"):
+        raise OptionError(f"patching {site.name!r}: it has no row per token of the text. Patch 'layers.*' or the like.")
+    found = head_width(mapped, site) if heads else (site.width or 0, 1)
+    if found is None:
+        raise OptionError(f"patching {site.name!r} by heads: it has none. Use attention.query, key, value or context.")
+    return found
+
+
+def _check_texts(clean: Batch, corrupt: Batch) -> Tensor:
+    """Refuse texts whose positions do not match; gives bool `[S]`, the real tokens."""
+    for name, batch in (("clean", clean), ("corrupt", corrupt)):
+        if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
+            raise OptionError(f"patching: {name} is {type(batch).__name__}: give what the model is called with.")
+    shapes = [
+        {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
+        for batch in (clean, corrupt)
+    ]
+    if shapes[0] != shapes[1] or any(shape[0] != 1 for shape in shapes[0].values()):
+        raise OptionError(
+            f"patching: clean is {shapes[0]}, corrupt {shapes[1]}: give one text each, of the same number of tokens."
+        )
+    masks = [batch.get("attention_mask") for batch in (clean, corrupt)]
+    if any(mask is not None for mask in masks) and not torch.equal(*masks):  # type: ignore[arg-type]
+        raise OptionError("patching: clean and corrupt have other attention masks: pad them alike.")
+    tokens = next((clean[key] for key in ("input_ids", "inputs_embeds") if clean.get(key) is not None), None)
+    if tokens is None:
+        raise OptionError(f"patching: clean has {list(clean)}: give input_ids or inputs_embeds.")
+    everything = torch.ones(tokens.shape[1], dtype=torch.bool, device=tokens.device)
+    return everything if masks[0] is None else masks[0][0].bool()
+
+
+def _run_patches(sweep: _Sweep, values: Mapping[str, Tensor], batch_size: int, progress: bool | None) -> Tensor:
+    """Run every patch, many copies of corrupt at a time; gives float64, one metric per patch, sites slowest."""
+    places = sweep.positions if sweep.positions is not None else (None,)
+    numbers = range(sweep.num_heads) if sweep.num_heads is not None else (None,)
+    jobs = list(product(range(len(sweep.sites)), places, numbers))
+    found = torch.empty(len(jobs), dtype=torch.float64)
+    bar = tqdm(total=len(jobs), unit=" patches", disable=None if progress is None else not progress, leave=False)
+    with bar:
+        for start in range(0, len(jobs), batch_size):
+            part = jobs[start : start + batch_size]
+            copies = {key: _repeat(value, len(part)) for key, value in sweep.corrupt.items()}
+            with edit(sweep.model, _make_edits(sweep, values, part)):
+                found[start : start + len(part)] = sweep.measure(sweep.model(**copies), len(part)).cpu()
+            bar.update(len(part))
+    return found
+
+
+def _make_edits(sweep: _Sweep, values: Mapping[str, Tensor], part: Sequence[tuple[Any, ...]]) -> dict[str, Edit]:
+    """Give each row of a batch its own patch: one edit per site, whose mask says which rows, positions and columns."""
+    masks: dict[int, Tensor] = {}
+    for row, (number, place, head) in enumerate(part):
+        value = values[sweep.sites[number].name]
+        if number not in masks:
+            size = (len(part), *value.shape[1 : 2 if head is None else 3])
+            masks[number] = torch.zeros(size, dtype=torch.bool)
+        where = masks[number][row] if place is None else masks[number][row, place : place + 1]
+        width = sweep.head_widths[number]
+        (where if head is None else where[:, head * width : (head + 1) * width]).fill_(True)
+    return {
+        sweep.sites[number].name: patch(values[sweep.sites[number].name], where=mask.to(sweep.real.device))
+        for number, mask in masks.items()
+    }
+
+
+def _attribute(sweep: _Sweep, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Give corrupt's metric and the first-order effect of every patch.
+
+    The gradient is that to a zero added at each site: so it is found where the site is a part of what its module makes,
+    and where no weight wants one.
+    """
+    names = [site.name for site in sweep.sites]
+    with torch.enable_grad():
+        nothing = {name: torch.zeros_like(values[name]).requires_grad_() for name in names}
+
+        def add(name: str) -> Edit:
+            return replace(lambda value: value + nothing[name], where="all")
+
+        with edit(sweep.model, {name: add(name) for name in names}), Probe(sweep.model, names) as probe:
+            measured = sweep.measure(sweep.model(**sweep.corrupt), 1)
+        gradients = torch.autograd.grad(measured.sum(), [nothing[name] for name in names], allow_unused=True)
+    effects = []
+    for number, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
+        change = values[name].double() - probe[name].detach().double()
+        effect = (change * (0 if gradient is None else gradient.double()))[0]
+        if sweep.num_heads is not None:
+            width = sweep.head_widths[number] * sweep.num_heads
+            effect = effect[:, :width].unflatten(-1, (sweep.num_heads, -1)).sum(-1)
+        else:
+            effect = effect.sum(-1)
+        effects.append(effect.sum(0) if sweep.positions is None else effect[list(sweep.positions)])
+    return measured.detach()[0], torch.stack(effects).cpu()
+
+
+def _repeat(value: Any, count: int) -> Any:
+    return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value
+
+
+def _name_positions(sweep: _Sweep, tokenizer: Any) -> tuple[str, ...] | None:
+    if tokenizer is None or sweep.positions is None or sweep.clean.get("input_ids") is None:
+        return None
+    rows = [tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist()) for batch in (sweep.clean, sweep.corrupt)]
+    pairs = [(rows[0][place], rows[1][place]) for place in sweep.positions]
+    return tuple(one if one == other else f"{one}/{other}" for one, other in pairs)

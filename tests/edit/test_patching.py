@@ -1,0 +1,232 @@
+"""Sweeps of patches: against one patch at a time, against clean's own metric, against a trained model's logic."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import layerprobe as lp
+from layerprobe.errors import CaptureError, OptionError, SiteError
+from sizes import TINY
+from traces import look_at
+
+CLEAN = {"input_ids": torch.tensor([[2, 10, 11, 12, 13, 3]])}
+CORRUPT = {"input_ids": torch.tensor([[2, 10, 40, 12, 13, 3]])}
+
+
+def metric(output: Any) -> Tensor:
+    return output.last_hidden_state[:, 4, 7]
+
+
+def patch_one(model: Any, site: str, places: list[int], columns: slice = slice(None)) -> float:
+    """A slow second way: one forward with a plain hook of torch's own."""
+    with torch.no_grad(), lp.Probe(model, site) as probe:
+        model(**CLEAN)
+    clean, found = probe[site], lp.sites(model, site)[0]
+
+    def put(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, places, columns] = clean[:, places, columns]
+        return value
+
+    module = model.get_submodule(found.module)
+    if found.takes == "input":
+        handle = module.register_forward_pre_hook(lambda _, args: (put(args[0]), *args[1:]))
+    else:
+        handle = module.register_forward_hook(
+            lambda _, __, output: (put(output[0]), *output[1:]) if isinstance(output, tuple) else put(output)
+        )
+    with handle, torch.no_grad():
+        return float(metric(model(**CORRUPT)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_every_position_of_every_site_is_what_one_patch_at_a_time_gives(tiny_bert: Any, batch_size: int) -> None:
+    before = look_at(tiny_bert)
+    found = lp.patching(
+        tiny_bert, CLEAN, CORRUPT, metric, ["embeddings", "layers.*", "layers.*.ffn.act"], batch_size=batch_size
+    )
+    assert look_at(tiny_bert) == before
+    assert found.positions == tuple(range(6)) and found.effects.shape == (len(found.sites), 6)
+    for row, site in enumerate(found.sites):
+        for place in range(6):
+            expected = patch_one(tiny_bert, site, [place]) - found.corrupt
+            # another batch is another matrix product: the last bits of float32
+            assert float(found.effects[row, place]) == pytest.approx(expected, abs=1e-5), (site, place)
+
+
+def test_every_head_is_what_one_patch_at_a_time_gives(tiny_bert: Any) -> None:
+    sites = ["layers.*.attention.context", "layers.1.attention.query"]
+    whole = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, sites, positions=False, heads=True, batch_size=5)
+    each = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, sites, positions=[2, -1], heads=True)
+    assert whole.effects.shape == (4, 4) and each.effects.shape == (4, 2, 4) and each.positions == (2, 5)
+    for row, site in enumerate(whole.sites):
+        for head in range(4):
+            columns = slice(8 * head, 8 * head + 8)
+            expected = patch_one(tiny_bert, site, list(range(6)), columns) - whole.corrupt
+            assert float(whole.effects[row, head]) == pytest.approx(expected, abs=1e-5)
+            expected = patch_one(tiny_bert, site, [5], columns) - each.corrupt
+            assert float(each.effects[row, 1, head]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_patching_all_of_a_layer_gives_cleans_metric(tiny_bert: Any) -> None:
+    found = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, ["embeddings", "layers.*"], positions=False)
+    assert found.clean != found.corrupt
+    # a batch of copies is another matrix product: the last bits of float32
+    assert found.normalised.tolist() == pytest.approx([1.0] * 4, abs=1e-4)
+    assert float(found.effects[-1]) == pytest.approx(found.clean - found.corrupt, abs=1e-6)
+
+
+def test_before_the_changed_word_is_read_only_its_place_matters(tiny_bert: Any) -> None:
+    found = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, ["embeddings", "layers.2"])
+    assert found.effects[0].nonzero().tolist() == [[2]]
+    assert found.effects[1].abs().argmax() == 4
+
+
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    """A small masked model, trained to copy the second token to the mask at the end."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = TINY | {"num_hidden_layers": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model: Any = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        ids = torch.randint(10, 40, (32, 6))
+        wanted = ids[:, 1].clone()
+        ids[:, 5] = 4
+        loss = nn.functional.cross_entropy(model(input_ids=ids).logits[:, 5], wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_attribution_correlates_with_exact_patching_on_a_trained_model(trained: Any) -> None:
+    clean, corrupt = ({"input_ids": torch.tensor([[20, token, 30, 31, 32, 4]])} for token in (15, 25))
+
+    def difference(output: Any) -> Tensor:
+        return output.logits[:, 5, 15] - output.logits[:, 5, 25]
+
+    options: Any = {"sites": ["embeddings", "layers.*"]}
+    before = [parameter.grad for parameter in trained.parameters()]
+    exact = lp.patching(trained, clean, corrupt, difference, **options)
+    estimate = lp.patching(trained, clean, corrupt, difference, **options, method="attribution")
+    assert exact.clean > 5 > -5 > exact.corrupt  # it has learnt to copy
+    # the word is at its place before the last layer, and at the mask after it
+    assert exact.normalised[0].argmax() == 1 and exact.normalised[-1].argmax() == 5
+    joined = torch.stack([exact.effects.flatten(), estimate.effects.flatten()])
+    assert float(torch.corrcoef(joined)[0, 1]) > 0.8
+    assert (estimate.clean, estimate.corrupt) == (exact.clean, exact.corrupt)
+    assert all(one is other.grad for one, other in zip(before, trained.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("sites", ["layers.*", "layers.*.attention.value"])
+def test_attribution_of_a_small_change_is_the_exact_effect(tiny_bert: Any, sites: str) -> None:
+    """A first-order term is exact in the limit: two texts a hair apart, in float64, without a weight that learns."""
+    model = tiny_bert.double().requires_grad_(False)
+    embeds = torch.randn(1, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    other = embeds + 1e-6 * torch.randn(1, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    clean, corrupt = {"inputs_embeds": other}, {"inputs_embeds": embeds}
+    heads = sites != "layers.*"
+    exact = lp.patching(model, clean, corrupt, metric, sites, heads=heads)
+    estimate = lp.patching(model, clean, corrupt, metric, sites, heads=heads, method="attribution")
+    assert exact.effects.shape == estimate.effects.shape
+    # what is left is of second order: a millionth of the effect
+    torch.testing.assert_close(estimate.effects, exact.effects, rtol=1e-3, atol=1e-10)
+
+
+def test_attribution_takes_two_forwards_and_one_backward(tiny_bert: Any) -> None:
+    calls: list[str] = []
+    handles = [
+        tiny_bert.register_forward_hook(lambda *_: calls.append("forward")),
+        tiny_bert.encoder.layer[0].register_full_backward_hook(lambda *_: calls.append("backward")),
+    ]
+    embeds = [torch.randn(1, 6, 32, requires_grad=True) for _ in range(2)]
+    clean, corrupt = ({"inputs_embeds": one} for one in embeds)
+    lp.patching(tiny_bert, clean, corrupt, metric, ["embeddings", "layers.*"], method="attribution")
+    for handle in handles:
+        handle.remove()
+    assert calls == ["forward", "forward", "backward"]
+
+
+def test_a_sweep_takes_as_many_forwards_as_batches(tiny_bert: Any) -> None:
+    sizes: list[int] = []
+    handle = tiny_bert.register_forward_hook(lambda _, __, output: sizes.append(len(output[0])))
+    lp.patching(tiny_bert, CLEAN, CORRUPT, metric, batch_size=8)
+    handle.remove()
+    assert sizes == [1, 1, 8, 8, 2]
+
+
+def test_padding_is_not_patched(tiny_bert: Any) -> None:
+    mask = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}
+    found = lp.patching(tiny_bert, {**CLEAN, **mask}, {**CORRUPT, **mask}, metric)
+    assert found.positions == (0, 1, 2, 3, 4)
+
+
+def test_effects_print_save_and_plot(tiny_bert: Any, tiny: Any, tmp_path: Path) -> None:
+    found = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, tokenizer=tiny.tokenizer)
+    assert found.tokens is not None
+    words = tiny.tokenizer.convert_ids_to_tokens(CLEAN["input_ids"][0].tolist())
+    other = tiny.tokenizer.convert_ids_to_tokens([40])[0]
+    assert found.tokens == (*words[:2], f"{words[2]}/{other}", *words[3:])
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["site", *found.tokens] and [line.split()[0] for line in lines[2:5]] == list(found.sites)
+    assert lines[-1].startswith(f"metric: clean {found.clean:.4g}, corrupt {found.corrupt:.4g}")
+    rows = list(csv.reader(found.to_csv(tmp_path / "effects.csv").splitlines()))
+    assert [[float(cell) for cell in row[1:]] for row in rows[1:]] == found.effects.tolist()
+    assert (tmp_path / "effects.csv").read_text(encoding="utf-8") == found.to_csv()
+    document = json.loads(found.to_json(tmp_path / "effects.json"))
+    assert torch.equal(torch.tensor(document["effects"], dtype=torch.float64), found.effects)
+    assert document["sites"] == list(found.sites) and document["clean"] == found.clean
+    pytest.importorskip("matplotlib")
+    found.plot(tmp_path / "effects.png")
+    assert (tmp_path / "effects.png").read_bytes().startswith(b"\x89PNG")
+    (image,) = found.plot().axes[0].images
+    assert torch.equal(torch.as_tensor(image.get_array().data), found.effects)
+    heads = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, "layers.*.attention.context", positions=False, heads=True)
+    assert str(heads).splitlines()[0].split()[1:3] == ["head", "0"]
+    assert heads.plot().axes[0].get_xlabel() == "head"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"metric": 3}, OptionError, "metric=3 is no function"),
+        ({"metric": lambda output: output.last_hidden_state}, CaptureError, r"the metric gave \(1, 6, 32\) for 1 rows"),
+        ({"metric": lambda _: 3.0}, CaptureError, "the metric gave float for 1 rows"),
+        ({"clean": {"input_ids": torch.ones(1, 5, dtype=torch.long)}}, OptionError, "of the same number of tokens"),
+        ({"clean": 3}, OptionError, "clean is int: give what the model is called with"),
+        ({"clean": {"x": torch.ones(1, 6)}, "corrupt": {"x": torch.ones(1, 6)}}, OptionError, r"clean has \['x'\]"),
+        ({"sites": "pooler"}, OptionError, "'pooler': it has no row per token"),
+        ({"sites": "layers.0.attention.weights"}, SiteError, "Edit 'layers.0.attention.context'"),
+        ({"heads": True}, OptionError, "'layers.0' by heads: it has none"),
+        ({"positions": [6]}, OptionError, r"positions=\[6\]: the texts have 6"),
+        ({"positions": []}, OptionError, r"positions=\[\]"),
+        ({"method": "guess"}, OptionError, "no method 'guess': use 'exact' or 'attribution'"),
+        ({"batch_size": 0}, OptionError, "batch_size=0"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(tiny_bert: Any, changes: Any, error: type[Exception], message: str) -> None:
+    options: Any = {"clean": CLEAN, "corrupt": CORRUPT, "metric": metric} | changes
+    with pytest.raises(error, match=message):
+        lp.patching(tiny_bert, **options)
+
+
+def test_masks_and_modes_that_do_not_fit_are_refused(tiny_bert: Any) -> None:
+    masks = [{"attention_mask": torch.tensor([[1, 1, 1, 1, 1, last]])} for last in (0, 1)]
+    with pytest.raises(OptionError, match="have other attention masks"):
+        lp.patching(tiny_bert, {**CLEAN, **masks[0]}, {**CORRUPT, **masks[1]}, metric)
+    with pytest.raises(OptionError, match="in training mode"):
+        lp.patching(tiny_bert.train(), CLEAN, CORRUPT, metric)
+
+
+def test_shares_of_no_difference_are_refused(tiny_bert: Any) -> None:
+    found = lp.patching(tiny_bert, CLEAN, CLEAN, metric, "layers.0")
+    with pytest.raises(OptionError, match="clean and corrupt both give"):
+        _ = found.normalised
