@@ -58,7 +58,8 @@ class Effects:
     def table(self, digits: int = 3) -> str:
         """Lay the effects out, a row per site (and head), a column per position."""
         headers, rows = self._rows()
-        rounded = [[round(cell, digits) if isinstance(cell, float) else cell for cell in row] for row in rows]
+        # what is rounded to nothing has no sign
+        rounded = [[round(cell, digits) + 0.0 if isinstance(cell, float) else cell for cell in row] for row in rows]
         end = f"metric: clean {self.clean:.4g}, corrupt {self.corrupt:.4g}; effects by {self.method} patching"
         return f"{format_table(headers, rounded)}\n{end}"
 
