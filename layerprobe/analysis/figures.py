@@ -131,7 +131,9 @@ def save_figure(figure: Any, path: str | Path | None) -> Any:
     path = check_suffix(path)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
     try:
-        figure.savefig(path, dpi=200, metadata=undated[path.suffix.lower()])
+        # the style says how a file is made, too
+        with styled():
+            figure.savefig(path, dpi=200, metadata=undated[path.suffix.lower()])
     except OSError as error:
         raise StoreError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from error
     return figure

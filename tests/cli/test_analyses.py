@@ -1,0 +1,92 @@
+"""diff, plot and check on the command line: what they print and write, and one line for each mistake."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from layerprobe.cli import main as cli
+from planting import plant
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process; gives exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["layerprobe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def acts(tmp_path: Path) -> Path:
+    maker = torch.Generator().manual_seed(0)
+    layers = {f"layers.{layer}": torch.randn(60, 8, generator=maker) for layer in range(3)}
+    return plant(tmp_path / "acts", layers, [6] * 10, fields=[{"label": one % 2} for one in range(10)])
+
+
+def refused(result: tuple[int, str, str], message: str) -> None:
+    code, _, said = result
+    assert code == 2 and said.startswith("layerprobe: ") and message in said and said.count("\n") == 1
+
+
+def test_diff_prints_a_table_and_writes_by_the_suffix(run: Run, acts: Path, tmp_path: Path) -> None:
+    code, printed, said = run("diff", acts, "-o", tmp_path / "diff.csv")
+    assert code == 0 and said == "" and "layers.0  layers.1" in printed
+    assert len((tmp_path / "diff.csv").read_text().splitlines()) == 3
+    options = ("--all-pairs", "--cosine", "zscored", "--max-rows", 40, "--seed", 3, "-q", "-s", "layers.*")
+    assert run("diff", acts, "-o", tmp_path / "diff.json", *options) == (0, "", "")
+    found = json.loads((tmp_path / "diff.json").read_text())
+    assert len(found["pairs"]) == 3 and found["cosine"] == "zscored" and found["seed"] == 3
+    assert run("diff", acts, "-o", tmp_path / "diff.pdf", "-q")[0] == 0
+    assert (tmp_path / "diff.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_check_prints_the_verdict_and_fails_on_rows_that_are_not_finite(run: Run, acts: Path, tmp_path: Path) -> None:
+    code, printed, said = run("check", acts, "--json", tmp_path / "check.json")
+    assert code == 0 and said == "" and printed.endswith("Nothing stands in the way of cosines.\n")
+    assert len(json.loads((tmp_path / "check.json").read_text())["sites"]) == 3
+    rows = torch.full((20, 4), 1.0)
+    rows[3] = float("nan")
+    code, printed, _ = run("check", plant(tmp_path / "bad", {"layers.0": rows}, [5] * 4))
+    assert code == 1 and "1 row of 20 not finite" in printed
+
+
+def test_plot_draws_points_and_attention(run: Run, acts: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    code, printed, said = run("plot", acts, "-o", tmp_path / "layers.png", "--max-points", 9, "--shared")
+    assert code == 0 and said == "" and "9 of 10 points, pca, coloured by label" in printed
+    assert printed.endswith(f"wrote {tmp_path / 'layers.png'}\n") and (tmp_path / "layers.png").exists()
+    source = tmp_path / "texts.txt"
+    source.write_text("the quick fox\n", encoding="utf-8")
+    weights = ("-s", "layers.0.attention.weights")
+    run("extract", tiny_model_folder, source, "-o", tmp_path / "maps", *weights, "-q")
+    code, printed, _ = run("plot", tmp_path / "maps", "-o", tmp_path / "maps.svg", "--attention", 0, *weights)
+    assert code == 0 and (tmp_path / "maps.svg").exists()
+    assert "head 3" in (tmp_path / "maps.svg").read_text(encoding="utf-8")
+
+
+def test_mistakes_are_one_line_and_write_nothing(run: Run, acts: Path, tmp_path: Path) -> None:
+    refused(run("diff", acts, "-o", tmp_path / "diff.xlsx"), "'.xlsx' is not .csv, .json, .png, .svg, .pdf")
+    refused(run("diff", acts, "--cosine", "soft"), "cosine='soft': use raw, centred, zscored")
+    refused(run("plot", acts, "-o", tmp_path / "a.png", "--color", "genre"), "no record in")
+    refused(run("plot", acts, "-o", tmp_path / "a.png", "--attention", 0), "no attention weights in")
+    refused(
+        run("plot", acts, "-o", tmp_path / "a.png", "--attention", 0, "--method", "tsne", "--color", "norm"),
+        "--color, --method with --attention: a map of weights has no points",
+    )
+    refused(
+        run("plot", acts, "-o", tmp_path / "a.png", "--attention", 0, "-s", "layers.0", "-s", "layers.1"),
+        "--attention with 2 sites: one picture holds the heads of one",
+    )
+    refused(run("check", tmp_path / "none"), "does not exist")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["acts"]

@@ -1,0 +1,251 @@
+"""Pictures: what is drawn, what is written on it, and what is refused."""
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import layerprobe as lp
+from layerprobe.errors import (
+    InputError,
+    MissingExample,
+    NonFiniteError,
+    OptionError,
+    SiteError,
+    StoreError,
+)
+from layerprobe.models import LoadedModel
+from planting import plant
+
+LENGTHS = [3, 5, 1, 4, 7] * 6
+FIELDS = [{"label": "red" if one % 3 else "blue", "year": 1900 + one} for one in range(30)]
+
+
+def draw(seed: int = 0, count: int = sum(LENGTHS)) -> Tensor:
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    layers = {"embeddings": draw(), "layers.0": draw(1), "layers.1": draw(2)}
+    return lp.open(plant(tmp_path / "acts", layers, LENGTHS, fields=FIELDS))
+
+
+def words(figure: Any) -> str:
+    """Everything that is written on a figure."""
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_a_picture_is_written_by_its_suffix_the_same_each_time(
+    store: Any, tmp_path: Path, suffix: str, start: bytes
+) -> None:
+    written = []
+    for number in range(2):
+        lp.plot(store, tmp_path / f"{number}{suffix}")
+        written.append((tmp_path / f"{number}{suffix}").read_bytes())
+    assert written[0].startswith(start) and written[0] == written[1]
+
+
+def test_one_panel_a_layer_says_what_it_keeps_and_draws_every_point(store: Any) -> None:
+    picture = lp.plot(store, site=["embeddings", "layers.*"])
+    assert [panel.site for panel in picture.panels] == ["embeddings", "layers.0", "layers.1"]
+    assert picture.color == "label" and picture.positions is None and picture.num_all == 30
+    text = words(picture.figure)
+    for panel in picture.panels:
+        assert f"{panel.site}\n{panel.variance:.0%} of variance, trust {panel.trust:.2f}" in text
+    assert "30 examples; PCA; each layer turned onto the one before" in text
+    panels = picture.figure.axes[:3]
+    for axes, panel in zip(panels, picture.panels, strict=True):
+        drawn = np.concatenate([np.asarray(points.get_offsets()) for points in axes.collections])
+        assert sorted(map(tuple, drawn)) == sorted(map(tuple, panel.points.numpy()))
+
+
+def test_categories_have_their_own_colour_and_sign_and_stand_in_the_legend(store: Any) -> None:
+    figure = lp.plot(store, site="layers.0").figure
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["red", "blue"]  # the more frequent first
+    assert legend.get_title().get_text() == "label"
+    handles = legend.legend_handles
+    assert len({handle.get_color() for handle in handles}) == len({handle.get_marker() for handle in handles}) == 2
+    by_color = {
+        tuple(points.get_facecolor()[0][:3]): len(points.get_offsets()) for points in figure.axes[0].collections
+    }
+    assert sorted(by_color.values()) == [10, 20]
+
+
+def test_the_examples_drawn_are_pooled_as_asked(store: Any) -> None:
+    for pool in ("mean", "max", "cls", "last"):
+        (panel,) = lp.plot(store, site="layers.0", pool=pool).panels
+        rows = store["layers.0"].pooled(pool).double().numpy()
+        singular = np.linalg.svd(rows - rows.mean(0), compute_uv=False)
+        assert panel.variance == pytest.approx((singular[:2] ** 2).sum() / (singular**2).sum(), rel=1e-5)  # float32
+
+
+@pytest.mark.parametrize("color", ["position", "norm"])
+def test_rows_are_coloured_by_number(store: Any, color: str) -> None:
+    picture = lp.plot(store, site="layers.0", color=color)
+    assert picture.positions is not None and len(picture.examples) == picture.num_all == 120
+    points = picture.figure.axes[0].collections[0]
+    view = store["layers.0"]
+    expected = [
+        float(view[example][position].double().norm()) if color == "norm" else position
+        for example, position in zip(picture.examples, picture.positions, strict=True)
+    ]
+    assert points.get_array().tolist() == pytest.approx(expected)
+    assert color in words(picture.figure)
+
+
+def test_a_field_of_many_numbers_is_a_scale(store: Any) -> None:
+    picture = lp.plot(store, site="layers.0", color="year")
+    found = picture.figure.axes[0].collections[0].get_array().tolist()
+    assert found == [1900 + example for example in picture.examples] and not picture.figure.legends
+
+
+def test_more_than_seven_categories_share_a_grey_rest(tmp_path: Path) -> None:
+    fields = [{"kind": f"kind {max(0, one - 20)}"} for one in range(30)]
+    folder = plant(tmp_path / "acts", {"layers.0": draw()}, LENGTHS, fields=fields)
+    texts = [text.get_text() for text in lp.plot(folder, color="kind").figure.legends[0].get_texts()]
+    assert texts[0] == "kind 0" and texts[-1] == "other" and len(texts) == 8
+
+
+def test_thinning_is_by_the_seed_and_said_in_the_figure(store: Any) -> None:
+    one, same, other = (lp.plot(store, site="layers.0", color="norm", max_points=50, seed=seed) for seed in (1, 1, 2))
+    assert one.examples == same.examples != other.examples and len(one.examples) == 50
+    assert "50 rows drawn at random of 120" in words(one.figure)
+
+
+def test_a_hundred_thousand_rows_are_thinned(tmp_path: Path) -> None:
+    rows = torch.randn(100_000, 4, generator=torch.Generator().manual_seed(0))
+    folder = plant(tmp_path / "acts", {"layers.0": rows}, [10] * 10_000)
+    picture = lp.plot(folder, tmp_path / "layers.png", color="position")
+    assert len(picture.examples) == 10_000
+    assert "10,000 rows drawn at random of 100,000" in words(picture.figure)
+
+
+def test_tokens_are_named_by_the_store(tiny: LoadedModel, tmp_path: Path) -> None:
+    store = lp.extract(
+        tiny.model, ["the quick fox", "the lazy dog", "the fox"], tmp_path / "acts", tokenizer=tiny.tokenizer
+    )
+    picture = lp.plot(store, color="token")
+    assert "the" in [text.get_text() for text in picture.figure.legends[0].get_texts()]
+    assert [panel.trust for panel in picture.panels] == [None] * 3  # too few points
+
+
+def test_labels_from_the_data_are_text_and_no_mathematics(tmp_path: Path) -> None:
+    fields = [{"label": "_hidden" if one % 2 else r"$\frac{1}$ <b>"} for one in range(30)]
+    folder = plant(tmp_path / "acts", {"layers.0": draw()}, LENGTHS, fields=fields)
+    figure = lp.plot(folder, tmp_path / "layers.svg").figure
+    texts = [text.get_text().strip("\u200b") for text in figure.legends[0].get_texts()]
+    assert sorted(texts) == [r"\$\frac{1}\$ <b>", "_hidden"]
+    assert "&lt;b&gt;" in (tmp_path / "layers.svg").read_text(encoding="utf-8")
+
+
+def test_a_picture_is_written_as_numbers_too(store: Any, tmp_path: Path) -> None:
+    picture = lp.plot(store, color="position", site="layers.*")
+    assert "120 of 120 points, pca, coloured by position" in str(picture)
+    rows = list(csv.DictReader(picture.to_csv(tmp_path / "points.csv").read_text().splitlines()))
+    assert len(rows) == 240 and float(rows[121]["x"]) == float(picture.panels[1].points[1, 0])
+    said = json.loads(picture.to_json(tmp_path / "points.json").read_text())
+    assert said["panels"][0]["points"] == picture.panels[0].points.tolist() and said["method"] == "pca"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"color": "genre"}, OptionError, "color='genre': no record in"),
+        ({"color": "token"}, OptionError, "has no tokenizer to name them"),
+        ({"color": "token", "points": "examples"}, OptionError, "color='token' belongs to rows"),
+        ({"points": "lines"}, OptionError, "points='lines': use rows or examples"),
+        ({"points": "rows", "pool": "cls"}, OptionError, "pool='cls' makes examples of rows"),
+        ({"pool": "sum"}, OptionError, "pool='sum': use mean, max, cls, last"),
+        ({"method": "lda"}, OptionError, "method='lda': use pca, tsne, umap"),
+        ({"max_points": 2}, OptionError, "max_points is 2: it must be a whole number of at least 3"),
+        ({"site": "layers.9"}, SiteError, "layers.9"),
+        ({"path": "layers.bmp"}, OptionError, "'.bmp' is not .png, .svg, .pdf"),
+        ({"path": "none/layers.png"}, StoreError, "there is no folder none"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(
+    store: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        lp.plot(store, **options)
+
+
+def test_pooled_stores_have_no_rows_to_draw(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "acts", {"layers.0": draw(count=30)}, [1] * 30, pool="mean")
+    assert len(lp.plot(folder).examples) == 30
+    refused: list[dict[str, Any]] = [{"color": "position"}, {"points": "rows"}]
+    for options in refused:
+        with pytest.raises(OptionError, match="has one vector per example, pooled by mean, and no row per token"):
+            lp.plot(folder, **options)
+    with pytest.raises(OptionError, match=r"pool='cls': .* was pooled already, by mean"):
+        lp.plot(folder, pool="cls")
+
+
+def test_points_that_say_nothing_are_refused(tmp_path: Path) -> None:
+    rows = draw()
+    rows[torch.tensor([0, *LENGTHS[:-1]]).cumsum(0)] = 1.0
+    folder = plant(tmp_path / "acts", {"embeddings": rows}, LENGTHS)
+    with pytest.raises(
+        OptionError, match=r"all 30 points are the same. the first token's vector there does not depend"
+    ):
+        lp.plot(folder, site="embeddings", pool="cls")
+    rows[8] = float("nan")
+    folder = plant(tmp_path / "nan", {"layers.0": rows}, LENGTHS)
+    with pytest.raises(NonFiniteError, match=r"'layers.0' in .*: example 2 is not finite"):
+        lp.plot(folder, points="examples")
+    folder = plant(tmp_path / "few", {"layers.0": rows[:2]}, [1, 1], shards=1)
+    with pytest.raises(InputError, match="it has 2 examples; three are the least"):
+        lp.plot(folder, points="examples")
+
+
+@pytest.fixture
+def attention(tiny: LoadedModel, tmp_path: Path) -> Any:
+    sites = ["layers.0", "layers.*.attention.weights"]
+    texts = ["the quick fox", "the " * 60]
+    return lp.extract(tiny.model, texts, tmp_path / "attention", sites=sites, tokenizer=tiny.tokenizer)
+
+
+def test_attention_maps_show_the_stored_weights_by_head(attention: Any, tmp_path: Path) -> None:
+    figure = lp.plot_attention(attention, 0, tmp_path / "maps.png", site="layers.1.attention.weights")
+    assert (tmp_path / "maps.png").exists()
+    weights = attention["layers.1.attention.weights"][0]
+    panels = [axes for axes in figure.axes if axes.get_title().startswith("head")]
+    assert [axes.get_title() for axes in panels] == [f"head {head}" for head in range(4)]
+    for head, axes in enumerate(panels):
+        assert np.array_equal(axes.images[0].get_array(), weights[head].numpy())
+    assert [mark.get_text() for mark in panels[0].get_yticklabels()] == attention.example(0).tokens
+
+
+def test_a_long_examples_tokens_are_thinned_and_it_is_said(attention: Any) -> None:
+    figure = lp.plot_attention(attention, 1, heads=[2])
+    axes = next(axes for axes in figure.axes if axes.get_title() == "head 2")
+    marks = axes.get_yticks()
+    assert axes.images[0].get_array().shape == (62, 62) and len(marks) < 40
+    assert f"one token in {marks[1] - marks[0]} is named" in " ".join(words(figure).split())
+
+
+def test_attention_that_is_not_there_is_refused(attention: Any, store: Any) -> None:
+    with pytest.raises(
+        SiteError, match=r"no attention weights in .*Extract with --sites 'layers.\*.attention.weights'"
+    ):
+        lp.plot_attention(store, 0)
+    with pytest.raises(
+        OptionError, match=r"'layers.0' holds no attention weights: layers.0.attention.weights, layers.1"
+    ):
+        lp.plot_attention(attention, 0, site="layers.0")
+    with pytest.raises(OptionError, match=r"heads=\[4\]: .* has heads 0 to 3"):
+        lp.plot_attention(attention, 0, heads=[4])
+    with pytest.raises(MissingExample, match="no example 7"):
+        lp.plot_attention(attention, 7)
