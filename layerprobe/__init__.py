@@ -4,6 +4,7 @@ The door: it re-exports and holds no logic. Importing it loads neither transform
 """
 
 from layerprobe.analysis.check import check
+from layerprobe.analysis.classify import classify
 from layerprobe.analysis.differences import differences
 from layerprobe.capture.calls import Sink
 from layerprobe.capture.probe import Probe
@@ -13,15 +14,18 @@ from layerprobe.edit.making import ablate, clamp, noise, patch, project_out, rep
 from layerprobe.edit.patching import patching
 from layerprobe.edit.where import token_ids
 from layerprobe.extract.audit import audit
+from layerprobe.extract.classifier import load_classifier
+from layerprobe.extract.depth import depth_profile
 from layerprobe.extract.run import extract
+from layerprobe.extract.untrained import extract_untrained
 from layerprobe.models import load_model
 from layerprobe.report.plots import plot, plot_attention
 from layerprobe.sites.anatomy import Anatomy, register_architecture
 from layerprobe.sites.resolve import sites
 from layerprobe.store.datasets import ExampleDataset, RowDataset
 from layerprobe.store.export import export
-from layerprobe.store.progress import read_status as status
 from layerprobe.store.merge import merge
+from layerprobe.store.progress import read_status as status
 from layerprobe.store.reader import open_store as open
 from layerprobe.store.verify import verify
 from layerprobe.version import __version__
@@ -38,10 +42,14 @@ __all__ = [
     "audit",
     "check",
     "clamp",
+    "classify",
+    "depth_profile",
     "differences",
     "edit",
     "export",
     "extract",
+    "extract_untrained",
+    "load_classifier",
     "load_model",
     "merge",
     "noise",

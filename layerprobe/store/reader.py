@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from layerprobe.errors import FormatError, SiteError, StoreError
+from layerprobe.errors import FormatError, OptionError, SiteError, StoreError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import Columns, match_sites, open_dataset
 from layerprobe.store.difference import Difference, pair_depth
@@ -298,6 +298,29 @@ class Store:
         names = match_sites(sites, self.sites, str(self.place))
         columns = Columns(tuple(self._catalog.sites[name] for name in names), tokens=self.id_to_tokens)
         return open_dataset(self.iter_shards, columns, self.fingerprint, cache)
+
+    def token_offsets(self, ordinal: int) -> list[tuple[int, int]]:
+        """Find the characters of an example's text that each of its tokens stands for; (0, 0) for special ones.
+
+        Raises:
+            MissingExample: it is not in the store, or not in it yet.
+            OptionError: the store keeps no tokenizer or no text, or its tokenizer cuts it into other ids.
+        """
+        shard, ordinal = self._catalog.find(ordinal)
+        text = read_record(shard, ordinal, self.place.label(shard.header.file)).get("text")
+        if self._vocabulary is None or text is None:
+            lacks = "text" if text is None else "tokenizer"
+            raise OptionError(
+                f"characters of example {ordinal} of {self.place}: the store keeps no {lacks}. "
+                "Stores of layerprobe.extract keep both."
+            )
+        found = self._vocabulary.offsets(text, self.input_ids(ordinal))
+        if found is None:
+            raise OptionError(
+                f"characters of example {ordinal} of {self.place}: its tokenizer cuts the text into other ids. "
+                "Extract it again."
+            )
+        return found
 
     @property
     def id_to_tokens(self) -> Callable[[Tensor], list[str]] | None:

@@ -113,6 +113,20 @@ class Vocabulary:
         tokens = (self._names.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None for token_id in ids.tolist())
         return ["" if token is None else token for token in tokens]
 
+    def offsets(self, text: str, ids: Tensor) -> list[tuple[int, int]] | None:
+        """Find the characters of a text that each of its tokens stands for; nothing, (0, 0), for special tokens.
+
+        Returns:
+            First character and the one after the last, for each id; None where the text is not cut into these ids.
+        """
+        encoding = self._tokenizer.encode(text)
+        if len(encoding.ids) > len(ids):
+            limited = _load(self._label, self._data)
+            limited.no_padding()
+            limited.enable_truncation(max_length=len(ids))
+            encoding = limited.encode(text)
+        return list(encoding.offsets) if encoding.ids == ids.tolist() else None
+
     def id_of(self, token: str) -> int:
         """Find a token's id.
 

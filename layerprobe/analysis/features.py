@@ -1,0 +1,164 @@
+"""The vectors that are classified: one site, the last four joined or averaged, or a learned mix of all layers.
+
+Read site by site, so that no more than the asked items is ever in memory. An item without rows, or with a value that is
+not finite, is refused by name.
+
+Hides shards and pools. Must never know of labels' names or of scikit-learn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.analysis.splits import DEV, TRAIN
+from layerprobe.analysis.tasks import Task
+from layerprobe.errors import NonFiniteError, OptionError
+from layerprobe.store.reader import Store
+from layerprobe.store.shards import ScaledRows
+
+__all__ = ["POOLS", "Feature", "average_of", "joined_of", "learn_mix", "read_site", "single_of"]
+
+POOLS = ("mean", "max", "cls", "last")
+_EPOCHS = 40
+_PATIENCE = 6
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Feature:
+    """How an item's vector is made of sites.
+
+    Args:
+        name: What it is called in results.
+        sites: The sites.
+        factors: What each is multiplied by before they are added; None to join them end to end.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    factors: tuple[float, ...] | None
+
+    def combine(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Make vectors of those of the sites, `[n, D]` each."""
+        if len(values) == 1:
+            return values[0]
+        if self.factors is None:
+            return np.concatenate(values, axis=1)
+        total = np.zeros(values[0].shape, dtype=np.float64)
+        for factor, value in zip(self.factors, values, strict=True):
+            total += factor * value
+        return total
+
+
+def single_of(site: str) -> Feature:
+    """Take one site."""
+    return Feature(site, (site,), (1.0,))
+
+
+def joined_of(sites: Sequence[str]) -> Feature:
+    """Join sites end to end."""
+    return Feature(f"last{len(sites)}:joined", tuple(sites), None)
+
+
+def average_of(sites: Sequence[str]) -> Feature:
+    """Average sites."""
+    return Feature(f"last{len(sites)}:averaged", tuple(sites), (1 / len(sites),) * len(sites))
+
+
+def read_site(store: Store, site: str, task: Task, pool: str | None) -> np.ndarray:
+    """Read the vector of each item at a site, float32 `[n, D]`.
+
+    Args:
+        store: The store.
+        site: A site with a row per token, or with a vector per example if the items are examples.
+        task: The items.
+        pool: How an example's rows become one vector.
+
+    Raises:
+        OptionError: a vector per example where rows are needed, or another pool than the store's.
+        NonFiniteError: an item is not finite, by name.
+    """
+    view = store[site]
+    if view.kind == "attention":
+        raise OptionError(f"{site!r} is one matrix per head and has no rows. Classify by another site.")
+    if task.spans is not None and view.kind != "token":
+        raise OptionError(
+            f"labels {task.name!r} belong to {task.kind}: {site!r} in {store.place} has one vector per example, pooled "
+            f"by {store.pool}, and no row per token. Extract it again without a pool."
+        )
+    out = np.empty((len(task.examples), view.width), dtype=np.float32)
+    if task.spans is None:
+        ordinals = np.fromiter(store.ordinals(), dtype=np.int64)
+        wanted, first, row = np.searchsorted(ordinals, task.examples), 0, 0
+        for vectors in view.iter_pooled(pool if view.kind == "token" else None):
+            own = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(vectors))] - first
+            out[row : row + len(own)] = vectors.numpy()[own]
+            first, row = first + len(vectors), row + len(own)
+    else:
+        known, rows = -1, torch.empty(0, 0)
+        for place, (ordinal, (start, stop)) in enumerate(zip(task.examples.tolist(), task.spans.tolist(), strict=True)):
+            if ordinal != known:
+                rows, known = cast(Tensor | ScaledRows, view[ordinal]).float(), ordinal
+            out[place] = rows[start:stop].mean(0).numpy()
+    is_bad = ~np.isfinite(out).all(1)
+    if is_bad.any():
+        raise NonFiniteError(
+            f"{site!r} in {store.place}: example {int(task.examples[is_bad][0])} is not finite or has no rows "
+            f"({int(is_bad.sum()):,} items in all), and nothing is fitted on it. Leave the site or the example out; "
+            "'layerprobe check' counts such rows."
+        )
+    return out
+
+
+def learn_mix(values: Sequence[np.ndarray], sites: Sequence[str], task: Task, seed: int) -> tuple[Feature, np.ndarray]:
+    """Learn how much of each layer a linear classifier wants: one weight a layer, softmax, beside the classifier.
+
+    Every layer is centred and brought to a root mean square of 1 on train first, so that weights compare.
+
+    Returns:
+        The mix, its factors for raw vectors; and the weights, which sum to 1.
+
+    Source: Peters et al. 2018 (ELMo), eq. 1; as a probe, Tenney et al. 2019, section 3.2.
+    """
+    scales, parts = [], []
+    train = task.sides == TRAIN
+    for value in values:
+        mean = value[train].mean(0)
+        scale = float(np.sqrt(np.square(value[train] - mean).mean())) or 1.0
+        scales.append(scale)
+        parts.append(torch.from_numpy((value - mean) / scale))
+    stacked_LND = torch.stack(parts)
+    labels = torch.from_numpy(task.labels)
+    maker = torch.Generator().manual_seed(seed)
+    mix = torch.zeros(len(parts), requires_grad=True)
+    weights_DK = torch.zeros(stacked_LND.shape[2], len(task.classes), requires_grad=True)
+    bias_K = torch.zeros(len(task.classes), requires_grad=True)
+    optimizer = torch.optim.Adam(
+        [{"params": [mix], "lr": 0.05}, {"params": [weights_DK, bias_K], "lr": 0.01, "weight_decay": 1e-3}]
+    )
+
+    def loss_of(places: Tensor) -> Tensor:
+        mixed_ND = torch.einsum("l,lnd->nd", mix.softmax(0), stacked_LND[:, places])
+        return torch.nn.functional.cross_entropy(mixed_ND @ weights_DK + bias_K, labels[places])
+
+    own, dev = torch.from_numpy(np.flatnonzero(train)), torch.from_numpy(np.flatnonzero(task.sides == DEV))
+    best, kept, waited = float("inf"), mix.detach().softmax(0), 0
+    for _ in range(_EPOCHS):
+        for batch in own[torch.randperm(len(own), generator=maker)].split(_BATCH):
+            optimizer.zero_grad()
+            loss_of(batch).backward()
+            optimizer.step()
+        with torch.no_grad():
+            loss = float(loss_of(dev))
+        waited += 1
+        if loss < best:
+            best, kept, waited = loss, mix.detach().softmax(0), 0
+        if waited >= _PATIENCE:
+            break
+    shares = kept.double().numpy()
+    factors = tuple(float(share / scale) for share, scale in zip(shares, scales, strict=True))
+    return Feature("mix", tuple(sites), factors), shares

@@ -1,0 +1,117 @@
+"""A probe that is kept: weights, classes, and what its vectors are made of, as safetensors and JSON.
+
+`probe.safetensors` holds weights and bias, `probe.json` the rest. A folder of a stranger is read within bounds and
+nothing in it is run.
+
+Must never know of models; from text to classes leads `layerprobe.load_classifier`.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerprobe.analysis.features import Feature
+from layerprobe.analysis.probing import LinearProbe
+from layerprobe.errors import FormatError, StoreError
+from layerprobe.store.guard import SMALL, brief, parse_json, read_inside
+
+__all__ = ["KeptProbe", "load_probe"]
+
+_FORMAT = "layerprobe-probe/1"
+_SAID, _ARRAYS = "probe.json", "probe.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class KeptProbe:
+    """A classifier of vectors, with what it takes to make them.
+
+    Args:
+        linear: The weights.
+        feature: Which sites, and how they become one vector.
+        classes: The labels, by number.
+        kind: `examples`, `tokens` or `spans`.
+        pool: How an example's rows become one vector; None for tokens and spans.
+        max_length: The longest text in tokens; None for the model's limit.
+        model: What the store says of the model.
+    """
+
+    linear: LinearProbe
+    feature: Feature
+    classes: tuple[Any, ...]
+    kind: str
+    pool: str | None
+    max_length: int | None
+    model: dict[str, Any]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the probe into a folder, which is made; what it holds under these names is replaced.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        from safetensors.numpy import save_file
+
+        folder = Path(folder)
+        said = {
+            "format": _FORMAT,
+            "feature": asdict(self.feature),
+            "classes": list(self.classes),
+            "kind": self.kind,
+            "pool": self.pool,
+            "max_length": self.max_length,
+            "model": self.model,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            arrays = {"weights": self.linear.weights, "bias": self.linear.bias}
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / _ARRAYS)
+            (folder / _SAID).write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise StoreError(
+                f"{folder}: cannot be written ({error.strerror or error}). Choose another folder."
+            ) from error
+        return folder
+
+
+def load_probe(folder: str | Path) -> KeptProbe:
+    """Read what `save` wrote.
+
+    Raises:
+        StoreError: there is none.
+        FormatError: it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    folder = Path(folder)
+    if not (folder / _SAID).is_file() or not (folder / _ARRAYS).is_file():
+        raise StoreError(f"no classifier in {folder}: it has no {_SAID} and {_ARRAYS}. Keep one with probe.save().")
+    try:
+        said = parse_json(read_inside(folder, _SAID, SMALL.num_bytes), SMALL)
+        arrays = load_file(folder / _ARRAYS)
+        if said["format"] != _FORMAT:
+            raise ValueError(f"format {said['format']!r} is not {_FORMAT!r}")
+        feature = said["feature"]
+        factors = feature["factors"]
+        probe = KeptProbe(
+            LinearProbe(arrays["weights"], arrays["bias"]),
+            Feature(
+                str(feature["name"]),
+                tuple(map(str, feature["sites"])),
+                None if factors is None else tuple(map(float, factors)),
+            ),
+            tuple(said["classes"]),
+            str(said["kind"]),
+            said["pool"],
+            said["max_length"],
+            dict(said["model"]),
+        )
+        shape = probe.linear.weights.shape
+        if len(shape) != 2 or probe.linear.bias.shape != shape[:1] or len(probe.classes) != shape[0]:
+            raise ValueError(f"{len(probe.classes)} classes, weights {list(shape)}")
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise FormatError(f"{folder}: is not a whole classifier ({brief(error)}). Keep it again.") from error
+    return probe

@@ -1,0 +1,279 @@
+"""What is to be classified: items with a label each, where their rows lie, and the side that each is on.
+
+An item is an example, a token, or a span of characters whose pieces are averaged. Labels, spans, splits and groups come
+from fields of the records, or as sequences, one value per example.
+
+Hides records and tokenizers. Must never know of values or classifiers.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from layerprobe.analysis.splits import SIDES, TEST, TRAIN, split_by_field, split_by_group
+from layerprobe.errors import InputError, OptionError
+from layerprobe.store.reader import Store
+from layerprobe.store.records import read_record
+
+__all__ = ["Task", "make_task", "read_records"]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Items to classify.
+
+    Args:
+        name: What the labels are.
+        kind: `examples`, `tokens` or `spans`.
+        classes: The labels that come, by number.
+        labels: int64 `[n]`, the number of each item's label.
+        sides: int8 `[n]`, 0 train, 1 dev, 2 test.
+        examples: int64 `[n]`, the ordinal of each item's example, rising.
+        spans: int64 `[n, 2]`, its rows in the example, the last excluded; None for whole examples.
+        types: Of each item, what a random label hangs on: its token ids.
+        words: Of each item, its text; where there is none, its token ids.
+        notes: What to know of the task, in sentences.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[Any, ...]
+    labels: np.ndarray
+    sides: np.ndarray
+    examples: np.ndarray
+    spans: np.ndarray | None
+    types: list[Hashable]
+    words: list[str]
+    notes: tuple[str, ...]
+
+    def count(self, side: int) -> int:
+        """Count the items of a side."""
+        return int((self.sides == side).sum())
+
+
+def make_task(
+    store: Store,
+    labels: str | Sequence[Any],
+    *,
+    span: tuple[str, str] | None = None,
+    split: str | Sequence[Any] | None = None,
+    group: str | Sequence[Any] | None = None,
+    max_examples: int | None = None,
+    seed: int = 0,
+) -> Task:
+    """Make the items of a store.
+
+    Args:
+        store: The store.
+        labels: A field, or a value per example. A list of values per example makes tokens: one per row, None for rows
+            that have no label.
+        span: Fields of the first character and the one after the last, or lists of them beside lists of labels.
+        split: Field, or values, that say train, dev or test.
+        group: Field, or values, whose examples stay on one side.
+        max_examples: The most examples to take, drawn at random; None for all.
+        seed: Of every draw.
+
+    Raises:
+        InputError: labels are missing or of no use.
+        OptionError: no record has the field, or two options do not go together.
+    """
+    if split is not None and group is not None:
+        raise OptionError("split and group: both say which side an example is on. Use one of the two.")
+    if not len(store):
+        raise InputError(f"labels for {store.place}: it has no examples. Extract some first.")
+    ordinals = np.fromiter(store.ordinals(), dtype=np.int64)
+    places, notes = np.arange(len(ordinals)), []
+    if max_examples is not None and len(ordinals) > max_examples:
+        places = np.sort(np.random.default_rng([seed, 0]).permutation(len(ordinals))[:max_examples])
+        notes.append(f"{max_examples:,} of {len(ordinals):,} examples, drawn at random.")
+    records = read_records(store, ordinals[places])
+    name = labels if isinstance(labels, str) else "labels"
+    given = _column(store, records, places, "labels", labels)
+    items = _find_items(store, ordinals[places], records, given, name, span)
+    ids = [tuple(store.input_ids(int(ordinal)).tolist()) for ordinal in ordinals[places]]
+    keys: list[Hashable] = list(ids)
+    if group is not None:
+        keys = [_need_hashable("group", value) for value in _column(store, records, places, "group", group)]
+    firsts = _main_labels(items, len(places))
+    if split is not None:
+        sides = split_by_field(_column(store, records, places, "split", split), firsts, keys, seed)
+    else:
+        sides = split_by_group(keys, firsts, seed)
+    if num_shared := _count_shared(ids, sides):
+        notes.append(f"{num_shared:,} examples of test have the same tokens as one of train.")
+    numbers = np.array([item[0] for item in items])
+    classes, labelled = _number_labels(name, [item[1] for item in items], sides[numbers])
+    is_whole = items[0][2] is None
+    texts = [record.get("text") for record in records]
+    types, words = [], []
+    for number, _, rows in items:
+        own = ids[number] if rows is None else ids[number][rows[0] : rows[1]]
+        types.append(own)
+        words.append(_name_item(store, own, texts[number], is_whole))
+    return Task(
+        name=name,
+        kind="examples" if is_whole else "spans" if span is not None else "tokens",
+        classes=classes,
+        labels=labelled,
+        sides=sides[numbers],
+        examples=ordinals[places][numbers],
+        spans=None if is_whole else np.array([item[2] for item in items], dtype=np.int64),
+        types=types,
+        words=words,
+        notes=tuple(notes),
+    )
+
+
+_Item = tuple[int, Any, tuple[int, int] | None]
+
+
+def read_records(store: Store, ordinals: np.ndarray) -> list[dict[str, Any]]:
+    """Read the records of examples, `{"text": ..., "fields": {...}}`, without a look at any site."""
+    catalog = store[store.sites[0]].catalog
+    found = []
+    for ordinal in ordinals.tolist():
+        shard, _ = catalog.find(ordinal)
+        found.append(read_record(shard, ordinal, store.place.label(shard.header.file)))
+    return found
+
+
+def _column(
+    store: Store, records: list[dict[str, Any]], places: np.ndarray, what: str, given: str | Sequence[Any]
+) -> list[Any]:
+    """Find a value for each example: its field, or its place in a sequence."""
+    if isinstance(given, str):
+        if not any(given in record.get("fields", {}) for record in records):
+            known = sorted({field for record in records for field in record.get("fields", {})})
+            raise OptionError(
+                f"{what} {given!r}: no record in {store.place} has such a field: they have "
+                f"{', '.join(known) or 'none'}. Extract records that have it, or give a sequence."
+            )
+        values = [record.get("fields", {}).get(given) for record in records]
+    else:
+        if len(given) != len(store):
+            raise OptionError(f"{what}: {len(given):,} values for the {len(store):,} examples of {store.place}.")
+        values = [_unwrap(given[place]) for place in places.tolist()]
+    missing = [place for place, value in enumerate(values) if value is None]
+    if missing:
+        first = list(store.ordinals())[int(places[missing[0]])]
+        raise InputError(
+            f"{what} {given if isinstance(given, str) else 'given'!r}: {len(missing):,} of {len(values):,} examples "
+            f"have none, the first is example {first}. Give each one, or extract only those that have one."
+        )
+    return values
+
+
+def _unwrap(value: Any) -> Any:
+    """Take a number out of numpy or torch."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _find_items(
+    store: Store,
+    ordinals: np.ndarray,
+    records: list[dict[str, Any]],
+    labels: list[Any],
+    name: str,
+    span: tuple[str, str] | None,
+) -> list[_Item]:
+    if span is not None:
+        return _find_spans(store, ordinals, records, labels, span)
+    is_list = [isinstance(value, (list, tuple)) for value in labels]
+    if not any(is_list):
+        return [(number, value, None) for number, value in enumerate(labels)]
+    items: list[_Item] = []
+    for number, (ordinal, values) in enumerate(zip(ordinals.tolist(), labels, strict=True)):
+        length = len(store.input_ids(ordinal))
+        if not is_list[number] or len(values) != length:
+            what = f"{len(values)} labels" if is_list[number] else f"the label {values!r}"
+            raise InputError(
+                f"labels {name!r}: example {ordinal} has {what} for {length} tokens. Give one for each token, special "
+                "ones included, and None where there is none; or use span."
+            )
+        items += [(number, _unwrap(one), (row, row + 1)) for row, one in enumerate(values) if one is not None]
+    if not items:
+        raise InputError(f"labels {name!r}: no token has one. Give some tokens a label.")
+    return items
+
+
+def _find_spans(
+    store: Store, ordinals: np.ndarray, records: list[dict[str, Any]], labels: list[Any], span: tuple[str, str]
+) -> list[_Item]:
+    items: list[_Item] = []
+    everywhere = np.arange(len(ordinals))
+    by_place = [_column(store, records, everywhere, "span", field) for field in span]
+    for number, (ordinal, label) in enumerate(zip(ordinals.tolist(), labels, strict=True)):
+        values = [label, *(column[number] for column in by_place)]
+        lists = [list(one) if isinstance(one, (list, tuple)) else [one] for one in values]
+        if len({len(one) for one in lists}) != 1:
+            counts = ", ".join(str(len(one)) for one in lists)
+            raise InputError(
+                f"span {span}: example {ordinal} has {counts} labels, starts and ends. Give as many of each."
+            )
+        offsets = store.token_offsets(ordinal)
+        for one, start, end in zip(*lists, strict=True):
+            if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end):
+                raise InputError(f"span {span}: example {ordinal} has {start!r} to {end!r}. Give characters, from 0.")
+            rows = [row for row, (first, last) in enumerate(offsets) if first < end and last > start]
+            if not rows:
+                raise InputError(
+                    f"span {span}: characters {start} to {end} of example {ordinal} are in no token; the text may have "
+                    "been cut. Leave the span out, or extract with a larger max_length."
+                )
+            items.append((number, _unwrap(one), (rows[0], rows[-1] + 1)))
+    if not items:
+        raise InputError(f"span {span}: no example has a span. Give some.")
+    return items
+
+
+def _main_labels(items: list[_Item], count: int) -> list[Hashable]:
+    """Find the label that most items of each example have, to keep classes in proportion."""
+    found: list[Counter[Any]] = [Counter() for _ in range(count)]
+    for number, label, _ in items:
+        found[number][_need_hashable("labels", label)] += 1
+    return [counts.most_common(1)[0][0] if counts else None for counts in found]
+
+
+def _need_hashable(what: str, value: Any) -> Hashable:
+    if not isinstance(value, (str, int, float, bool)):
+        raise InputError(f"{what}: {value!r} is no label: use text, whole numbers or true and false.")
+    return value
+
+
+def _number_labels(name: str, labels: list[Any], sides: np.ndarray) -> tuple[tuple[Any, ...], np.ndarray]:
+    classes: tuple[Any, ...] = tuple(sorted(set(labels), key=lambda one: (isinstance(one, str), one)))
+    if len(classes) < 2:
+        raise InputError(f"labels {name!r}: every item is {classes[0]!r}. A classifier needs two classes or more.")
+    numbers = {label: number for number, label in enumerate(classes)}
+    labelled = np.array([numbers[label] for label in labels], dtype=np.int64)
+    for side, part in enumerate(SIDES):
+        if not (sides == side).any():
+            raise InputError(f"labels {name!r}: no item is in {part}. Give more examples, or another split.")
+    train = labelled[sides == TRAIN]
+    if len(train) < len(classes):
+        raise InputError(
+            f"labels {name!r}: {len(classes):,} classes, and {len(train):,} items to learn them from. "
+            "Use a field with few values, such as a topic, not one that names each example."
+        )
+    if len(np.unique(train)) < 2:
+        raise InputError(f"labels {name!r}: in train every item is {classes[train[0]]!r}. Use another split.")
+    return classes, labelled
+
+
+def _count_shared(ids: list[tuple[int, ...]], sides: np.ndarray) -> int:
+    train = {one for one, side in zip(ids, sides, strict=True) if side == TRAIN}
+    return sum(one in train for one, side in zip(ids, sides, strict=True) if side == TEST)
+
+
+def _name_item(store: Store, own: tuple[int, ...], text: str | None, is_whole: bool) -> str:
+    """Give an item as words: the text, else its tokens, else their ids."""
+    if is_whole and text is not None:
+        return text
+    if not is_whole and store.id_to_tokens is not None:
+        import torch
+
+        return " ".join(store.id_to_tokens(torch.tensor(own, dtype=torch.int64)))
+    return " ".join(map(str, own))

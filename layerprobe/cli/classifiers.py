@@ -1,0 +1,114 @@
+"""The command that classifies: what each layer's vectors say of labels, or of texts that have none.
+
+Parse and call; compute nothing. `main` gives it its name and place.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerprobe.errors import OptionError
+
+__all__ = ["classify"]
+
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+def classify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")],
+    labels: Annotated[str, typer.Option(metavar="FIELD", help="Field of the records to classify by.")] = "label",
+    pool: Annotated[str, typer.Option(help="mean, cls, max, last, or last4: the last four layers together.")] = "mean",
+    split: Annotated[str | None, typer.Option(metavar="FIELD", help="Says train, dev or test.")] = None,
+    group: Annotated[str | None, typer.Option(metavar="FIELD", help="Examples of one value stay on one side.")] = None,
+    span: Annotated[
+        str | None, typer.Option(metavar="START,END", help="Fields of characters: classify that span of each text.")
+    ] = None,
+    control: Annotated[bool, typer.Option("--control", help="Also random labels per type: selectivity.")] = False,
+    mdl: Annotated[bool, typer.Option("--mdl", help="Also the bits of an online code.")] = False,
+    untrained: Annotated[
+        bool, typer.Option("--untrained/--no-untrained", help="The baseline of random weights: runs every text again.")
+    ] = True,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Make labels of the texts: length, a word, order.")
+    ] = False,
+    patterns: Annotated[
+        list[str] | None,
+        typer.Option("--site", "-s", metavar="PATTERN", help="Stored sites such as 'layers.*'; repeat for several."),
+    ] = None,
+    max_examples: Annotated[int | None, typer.Option(help="The most to take, at random; 50,000.")] = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
+    ] = None,
+    save: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the probe that dev chose.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Say how well each layer's vectors tell classes apart, beside what is simpler.
+
+    Example: layerprobe classify acts --labels topic --json topics.json
+    """
+    from layerprobe.analysis.classify import classify as classify_store
+    from layerprobe.extract.depth import depth_profile
+    from layerprobe.extract.untrained import extract_untrained
+
+    suffix = _check_out(out)
+    progress = False if quiet else None
+    if profile:
+        given = {"--split": split, "--group": group, "--span": span, "--save": save}
+        useless = [name for name, value in given.items() if value is not None]
+        flags = (("--labels", labels != "label"), ("--control", control), ("--mdl", mdl))
+        useless += [name for name, is_given in (*flags, ("--no-untrained", not untrained)) if is_given]
+        if useless:
+            raise OptionError(f"{', '.join(useless)} with --profile: it makes its own tasks. Leave it out.")
+        found = depth_profile(
+            folder, sites=patterns, pool=pool, max_examples=max_examples or 5000, seed=seed, progress=progress
+        )
+    else:
+        found = classify_store(
+            folder,
+            labels,
+            sites=patterns,
+            pool=pool,
+            span=_read_span(span),
+            split=split,
+            group=group,
+            control=control,
+            mdl=mdl,
+            untrained=extract_untrained if untrained else None,
+            max_examples=max_examples or 50_000,
+            seed=seed,
+            progress=progress,
+        )
+        if save is not None:
+            found.probe.save(save)
+    if json is not None:
+        found.to_json(json)
+    if out is not None:
+        write = found.to_csv if suffix == ".csv" else found.to_json if suffix == ".json" else found.plot
+        write(out)
+    if not quiet:
+        typer.echo(found.table())
+
+
+def _read_span(span: str | None) -> tuple[str, str] | None:
+    if span is None:
+        return None
+    fields = [field.strip() for field in span.split(",")]
+    if len(fields) != 2 or not all(fields):
+        raise OptionError(f"--span {span!r}: name two fields, as in --span start,end.")
+    return fields[0], fields[1]
+
+
+def _check_out(out: str | None) -> str:
+    """Make sure before anything is computed that a result can be written under a name; gives the suffix."""
+    suffix = "" if out is None else Path(out).suffix.lower()
+    if out is None or suffix in (".csv", ".json"):
+        return suffix
+    if suffix not in _PICTURES:
+        raise OptionError(f"--out {out}: {suffix or 'no suffix'!r} is not .csv, .json, {', '.join(_PICTURES)}.")
+    from layerprobe.analysis.figures import check_suffix
+
+    check_suffix(out)
+    return suffix

@@ -1,0 +1,163 @@
+"""From a text to its class: a kept probe over the layers of its model that it needs, and no further.
+
+Each forward ends after the last layer that the probe reads. Vectors are computed in the model's own dtype; what a store
+in a narrower one rounded away is there again.
+
+Hides batches and hooks. Must never know of labels' meaning or of scikit-learn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from layerprobe.analysis.features import POOLS
+from layerprobe.analysis.keeping import KeptProbe, load_probe
+from layerprobe.capture.probe import Probe
+from layerprobe.errors import InputError, OptionError
+from layerprobe.extract.batching import TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.inputs import check_text
+from layerprobe.extract.run import evaluating
+from layerprobe.extract.untrained import find_model
+from layerprobe.models import LoadedModel
+from layerprobe.sites.stacks import find_device
+from layerprobe.store.shards import pool_packed
+
+__all__ = ["Classifier", "load_classifier"]
+
+_BATCH_TOKENS = 2048
+_TEXTS_AHEAD = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A classifier of texts. Made by `layerprobe.load_classifier`.
+
+    Args:
+        probe: What was kept.
+        model: The model that its vectors come from.
+    """
+
+    probe: KeptProbe
+    model: LoadedModel
+
+    @property
+    def classes(self) -> tuple[Any, ...]:
+        """The labels that it tells apart."""
+        return self.probe.classes
+
+    def predict(self, texts: Sequence[str], spans: Sequence[tuple[int, int]] | None = None) -> list[Any]:
+        """Give each text's class.
+
+        Args:
+            texts: The texts.
+            spans: For a classifier of spans: of each text the first character and the one after the last.
+
+        Returns:
+            A label per text; for a classifier of tokens, a list of labels per text, special tokens included.
+
+        Raises:
+            InputError: one text instead of several, something that is no text, or a span that is in no token.
+            OptionError: spans where there must be none, or none where there must be some.
+        """
+        if isinstance(texts, str):
+            raise InputError("predict: got one text. Give a list of texts.")
+        if (spans is not None) != (self.probe.kind == "spans"):
+            raise OptionError(
+                f"predict(spans={'...' if spans is not None else None}): this classifier is of {self.probe.kind}. "
+                f"{'Leave spans out' if spans is not None else 'Give a pair of characters per text'}."
+            )
+        if spans is not None and len(spans) != len(texts):
+            raise OptionError(f"predict: {len(spans)} spans for {len(texts)} texts. Give one for each.")
+        checked = [check_text(text, "texts", number) for number, text in enumerate(texts)]
+        found: list[Any] = []
+        for first in range(0, len(checked), _TEXTS_AHEAD):
+            part = checked[first : first + _TEXTS_AHEAD]
+            found += self._predict(part, None if spans is None else spans[first : first + _TEXTS_AHEAD])
+        return found
+
+    def _predict(self, texts: list[str], spans: Sequence[tuple[int, int]] | None) -> list[Any]:
+        tokenizer, network = self.model.tokenizer, self.model.model
+        unit = tokenize(tokenizer, texts, self._max_length)
+        out: list[Any] = [None] * len(texts)
+        device, probe = find_device(network), self.probe
+        sites = list(dict.fromkeys(probe.feature.sites))
+        with evaluating(network), torch.no_grad():
+            for batch in cut_batches(unit, _BATCH_TOKENS, tokenizer.pad_token_id or 0, tokenizer.padding_side):
+                mask = batch.attention_mask.bool()
+                with Probe(network, sites, stop=True) as taken:
+                    network(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
+                values = {site: taken[site].float().cpu() for site in sites}
+                for member, sequence in zip(batch.members, batch.sequences, strict=True):
+                    rows = [values[site][sequence] for site in sites]
+                    if rows[0].ndim == 2:
+                        rows = [value[mask[sequence]] for value in rows]
+                    out[member] = self._decide(rows, None if spans is None else self._find(texts, unit, member, spans))
+        return out
+
+    def _decide(self, rows: list[Tensor], span: tuple[int, int] | None) -> Any:
+        """Classify one text by its rows at each site."""
+        probe = self.probe
+        if probe.kind == "spans":
+            assert span is not None
+            rows = [value[span[0] : span[1]].mean(0, keepdim=True) for value in rows]
+        elif probe.kind == "examples" and rows[0].ndim == 2:
+            rows = [pool_packed(value, torch.tensor([0, len(value)]), probe.pool or "mean") for value in rows]
+        vectors = probe.feature.combine([np.atleast_2d(value.numpy()) for value in rows])
+        labels = [probe.classes[number] for number in probe.linear.predict(vectors)]
+        return labels if probe.kind == "tokens" else labels[0]
+
+    def _find(
+        self, texts: list[str], unit: TokenizedUnit, member: int, spans: Sequence[tuple[int, int]]
+    ) -> tuple[int, int]:
+        start, end = spans[member]
+        encoding = self.model.tokenizer(
+            texts[member], truncation=True, max_length=self._max_length, return_offsets_mapping=True
+        )
+        places = encoding["offset_mapping"]
+        rows = [row for row, (first, last) in enumerate(places) if first < end and last > start]
+        if not rows or len(places) != len(unit.ids[member]):
+            raise InputError(f"predict: characters {start} to {end} of text {member} are in no token. Mend the span.")
+        return rows[0], rows[-1] + 1
+
+    @property
+    def _max_length(self) -> int:
+        config = getattr(self.model.model, "config", None)
+        limits = (self.model.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+        return self.probe.max_length or min(1 << 30, *(limit for limit in limits if limit))
+
+
+def load_classifier(
+    folder: str | Path, model: nn.Module | LoadedModel | str | None = None, *, device: str | None = None
+) -> Classifier:
+    """Load a classifier that `classify(...).probe.save(folder)` kept, with the model that it reads.
+
+    Args:
+        folder: Where it was kept.
+        model: Its model; None for the one that it names.
+        device: Where to put a model that is found by name.
+
+    Raises:
+        StoreError: there is none in the folder, or it is damaged.
+        ModelError: the model is not the one that it was fitted on.
+        OptionError: it was fitted on vectors that a function pooled.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> things = ("The rain", "A storm", "The snow", "A cold wind", "The fog", "Hail")
+        >>> texts = [{"text": f"{thing} came down", "label": "weather"} for thing in things]
+        >>> foods = ("Bread", "Cake", "Pie", "Fish", "Rice", "Corn")
+        >>> texts += [{"text": f"{food} was baked", "label": "food"} for food in foods]
+        >>> found = lp.classify(lp.extract("demo", texts, "memory://said", sites="layers.3"))
+        >>> classifier = lp.load_classifier(found.probe.save("weather-or-food"))
+        >>> classifier.predict(["The soup was baked", "The sleet came down"])
+        ['food', 'weather']
+    """
+    probe = load_probe(folder)
+    if probe.kind == "examples" and probe.pool not in POOLS:
+        raise OptionError(f"{folder}: its vectors were pooled by {probe.pool!r}, which no file holds. Pool by a name.")
+    return Classifier(probe, find_model(probe.model, str(folder), model, device))

@@ -1,0 +1,218 @@
+"""`layerprobe.depth_profile`: what each layer knows of texts that nobody has labelled.
+
+Labels are made of the texts themselves: how long a text is, whether a frequent content word is in it, and whether two
+neighbouring words were swapped. For the last the texts, half of them changed, go through the model once more.
+
+Must never know of how a probe is fitted.
+"""
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from layerprobe.analysis.classify import classify
+from layerprobe.analysis.figures import Curve, draw_curves
+from layerprobe.analysis.results import table_cell, write_csv, write_json
+from layerprobe.analysis.sweep import check_count
+from layerprobe.analysis.verdict import Classification
+from layerprobe.errors import InputError
+from layerprobe.extract.run import extract
+from layerprobe.extract.untrained import find_model, read_texts
+from layerprobe.models import LoadedModel
+from layerprobe.store.reader import Store, open_store
+from layerprobe.tables import format_table
+
+__all__ = ["DepthProfile", "depth_profile"]
+
+_LEAST = 30
+_WORD = re.compile(r"[^\W\d_]{4,}")
+# A word in fewer texts than this leaves a class that a coin would name.
+_RAREST = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class DepthProfile:
+    """What `layerprobe.depth_profile` found.
+
+    Args:
+        tasks: A classification for each: `length`, `word: ...`, `order`.
+        notes: What was left out, and why.
+    """
+
+    tasks: Mapping[str, Classification]
+    notes: tuple[str, ...]
+
+    def _rows(self) -> list[list[Any]]:
+        names = list(dict.fromkeys(site.site for found in self.tasks.values() for site in found.sites))
+        found = [{site.site: site.accuracy for site in task.sites} for task in self.tasks.values()]
+        rows: list[list[Any]] = [[name, *(task.get(name) for task in found)] for name in names]
+        lines = list(dict.fromkeys(name for task in self.tasks.values() for name in task.baselines))
+        for line in lines:
+            scores = [task.baselines.get(line) for task in self.tasks.values()]
+            rows.append([line, *(None if score is None else score.accuracy for score in scores)])
+        return rows
+
+    def table(self) -> str:
+        """Lay out the accuracy of each task by site, baselines last, and the verdicts under it."""
+        rows = [[table_cell(cell) for cell in row] for row in self._rows()]
+        said = [f"{name}: {' '.join(found.verdict.sentences)}" for name, found in self.tasks.items()]
+        return "\n".join([format_table(["site", *self.tasks], rows), "", *said, *self.notes])
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the accuracy of each task, a line per site."""
+        return write_csv(path, ["site", *self.tasks], self._rows())
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write every classification as one JSON object."""
+        tasks = {name: found.as_dict() for name, found in self.tasks.items()}
+        return write_json(path, {"tasks": tasks, "notes": self.notes})
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the accuracy of each task over depth."""
+        first = next(iter(self.tasks.values()))
+        names = [site.site for site in first.sites if ":" not in site.site and site.site != "mix"]
+        curves = []
+        for name, found in self.tasks.items():
+            values = {site.site: site.accuracy for site in found.sites}
+            curves.append(Curve(name, names, [values.get(site) for site in names]))
+        return draw_curves(names, curves, "accuracy on test", path)
+
+
+def depth_profile(
+    store: Store | str | Path,
+    *,
+    sites: str | Sequence[str] | None = None,
+    pool: str = "mean",
+    model: nn.Module | LoadedModel | str | None = None,
+    max_examples: int = 5000,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool | None = None,
+) -> DepthProfile:
+    """Say what each layer knows of texts without labels: their length, a word in them, the order of words.
+
+    Args:
+        store: A complete store that keeps its texts.
+        sites: As in `classify`.
+        pool: As in `classify`.
+        model: The store's model, for the task of order; None for the one that it names.
+        max_examples: The most texts to take, drawn at random.
+        seed: Of every draw.
+        device: Where to put a model that is found by name.
+        progress: Whether to show a bar; None for only on a terminal.
+
+    Raises:
+        InputError: the store keeps no texts, fewer than 30, or none that any task can be made of.
+        ModelError: the model is not the store's.
+
+    Source: the tasks are those of Conneau et al. 2018, "What you can cram into a single vector", section 2: SentLen,
+    WC (one word, present or not) and BShift.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> first = ("Quiet", "Large", "Early", "Late", "Small", "Grey", "Green", "Young")
+        >>> ends = ("came home", "slept", "sang until morning", "ate slowly", "stood near water all day")
+        >>> texts = [f"{one} {who} {end}." for one in first for who in ("birds", "foxes") for end in ends]
+        >>> profile = lp.depth_profile(lp.extract("demo", texts, "memory://profiled", sites="layers.-2:"))
+        >>> list(profile.tasks)
+        ['length', 'word: birds', 'order']
+    """
+    check_count("max_examples", max_examples, _LEAST)
+    store = store if isinstance(store, Store) else open_store(store)
+    texts = read_texts(store)
+    if len(texts) < _LEAST:
+        raise InputError(f"a profile of {store.place}: it has {len(texts)} texts; {_LEAST} are the least.")
+    given: dict[str, list[Any]] = {}
+    notes = []
+    lengths = _label_lengths([len(store.input_ids(ordinal)) for ordinal in store.ordinals()])
+    word = _choose_word(texts)
+    if lengths is None:
+        notes.append("length is left out: most texts have as many tokens.")
+    else:
+        given["length"] = lengths
+    if word is None:
+        notes.append("word is left out: no word of four letters or more is in a tenth of the texts and not in all.")
+    else:
+        given[f"word: {word}"] = [word in _words_of(text) for text in texts]
+    swapped = _swap_some(texts, max_examples, seed)
+    if len(swapped) < _LEAST:
+        notes.append(f"order is left out: {len(swapped)} texts have two neighbours to swap; {_LEAST} are the least.")
+    if not given and len(swapped) < _LEAST:
+        raise InputError(f"a profile of {store.place}: no task can be made of its texts. {' '.join(notes)}")
+    tasks = {
+        name: classify(store, labels, sites=sites, pool=pool, max_examples=max_examples, seed=seed, progress=progress)
+        for name, labels in given.items()
+    }
+    if len(swapped) >= _LEAST:
+        found = find_model(store.description.get("model") or {}, str(store.place), model, device)
+        tasks["order"] = _classify_order(store, found, swapped, sites, pool, seed, progress)
+    return DepthProfile(tasks, tuple(notes))
+
+
+def _classify_order(
+    store: Store,
+    model: LoadedModel,
+    records: list[dict[str, Any]],
+    sites: str | Sequence[str] | None,
+    pool: str,
+    seed: int,
+    progress: bool | None,
+) -> Classification:
+    if store.pool is None and pool == "last4":
+        own_pool = "mean"
+    elif store.pool is None:
+        own_pool = pool
+    else:
+        own_pool = store.pool
+    plan = store.description.get("plan") or {}
+    with tempfile.TemporaryDirectory(prefix="layerprobe-") as folder:
+        place = Path(folder) / "swapped"
+        length = plan.get("max_length")
+        with extract(
+            model, records, place, sites=store.sites, pool=own_pool, max_length=length, progress=False
+        ) as made:
+            return classify(made, "order", sites=sites, pool=pool, seed=seed, max_examples=None, progress=progress)
+
+
+def _label_lengths(lengths: list[int]) -> list[str] | None:
+    """Name texts short, middle or long by thirds; None where they cannot be told."""
+    low, high = np.quantile(lengths, (1 / 3, 2 / 3), method="lower")
+    found = ["short" if length <= low else "middle" if length <= high else "long" for length in lengths]
+    counts = Counter(found)
+    return found if len(counts) > 1 and min(counts.values()) >= _RAREST * len(found) else None
+
+
+def _words_of(text: str) -> set[str]:
+    return {word.lower() for word in _WORD.findall(text)}
+
+
+def _choose_word(texts: list[str]) -> str | None:
+    """Choose the word of four letters or more that is in as nearly half of the texts as can be."""
+    counts = Counter(word for text in texts for word in _words_of(text))
+    bound = _RAREST * len(texts)
+    fitting = [word for word, count in counts.items() if bound <= count <= len(texts) - bound]
+    return min(fitting, key=lambda word: (abs(counts[word] - len(texts) / 2), word), default=None)
+
+
+def _swap_some(texts: list[str], most: int, seed: int) -> list[dict[str, Any]]:
+    """Swap two neighbouring words in every second of the texts that have such; each text comes once."""
+    maker = np.random.default_rng([seed, 5])
+    chosen = list(dict.fromkeys(texts))
+    found: list[dict[str, Any]] = []
+    for place in maker.permutation(len(chosen)).tolist():
+        words = chosen[place].split()
+        able = [at for at in range(len(words) - 1) if words[at].lower() != words[at + 1].lower()]
+        if len(able) < 2 or len(found) == most:
+            continue
+        if len(found) % 2:
+            at = able[int(maker.integers(len(able)))]
+            words[at], words[at + 1] = words[at + 1], words[at]
+        found.append({"text": " ".join(words), "order": "swapped" if len(found) % 2 else "as it was"})
+    return found

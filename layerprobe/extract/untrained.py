@@ -1,0 +1,128 @@
+"""The model of a store once more: as it was, or of the same architecture with random weights.
+
+What an untrained model's vectors say of a label is said by the words and the architecture alone; the classifier of a
+trained one must be held against it.
+
+Hides how a store names its model. Must never know of classifiers.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerprobe.errors import InputError, ModelError
+from layerprobe.extract.run import extract
+from layerprobe.models import LoadedModel, describe_model, load_model, load_tokenizer
+from layerprobe.store.reader import Store, open_store
+from layerprobe.store.records import read_record
+
+__all__ = ["extract_untrained", "find_model", "read_texts"]
+
+_FIELDS = ("class", "config_hash", "weights_hash")
+
+
+def find_model(
+    said: Mapping[str, Any], where: str, model: nn.Module | LoadedModel | str | None, device: str | None = None
+) -> LoadedModel:
+    """Find the model that something was made with, and make sure that it is the same.
+
+    Args:
+        said: What `store.json` says of it.
+        where: What was made with it, for messages.
+        model: The model; None for the one that `said` names.
+        device: Where to put a model given by name.
+
+    Raises:
+        ModelError: it is another, or none is named.
+    """
+    name = model if model is not None else said.get("id") or ""
+    if not name:
+        raise ModelError(f"{where}: does not name its model. Pass model=.")
+    if isinstance(name, str):
+        found = load_model(name, device)
+    elif isinstance(name, LoadedModel):
+        found = name
+    else:
+        checkpoint = getattr(getattr(name, "config", None), "_name_or_path", "")
+        found = LoadedModel(checkpoint, name, load_tokenizer(checkpoint))
+    own = describe_model(found.model)
+    differing = [f"{key}: {said.get(key)!r} there, {own[key]!r} here" for key in _FIELDS if said.get(key) != own[key]]
+    if differing:
+        raise ModelError(f"{where}: was made with another model ({'; '.join(differing)}). Pass the very model.")
+    return found
+
+
+def read_texts(store: Store) -> list[str]:
+    """Read every text of a store.
+
+    Raises:
+        InputError: the store is not complete, or keeps no texts.
+    """
+    if not store.is_complete:
+        raise InputError(f"texts of {store.place}: it is not complete. Let the run go to its end.")
+    catalog = store[store.sites[0]].catalog
+    texts = []
+    for ordinal in store.ordinals():
+        shard, _ = catalog.find(ordinal)
+        text = read_record(shard, ordinal, store.place.label(shard.header.file)).get("text")
+        if not isinstance(text, str):
+            raise InputError(f"texts of {store.place}: example {ordinal} has none. Stores of extract keep them.")
+        texts.append(text)
+    return texts
+
+
+def extract_untrained(
+    store: Store | str | Path,
+    to: str | Path,
+    *,
+    sites: str | Sequence[str] | None = None,
+    pool: str | None = None,
+    model: nn.Module | LoadedModel | str | None = None,
+    seed: int = 0,
+    device: str | None = None,
+) -> Store:
+    """Extract the texts of a store through the same architecture with random weights.
+
+    Args:
+        store: A complete store that keeps its texts.
+        to: Folder or URL of the new store.
+        sites: Patterns; None for the sites of the store.
+        pool: As in `extract`; None for the pool of the store.
+        model: The store's model; None for the one that it names.
+        seed: Of the weights, which are drawn as the architecture draws them before training.
+        device: Where to put a model that is found by name.
+
+    Raises:
+        InputError: the store keeps no texts.
+        ModelError: the model is not the store's.
+
+    Source: as a baseline of probes, Zhang and Bowman 2018, "Language Modeling Teaches You More than Translation Does".
+
+    Example:
+        >>> import layerprobe as lp
+        >>> store = lp.extract("demo", ["The kettle whistled.", "Who left?"], "memory://trained", sites="layers.5")
+        >>> untrained = lp.extract_untrained(store, "memory://untrained")
+        >>> untrained.sites, untrained["layers.5"][0].shape == store["layers.5"][0].shape
+        (['layers.5'], True)
+    """
+    store = store if isinstance(store, Store) else open_store(store)
+    texts = read_texts(store)
+    trained = find_model(store.description.get("model") or {}, str(store.place), model, device)
+    network: Any = trained.model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = type(network)(network.config)
+    place = next(network.parameters()).device
+    plan = store.description.get("plan") or {}
+    return extract(
+        LoadedModel("", fresh.to(place).eval(), trained.tokenizer),
+        texts,
+        to,
+        sites=store.sites if sites is None else sites,
+        pool=store.pool if pool is None else pool,
+        max_length=plan.get("max_length"),
+        progress=False,
+    )
