@@ -107,7 +107,9 @@ class Effects:
             ) from error
         grid, columns = self._grid()
         labels = self._row_labels()
-        figure = Figure(figsize=(2.6 + max(3.0, 0.46 * grid.shape[1]), 1.8 + max(1.6, 0.3 * grid.shape[0])))
+        figure = Figure(
+            figsize=(2.6 + max(3.0, 0.46 * grid.shape[1]), 1.8 + max(1.6, 0.3 * grid.shape[0])), layout="constrained"
+        )
         axes = figure.subplots()
         most = float(grid.abs().max()) or 1.0
         # the middle of the colours is no effect
@@ -122,8 +124,7 @@ class Effects:
         axes.set_title(
             f"Patching clean into corrupt ({self.method})\nclean {self.clean:.3g}, corrupt {self.corrupt:.3g}"
         )
-        figure.colorbar(image, ax=axes, label="change of the metric")
-        figure.set_layout_engine("tight")
+        figure.colorbar(image, ax=axes, label="change of the metric", fraction=0.04, pad=0.02)
         if path is not None:
             figure.savefig(Path(path), dpi=150)
         return figure

@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import layerprobe as lp
 from families import FAMILIES, PLAIN, build, is_known, list_heads, make_batch
-from layerprobe.errors import CaptureError, OptionError, SiteError
+from layerprobe.errors import ArchitectureError, CaptureError, OptionError, SiteError
 from layerprobe.sites.resolve import Site
 from oracles import build_head, make_head_batch
 from sizes import TINY
@@ -450,3 +451,28 @@ def test_site_that_was_not_made_is_an_error(make_bert: Any, batch: Any) -> None:
     model.bert.encoder.layer = model.bert.encoder.layer[:2]
     with edit, pytest.raises(CaptureError, match=r"ran without making 'layers.2.ffn.out'"):
         model(**batch)
+
+
+# wrappers
+
+
+def test_sentence_transformer_is_edited_as_its_model(tiny_model_folder: Path) -> None:
+    """It runs the model's `forward`, past the hooks on the model."""
+    library = pytest.importorskip("sentence_transformers")
+    sentences: Any = library.SentenceTransformer(str(tiny_model_folder), device="cpu")
+    bare = sentences.encode(["the quick fox"], convert_to_tensor=True)
+    vector = torch.ones(32)
+    with lp.edit(sentences, {"layers.2": lp.steer(vector)}):
+        steered = sentences.encode(["the quick fox"], convert_to_tensor=True)
+    # a mean of five tokens, each moved by the vector, in float32
+    torch.testing.assert_close(steered, bare + vector, rtol=0, atol=1e-5)
+    assert torch.equal(sentences.encode(["the quick fox"], convert_to_tensor=True), bare)
+
+
+def test_copies_that_run_with_the_hooks_of_an_edit_are_refused(tiny_bert: Any, batch: Any) -> None:
+    with pytest.raises(ArchitectureError, match="DataParallel runs copies of the model at once"):
+        lp.edit(torch.nn.DataParallel(tiny_bert), {"layers.1": lp.ablate()})
+    with lp.edit(tiny_bert, {"layers.1": lp.ablate()}):
+        replica = tiny_bert._replicate_for_data_parallel()
+        with pytest.raises(CaptureError, match=r"nn.DataParallel makes such copies"):
+            replica(**batch)
