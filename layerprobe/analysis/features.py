@@ -23,8 +23,8 @@ from layerprobe.store.shards import ScaledRows
 __all__ = ["POOLS", "Feature", "average_of", "joined_of", "learn_mix", "read_site", "single_of"]
 
 POOLS = ("mean", "max", "cls", "last")
-_EPOCHS = 40
-_PATIENCE = 6
+# A small set is gone through more often, so that weights of layers have the time to move.
+_EPOCHS, _LEAST_STEPS = 30, 300
 _BATCH = 256
 
 
@@ -138,7 +138,7 @@ def learn_mix(values: Sequence[np.ndarray], sites: Sequence[str], task: Task, se
     weights_DK = torch.zeros(stacked_LND.shape[2], len(task.classes), requires_grad=True)
     bias_K = torch.zeros(len(task.classes), requires_grad=True)
     optimizer = torch.optim.Adam(
-        [{"params": [mix], "lr": 0.05}, {"params": [weights_DK, bias_K], "lr": 0.01, "weight_decay": 1e-3}]
+        [{"params": [mix], "lr": 0.05}, {"params": [weights_DK, bias_K], "lr": 0.003, "weight_decay": 1e-3}]
     )
 
     def loss_of(places: Tensor) -> Tensor:
@@ -147,7 +147,8 @@ def learn_mix(values: Sequence[np.ndarray], sites: Sequence[str], task: Task, se
 
     own, dev = torch.from_numpy(np.flatnonzero(train)), torch.from_numpy(np.flatnonzero(task.sides == DEV))
     best, kept, waited = float("inf"), mix.detach().softmax(0), 0
-    for _ in range(_EPOCHS):
+    epochs = max(_EPOCHS, -(-_LEAST_STEPS * _BATCH // len(own)))
+    for _ in range(min(epochs, _LEAST_STEPS)):
         for batch in own[torch.randperm(len(own), generator=maker)].split(_BATCH):
             optimizer.zero_grad()
             loss_of(batch).backward()
@@ -157,7 +158,7 @@ def learn_mix(values: Sequence[np.ndarray], sites: Sequence[str], task: Task, se
         waited += 1
         if loss < best:
             best, kept, waited = loss, mix.detach().softmax(0), 0
-        if waited >= _PATIENCE:
+        if waited >= epochs // 4:
             break
     shares = kept.double().numpy()
     factors = tuple(float(share / scale) for share, scale in zip(shares, scales, strict=True))

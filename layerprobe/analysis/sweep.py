@@ -40,6 +40,8 @@ __all__ = [
 
 _CHUNK_ROWS = 4096
 _SHARDS_AHEAD = 3
+# Read since mappings were last let go.
+_MOST_MAPPED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +140,7 @@ def sweep(
     share = 1.0 if max_rows is None else min(1.0, max_rows / max(1, num_rows))
     catalog = store[sites[0].name].catalog
     names = [site.name for site in sites]
+    row_bytes, mapped_rows = sum(site.bytes_per_vector for site in sites), 0
     with bar_of(round(num_rows * share), what, progress) as bar:
         for number, shard in enumerate(store.iter_shards()):
             catalog.prefetch(range(number, number + _SHARDS_AHEAD), names)
@@ -150,6 +153,10 @@ def sweep(
                     _refuse_nonfinite(store, chunk)
                 yield chunk
                 bar.update(len(rows))
+            mapped_rows += shard.header.num_tokens if sites[0].kind == "token" else shard.header.num_examples
+            if mapped_rows * row_bytes > _MOST_MAPPED_BYTES:
+                catalog.release()
+                mapped_rows = 0
 
 
 def _cut(shard: Shard, kind: str, drawn: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -203,6 +210,8 @@ def draw_rows(
         NonFiniteError: as `sweep`.
     """
     names = [site.name for site in sites]
+    catalog = store[names[0]].catalog
+    row_bytes, mapped_rows = sum(site.bytes_per_vector for site in sites), 0
     left = total = min(count_rows(store, sites), max_rows or count_rows(store, sites))
     with bar_of(total, "moments", progress) as bar:
         for batch in store.rows(_CHUNK_ROWS, shuffle=True, seed=seed, sites=names):
@@ -215,6 +224,10 @@ def draw_rows(
                     pass
             yield values
             left -= len(values[0])
+            mapped_rows += len(values[0])
+            if mapped_rows * row_bytes > _MOST_MAPPED_BYTES:
+                catalog.release()
+                mapped_rows = 0
             bar.update(len(values[0]))
 
 

@@ -105,6 +105,14 @@ class Catalog:
         self._open.clear()
         self._cache.close()
 
+    def release(self) -> None:
+        """Let go of mappings for now: their pages would count as memory of the process until the system wants it back.
+
+        A shard is mapped again when it is asked for; tensors that were read stay good. Shards elsewhere are left alone.
+        """
+        if self.place.folder is not None:
+            self._open.clear()
+
     def check_claims(self) -> None:
         """Hold the counts of the index to the sizes of the files, before memory is taken for so many rows.
 

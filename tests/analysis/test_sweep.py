@@ -1,0 +1,131 @@
+"""Going through a store: every row once with what it belongs to, the draw, the choice of sites, bounded memory."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import layerprobe as lp
+from layerprobe.analysis.sweep import choose_depth, count_types, sweep
+from layerprobe.errors import OptionError, SiteError
+from layerprobe.store.reader import Store
+from planting import plant
+
+LENGTHS = [3, 0, 5, 1, 4, 7, 2, 6] * 300
+
+
+def draw(width: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(sum(LENGTHS), width, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    layers = {"layers.0": draw(), "layers.1": draw(6, torch.float16), "layers.1.ffn.out": draw()}
+    return lp.open(plant(tmp_path / "acts", layers, LENGTHS))
+
+
+def test_every_row_comes_once_with_what_it_belongs_to(store: Store) -> None:
+    chunks = list(sweep(store, choose_depth(store, None)))
+    assert len(chunks) > 2 and all(len(chunk.examples) <= 4096 for chunk in chunks)
+    assert sum(len(chunk.examples) for chunk in chunks) == sum(LENGTHS)
+    seen: set[tuple[int, int]] = set()
+    for chunk in chunks:
+        assert chunk.positions is not None and chunk.input_ids is not None
+        assert set(chunk.values) == {"layers.0", "layers.1"}
+        places = list(zip(chunk.examples.tolist(), chunk.positions.tolist(), strict=True))
+        seen.update(places)
+        for row, (example, position) in list(enumerate(places))[::50]:
+            assert int(store.input_ids(example)[position]) == int(chunk.input_ids[row])
+            for site, values in chunk.values.items():
+                stored = store[site][example]
+                assert isinstance(stored, Tensor) and torch.equal(values[row], stored[position].double())
+    assert len(seen) == sum(LENGTHS)
+
+
+def test_a_draw_takes_whole_examples_by_the_seed(store: Store) -> None:
+    sites = choose_depth(store, None)
+    drawn = [
+        torch.cat([chunk.examples for chunk in sweep(store, sites, max_rows=900, seed=seed)]) for seed in (1, 1, 2)
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    # six standard deviations of the draw of 300 examples
+    assert 500 < len(drawn[0]) < 1300
+    found, counts = torch.unique(drawn[0], return_counts=True)
+    assert counts.tolist() == [LENGTHS[example] for example in found.tolist()]
+
+
+def test_types_are_counted_from_the_ids(store: Store) -> None:
+    types, counts = count_types(store)
+    expected = torch.unique(torch.arange(sum(LENGTHS)) % 7, return_counts=True)
+    assert torch.equal(types, expected[0]) and torch.equal(counts, expected[1])
+
+
+def test_sites_are_the_layers_unless_patterns_say_otherwise(store: Store, tmp_path: Path) -> None:
+    assert [site.name for site in choose_depth(store, None)] == ["layers.0", "layers.1"]
+    assert [site.name for site in choose_depth(store, "layers.*.ffn.out")] == ["layers.1.ffn.out"]
+    with pytest.raises(SiteError, match=r"layers\.7"):
+        choose_depth(store, "layers.7")
+    other = lp.open(plant(tmp_path / "other", {"pooler": draw()[:8]}, [1] * 8, pool="mean"))
+    assert [site.name for site in choose_depth(other, None)] == ["pooler"]
+
+
+def test_attention_weights_have_no_rows(tmp_path: Path) -> None:
+    store = lp.extract("demo", ["So it goes."], tmp_path / "acts", sites="layers.0.attention.weights", progress=False)
+    with pytest.raises(SiteError, match="no site with rows in"):
+        lp.differences(store)
+    with pytest.raises(OptionError, match="one matrix per head and cannot be gone through by rows"):
+        lp.differences(store, sites="layers.0.attention.weights")
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
+    """A store three times as large takes no more; each is measured in a fresh process, at 7 sites 384 wide."""
+    code = textwrap.dedent(
+        """
+        import sys, threading
+        import layerprobe as lp
+        most, is_over = 0, threading.Event()
+        def watch():
+            global most
+            while not is_over.wait(0.01):
+                # mapped pages of the file are the system's to take back, these are not
+                most = max(most, int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]))
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        lp.differences(sys.argv[1], sample=500, progress=False)
+        lp.check(sys.argv[1], progress=False)
+        is_over.set()
+        watcher.join()
+        print(most)
+        """
+    )
+
+    def measure(count: int) -> int:
+        rows = torch.randn(count, 384, generator=torch.Generator().manual_seed(0)).half()
+        layers = {"embeddings": rows, **{f"layers.{layer}": rows for layer in range(6)}}
+        folder = plant(tmp_path / str(count), layers, [20] * (count // 20), shards=count // 2000)
+        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    small, large = measure(20_000), measure(60_000)
+    # kilobytes; the larger store holds 215 MB more, and batches of float64 are 90 MB each
+    assert large < small + 100_000, (small, large)
+    assert large < 1_000_000
+
+
+def test_mappings_are_let_go_after_so_many_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = store["layers.0"].catalog
+    for _ in sweep(store, choose_depth(store, None)):
+        pass
+    assert catalog.num_open == store.num_shards
+    kept = store["layers.0"][2]
+    before = kept.float().clone()
+    monkeypatch.setattr("layerprobe.analysis.sweep._MOST_MAPPED_BYTES", 0)
+    for _ in sweep(store, choose_depth(store, None)):
+        pass
+    assert catalog.num_open == 0 and torch.equal(kept.float(), before)
+    assert torch.equal(store["layers.0"][2].float(), before)
