@@ -211,18 +211,20 @@ class ProbeRegistry:
             return
         # Run at every layer of every call, so without the calls that would make it shorter.
         frames, get_ident, port, key = self._frames.by_thread, threading.get_ident, self._port, point.key
+        is_compiling, sink_receive, may_stop = torch.compiler.is_compiling, self._sink.receive, self._hooks.may_stop
         receive: Callable[[Call, Any, Any], None] = self._receive_at
         which: Any = point
         if self._is_plain(point):
             receive, which = self._receive, point.indices[0]
-        is_rows = self._is_plain(point) and self.sites[point.indices[0]].kind == "token"
+        bit = 1 << which if self._is_plain(point) else 0
+        is_rows = bool(bit) and self.sites[point.indices[0]].kind == "token"
         if point.takes == "input":
 
             def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
                 if kwargs is None:
                     return
                 value = args[0] if args else next(iter(kwargs.values()))
-                if torch.compiler.is_compiling():
+                if is_compiling():
                     port.receive(key, value, is_rows)
                 elif (stack := frames.get(get_ident())) and (call := stack[-1].call) is not None:
                     receive(call, which, value)
@@ -231,10 +233,16 @@ class ProbeRegistry:
         else:
 
             def read_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if torch.compiler.is_compiling():
+                if is_compiling():
                     port.receive(key, find_tensor(output), is_rows)
                 elif (stack := frames.get(get_ident())) and (call := stack[-1].call) is not None:
-                    receive(call, which, output)
+                    if bit and type(output) is Tensor and not call.seen & bit:  # what `_receive` does
+                        call.seen |= bit
+                        sink_receive(call, which, output)
+                        if call.seen == call.expected and may_stop():
+                            raise Stop
+                    else:
+                        receive(call, which, output)
 
             self._hooks.keep(point.module, point.module.register_forward_hook(read_output))
 

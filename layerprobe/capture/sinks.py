@@ -197,10 +197,14 @@ class MemorySink:
         self.num_layers: Mapping[str, int] = {}
         self._as_made = pool is None and dtype is None and not gradients
         self._sites: Sequence[Site] = ()
+        self._names: list[str] = []
+        self._every = 0
 
     def open(self, sites: Sequence[Site]) -> None:
         check_pooled(sites, self._pool)
         self._sites = sites
+        self._names = [site.name for site in sites]
+        self._every = (1 << len(sites)) - 1
 
     def begin(self, call: Call) -> None:
         call.state = [None] * len(self._sites), {}
@@ -224,7 +228,10 @@ class MemorySink:
 
     def finish(self, call: Call) -> None:
         values, gradients = call.state
-        named = {self._sites[index].name: values[index] for index in call.made}
+        if call.expected == self._every:
+            named = dict(zip(self._names, values, strict=True))
+        else:
+            named = {self._names[index]: values[index] for index in call.made}
         context = next(reversed(call.contexts.values()))
         followed = Gradients(gradients, list(named), self.num_layers) if self.keeps_gradients else None
         self.calls.append(CapturedCall(named, context, self.num_layers, followed))

@@ -209,7 +209,7 @@ def test_each_call_has_its_own_gradients(batch: Any) -> None:
         (loss_of(model(**batch), batch) + loss_of(model(**other), other)).backward()
     for call, inputs in zip(probe.calls, (batch, other), strict=True):
         check_gradients(call.gradients, grads_by_autograd(model, inputs, list(probe.sites)))
-    with pytest.raises(CaptureError, match=r"called 2 times in the probe: use probe\.calls, a list"):
+    with pytest.raises(CaptureError, match=r"called 2 times in the probe: use probe\.calls, one entry"):
         _ = probe.gradients
 
 
