@@ -283,6 +283,12 @@ def check(
         SiteError: a pattern matches nothing that is stored.
         InputError: the store has fewer than two rows.
 
+    Example:
+        >>> import layerprobe as lp
+        >>> store = lp.extract("demo", ["Rain.", "So it goes."], "memory://checked", sites="embeddings")
+        >>> lp.check(store).verdict[0]
+        "embeddings: the first row of every example is the same, so pool 'cls' says nothing of the text there: ..."
+
     Cost: two passes over the store; memory per site 8 D^2 bytes, and a chunk of 4,096 rows.
     """
     check_count("seed", seed, 0)

@@ -257,6 +257,14 @@ def differences(
         InputError: fewer than two rows.
         NonFiniteError: a row that is not finite, by name.
 
+    Example:
+        >>> import layerprobe as lp
+        >>> texts = ["The kettle whistled.", "Who left the gate open?", "So it goes."]
+        >>> store = lp.extract("demo", texts, "memory://compared", sites="layers.-2:")
+        >>> (pair,) = lp.differences(store).pairs
+        >>> pair.before, pair.after, round(pair.cosine_distance, 2)
+        ('layers.4', 'layers.5', 0.32)
+
     Cost: two passes over the store. Memory per site 8 D^2 bytes, 16 kB per sampled row of all, a chunk of 4,096 rows.
     """
     if pairs not in ("adjacent", "all"):

@@ -41,7 +41,7 @@ __all__ = [
 _CHUNK_ROWS = 4096
 _SHARDS_AHEAD = 3
 # Read since mappings were last let go.
-_MOST_MAPPED_BYTES = 256 << 20
+_MOST_MAPPED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, eq=False)

@@ -154,6 +154,13 @@ def plot(
         InputError: fewer than three points.
         NonFiniteError: a point that is not finite, by name.
 
+    Example:
+        >>> import layerprobe as lp
+        >>> store = lp.extract("demo", ["The kettle whistled.", "So it goes."], "memory://drawn", sites="layers.-2:")
+        >>> picture = lp.plot(store, "layers.svg", color="token")
+        >>> [panel.site for panel in picture.panels], len(picture.examples)
+        (['layers.4', 'layers.5'], 12)
+
     Cost: the drawn rows in float64 at every site; trustworthiness compares up to 2,000 points with each other.
     """
     if method not in METHODS:
@@ -317,6 +324,13 @@ def plot_attention(
         SiteError: no such weights are stored.
         OptionError: the site holds none, a head that does not exist, or matplotlib is not installed.
         MissingExample: the example is not there.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> store = lp.extract("demo", ["So it goes."], "memory://maps", sites="layers.0.attention.weights")
+        >>> figure = lp.plot_attention(store, 0, "heads.svg", heads=[0, 1])
+        >>> [axes.get_title() for axes in figure.axes[:2]]
+        ['head 0', 'head 1']
     """
     if path is not None:
         check_suffix(path)
