@@ -215,7 +215,7 @@ class Classification:
                         places[some], values[some], "o", color=PALETTE[0], markerfacecolor=face, label=name, zorder=3
                     )
             self._draw_baselines(axes, single, places)
-            axes.set_xticks(places, [name.replace("last", "l") for name in label_sites([s.site for s in shown])])
+            axes.set_xticks(places, [name.replace(":", " ") for name in label_sites([s.site for s in shown])])
             axes.tick_params(axis="x", rotation=45 if len(others) else 0)
             axes.set_xlabel("layer")
             axes.set_ylabel("accuracy on test")

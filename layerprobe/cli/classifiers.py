@@ -63,7 +63,12 @@ def classify(
         if useless:
             raise OptionError(f"{', '.join(useless)} with --profile: it makes its own tasks. Leave it out.")
         found = depth_profile(
-            folder, sites=patterns, pool=pool, max_examples=max_examples or 5000, seed=seed, progress=progress
+            folder,
+            sites=patterns,
+            pool=pool,
+            max_examples=5000 if max_examples is None else max_examples,
+            seed=seed,
+            progress=progress,
         )
     else:
         found = classify_store(
@@ -77,7 +82,7 @@ def classify(
             control=control,
             mdl=mdl,
             untrained=extract_untrained if untrained else None,
-            max_examples=max_examples or 50_000,
+            max_examples=50_000 if max_examples is None else max_examples,
             seed=seed,
             progress=progress,
         )

@@ -19,6 +19,7 @@ from torch import nn
 
 from layerprobe.analysis.classify import classify
 from layerprobe.analysis.figures import Curve, draw_curves
+from layerprobe.analysis.probing import need_sklearn
 from layerprobe.analysis.results import table_cell, write_csv, write_json
 from layerprobe.analysis.sweep import check_count
 from layerprobe.analysis.verdict import Classification
@@ -124,6 +125,7 @@ def depth_profile(
         >>> list(profile.tasks)
         ['length', 'word: birds', 'order']
     """
+    need_sklearn()
     check_count("max_examples", max_examples, _LEAST)
     store = store if isinstance(store, Store) else open_store(store)
     texts = read_texts(store)
@@ -194,8 +196,10 @@ def _words_of(text: str) -> set[str]:
 
 
 def _choose_word(texts: list[str]) -> str | None:
-    """Choose the word of four letters or more that is in as nearly half of the texts as can be."""
-    counts = Counter(word for text in texts for word in _words_of(text))
+    """Choose the word of four letters or more, none of grammar, that is in as nearly half of the texts as can be."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    counts = Counter(word for text in texts for word in _words_of(text) - ENGLISH_STOP_WORDS)
     bound = _RAREST * len(texts)
     fitting = [word for word, count in counts.items() if bound <= count <= len(texts) - bound]
     return min(fitting, key=lambda word: (abs(counts[word] - len(texts) / 2), word), default=None)

@@ -69,7 +69,10 @@ def read_texts(store: Store) -> list[str]:
         shard, _ = catalog.find(ordinal)
         text = read_record(shard, ordinal, store.place.label(shard.header.file)).get("text")
         if not isinstance(text, str):
-            raise InputError(f"texts of {store.place}: example {ordinal} has none. Stores of extract keep them.")
+            raise InputError(
+                f"texts of {store.place}: example {ordinal} has none. Stores of extract keep them; "
+                "'layerprobe classify --no-untrained' needs none."
+            )
         texts.append(text)
     return texts
 

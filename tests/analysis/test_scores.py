@@ -1,0 +1,62 @@
+"""Scores against scikit-learn, exact sums, and what intervals promise."""
+
+from math import comb
+
+import numpy as np
+import pytest
+
+from layerprobe.analysis.scores import differs, find_ties, macro_f1, mcnemar, resample, score
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_macro_f1_is_that_of_sklearn(seed: int) -> None:
+    from sklearn.metrics import f1_score
+
+    maker = np.random.default_rng(seed)
+    truth, predicted = maker.integers(5, size=60), maker.integers(6, size=60)
+    wanted = f1_score(truth, predicted, average="macro", zero_division=0.0)
+    assert macro_f1(predicted, truth) == pytest.approx(wanted, abs=1e-12)  # sums in another order
+
+
+def test_mcnemar_is_the_sum_of_binomials() -> None:
+    correct = np.array([True] * 9 + [False] * 2 + [True] * 20)
+    other = np.array([False] * 9 + [True] * 2 + [True] * 20)
+    tail = sum(comb(11, k) for k in range(3)) / 2**11
+    assert mcnemar(correct, other) == pytest.approx(2 * tail, rel=1e-9)  # rounding of the library's binomials
+    assert mcnemar(correct, correct) == 1.0
+
+
+def test_ties_are_what_holm_cannot_tell_apart() -> None:
+    best = np.ones(100, dtype=bool)
+    slightly, clearly = best.copy(), best.copy()
+    slightly[:6] = False  # p = 1/32: below 5 %, but not below half of it
+    clearly[:30] = False
+    # as the largest of the two it is held against 5 %
+    assert find_ties({"a": best, "b": slightly, "c": clearly}, "a") == ("a",)
+    few = best.copy()
+    few[:5] = False  # p = 1/16
+    assert find_ties({"a": best, "b": few, "c": clearly}, "a") == ("a", "b")
+    assert find_ties({"a": best, "b": slightly, "d": slightly}, "a") == ("a", "b", "d")
+    assert differs(best, slightly) and not differs(best, few)
+
+
+def test_the_interval_covers_the_true_accuracy_about_as_often_as_it_says() -> None:
+    maker = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        low, high = resample(maker.random(150) < 0.7, np.arange(150), trial)
+        covered += low <= 0.7 <= high
+    assert covered >= 180  # of 200 at 95 % that is three standard deviations and more below 190
+
+
+def test_items_of_one_example_are_drawn_together() -> None:
+    correct = np.repeat(np.random.default_rng(1).random(30) < 0.6, 20)
+    low, high = resample(correct, np.repeat(np.arange(30), 20), 0)
+    alone = resample(correct, np.arange(600), 0)
+    assert high - low > 2 * (alone[1] - alone[0])
+
+
+def test_a_score_has_its_accuracy_inside_its_interval() -> None:
+    truth = np.array([0, 1] * 20)
+    found = score(np.array([0, 1] * 15 + [1, 0] * 5), truth, np.arange(40), 0)
+    assert found.accuracy == 0.75 and found.ci[0] < 0.75 < found.ci[1]
