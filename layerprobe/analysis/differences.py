@@ -24,6 +24,7 @@ from layerprobe.analysis.sweep import (
     draw_rows,
     few_threads,
     need_store,
+    record_of,
     sweep,
 )
 from layerprobe.errors import InputError, OptionError, SiteError
@@ -358,7 +359,7 @@ def _list_examples(
     store: Store, names: Sequence[str], places: Sequence[tuple[int, int]], moves: MovePass
 ) -> tuple[ExampleMove, ...]:
     return tuple(
-        ExampleMove(names[a], names[b], ordinal, count, mean, store.example(ordinal).text)
+        ExampleMove(names[a], names[b], ordinal, count, mean, record_of(store, ordinal).get("text"))
         for pair, (a, b) in enumerate(places)
         for ordinal, count, mean in moves.most_moved_examples(pair)
     )

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerprobe.analysis.sweep import record_of
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows
@@ -206,12 +207,12 @@ def colour_points(store: Store, points: Points, color: str) -> Colours:
 
 def has_field(store: Store, field: str) -> bool:
     """Tell whether the first example's record has a field."""
-    return bool(len(store)) and field in store.example(store.ordinal_at(0)).fields
+    return bool(len(store)) and field in record_of(store, store.ordinal_at(0)).get("fields", {})
 
 
 def _read_field(store: Store, points: Points, field: str) -> list[Any]:
     ordinals = points.examples.tolist()
-    fields = {ordinal: store.example(ordinal).fields for ordinal in set(ordinals)}
+    fields = {ordinal: record_of(store, ordinal).get("fields", {}) for ordinal in set(ordinals)}
     if not any(field in found for found in fields.values()):
         known = sorted({name for found in fields.values() for name in found})
         raise OptionError(

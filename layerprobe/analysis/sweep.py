@@ -21,6 +21,7 @@ from layerprobe.errors import NonFiniteError, OptionError, SiteError
 from layerprobe.store.columns import match_sites
 from layerprobe.store.difference import take_depth
 from layerprobe.store.reader import Store, open_store
+from layerprobe.store.records import read_record
 from layerprobe.store.rows import choose_sites, take_rows
 from layerprobe.store.shards import Shard
 from layerprobe.store.writer import StoredSite
@@ -35,6 +36,7 @@ __all__ = [
     "draw_rows",
     "few_threads",
     "need_store",
+    "record_of",
     "sweep",
 ]
 
@@ -93,6 +95,13 @@ def choose_depth(store: Store, patterns: str | Sequence[str] | None) -> list[Sto
 def count_rows(store: Store, sites: Sequence[StoredSite]) -> int:
     """Count the rows of sites that were chosen together."""
     return store.num_tokens if sites[0].kind == "token" else len(store)
+
+
+def record_of(store: Store, ordinal: int) -> dict[str, Any]:
+    """Read what an example was made of, `text` and `fields` where they were kept, and nothing of any site."""
+    catalog = store[store.sites[0]].catalog
+    shard, ordinal = catalog.find(ordinal)
+    return read_record(shard, ordinal, catalog.place.label(shard.header.file))
 
 
 def bar_of(total: int, what: str, progress: bool | None) -> "tqdm[Any]":
