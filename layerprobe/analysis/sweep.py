@@ -43,7 +43,7 @@ __all__ = [
 _CHUNK_ROWS = 4096
 _SHARDS_AHEAD = 3
 # Read since mappings were last let go.
-_MOST_MAPPED_BYTES = 64 << 20
+_MOST_MAPPED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, eq=False)
