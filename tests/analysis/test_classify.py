@@ -91,7 +91,7 @@ def test_layers_that_say_the_same_are_tied(tmp_path: Path) -> None:
     rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(4)))[0]
     rows["layers.4"] = rows["layers.2"] @ rotation
     store = plant(tmp_path / "store", rows, lengths, ids=torch.arange(800))
-    result = lp.classify(store, labels)
+    result = lp.classify(store, labels.tolist())
     assert {"layers.2", "layers.4"} <= set(result.verdict.tied)
     assert not {"layers.0", "layers.1", "layers.3"} & set(result.verdict.tied)
     assert any("cannot be told from the best" in sentence for sentence in result.verdict.sentences)
@@ -208,30 +208,30 @@ def test_rows_that_are_not_finite_are_named(tmp_path: Path) -> None:
     rows = make_rows([2] * 40, labels, 1)
     rows["layers.1"][2 * 17 + 1, 4] = float("nan")
     with pytest.raises(NonFiniteError, match=r"'layers.1' in .*example 17 is not finite or has no rows \(1 items"):
-        lp.classify(plant(tmp_path / "store", rows, [2] * 40, ids=torch.arange(80)), labels)
+        lp.classify(plant(tmp_path / "store", rows, [2] * 40, ids=torch.arange(80)), labels.tolist())
 
 
 def test_pooled_stores_give_examples_and_no_tokens(tmp_path: Path) -> None:
     labels = torch.randint(2, (COUNT,), generator=torch.Generator().manual_seed(2))
     rows = make_rows([1] * COUNT, labels, 2)
     store = plant(tmp_path / "store", rows, [1] * COUNT, ids=torch.arange(COUNT), pool="mean")
-    result = lp.classify(store, labels)
+    result = lp.classify(store, labels.tolist())
     assert result.task.pool == "mean" and "layers.2" in result.verdict.tied
     with pytest.raises(OptionError, match="pooled by mean, and no row per token"):
         lp.classify(store, [[int(label)] for label in labels])
     with pytest.raises(OptionError, match="was pooled already, by mean"):
-        lp.classify(store, labels, pool="cls")
+        lp.classify(store, labels.tolist(), pool="cls")
 
 
 def test_a_constant_site_is_left_out_with_a_note_and_refused_by_name(tmp_path: Path) -> None:
     labels = torch.randint(2, (COUNT,), generator=torch.Generator().manual_seed(2))
     rows = {"embeddings": torch.ones(COUNT, WIDTH), **make_rows([1] * COUNT, labels, 2, 3)}
     store = plant(tmp_path / "store", rows, [1] * COUNT, ids=torch.arange(COUNT))
-    result = lp.classify(store, labels, pool="cls")
+    result = lp.classify(store, labels.tolist(), pool="cls")
     assert "embeddings" not in [site.site for site in result.sites]
     assert any(note.startswith("embeddings is left out: every vector of train is the same") for note in result.notes)
     with pytest.raises(OptionError, match="the first token's vector there does not depend on the text"):
-        lp.classify(store, labels, pool="cls", sites=["embeddings", "layers.*"])
+        lp.classify(store, labels.tolist(), pool="cls", sites=["embeddings", "layers.*"])
 
 
 def test_an_untrained_store_of_other_texts_is_refused(planted: Path, tmp_path: Path) -> None:
