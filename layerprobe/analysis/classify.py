@@ -91,7 +91,7 @@ def classify(
         mdl: Also count the bits of an online code.
         untrained: A store of the same texts by the same architecture with random weights, or what makes one, such as
             `layerprobe.extract_untrained`.
-        max_examples: The most examples to take, drawn at random; None for all.
+        max_examples: The most examples, and the most tokens or spans, to take, drawn at random; None for all.
         seed: Of every draw.
         progress: Whether to show a bar; None for only on a terminal.
 

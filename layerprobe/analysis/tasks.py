@@ -73,7 +73,7 @@ def make_task(
         span: Fields of the first character and the one after the last, or lists of them beside lists of labels.
         split: Field, or values, that say train, dev or test.
         group: Field, or values, whose examples stay on one side.
-        max_examples: The most examples to take, drawn at random; None for all.
+        max_examples: The most examples, and the most items, to take, drawn at random; None for all.
         seed: Of every draw.
 
     Raises:
@@ -93,6 +93,10 @@ def make_task(
     name = labels if isinstance(labels, str) else "labels"
     given = _column(store, records, places, "labels", labels)
     items = _find_items(store, ordinals[places], records, given, name, span)
+    if max_examples is not None and len(items) > max_examples:
+        kept = _draw_items(items, max_examples, seed)
+        notes.append(f"{len(kept):,} of {len(items):,} items, in whole examples drawn at random.")
+        items = kept
     ids = [tuple(store.input_ids(int(ordinal)).tolist()) for ordinal in ordinals[places]]
     keys: list[Hashable] = list(ids)
     if group is not None:
@@ -199,6 +203,18 @@ def _find_items(
     return items
 
 
+def _draw_items(items: list[_Item], most: int, seed: int) -> list[_Item]:
+    """Draw whole examples until their items are as many as may be, at least one; in the order of before."""
+    counts = Counter(number for number, _, _ in items)
+    numbers, left, chosen = list(counts), most, set()
+    for place in np.random.default_rng([seed, 6]).permutation(len(numbers)).tolist():
+        number = numbers[place]
+        if counts[number] <= left or not chosen:
+            chosen.add(number)
+            left -= counts[number]
+    return [item for item in items if item[0] in chosen]
+
+
 def _find_spans(
     store: Store, ordinals: np.ndarray, records: list[dict[str, Any]], labels: list[Any], span: tuple[str, str]
 ) -> list[_Item]:
@@ -246,7 +262,7 @@ def _need_hashable(what: str, value: Any) -> Hashable:
 def _number_labels(name: str, labels: list[Any], sides: np.ndarray) -> tuple[tuple[Any, ...], np.ndarray]:
     classes: tuple[Any, ...] = tuple(sorted(set(labels), key=lambda one: (isinstance(one, str), one)))
     if len(classes) < 2:
-        raise InputError(f"labels {name!r}: every item is {classes[0]!r}. A classifier needs two classes or more.")
+        raise InputError(f"labels {name!r}: every item is {labels[0]!r}. A classifier needs two classes or more.")
     numbers = {label: number for number, label in enumerate(classes)}
     labelled = np.array([numbers[label] for label in labels], dtype=np.int64)
     for side, part in enumerate(SIDES):

@@ -176,6 +176,10 @@ def test_tokens_are_classified_by_a_label_each(tmp_path: Path) -> None:
     assert result.task.kind == "tokens" and result.task.pool is None
     assert result.task.num_train + result.task.num_dev + result.task.num_test == total - 120
     assert {site.site: site.accuracy > 0.9 for site in result.sites}["layers.1"]
+    few = make_task(lp.open(store), labels, max_examples=120)
+    assert 110 < len(few.labels) <= 120 and few.notes[0].startswith(f"{len(few.labels)} of {total - 120} items")
+    whole = {one: len(labels[one]) - 1 for one in few.examples.tolist()}
+    assert sum(whole.values()) == len(few.labels)
     task = make_task(lp.open(store), labels)
     assert len({(one, side) for one, side in zip(task.examples.tolist(), task.sides.tolist(), strict=True)}) == 120
     with pytest.raises(InputError, match="has 2 labels for 3 tokens"):
