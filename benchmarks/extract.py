@@ -9,29 +9,23 @@ tokenising, checksums and flushes. At the end the rows of the loop and of the st
     python benchmarks/extract.py [--quick] [--save] [--texts 2000] [--rounds 3]
 """
 
-import ast
-import random
 import shutil
-import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from corpora import SITES, list_batches, list_docstrings, list_paragraphs, shuffle
 from harness import Rival, emit, interleave, make_parser
 
 import layerprobe as lp
-from layerprobe.extract.batching import Batch, cut_batches, tokenize
-from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.batching import Batch
 from layerprobe.models import LoadedModel
 from layerprobe.tables import format_bytes, format_table
 
 LOOP_BATCH = 32
-PARAGRAPH_TOKENS = (5, 256)
-SITES = ["embeddings", "layers.*"]
 # float16 keeps 11 bits; batches of other shapes reorder the sums of a forward
 RELATIVE, ABSOLUTE = 2**-11, 1e-3
 
@@ -127,19 +121,6 @@ def run_layerprobe(demo: LoadedModel, texts: list[str], folder: Path, _: object 
     lp.extract(demo.model, texts, folder, sites=SITES, dtype="float16", tokenizer=demo.tokenizer, progress=False)
 
 
-def list_batches(demo: LoadedModel, texts: list[str], folder: Path) -> tuple[list[Batch], int, int]:
-    """Make the very batches that layerprobe makes, the count of real tokens, and the longest text it takes."""
-    options = ExtractOptions(sites=SITES, dtype="float16")
-    plan = plan_extraction(demo.model, texts, folder, options, tokenizer=demo.tokenizer)
-    pad_id, side = demo.tokenizer.pad_token_id, demo.tokenizer.padding_side
-    batches, num_tokens = [], 0
-    for unit in plan.units():
-        tokenized = tokenize(demo.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
-        batches += cut_batches(tokenized, plan.batch_tokens, pad_id, side)
-        num_tokens += tokenized.num_tokens
-    return batches, num_tokens, plan.rule.max_length
-
-
 def compare(loop: Path, folder: Path, every: int = 8) -> float:
     """Hold rows of the loop's files against the store's; gives the largest difference.
 
@@ -160,42 +141,6 @@ def compare(loop: Path, folder: Path, every: int = 8) -> float:
                 torch.testing.assert_close(got, wanted, rtol=RELATIVE, atol=ABSOLUTE)
                 worst = max(worst, (got - wanted).abs().max().item())
     return round(worst, 6)
-
-
-def list_docstrings() -> list[str]:
-    """Read the docstrings of the standard library's sources, in the order of its files."""
-    return list(dict.fromkeys(_iter_docstrings(Path(sysconfig.get_paths()["stdlib"]))))
-
-
-def _iter_docstrings(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(parts):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = ast.get_docstring(node)
-                if text:
-                    yield text
-
-
-def list_paragraphs(tokenizer: Any) -> list[str]:
-    """Cut docstrings at their empty lines and keep the parts of a middle length."""
-    found = (part.strip() for text in list_docstrings() for part in text.split("\n\n"))
-    parts = list(dict.fromkeys(filter(None, found)))
-    lengths = map(len, tokenizer(parts, truncation=True, max_length=512)["input_ids"])
-    fewest, most = PARAGRAPH_TOKENS
-    return [part for part, length in zip(parts, lengths, strict=True) if fewest <= length <= most]
-
-
-def shuffle(texts: list[str]) -> list[str]:
-    mixed = list(dict.fromkeys(texts))
-    random.Random(0).shuffle(mixed)
-    return mixed
 
 
 def _make_empty(folder: Path) -> None:

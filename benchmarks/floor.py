@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from corpora import list_batches, list_docstrings, list_paragraphs, shuffle
 from harness import Rival, emit, interleave, make_parser
 from torch import Tensor
 
 import layerprobe as lp
-from extract import list_batches, list_docstrings, list_paragraphs, shuffle
 from layerprobe.capture.packing import StoreSink
 from layerprobe.extract import run as run_module
 from layerprobe.extract.batching import Batch

@@ -50,7 +50,7 @@ class Call:
         contexts: What each stack was called with, by number, in the order in which they were called.
         expected, ahead, seen: Sites as bits: of the stacks called so far, of those still to be called, already made.
         state: Room for the sink to keep what it needs for this call.
-        graph_numbers: What compiled graphs have entered the call by.
+        places: By stack, what a compiled graph has asked: where the real tokens are in `[B * S]`.
         sources: Set by a sink that follows gradients: for sites whose value is cut or joined, what it is made of.
     """
 
@@ -63,15 +63,19 @@ class Call:
     counts: dict[int, int] = field(default_factory=dict)
     chunks: dict[int, list[Tensor]] = field(default_factory=dict)
     twins: dict[int, EagerTwin] = field(default_factory=dict)
-    graph_numbers: set[int] = field(default_factory=set)
+    places: dict[int, Tensor] = field(default_factory=dict)
     sources: dict[int, Source] | None = None
 
     def context(self, index: int) -> Context:
         """Give what the stack of a site was called with; for what follows all stacks, the last one's."""
+        return self.find_context(index)[1]
+
+    def find_context(self, index: int) -> tuple[int, Context]:
+        """Give the stack too."""
         stack = self.stacks[index]
         if stack is not None and stack in self.contexts:
-            return self.contexts[stack]
-        return next(reversed(self.contexts.values()))
+            return stack, self.contexts[stack]
+        return next(reversed(self.contexts.items()))
 
     @property
     def made(self) -> list[int]:

@@ -17,17 +17,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from layerprobe.errors import CaptureError
+
 __all__ = ["TAGS", "Follower", "Port", "Receiver", "find_receiver", "forget_compiled_graphs", "has_compiled"]
 
 # A CUDA graph replays kernels and not Python; the compiler has to leave these calls out of it.
-TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 class Follower(Protocol):
     """What a port tells of calls, as the graph runs."""
 
     def enter_compiled(
-        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool, number: int
+        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
     ) -> None:
         """A base model was called, with a key-value cache or without; a stack of -1 is the task model around it."""
 
@@ -41,8 +43,12 @@ class Receiver(Follower, Protocol):
     def receive_compiled(self, point: int, value: Tensor) -> None:
         """A module that is read made a value."""
 
-    def receive_packed(self, point: int, rows_TD: Tensor, number: int) -> None:
-        """A module that is read made rows, gathered and cast by the graph, in the call that was entered by `number`."""
+    def find_places(self, point: int, num_sequences: int, num_positions: int) -> Tensor | None:
+        """Where the real tokens of this thread's call are in `[B * S]`; None where no call is under way."""
+        ...
+
+    def receive_packed(self, point: int, rows_TD: Tensor) -> None:
+        """A module that is read made rows, gathered and cast by the graph."""
 
 
 _RECEIVERS: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
@@ -50,7 +56,7 @@ _NUMBERS = itertools.count()
 
 
 # `token` is said to be changed by every operator, and so the compiler neither drops nor reorders them.
-@torch.library.custom_op("layerprobe::enter", mutates_args=("token",), tags=TAGS)
+@torch.library.custom_op("layerprobe::enter", mutates_args=("token",), **TAGS)
 def _enter(
     token: Tensor,
     ids: Tensor | None,
@@ -59,48 +65,41 @@ def _enter(
     cached: bool,
     probe: int,
     stack: int,
-    packs: bool,
-) -> tuple[Tensor, Tensor]:
-    """Tell of a call; gives the places of its real tokens in `[B * S]`, and a number that no other call has.
-
-    Places are for rows that the graph gathers, so there are none where it does not. The number goes with those rows: a
-    graph that is broken in two hands it on as Python does, and two threads could hand on each other's.
-    """
-    number = next(_NUMBERS)
+) -> None:
     receiver = _RECEIVERS.get(probe)
     if receiver is not None:
-        receiver.enter_compiled(stack, ids, mask, embeds, cached, number)
-    tokens = ids if ids is not None else embeds
-    if receiver is None or tokens is None or not packs:
-        kept = token.new_empty(0, dtype=torch.int64)
-    elif mask is None or mask.shape != tokens.shape[:2]:  # a mask of another shape is refused by the sink
-        kept = torch.arange(tokens.shape[0] * tokens.shape[1], device=tokens.device)
-    else:
-        kept = (mask != 0).flatten().nonzero()[:, 0]
-    return kept, torch.tensor([number])
+        receiver.enter_compiled(stack, ids, mask, embeds, cached)
 
 
-@_enter.register_fake
-def _(token: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    count = torch.library.get_ctx().new_dynamic_size()
-    return token.new_empty(count, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+@torch.library.custom_op("layerprobe::places", mutates_args=("token",), **TAGS)
+def _places(token: Tensor, probe: int, point: int, num_sequences: int, num_positions: int) -> Tensor:
+    """Ask where the real tokens are; asked for each value, since Python could hand on another thread's answer."""
+    receiver = _RECEIVERS.get(probe)
+    found = receiver.find_places(point, num_sequences, num_positions) if receiver is not None else None
+    # a graph uses the memory of what it is given again
+    return token.new_empty(0, dtype=torch.int64) if found is None else found.clone()
 
 
-@torch.library.custom_op("layerprobe::receive", mutates_args=("token",), tags=TAGS)
+@_places.register_fake
+def _(token: Tensor, *_: Any) -> Tensor:
+    return token.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@torch.library.custom_op("layerprobe::receive", mutates_args=("token",), **TAGS)
 def _receive(token: Tensor, value: Tensor, probe: int, point: int) -> None:
     receiver = _RECEIVERS.get(probe)
     if receiver is not None:
         receiver.receive_compiled(point, value)
 
 
-@torch.library.custom_op("layerprobe::receive_packed", mutates_args=("token",), tags=TAGS)
-def _receive_packed(token: Tensor, rows_TD: Tensor, number: Tensor, probe: int, point: int) -> None:
+@torch.library.custom_op("layerprobe::receive_packed", mutates_args=("token",), **TAGS)
+def _receive_packed(token: Tensor, rows_TD: Tensor, probe: int, point: int) -> None:
     receiver = _RECEIVERS.get(probe)
     if receiver is not None:
-        receiver.receive_packed(point, rows_TD, int(number))
+        receiver.receive_packed(point, rows_TD)
 
 
-@torch.library.custom_op("layerprobe::leave", mutates_args=("token",), tags=TAGS)
+@torch.library.custom_op("layerprobe::leave", mutates_args=("token",), **TAGS)
 def _leave(token: Tensor, probe: int, stack: int, completed: bool) -> None:
     receiver = _RECEIVERS.get(probe)
     if receiver is not None:
@@ -126,8 +125,6 @@ class Port:
         self._dtype = dtype
         # Values with their history, which operators do not carry: a graph gives them to Python once it has run.
         self._attached: list[Tensor | None] | None = None
-        # Of the call that is being traced; None where the base itself is not in the graph.
-        self._entered: tuple[Tensor, Tensor] | None = None
         self._receiver = weakref.ref(receiver)
 
     def open(self) -> None:
@@ -142,11 +139,12 @@ class Port:
 
     def keep_history(self, num_points: int) -> None:
         """Let graphs give their values to Python too, for autograd."""
-        self._attached = [None] * num_points
+        attached: list[Tensor | None] = [None] * num_points
+        self._attached = attached
 
     def take_attached(self) -> dict[int, Tensor]:
         """Give what the last graph gave to Python, by point, and forget it."""
-        attached = self._attached or []
+        attached: list[Tensor | None] = self._attached or []
         taken = {point: value for point, value in enumerate(attached) if value is not None}
         for point in taken:
             attached[point] = None
@@ -155,26 +153,25 @@ class Port:
     def enter(self, stack: int, ids: Any, mask: Any, embeds: Any, cached: bool) -> None:
         """Tell of a call, from within a graph."""
         tensors = [value if isinstance(value, Tensor) else None for value in (ids, mask, embeds)]
-        entered = torch.ops.layerprobe.enter(self.token, *tensors, cached, self.number, stack, self._packs)
-        if self._packs and stack >= 0:
-            self._entered = entered
+        torch.ops.layerprobe.enter(self.token, *tensors, cached, self.number, stack)
 
-    def receive(self, point: int, value: Tensor, is_rows: bool = False) -> None:
+    def receive(self, point: int, value: Any, is_rows: bool = False) -> None:
         """Tell of a value, from within a graph; `is_rows`: it has a row per token."""
+        if not isinstance(value, Tensor):
+            raise CaptureError(f"a module that is read gave {type(value).__name__}, not a tensor.")
         if self._attached is not None and value.requires_grad:
             self._attached[point] = value
         value = value.detach()
-        if not (is_rows and self._entered is not None and value.ndim == 3):
+        if not (self._packs and is_rows and value.ndim == 3):
             torch.ops.layerprobe.receive(self.token, value, self.number, point)
             return
-        kept, number = self._entered
-        rows = value.flatten(0, 1).index_select(0, kept)
+        places = torch.ops.layerprobe.places(self.token, self.number, point, value.shape[0], value.shape[1])
+        rows = value.flatten(0, 1).index_select(0, places)
         rows = rows if self._dtype is None else rows.to(self._dtype)
-        torch.ops.layerprobe.receive_packed(self.token, rows, number, self.number, point)
+        torch.ops.layerprobe.receive_packed(self.token, rows, self.number, point)
 
     def leave(self, stack: int, completed: bool) -> None:
         """Tell of the end of a call, from within a graph."""
-        self._entered = None
         torch.ops.layerprobe.leave(self.token, self.number, stack, completed)
 
 

@@ -269,7 +269,8 @@ class StoreSink:
             produce = partial(write_rows, value=value, selection=selection)
         else:
             is_pooled = is_per_token(site, value)
-            vectors = pool_rows(value, selection, self._pool) if is_pooled else selection.repeat_vectors(value)
+            vectors = pool_rows(value, selection.distinct, self._pool) if is_pooled else value
+            vectors = selection.repeat_vectors(vectors)
             if tuple(vectors.shape) != tuple(target.values.shape):
                 raise CaptureError(
                     f"{site.name!r} gave {tuple(vectors.shape)} vectors for {count} examples of width {stored.width}."

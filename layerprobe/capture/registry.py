@@ -9,8 +9,9 @@ Hides torch's hook machinery and the early end of a forward. Must never know wha
 import functools
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,7 @@ class ProbeRegistry:
         self._points = self._group_points()
         if getattr(sink, "keeps_gradients", False):
             self._port.keep_history(len(self._points))
+            cast(Any, sink).history = self
         self._hooks = HookSet()
 
     def __enter__(self) -> "ProbeRegistry":
@@ -148,10 +150,9 @@ class ProbeRegistry:
     # calls of compiled graphs
 
     def enter_compiled(
-        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool, number: int
+        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
     ) -> None:
         """Take note, from a running graph, that a module was called."""
-        self.attach_history()
         if stack == ROOT:
             self._frames.enter_root(None)
         else:
@@ -159,9 +160,23 @@ class ProbeRegistry:
             context = read_context(given)
             # the length of a cache is no number that a graph of all lengths can give
             self._frames.enter_base(stack, replace(context, first_position=None) if cached else context, None)
-            call = self._frames.current()
-            if call is not None:
-                call.graph_numbers.add(number)
+
+    def find_places(self, point: int, num_sequences: int, num_positions: int) -> Tensor | None:
+        """Tell a running graph where the real tokens of its call are in `[B * S]`."""
+        call = self._frames.current()
+        if call is None:
+            return None
+        stack, context = call.find_context(self._points[point].indices[0])
+        shape = (num_sequences, num_positions)
+        if context.shape is None:  # a model that is given neither ids nor embeddings
+            call.contexts[stack] = context = replace(context, shape=shape)
+        if stack not in call.places:
+            mask = context.attention_mask
+            if mask is None or tuple(mask.shape) != shape:  # a mask of another shape is refused by the sink
+                call.places[stack] = torch.arange(num_sequences * num_positions, device=self._port.token.device)
+            else:
+                call.places[stack] = (mask != 0).flatten().nonzero()[:, 0]
+        return call.places[stack]
 
     def receive_compiled(self, point: int, value: Tensor) -> None:
         """Take a value from a running graph, whose memory the graph will use again."""
@@ -174,21 +189,24 @@ class ProbeRegistry:
         call = self._frames.current()
         if call is not None:
             keeps = not getattr(self._sink, "copies_at_once", False)
-            self._receive_at(call, self._points[point], value.clone() if keeps else value)
+            with self._running_on():
+                self._receive_at(call, self._points[point], value.clone() if keeps else value)
 
-    def receive_packed(self, point: int, rows_TD: Tensor, number: int) -> None:
+    def receive_packed(self, point: int, rows_TD: Tensor) -> None:
         """Take rows that a running graph has gathered and cast."""
-        call = self._frames.current()
-        if call is None:
-            return
-        if number not in call.graph_numbers:
-            raise CaptureError(
-                f"two threads run {self._mapped.owner}, which was compiled in several graphs: rows of one would be "
-                "taken for the other's. Compile with fullgraph=True, or run one thread."
-            )
-        sink: Any = self._sink
-        rows_TD = rows_TD if sink.copies_at_once else rows_TD.clone()
-        self._receive(call, self._points[point].indices[0], rows_TD, sink.receive_rows)
+        call, sink = self._frames.current(), cast(Any, self._sink)
+        if call is not None:
+            rows_TD = rows_TD if sink.copies_at_once else rows_TD.clone()
+            with self._running_on():
+                self._receive(call, self._points[point].indices[0], rows_TD, sink.receive_rows)
+
+    def _running_on(self) -> AbstractContextManager[None]:
+        """Let a graph run to its end where nothing around it turns an early end into None."""
+        return nullcontext() if "_orig_mod" in self._given._modules else suppress(Stop)
+
+    def drop_history(self) -> None:
+        """Forget what a graph made for a call that was cut short."""
+        self._port.take_attached()
 
     def attach_history(self) -> None:
         """Give the sink what the last graph made with its history, in place of what the operators took of it."""

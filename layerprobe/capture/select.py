@@ -9,6 +9,7 @@ Letters: B sequences, S padded positions, T rows (real tokens), N examples (= B)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,6 +64,8 @@ class Selection:
         runs: Rectangles that hold all real tokens, in order, or None.
         index: Flat positions of the real tokens on the model's device, used where `runs` is None.
         sequences: For each example the sequence that it is, where several are one; None where each has its own.
+        spans: For each example where it begins and ends, where that is all there is to its mask.
+        device: The model's.
     """
 
     lengths: tuple[int, ...]
@@ -70,6 +73,8 @@ class Selection:
     runs: tuple[Run, ...] | None
     index: Tensor | None = None
     sequences: tuple[int, ...] | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+    device: torch.device | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -146,23 +151,39 @@ class Selection:
             else:
                 runs.append(Run(sequence, sequence + 1, start, stop))
         if len(runs) <= _MOST_RUNS and device.type == "cpu":
-            return cls(lengths, num_positions, tuple(runs), None, sequences)
+            return cls(lengths, num_positions, tuple(runs), None, sequences, tuple(spans), device)
         rows = [torch.arange(b * num_positions + start, b * num_positions + stop) for b, (start, stop) in placed]
         index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
-        return cls(lengths, num_positions, None, index.to(device, non_blocking=True), sequences)
+        index = index.to(device, non_blocking=True)
+        return cls(lengths, num_positions, None, index, sequences, tuple(spans), device)
+
+    @cached_property
+    def distinct(self) -> "Selection":
+        """Each sequence once."""
+        if self.sequences is None:
+            return self
+        first = [self.sequences.index(number) for number in range(self.num_sequences)]
+        return Selection._from_spans(
+            [self.spans[place] for place in first], self.num_positions, self.device or torch.device("cpu")
+        )
 
     def repeat_rows(self, rows_TD: Tensor) -> Tensor:
-        """Give each example its rows, of rows that hold each sequence once."""
+        """Give each example its rows, of rows that hold each sequence once.
+
+        Raises:
+            CaptureError: those are not as many.
+        """
         if self.sequences is None:
             return rows_TD
-        of_sequence = dict(zip(self.sequences, self.lengths, strict=True))
-        starts = torch.tensor([0, *(of_sequence[number] for number in sorted(of_sequence))]).cumsum(0)
+        starts = torch.tensor([0, *self.distinct.lengths]).cumsum(0)
+        if len(rows_TD) != starts[-1]:
+            raise CaptureError(f"{len(rows_TD)} rows were made for {int(starts[-1])} tokens.")
         index = [torch.arange(int(starts[number]), int(starts[number + 1])) for number in self.sequences]
         return rows_TD.index_select(0, torch.cat(index).to(rows_TD.device))
 
     def repeat_vectors(self, vectors: Tensor) -> Tensor:
-        """Give each example its vector, of one per sequence."""
-        if self.sequences is None:
+        """Give each example its vector, of one per sequence; of another count they are given back as they are."""
+        if self.sequences is None or len(vectors) != self.num_sequences:
             return vectors
         return vectors.index_select(0, torch.tensor(self.sequences, device=vectors.device))
 

@@ -72,7 +72,7 @@ class CapturedCall(Mapping[str, Value]):
     def attach(self, name: str, value: Tensor) -> bool:
         """Take the same value with its history, if it is the same."""
         held = self._made.get(name)
-        if not isinstance(held, Tensor) or held.shape != value.shape or not torch.equal(held, value.detach()):
+        if not isinstance(held, Tensor) or not _is_same(held, value.detach()):
             return False
         self._made[name] = value
         self._is_compiled = True
@@ -105,6 +105,11 @@ class CapturedCall(Mapping[str, Value]):
 
     def __len__(self) -> int:
         return len(self._made)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Bit-equal, a NaN to a NaN."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 class Gradients(Mapping[str, Tensor]):
@@ -199,6 +204,8 @@ class MemorySink:
         self._sites: Sequence[Site] = ()
         self._names: list[str] = []
         self._every = 0
+        # where compiled graphs leave values with their history; set by the registry
+        self.history: Any = None
 
     def open(self, sites: Sequence[Site]) -> None:
         check_pooled(sites, self._pool)
@@ -210,6 +217,8 @@ class MemorySink:
         call.state = [None] * len(self._sites), {}
         if self.keeps_gradients:
             call.sources = {}
+            if self.history is not None:
+                self.history.attach_history()
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
         values, gradients = call.state
@@ -251,6 +260,8 @@ class MemorySink:
 
     def abandon(self, call: Call) -> None:
         call.state = None
+        if self.history is not None:
+            self.history.drop_history()
 
     def close(self, error: BaseException | None) -> None:
         return None

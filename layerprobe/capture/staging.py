@@ -126,13 +126,13 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tenso
     """Make a tensor outside inference mode, where one could not be written from another mode."""
     with torch.inference_mode(False):
         num_bytes = math.prod(shape) * dtype.itemsize
-        if pinned or num_bytes < _LARGE_BYTES:
+        if pinned or num_bytes < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.zeros(shape, dtype=dtype, pin_memory=pinned)
         # Filling fresh memory page by page costs the forward more than the copy itself: 4 KiB ones are made one by one.
-        memory = mmap.mmap(-1, num_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel built without them
-                memory.madvise(mmap.MADV_HUGEPAGE)
+        # Private, because shared memory, which an anonymous mapping is unless told otherwise, has no larger ones.
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
@@ -163,8 +163,8 @@ class BufferPool:
         with self._changed:
             check()
             if not self._free and self._left:
-                self._left -= 1
                 self._free.append(self._make())
+                self._left -= 1
             while not self._free:
                 # not for ever: a writer that dies gives no buffer back
                 self._changed.wait(_LOOK_AGAIN_S)

@@ -228,7 +228,7 @@ class Editor(AbstractContextManager["Editor"]):
     # what graphs ask for
 
     def enter_compiled(
-        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool, number: int
+        self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
     ) -> None:
         """Take note, from a running graph, that a module was called."""
         self._has_graphs = True

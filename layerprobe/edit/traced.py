@@ -18,7 +18,7 @@ __all__ = ["ask_for_extra", "ask_for_order", "ask_for_tokens"]
 
 
 # `token` is said to be changed by every operator, and so the compiler keeps them in their order.
-@torch.library.custom_op("layerprobe::edit_tokens", mutates_args=("token",), tags=TAGS)
+@torch.library.custom_op("layerprobe::edit_tokens", mutates_args=("token",), **TAGS)
 def _tokens(token: Tensor, value: Tensor, editor: int, point: int, count: int) -> Tensor:
     receiver = find_receiver(editor)
     if receiver is None:
@@ -31,7 +31,7 @@ def _(token: Tensor, value: Tensor, editor: int, point: int, count: int) -> Tens
     return value.new_empty((count, *value.shape[:-1]), dtype=torch.bool)
 
 
-@torch.library.custom_op("layerprobe::edit_extra", mutates_args=("token",), tags=TAGS)
+@torch.library.custom_op("layerprobe::edit_extra", mutates_args=("token",), **TAGS)
 def _extra(token: Tensor, value: Tensor, editor: int, point: int, slot: int) -> Tensor:
     receiver = find_receiver(editor)
     return torch.zeros_like(value) if receiver is None else receiver.give_compiled(point, slot, value)
@@ -42,7 +42,7 @@ def _(token: Tensor, value: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(value)
 
 
-@torch.library.custom_op("layerprobe::edit_order", mutates_args=("token",), tags=TAGS)
+@torch.library.custom_op("layerprobe::edit_order", mutates_args=("token",), **TAGS)
 def _order(token: Tensor, value: Tensor, editor: int, point: int, slot: int) -> Tensor:
     receiver = find_receiver(editor)
     if receiver is None:

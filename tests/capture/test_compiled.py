@@ -37,7 +37,7 @@ def _batch(length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _compile(model: Any, backend: str = "eager", fullgraph: bool = True) -> Any:
+def _compile(model: Any, backend: Any = "eager", fullgraph: bool = True) -> Any:
     return torch.compile(model, fullgraph=fullgraph, dynamic=True, backend=backend)
 
 
@@ -181,11 +181,79 @@ def test_forward_broken_into_several_graphs_is_streamed_whole(tiny_bert: Any, tm
         assert all(torch.equal(store[site][3 * number + 1], expected[site][1]) for site in expected)
 
 
-def test_rows_that_belong_to_the_call_of_another_thread_are_refused(tiny_bert: Any, tmp_path: Path) -> None:
-    probe = lp.Probe(tiny_bert, "layers.*", to=tmp_path / "acts")
-    tiny_bert.encoder.layer[0].register_forward_hook(lambda *_: probe._registry.receive_packed(0, torch.ones(4, 32), 7))
-    with torch.no_grad(), pytest.raises(CaptureError, match=r"compiled in several graphs: rows of one"), probe:
-        tiny_bert(**_batch(5))
+def test_threads_of_a_compiled_model_fill_a_store(tiny_bert: Any, tmp_path: Path) -> None:
+    compiled = _compile(tiny_bert)
+    with torch.no_grad(), lp.Probe(compiled, "layers.*", to=tmp_path / "acts"):
+        compiled(**_batch(5))  # compiled once, in one thread
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                with torch.no_grad():
+                    for _ in range(4):
+                        for length in LENGTHS:
+                            compiled(**_batch(length))
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    store = lp.open(tmp_path / "acts")
+    assert len(store) == 3 * (1 + 3 * 4 * len(LENGTHS))
+    expected = {length: _eager_values(tiny_bert, "layers.*", length) for length in LENGTHS}
+    for number in range(0, len(store), 3):
+        example = store.example(number)
+        assert torch.equal(example["layers.2"], expected[len(example.input_ids)]["layers.2"][0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("side", ["left", "holes", "none"])
+def test_masks_of_any_shape_keep_the_rows_that_eager_keeps(
+    tiny_bert: Any, tmp_path: Path, side: str, dtype: str
+) -> None:
+    batch = _batch(9)
+    batch["attention_mask"][0] = torch.tensor(
+        [0, 0, 1, 1, 1, 1, 1, 1, 1] if side == "left" else [1, 0, 1, 1, 0, 1, 1, 0, 1]
+    )
+    if side == "none":
+        del batch["attention_mask"]
+    compiled = _compile(tiny_bert)
+    for run, place in ((tiny_bert, "eager"), (compiled, "compiled")):
+        with torch.no_grad(), lp.Probe(run, ["embeddings", "layers.*"], to=tmp_path / place, dtype=dtype):
+            run(**batch)
+    eager, graph = lp.open(tmp_path / "eager"), lp.open(tmp_path / "compiled")
+    for site in eager.sites:
+        for one, other in zip(eager[site], graph[site], strict=True):
+            assert torch.equal(one.float(), other.float())
+
+
+def test_model_that_is_given_neither_ids_nor_embeddings_loses_nothing(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    sizes: Any = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
+    images = torch.rand(2, 3, 8, 8)
+    compiled = _compile(model, fullgraph=False)
+    for run, place in ((model, "eager"), (compiled, "compiled")):
+        with torch.no_grad(), lp.Probe(run, "layers.*", to=tmp_path / place):
+            run(images)
+    eager, graph = lp.open(tmp_path / "eager"), lp.open(tmp_path / "compiled")
+    assert len(graph) == len(eager) == 2
+    assert all(torch.equal(graph["layers.1"][i], eager["layers.1"][i]) for i in range(2))
+
+
+@pytest.mark.parametrize("way", ["function", "outer module", "wrapper"])
+def test_early_end_that_nothing_around_a_graph_takes_lets_it_run_on(tiny_bert: Any, way: str) -> None:
+    run = _compile(tiny_bert) if way == "wrapper" else WAYS[way](tiny_bert)
+    with torch.no_grad(), lp.Probe(tiny_bert, "layers.0", stop=True) as probe:
+        outputs = [run(**_batch(length)) for length in LENGTHS]
+    for call, output, length in zip(probe.calls, outputs, LENGTHS, strict=True):
+        assert output.last_hidden_state.shape == (3, length, 32)
+        assert torch.equal(call["layers.0"], _eager_values(tiny_bert, "layers.0", length)["layers.0"])  # type: ignore[arg-type]
 
 
 def test_compiled_forward_is_stopped_after_the_last_asked_site(tiny_bert: Any) -> None:
@@ -266,9 +334,9 @@ def test_distillation_through_captured_states_under_one_graph(make_bert: Any, ba
                 with torch.no_grad():
                     run_teacher(**_batch(length))
                 run_student(**_batch(length))
-                losses = [
-                    nn.functional.mse_loss(value, wanted.calls[-1][site]) for site, value in made.calls[-1].items()
-                ]
+                states: Any = made.calls[-1]
+                targets: Any = wanted.calls[-1]
+                losses = [nn.functional.mse_loss(value, targets[site]) for site, value in states.items()]
                 assert len(losses) == 12
                 torch.stack(losses).sum().backward()
                 gradients.append([p.grad.clone() for p in student.encoder.parameters() if p.grad is not None])
@@ -306,6 +374,24 @@ def test_history_of_another_call_is_refused(tiny_bert: Any) -> None:
         probe._registry._port._attached[1] = torch.zeros(3, 7, 32)  # type: ignore[index] # what another thread made
         with pytest.raises(CaptureError, match=r"'layers\.1' is of another call than the last: with gradients=True"):
             _ = probe.calls
+
+
+def test_history_is_kept_whatever_call_comes_next(tiny_bert: Any) -> None:
+    compiled = _compile(tiny_bert)
+    with lp.Probe(tiny_bert, "layers.*", gradients=True) as probe:
+        compiled(**_batch(7))
+        tiny_bert(**_batch(5))
+        refused = tiny_bert.encoder.layer[2].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tiny_bert(**_batch(9))
+        refused.remove()
+        compiled(**_batch(9))
+    assert [call["layers.1"].requires_grad for call in probe.calls] == [True, True, True]  # type: ignore[union-attr]
+    with torch.no_grad():
+        tiny_bert.embeddings.LayerNorm.bias[0] = float("nan")
+    with lp.Probe(compiled, "layers.*", gradients=True) as probe:
+        compiled(**_batch(7))
+    assert probe["layers.0"].requires_grad and probe["layers.0"].isnan().any()
 
 
 def test_history_of_a_module_that_runs_several_times_is_refused(make_bert: Any) -> None:

@@ -4,6 +4,7 @@
 stage reused or a buffer handed on too early shows as wrong data.
 """
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -334,3 +335,36 @@ def test_failure_of_the_writer_is_raised_in_the_caller_that_waits() -> None:
     pool.release(buffer)
     thread.join(30)
     assert len(raised) == 1
+
+
+def test_a_large_buffer_is_private_and_asks_for_large_pages() -> None:
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        pytest.skip("only Linux tells")
+    values = HostBuffer([_site(width=64)], Room(1 << 15, 1), pinned=False).target(0, 0, 1).values
+    address, found = values.data_ptr(), ""
+    for line in smaps.read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+            found = match[3] if inside else found
+            continue
+        if line.startswith("VmFlags:") and inside:
+            assert found == "rw-p"
+            assert "hg" in line.split()
+            return
+    raise AssertionError("the buffer is in no mapping")
+
+
+def test_a_buffer_that_cannot_be_made_is_asked_for_again() -> None:
+    attempts: list[int] = []
+
+    def make() -> HostBuffer:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise MemoryError
+        return _make_buffer()
+
+    pool = BufferPool(make, 1)
+    with pytest.raises(MemoryError):
+        pool.acquire(_pass)
+    assert pool.acquire(_pass) is not None

@@ -324,3 +324,18 @@ def test_a_text_that_does_not_fit_alone_is_an_error_of_torch(tiny: LoadedModel, 
 
 def _refuse_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_many_texts_of_the_same_tokens_are_pooled_once(tiny: LoadedModel, tmp_path: Path) -> None:
+    pooled: list[int] = []
+
+    def pool(rows: torch.Tensor) -> torch.Tensor:
+        pooled.append(len(rows))
+        return rows.sum(0)
+
+    texts = ["the fox", "a dog"] * 100
+    store = extract(tiny.model, texts, tmp_path / "acts", sites="layers.0", pool=pool, tokenizer=tiny.tokenizer)
+    assert len(pooled) <= 4  # two, and what the plan and the sink look at first
+    vectors = store["layers.0"].pooled()
+    assert len(vectors) == 200
+    assert torch.equal(vectors, vectors[:2].repeat(100, 1))
