@@ -89,8 +89,9 @@ def extract(
         shard_bytes=_parse_size(shard_size),
         nonfinite=nonfinite,
     )
-    stopped = f"stopped: whole shards are kept in {out}. Run the same command again to go on."
-    with Terminator(out, grace) as terminator:
+    again = " without --overwrite" if overwrite else ""
+    stopped = f"stopped: whole shards are kept in {out}. Run the same command again{again} to go on."
+    with Terminator(out, grace, again) as terminator:
         plan = plan_extraction(
             model, texts, out, options, device=device, overwrite=overwrite, wait_for_space=wait_for_space
         )

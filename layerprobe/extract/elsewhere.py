@@ -28,7 +28,8 @@ def begin_remote(plan: Plan) -> None:
     """
     place = plan.place
     # first of all: an index beside missing shards would call the store complete
-    place.remove(INDEX_FILE)
+    if plan.overwrite or len(plan.done) < plan.num_units:
+        place.remove(INDEX_FILE)
     if plan.overwrite:
         for name in place.list_files():
             if parse_shard_name(name) is not None:

@@ -55,7 +55,7 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[Plan]:
                 check_finite(done.values())
         try:
             try:
-                _clear(folder, plan.overwrite)
+                _clear(folder, plan)
                 _begin(plan, folder, keeper)
             except OSError as error:
                 raise error if isinstance(error, StoreError) else tell_failure(folder, error) from error
@@ -66,9 +66,10 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[Plan]:
                 _remove_partial(folder)
 
 
-def _clear(folder: Path, overwrite: bool) -> None:
+def _clear(folder: Path, plan: Plan) -> None:
     """Remove what an ended or replaced run left."""
-    if (folder / INDEX_FILE).exists():
+    overwrite = plan.overwrite
+    if (folder / INDEX_FILE).exists() and (overwrite or len(plan.done) < plan.num_units):
         # first of all, and permanently: an index beside missing shards would call the store complete
         (folder / INDEX_FILE).unlink()
         flush_folder(folder)

@@ -23,7 +23,7 @@ from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe
 from layerprobe.capture.select import Pool, resolve_dtype
 from layerprobe.capture.units import AnnouncedBatch, encode_record
-from layerprobe.errors import InputError
+from layerprobe.errors import InputError, SpaceError
 from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
 from layerprobe.extract.folder import hold_store
@@ -195,7 +195,7 @@ def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | N
     Args:
         plan: What to do.
         progress: Whether to show a bar on stderr.
-        stop: Set to end the run after the unit under way; what is committed stays.
+        stop: Set to end the run after the unit under way; what is committed stays. A run that fails sets it.
 
     Returns:
         What was done now, without what an earlier run had done.
@@ -242,7 +242,7 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
 
     told.begin(lambda: _measure(plan, report, writer, sink))
     digest = InputDigest(plan.source.name)
-    with bar, evaluating(plan.model), torch.inference_mode(), probe:
+    with bar, evaluating(plan.model), torch.inference_mode(), probe, _ending(stop):
         for unit, tokenized in tokenize_ahead(plan.units(), partial(_tokenize_missing, plan)):
             if stop.is_set():
                 report.is_complete = False
@@ -266,6 +266,18 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
         report.nonfinite.update(header.nonfinite)
     report.seconds = time.perf_counter() - start
     return report
+
+
+@contextlib.contextmanager
+def _ending(stop: threading.Event) -> Iterator[None]:
+    """Let the writer wait for room no longer once the run has failed: Ctrl-C would wait for it."""
+    try:
+        yield
+    except SpaceError:  # nobody waits then, or a wait was ended
+        raise
+    except BaseException:
+        stop.set()
+        raise
 
 
 def _measure(plan: Plan, report: RunReport, writer: ShardWriter, sink: StoreSink) -> Done:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +290,13 @@ def test_store_json_says_what_was_run(tiny: LoadedModel, whole: Path) -> None:
     assert said["model"]["id"] == tiny.name and said["model"]["class"] == "BertModel"
     assert list(said["sites"]) == ["embeddings", "layers.0", "layers.1", "layers.2"]
     assert said["plan"]["max_length"] == 64 and said["pool"] is None
+
+
+def test_a_complete_store_stays_complete_while_nothing_is_done_to_it(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    layerprobe.extract(tiny, texts, tmp_path / "acts", shard_size=10_000)
+    stop = threading.Event()
+    stop.set()
+    run_extraction(plan_extraction(tiny, texts, tmp_path / "acts", ExtractOptions(shard_bytes=10_000)), stop=stop)
+    assert layerprobe.open(tmp_path / "acts").is_complete

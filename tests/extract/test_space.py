@@ -18,7 +18,7 @@ from layerprobe.extract.plan import ExtractOptions, plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel
-from layerprobe.store import durable
+from layerprobe.store import durable, writer
 
 OPTIONS = ExtractOptions(shard_bytes=10_000)
 
@@ -240,3 +240,34 @@ def test_waits_grow_longer_up_to_a_minute(capsys: pytest.CaptureFixture[str]) ->
         "layerprobe: no room. Waiting for room.",
         "layerprobe: there is room again: going on.",
     ]
+
+
+def test_a_run_that_fails_waits_for_no_room(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_extraction(tiny, texts, tmp_path / "acts", OPTIONS, wait_for_space=True)
+    waiting = threading.Event()
+
+    class Waits(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waiting.set()
+            return super().wait(30)
+
+    def refuse(*_: object) -> int:
+        raise SpaceError("no room.")
+
+    monkeypatch.setattr(writer, "commit_shard", refuse)
+    stop, calls = Waits(), 0
+
+    def later(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the first shard is with the writer
+            assert waiting.wait(30)
+            raise KeyboardInterrupt
+
+    handle = tiny.model.register_forward_pre_hook(later)
+    with pytest.raises(KeyboardInterrupt):
+        run_extraction(plan, stop=stop)
+    handle.remove()
+    assert stop.is_set()
