@@ -25,7 +25,7 @@ from layerprobe.extract.inputs import InputDigest, Record, TextSource, check_tex
 from layerprobe.extract.resume import check_finite, check_place, find_done
 from layerprobe.models import LoadedModel, describe_model, describe_tokenizer, load_model, load_tokenizer
 from layerprobe.sites.resolve import Site, map_model
-from layerprobe.sites.stacks import find_device
+from layerprobe.sites.stacks import calls_forward, find_device, unwrap
 from layerprobe.store.format import ShardHeader, fingerprint_of
 from layerprobe.store.guard import MOST_SHARDS
 from layerprobe.store.places import Place, find_place, need_folder
@@ -326,6 +326,8 @@ def _get_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str
         raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
     if isinstance(model, LoadedModel):
         return model.model, tokenizer or model.tokenizer
+    if calls_forward(model):
+        model, tokenizer = unwrap(model), tokenizer or model.tokenizer
     if tokenizer is not None:
         return model, tokenizer
     checkpoint = getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -360,7 +362,7 @@ def _measure_sites(
     check_storable(sites, options.pool, resolve_dtype(options.dtype))
     ids = tokenizer("layer probe", return_tensors="pt", truncation=True, max_length=options.max_length or 8)
     device = find_device(model)
-    with torch.inference_mode(), Probe(model, [site.name for site in sites], stop=True) as probe:
+    with torch.inference_mode(), Probe(model, [site.name for site in sites]) as probe:
         model(input_ids=ids["input_ids"].to(device), attention_mask=ids["attention_mask"].to(device))
     dtype = resolve_dtype(options.dtype)
     return tuple(measure_site(site, probe[site.name], options.pool, dtype) for site in sites)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from layerprobe.capture.early import can_end_early
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe
 from layerprobe.capture.select import Pool, resolve_dtype
@@ -223,7 +224,7 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
         fingerprint=plan.fingerprint,
         stored=plan.stored,
     )
-    probe = Probe(plan.model, [site.name for site in plan.sites], to=sink, stop=True)
+    probe = Probe(plan.model, [site.name for site in plan.sites], to=sink, stop=can_end_early(plan.model))
     # a log file wants a line now and then, and none of a short run
     interval_s = 0.1 if sys.stderr.isatty() else _LOG_INTERVAL_S
     bar = tqdm(

@@ -339,3 +339,22 @@ def test_many_texts_of_the_same_tokens_are_pooled_once(tiny: LoadedModel, tmp_pa
     vectors = store["layers.0"].pooled()
     assert len(vectors) == 200
     assert torch.equal(vectors, vectors[:2].repeat(100, 1))
+
+
+def test_a_model_compiled_in_place_and_a_sentence_transformer_are_extracted_too(
+    tiny: LoadedModel, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    texts = ["the quick brown fox", "a dog"]
+    expected = extract(tiny.model, texts, tmp_path / "plain", sites="layers.*", tokenizer=tiny.tokenizer)
+    compiled: Any = layerprobe.load_model(str(tiny_model_folder), "cpu").model
+    compiled.compile(backend="eager", dynamic=True)
+    found = [extract(compiled, texts, tmp_path / "compiled", sites="layers.*", tokenizer=tiny.tokenizer)]
+    torch.compiler.reset()
+    library = pytest.importorskip("sentence_transformers")
+    sentences = library.SentenceTransformer(str(tiny_model_folder), device="cpu")
+    found.append(extract(sentences, texts, tmp_path / "sentences", sites="layers.*"))
+    for store in found:
+        for site in expected.sites:
+            for number in range(2):
+                # one of the two was saved and loaded, and both may be fused otherwise
+                assert torch.allclose(store[site][number], expected[site][number], atol=1e-5)
