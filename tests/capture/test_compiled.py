@@ -210,8 +210,7 @@ def test_threads_of_a_compiled_model_fill_a_store(tiny_bert: Any, tmp_path: Path
         assert torch.equal(example["layers.2"], expected[len(example.input_ids)]["layers.2"][0])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-@pytest.mark.parametrize("side", ["left", "holes", "none"])
+@pytest.mark.parametrize(("side", "dtype"), [("left", "float16"), ("holes", "int8"), ("none", "float16")])
 def test_masks_of_any_shape_keep_the_rows_that_eager_keeps(
     tiny_bert: Any, tmp_path: Path, side: str, dtype: str
 ) -> None:
@@ -246,7 +245,7 @@ def test_model_that_is_given_neither_ids_nor_embeddings_loses_nothing(tmp_path: 
     assert all(torch.equal(graph["layers.1"][i], eager["layers.1"][i]) for i in range(2))
 
 
-@pytest.mark.parametrize("way", ["function", "outer module", "wrapper"])
+@pytest.mark.parametrize("way", ["function", "wrapper"])
 def test_early_end_that_nothing_around_a_graph_takes_lets_it_run_on(tiny_bert: Any, way: str) -> None:
     run = _compile(tiny_bert) if way == "wrapper" else WAYS[way](tiny_bert)
     with torch.no_grad(), lp.Probe(tiny_bert, "layers.0", stop=True) as probe:
@@ -317,7 +316,7 @@ def test_hooks_put_on_after_a_graph_around_the_model_ran_fire(tiny_bert: Any, wa
 DISTILLED = ["layers.*", "layers.*.attention.query", "layers.*.attention.key", "layers.*.attention.value"]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_distillation_through_captured_states_under_one_graph(make_bert: Any, backend: str) -> None:
     """What pytorch/pytorch#173452 asks for: hidden states, queries, keys and values in a loss, under fullgraph."""
     if backend == "inductor" and shutil.which("g++") is None:
