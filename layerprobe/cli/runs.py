@@ -15,8 +15,8 @@ __all__ = ["extract", "sites"]
 
 _MODEL_HELP = "A hub id, a folder, or 'demo' (real MiniLM weights from the demo extra)."
 _SITES_HELP = "A site pattern such as 'layers.*', 'layers.-4:' or 'layers.0,5.ffn.act'; repeat for several."
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\Z")
-_POWERS = {"": 0, "k": 1, "M": 2, "G": 3, "T": 4}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\Z", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 Sites = Annotated[list[str] | None, typer.Option("--sites", "-s", metavar="PATTERN", help=_SITES_HELP)]
@@ -125,4 +125,4 @@ def _parse_size(text: str) -> int:
     if not match:
         raise OptionError(f"no size {text!r}: write a number and a unit, such as 64MB or 1GiB.")
     number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit])
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.lower()])

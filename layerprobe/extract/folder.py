@@ -18,9 +18,8 @@ from layerprobe.extract.plan import Plan
 from layerprobe.extract.resume import check_finite, find_done
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, is_leftover, parse_shard_name
 from layerprobe.store.lock import StoreLock
-from layerprobe.store.progress import PROGRESS_FILE
 from layerprobe.store.writer import commit_description
 
 __all__ = ["hold_store"]
@@ -83,7 +82,7 @@ def _clear(folder: Path, plan: Plan) -> None:
 
 def _remove_partial(folder: Path) -> None:
     for file in list(folder.iterdir()):
-        if file.name.endswith(".tmp") and _is_own(file.name.removesuffix(".tmp")):
+        if is_leftover(file.name):
             _remove(file)
 
 
@@ -92,10 +91,6 @@ def _remove(file: Path) -> None:
         shutil.rmtree(file)
     else:
         file.unlink()
-
-
-def _is_own(name: str) -> bool:
-    return name in (STORE_FILE, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FOLDER) or parse_shard_name(name) is not None
 
 
 def _begin(plan: Plan, folder: Path, keeper: RoomKeeper) -> None:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
-from layerprobe.store.format import FORMAT_VERSION, STORE_FILE, ShardHeader, load_header, load_json, parse_shard_name
+from layerprobe.store.format import (
+    FORMAT_VERSION,
+    STORE_FILE,
+    ShardHeader,
+    is_leftover,
+    load_header,
+    load_json,
+    parse_shard_name,
+)
 from layerprobe.store.identity import list_differences
 from layerprobe.store.lock import LOCK_FILE
 from layerprobe.store.places import Place, find_place
@@ -47,8 +55,9 @@ def check_folder(folder: Path) -> None:
             raise StoreError(f"{folder}: cannot be written (no permission in {place}). Choose another folder.")
         if folder.is_dir() and not (folder / STORE_FILE).exists():
             # what a run has that is at its very beginning, or was killed there
-            ours = (LOCK_FILE, STORE_FILE + ".tmp", PROGRESS_FILE, PROGRESS_FILE + ".tmp")
-            foreign = next((file.name for file in folder.iterdir() if file.name not in ours), None)
+            ours = (LOCK_FILE, PROGRESS_FILE)
+            names = (file.name for file in folder.iterdir())
+            foreign = next((name for name in names if name not in ours and not is_leftover(name)), None)
             if foreign is not None:
                 raise StoreError(f"{folder}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")
     except StoreError:

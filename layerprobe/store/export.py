@@ -1,7 +1,7 @@
 """`layerprobe.export`: a store as one file, or folder, of another format.
 
 Goes through the shards in the order of the input, never holding more than one record batch or chunk, and gives the
-result its name when it is whole: a killed export leaves a `.tmp` and nothing else.
+result its name when it is whole: a killed export leaves a folder `.layerprobe-*.tmp` beside it and nothing else.
 
 Hides how a file becomes permanent. Must never know of models or hooks.
 """
@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from layerprobe.errors import LayerProbeError, OptionError, StoreError
 from layerprobe.store.columns import Columns, column_dtype, match_sites, require, write_arrow, write_parquet
-from layerprobe.store.durable import commit_folder
+from layerprobe.store.durable import commit_folder, flush_folder, tell_failure
 from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_zarr
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.shards import Shard
@@ -181,33 +182,27 @@ def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:
 @contextlib.contextmanager
 def _committed(out: Path, overwrite: bool) -> Iterator[Path]:
     """Give the name to write under; the rest happens when all is written, or nothing is left."""
-    partial, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old.tmp")
     try:
-        _remove(partial)
+        # a name that nobody has, so that what is removed is never the user's
+        work = Path(tempfile.mkdtemp(prefix=".layerprobe-", suffix=".tmp", dir=out.parent))
+        partial, old = work / "new", work / "old"
         try:
             yield partial
             if overwrite and out.is_dir():
                 # a folder cannot be renamed onto one that holds something
-                _remove(old)
                 os.replace(out, old)
             commit_folder(partial, out)
-            _remove(old)
         except BaseException:
-            _remove(partial)
+            if old.exists() and not out.exists():
+                os.replace(old, out)
+            shutil.rmtree(work, ignore_errors=True)
             raise
+        shutil.rmtree(work)
+        flush_folder(out.parent)
     except LayerProbeError:
         raise
     except OSError as error:
-        raise StoreError(
-            f"{out}: cannot be written ({error.strerror or error}). Nothing was left there; the store is as it was."
-        ) from error
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        raise tell_failure(out, error) from error
 
 
 def _bar(num_passes: int, progress: bool | None) -> "tqdm[Any]":

@@ -41,7 +41,9 @@ from layerprobe.store.places import Place, find_place
 __all__ = [
     "FORMAT_VERSION",
     "INDEX_FILE",
+    "PROGRESS_FILE",
     "SCALE_SUFFIX",
+    "STAGE_FOLDER",
     "STORE_FILE",
     "TOKENIZER_FOLDER",
     "ShardHeader",
@@ -52,6 +54,7 @@ __all__ = [
     "checksum",
     "commit_shard",
     "fingerprint_of",
+    "is_leftover",
     "load_header",
     "load_json",
     "load_start",
@@ -64,10 +67,20 @@ __all__ = [
 STORE_FILE = "store.json"
 INDEX_FILE = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
+PROGRESS_FILE = "progress.json"
+# Where merge holds a shard against its header before it is one of the store.
+STAGE_FOLDER = "merge.tmp"
 
 # Of a shard elsewhere, asked for first: a header of hundreds of sites fits, so one request mostly does.
 _FIRST_BYTES = 1 << 16
 _MOST_NONFINITE = (1 << 63) - 1
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a name in a store's folder is what a run or a merge leaves that ended midway; the next one removes it."""
+    final = name.removesuffix(".tmp")
+    own = (STORE_FILE, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FOLDER)
+    return name == STAGE_FOLDER or (name != final and (final in own or parse_shard_name(final) is not None))
 
 
 def fingerprint_of(fields: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError
-from layerprobe.store.durable import commit_folder, make_folder
+from layerprobe.store.durable import commit_folder, flush_folder, make_folder
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name, read_json
 from layerprobe.store.guard import brief
 from layerprobe.store.places import find_place, need_folder
@@ -34,6 +34,8 @@ _BESIDE = re.compile(r"\.gitattributes\Z|README\.md\Z|LICENSE(\.\w+)?\Z")
 _TOKEN = re.compile(r"hf_\w{4,}")
 # Where the client keeps how far it came.
 _CLIENT_FOLDER = ".cache"
+# Tells a folder that a pull began from one that only has its name.
+_MARKER = ".layerprobe-pull"
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def pull(url: str, folder: str | Path, *, api: Any = None) -> Moved:
     Args:
         url: `hf://datasets/USER/NAME`, or `...@REVISION`.
         folder: Where to; new or empty. It gets its name when all is there and sound; until then what has come lies in
-            `FOLDER.tmp`, and the same call goes on with it.
+            `FOLDER.tmp`, and the same call goes on with it. A `FOLDER.tmp` that no pull began is refused.
         api: As for `push`.
 
     Raises:
@@ -126,7 +128,7 @@ def pull(url: str, folder: str | Path, *, api: Any = None) -> Moved:
         raise StoreError(f"{url}: the store there is not complete: it has no {INDEX_FILE}.")
     partial = target.with_name(target.name + ".tmp")
     try:
-        make_folder(partial)
+        _begin(partial)
         _check_room(partial, sizes)
         _ask(
             url,
@@ -145,6 +147,9 @@ def pull(url: str, folder: str | Path, *, api: Any = None) -> Moved:
         if target.is_dir():
             target.rmdir()
         commit_folder(partial, target)
+        # last: until then the same call goes on
+        (target / _MARKER).unlink()
+        flush_folder(target)
     except LayerProbeError:
         raise
     except OSError as error:
@@ -216,6 +221,16 @@ def _check_store(store: Store, folder: Path) -> None:
         pass
 
 
+def _begin(partial: Path) -> None:
+    """Make the folder that is fetched into, or go on with one that a pull has begun."""
+    marker = partial / _MARKER
+    is_own = not partial.is_symlink() and partial.is_dir() and (marker.is_file() or not any(partial.iterdir()))
+    if os.path.lexists(partial) and not is_own:
+        raise StoreError(f"{partial}: exists already, and no pull began it. Move it away, or choose another folder.")
+    make_folder(partial)
+    marker.touch()
+
+
 def _check_room(partial: Path, sizes: dict[str, int]) -> None:
     there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     needed, free = sum(sizes.values()) - there, shutil.disk_usage(partial).free
@@ -231,6 +246,8 @@ def _keep_only(partial: Path, sizes: dict[str, int]) -> None:
     shutil.rmtree(partial / _CLIENT_FOLDER, ignore_errors=True)
     for path in sorted(partial.rglob("*"), reverse=True):
         name = path.relative_to(partial).as_posix()
+        if name == _MARKER:
+            continue
         if path.is_symlink() or (path.is_file() and name not in sizes):
             path.unlink()
         elif path.is_dir() and not any(path.iterdir()):

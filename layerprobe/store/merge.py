@@ -7,6 +7,7 @@ missing or damaged is told, and the index is written only when nothing is.
 Must never know of models or hooks.
 """
 
+import contextlib
 import os
 import shutil
 import sys
@@ -21,7 +22,16 @@ from tqdm import tqdm
 from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError
 from layerprobe.store.checks import Wanted, check_description, check_shard, check_tokenizer, tell
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, ShardHeader, parse_shard_name, read_header
+from layerprobe.store.format import (
+    INDEX_FILE,
+    STAGE_FOLDER,
+    STORE_FILE,
+    TOKENIZER_FOLDER,
+    ShardHeader,
+    is_leftover,
+    parse_shard_name,
+    read_header,
+)
 from layerprobe.store.guard import open_inside
 from layerprobe.store.identity import list_differences
 from layerprobe.store.lock import LOCK_FILE, StoreLock
@@ -31,8 +41,6 @@ from layerprobe.tables import format_bytes, format_count
 
 __all__ = ["MergeReport", "merge"]
 
-# Where a shard is held against its header before it is one of the store.
-_STAGE = "merge.tmp"
 _PIECE_BYTES = 4 << 20
 _MOST_LISTED = 8
 
@@ -121,6 +129,24 @@ def merge(
         raise OptionError(f"folders is {folders!r}: give a list of at least one store.")
     target = need_folder(find_place(out))
     sources = list(dict.fromkeys(need_folder(find_place(folder)) for folder in folders))
+    if not (target / STORE_FILE).exists():
+        _check_new(target)
+    made = [path for path in (target, *target.parents) if not path.exists()]
+    try:
+        make_folder(target)
+        # what a run that just ended has written is looked at only once no other can begin
+        with StoreLock(target):
+            return _merge_into(target, sources, link, progress)
+    except BaseException as error:
+        for path in made:
+            with contextlib.suppress(OSError):  # it holds what was merged
+                path.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, LayerProbeError):
+            raise tell_failure(target, error) from error
+        raise
+
+
+def _merge_into(target: Path, sources: Sequence[Path], link: bool, progress: bool | None) -> MergeReport:
     has_store = (target / STORE_FILE).exists()
     descriptions = {folder: _describe(folder) for folder in ([target] if has_store else []) + sources}
     first, description = next(iter(descriptions.items()))
@@ -135,13 +161,10 @@ def merge(
     if not link:
         _check_room(target, copies)
     try:
-        make_folder(target)
-        with StoreLock(target):
-            _fill(target, copies, descriptions, report, link, progress)
-    except LayerProbeError:
-        raise
-    except OSError as error:
-        raise tell_failure(target, error) from error
+        _fill(target, copies, descriptions, report, link, progress)
+    finally:
+        with contextlib.suppress(OSError):
+            _clear(target / STAGE_FOLDER)
     return report
 
 
@@ -159,8 +182,8 @@ def _describe(folder: Path) -> dict[str, Any]:
 def _check_new(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise StoreError(f"{target}: is a file, not a folder. Choose another folder.")
-    ours = (LOCK_FILE, _STAGE, STORE_FILE + ".tmp")
-    foreign = next((name for name in (os.listdir(target) if target.is_dir() else ()) if name not in ours), None)
+    names = os.listdir(target) if target.is_dir() else ()
+    foreign = next((name for name in names if name != LOCK_FILE and not is_leftover(name)), None)
     if foreign is not None:
         raise StoreError(f"{target}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")
 
@@ -221,8 +244,9 @@ def _fill(
     progress: bool | None,
 ) -> None:
     description = next(iter(descriptions.values()))
-    stage = target / _STAGE
-    shutil.rmtree(stage, ignore_errors=True)
+    stage = target / STAGE_FOLDER
+    _clear(stage)
+    stage.mkdir()
     if not (target / STORE_FILE).exists():
         commit_description(target, description)
     highest_id = _bring_tokenizer(target, descriptions, report)
@@ -235,7 +259,6 @@ def _fill(
             header = _bring(target, copies.get(unit, []), wanted, report, link, bar)
             report.missing += [unit] if header is None else []
             headers += [header] if header is not None else []
-    shutil.rmtree(stage, ignore_errors=True)
     if report.is_complete:
         _check_run(target, headers, wanted)
         if not (target / INDEX_FILE).exists() or report.num_added:
@@ -270,8 +293,7 @@ def _bring(
 
 def _stage(target: Path, copy: _Copy, link: bool) -> Path:
     """Put a shard beside the store, durably, under its own name; gives the folder."""
-    stage = target / _STAGE
-    stage.mkdir(exist_ok=True)
+    stage = target / STAGE_FOLDER
     path = stage / copy.header.file
     _remove(path)
     if not link:
@@ -309,7 +331,7 @@ def _bring_tokenizer(target: Path, descriptions: Mapping[Path, dict[str, Any]], 
             highest_id = check_tokenizer(LocalPlace(folder), said)
             if folder != target:
                 partial = target / (TOKENIZER_FOLDER + ".tmp")
-                shutil.rmtree(partial, ignore_errors=True)
+                _clear(partial)
                 partial.mkdir()
                 for name in sorted(os.listdir(folder / TOKENIZER_FOLDER)):
                     if (folder / TOKENIZER_FOLDER / name).is_file():
@@ -335,3 +357,11 @@ def _check_run(target: Path, headers: Sequence[ShardHeader], wanted: Wanted) -> 
 
 def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
+
+
+def _clear(path: Path) -> None:
+    """Remove what an ended merge left; a link itself, never what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        _remove(path)

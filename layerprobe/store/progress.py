@@ -22,13 +22,12 @@ from typing import Any
 
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.checks import read_totals
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, load_header, load_json, parse_shard_name
+from layerprobe.store.format import INDEX_FILE, PROGRESS_FILE, STORE_FILE, load_header, load_json, parse_shard_name
 from layerprobe.store.guard import brief
 from layerprobe.store.places import Place, find_place
 
 __all__ = ["PROGRESS_FILE", "Done", "ProgressFile", "StoreStatus", "read_status"]
 
-PROGRESS_FILE = "progress.json"
 _INTERVAL_S = 1.0
 # Rates are those of this much of the past: long enough for shards to be committed in it, short enough to be the pace.
 _PACE_S = 300.0

@@ -21,11 +21,18 @@ from tqdm import tqdm
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.checks import TOKENIZER_FILE, Wanted, check_description, check_shard, check_tokenizer, tell
 from layerprobe.store.durable import flush_folder
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, ShardHeader, load_json, parse_shard_name
+from layerprobe.store.format import (
+    INDEX_FILE,
+    STORE_FILE,
+    TOKENIZER_FOLDER,
+    ShardHeader,
+    is_leftover,
+    load_json,
+    parse_shard_name,
+)
 from layerprobe.store.guard import brief
 from layerprobe.store.lock import StoreLock
 from layerprobe.store.places import Place, find_place
-from layerprobe.store.progress import PROGRESS_FILE
 from layerprobe.tables import format_bytes, format_count
 
 __all__ = ["Problem", "VerifyReport", "verify"]
@@ -133,7 +140,7 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
             _check_index(place, shards, headers, wanted, found)
         elif wanted.num_units is not None and len(shards) < wanted.num_units:
             found.notes.append(f"{wanted.num_units - len(shards):,} of {wanted.num_units:,} shards are not there yet")
-        found.notes += [f"{file} is left over; the next run removes it" for file in files if _is_leftover(file)]
+        found.notes += [f"{file} is left over; the next run removes it" for file in files if is_leftover(file)]
         removed = _remove(place, files, description, found) if repair else ()
     problems, notes = tuple(sorted(found.problems)), tuple(found.notes)
     advice = _advise(place, description, found, removed, is_complete)
@@ -252,12 +259,6 @@ def _check_index(
             wrong.append(f"the shards have {sums['examples']:,} examples, {STORE_FILE} {wanted.num_examples:,}")
     if wrong:
         found.add(INDEX_FILE, "; ".join(wrong[:3]) + ("; ..." if len(wrong) > 3 else ""), INDEX_FILE)
-
-
-def _is_leftover(file: str) -> bool:
-    name = file.removesuffix(".tmp")
-    own = (STORE_FILE, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FOLDER)
-    return name != file and (name in own or parse_shard_name(name) is not None)
 
 
 def _remove(

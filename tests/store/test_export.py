@@ -1,6 +1,8 @@
 """Exports, read back by the formats' own readers and compared with what the store gives example by example."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -16,9 +18,10 @@ import pytest
 import torch
 
 import layerprobe as lp
-from layerprobe.errors import FormatError, OptionError, SiteError, StoreError
+from layerprobe.errors import FormatError, OptionError, SiteError, SpaceError, StoreError
 from layerprobe.models import LoadedModel
 from layerprobe.store import columns, packed
+from layerprobe.store.export import _committed
 
 extract: Any = lp.extract
 open_store: Any = lp.open
@@ -263,7 +266,7 @@ def test_a_damaged_shard_is_an_error_and_leaves_nothing(store: Any, tmp_path: Pa
 @pytest.mark.parametrize("to", ["parquet", "arrow", "npz", ZARR])
 def test_a_full_disk_is_an_error_and_leaves_nothing(write_store: WriteStore, small_disk: Path, to: str) -> None:
     store = write_store(((2000, 2000), (2000,)), width=512).folder
-    with pytest.raises(StoreError, match=r"out: cannot be written \(.*Nothing was left there"):
+    with pytest.raises(SpaceError, match=r"out: cannot be written \(.*Make room"):
         lp.export(store, small_disk / "out", to)
     assert not any(small_disk.iterdir())
 
@@ -381,3 +384,31 @@ def test_a_dataset_without_its_extra_or_its_cache_says_so(
     with pytest.raises(OptionError, match="to_datasets needs datasets"):
         store.to_datasets(cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_folders_of_the_users_beside_the_export_are_spared(store: Any, tmp_path: Path) -> None:
+    mine = [tmp_path / "out.npz.tmp", tmp_path / "out.npz.old.tmp"]
+    for folder in mine:
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    lp.export(store, tmp_path / "out.npz", "npz", sites="layers.0")
+    lp.export(store, tmp_path / "out.npz", "npz", sites="layers.0", overwrite=True)
+    assert [(folder / "notes.txt").read_text() for folder in mine] == ["mine", "mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "out.npz"])
+
+
+def test_a_folder_moved_aside_comes_back_when_the_new_one_cannot_be_named(tmp_path: Path) -> None:
+    out = tmp_path / "out.zarr"
+    out.mkdir()
+    (out / "zarr.json").write_text("old")
+    # nothing was written, so there is nothing to give the name to
+    with pytest.raises(StoreError, match="cannot be written"), _committed(out, overwrite=True):
+        pass
+    assert (out / "zarr.json").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match="Make room"), _committed(tmp_path / "out", overwrite=False):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())

@@ -277,3 +277,12 @@ def test_the_client_has_the_calls_that_are_made_of_it() -> None:
         "snapshot_download": {"repo_type", "revision", "local_dir", "allow_patterns"},
     }.items():
         assert arguments <= set(inspect.signature(getattr(HfApi, name)).parameters), name
+
+
+def test_a_folder_that_no_pull_began_is_spared(pushed: FolderHub, acts: Path, tmp_path: Path) -> None:
+    shutil.copytree(acts, tmp_path / "back.tmp")
+    (tmp_path / "back.tmp" / "notes.txt").write_text("mine")
+    before = contents(tmp_path / "back.tmp")
+    with pytest.raises(StoreError, match=r"back\.tmp: exists already, and no pull began it"):
+        pull(URL, tmp_path / "back", api=pushed)
+    assert contents(tmp_path / "back.tmp") == before and not (tmp_path / "back").exists()

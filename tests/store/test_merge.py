@@ -239,3 +239,34 @@ def test_the_bar_counts_bytes(whole: Path, tmp_path: Path, capsys: pytest.Captur
     assert "B/s" in capsys.readouterr().err
     lp.merge(tmp_path / "b", [whole], progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_stage_that_is_a_link_is_not_followed(
+    whole: Path, part: Callable[..., Path], tmp_path: Path, link: bool
+) -> None:
+    mine, out = tmp_path / "mine", part("out", 0)
+    mine.mkdir()
+    (mine / shard(1)).write_text("mine")
+    (out / "merge.tmp").symlink_to(mine)
+    assert lp.merge(out, [whole], link=link).is_complete
+    assert contents(mine) == {shard(1): b"mine"} and contents(out) == contents(whole)
+    assert not os.path.lexists(out / "merge.tmp")
+
+
+def test_a_stage_that_was_left_is_named_and_removed_by_the_next_run(
+    part: Callable[..., Path], tiny: LoadedModel, texts: list[str]
+) -> None:
+    out = part("out", 0)
+    (out / "merge.tmp").mkdir()
+    (out / "merge.tmp" / shard(1)).write_text("half")
+    assert "merge.tmp is left over; the next run removes it" in verify(out).notes
+    extract(tiny, texts, out, shard_size=SHARD_BYTES)
+    assert not (out / "merge.tmp").exists()
+
+
+def test_a_store_that_is_written_to_is_not_even_read(whole: Path, part: Callable[..., Path]) -> None:
+    out = part("out", 0)
+    (out / "store.json").write_text("half")
+    with StoreLock(out), pytest.raises(LockError, match="another run is writing"):
+        lp.merge(out, [whole])
