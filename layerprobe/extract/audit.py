@@ -23,8 +23,7 @@ from layerprobe.capture.probe import Probe
 from layerprobe.capture.select import POOLS, Target, cast_into
 from layerprobe.errors import OptionError, PlanError, StoreError
 from layerprobe.extract.batching import tokenize
-from layerprobe.extract.run import evaluating
-from layerprobe.models import LoadedModel, describe_model, load_model, load_tokenizer
+from layerprobe.models import LoadedModel, describe_model, evaluating, load_model, load_tokenizer
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.checks import check_tokenizer
 from layerprobe.store.format import TOKENIZER_FOLDER

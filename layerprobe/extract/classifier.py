@@ -21,9 +21,8 @@ from layerprobe.capture.probe import Probe
 from layerprobe.errors import InputError, OptionError
 from layerprobe.extract.batching import TokenizedUnit, cut_batches, tokenize
 from layerprobe.extract.inputs import check_text
-from layerprobe.extract.run import evaluating
 from layerprobe.extract.untrained import find_model
-from layerprobe.models import LoadedModel
+from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.shards import pool_packed
 

@@ -31,7 +31,7 @@ from layerprobe.extract.folder import hold_store
 from layerprobe.extract.inputs import InputDigest, Record
 from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, plan_extraction
 from layerprobe.extract.space import RoomKeeper
-from layerprobe.models import LoadedModel
+from layerprobe.models import LoadedModel, evaluating
 from layerprobe.store.format import ShardHeader
 from layerprobe.store.places import Place
 from layerprobe.store.progress import Done, ProgressFile
@@ -39,7 +39,7 @@ from layerprobe.store.reader import Store, open_store
 from layerprobe.store.writer import ShardWriter, commit_index
 from layerprobe.tables import format_bytes
 
-__all__ = ["RunReport", "evaluating", "extract", "run_extraction"]
+__all__ = ["RunReport", "extract", "run_extraction"]
 
 _LOG_INTERVAL_S = 10.0
 
@@ -378,15 +378,3 @@ def _make_record(record: Record) -> dict[str, Any]:
 
 def _describe_pace(report: RunReport, num_bytes: int, seconds: float) -> str:
     return f"{report.num_tokens / max(seconds, 1e-9):,.0f} tokens/s, {format_bytes(num_bytes)} written"
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode and every module back into the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
