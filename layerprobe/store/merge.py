@@ -148,7 +148,7 @@ def merge(
 
 def _merge_into(target: Path, sources: Sequence[Path], link: bool, progress: bool | None) -> MergeReport:
     has_store = (target / STORE_FILE).exists()
-    descriptions = {folder: _describe(folder) for folder in ([target] if has_store else []) + sources}
+    descriptions = {folder: _describe(folder) for folder in [*([target] if has_store else []), *sources]}
     first, description = next(iter(descriptions.items()))
     for folder, other in descriptions.items():
         if other["fingerprint"] != description["fingerprint"]:
