@@ -213,7 +213,7 @@ def test_threads_of_a_compiled_model_fill_a_store(tiny_bert: Any, tmp_path: Path
     expected = {length: _eager_values(tiny_bert, "layers.*", length) for length in LENGTHS}
     for number in range(0, len(store), 3):
         example = store.example(number)
-        assert torch.equal(example["layers.1"], expected[len(example.input_ids)]["layers.1"][0])
+        assert torch.equal(example["layers.1"], expected[len(example.input_ids)]["layers.1"][0])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("side", "dtype"), [("left", "float16"), ("holes", "int8"), ("none", "float16")])

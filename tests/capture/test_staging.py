@@ -342,7 +342,7 @@ def test_a_large_buffer_is_private_and_asks_for_large_pages() -> None:
     if not smaps.exists():
         pytest.skip("only Linux tells")
     values = HostBuffer([_site(width=64)], Room(1 << 15, 1), pinned=False).target(0, 0, 1).values
-    address, found = values.data_ptr(), ""
+    address, found, inside = values.data_ptr(), "", False
     for line in smaps.read_text().splitlines():
         if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line):
             inside = int(match[1], 16) <= address < int(match[2], 16)
