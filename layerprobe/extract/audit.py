@@ -118,6 +118,13 @@ def audit(
         OptionError: `num_examples` is below 1, or a device without a name.
 
     Cost: a forward for each example; memory for one.
+
+    Example:
+        >>> import tempfile, layerprobe as lp
+        >>> folder = tempfile.mkdtemp()
+        >>> store = lp.extract("demo", ["The kettle whistled.", "Who left?"], folder, sites="layers.-1")
+        >>> lp.audit(folder, num_examples=2).ok
+        True
     """
     if num_examples < 1:
         raise OptionError(f"num_examples is {num_examples}: it must be at least 1.")

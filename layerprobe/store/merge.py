@@ -124,6 +124,13 @@ def merge(
         StoreError: a folder is no store, or the disk refused; the same call goes on.
 
     Cost: each byte is read twice and written once; linked, read once. 4 MiB of memory.
+
+    Example:
+        >>> import tempfile, layerprobe as lp
+        >>> folder = tempfile.mkdtemp()
+        >>> store = lp.extract("demo", ["The kettle whistled.", "Who left?"], folder, sites="layers.-1")
+        >>> lp.merge(folder + "-whole", [folder]).is_complete
+        True
     """
     if isinstance(folders, (str, Path)) or not folders:
         raise OptionError(f"folders is {folders!r}: give a list of at least one store.")

@@ -174,6 +174,13 @@ def read_status(folder: str | Path) -> StoreStatus:
         FormatError: `store.json` or `index.json` is damaged.
 
     Cost: without an index and a run under way, the header of each shard is read.
+
+    Example:
+        >>> import tempfile, layerprobe as lp
+        >>> folder = tempfile.mkdtemp()
+        >>> store = lp.extract("demo", ["The kettle whistled.", "Who left?"], folder, sites="layers.-1")
+        >>> lp.status(folder).state
+        'complete'
     """
     place = find_place(folder)
     if not place.exists(STORE_FILE):

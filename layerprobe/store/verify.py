@@ -119,6 +119,13 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
 
     Cost: each byte is read once, by two threads, in pieces of 8 MiB; memory holds those, and the ordinals and offsets
     of a shard.
+
+    Example:
+        >>> import tempfile, layerprobe as lp
+        >>> folder = tempfile.mkdtemp()
+        >>> store = lp.extract("demo", ["The kettle whistled.", "Who left?"], folder, sites="layers.-1")
+        >>> lp.verify(folder).ok
+        True
     """
     place = find_place(folder)
     if not place.exists(STORE_FILE):
