@@ -19,6 +19,7 @@ from layerprobe.extract.depth import depth_profile
 from layerprobe.extract.run import extract
 from layerprobe.extract.untrained import extract_untrained
 from layerprobe.models import load_model
+from layerprobe.profile import profile
 from layerprobe.report.plots import plot, plot_attention
 from layerprobe.sites.anatomy import Anatomy, register_architecture
 from layerprobe.sites.resolve import sites
@@ -58,6 +59,7 @@ __all__ = [
     "patching",
     "plot",
     "plot_attention",
+    "profile",
     "project_out",
     "register_architecture",
     "replace",

@@ -101,6 +101,7 @@ ORDER = (
     "layerprobe.edit.masked",
     "layerprobe.extract.inputs",
     "layerprobe.extract.batching",
+    "layerprobe.extract.network",
     "layerprobe.extract.resume",
     "layerprobe.extract.plan",
     "layerprobe.extract.space",
@@ -112,6 +113,12 @@ ORDER = (
     "layerprobe.extract.untrained",
     "layerprobe.extract.classifier",
     "layerprobe.extract.depth",
+    "layerprobe.cost.machine",
+    "layerprobe.cost.marks",
+    "layerprobe.cost.counting",
+    "layerprobe.cost.results",
+    "layerprobe.profile",
+    "layerprobe.cost.comparison",
     "layerprobe.cli.views",
     "layerprobe.cli.signals",
     "layerprobe.cli.runs",
@@ -120,11 +127,12 @@ ORDER = (
     "layerprobe.cli.analyses",
     "layerprobe.cli.classifiers",
     "layerprobe.cli.edits",
+    "layerprobe.cli.instruments",
     "layerprobe.cli.main",
     "layerprobe",
     "layerprobe.__main__",
 )
-FOLDERS = ("sites", "store", "analysis", "report", "capture", "edit", "extract", "cli")
+FOLDERS = ("sites", "store", "analysis", "report", "capture", "edit", "extract", "cost", "cli")
 TOP = {"layerprobe", "tests", "benchmarks", "docs", "pyproject.toml", "README.md", "LICENSE", ".gitignore", ".ci"}
 MOST_LINES = 400
 # the tree of errors is drawn in its docstring

@@ -19,13 +19,14 @@ from torch import nn
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe, describe_pool
 from layerprobe.capture.select import Pool, check_pool, resolve_dtype
 from layerprobe.capture.units import check_storable, measure_site
-from layerprobe.errors import InputError, ModelError, OptionError, SpaceError
+from layerprobe.errors import InputError, OptionError, SpaceError
 from layerprobe.extract.batching import BATCH_COST_TOKENS, tokenize
 from layerprobe.extract.inputs import InputDigest, Record, TextSource, check_text, open_source
+from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.resume import check_finite, check_place, find_done
-from layerprobe.models import LoadedModel, describe_model, describe_tokenizer, load_model, load_tokenizer
+from layerprobe.models import LoadedModel, describe_model, describe_tokenizer
 from layerprobe.sites.resolve import Site, map_model
-from layerprobe.sites.stacks import calls_forward, find_device, unwrap
+from layerprobe.sites.stacks import find_device
 from layerprobe.store.format import ShardHeader, fingerprint_of
 from layerprobe.store.guard import MOST_SHARDS
 from layerprobe.store.places import Place, find_place, need_folder
@@ -241,9 +242,9 @@ def plan_extraction(
     if next(iter(source), None) is None:
         raise InputError(f"{source.name}: holds no texts. Give at least one.")
     name = model.name if isinstance(model, LoadedModel) else model if isinstance(model, str) else ""
-    model, tokenizer = _get_model(model, tokenizer, device)
+    model, tokenizer = find_model(model, tokenizer, device)
     sites = map_model(model).select(list(options.sites) if not isinstance(options.sites, str) else options.sites)
-    max_length = _choose_max_length(model, tokenizer, options.max_length)
+    max_length = choose_max_length(model, tokenizer, options.max_length)
     stored = _measure_sites(model, tokenizer, sites, options)
     sample = list(itertools.islice(source, _SAMPLE_EXAMPLES))
     sampled = tokenize(
@@ -316,43 +317,6 @@ def _survey(source: TextSource, rule: UnitRule) -> _Survey:
             value_bytes += rule.cost(tokens)
         num_units += 1
     return _Survey(num_examples, num_tokens, num_units, value_bytes, record_bytes, digest.hexdigest())
-
-
-def _get_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | None) -> tuple[nn.Module, Any]:
-    if isinstance(model, str):
-        loaded = load_model(model, device)
-        return loaded.model, tokenizer or loaded.tokenizer
-    if device is not None:
-        raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
-    if isinstance(model, LoadedModel):
-        return model.model, tokenizer or model.tokenizer
-    if calls_forward(model):
-        model, tokenizer = unwrap(model), tokenizer or model.tokenizer
-    if tokenizer is not None:
-        return model, tokenizer
-    checkpoint = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not checkpoint:
-        raise ModelError(f"{type(model).__name__} does not say which tokenizer it was trained with. Pass tokenizer=.")
-    return model, load_tokenizer(checkpoint)
-
-
-def _choose_max_length(model: nn.Module, tokenizer: Any, asked: int | None) -> int:
-    """Find the longest text the model takes, in tokens."""
-    base: Any = map_model(model).base
-    limit = min(getattr(tokenizer, "model_max_length", None) or 1 << 30, 1 << 30)
-    positions = getattr(base.config, "max_position_embeddings", None)
-    table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
-    if positions:
-        # RoBERTa's kin count positions from behind the padding id
-        reserved = table.padding_idx + 1 if isinstance(table, nn.Embedding) and table.padding_idx is not None else 0
-        limit = min(limit, positions - reserved)
-    if asked is not None and asked > limit:
-        raise OptionError(f"max_length is {asked}: the model takes at most {limit} tokens.")
-    special = tokenizer.num_special_tokens_to_add()
-    if asked is not None and asked < special:
-        # asked for less, a tokenizer does not cut at all, and does not say so
-        raise OptionError(f"max_length is {asked}: {special} special tokens go around each text. Ask for more.")
-    return asked or limit
 
 
 def _measure_sites(

@@ -1,0 +1,79 @@
+"""Commands that measure a model: profile.
+
+Parse and call; compute nothing. `main` gives each its name and place.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerprobe.cli.runs import Model
+from layerprobe.errors import OptionError
+
+__all__ = ["profile"]
+
+
+def profile(
+    model: Model,
+    batch: Annotated[int, typer.Option(min=1, help="Texts in the batch.")] = 32,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each, special ones included.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured forwards, and as many bare ones.")] = 10,
+    patterns: Annotated[
+        list[str] | None,
+        typer.Option("--sites", "-s", metavar="PATTERN", help="Steps inside layers; all. Repeat for several."),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="Rows of the table: layer, site, or place (a site of all layers together).")
+    ] = "layer",
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="WHAT", help="hidden_states: say what watching every layer costs, way by way."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="PICTURE", help="A .png, .svg or .pdf: a bar per layer.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A trace of torch's profiler, with ranges named by site.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
+) -> None:
+    """Say what each layer of a model costs: time, operations, bytes, memory.
+
+    Example: layerprobe profile demo --batch 8 --length 64 --by place
+    """
+    from layerprobe.analysis.figures import check_suffix
+    from layerprobe.cost.comparison import COMPARISONS
+    from layerprobe.cost.comparison import compare as compare_ways
+    from layerprobe.cost.results import BY
+    from layerprobe.extract.network import make_random_batch
+    from layerprobe.models import load_model
+    from layerprobe.profile import profile as measure
+
+    if by not in BY:
+        raise OptionError(f"--by {by!r}: use {', '.join(BY)}.")
+    if compare is not None and compare not in COMPARISONS:
+        raise OptionError(f"--compare {compare!r}: use {', '.join(COMPARISONS)}.")
+    for option, path in (("--json", json_file), ("--trace", trace)):
+        if path is not None and not path.parent.is_dir():
+            raise OptionError(f"{option} {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
+    if out is not None:
+        check_suffix(out)
+    loaded = load_model(model, device)
+    given = make_random_batch(loaded, batch, length)
+    found = measure(loaded, given, repeats=repeats, sites=patterns)
+    typer.echo(found.table(by))
+    compared = None if compare is None else compare_ways(loaded, given, compare, repeats=repeats)
+    if compared is not None:
+        typer.echo(f"\n{compared}")
+    if json_file is not None:
+        document = json.loads(found.to_json())
+        if compared is not None:
+            document["compare"] = compared.describe()
+        json_file.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    if out is not None:
+        found.plot(out)
+    if trace is not None:
+        found.to_chrome_trace(trace)

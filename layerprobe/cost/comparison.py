@@ -1,0 +1,153 @@
+"""What does watching cost? The same batch bare and watched in several ways, in turns.
+
+Each way runs some forwards, and its end counts in: a store is closed and on the disk before its clock stops. Ratios are
+of neighbours in time, since a machine is not equally fast all the while.
+
+Must never assert a time.
+"""
+
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerprobe.capture.probe import Probe
+from layerprobe.cost.results import median_ratio
+from layerprobe.errors import OptionError
+from layerprobe.models import LoadedModel, evaluating
+from layerprobe.profile import check_runs, find_network
+from layerprobe.tables import format_table
+
+__all__ = ["COMPARISONS", "Comparison", "compare"]
+
+COMPARISONS = ("hidden_states",)
+# The sites that `output_hidden_states` gives, but for a final norm.
+_SITES = ("embeddings", "layers.*")
+# Of one round of one way: long enough for the end of a store to be a small part of it.
+_ROUND_S = 0.25
+_MOST_CALLS = 64
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds per forward of each way, round by round; prints as a table.
+
+    Args:
+        seconds: By way; `bare` is the model alone.
+        num_calls: Forwards in a round.
+    """
+
+    seconds: Mapping[str, tuple[float, ...]]
+    num_calls: int
+
+    def ratio(self, way: str) -> float:
+        """Time of a way over that of the bare model just before it; the median over rounds."""
+        return median_ratio(self.seconds[way], self.seconds["bare"])
+
+    def __str__(self) -> str:
+        rows = [
+            (way, round(statistics.median(taken) * 1e3, 3), round(self.ratio(way), 3))
+            for way, taken in self.seconds.items()
+        ]
+        rounds = len(self.seconds["bare"])
+        table = format_table(("watched by", "ms per forward", "of bare"), rows)
+        return f"{table}\n\nmedians of {rounds} rounds of {self.num_calls} forwards, in turns; {', '.join(_SITES)}"
+
+    def describe(self) -> dict[str, Any]:
+        """Give everything as plain values, for JSON."""
+        return {
+            "calls": self.num_calls,
+            "sites": list(_SITES),
+            "seconds": {way: list(taken) for way, taken in self.seconds.items()},
+            "ratios": {way: self.ratio(way) for way in self.seconds},
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Give everything as JSON, and write it where a path is given."""
+        text = json.dumps(self.describe()) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
+def compare(
+    model: nn.Module | LoadedModel, batch: Mapping[str, Any], what: str = "hidden_states", *, repeats: int = 10
+) -> Comparison:
+    """Time a batch bare, with hooks that keep nothing, with `output_hidden_states`, into memory and into a store.
+
+    Args:
+        model, batch, repeats: As for `lp.profile`; a repeat is a round of all ways.
+        what: `hidden_states`: the embeddings and every layer.
+
+    Raises:
+        OptionError: another word, or a model whose times cannot be taken.
+
+    Cost: a store of some rounds in the folder for temporary files, gone afterwards.
+    """
+    if what not in COMPARISONS:
+        raise OptionError(f"compare {what!r}: use {', '.join(COMPARISONS)}.")
+    network = find_network(model)
+    device = check_runs(network, repeats)
+    taken: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder, evaluating(network), torch.inference_mode():
+        ways = _list_ways(network, Path(folder))
+        # the first forward of a process is slower than any other
+        _, once = (_time_way(network, batch, *ways[0][1:], 1, 0, device) for _ in range(2))
+        num_calls = max(1, min(_MOST_CALLS, math.ceil(_ROUND_S / once)))
+        for number in range(-1, repeats):
+            for way, enter, options in ways:
+                seconds = _time_way(network, batch, enter, options, num_calls, number, device)
+                if number >= 0:
+                    taken.setdefault(way, []).append(seconds / num_calls)
+    return Comparison({way: tuple(seconds) for way, seconds in taken.items()}, num_calls)
+
+
+Enter = Callable[[int], AbstractContextManager[Any]]
+
+
+def _list_ways(network: nn.Module, folder: Path) -> Sequence[tuple[str, Enter, Mapping[str, Any]]]:
+    """Name each way, with what is entered around its forwards and what these are called with besides."""
+    return (
+        ("bare", lambda _: nullcontext(), {}),
+        ("hooks", lambda _: Probe(network, _SITES, to=_keep_nothing), {}),
+        ("hidden_states", lambda _: nullcontext(), {"output_hidden_states": True}),
+        ("memory", lambda _: Probe(network, _SITES), {}),
+        ("store", lambda number: Probe(network, _SITES, to=folder / str(number)), {}),
+    )
+
+
+def _keep_nothing(site: str, value: Any) -> None:
+    return None
+
+
+def _time_way(
+    network: nn.Module,
+    batch: Mapping[str, Any],
+    enter: Enter,
+    options: Mapping[str, Any],
+    num_calls: int,
+    number: int,
+    device: torch.device,
+) -> float:
+    """Take the seconds from the first forward to the end of what was entered."""
+    with enter(number):
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(num_calls):
+            network(**batch, **options)
+    _wait(device)
+    return max(time.perf_counter() - start, 1e-9)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,91 @@
+"""The model of a run: which one, with which tokenizer, and the longest text that it takes.
+
+Also a batch of random tokens for it, where only its speed is asked for. Hides where models keep their limits. Must
+never know of stores.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerprobe.errors import ModelError, OptionError
+from layerprobe.models import LoadedModel, load_model, load_tokenizer
+from layerprobe.sites.resolve import map_model
+from layerprobe.sites.stacks import calls_forward, find_device, unwrap
+
+__all__ = ["choose_max_length", "find_max_length", "find_model", "make_random_batch"]
+
+
+def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | None) -> tuple[nn.Module, Any]:
+    """Find a model and its tokenizer, by name or as they are given.
+
+    Raises:
+        ModelError: there is no such model, or nothing tells which tokenizer it was trained with.
+        OptionError: a device for a model that has one already.
+    """
+    if isinstance(model, str):
+        loaded = load_model(model, device)
+        return loaded.model, tokenizer or loaded.tokenizer
+    if device is not None:
+        raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
+    if isinstance(model, LoadedModel):
+        return model.model, tokenizer or model.tokenizer
+    if calls_forward(model):
+        model, tokenizer = unwrap(model), tokenizer or model.tokenizer
+    if tokenizer is not None:
+        return model, tokenizer
+    checkpoint = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not checkpoint:
+        raise ModelError(f"{type(model).__name__} does not say which tokenizer it was trained with. Pass tokenizer=.")
+    return model, load_tokenizer(checkpoint)
+
+
+def find_max_length(model: nn.Module, tokenizer: Any) -> int:
+    """Find the longest text the model takes, in tokens."""
+    base: Any = map_model(model).base
+    limit = min(getattr(tokenizer, "model_max_length", None) or 1 << 30, 1 << 30)
+    positions = getattr(base.config, "max_position_embeddings", None)
+    table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
+    if positions:
+        # RoBERTa's kin count positions from behind the padding id
+        reserved = table.padding_idx + 1 if isinstance(table, nn.Embedding) and table.padding_idx is not None else 0
+        limit = min(limit, positions - reserved)
+    return limit
+
+
+def choose_max_length(model: nn.Module, tokenizer: Any, asked: int | None) -> int:
+    """Find the longest text of a run, in tokens: what is asked for, or all that the model takes.
+
+    Raises:
+        OptionError: more than that is asked for, or less than the special tokens.
+    """
+    limit = find_max_length(model, tokenizer)
+    if asked is not None and asked > limit:
+        raise OptionError(f"max_length is {asked}: the model takes at most {limit} tokens.")
+    special = tokenizer.num_special_tokens_to_add()
+    if asked is not None and asked < special:
+        # asked for less, a tokenizer does not cut at all, and does not say so
+        raise OptionError(f"max_length is {asked}: {special} special tokens go around each text. Ask for more.")
+    return asked or limit
+
+
+def make_random_batch(loaded: LoadedModel, size: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """Make `size` texts of `length` random tokens, none of them padding, on the model's device.
+
+    Raises:
+        OptionError: the model does not take as many tokens.
+    """
+    limit = find_max_length(loaded.model, loaded.tokenizer)
+    if length > limit:
+        raise OptionError(f"length is {length}: the model takes at most {limit} tokens.")
+    config = map_model(loaded.model).base.config
+    drawn = torch.randint(config.vocab_size, (size, length), generator=torch.Generator().manual_seed(seed))
+    # a padding id in a text would move the positions of RoBERTa's kin
+    unwanted = config.pad_token_id
+    ids = drawn if unwanted is None else torch.where(drawn == unwanted, (unwanted + 1) % config.vocab_size, drawn)
+    ids = ids.to(find_device(loaded.model))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(loaded.model.config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids
+    return batch
