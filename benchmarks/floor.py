@@ -13,7 +13,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -135,16 +134,16 @@ def write_bytes(folder: Path, sizes: list[int]) -> None:
     """Write as many bytes in as many files, each flushed and renamed as a shard is."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    block = memoryview(torch.ones(max(sizes), dtype=torch.uint8).numpy())
+    block = memoryview(bytearray(max(sizes)))
     for number, size in enumerate(sizes):
         commit_file(folder / str(number), [block[:size]])
 
 
 @contextmanager
-def clocks() -> Iterator[Counter[str]]:
+def clocks() -> Iterator[dict[str, float]]:
     """Put clocks around the parts of a run that are not the forward."""
-    taken: Counter[str] = Counter(dict.fromkeys(("plan", "tokenise", "hooks", "wait for a buffer", "last flush"), 0.0))
-    taken["writer thread"] = 0.0
+    parts = ("plan", "tokenise", "hooks", "wait for a buffer", "last flush", "writer thread")
+    taken = dict.fromkeys(parts, 0.0)
     originals: list[tuple[Any, str, Any]] = []
 
     def watch(owner: Any, attribute: str, part: str) -> None:
