@@ -142,8 +142,8 @@ def write_bytes(folder: Path, sizes: list[int]) -> None:
 @contextmanager
 def clocks() -> Iterator[dict[str, float]]:
     """Put clocks around the parts of a run that are not the forward."""
-    parts = ("plan", "tokenise", "hooks", "wait for a buffer", "last flush", "writer thread")
-    taken = dict.fromkeys(parts, 0.0)
+    parts: tuple[str, ...] = ("plan", "tokenise", "hooks", "wait for a buffer", "last flush", "writer thread")
+    taken: dict[str, float] = dict.fromkeys(parts, 0.0)
     originals: list[tuple[Any, str, Any]] = []
 
     def watch(owner: Any, attribute: str, part: str) -> None:

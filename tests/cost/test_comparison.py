@@ -28,7 +28,8 @@ def test_every_way_runs_as_often_and_leaves_nothing(
     # two to learn how long one takes, then a round to warm up and two more
     assert len(calls) == 2 + 3 * 5 * found.num_calls and sum(calls) == 3 * found.num_calls
     assert not list(tmp_path.rglob("store.json")) and not list(tmp_path.rglob("*.safetensors"))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    # transformers leaves hooks of its own behind; a module with one of ours would have a __getstate__
+    assert not any("__getstate__" in module.__dict__ for module in model.modules())
 
 
 def test_ratios_are_of_neighbours_in_time(tmp_path: Path) -> None:
