@@ -51,6 +51,7 @@ class Call:
         expected, ahead, seen: Sites as bits: of the stacks called so far, of those still to be called, already made.
         state: Room for the sink to keep what it needs for this call.
         places: By stack, what a compiled graph has asked: where the real tokens are in `[B * S]`.
+        is_orphan: The probe was closed by another thread while this call was running.
         sources: Set by a sink that follows gradients: for sites whose value is cut or joined, what it is made of.
     """
 
@@ -65,6 +66,7 @@ class Call:
     twins: dict[int, EagerTwin] = field(default_factory=dict)
     places: dict[int, Tensor] = field(default_factory=dict)
     sources: dict[int, Source] | None = None
+    is_orphan: bool = False
 
     def context(self, index: int) -> Context:
         """Give what the stack of a site was called with; for what follows all stacks, the last one's."""

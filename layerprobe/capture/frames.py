@@ -173,11 +173,12 @@ class Frames:
 
     def drain(self) -> None:
         """Abandon whatever is still open, in every thread."""
-        left = [frame for frames in self.by_thread.values() for frame in frames]
+        mine, left = threading.get_ident(), list(self.by_thread.items())
         self.by_thread.clear()
-        for frame in left:
-            if frame.call is not None:
-                self._sink.abandon(frame.call)
+        for ident, frames in left:
+            for call in [frame.call for frame in frames if frame.call is not None]:
+                call.is_orphan = ident != mine
+                self._sink.abandon(call)
 
     def _drop_interrupted(self, frames: list[_Frame]) -> None:
         # torch tells hooks of an Exception and of nothing else, so Ctrl-C leaves its frames behind

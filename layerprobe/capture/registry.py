@@ -256,7 +256,11 @@ class ProbeRegistry:
                 elif (stack := frames.get(get_ident())) and (call := stack[-1].call) is not None:
                     if bit and type(output) is Tensor and not call.seen & bit:  # what `_receive` does
                         call.seen |= bit
-                        sink_receive(call, which, output)
+                        try:
+                            sink_receive(call, which, output)
+                        except Exception:
+                            if not call.is_orphan:
+                                raise
                         if call.seen == call.expected and may_stop():
                             raise Stop
                     else:
@@ -306,7 +310,12 @@ class ProbeRegistry:
                 "several times, and one value would hide the others. Ask for the sites of single layers."
             )
         call.seen |= 1 << index
-        (hand_over or self._sink.receive)(call, index, value)
+        try:
+            (hand_over or self._sink.receive)(call, index, value)
+        except Exception:
+            # the sink of a probe that another thread has closed meanwhile takes nothing any more
+            if not call.is_orphan:
+                raise
         if call.seen == call.expected and self._hooks.may_stop():
             raise Stop
 

@@ -160,6 +160,37 @@ def test_probe_that_opens_and_closes_disturbs_no_other_thread(
     assert look_at(model) == before
 
 
+class Waiting:
+    """A sink whose first value of a call waits until the probe has been closed, and then finds itself without room."""
+
+    def __init__(self) -> None:
+        self.came, self.closed = threading.Event(), threading.Event()
+
+    def open(self, sites: Any) -> None: ...
+    def begin(self, call: Any) -> None: ...
+    def finish(self, call: Any) -> None: ...
+    def abandon(self, call: Any) -> None: ...
+    def close(self, error: Any) -> None: ...
+
+    def receive(self, call: Any, index: int, value: Tensor) -> None:
+        self.came.set()
+        if self.closed.wait(20):
+            raise ValueError("no room")
+
+
+@pytest.mark.parametrize("site", ["layers.0", "layers.1.attention.weights", "embeddings"])
+def test_call_of_another_thread_outlives_a_probe_that_is_closed_under_it(tiny_bert: Any, site: str) -> None:
+    sink, ids = Waiting(), make_inputs()[3]
+    expected, outputs = call(tiny_bert, ids)[0], []
+    with lp.Probe(tiny_bert, site, to=sink):
+        thread = threading.Thread(target=lambda: outputs.append(call(tiny_bert, ids)[0]))
+        thread.start()
+        assert sink.came.wait(20)
+    sink.closed.set()
+    thread.join()
+    assert torch.equal(outputs[0], expected)
+
+
 def test_data_parallel_is_refused(tiny_bert: Any) -> None:
     with pytest.raises(ArchitectureError, match=r"nn\.DataParallel runs copies of the model at once, and their rows"):
         lp.Probe(nn.DataParallel(tiny_bert), "layers.0")
