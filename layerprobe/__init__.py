@@ -7,8 +7,11 @@ from layerprobe.analysis.check import check
 from layerprobe.analysis.classify import classify
 from layerprobe.analysis.differences import differences
 from layerprobe.capture.calls import Sink
+from layerprobe.capture.covariances import Covariance, CrossCovariance
 from layerprobe.capture.probe import Probe
 from layerprobe.capture.registry import ProbeRegistry
+from layerprobe.capture.summaries import Histogram, Moments
+from layerprobe.capture.topk import TopK
 from layerprobe.edit.editor import edit
 from layerprobe.edit.making import ablate, clamp, noise, patch, project_out, replace, scale, steer
 from layerprobe.edit.patching import patching
@@ -33,11 +36,16 @@ from layerprobe.version import __version__
 
 __all__ = [
     "Anatomy",
+    "Covariance",
+    "CrossCovariance",
     "ExampleDataset",
+    "Histogram",
+    "Moments",
     "Probe",
     "ProbeRegistry",
     "RowDataset",
     "Sink",
+    "TopK",
     "__version__",
     "ablate",
     "audit",

@@ -1,0 +1,310 @@
+"""Sinks that keep sums instead of rows: what they have in common.
+
+Each value is brought to the rows of its real tokens, in float64 where it was made, and measured by itself; what was
+measured is joined with what came before once the call is whole. So a call that raises counts for nothing, memory does
+not grow, and sums of several processes are joined by the same function.
+
+Which sums, and how they are joined and read, are functions handed in. Must never know of modules or hooks.
+
+Letters: B sequences, T rows, D width.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from layerprobe.capture.calls import Call
+from layerprobe.capture.select import Selection, Target, write_rows
+from layerprobe.capture.sinks import select_call
+from layerprobe.errors import CaptureError, OptionError, SiteError
+from layerprobe.sites.resolve import Site
+
+__all__ = ["RowSink", "Rows", "Sums", "Tokens"]
+
+Sums = dict[str, Tensor]
+View = TypeVar("View")
+_COUNTER = "num_examples"
+_ORDER = "order"
+_REFUSED = {
+    "attention": "is one matrix per head and has no rows. Ask for attention.context",
+    "source": "has rows of the encoder's tokens, whose mask the decoder's call does not tell. Ask for encoder.layers",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What the rows of a call stand for: real tokens, or whole examples where there is one row per example.
+
+    Args:
+        ids: `[T]` token ids, -1 where they are not known.
+        lengths: Rows of each sequence.
+    """
+
+    ids: Tensor
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def examples(self) -> Tensor:
+        """Place of each row's sequence in the batch."""
+        lengths = torch.tensor(self.lengths)
+        return torch.arange(len(lengths)).repeat_interleave(lengths).to(self.ids.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each row among its sequence's real tokens."""
+        starts = torch.tensor([0, *self.lengths]).cumsum(0)[:-1].to(self.ids.device)
+        return torch.arange(len(self.ids), device=self.ids.device) - starts[self.examples]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of one site in one call, float64.
+
+    Args:
+        values: `[T, D]`, where they were made. Rows that are not finite are among them.
+        tokens: What they stand for.
+    """
+
+    values: Tensor
+    tokens: Tokens
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """Which rows are finite; the others are counted and left out."""
+        return self.values.isfinite().all(dim=1)
+
+    @cached_property
+    def counts(self) -> Sums:
+        """How many rows are finite and how many are not, int64; on the device, so that nothing waits for it."""
+        count = self.finite.sum()
+        return {"count": count, "nonfinite": len(self.values) - count}
+
+    def fill(self, value: float, other: Tensor | None = None) -> Tensor:
+        """Give the rows, or another `[T, D]`, with `value` in those that are not finite."""
+        return torch.where(self.finite[:, None], self.values if other is None else other, value)
+
+
+@dataclass
+class _CallState:
+    """What a call has made so far: tokens by stack, sums by site, and how many sequences it has."""
+
+    tokens: dict[int, tuple[Selection, Tokens]] = field(default_factory=dict)
+    sums: dict[str, Sums] = field(default_factory=dict)
+    num_examples: int = 0
+
+
+class RowSink(Generic[View]):
+    """Measures the rows of each site call by call, and joins what was measured.
+
+    A sink may be given to several probes, one after the other, and goes on counting.
+
+    Args:
+        fields: Names of the sums.
+        measure: From the rows of a site in a call, at least one, to sums.
+        join: From two sums of one site to those of all their rows.
+        view: From sums, on the host, to what `sink[site]` gives.
+        combine: From what was measured in a call, site by site, to what is kept, where that is not the same.
+        options: By name, what must be equal in sums that are joined.
+    """
+
+    # a compiled graph need not keep its memory for it
+    copies_at_once = True
+
+    def __init__(
+        self,
+        fields: Sequence[str],
+        measure: Callable[[Rows], Sums],
+        join: Callable[[Sums, Sums], Sums],
+        view: Callable[[Sums], View],
+        combine: Callable[[dict[str, Sums]], dict[str, Sums]] | None = None,
+        options: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._fields = tuple(fields)
+        self._measure = measure
+        self._join = join
+        self._view = view
+        self._combine = combine
+        self._options = dict(options or {})
+        self._sums: dict[str, Sums] = {}
+        self._num_examples = 0
+        self._announced: Sequence[int] | None = None
+        self._open: Sequence[Site] | None = None
+        self._lock = threading.Lock()
+
+    # what a probe calls
+
+    def open(self, sites: Sequence[Site]) -> None:
+        if self._open is not None:
+            raise CaptureError(f"this {type(self).__name__} is open in another probe. Take one for each, and merge.")
+        for site in sites:
+            if site.kind in _REFUSED:
+                raise OptionError(f"statistics of {site.name!r}: it {_REFUSED[site.kind]}.")
+        self._open = sites
+
+    def begin(self, call: Call) -> None:
+        call.state = _CallState()
+
+    def receive(self, call: Call, index: int, value: Tensor) -> None:
+        assert self._open is not None
+        # what inference mode makes could not be added to outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            rows = _take_rows(call, index, self._open[index], value)
+            if len(rows.values):
+                call.state.sums[self._open[index].name] = self._measure(rows)
+
+    def finish(self, call: Call) -> None:
+        state: _CallState = call.state
+        call.state = None
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            ordinals = self._announced or range(self._num_examples, self._num_examples + state.num_examples)
+            self._announced = None
+            self._num_examples += state.num_examples
+            for key, sums in (self._combine(state.sums) if self._combine else state.sums).items():
+                self._add(key, _number_examples(sums, ordinals))
+
+    def abandon(self, call: Call) -> None:
+        call.state = None
+        self._announced = None
+
+    def close(self, error: BaseException | None) -> None:
+        self._open = None
+
+    def announce(self, ordinals: Sequence[int]) -> None:
+        """Say which examples the sequences of the next call are; without it they are counted in their order."""
+        self._announced = ordinals
+
+    # what a user calls
+
+    @property
+    def sites(self) -> list[str]:
+        """Sites that something was measured at."""
+        return list(self._sums)
+
+    def __contains__(self, site: str) -> bool:
+        return site in self._sums
+
+    def __getitem__(self, site: str) -> View:
+        return self._view({name: tensor.cpu() for name, tensor in self._find(site).items()})
+
+    def merge(self, other: "RowSink[View]") -> None:
+        """Join with what another sink of the same kind and options has measured, of other texts or in another process.
+
+        Raises:
+            OptionError: it is of another kind, has other options, or a site of another width.
+        """
+        if type(other) is not type(self):
+            raise OptionError(f"a {type(other).__name__} cannot be merged into a {type(self).__name__}.")
+        self._check_options(other._options)
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            before = dict(self._sums)
+            try:
+                for key, sums in other._sums.items():
+                    self._add(key, sums)
+            except OptionError:
+                self._sums = before
+                raise
+            self._num_examples += other._num_examples
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give all sums by name, `layers.3/mean`, on the host: a file of safetensors takes them as they are."""
+        state = {_COUNTER: torch.tensor(self._num_examples), **self._options}
+        for order, (key, sums) in enumerate(self._sums.items()):
+            state[f"{key}/{_ORDER}"] = torch.tensor(order)
+            state.update({f"{key}/{name}": sums[name].cpu().clone() for name in self._fields})
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the sums of a `state_dict` in place of those that are there.
+
+        Raises:
+            OptionError: they are those of another kind of sink, or of other options.
+        """
+        found: dict[str, Sums] = {}
+        options: Sums = {}
+        for name, tensor in state.items():
+            key, separator, leaf = name.rpartition("/")
+            target = found.setdefault(key, {}) if separator else options
+            target[leaf] = tensor.clone()
+        count = int(options.pop(_COUNTER, torch.tensor(0)))
+        self._check_options(options)
+        for key, sums in found.items():
+            if set(sums) != {*self._fields, _ORDER}:
+                raise OptionError(
+                    f"the state of {key!r} has {', '.join(sorted(sums))}: a {type(self).__name__} has "
+                    f"{', '.join(sorted(self._fields))}. Load it into a sink of the kind that it was saved from."
+                )
+        ordered = sorted(found, key=lambda key: int(found[key].pop(_ORDER)))
+        with self._lock:
+            self._sums = {key: found[key] for key in ordered}
+            self._num_examples = count
+
+    def _check_options(self, others: Mapping[str, Tensor]) -> None:
+        same = set(others) == set(self._options)
+        if not same or not all(torch.equal(value, others[name]) for name, value in self._options.items()):
+            raise OptionError(
+                f"a {type(self).__name__} with other options ({', '.join(self._options) or 'none'} here, "
+                f"{', '.join(others) or 'none'} there): make both with the same."
+            )
+
+    def _find(self, site: str) -> Sums:
+        if site not in self._sums:
+            known = ", ".join(self._sums) or "none yet"
+            raise SiteError(f"no {site!r} in this {type(self).__name__}: it has {known}.")
+        return self._sums[site]
+
+    def _add(self, key: str, sums: Sums) -> None:
+        held = self._sums.get(key)
+        if held is None:
+            self._sums[key] = sums
+            return
+        device = next(iter(sums.values())).device
+        held = {name: tensor.to(device) for name, tensor in held.items()}
+        for name, tensor in held.items():
+            if tensor.shape != sums[name].shape:
+                raise OptionError(
+                    f"{name} of {key!r} is {tuple(tensor.shape)} here and {tuple(sums[name].shape)} there: only sums "
+                    "of the same width and options can be joined."
+                )
+        self._sums[key] = self._join(held, sums)
+
+
+def _number_examples(sums: Sums, ordinals: Sequence[int]) -> Sums:
+    """Name examples by their ordinal instead of their place in the batch."""
+    if "example" not in sums:
+        return sums
+    places = sums["example"]
+    # the last is for places that hold nothing
+    names = torch.tensor([*ordinals, -1], device=places.device)
+    return {**sums, "example": names[places]}
+
+
+def _take_rows(call: Call, index: int, site: Site, value: Tensor) -> Rows:
+    """Bring a value to the rows of its real tokens."""
+    stack, context = call.find_context(index)
+    state: _CallState = call.state
+    value = value.detach()
+    is_token = site.kind == "token" or (site.kind == "unknown" and value.ndim == 3)
+    if value.ndim != (3 if is_token else 2):
+        raise CaptureError(
+            f"a value of {site.name!r} has shape {tuple(value.shape)}: statistics take a row per token or per text."
+        )
+    if not is_token:
+        state.num_examples = max(state.num_examples, len(value))
+        unknown = torch.full((len(value),), -1, device=value.device)
+        return Rows(value.double(), Tokens(unknown, (1,) * len(value)))
+    if stack not in state.tokens:
+        selection = select_call(context, value)
+        ids = torch.full((selection.num_rows,), -1, device=value.device)
+        if context.input_ids is not None:
+            write_rows(Target(ids), context.input_ids.to(value.device), selection)
+        state.tokens[stack] = selection, Tokens(ids, selection.lengths)
+        state.num_examples = max(state.num_examples, selection.num_sequences)
+    selection, tokens = state.tokens[stack]
+    rows_TD = torch.empty(selection.num_rows, value.shape[2], dtype=torch.float64, device=value.device)
+    write_rows(Target(rows_TD), value, selection)
+    return Rows(rows_TD, tokens)

@@ -1,0 +1,259 @@
+"""`lp.Moments` and `lp.Histogram`: how the values of a site are distributed, without keeping them.
+
+Moments are joined by the formulas for central ones, which lose no digits where the mean is large. Must never know of
+probes or modules.
+
+Letters: T rows, D width.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from layerprobe.capture.statistics import Rows, RowSink, Sums
+from layerprobe.errors import OptionError
+from layerprobe.tables import format_table
+
+__all__ = ["Histogram", "Moments", "SiteHistogram", "SiteMoments"]
+
+_MOMENTS = (
+    "count", "nonfinite", "mean", "m2", "m3", "m4", "min", "max", "norm_mean", "norm_m2", "norm_min", "norm_max",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class SiteMoments:
+    """The moments of a site, dimension by dimension, and of the norms of its rows.
+
+    Args:
+        count: Rows.
+        nonfinite: Rows with a NaN or an infinity in them, which are left out.
+        mean, variance: float64 `[D]`; the variance is divided by n.
+        skewness, kurtosis: float64 `[D]`; 0 and 3 for a normal distribution, NaN where nothing varies.
+        min, max: float64 `[D]`.
+        norm_mean, norm_std, norm_min, norm_max: Of the rows' Euclidean norms.
+    """
+
+    count: int
+    nonfinite: int
+    mean: Tensor
+    variance: Tensor
+    skewness: Tensor
+    kurtosis: Tensor
+    min: Tensor
+    max: Tensor
+    norm_mean: float
+    norm_std: float
+    norm_min: float
+    norm_max: float
+
+
+class Moments(RowSink[SiteMoments]):
+    """Keep count, mean, variance, skewness, kurtosis, least and largest value of each dimension, and the rows' norms.
+
+    Over real tokens, never padding, in float64. A row that is not finite is counted and left out.
+
+    Source: Pébay 2008, Formulas for robust, one-pass parallel computation of covariances and arbitrary-order
+    statistical moments, equations 2.1, 3.1.
+
+    Cost: 6 numbers per dimension and site; a few passes over the rows in float64.
+
+    Example:
+        >>> import torch, layerprobe as lp
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> model, moments = BertModel(tiny).eval(), lp.Moments()
+        >>> with torch.no_grad(), lp.Probe(model, "layers.*", to=moments):
+        ...     for _ in range(3):
+        ...         output = model(input_ids=torch.randint(100, (2, 5)))
+        >>> moments["layers.1"].count, moments["layers.1"].mean.shape
+        (30, torch.Size([32]))
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_MOMENTS, _measure_moments, _join_moments, _view_moments)
+
+    def __str__(self) -> str:
+        rows = []
+        for site in self.sites:
+            found = self[site]
+            varying = found.kurtosis[found.kurtosis.isfinite()]
+            rows.append(
+                (
+                    site, found.count, len(found.mean), round(found.norm_mean, 3), round(found.norm_std, 3),
+                    round(found.min.min().item(), 3), round(found.max.max().item(), 3),
+                    round(found.mean.mean().item(), 4), round(found.variance.mean().sqrt().item(), 4),
+                    round(varying.median().item(), 2) if len(varying) else None, found.nonfinite,
+                )
+            )  # fmt: skip
+        headers = ("site", "rows", "width", "norm", "its std", "min", "max", "mean", "std", "kurtosis", "not finite")
+        return format_table(headers, rows)
+
+    __repr__ = __str__
+
+
+def _measure_moments(rows: Rows) -> Sums:
+    values = rows.fill(0.0)
+    count = rows.counts["count"].clamp_min(1)
+    mean = values.sum(0) / count
+    centred = rows.fill(0.0, rows.values - mean)
+    squares = centred.square()
+    norms = values.norm(dim=1)
+    norm_mean = norms.sum() / count
+    return {
+        **rows.counts,
+        "mean": mean,
+        "m2": squares.sum(0),
+        "m3": (squares * centred).sum(0),
+        "m4": squares.square().sum(0),
+        "min": rows.fill(float("inf")).amin(0),
+        "max": rows.fill(float("-inf")).amax(0),
+        "norm_mean": norm_mean,
+        "norm_m2": torch.where(rows.finite, norms - norm_mean, 0.0).square().sum(),
+        "norm_min": torch.where(rows.finite, norms, float("inf")).amin(),
+        "norm_max": torch.where(rows.finite, norms, float("-inf")).amax(),
+    }
+
+
+def _join_moments(one: Sums, other: Sums) -> Sums:
+    first, second = one["count"].double(), other["count"].double()
+    # n below the fraction bars; two empty sides stay empty
+    n = (first + second).clamp_min(1)
+    apart = other["mean"] - one["mean"]
+    m2, m3 = (one["m2"], other["m2"]), (one["m3"], other["m3"])
+    norm_apart = other["norm_mean"] - one["norm_mean"]
+    return {
+        "count": one["count"] + other["count"],
+        "nonfinite": one["nonfinite"] + other["nonfinite"],
+        "mean": one["mean"] + apart * second / n,
+        "m2": m2[0] + m2[1] + apart**2 * first * second / n,
+        "m3": m3[0]
+        + m3[1]
+        + apart**3 * first * second * (first - second) / n**2
+        + 3 * apart * (first * m2[1] - second * m2[0]) / n,
+        "m4": one["m4"]
+        + other["m4"]
+        + apart**4 * first * second * (first**2 - first * second + second**2) / n**3
+        + 6 * apart**2 * (first**2 * m2[1] + second**2 * m2[0]) / n**2
+        + 4 * apart * (first * m3[1] - second * m3[0]) / n,
+        "min": torch.minimum(one["min"], other["min"]),
+        "max": torch.maximum(one["max"], other["max"]),
+        "norm_mean": one["norm_mean"] + norm_apart * second / n,
+        "norm_m2": one["norm_m2"] + other["norm_m2"] + norm_apart**2 * first * second / n,
+        "norm_min": torch.minimum(one["norm_min"], other["norm_min"]),
+        "norm_max": torch.maximum(one["norm_max"], other["norm_max"]),
+    }
+
+
+def _view_moments(sums: Sums) -> SiteMoments:
+    count = int(sums["count"])
+    n = max(1, count)
+    variance = sums["m2"] / n
+    return SiteMoments(
+        count=count,
+        nonfinite=int(sums["nonfinite"]),
+        mean=sums["mean"],
+        variance=variance,
+        skewness=sums["m3"] / n / variance**1.5,
+        kurtosis=sums["m4"] / n / variance**2,
+        min=sums["min"],
+        max=sums["max"],
+        norm_mean=float(sums["norm_mean"]),
+        norm_std=float((sums["norm_m2"] / n).sqrt()),
+        norm_min=float(sums["norm_min"]),
+        norm_max=float(sums["norm_max"]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class SiteHistogram:
+    """How many values of a site lie in each bin.
+
+    Args:
+        edges: float64 `[bins + 1]`.
+        counts: int64 `[bins]`; a value on an edge is in the bin above it, but the last bin has both its edges.
+        below, above: Values beyond the edges.
+        nonfinite: Rows with a NaN or an infinity in them, which are left out.
+    """
+
+    edges: Tensor
+    counts: Tensor
+    below: int
+    above: int
+    nonfinite: int
+
+    def quantile(self, share: float) -> float:
+        """Give the value that a share of all values lies below, as if they lay evenly in each bin.
+
+        Infinite where it lies beyond the edges, NaN where there are no values.
+        """
+        if not 0 <= share <= 1:
+            raise OptionError(f"quantile {share!r}: it must be between 0 and 1.")
+        reached = self.below + self.counts.cumsum(0)
+        rank = share * (int(reached[-1]) + self.above)
+        filled = self.counts.nonzero().flatten().tolist()
+        if int(reached[-1]) + self.above == 0:
+            return float("nan")
+        if self.below and rank <= self.below:
+            return float("-inf")
+        if rank > int(reached[-1]) or not filled:
+            return float("inf")
+        place = min(int(torch.searchsorted(reached, rank, right=True)), filled[-1])
+        part = (rank - int(reached[place])) / int(self.counts[place]) + 1
+        return float(torch.lerp(self.edges[place], self.edges[place + 1], part))
+
+
+class Histogram(RowSink[SiteHistogram]):
+    """Count the values of a site in bins of equal width.
+
+    Args:
+        low, high: Edges of the first and the last bin. What lies beyond is counted too.
+        bins: How many.
+
+    Raises:
+        OptionError: `low` is not below `high`, or no bin.
+
+    Example:
+        >>> import torch, layerprobe as lp
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> model, histogram = BertModel(tiny).eval(), lp.Histogram(-4, 4, bins=80)
+        >>> with torch.no_grad(), lp.Probe(model, "layers.1", to=histogram):
+        ...     output = model(input_ids=torch.randint(100, (2, 5)))
+        >>> found = histogram["layers.1"]
+        >>> int(found.counts.sum()) + found.below + found.above
+        320
+    """
+
+    def __init__(self, low: float = -10.0, high: float = 10.0, bins: int = 200) -> None:
+        if not low < high or type(bins) is not int or bins < 1:
+            raise OptionError(f"a histogram of {bins!r} bins from {low!r} to {high!r}: give at least one, low first.")
+        edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+        super().__init__(
+            ("counts", "nonfinite"),
+            partial(_measure_bins, edges),
+            _join_bins,
+            partial(_view_bins, edges),
+            options={"edges": edges},
+        )
+
+
+def _measure_bins(edges: Tensor, rows: Rows) -> Sums:
+    edges = edges.to(rows.values.device)
+    last = len(edges)
+    places = torch.bucketize(rows.values, edges, right=True)
+    places = torch.where(rows.values == edges[-1], last - 1, places)
+    # one place more, for rows that are left out
+    counts = torch.bincount(rows.fill(last + 1, places).flatten(), minlength=last + 2)
+    return {"counts": counts[: last + 1], "nonfinite": rows.counts["nonfinite"]}
+
+
+def _join_bins(one: Sums, other: Sums) -> Sums:
+    return {name: one[name] + other[name] for name in one}
+
+
+def _view_bins(edges: Tensor, sums: Sums) -> SiteHistogram:
+    counts = sums["counts"]
+    return SiteHistogram(edges, counts[1:-1], int(counts[0]), int(counts[-1]), int(sums["nonfinite"]))
