@@ -17,6 +17,7 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.models import LoadedModel
+from layerprobe.sites import anatomy
 from layerprobe.store.format import ShardHeader, commit_shard
 from layerprobe.store.writer import commit_description, commit_index
 from sizes import TINY
@@ -49,6 +50,15 @@ def make_bert() -> Callable[..., Any]:
 def tiny_bert(make_bert: Callable[..., Any]) -> Any:
     """A fresh `BertModel` of 3 layers: hidden 32, 4 heads, intermediate 64, vocabulary 100."""
     return make_bert()
+
+
+@pytest.fixture
+def restored_rows() -> Iterator[None]:
+    """Forget the architectures that a test registers."""
+    rows = dict(anatomy._ROWS)
+    yield
+    anatomy._ROWS.clear()
+    anatomy._ROWS.update(rows)
 
 
 @pytest.fixture

@@ -26,6 +26,10 @@ CODE = re.compile(r"`[^`]*`|\([^)]*\)")
 QUOTED = re.compile(r"(?<![\w.])(\d+\.\d+)(?![\w.]*\d)|(?<![\w.])(\d+)(?= (?:times|%|percent|ms)\b)")
 
 
+# a snippet may register an architecture
+pytestmark = pytest.mark.usefixtures("restored_rows")
+
+
 def list_blocks(page: Path, language: str) -> list[str]:
     return [code for found, code in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
 

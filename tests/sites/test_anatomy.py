@@ -1,6 +1,5 @@
 """The table of architectures: its rows name modules that exist, and unknown ones are refused by name."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,14 +9,6 @@ import layerprobe as lp
 from layerprobe.errors import ArchitectureError
 from layerprobe.sites import anatomy
 from layerprobe.sites.anatomy import find_anatomy, registered_architectures
-
-
-@pytest.fixture
-def restored_rows() -> Iterator[None]:
-    rows = dict(anatomy._ROWS)
-    yield
-    anatomy._ROWS.clear()
-    anatomy._ROWS.update(rows)
 
 
 @pytest.mark.parametrize("model_type", registered_architectures())

@@ -1,7 +1,6 @@
 """Every family and variant: each site holds what its oracle says, and the model computes what it computed before."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -40,14 +39,6 @@ def skip_unknown(name: str) -> None:
 def name(request: pytest.FixtureRequest) -> str:
     skip_unknown(request.param)
     return request.param
-
-
-@pytest.fixture
-def restored_rows() -> Iterator[None]:
-    rows = dict(anatomy._ROWS)
-    yield
-    anatomy._ROWS.clear()
-    anatomy._ROWS.update(rows)
 
 
 def test_every_row_has_a_family_here() -> None:
