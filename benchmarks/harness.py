@@ -32,11 +32,13 @@ class Rival:
         run: Does it `calls` times.
         calls: How often `run` calls the model; times are given per call.
         prepare: Done before each run, outside the clock; its result is handed to `run`.
+        finish: Done with that result after each run, outside the clock.
     """
 
     run: Callable[[Any], object]
     calls: int = 1
     prepare: Callable[[], Any] = lambda: None
+    finish: Callable[[Any], object] = lambda prepared: None
 
 
 @dataclass
@@ -89,6 +91,7 @@ def _time(rival: Rival, timings: Timings) -> None:
     kept = rival.run(prepared)
     timings.cpu_s.append((time.process_time() - cpu) / rival.calls)
     timings.wall_s.append((time.perf_counter() - wall) / rival.calls)
+    rival.finish(prepared)
     del kept  # what a rival captured lives to the end of its clock, and no longer
 
 
