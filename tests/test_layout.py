@@ -47,6 +47,7 @@ ORDER = (
     "layerprobe.store.siteview",
     "layerprobe.store.columns",
     "layerprobe.store.difference",
+    "layerprobe.store.padded",
     "layerprobe.store.reader",
     "layerprobe.store.packed",
     "layerprobe.store.export",

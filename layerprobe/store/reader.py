@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from layerprobe.errors import FormatError, OptionError, SiteError, StoreError
@@ -20,6 +21,7 @@ from layerprobe.store.columns import Columns, match_sites, open_dataset
 from layerprobe.store.difference import Difference, pair_depth
 from layerprobe.store.format import SCALE_SUFFIX, STORE_FILE, TOKENIZER_FOLDER
 from layerprobe.store.guard import LARGE
+from layerprobe.store.padded import EncoderOutputs, choose_layer, pad_examples
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.records import RECORD_TENSORS, read_record
 from layerprobe.store.rows import RowBatches, RowOptions, choose_sites
@@ -178,6 +180,24 @@ class Store:
         """
         return [self.difference(*pair) for pair in pair_depth(self._catalog.sites, str(self.place))]
 
+    def encoder_outputs(self, layer: int | str, examples: Any, dtype: torch.dtype = torch.float32) -> EncoderOutputs:
+        """Give some examples as a decoder takes them: `model.generate(**outputs.inputs())`.
+
+        Args:
+            layer: A site, or a layer's number.
+            examples: Ordinals, a slice of them, or one.
+            dtype: Of the states; that of the decoder.
+
+        Returns:
+            `states` `[B, S, D]`, padded on the right, and their `mask`, int64 `[B, S]`.
+
+        Raises:
+            SiteError: no stored site is meant, or several are.
+            OptionError: the site has no row per token, no example is asked for, or one has no tokens.
+            NonFiniteError: a value is not finite.
+        """
+        return pad_examples(self[choose_layer(layer, self.sites, str(self.place))], examples, dtype)
+
     def ordinals(self) -> Iterator[int]:
         """List the ordinals of the examples that are there, rising."""
         return self._catalog.ordinals()
@@ -326,6 +346,11 @@ class Store:
     def id_to_tokens(self) -> Callable[[Tensor], list[str]] | None:
         """What turns ids into tokens; None where the store has no tokenizer."""
         return self._vocabulary.tokens if self._vocabulary is not None else None
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The tokenizer in the store; None where it has none."""
+        return self._vocabulary
 
     @cached_property
     def _vocabulary(self) -> Vocabulary | None:

@@ -1,0 +1,118 @@
+"""Examples of a site as one padded tensor and its mask: what a decoder takes in place of running an encoder.
+
+A store keeps no padding and no mask. Both are made here from the lengths of the examples, together, so that none can be
+had without the other: states without their mask would have a decoder read padding and not say so.
+
+Hides how rows are padded. Must never know of models; transformers is asked only for the names that it gives to states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerprobe.errors import NonFiniteError, OptionError, SiteError
+from layerprobe.store.columns import match_sites
+from layerprobe.store.siteview import SiteView
+
+__all__ = ["EncoderOutputs", "choose_layer", "pad_examples"]
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderOutputs:
+    """States of some examples at one site, padded on the right, and their mask.
+
+    Args:
+        site: The site.
+        states: `[B, S, D]`; zeros where the mask is 0.
+        mask: int64 `[B, S]`, 1 for each real token.
+    """
+
+    site: str
+    states: Tensor
+    mask: Tensor
+
+    def to(self, device: str | torch.device) -> "EncoderOutputs":
+        """Give the same on another device."""
+        return EncoderOutputs(self.site, self.states.to(device), self.mask.to(device))
+
+    def inputs(self) -> dict[str, Any]:
+        """Name both as an encoder-decoder model takes them: `model.generate(**outputs.inputs())`."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        # its fields are declared as tensors of a kind that only torch's stubs know
+        states: Any = self.states
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": self.mask}
+
+    def cross_inputs(self) -> dict[str, Tensor]:
+        """Name both as a decoder with cross attention takes them."""
+        return {"encoder_hidden_states": self.states, "encoder_attention_mask": self.mask}
+
+
+def choose_layer(layer: int | str, sites: Sequence[str], owner: str) -> str:
+    """Find the one stored site that is meant.
+
+    Args:
+        layer: A pattern such as `layers.-1` or `embeddings`, or a layer's number; negatives count from the last that
+            is stored, of an encoder where the store has layers of a decoder too.
+        sites: What is stored.
+        owner: What to call the store in messages.
+
+    Raises:
+        SiteError: nothing stored is meant, or several sites are.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, (int, str)):
+        raise SiteError(f"layer={layer!r} of {owner}: a layer is a number or a site. Use 5, -1 or 'layers.5'.")
+    if isinstance(layer, int):
+        has_encoder = any(site.startswith("encoder.layers.") for site in sites)
+        layer = f"{'encoder.' if has_encoder else ''}layers.{layer}"
+    found = match_sites(layer, sites, owner)
+    if len(found) != 1:
+        raise SiteError(f"{layer!r} means {len(found)} sites of {owner}: {', '.join(found)}. Name one of them.")
+    return found[0]
+
+
+def pad_examples(view: SiteView, examples: Any, dtype: torch.dtype) -> EncoderOutputs:
+    """Read some examples of a site and pad them to the longest.
+
+    Args:
+        view: The site.
+        examples: Ordinals, a slice of them, or one.
+        dtype: Of the states.
+
+    Raises:
+        OptionError: the site has no row per token, no example is asked for, one has no tokens, or the dtype is none of
+            floating point.
+        NonFiniteError: a value is not finite, as stored or in the dtype.
+        MissingExample: an example is not there.
+    """
+    if view.kind != "token":
+        what = "attention weights" if view.kind == "attention" else "one vector per example"
+        raise OptionError(
+            f"states of {view.site!r}: it holds {what}; a decoder reads a row per token. Use another site."
+        )
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise OptionError(
+            f"states of {view.site!r} as {dtype!r}: no such states. Use torch.float32, float16 or bfloat16."
+        )
+    found = view[examples]
+    rows: list[Any] = found if isinstance(found, list) else [found]
+    if not rows:
+        raise OptionError(f"states of {view.site!r}: no example is asked for. Name one at least.")
+    lengths = torch.tensor([len(one) for one in rows])
+    if int(lengths.min()) == 0:
+        place = int(lengths.argmin())
+        raise OptionError(f"states of {view.site!r}: example {place} of those asked for has no tokens. Leave it out.")
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    states = torch.zeros(*mask.shape, view.width, dtype=dtype)
+    for place, one in enumerate(rows):
+        # float8 has no arithmetic of its own, so all come by way of float32
+        states[place, : len(one)] = one.float().to(dtype)
+        if not bool(torch.isfinite(states[place]).all()):
+            raise NonFiniteError(
+                f"states of {view.site!r} as {str(dtype).removeprefix('torch.')}: example {place} of those asked for "
+                "is not finite. Leave it out, or extract the site again in a wider dtype."
+            )
+    return EncoderOutputs(view.site, states, mask)
