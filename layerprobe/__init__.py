@@ -21,6 +21,7 @@ from layerprobe.extract.classifier import load_classifier
 from layerprobe.extract.depth import depth_profile
 from layerprobe.extract.run import extract
 from layerprobe.extract.untrained import extract_untrained
+from layerprobe.generation.decoding import generate
 from layerprobe.models import load_model
 from layerprobe.profile import profile
 from layerprobe.report.plots import plot, plot_attention
@@ -58,6 +59,7 @@ __all__ = [
     "export",
     "extract",
     "extract_untrained",
+    "generate",
     "load_classifier",
     "load_model",
     "merge",

@@ -118,6 +118,8 @@ ORDER = (
     "layerprobe.extract.untrained",
     "layerprobe.extract.classifier",
     "layerprobe.extract.depth",
+    "layerprobe.generation.results",
+    "layerprobe.generation.decoding",
     "layerprobe.cost.machine",
     "layerprobe.cost.marks",
     "layerprobe.cost.counting",
@@ -131,13 +133,14 @@ ORDER = (
     "layerprobe.cli.exports",
     "layerprobe.cli.analyses",
     "layerprobe.cli.classifiers",
+    "layerprobe.cli.generations",
     "layerprobe.cli.edits",
     "layerprobe.cli.instruments",
     "layerprobe.cli.main",
     "layerprobe",
     "layerprobe.__main__",
 )
-FOLDERS = ("sites", "store", "analysis", "report", "capture", "edit", "extract", "cost", "cli")
+FOLDERS = ("sites", "store", "analysis", "report", "capture", "edit", "extract", "generation", "cost", "cli")
 TOP = {"layerprobe", "tests", "benchmarks", "docs", "pyproject.toml", "README.md", "LICENSE", ".gitignore", ".ci"}
 MOST_LINES = 400
 # the tree of errors is drawn in its docstring

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from layerprobe.cli import analyses, classifiers, edits, exports, instruments, runs, stores
+from layerprobe.cli import analyses, classifiers, edits, exports, generations, instruments, runs, stores
 from layerprobe.errors import LayerProbeError
 from layerprobe.version import __version__
 
@@ -52,6 +52,7 @@ app.command(short_help="Say how far rows move from layer to layer.")(analyses.di
 app.command(short_help="Draw each layer's points, or an example's attention.")(analyses.plot)
 app.command(short_help="Say what to know of a store before a cosine is taken in it.")(analyses.check)
 app.command(short_help="Say how well each layer tells classes apart.")(classifiers.classify)
+app.command(short_help="Generate text from stored states of a layer.")(generations.generate)
 app.command(short_help="Say which sites carry what a model puts in for [MASK].")(edits.patch)
 app.command(short_help="Say what each layer of a model costs, and what watching it adds.")(instruments.profile)
 

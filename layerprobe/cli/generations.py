@@ -1,0 +1,69 @@
+"""Commands that let a decoder or a model's own head say what a layer holds: generate.
+
+Parse and call; compute nothing. `main` gives each its name and place.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from layerprobe.errors import OptionError
+
+__all__ = ["generate"]
+
+Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")]
+
+
+def generate(
+    folder: Where,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A hub id or a folder: encoder-decoder, or with cross attention.")
+    ],
+    layer: Annotated[str, typer.Option(help="A number, negatives from the last that is stored, or a site.")] = "-1",
+    examples: Annotated[
+        list[int] | None, typer.Option("--example", "-e", metavar="N", help="Repeat for several; all.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="As the model says.")] = None,
+    beams: Annotated[int | None, typer.Option(metavar="N", help="Beams of the search; as the model says.")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens rather than take the likeliest.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Of the draws.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from this share of the probability.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples at one time.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    device: Device = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv or .json to write.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Generate text from stored states of a layer, the encoder not run.
+
+    Example: layerprobe generate acts my-bert2bert --layer 5 --example 0 --beams 4
+    """
+    suffix = "" if out is None else Path(out).suffix.lower()
+    if out is not None and suffix not in (".csv", ".json"):
+        raise OptionError(f"--out {out}: {suffix or 'no suffix'!r} is not .csv, .json.")
+    drawn = {"--temperature": temperature, "--top-p": top_p}
+    useless = [name for name, value in drawn.items() if value is not None]
+    if useless and not sample:
+        raise OptionError(f"{', '.join(useless)} without --sample: nothing is drawn. Add --sample.")
+    from layerprobe.generation.decoding import generate as generate_from
+
+    given = {"max_new_tokens": max_new_tokens, "num_beams": beams, "temperature": temperature, "top_p": top_p}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    found = generate_from(
+        folder,
+        model,
+        layer=int(layer) if layer.removeprefix("-").isdecimal() else layer,
+        examples=examples or None,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        progress=False if quiet else None,
+        **(options | {"do_sample": True} if sample else options),
+    )
+    if out is not None:
+        (found.to_csv if suffix == ".csv" else found.to_json)(out)
+    if not quiet:
+        typer.echo(found.table())

@@ -1,0 +1,233 @@
+"""`layerprobe.generate`: stored states as the context of a decoder, in place of running an encoder.
+
+The mask is made from the store, always; there is no way to leave it out. What is generated is up to transformers'
+`generate`; this file hands it states, mask and start, and brings what comes back to one sequence per line.
+
+Hides how the kinds of decoders want their context. Must never know of shards or hooks.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from layerprobe.analysis.sweep import check_count, need_store
+from layerprobe.errors import ModelError, OptionError
+from layerprobe.generation.results import Generated, Generation
+from layerprobe.models import LoadedModel, evaluating, load_model
+from layerprobe.sites.stacks import find_device, unwrap
+from layerprobe.store.padded import EncoderOutputs
+from layerprobe.store.reader import Store
+
+__all__ = ["generate", "list_examples"]
+
+# They change what `generate` gives back, not what it generates.
+_RETURNS = ("return_dict_in_generate", "output_attentions", "output_hidden_states", "output_logits", "output_scores")
+
+
+def generate(
+    store: Store | str | Path,
+    model: nn.Module | LoadedModel | str,
+    *,
+    layer: int | str = -1,
+    examples: Any = None,
+    tokenizer: Any = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Generation:
+    """Generate text with stored states as context, the encoder not run.
+
+    Args:
+        store: A store with a row per token of the layer.
+        model: An encoder-decoder model, such as an `EncoderDecoderModel`, or a decoder with cross attention, such as a
+            `BertLMHeadModel` with `is_decoder` and `add_cross_attention`; or its name.
+        layer: A stored site, or a layer's number, negatives from the last that is stored. An encoder with a final norm
+            hands over `norm` and not its last layer.
+        examples: Ordinals, a slice of them, or one; None for all.
+        tokenizer: The decoder's; None for that of a model given by name. It turns ids into text, and says how a
+            sequence starts, ends and is padded where the model does not.
+        batch_size: Examples at one time.
+        seed: Of the draws, where the options ask for any.
+        device: Where to put a model given by name.
+        progress: Whether to show a bar; None for only on a terminal.
+        options: As in transformers' `GenerationConfig`: `max_new_tokens=32`, `num_beams=4`, `do_sample=True`. What is
+            not given is as the model says.
+
+    Returns:
+        A sequence per example, in the order in which they were asked for.
+
+    Raises:
+        SiteError: no stored site is meant, or several are.
+        OptionError: the model reads no states or states of another width, an option that does not exist, or no start.
+        NonFiniteError: a state is not finite.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> from transformers import BertConfig, BertLMHeadModel
+        >>> store = lp.extract("demo", ["The kettle whistled.", "Who left?"], "memory://context", sites="layers.-1")
+        >>> shape = {"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 6, "intermediate_size": 64}
+        >>> decoder = BertLMHeadModel(BertConfig(**shape, is_decoder=True, add_cross_attention=True))
+        >>> tokenizer = lp.load_model("demo", "cpu").tokenizer
+        >>> found = lp.generate(store, decoder, layer=-1, tokenizer=tokenizer, max_new_tokens=5, do_sample=False)
+        >>> [one.example for one in found], max(len(one.ids) for one in found) <= 5
+        ([0, 1], True)
+    """
+    check_count("batch_size", batch_size)
+    check_count("seed", seed, 0)
+    store = need_store(store)
+    if isinstance(model, str):
+        model = load_model(model, device)
+    elif device is not None:
+        raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
+    if isinstance(model, LoadedModel):
+        model, tokenizer = model.model, tokenizer or model.tokenizer
+    decoder: Any = unwrap(model)
+    _check_options(options)
+    ordinals = list_examples(store, examples)
+    view = store[store.encoder_outputs(layer, ordinals[:1]).site]
+    has_encoder = _check_decoder(decoder, view.site, view.width)
+    _check_length(decoder, options)
+    ids = _find_ids(decoder, tokenizer, options, has_encoder)
+    found: list[Generated] = []
+    disable = None if progress is None else not progress
+    with evaluating(decoder), torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        with tqdm(total=len(ordinals), desc="generate", unit=" examples", disable=disable, leave=False) as bar:
+            for first in range(0, len(ordinals), batch_size):
+                part = ordinals[first : first + batch_size]
+                outputs = store.encoder_outputs(view.site, part, next(decoder.parameters()).dtype)
+                made = _run(decoder, outputs.to(find_device(decoder)), has_encoder, {**ids, **options})
+                found += _split(made, part, _ends_of(decoder, {**ids, **options}), tokenizer)
+                bar.update(len(part))
+    return Generation(view.site, tuple(found))
+
+
+def list_examples(store: Store, examples: Any) -> list[int]:
+    """Give the ordinals that are meant: all, one, a slice of them, or several.
+
+    Raises:
+        OptionError: none is, or something is no ordinal.
+        MissingExample: one is not there.
+    """
+    if examples is None:
+        found = list(store.ordinals())
+    elif isinstance(examples, slice):
+        found = list(store.ordinals())[examples]
+    else:
+        asked = np.atleast_1d(np.asarray(examples))
+        if asked.size and (asked.dtype.kind not in "iu" or asked.ndim > 1):
+            raise OptionError(f"examples={examples!r}: they are ordinals. Use 3, [0, 3], slice(10) or None for all.")
+        catalog = store[store.sites[0]].catalog
+        found = [catalog.find(int(one))[1] for one in asked]
+    if not found:
+        raise OptionError(f"examples={examples!r} of {store.place}: none is meant. Name one at least.")
+    return found
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    known = set(GenerationConfig().to_dict()) - {"transformers_version"}
+    for name in options:
+        if name in _RETURNS:
+            raise OptionError(f"{name}: changes what transformers gives back, of which sequences alone are kept.")
+        if name not in known:
+            raise OptionError(
+                f"no option {name!r} of generate: it takes those of transformers' GenerationConfig, such as "
+                "max_new_tokens, num_beams, do_sample."
+            )
+
+
+def _check_decoder(decoder: Any, site: str, width: int) -> bool:
+    """Say whether a model brings an encoder of its own, and make sure that it can read the states."""
+    config = getattr(decoder, "config", None)
+    has_encoder = bool(getattr(config, "is_encoder_decoder", False))
+    has_cross = bool(getattr(config, "is_decoder", False) and getattr(config, "add_cross_attention", False))
+    if not (has_encoder or has_cross) or not hasattr(decoder, "generate") or not decoder.can_generate():
+        raise OptionError(
+            f"generate with {type(decoder).__name__}: it does not generate from states. Use an EncoderDecoderModel, "
+            "or a BertLMHeadModel with is_decoder=True and add_cross_attention=True."
+        )
+    needed = getattr(getattr(config, "encoder", config), "hidden_size", width)
+    if needed != width:
+        raise OptionError(
+            f"generate from {site!r}: its states are {width} wide, {type(decoder).__name__} reads {needed}. "
+            "Use the layers of an encoder of that width."
+        )
+    return has_encoder
+
+
+def _check_length(decoder: Any, options: Mapping[str, Any]) -> None:
+    config = getattr(decoder.config, "decoder", decoder.config)
+    most = getattr(config, "max_position_embeddings", None)
+    for name in ("max_new_tokens", "max_length"):
+        asked = options.get(name)
+        if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
+            raise OptionError(f"{name} is {asked!r}: it must be a whole number of at least 1.")
+        if asked is not None and most is not None and asked > most:
+            raise OptionError(f"{name} is {asked}: {type(decoder).__name__} has {most} positions. Ask for fewer.")
+
+
+def _find_ids(decoder: Any, tokenizer: Any, options: Mapping[str, Any], has_encoder: bool) -> dict[str, Any]:
+    """Find what a sequence starts with, ends with and is padded with, where neither options nor model say."""
+    own, config = decoder.generation_config, decoder.config
+    start = "decoder_start_token_id" if has_encoder else "bos_token_id"
+    names = {start: ("bos_token_id", "cls_token_id"), "eos_token_id": ("eos_token_id", "sep_token_id")}
+    found: dict[str, Any] = {}
+    for name, sources in {**names, "pad_token_id": ("pad_token_id",)}.items():
+        said = [options.get(name), getattr(own, name, None), getattr(config, name, None)]
+        if has_encoder and name == start:
+            said += [getattr(own, "bos_token_id", None)]
+        said += [getattr(tokenizer, source, None) for source in sources]
+        value = next((one for one in said if one is not None), None)
+        if value is not None and options.get(name) is None:
+            found[name] = value
+        elif value is None and name == start:
+            raise OptionError(f"generate: nothing says what a sequence starts with. Pass {start}= or tokenizer=.")
+    return found
+
+
+def _run(decoder: Any, outputs: EncoderOutputs, has_encoder: bool, options: dict[str, Any]) -> Tensor:
+    """Generate for one batch: the new tokens, `[B, n]`."""
+    try:
+        if has_encoder:
+            return decoder.generate(**outputs.inputs(), **options)[:, 1:]
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        start = torch.full((len(outputs.states), 1), options["bos_token_id"], device=outputs.states.device)
+        # the cache that generate makes for a decoder has no room for what cross attention keeps
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cached = {} if options.get("use_cache") is False else {"past_key_values": cache}
+        context = outputs.cross_inputs()
+        return decoder.generate(start, attention_mask=torch.ones_like(start), **context, **cached, **options)[:, 1:]
+    except (ValueError, TypeError, NotImplementedError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise OptionError(
+            f"generate with {type(decoder).__name__}: {said[0].rstrip('.')}. Change the options."
+        ) from error
+    except IndexError as error:
+        raise ModelError(
+            f"generate with {type(decoder).__name__}: a token is beyond its tables ({error}). "
+            "Give the tokenizer, or the ids, that it was trained with."
+        ) from error
+
+
+def _ends_of(decoder: Any, options: Mapping[str, Any]) -> set[int]:
+    ends = options.get("eos_token_id", decoder.generation_config.eos_token_id)
+    return set() if ends is None else set(ends) if isinstance(ends, Sequence) else {ends}
+
+
+def _split(made: Tensor, ordinals: Sequence[int], ends: set[int], tokenizer: Any) -> Iterator[Generated]:
+    """Cut each sequence behind its end; what follows is padding."""
+    per_example = len(made) // len(ordinals)
+    for number, row in enumerate(made.tolist()):
+        stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+        text = None if tokenizer is None else tokenizer.decode(row[:stop], skip_special_tokens=True)
+        yield Generated(ordinals[number // per_example], tuple(row[:stop]), text)

@@ -1,0 +1,72 @@
+"""What a decoder made of stored states: sequences by example, as table, CSV and JSON.
+
+Must never know of models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerprobe.analysis.results import shorten, write_csv, write_json
+from layerprobe.tables import format_table
+
+__all__ = ["Generated", "Generation"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One sequence.
+
+    Args:
+        example: Ordinal of the example whose states were the context.
+        ids: Its tokens, without the one that the decoder starts from; the end is there where it was reached.
+        text: The same as text without special tokens; None where no tokenizer is known.
+    """
+
+    example: int
+    ids: tuple[int, ...]
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Generation(Sequence[Generated]):
+    """What `layerprobe.generate` made, in the order in which examples were asked for.
+
+    Args:
+        site: Whose states were the context.
+        sequences: One per example, or as many as `num_return_sequences` says.
+    """
+
+    site: str
+    sequences: tuple[Generated, ...]
+
+    def __getitem__(self, index: int) -> Generated:  # type: ignore[override]
+        return self.sequences[index]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def texts(self) -> list[str | None]:
+        """The text of each sequence."""
+        return [one.text for one in self.sequences]
+
+    def table(self) -> str:
+        """Lay the sequences out, a line each."""
+        rows = [(one.example, len(one.ids), shorten(_said(one), 100)) for one in self.sequences]
+        return format_table(("example", "tokens", f"from {self.site}"), rows)
+
+    __str__ = table
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the sequences, a line each."""
+        rows = [(one.example, one.text, " ".join(map(str, one.ids))) for one in self.sequences]
+        return write_csv(path, ("example", "text", "ids"), rows)
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write everything as one JSON object."""
+        return write_json(path, self)
+
+
+def _said(one: Generated) -> str:
+    return " ".join(map(str, one.ids)) if one.text is None else one.text

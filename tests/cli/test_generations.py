@@ -1,0 +1,88 @@
+"""generate on the command line: what it prints and writes, and one line for each mistake."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import layerprobe as lp
+from layerprobe.cli import main as cli
+from layerprobe.models import LoadedModel
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process; gives exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["layerprobe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def acts(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stores") / "acts"
+    lp.extract(tiny, ["the quick fox", "a lazy dog over the fox", "dog."], folder, sites="layers.*", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert2bert(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved encoder-decoder model that does not say how a sequence starts; its tokenizer does."""
+    import transformers
+
+    torch.manual_seed(4)
+    encoder: Any = tiny.model
+    own = encoder.config.to_dict() | {"is_decoder": True, "add_cross_attention": True, "initializer_range": 0.4}
+    decoder = transformers.BertLMHeadModel(transformers.BertConfig(**own))
+    folder = tmp_path_factory.mktemp("models") / "bert2bert"
+    transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder).save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def refused(result: tuple[int, str, str], message: str) -> None:
+    code, _, said = result
+    line = next(line for line in said.splitlines() if line.startswith("layerprobe: "))
+    assert code == 2 and message in line
+
+
+def test_generate_prints_and_writes_what_the_function_gives(
+    run: Run, acts: Path, bert2bert: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "made.json"
+    options = ("--layer", "layers.1", "-e", 2, "-e", 0, "--max-new-tokens", 6, "--beams", 2, "-o", out)
+    code, printed, _ = run("generate", acts, bert2bert, *options)
+    found = lp.generate(acts, str(bert2bert), layer=1, examples=[2, 0], max_new_tokens=6, num_beams=2)
+    assert code == 0 and printed == found.table() + "\n"
+    written = json.loads(out.read_text())
+    assert [one["example"] for one in written["sequences"]] == [2, 0]
+    assert [one["text"] for one in written["sequences"]] == found.texts and None not in found.texts
+    code, printed, _ = run("generate", acts, bert2bert, "--layer", -2, "--max-new-tokens", 3, "-q")
+    assert (code, printed) == (0, "")
+
+
+def test_draws_take_their_options(run: Run, acts: Path, bert2bert: Path) -> None:
+    options = ("--sample", "--temperature", 2.0, "--top-p", 0.9, "--seed", 5, "--max-new-tokens", 5)
+    _, printed, _ = run("generate", acts, bert2bert, *options)
+    drawn = {"do_sample": True, "temperature": 2.0, "top_p": 0.9}
+    assert printed == lp.generate(acts, str(bert2bert), seed=5, max_new_tokens=5, **drawn).table() + "\n"
+
+
+def test_mistakes_of_generate_are_one_line(run: Run, acts: Path, bert2bert: Path, tiny_model_folder: Path) -> None:
+    refused(run("generate", acts, bert2bert, "-o", "made.txt"), "'.txt' is not .csv, .json")
+    refused(run("generate", acts, bert2bert, "--top-p", 0.5), "--top-p without --sample: nothing is drawn")
+    refused(run("generate", acts, tiny_model_folder), "BertModel: it does not generate from states")
+    refused(run("generate", acts, bert2bert, "--layer", 9), "layers are 0 to 2")
+    refused(run("generate", acts, bert2bert, "-e", 9), "9")
