@@ -13,7 +13,7 @@ from torch import Tensor
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.weights import EagerTwin
 
-__all__ = ["Call", "Context", "Sink", "Source", "read_context"]
+__all__ = ["Call", "Context", "Sink", "Source", "is_sink", "read_context"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +127,11 @@ class Sink(Protocol):
 
     def close(self, error: BaseException | None) -> None:
         """Release everything; `error` is what ended the probe, or None."""
+
+
+def is_sink(value: object) -> bool:
+    """Whether a value has every method of a sink."""
+    return all(hasattr(value, method) for method in ("open", "begin", "receive", "finish", "abandon", "close"))
 
 
 def read_context(given: Mapping[str, Any]) -> Context:

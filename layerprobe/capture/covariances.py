@@ -14,7 +14,7 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor
 
-from layerprobe.capture.statistics import Rows, RowSink, Sums
+from layerprobe.capture.statistics import Rows, RowSink, Said, Sums
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.tables import format_table
 
@@ -67,7 +67,7 @@ class Covariance(RowSink[SiteCovariance]):
     """
 
     def __init__(self) -> None:
-        super().__init__(_FIELDS, _measure, _join, _view)
+        super().__init__(_FIELDS, _measure, _join, _view, _describe)
 
 
 class CrossCovariance(RowSink[SiteCovariance]):
@@ -99,7 +99,7 @@ class CrossCovariance(RowSink[SiteCovariance]):
         if not is_list and pairs not in ("all", "consecutive"):
             raise OptionError(f"pairs={pairs!r}: use all, consecutive, or pairs of sites.")
         chosen = pairs if isinstance(pairs, str) else [(one, other) for one, other in pairs]
-        super().__init__(_FIELDS, _hold, _join, _view, partial(_combine, chosen))
+        super().__init__(_FIELDS, _hold, _join, _view, _describe, partial(_combine, chosen))
 
     @property
     def sites(self) -> list[str]:
@@ -133,6 +133,18 @@ class CrossCovariance(RowSink[SiteCovariance]):
         cross = self.cross(one, other) if one != other else self[one].covariance
         own = self[one].covariance.norm() * self[other].covariance.norm()
         return float(cross.square().sum() / own)
+
+    def summary(self) -> list[Said]:
+        """Say how alike the sites of each pair are."""
+        return [
+            {
+                "site": one,
+                "other": other,
+                "rows": int(self._find(f"{one}{_AND}{other}")["count"]),
+                "cka": self.cka(one, other),
+            }
+            for one, other in self.pairs
+        ]
 
     def __str__(self) -> str:
         known = {*self.pairs, *((other, one) for one, other in self.pairs), *((site, site) for site in self.sites)}
@@ -175,6 +187,19 @@ def _join(one: Sums, other: Sums) -> Sums:
 def _view(sums: Sums) -> SiteCovariance:
     count = int(sums["count"])
     return SiteCovariance(count, int(sums["nonfinite"]), sums["mean"], sums["products"] / max(1, count))
+
+
+def _describe(found: SiteCovariance) -> Said:
+    total = found.covariance.trace().item()
+    squares = found.covariance.square().sum().item()
+    return {
+        "rows": found.count,
+        "width": len(found.mean),
+        "variance": total,
+        # dimensions that would have as much between them, were all alike: the participation ratio
+        "dimensions": total**2 / squares if squares else None,
+        "not finite": found.nonfinite,
+    }
 
 
 def _hold(rows: Rows) -> Sums:

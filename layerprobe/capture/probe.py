@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerprobe.capture.calls import Sink
+from layerprobe.capture.calls import Sink, is_sink
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.registry import ProbeRegistry
 from layerprobe.capture.select import Pool, check_pool, resolve_dtype
@@ -102,7 +102,7 @@ class Probe(AbstractContextManager["Probe"]):
             return MemorySink(pool, dtype, gradients)
         if isinstance(to, (str, Path)):
             return _open_store_sink(model, to, pool, dtype)
-        if all(hasattr(to, method) for method in ("open", "begin", "receive", "finish", "abandon", "close")):
+        if is_sink(to):
             if pool is not None or dtype is not None:
                 raise OptionError("a Sink is given values as the model made them: leave out pool and dtype.")
             return to

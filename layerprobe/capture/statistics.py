@@ -23,10 +23,13 @@ from layerprobe.capture.select import Selection, Target, write_rows
 from layerprobe.capture.sinks import select_call
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.resolve import Site
+from layerprobe.tables import format_table
 
-__all__ = ["RowSink", "Rows", "Sums", "Tokens"]
+__all__ = ["RowSink", "Rows", "Said", "Sums", "Tokens", "format_said"]
 
 Sums = dict[str, Tensor]
+# What is said of a site in a few words and numbers.
+Said = dict[str, str | int | float | None]
 View = TypeVar("View")
 _COUNTER = "num_examples"
 _ORDER = "order"
@@ -108,6 +111,7 @@ class RowSink(Generic[View]):
         measure: From the rows of a site in a call, at least one, to sums.
         join: From two sums of one site to those of all their rows.
         view: From sums, on the host, to what `sink[site]` gives.
+        describe: From that to a few numbers, for a table.
         combine: From what was measured in a call, site by site, to what is kept, where that is not the same.
         options: By name, what must be equal in sums that are joined.
     """
@@ -121,6 +125,7 @@ class RowSink(Generic[View]):
         measure: Callable[[Rows], Sums],
         join: Callable[[Sums, Sums], Sums],
         view: Callable[[Sums], View],
+        describe: Callable[[View], Said],
         combine: Callable[[dict[str, Sums]], dict[str, Sums]] | None = None,
         options: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -128,6 +133,7 @@ class RowSink(Generic[View]):
         self._measure = measure
         self._join = join
         self._view = view
+        self._describe = describe
         self._combine = combine
         self._options = dict(options or {})
         self._sums: dict[str, Sums] = {}
@@ -190,6 +196,15 @@ class RowSink(Generic[View]):
 
     def __getitem__(self, site: str) -> View:
         return self._view({name: tensor.cpu() for name, tensor in self._find(site).items()})
+
+    def summary(self) -> list[Said]:
+        """Say a few numbers of each site; `print(sink)` lays them out."""
+        return [{"site": site, **self._describe(self[site])} for site in self.sites]
+
+    def __str__(self) -> str:
+        return format_said(self.summary())
+
+    __repr__ = __str__
 
     def merge(self, other: "RowSink[View]") -> None:
         """Join with what another sink of the same kind and options has measured, of other texts or in another process.
@@ -271,6 +286,17 @@ class RowSink(Generic[View]):
                     "of the same width and options can be joined."
                 )
         self._sums[key] = self._join(held, sums)
+
+
+def format_said(said: Sequence[Said]) -> str:
+    """Lay out what is said of sites as a table, numbers to four digits."""
+    if not said:
+        return "nothing was measured yet"
+
+    def shorten(cell: str | int | float | None) -> str | int | float | None:
+        return float(f"{cell:.4g}") if isinstance(cell, float) else cell
+
+    return format_table(list(said[0]), [[shorten(cell) for cell in line.values()] for line in said])
 
 
 def _number_examples(sums: Sums, ordinals: Sequence[int]) -> Sums:

@@ -12,9 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from layerprobe.capture.statistics import Rows, RowSink, Sums
+from layerprobe.capture.statistics import Rows, RowSink, Said, Sums
 from layerprobe.errors import OptionError
-from layerprobe.tables import format_table
 
 __all__ = ["Histogram", "Moments", "SiteHistogram", "SiteMoments"]
 
@@ -73,25 +72,7 @@ class Moments(RowSink[SiteMoments]):
     """
 
     def __init__(self) -> None:
-        super().__init__(_MOMENTS, _measure_moments, _join_moments, _view_moments)
-
-    def __str__(self) -> str:
-        rows = []
-        for site in self.sites:
-            found = self[site]
-            varying = found.kurtosis[found.kurtosis.isfinite()]
-            rows.append(
-                (
-                    site, found.count, len(found.mean), round(found.norm_mean, 3), round(found.norm_std, 3),
-                    round(found.min.min().item(), 3), round(found.max.max().item(), 3),
-                    round(found.mean.mean().item(), 4), round(found.variance.mean().sqrt().item(), 4),
-                    round(varying.median().item(), 2) if len(varying) else None, found.nonfinite,
-                )
-            )  # fmt: skip
-        headers = ("site", "rows", "width", "norm", "its std", "min", "max", "mean", "std", "kurtosis", "not finite")
-        return format_table(headers, rows)
-
-    __repr__ = __str__
+        super().__init__(_MOMENTS, _measure_moments, _join_moments, _view_moments, _describe_moments)
 
 
 def _measure_moments(rows: Rows) -> Sums:
@@ -167,6 +148,23 @@ def _view_moments(sums: Sums) -> SiteMoments:
     )
 
 
+def _describe_moments(found: SiteMoments) -> Said:
+    varying = found.kurtosis[found.kurtosis.isfinite()]
+    return {
+        "rows": found.count,
+        "width": len(found.mean),
+        "norm": found.norm_mean,
+        "its std": found.norm_std,
+        "min": found.min.min().item(),
+        "max": found.max.max().item(),
+        "mean": found.mean.mean().item(),
+        "std": found.variance.mean().sqrt().item(),
+        # of the dimension in the middle: a constant one has none
+        "kurtosis": varying.median().item() if len(varying) else None,
+        "not finite": found.nonfinite,
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class SiteHistogram:
     """How many values of a site lie in each bin.
@@ -236,6 +234,7 @@ class Histogram(RowSink[SiteHistogram]):
             partial(_measure_bins, edges),
             _join_bins,
             partial(_view_bins, edges),
+            _describe_bins,
             options={"edges": edges},
         )
 
@@ -257,3 +256,14 @@ def _join_bins(one: Sums, other: Sums) -> Sums:
 def _view_bins(edges: Tensor, sums: Sums) -> SiteHistogram:
     counts = sums["counts"]
     return SiteHistogram(edges, counts[1:-1], int(counts[0]), int(counts[-1]), int(sums["nonfinite"]))
+
+
+def _describe_bins(found: SiteHistogram) -> Said:
+    shares = (0.01, 0.25, 0.5, 0.75, 0.99)
+    return {
+        "values": int(found.counts.sum()) + found.below + found.above,
+        "below": found.below,
+        "above": found.above,
+        **{f"{share:.0%}": found.quantile(share) for share in shares},
+        "not finite": found.nonfinite,
+    }

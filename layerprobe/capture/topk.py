@@ -5,6 +5,7 @@ Must never know of probes or modules.
 Letters: T rows, D units, K kept, C tokens of context on either side and the token itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.capture.statistics import Rows, RowSink, Sums
+from layerprobe.capture.statistics import Rows, RowSink, Said, Sums
 from layerprobe.errors import OptionError
 
 __all__ = ["SiteTops", "Top", "TopK"]
@@ -122,8 +123,42 @@ class TopK(RowSink[SiteTops]):
             partial(_measure, k, context, magnitude),
             partial(_join, k, magnitude),
             lambda sums: SiteTops(**sums),
+            partial(_describe, magnitude),
             options=options,
         )
+
+    def list_tops(self, tokenizer: Any, units: Sequence[int] | None = None) -> list[Said]:
+        """Give the tokens of some units of each site, first by site, then by unit, then by value.
+
+        Args:
+            tokenizer: Turns ids into tokens.
+            units: Which; None for the three of each site with the largest value.
+
+        Raises:
+            OptionError: a site has no such unit.
+        """
+        found: list[Said] = []
+        magnitude = bool(self._options["magnitude"])
+        for site in self.sites:
+            tops = self[site]
+            chosen = _rank_units(tops, magnitude)[:3] if units is None else units
+            found += [
+                {"site": site, "unit": unit, "value": top.value, "text": top.example, "token": top.describe(tokenizer)}
+                for unit in chosen
+                for top in tops.unit(unit)
+            ]
+        return found
+
+
+def _rank_units(found: SiteTops, magnitude: bool) -> list[int]:
+    values = found.values[0]
+    return (values.abs() if magnitude else values).sort(descending=True, stable=True).indices.tolist()
+
+
+def _describe(magnitude: bool, found: SiteTops) -> Said:
+    unit = _rank_units(found, magnitude)[0]
+    largest = found.values[0, unit].item()
+    return {"units": found.values.shape[1], "kept": len(found.values), "largest": largest, "its unit": unit}
 
 
 def _measure(k: int, context: int, magnitude: bool, rows: Rows) -> Sums:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from layerprobe.cli import analyses, classifiers, edits, exports, generations, instruments, runs, stores
+from layerprobe.cli import analyses, classifiers, edits, exports, generations, instruments, runs, stats, stores
 from layerprobe.errors import LayerProbeError
 from layerprobe.version import __version__
 
@@ -55,6 +55,7 @@ app.command(short_help="Say how well each layer tells classes apart.")(classifie
 app.command(short_help="Generate text from stored states of a layer.")(generations.generate)
 app.command(short_help="Say which sites carry what a model puts in for [MASK].")(edits.patch)
 app.command(short_help="Say what each layer of a model costs, and what watching it adds.")(instruments.profile)
+app.command(short_help="Say how values are distributed over all texts, keeping none.")(stats.stats)
 
 
 def main() -> None:

@@ -96,25 +96,27 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
     return TokenizedUnit(ids, [count > 1 for count in rows])
 
 
-def cut_batches(unit: TokenizedUnit, batch_tokens: int, pad_id: int, padding_side: str) -> Iterator[Batch]:
+def cut_batches(
+    unit: TokenizedUnit, batch_tokens: int, pad_id: int, padding_side: str, *, joins_equal: bool = True
+) -> Iterator[Batch]:
     """Cut a unit into batches of at most `batch_tokens` padded tokens, longest texts first.
 
-    Texts of the same ids are computed once. Of all cuts of the sorted texts it is the one that computes least, each
-    batch counted as some tokens more. The longest come first so that buffers and stages reach their size at once. A
-    text longer than the budget is a batch of its own. Ties keep the order of the input, so the cut is a function of the
-    unit alone.
+    Texts of the same ids are computed once, unless `joins_equal` is False. Of all cuts of the sorted texts it is the
+    one that computes least, each batch counted as some tokens more. The longest come first so that buffers and stages
+    reach their size at once. A text longer than the budget is a batch of its own. Ties keep the order of the input, so
+    the cut is a function of the unit alone.
 
     Cost: for each text a look at as many as fit into a batch with it, in numpy.
     """
-    same: dict[tuple[int, ...], list[int]] = {}
+    same: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for member, ids in enumerate(unit.ids):
-        same.setdefault(tuple(ids), []).append(member)
-    sequences = sorted(same, key=lambda ids: -len(ids))
-    ends = _choose_ends([len(ids) for ids in sequences], batch_tokens)
+        same.setdefault((tuple(ids), 0 if joins_equal else member), []).append(member)
+    sequences = sorted(same, key=lambda key: -len(key[0]))
+    ends = _choose_ends([len(ids) for ids, _ in sequences], batch_tokens)
     start = 0
     while start < len(sequences):
         chosen = sequences[start : ends[start]]
-        yield _pad(chosen, [same[ids] for ids in chosen], pad_id, padding_side)
+        yield _pad([ids for ids, _ in chosen], [same[key] for key in chosen], pad_id, padding_side)
         start = ends[start]
 
 

@@ -34,7 +34,7 @@ from layerprobe.store.writer import NONFINITE_POLICIES, StoredSite
 from layerprobe.tables import format_bytes, format_count
 from layerprobe.version import __version__
 
-__all__ = ["DEFAULT_SITES", "ExtractOptions", "Plan", "Unit", "plan_extraction"]
+__all__ = ["DEFAULT_SITES", "ExtractOptions", "Plan", "Unit", "choose_batch_tokens", "plan_extraction"]
 
 DEFAULT_SITES = ("embeddings", "layers.*")
 # Measured on two cores, 1,024 padded tokens a batch keep MiniLM's values in the caches and padding small.
@@ -271,9 +271,7 @@ def plan_extraction(
     is_exact = survey.num_examples <= len(sample)
     num_tokens = sampled.num_tokens if is_exact else survey.num_tokens
     value_bytes = sum(rule.cost(len(ids)) for ids in sampled.ids) if is_exact else survey.value_bytes
-    batch_tokens = options.batch_tokens or (
-        _CPU_BATCH_TOKENS if find_device(model).type == "cpu" else _GPU_BATCH_TOKENS
-    )
+    batch_tokens = options.batch_tokens or choose_batch_tokens(find_device(model))
     description = _describe(model, tokenizer, stored, options, rule, batch_tokens, survey, name)
     # beside the values: an id per token; an ordinal and two offsets per example; the records
     num_bytes = value_bytes + 8 * num_tokens + 24 * survey.num_examples + survey.record_bytes
@@ -292,6 +290,11 @@ def plan_extraction(
             "a pool, choose another disk, or start all the same with --wait-for-space."
         )
     return plan
+
+
+def choose_batch_tokens(device: torch.device) -> int:
+    """Choose the padded tokens of a batch where nothing is asked for."""
+    return _CPU_BATCH_TOKENS if device.type == "cpu" else _GPU_BATCH_TOKENS
 
 
 @dataclass(frozen=True)

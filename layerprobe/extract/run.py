@@ -8,29 +8,30 @@ import contextlib
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from layerprobe.capture.calls import Sink, is_sink
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe
 from layerprobe.capture.select import Pool, resolve_dtype
 from layerprobe.capture.units import AnnouncedBatch, encode_record
-from layerprobe.errors import InputError, SpaceError
+from layerprobe.errors import InputError, OptionError, SpaceError
 from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
 from layerprobe.extract.folder import hold_store
 from layerprobe.extract.inputs import InputDigest, Record
 from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, plan_extraction
+from layerprobe.extract.reports import RunReport
 from layerprobe.extract.space import RoomKeeper
+from layerprobe.extract.stream import call_model, stream_texts
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.store.format import ShardHeader
 from layerprobe.store.places import Place
@@ -44,65 +45,47 @@ __all__ = ["RunReport", "extract", "run_extraction"]
 _LOG_INTERVAL_S = 10.0
 
 
-@dataclass
-class RunReport:
-    """What a run did; `str(report)` is its closing line.
-
-    Args:
-        num_examples, num_tokens, num_bytes: Written by this run.
-        num_computed: Tokens that went through the model, padding included.
-        num_padding: Those of them that are padding.
-        num_repeated: Texts whose tokens are those of another text of the unit, and so were not computed again.
-        num_halved: Batches that did not fit into the device's memory and were run in two.
-        num_truncated: Texts cut to the maximum length.
-        seconds: From the first text to the index.
-        stalled_s: Time the forward waited for a buffer to be written.
-        nonfinite: Values that are not finite, by site.
-        is_complete: Whether the store is; False where the run was asked to stop.
-    """
-
-    num_examples: int = 0
-    num_tokens: int = 0
-    num_bytes: int = 0
-    num_computed: int = 0
-    num_padding: int = 0
-    num_repeated: int = 0
-    num_halved: int = 0
-    num_truncated: int = 0
-    seconds: float = 0.0
-    stalled_s: float = 0.0
-    nonfinite: Counter[str] = field(default_factory=Counter)
-    is_complete: bool = True
-
-    @property
-    def padding(self) -> float:
-        """Share of the computed tokens that was padding."""
-        return self.num_padding / self.num_computed if self.num_computed else 0.0
-
-    def __str__(self) -> str:
-        if self.is_complete and not self.num_examples:
-            return "nothing to do: every shard is there already"
-        seconds = max(self.seconds, 1e-9)
-        line = (
-            f"{self.num_examples:,} examples, {self.num_tokens:,} tokens in {self.seconds:.1f} s: "
-            f"{self.num_tokens / seconds:,.0f} tokens/s, {format_bytes(self.num_bytes / seconds)}/s, "
-            f"{format_bytes(self.num_bytes)} written, padding {self.padding:.1%}, "
-            f"{self.num_truncated:,} truncated, stalled {self.stalled_s:.2f} s"
-        )
-        if self.num_halved:
-            line += f", {self.num_halved:,} batches halved for want of memory: ask for fewer tokens with batch_tokens"
-        if self.num_repeated:
-            line += f", {self.num_repeated:,} computed with another of the same tokens"
-        if self.nonfinite:
-            worst = ", ".join(f"{count:,} at {site}" for site, count in self.nonfinite.most_common(3))
-            line += f"; {self.nonfinite.total():,} values are not finite or overflow the dtype ({worst})"
-        return line
+SinkType = TypeVar("SinkType", bound=Sink)
 
 
+@overload
 def extract(
     model: nn.Module | LoadedModel | str,
     texts: Any,
     to: str | Path | Place,
+    *,
+    sites: str | Sequence[str] = ...,
+    dtype: str | torch.dtype | None = ...,
+    pool: Pool = ...,
+    tokenizer: Any = ...,
+    field: str = ...,
+    max_length: int | None = ...,
+    batch_tokens: int | None = ...,
+    shard_size: int = ...,
+    nonfinite: str = ...,
+    device: str | None = ...,
+    overwrite: bool = ...,
+    wait_for_space: bool = ...,
+    progress: bool | None = ...,
+) -> Store: ...
+@overload
+def extract(
+    model: nn.Module | LoadedModel | str,
+    texts: Any,
+    to: SinkType,
+    *,
+    sites: str | Sequence[str] = ...,
+    tokenizer: Any = ...,
+    field: str = ...,
+    max_length: int | None = ...,
+    batch_tokens: int | None = ...,
+    device: str | None = ...,
+    progress: bool | None = ...,
+) -> SinkType: ...
+def extract(
+    model: nn.Module | LoadedModel | str,
+    texts: Any,
+    to: Any,
     *,
     sites: str | Sequence[str] = DEFAULT_SITES,
     dtype: str | torch.dtype | None = None,
@@ -117,15 +100,15 @@ def extract(
     overwrite: bool = False,
     wait_for_space: bool = False,
     progress: bool | None = None,
-) -> Store:
-    """Extract sites for every text into a store, resumably.
+) -> Any:
+    """Extract sites for every text into a store, resumably, or into a sink.
 
     Args:
         model: A model, what `load_model` gave, or a name: a hub id, a folder, or `demo`. It runs in eval mode and is
             left as it was.
         texts: A list of strings or mappings, a file (`.txt`, `.jsonl`, `.csv`, `.parquet`), a folder of them, or `-`.
         to: Folder of the store, or a URL under `s3://`, `gs://`, `hf://` or `memory://`. One that holds part of the
-            same run is gone on with.
+            same run is gone on with. Or a sink, such as `Moments()`: what concerns stores is then refused.
         sites: Patterns.
         dtype: Stored dtype; None for the model's own.
         pool: None for a row per token, or `cls`, `mean`, `max`, `last`, or a callable on `[T, D]` rows. Over all real
@@ -143,7 +126,7 @@ def extract(
         progress: Whether to say on stderr what is done; None for only on a terminal.
 
     Returns:
-        The complete store.
+        The complete store, or the sink.
 
     Raises:
         InputError, ModelError, SiteError, OptionError, ArchitectureError: before any work.
@@ -171,6 +154,17 @@ def extract(
         shard_bytes=shard_size,
         nonfinite=nonfinite,
     )
+    shows_progress = sys.stderr.isatty() if progress is None else progress
+    if is_sink(to):
+        stored = {"dtype": dtype, "pool": pool, "overwrite": overwrite, "wait_for_space": wait_for_space}
+        stored |= {"nonfinite": nonfinite != "warn", "shard_size": shard_size != DEFAULT_SHARD_BYTES}
+        given = [name for name, value in stored.items() if value]
+        if given:
+            raise OptionError(f"extract into a {type(to).__name__}: {given[0]} concerns stores. Leave it out.")
+        streamed = stream_texts(model, texts, to, options, tokenizer=tokenizer, device=device, progress=shows_progress)
+        if shows_progress:
+            print(streamed, file=sys.stderr)
+        return to
     plan = plan_extraction(
         model,
         texts,
@@ -181,7 +175,6 @@ def extract(
         overwrite=overwrite,
         wait_for_space=wait_for_space,
     )
-    shows_progress = sys.stderr.isatty() if progress is None else progress
     if shows_progress:
         print(plan, file=sys.stderr)
     report = run_extraction(plan, shows_progress)
@@ -324,9 +317,11 @@ def _run_unit(
     record_bytes = sum(len(encode_record(_make_record(record))) for record in unit.records)
     keeper.reserve(header, plan.stored, tokenized.room, record_bytes)
     sink.begin_unit(unit.number, unit.first_example, tokenized.room, num_truncated)
-    pad_id = plan.tokenizer.pad_token_id or 0
-    for batch in cut_batches(tokenized, plan.batch_tokens, pad_id, plan.tokenizer.padding_side):
-        _run_batch(plan, sink, unit, tokenized, batch, report)
+    pad_id, side = plan.tokenizer.pad_token_id or 0, plan.tokenizer.padding_side
+    for batch in cut_batches(tokenized, plan.batch_tokens, pad_id, side):
+        report.num_halved += call_model(
+            plan.model, plan.device, batch, lambda part: sink.announce(_announce(unit, tokenized, part, side))
+        )
         report.num_computed += batch.input_ids.numel()
         report.num_padding += int((batch.attention_mask == 0).sum())
         report.num_repeated += len(batch.members) - len(batch.input_ids)
@@ -335,27 +330,6 @@ def _run_unit(
         advance(len(batch.members))
     sink.end_unit()
     report.num_truncated += num_truncated
-
-
-def _run_batch(
-    plan: Plan, sink: StoreSink, unit: Unit, tokenized: TokenizedUnit, batch: Batch, report: RunReport
-) -> None:
-    """Send a batch through the model; where memory does not suffice, its halves, whose rows lie in the same order."""
-    sink.announce(_announce(unit, tokenized, batch, plan.tokenizer.padding_side))
-    try:
-        plan.model(
-            input_ids=batch.input_ids.to(plan.device, non_blocking=True),
-            attention_mask=batch.attention_mask.to(plan.device, non_blocking=True),
-        )
-        return
-    except torch.OutOfMemoryError:
-        if len(batch.input_ids) < 2:
-            raise
-    # outside the handler, which would keep the failed forward's tensors alive
-    torch.cuda.empty_cache()
-    report.num_halved += 1
-    for half in batch.halves():
-        _run_batch(plan, sink, unit, tokenized, half, report)
 
 
 def _announce(unit: Unit, tokenized: TokenizedUnit, batch: Batch, padding_side: str) -> AnnouncedBatch:

@@ -1,0 +1,123 @@
+"""The command that measures values instead of keeping them: stats.
+
+Parse and call; compute nothing. `main` gives it its name and place.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from layerprobe.cli.runs import Model, Sites
+from layerprobe.errors import OptionError
+
+__all__ = ["stats"]
+
+# Options that only one sink takes.
+_OWN = {"low": "histogram", "high": "histogram", "bins": "histogram", "k": "topk", "context": "topk", "units": "topk"}
+_SINKS = ("moments", "covariance", "histogram", "topk", "cka")
+
+
+def stats(
+    model: Model,
+    texts: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT", help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, or '-'."
+        ),
+    ],
+    patterns: Sites = None,
+    sink: Annotated[str, typer.Option(help="moments, covariance, histogram, topk or cka.")] = "moments",
+    low: Annotated[float | None, typer.Option(help="histogram: edge of the first bin; -10.")] = None,
+    high: Annotated[float | None, typer.Option(help="histogram: edge of the last bin; 10.")] = None,
+    bins: Annotated[int | None, typer.Option(help="histogram: how many; 200.")] = None,
+    k: Annotated[int | None, typer.Option("--top", help="topk: tokens per unit; 10.")] = None,
+    context: Annotated[int | None, typer.Option(help="topk: tokens on either side; 5.")] = None,
+    units: Annotated[
+        list[int] | None,
+        typer.Option("--unit", help="topk: a unit to print; repeat. The three with the largest value."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the table here.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="A .safetensors file for every sum, to load and merge."),
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field of a record that holds the text.")] = "text",
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest text in tokens; the model's limit if not given.")
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per batch; 1024 on a CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar and no closing line.")] = False,
+) -> None:
+    """Say how the values of sites are distributed over all texts, keeping none of them.
+
+    Example: layerprobe stats demo texts.txt --sites 'layers.*'
+    """
+    from safetensors.torch import save
+
+    from layerprobe.capture.statistics import format_said
+    from layerprobe.capture.topk import TopK
+    from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions
+    from layerprobe.extract.stream import stream_texts
+    from layerprobe.models import load_model
+    from layerprobe.sites.resolve import map_model
+    from layerprobe.store.durable import commit_file
+
+    own = {"low": low, "high": high, "bins": bins, "k": k, "context": context, "units": units}
+    measuring = _make_sink(sink, {name: value for name, value in own.items() if value is not None})
+    if out is not None and out.suffix != ".safetensors":
+        raise OptionError(f"-o {str(out)!r}: {out.suffix or 'no suffix'!r} is not '.safetensors'.")
+    for option, path in (("--json", json_file), ("-o", out)):
+        if path is not None and not path.parent.is_dir():
+            raise OptionError(f"{option} {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
+    options = ExtractOptions(
+        sites=patterns or DEFAULT_SITES, field=field, max_length=max_length, batch_tokens=batch_tokens
+    )
+    loaded = load_model(model, device)
+    for site in map_model(loaded.model).select(list(options.sites)):
+        for unit in units or []:
+            if site.width is not None and not -site.width <= unit < site.width:
+                raise OptionError(f"--unit {unit}: {site.name!r} has {site.width}.")
+    report = stream_texts(loaded, texts, measuring, options, progress=not quiet)
+    said = measuring.list_tops(loaded.tokenizer, units) if isinstance(measuring, TopK) else measuring.summary()
+    typer.echo(format_said(said) if isinstance(measuring, TopK) else str(measuring))
+    if not quiet:
+        typer.echo(f"\n{report}")
+    if json_file is not None:
+        told = {"examples": report.num_examples, "tokens": report.num_tokens, "truncated": report.num_truncated}
+        document = {"model": model, "input": texts, "sink": sink, **told, "sites": [_plain(line) for line in said]}
+        json_file.write_text(json.dumps(document, ensure_ascii=False) + "\n", encoding="utf-8")
+    if out is not None:
+        commit_file(out, [save(measuring.state_dict())])
+
+
+def _plain(said: dict[str, Any]) -> dict[str, Any]:
+    """Put null where JSON has no number, as for a quantile beyond all bins."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in said.items()
+    }
+
+
+def _make_sink(name: str, own: dict[str, Any]) -> Any:
+    from layerprobe.capture.covariances import Covariance, CrossCovariance
+    from layerprobe.capture.summaries import Histogram, Moments
+    from layerprobe.capture.topk import TopK
+
+    if name not in _SINKS:
+        raise OptionError(f"--sink {name!r}: use {', '.join(_SINKS)}.")
+    for option in own:
+        if _OWN[option] != name:
+            flag = {"k": "top", "units": "unit"}.get(option, option)
+            raise OptionError(f"--{flag} goes with --sink {_OWN[option]}, not with {name}. Leave it out.")
+    own.pop("units", None)
+    makers = {
+        "moments": Moments,
+        "covariance": Covariance,
+        "histogram": Histogram,
+        "topk": TopK,
+        "cka": CrossCovariance,
+    }
+    return makers[name](**own)

@@ -1,0 +1,95 @@
+"""What a run says when it is done: counts, speed, and what a user should know.
+
+One for a run into a store and one for a run into a sink. Must never know how a run goes.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from layerprobe.tables import format_bytes
+
+__all__ = ["RunReport", "StreamReport"]
+
+
+@dataclass
+class RunReport:
+    """What a run did; `str(report)` is its closing line.
+
+    Args:
+        num_examples, num_tokens, num_bytes: Written by this run.
+        num_computed: Tokens that went through the model, padding included.
+        num_padding: Those of them that are padding.
+        num_repeated: Texts whose tokens are those of another text of the unit, and so were not computed again.
+        num_halved: Batches that did not fit into the device's memory and were run in two.
+        num_truncated: Texts cut to the maximum length.
+        seconds: From the first text to the index.
+        stalled_s: Time the forward waited for a buffer to be written.
+        nonfinite: Values that are not finite, by site.
+        is_complete: Whether the store is; False where the run was asked to stop.
+    """
+
+    num_examples: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_computed: int = 0
+    num_padding: int = 0
+    num_repeated: int = 0
+    num_halved: int = 0
+    num_truncated: int = 0
+    seconds: float = 0.0
+    stalled_s: float = 0.0
+    nonfinite: Counter[str] = field(default_factory=Counter)
+    is_complete: bool = True
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed tokens that was padding."""
+        return self.num_padding / self.num_computed if self.num_computed else 0.0
+
+    def __str__(self) -> str:
+        if self.is_complete and not self.num_examples:
+            return "nothing to do: every shard is there already"
+        seconds = max(self.seconds, 1e-9)
+        line = (
+            f"{self.num_examples:,} examples, {self.num_tokens:,} tokens in {self.seconds:.1f} s: "
+            f"{self.num_tokens / seconds:,.0f} tokens/s, {format_bytes(self.num_bytes / seconds)}/s, "
+            f"{format_bytes(self.num_bytes)} written, padding {self.padding:.1%}, "
+            f"{self.num_truncated:,} truncated, stalled {self.stalled_s:.2f} s"
+        )
+        if self.num_halved:
+            line += f", {self.num_halved:,} batches halved for want of memory: ask for fewer tokens with batch_tokens"
+        if self.num_repeated:
+            line += f", {self.num_repeated:,} computed with another of the same tokens"
+        if self.nonfinite:
+            worst = ", ".join(f"{count:,} at {site}" for site, count in self.nonfinite.most_common(3))
+            line += f"; {self.nonfinite.total():,} values are not finite or overflow the dtype ({worst})"
+        return line
+
+
+@dataclass
+class StreamReport:
+    """What went through the model; `str(report)` is its closing line.
+
+    Args:
+        num_examples, num_tokens: Of all texts, special tokens included.
+        num_computed, num_padding: Tokens that went through the model, and those of them that are padding.
+        num_truncated: Texts cut to the maximum length.
+        num_halved: Batches that did not fit into the device's memory and were run in two.
+        seconds: From the first text to the last.
+    """
+
+    num_examples: int = 0
+    num_tokens: int = 0
+    num_computed: int = 0
+    num_padding: int = 0
+    num_truncated: int = 0
+    num_halved: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        line = (
+            f"{self.num_examples:,} examples, {self.num_tokens:,} tokens in {self.seconds:.1f} s: "
+            f"{self.num_tokens / max(self.seconds, 1e-9):,.0f} tokens/s, "
+            f"padding {self.num_padding / max(1, self.num_computed):.1%}, {self.num_truncated:,} truncated"
+        )
+        return line + (f", {self.num_halved:,} batches halved for want of memory" if self.num_halved else "")

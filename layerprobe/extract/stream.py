@@ -1,0 +1,138 @@
+"""Texts through a model into a sink: what `lp.extract` does where there is no store.
+
+Texts go by in chunks of bounded size, each tokenised while the model runs the one before and sorted by length. Nothing
+is written and nothing can be gone on with; the sink keeps what it keeps.
+
+Hides how texts become calls of the model. Must never know of stores.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from layerprobe.capture.calls import Sink
+from layerprobe.capture.early import can_end_early
+from layerprobe.capture.probe import Probe
+from layerprobe.errors import InputError
+from layerprobe.extract.ahead import tokenize_ahead
+from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.inputs import Record, check_text, open_source
+from layerprobe.extract.network import choose_max_length, find_model
+from layerprobe.extract.plan import ExtractOptions, Unit, choose_batch_tokens
+from layerprobe.extract.reports import StreamReport
+from layerprobe.models import LoadedModel, evaluating
+from layerprobe.sites.stacks import find_device
+
+__all__ = ["call_model", "stream_texts"]
+
+# Enough texts for a sort by length to leave little padding, and few enough to be held twice.
+_CHUNK_EXAMPLES = 4096
+_CHUNK_BYTES = 4 << 20
+
+
+def stream_texts(
+    model: nn.Module | LoadedModel | str,
+    texts: Any,
+    sink: Sink,
+    options: ExtractOptions,
+    *,
+    tokenizer: Any = None,
+    device: str | None = None,
+    progress: bool = False,
+) -> StreamReport:
+    """Send every text through the model and its sites to the sink; see `extract` for the arguments.
+
+    Raises:
+        InputError, ModelError, SiteError, OptionError, ArchitectureError: before any text has gone through.
+    """
+    source = open_source(texts, options.field)
+    if next(iter(source), None) is None:
+        raise InputError(f"{source.name}: holds no texts. Give at least one.")
+    network, tokenizer = find_model(model, tokenizer, device)
+    max_length = choose_max_length(network, tokenizer, options.max_length)
+    probe = Probe(network, list(options.sites), to=sink, stop=can_end_early(network))
+    on_device = find_device(network)
+    batch_tokens = options.batch_tokens or choose_batch_tokens(on_device)
+    announce: Callable[[Sequence[int]], None] = getattr(sink, "announce", lambda _: None)
+    report = StreamReport()
+
+    def read(unit: Unit) -> TokenizedUnit:
+        checked = [
+            check_text(record.text, source.name, unit.first_example + place)
+            for place, record in enumerate(unit.records)
+        ]
+        return tokenize(tokenizer, checked, max_length)
+
+    start = time.perf_counter()
+    interval_s = 0.1 if sys.stderr.isatty() else 10.0
+    bar = tqdm(unit=" examples", disable=not progress, leave=False, mininterval=interval_s, delay=interval_s)
+    with bar, evaluating(network), torch.inference_mode(), probe:
+        for unit, tokenized in tokenize_ahead(_cut_chunks(iter(source)), read):
+            assert tokenized is not None
+            # the sink counts a text as often as it comes
+            for batch in cut_batches(
+                tokenized, batch_tokens, tokenizer.pad_token_id or 0, tokenizer.padding_side, joins_equal=False
+            ):
+                first = unit.first_example
+                report.num_halved += call_model(
+                    network, on_device, batch, lambda part, first=first: announce([first + m for m in part.members])
+                )
+                report.num_computed += batch.input_ids.numel()
+                report.num_padding += int((batch.attention_mask == 0).sum())
+                bar.update(len(batch.members))
+            report.num_examples += len(unit.records)
+            report.num_tokens += tokenized.num_tokens
+            report.num_truncated += sum(tokenized.truncated)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def call_model(model: nn.Module, device: torch.device, batch: Batch, announce: Callable[[Batch], None]) -> int:
+    """Send a batch through the model; where memory does not suffice, its halves, whose rows lie in the same order.
+
+    Args:
+        model: Called with ids and mask.
+        device: Where it is.
+        batch: What to send.
+        announce: Told of what is sent, before each call.
+
+    Returns:
+        How many batches had to be halved.
+    """
+    announce(batch)
+    try:
+        model(
+            input_ids=batch.input_ids.to(device, non_blocking=True),
+            attention_mask=batch.attention_mask.to(device, non_blocking=True),
+        )
+        return 0
+    except torch.OutOfMemoryError:
+        if len(batch.input_ids) < 2:
+            raise
+    # outside the handler, which would keep the failed forward's tensors alive
+    torch.cuda.empty_cache()
+    return 1 + sum(call_model(model, device, half, announce) for half in batch.halves())
+
+
+def _cut_chunks(records: Iterator[Record]) -> Iterator[Unit]:
+    """Cut records into chunks by their number and bytes."""
+    first = 0
+    for number in itertools.count():
+        members: list[Record] = []
+        size = 0
+        while len(members) < _CHUNK_EXAMPLES and size < _CHUNK_BYTES:
+            record = next(records, None)
+            if record is None:
+                break
+            members.append(record)
+            size += len(record.text)
+        if not members:
+            return
+        yield Unit(number, first, members)
+        first += len(members)

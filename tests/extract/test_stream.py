@@ -1,0 +1,194 @@
+"""Texts into a sink: every text once, whatever the batches, over processes, and at constant memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import layerprobe as lp
+from layerprobe.errors import InputError, OptionError
+from layerprobe.extract.plan import ExtractOptions
+from layerprobe.extract.stream import stream_texts
+from layerprobe.models import LoadedModel
+
+extract: Any = lp.extract
+# of float64 sums in another order, and of one pass instead of two
+CLOSE: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-9}
+SITES = ["embeddings", "layers.*", "layers.1.ffn.act"]
+
+
+def list_rows(tiny: LoadedModel, texts: list[str], site: str, batch_tokens: int = 1024) -> np.ndarray:
+    """Every row of a site in float64, out of a store."""
+    options = {"sites": site, "batch_tokens": batch_tokens}
+    store = extract(tiny, texts, "memory://rows", overwrite=True, **options)
+    return torch.cat([store[site][number] for number in range(len(texts))]).double().numpy()
+
+
+def test_statistics_of_a_file_are_those_of_all_rows_of_a_store(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    """Equal texts count each time, also where a store computes them once."""
+    texts = [text or "fox" for text in texts] * 3
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(texts), encoding="utf-8")
+    moments = lp.Moments()
+    given = lp.extract(tiny, file, moments, sites=SITES)
+    assert given is moments
+    for site in moments.sites:
+        rows = list_rows(tiny, texts, site)
+        found = moments[site]
+        centred = rows - rows.mean(0)
+        variance = (centred**2).mean(0)
+        assert found.count == len(rows)
+        # a forward in float32 of a batch of another shape
+        np.testing.assert_allclose(found.mean, rows.mean(0), atol=1e-6)
+        np.testing.assert_allclose(found.variance, variance, rtol=1e-5)
+        np.testing.assert_allclose(found.kurtosis, (centred**4).mean(0) / variance**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [16, 64, 4096])
+def test_tokens_are_named_by_the_text_they_are_in(tiny: LoadedModel, texts: list[str], batch_tokens: int) -> None:
+    """Ordinals are those of the input, though texts go by sorted."""
+    top = lp.TopK(1, context=0)
+    lp.extract(tiny, texts, top, sites="layers.1", batch_tokens=batch_tokens)
+    ids = tiny.tokenizer(texts, truncation=True, max_length=64)["input_ids"]
+    for unit in range(32):
+        (best,) = top["layers.1"].unit(unit)
+        assert ids[best.example][best.position] == best.token_id
+        rows = list_rows(tiny, [texts[best.example]], "layers.1")
+        assert rows[best.position, unit] == pytest.approx(best.value, abs=1e-5)  # a batch of another shape
+
+
+def test_a_sink_of_ones_own_and_a_report(tiny: LoadedModel, texts: list[str]) -> None:
+    class Shapes:
+        seen: list[tuple[int, ...]]
+
+        def open(self, sites: Any) -> None:
+            self.seen = []
+
+        def receive(self, call: Any, index: int, value: Tensor) -> None:
+            self.seen.append(tuple(value.shape))
+
+        def begin(self, call: Any) -> None: ...
+        def finish(self, call: Any) -> None: ...
+        def abandon(self, call: Any) -> None: ...
+        def close(self, error: Any) -> None: ...
+
+    shapes = Shapes()
+    tiny.model.train()
+    report = stream_texts(tiny, texts, shapes, ExtractOptions(sites=["layers.2"], batch_tokens=64, max_length=40))
+    assert tiny.model.training
+    tiny.model.eval()
+    lengths = [len(ids) for ids in tiny.tokenizer(texts, truncation=True, max_length=40)["input_ids"]]
+    assert (report.num_examples, report.num_tokens, report.num_truncated) == (len(texts), sum(lengths), 1)
+    assert sum(shape[0] for shape in shapes.seen) == len(texts)
+    assert report.num_computed == sum(shape[0] * shape[1] for shape in shapes.seen)
+    assert report.num_padding == report.num_computed - report.num_tokens
+    assert f"{len(texts)} examples" in str(report) and "1 truncated" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("dtype", "float16"), ("pool", "mean"), ("shard_size", 1000), ("nonfinite", "error"), ("overwrite", True),
+        ("wait_for_space", True),
+    ],
+)  # fmt: skip
+def test_what_concerns_stores_is_refused_for_a_sink(tiny: LoadedModel, option: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=f"into a Moments: {option} concerns stores"):
+        extract(tiny, ["the fox"], lp.Moments(), **{option: value})
+
+
+def test_mistakes_are_found_before_a_text_goes_through(tiny: LoadedModel, tmp_path: Path) -> None:
+    moments = lp.Moments()
+    with pytest.raises(InputError, match="holds no texts"):
+        extract(tiny, [], moments)
+    with pytest.raises(InputError, match="1"):
+        extract(tiny, ["the fox", 7], moments)
+    assert not moments.sites
+    lp.extract(tiny, ["the fox"], moments)
+    assert moments.sites[0] == "embeddings"
+
+
+def test_a_batch_that_does_not_fit_is_measured_in_halves(tiny: LoadedModel, texts: list[str]) -> None:
+    def refuse(_: Any, args: Any, kwargs: Any) -> None:
+        if len(kwargs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    whole, halves = lp.TopK(3), lp.TopK(3)
+    texts = texts[:-1]  # two alike would be ties
+    lp.extract(tiny, texts, whole, sites="layers.1")
+    handle = tiny.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    report = stream_texts(tiny, texts, halves, ExtractOptions(sites=["layers.1"]))
+    handle.remove()
+    assert report.num_halved > 0 and f"{report.num_halved} batches halved" in str(report)
+    assert torch.equal(halves["layers.1"].example, whole["layers.1"].example)
+
+
+PART = """
+import sys, torch
+import layerprobe as lp
+from safetensors.torch import save_file
+
+torch.set_num_threads(1)
+folder, part, out = sys.argv[1:]
+texts = open(part, encoding="utf-8").read().splitlines()
+loaded = lp.load_model(folder, "cpu")
+for sink in (lp.Moments(), lp.Covariance()):
+    lp.extract(loaded, texts, sink, sites="layers.*")
+    save_file(sink.state_dict(), out + type(sink).__name__)
+"""
+
+
+def test_what_two_processes_measured_merges_into_the_whole(
+    tiny: LoadedModel, tiny_model_folder: Path, texts: list[str], tmp_path: Path
+) -> None:
+    parts = [[text or "fox" for text in part] for part in (texts[:5], texts[5:])]
+    running = []
+    for number, part in enumerate(parts):
+        file = tmp_path / f"part-{number}.txt"
+        file.write_text("\n".join(part), encoding="utf-8")
+        command = [sys.executable, "-c", PART, str(tiny_model_folder), str(file), str(tmp_path / str(number))]
+        running.append(subprocess.Popen(command))
+    assert [process.wait() for process in running] == [0, 0]
+    merged: list[Any] = [lp.Moments(), lp.Covariance()]
+    for whole in merged:
+        for number in range(len(parts)):
+            sink = type(whole)()
+            sink.load_state_dict(load_file(tmp_path / f"{number}{type(whole).__name__}"))
+            whole.merge(sink)
+    for site in ("layers.0", "layers.1", "layers.2"):
+        # no two texts of a part are equal, so a store has them in the same batches
+        rows = np.concatenate([list_rows(tiny, part, site) for part in parts])
+        moments, covariance = (whole[site] for whole in merged)
+        assert moments.count == covariance.count == len(rows)
+        np.testing.assert_allclose(moments.mean, rows.mean(0), **CLOSE)
+        np.testing.assert_allclose(moments.variance, rows.var(0), **CLOSE)
+        np.testing.assert_allclose(covariance.covariance, np.cov(rows.T, bias=True), **CLOSE)
+
+
+PEAK = """
+import resource, sys, torch
+import layerprobe as lp
+
+torch.set_num_threads(1)
+loaded = lp.load_model(sys.argv[1], "cpu")
+for count in (1000, 8000):
+    for sink in (lp.Moments(), lp.TopK(2)):
+        lp.extract(loaded, ["the quick brown fox"] * count, sink, sites="layers.*")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_texts(tiny_model_folder: Path) -> None:
+    command = [sys.executable, "-c", PEAK, str(tiny_model_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    few, many = map(int, done.stdout.split())
+    # the rows of the larger run would be 18 MB in float32
+    assert many - few < 9_000, f"kB for 1,000 and 8,000 texts: {few}, {many}"
