@@ -20,7 +20,7 @@ from layerprobe.analysis.sweep import record_of
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows
-from layerprobe.store.shards import pool_packed
+from layerprobe.store.shards import pool_packed, positions_of
 from layerprobe.store.writer import StoredSite
 
 __all__ = ["OTHER", "Colours", "Points", "choose_points", "colour_points", "draw_points", "has_field"]
@@ -122,6 +122,8 @@ def draw_points(
     found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     identity: list[tuple[Tensor, Tensor, Tensor]] = []
     first = 0
+    if not by_rows and any(site.kind == "token" for site in sites):
+        store[sites[0].name].catalog.need_every_row("a picture of examples", "Draw rows, or extract with a pool.")
     for shard in store.iter_shards():
         count = shard.header.num_tokens if by_rows else shard.header.num_examples
         part = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, first + count)] - first
@@ -132,7 +134,8 @@ def draw_points(
         if by_rows:
             offsets = shard.tensor("offsets")
             of = torch.searchsorted(offsets, picked, right=True) - 1
-            identity.append((shard.tensor("example")[of], picked - offsets[of], shard.tensor("input_ids")[picked]))
+            ids = shard.tensor("input_ids")[picked]
+            identity.append((shard.tensor("example")[of], positions_of(shard, picked, of), ids))
         else:
             nothing = torch.zeros(0, dtype=torch.int64)
             identity.append((shard.tensor("example")[picked], nothing, nothing))

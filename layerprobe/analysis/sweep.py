@@ -23,7 +23,7 @@ from layerprobe.store.difference import take_depth
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.records import read_record
 from layerprobe.store.rows import choose_sites, take_rows
-from layerprobe.store.shards import Shard
+from layerprobe.store.shards import Shard, positions_of
 from layerprobe.store.writer import StoredSite
 
 __all__ = [
@@ -193,7 +193,7 @@ def _read(shard: Shard, sites: Sequence[StoredSite], rows: np.ndarray, places: n
     examples = shard.tensor("example")[of]
     if sites[0].kind != "token":
         return Chunk(values, examples, None, None)
-    return Chunk(values, examples, picked - shard.tensor("offsets")[of], shard.tensor("input_ids")[picked])
+    return Chunk(values, examples, positions_of(shard, picked, of), shard.tensor("input_ids")[picked])
 
 
 def _refuse_nonfinite(store: Store, chunk: Chunk) -> None:

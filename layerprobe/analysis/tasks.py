@@ -84,6 +84,8 @@ def make_task(
         raise OptionError("split and group: both say which side an example is on. Use one of the two.")
     if not len(store):
         raise InputError(f"labels for {store.place}: it has no examples. Extract some first.")
+    for site in store.sites[:1]:
+        store[site].catalog.need_every_row("a classification", "Extract all rows, or with a pool.")
     ordinals = np.fromiter(store.ordinals(), dtype=np.int64)
     places, notes = np.arange(len(ordinals)), []
     if max_examples is not None and len(ordinals) > max_examples:

@@ -72,6 +72,7 @@ class StoreSink:
         description: What `store.json` will say; None where the caller writes it.
         fingerprint: Of the plan; with a description it is worked out from that and from the sites.
         stored: How the sites will lie on disk, if known.
+        keeps_part: Whether the batches that are announced say which rows to keep.
     """
 
     def __init__(
@@ -86,11 +87,13 @@ class StoreSink:
         fingerprint: str = "",
         description: Mapping[str, Any] | None = None,
         stored: Sequence[StoredSite] | None = None,
+        keeps_part: bool = False,
     ) -> None:
         self.place = find_place(where)
         self.writer = writer
         self.buffers: BufferPool | None = None
         self._pool = pool
+        self._keeps_part = keeps_part
         self.packed_dtype = dtype
         self._shard_bytes = shard_bytes
         self._fingerprint = fingerprint
@@ -116,7 +119,8 @@ class StoreSink:
     @property
     def packs_rows(self) -> bool:
         """Whether a compiled graph may gather and cast rows itself, to `packed_dtype`, and call `receive_rows`."""
-        return self._pool is None and self.packed_dtype in (None, torch.float32, torch.float16, torch.bfloat16)
+        is_plain = self._pool is None and not self._keeps_part
+        return is_plain and self.packed_dtype in (None, torch.float32, torch.float16, torch.bfloat16)
 
     @property
     def stalled_s(self) -> float:
@@ -229,6 +233,8 @@ class StoreSink:
             pending.selection = Selection.from_lengths(
                 batch.lengths, batch.num_positions, batch.padding_side, value.device, batch.sequences
             )
+            if batch.kept is not None:
+                pending.selection = pending.selection.keep(batch.kept)
             pending.input_ids = batch.input_ids
         else:
             context = call.context(0)
@@ -286,6 +292,8 @@ class StoreSink:
         unit.ordinals.extend(batch.ordinals if batch else range(first, first + len(selection.lengths)))
         unit.lengths.extend(selection.lengths)
         unit.input_ids.append(pending.input_ids)
+        if batch is not None and batch.kept is not None:
+            unit.positions.extend(batch.kept)
         unit.used = unit.used.plus(room_for(selection))
         for index, count in pending.overflow.items():
             unit.overflow[index] = unit.overflow[index] + count if index in unit.overflow else count

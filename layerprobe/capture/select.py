@@ -167,6 +167,20 @@ class Selection:
             [self.spans[place] for place in first], self.num_positions, self.device or torch.device("cpu")
         )
 
+    def keep(self, kept: Sequence[Tensor]) -> "Selection":
+        """Keep some tokens of each example.
+
+        Args:
+            kept: int64, their positions among its real tokens, rising. `spans` must be known.
+        """
+        numbers = self.sequences or tuple(range(len(self.lengths)))
+        firsts = [number * self.num_positions + start for number, (start, _) in zip(numbers, self.spans, strict=True)]
+        rows = [first + those for first, those in zip(firsts, kept, strict=True)]
+        index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
+        index = index.to(self.device or "cpu", non_blocking=True)
+        lengths = tuple(map(len, kept))
+        return Selection(lengths, self.num_positions, None, index, numbers, self.spans, self.device)
+
     def repeat_rows(self, rows_TD: Tensor) -> Tensor:
         """Give each example its rows, of rows that hold each sequence once.
 

@@ -18,6 +18,7 @@ from layerprobe.capture.staging import NO_ROOM, HostBuffer, Room
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.headers import POSITIONS
 from layerprobe.store.writer import StoredSite
 
 __all__ = [
@@ -41,9 +42,10 @@ class AnnouncedBatch:
         lengths: Real tokens of each.
         num_positions: S.
         padding_side: `left` or `right`.
-        input_ids: int64 `[T]` on the CPU, without padding.
+        input_ids: int64 `[T]` on the CPU, without padding; of the rows that are kept.
         records: What travels with each example, or None.
         sequences: For each example its sequence in the batch, where texts that are the same share one; else None.
+        kept: For each example the positions of its rows that are kept, rising, among its real tokens; None for all.
     """
 
     ordinals: Sequence[int]
@@ -53,6 +55,7 @@ class AnnouncedBatch:
     input_ids: Tensor
     records: Sequence[Mapping[str, Any]] | None = None
     sequences: Sequence[int] | None = None
+    kept: Sequence[Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -67,6 +70,7 @@ class Unit:
     ordinals: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     input_ids: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
     # values beyond the range of float8, counted where the values are made
     overflow: dict[int, Tensor] = field(default_factory=dict)
@@ -127,7 +131,7 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
 
 
 def list_shapes(
-    stored: Sequence[StoredSite], room: Room, record_bytes: int
+    stored: Sequence[StoredSite], room: Room, record_bytes: int, has_positions: bool = False
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Work out what `list_tensors` will give for a unit with records, before any value of it is made.
 
@@ -135,11 +139,13 @@ def list_shapes(
         stored: The sites.
         room: Of the whole unit.
         record_bytes: Of all its records.
+        has_positions: Whether rows are kept with their positions.
     """
     shapes: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
         ("example", torch.int64, (room.examples,)),
         ("offsets", torch.int64, (room.examples + 1,)),
         ("input_ids", torch.int64, (room.rows,)),
+        *([(POSITIONS, torch.int64, (room.rows,))] if has_positions else []),
         ("record_offsets", torch.int64, (room.examples + 1,)),
         ("records", torch.uint8, (record_bytes,)),
     ]
@@ -160,6 +166,8 @@ def list_tensors(unit: Unit, stored: Sequence[StoredSite]) -> list[tuple[str, Te
         ("offsets", lengths.cumsum(0)),
         ("input_ids", torch.cat(unit.input_ids) if unit.input_ids else torch.empty(0, dtype=torch.int64)),
     ]
+    if unit.positions:
+        tensors.append((POSITIONS, torch.cat(unit.positions)))
     if unit.records:
         sizes = torch.tensor([0, *map(len, unit.records)], dtype=torch.int64)
         tensors.append(("record_offsets", sizes.cumsum(0)))

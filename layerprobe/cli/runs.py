@@ -60,6 +60,10 @@ def extract(
     nonfinite: Annotated[
         str, typer.Option(help="warn or error at values that are not finite or overflow the dtype.")
     ] = "warn",
+    keep: Annotated[float, typer.Option(help="Share of the rows to keep: 0.05. A draw without a seed.")] = 1.0,
+    tokens: Annotated[
+        str, typer.Option(help="Which tokens to keep rows of: all, first, cls, special or nonspecial.")
+    ] = "all",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in DIR.")] = False,
     wait_for_space: Annotated[
@@ -88,6 +92,8 @@ def extract(
         batch_tokens=batch_tokens,
         shard_bytes=_parse_size(shard_size),
         nonfinite=nonfinite,
+        keep=keep,
+        tokens=tokens,
     )
     again = " without --overwrite" if overwrite else ""
     stopped = f"stopped: whole shards are kept in {out}. Run the same command again{again} to go on."

@@ -144,10 +144,14 @@ def audit(
                     f"{store.place}: keeps no text of example {ordinal}. Only its checksums can be checked."
                 )
             (ids,) = tokenize(tokenizer, [example.text], plan["max_length"]).ids
-            stored_ids = example.input_ids.tolist()
-            if ids != stored_ids:
-                problems.append(AuditProblem(ordinal, "input_ids", _compare_ids(ids, stored_ids)))
-            if len(ids) != len(stored_ids) or not ids:
+            rows = None if store.kept is None else store.kept.choose([ids], [ordinal]).positions
+            if rows is not None and not torch.equal(rows, example.positions):
+                problems.append(AuditProblem(ordinal, "positions", f"are not the rows that {store.kept} are"))
+                continue
+            wanted, stored_ids = ids if rows is None else [ids[row] for row in rows], example.input_ids.tolist()
+            if wanted != stored_ids:
+                problems.append(AuditProblem(ordinal, "input_ids", _compare_ids(wanted, stored_ids)))
+            if len(wanted) != len(stored_ids) or not ids:
                 continue
             for site, what, share, count in _compare(store, network, example, ids):
                 num_values, largest = num_values + count, max(largest, share)
@@ -245,6 +249,9 @@ def _compare(
         input_ids = torch.tensor([ids], device=device)
         network(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
     made = {site: probe[site][0] for site in store.sites}
+    if store.kept is not None:
+        rows = example.positions.to(device)
+        made = {site: value[rows] if store[site].kind == "token" else value for site, value in made.items()}
     for site in store.sites:
         share = _measure(example[site], made[site])
         what = None

@@ -24,11 +24,13 @@ from layerprobe.extract.batching import BATCH_COST_TOKENS, tokenize
 from layerprobe.extract.inputs import InputDigest, Record, TextSource, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.resume import check_finite, check_place, find_done
+from layerprobe.extract.thinning import find_kept
 from layerprobe.models import LoadedModel, describe_model, describe_tokenizer
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.format import ShardHeader, fingerprint_of
 from layerprobe.store.guard import MOST_SHARDS
+from layerprobe.store.kept import Kept, check_kept
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.writer import NONFINITE_POLICIES, StoredSite
 from layerprobe.tables import format_bytes, format_count
@@ -58,6 +60,8 @@ class ExtractOptions:
         batch_tokens: Padded tokens per batch; None chooses by device.
         shard_bytes: What a shard should hold.
         nonfinite: `warn` counts values that are not finite, `error` stops at them.
+        keep: Share of the rows to keep.
+        tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` or `nonspecial`.
 
     Raises:
         OptionError: a value that does not exist.
@@ -71,10 +75,13 @@ class ExtractOptions:
     batch_tokens: int | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
     nonfinite: str = "warn"
+    keep: float = 1.0
+    tokens: str = "all"
 
     def __post_init__(self) -> None:
         resolve_dtype(self.dtype)
         check_pool(self.pool)
+        check_kept(self.tokens, self.keep)
         if self.nonfinite not in NONFINITE_POLICIES:
             raise OptionError(f"no policy {self.nonfinite!r} for values that are not finite: use warn or error.")
         sizes = {"max_length": self.max_length, "batch_tokens": self.batch_tokens, "shard_size": self.shard_bytes}
@@ -93,14 +100,16 @@ class UnitRule:
     shard_bytes: int
     max_length: int
     text_bytes_per_token: float
+    kept: Kept | None = None
 
     def estimate_tokens(self, text_bytes: int) -> int:
         """Estimate the tokens of a text, two special ones included."""
         return min(self.max_length, 2 + round(text_bytes / self.text_bytes_per_token))
 
     def cost(self, tokens: int) -> int:
-        """Bytes on disk of a text's values."""
-        return tokens * self.row_bytes + tokens * tokens * self.pair_bytes + self.example_bytes
+        """Bytes on disk of a text's values and ids."""
+        rows, own_bytes = (tokens, 8) if self.kept is None else (self.kept.estimate(tokens), 16)
+        return round(rows * (self.row_bytes + own_bytes)) + tokens * tokens * self.pair_bytes + self.example_bytes
 
     def cut(self, records: Iterator[Record]) -> Iterator["Unit"]:
         """Cut records into units."""
@@ -109,8 +118,8 @@ class UnitRule:
         for record in records:
             text_bytes = len(record.text.encode())
             tokens = self.estimate_tokens(text_bytes)
-            # the text goes into the shard too, with an id per token and 24 bytes of places: most of a pooled store
-            cost = self.cost(tokens) + text_bytes + 8 * tokens + 24
+            # the text goes into the shard too, with 24 bytes of places: most of a pooled store
+            cost = self.cost(tokens) + text_bytes + 24
             if members and (size + cost > self.shard_bytes or len(members) == _MOST_UNIT_EXAMPLES):
                 yield Unit(number, first, members)
                 first, number, size, members = first + len(members), number + 1, 0, []
@@ -203,6 +212,7 @@ class Plan:
         dtypes = ", ".join(dict.fromkeys(str(site.dtype).removeprefix("torch.") for site in self.stored))
         pool = describe_pool(self.options.pool)
         rows = f"pooled by {pool} over all real tokens, special ones included" if pool else "a row per real token"
+        rows = rows if self.rule.kept is None else f"rows of {self.rule.kept}"
         lines = [
             f"input     {self.source.name}: {self.num_examples:,} examples, {about}{self.num_tokens:,} tokens",
             f"model     {self.description['model']['id'] or self.description['model']['class']} on {self.device}",
@@ -264,6 +274,7 @@ def plan_extraction(
         shard_bytes=options.shard_bytes,
         max_length=max_length,
         text_bytes_per_token=round(text_bytes / tokens, 2) if tokens > 0 and text_bytes > 0 else _BYTES_PER_TOKEN,
+        kept=find_kept(options.tokens, options.keep, tokenizer, stored, options.pool),
     )
     survey = _survey(source, rule)
     if survey.num_units > MOST_SHARDS:
@@ -273,8 +284,8 @@ def plan_extraction(
     value_bytes = sum(rule.cost(len(ids)) for ids in sampled.ids) if is_exact else survey.value_bytes
     batch_tokens = options.batch_tokens or choose_batch_tokens(find_device(model))
     description = _describe(model, tokenizer, stored, options, rule, batch_tokens, survey, name)
-    # beside the values: an id per token; an ordinal and two offsets per example; the records
-    num_bytes = value_bytes + 8 * num_tokens + 24 * survey.num_examples + survey.record_bytes
+    # beside values and ids: an ordinal and two offsets per example; the records
+    num_bytes = value_bytes + 24 * survey.num_examples + survey.record_bytes
     done, num_damaged = ({}, 0) if overwrite else find_done(place, description)
     if options.nonfinite == "error":
         check_finite(done.values())
@@ -360,6 +371,7 @@ def _describe(
             "shard_bytes": rule.shard_bytes,
             "text_bytes_per_token": rule.text_bytes_per_token,
             "units": survey.num_units,
+            **({"kept": rule.kept.describe()} if rule.kept is not None else {}),
         },
     }
     fingerprint = fingerprint_of(identity)

@@ -22,6 +22,7 @@ from layerprobe.capture.early import can_end_early
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe
 from layerprobe.capture.select import Pool, resolve_dtype
+from layerprobe.capture.staging import Room
 from layerprobe.capture.units import AnnouncedBatch, encode_record
 from layerprobe.errors import InputError, OptionError, SpaceError
 from layerprobe.extract.ahead import tokenize_ahead
@@ -34,6 +35,7 @@ from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.stream import call_model, stream_texts
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.store.format import ShardHeader
+from layerprobe.store.kept import KeptRows
 from layerprobe.store.places import Place
 from layerprobe.store.progress import Done, ProgressFile
 from layerprobe.store.reader import Store, open_store
@@ -63,6 +65,8 @@ def extract(
     batch_tokens: int | None = ...,
     shard_size: int = ...,
     nonfinite: str = ...,
+    keep: float = ...,
+    tokens: str = ...,
     device: str | None = ...,
     overwrite: bool = ...,
     wait_for_space: bool = ...,
@@ -96,6 +100,8 @@ def extract(
     batch_tokens: int | None = None,
     shard_size: int = DEFAULT_SHARD_BYTES,
     nonfinite: str = "warn",
+    keep: float = 1.0,
+    tokens: str = "all",
     device: str | None = None,
     overwrite: bool = False,
     wait_for_space: bool = False,
@@ -120,6 +126,10 @@ def extract(
         batch_tokens: Padded tokens per batch; None for 1,024 on a CPU and 16,384 elsewhere.
         shard_size: Bytes of a shard, and of each of the two buffers.
         nonfinite: `warn` counts values that are not finite, `error` stops at them.
+        keep: Share of the rows to keep, above 0: a draw without a seed, by example and position. The reader knows the
+            positions of those that are kept.
+        tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` (those that the tokenizer puts around a
+            text), or `nonspecial`.
         device: Where to put a model given by name.
         overwrite: Replace another run in the folder.
         wait_for_space: On a full disk wait for room instead of stopping.
@@ -153,11 +163,14 @@ def extract(
         batch_tokens=batch_tokens,
         shard_bytes=shard_size,
         nonfinite=nonfinite,
+        keep=keep,
+        tokens=tokens,
     )
     shows_progress = sys.stderr.isatty() if progress is None else progress
     if is_sink(to):
         stored = {"dtype": dtype, "pool": pool, "overwrite": overwrite, "wait_for_space": wait_for_space}
         stored |= {"nonfinite": nonfinite != "warn", "shard_size": shard_size != DEFAULT_SHARD_BYTES}
+        stored |= {"keep": keep != 1, "tokens": tokens != "all"}
         given = [name for name, value in stored.items() if value]
         if given:
             raise OptionError(f"extract into a {type(to).__name__}: {given[0]} concerns stores. Leave it out.")
@@ -216,6 +229,7 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
         shard_bytes=plan.rule.shard_bytes,
         fingerprint=plan.fingerprint,
         stored=plan.stored,
+        keeps_part=plan.rule.kept is not None,
     )
     probe = Probe(plan.model, [site.name for site in plan.sites], to=sink, stop=can_end_early(plan.model))
     # a log file wants a line now and then, and none of a short run
@@ -306,21 +320,26 @@ def _run_unit(
     advance: Callable[[int], None],
 ) -> None:
     num_truncated = sum(tokenized.truncated)
+    rows, room = None, tokenized.room
+    if plan.rule.kept is not None:
+        ordinals = range(unit.first_example, unit.first_example + len(unit.records))
+        rows = plan.rule.kept.choose(tokenized.ids, ordinals)
+        room = Room(len(rows.positions), len(unit.records))
     header = ShardHeader(
         unit.number,
         len(unit.records),
-        tokenized.num_tokens,
+        room.rows,
         unit.first_example,
         plan.fingerprint,
         num_truncated,
     )
     record_bytes = sum(len(encode_record(_make_record(record))) for record in unit.records)
-    keeper.reserve(header, plan.stored, tokenized.room, record_bytes)
-    sink.begin_unit(unit.number, unit.first_example, tokenized.room, num_truncated)
+    keeper.reserve(header, plan.stored, room, record_bytes, rows is not None)
+    sink.begin_unit(unit.number, unit.first_example, room, num_truncated)
     pad_id, side = plan.tokenizer.pad_token_id or 0, plan.tokenizer.padding_side
     for batch in cut_batches(tokenized, plan.batch_tokens, pad_id, side):
         report.num_halved += call_model(
-            plan.model, plan.device, batch, lambda part: sink.announce(_announce(unit, tokenized, part, side))
+            plan.model, plan.device, batch, lambda part: sink.announce(_announce(unit, tokenized, part, side, rows))
         )
         report.num_computed += batch.input_ids.numel()
         report.num_padding += int((batch.attention_mask == 0).sum())
@@ -332,16 +351,24 @@ def _run_unit(
     report.num_truncated += num_truncated
 
 
-def _announce(unit: Unit, tokenized: TokenizedUnit, batch: Batch, padding_side: str) -> AnnouncedBatch:
+def _announce(
+    unit: Unit, tokenized: TokenizedUnit, batch: Batch, padding_side: str, rows: KeptRows | None
+) -> AnnouncedBatch:
+    kept = None if rows is None else [rows.of(member) for member in batch.members]
     ids = [token_id for member in batch.members for token_id in tokenized.ids[member]]
+    input_ids = torch.tensor(ids, dtype=torch.int64)
+    if kept is not None:
+        parts = zip(input_ids.split(batch.lengths), kept, strict=True)
+        input_ids = torch.cat([own[positions] for own, positions in parts])
     return AnnouncedBatch(
         ordinals=[unit.first_example + member for member in batch.members],
         lengths=batch.lengths,
         num_positions=batch.input_ids.shape[1],
         padding_side=padding_side,
-        input_ids=torch.tensor(ids, dtype=torch.int64),
+        input_ids=input_ids,
         records=[_make_record(unit.records[member]) for member in batch.members],
         sequences=batch.sequences if len(batch.sequences) > len(batch.input_ids) else None,
+        kept=kept,
     )
 
 

@@ -41,7 +41,14 @@ class RoomKeeper:
         self._waits = waits
         self._stop = stop
 
-    def reserve(self, header: ShardHeader, stored: Sequence[StoredSite], room: Room, record_bytes: int) -> None:
+    def reserve(
+        self,
+        header: ShardHeader,
+        stored: Sequence[StoredSite],
+        room: Room,
+        record_bytes: int,
+        has_positions: bool = False,
+    ) -> None:
         """Keep room for a shard that is about to be computed; returns when it is kept.
 
         Args:
@@ -49,13 +56,14 @@ class RoomKeeper:
             stored: Its sites.
             room: Its rows, examples and pairs.
             record_bytes: Of all its records.
+            has_positions: Whether rows are kept with their positions.
 
         Raises:
             SpaceError: there is none, with the bytes that are missing.
         """
         folder = self._folder
         if folder is not None:
-            size = bound_shard(header, list_shapes(stored, room, record_bytes))
+            size = bound_shard(header, list_shapes(stored, room, record_bytes, has_positions))
             self.attempt(lambda: reserve_file(folder / header.file, size))
 
     def attempt(self, action: Callable[[], _T]) -> _T:

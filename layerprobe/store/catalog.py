@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from layerprobe.errors import FormatError, MissingExample, StoreError
+from layerprobe.errors import FormatError, MissingExample, OptionError, StoreError
 from layerprobe.store.format import (
     FORMAT_VERSION,
     INDEX_FILE,
@@ -27,7 +27,8 @@ from layerprobe.store.format import (
     parse_shard_name,
 )
 from layerprobe.store.guard import brief
-from layerprobe.store.headers import check_description
+from layerprobe.store.headers import POSITIONS, check_description
+from layerprobe.store.kept import parse_kept
 from layerprobe.store.places import Place
 from layerprobe.store.ranges import RangedShard, TensorCache
 from layerprobe.store.shards import MappedShard, Shard, ShardInfo, check_apart, parse_index
@@ -66,6 +67,7 @@ class Catalog:
             raise FormatError(f"{label}: is damaged ({brief(error)}).") from error
         self.fingerprint: str = self.description["fingerprint"]
         self.pool: str | None = self.description["pool"]
+        self.kept = parse_kept(self.description.get("plan"))
         self.sites = {
             site: StoredSite(site, said["kind"], getattr(torch, said["dtype"]), said["width"])
             for site, said in self.description["sites"].items()
@@ -222,7 +224,21 @@ class Catalog:
             shard = RangedShard(self.place, info, self.fingerprint, self.check, self._cache)
         for site in self.sites.values():
             self._check_site(shard, site)
+        if (POSITIONS in shard.header.tensors) != (self.kept is not None):
+            there = "has no" if self.kept is not None else "has"
+            raise FormatError(f"{self.place.label(info.file)}: {there} {POSITIONS!r}; {STORE_FILE} says otherwise.")
         return shard
+
+    def need_every_row(self, what: str, instead: str) -> None:
+        """Refuse what is wrong on a part of the rows.
+
+        Raises:
+            OptionError: not every row was kept.
+        """
+        if self.kept is not None:
+            raise OptionError(
+                f"{what} takes every row of an example, and {self.place} keeps a part of them ({self.kept}). {instead}"
+            )
 
     def iter_shards(self) -> Iterator[Shard]:
         """Go through the mapped shards in the order of the input."""

@@ -29,6 +29,7 @@ from layerprobe.store.format import (
     load_json,
 )
 from layerprobe.store.guard import LARGE, brief, parse_json
+from layerprobe.store.headers import POSITIONS
 from layerprobe.store.places import Place
 from layerprobe.store.shards import count_pairs, read_order
 from layerprobe.store.writer import StoredSite
@@ -205,7 +206,7 @@ def _check_contents(place: Place, header: ShardHeader, wanted: Wanted, advance: 
         digest, pieces = xxhash.xxh3_64(), []
         for piece in _read_pieces(place, header.file, entry.start, entry.stop, advance):
             digest.update(piece)
-            if name in ("example", "offsets", "record_offsets"):
+            if name in ("example", "offsets", "record_offsets", POSITIONS):
                 pieces.append(piece)
             elif name == "input_ids":
                 ids = np.frombuffer(piece, dtype="<i8")
@@ -221,6 +222,8 @@ def _check_contents(place: Place, header: ShardHeader, wanted: Wanted, advance: 
     offsets = kept.get("offsets", empty)
     read_order(place.label(header.file), header, kept.get("example", empty), offsets)
     _check_records(header, kept.get("record_offsets", empty))
+    if POSITIONS in header.tensors:
+        _check_positions(kept.get(POSITIONS, empty), offsets)
     if lowest < wanted.lowest_id or (wanted.highest_id is not None and highest > wanted.highest_id):
         raise FormatError(
             f"has ids from {lowest} to {highest}; the tokenizer has {wanted.lowest_id} to {wanted.highest_id}"
@@ -234,6 +237,14 @@ def _read_pieces(place: Place, file: str, start: int, stop: int, advance: Callab
         piece = place.read(file, first, min(first + _PIECE_BYTES, stop))
         advance(len(piece))
         yield piece
+
+
+def _check_positions(positions: Tensor, offsets: Tensor) -> None:
+    """Check that the positions of the rows that are kept rise in each example, from 0 or later."""
+    is_first = torch.zeros(len(positions) + 1, dtype=torch.bool).index_fill_(0, offsets, True)[:-1]
+    rises = torch.cat([positions[:1] >= 0, positions.diff() > 0])
+    if not bool(torch.where(is_first, positions >= 0, rises).all()):
+        raise FormatError(f"its {POSITIONS} do not rise in each example")
 
 
 def _check_records(header: ShardHeader, offsets: Tensor) -> None:
@@ -263,7 +274,7 @@ def _check_sites(header: ShardHeader, sites: Sequence[StoredSite], num_pairs: in
         if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
             there = "nothing" if entry is None else f"{entry.dtype} of {entry.shape}"
             raise FormatError(f"{name!r} is {there}; {STORE_FILE} asks for {dtype} of {shape}")
-    own = {"example", "offsets", "input_ids", "record_offsets", "records"}
+    own = {"example", "offsets", "input_ids", "record_offsets", "records", POSITIONS}
     unknown = sorted(
         (header.tensors.keys() - own - wanted.keys()) | (header.nonfinite.keys() - {s.name for s in sites})
     )

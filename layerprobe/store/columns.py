@@ -23,9 +23,10 @@ from torch import Tensor
 from layerprobe.errors import FormatError, LayerProbeError, OptionError, SiteError, StoreError
 from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns
 from layerprobe.store.format import SCALE_SUFFIX, fingerprint_of
+from layerprobe.store.headers import POSITIONS
 from layerprobe.store.records import has_records, read_record
 from layerprobe.store.rows import take_rows
-from layerprobe.store.shards import Shard
+from layerprobe.store.shards import Shard, positions_of
 from layerprobe.store.writer import StoredSite
 
 __all__ = [
@@ -59,6 +60,7 @@ class Columns:
         sites: The sites, in the order in which the model runs them.
         rows: `examples` or `tokens`.
         tokens: Turns ids into tokens; None where the store has no tokenizer.
+        has_positions: Whether not every row was kept, so that an example says which.
 
     Raises:
         OptionError: there is no such row, or a site has no value per token.
@@ -68,6 +70,7 @@ class Columns:
     sites: tuple[StoredSite, ...]
     rows: str = "examples"
     tokens: Callable[[Tensor], list[str]] | None = None
+    has_positions: bool = False
 
     def __post_init__(self) -> None:
         if self.rows not in ROWS:
@@ -284,6 +287,7 @@ def _schema(pyarrow: Any, columns: Columns) -> Any:
         fields |= {"token": pyarrow.string()} if has_tokens else {}
     else:
         fields = {"index": pyarrow.int64(), "input_ids": pyarrow.list_(pyarrow.int64())}
+        fields |= {POSITIONS: pyarrow.list_(pyarrow.int64())} if columns.has_positions else {}
         fields |= {"tokens": pyarrow.list_(pyarrow.string())} if has_tokens else {}
         fields |= {"text": pyarrow.string(), "fields": pyarrow.string()}
     for site in columns.sites:
@@ -316,6 +320,8 @@ def _build_examples(pyarrow: Any, shard: Shard, places: Sequence[int], columns: 
         "text": texts,
         "fields": fields,
     }
+    if columns.has_positions:
+        built[POSITIONS] = _nest(pyarrow, begins, pyarrow.array(shard.tensor(POSITIONS)[rows].numpy()))
     if columns.tokens is not None:
         built["tokens"] = _nest(pyarrow, begins, pyarrow.array(columns.tokens(ids), pyarrow.string()))
     for site in columns.sites:
@@ -335,10 +341,10 @@ def _build_examples(pyarrow: Any, shard: Shard, places: Sequence[int], columns: 
 def _build_tokens(pyarrow: Any, shard: Shard, places: Sequence[int], columns: Columns) -> Mapping[str, Any]:
     rows, begins = rows_of(shard, places)
     ids = shard.tensor("input_ids")[rows]
-    lengths = begins.diff()
+    lengths, of_places = begins.diff(), torch.tensor(places)
     built = {
         "index": pyarrow.array(shard.tensor("example")[list(places)].repeat_interleave(lengths).numpy()),
-        "position": pyarrow.array((torch.arange(len(rows)) - begins[:-1].repeat_interleave(lengths)).numpy()),
+        "position": pyarrow.array(positions_of(shard, rows, of_places.repeat_interleave(lengths)).numpy()),
         "input_id": pyarrow.array(ids.numpy()),
     }
     if columns.tokens is not None:

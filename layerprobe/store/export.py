@@ -157,7 +157,7 @@ def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: st
         if not views:
             raise OptionError(f"rows='tokens': {store.place} holds no site with a row per token. Use rows='examples'.")
     sites = tuple(StoredSite(view.site, view.kind, view.dtype, view.width) for view in views)
-    return Columns(sites, rows, store.id_to_tokens)
+    return Columns(sites, rows, store.id_to_tokens, store.kept is not None)
 
 
 def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:

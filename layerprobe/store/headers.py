@@ -20,10 +20,12 @@ import xxhash
 
 from layerprobe.errors import StoreError
 from layerprobe.store.guard import MOST_COUNT, MOST_SITES, SMALL, brief, parse_json
+from layerprobe.store.kept import parse_kept
 
 __all__ = [
     "BLANK_CHECKSUM",
     "FORMAT_VERSION",
+    "POSITIONS",
     "SCALE_SUFFIX",
     "ShardHeader",
     "TensorEntry",
@@ -39,6 +41,8 @@ __all__ = [
 
 FORMAT_VERSION = 1
 SCALE_SUFFIX = ":scale"
+# of the rows of a store that does not keep all
+POSITIONS = "positions"
 
 _SHARD_NAME = re.compile(r"shard-([0-9]{6,12})\.safetensors\Z")
 _COUNT = re.compile(r"(0|[1-9][0-9]{0,17})\Z")
@@ -247,6 +251,8 @@ def _check_shapes(header: ShardHeader) -> None:
         records = header.tensors["records"]
         wanted["record_offsets"] = (torch.int64, (count + 1,))
         wanted["records"] = (torch.uint8, (records.stop - records.start,))
+    if POSITIONS in header.tensors:
+        wanted[POSITIONS] = (torch.int64, (header.num_tokens,))
     for name, (dtype, shape) in wanted.items():
         found = header.tensors[name]
         if (found.dtype, found.shape) != (dtype, shape):
@@ -288,6 +294,9 @@ def check_description(description: Mapping[str, Any]) -> None:
     for name in ("input", "plan", "tokenizer"):
         if not isinstance(description.get(name), dict | None):
             raise ValueError(f"its {name} is {brief(repr(description[name]))}")
+    parse_kept(description.get("plan"))
+    if POSITIONS in description["sites"]:
+        raise ValueError(f"a site is named {POSITIONS!r}, which is the name of another tensor")
 
 
 def check_sites(sites: Mapping[str, Mapping[str, Any]]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from layerprobe.errors import FormatError
 from layerprobe.store.columns import column_dtype, cut_places, require, rows_of, take_site
+from layerprobe.store.headers import POSITIONS
 from layerprobe.store.shards import Shard
 from layerprobe.store.writer import StoredSite
 
@@ -48,6 +49,7 @@ class _Totals:
     num_tokens: int = 0
     num_pairs: int = 0
     record_bytes: int = 0
+    has_positions: bool = False
 
 
 def list_arrays(shards: Shards, sites: Sequence[StoredSite]) -> list[PackedArray]:
@@ -58,7 +60,8 @@ def list_arrays(shards: Shards, sites: Sequence[StoredSite]) -> list[PackedArray
         sites: What to export.
 
     Returns:
-        `example [N]`, `offsets [N + 1]`, `input_ids [T]`, `record_offsets [N + 1]` and `records` where texts were kept,
+        `example [N]`, `offsets [N + 1]`, `input_ids [T]`, `positions [T]` where not all
+        rows were kept, `record_offsets [N + 1]` and `records` where texts were kept,
         then the sites: `[T, D]`, `[N, D]`, or flat with `SITE:offsets [N + 1]` for attention weights.
 
     Raises:
@@ -81,11 +84,18 @@ def list_arrays(shards: Shards, sites: Sequence[StoredSite]) -> list[PackedArray
             for places in cut_places(shard, ()):
                 yield shard.tensor("input_ids")[rows_of(shard, places)[0]].numpy()
 
+    def positions() -> Iterator[np.ndarray]:
+        for shard in shards():
+            for places in cut_places(shard, ()):
+                yield shard.tensor(POSITIONS)[rows_of(shard, places)[0]].numpy()
+
     arrays = [
         PackedArray("example", int64, by_example, ordinals),
         PackedArray("offsets", int64, begins, lambda: _accumulate(shards, lambda shard: np.diff(shard.offsets))),
         PackedArray("input_ids", int64, by_token, ids),
     ]
+    if totals.has_positions:
+        arrays.append(PackedArray(POSITIONS, int64, by_token, positions))
     if totals.record_bytes:
         arrays += [
             PackedArray("record_offsets", int64, begins, lambda: _accumulate(shards, _record_sizes)),
@@ -106,6 +116,7 @@ def _measure(shards: Iterable[Shard], has_pairs: bool) -> _Totals:
             totals.num_tokens + header.num_tokens,
             totals.num_pairs + (shard.pairs_before[-1] if has_pairs else 0),
             totals.record_bytes + (records.shape[0] if records is not None else 0),
+            totals.has_positions or POSITIONS in header.tensors,
         )
     return totals
 

@@ -97,6 +97,7 @@ def pad_examples(view: SiteView, examples: Any, dtype: torch.dtype) -> EncoderOu
         raise OptionError(
             f"states of {view.site!r} as {dtype!r}: no such states. Use torch.float32, float16 or bfloat16."
         )
+    view.catalog.need_every_row(f"states of {view.site!r}", "Extract all rows.")
     found = view[examples]
     rows: list[Any] = found if isinstance(found, list) else [found]
     if not rows:

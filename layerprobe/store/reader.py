@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError, OptionError, SiteError, StoreError
+from layerprobe.errors import FormatError, SiteError, StoreError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import Columns, match_sites, open_dataset
 from layerprobe.store.difference import Difference, pair_depth
 from layerprobe.store.format import SCALE_SUFFIX, STORE_FILE, TOKENIZER_FOLDER
 from layerprobe.store.guard import LARGE
+from layerprobe.store.headers import POSITIONS
+from layerprobe.store.kept import Kept
 from layerprobe.store.padded import EncoderOutputs, choose_layer, pad_examples
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.records import RECORD_TENSORS, read_record
@@ -28,7 +30,7 @@ from layerprobe.store.rows import RowBatches, RowOptions, choose_sites
 from layerprobe.store.selection import Asked, Selection, select
 from layerprobe.store.shards import ScaledRows, Shard
 from layerprobe.store.siteview import SiteView
-from layerprobe.store.vocabulary import Vocabulary
+from layerprobe.store.vocabulary import Vocabulary, find_characters
 from layerprobe.store.writer import StoredSite
 
 __all__ = ["Example", "Store", "open_store"]
@@ -40,7 +42,8 @@ class Example:
 
     Args:
         index: Its ordinal in the input.
-        input_ids: int64 `[T]`, its real tokens, special ones included.
+        input_ids: int64 `[T]`, its real tokens, special ones included; of those rows that the store keeps.
+        positions: int64 `[T]`, their places among all its tokens.
         tokens: The same as text, or None where the store has no tokenizer.
         text: The input text, or None where it was not kept.
         fields: The other fields of the input record.
@@ -49,6 +52,7 @@ class Example:
 
     index: int
     input_ids: Tensor
+    positions: Tensor
     tokens: list[str] | None
     text: str | None
     fields: dict[str, Any]
@@ -220,6 +224,17 @@ class Store:
         _, start, stop = shard.span(ordinal)
         return shard.part("input_ids", start, stop)
 
+    def positions(self, ordinal: int) -> Tensor:
+        """Give the places of an example's rows among all its tokens, int64 `[T]`; raises as `input_ids` does."""
+        shard, ordinal = self._catalog.find(ordinal)
+        _, start, stop = shard.span(ordinal)
+        return torch.arange(stop - start) if self.kept is None else shard.part(POSITIONS, start, stop)
+
+    @property
+    def kept(self) -> Kept | None:
+        """Which rows were kept (`keep`, `tokens` of `extract`); None for a row per token."""
+        return self._catalog.kept
+
     def iter_shards(self) -> Iterator[Shard]:
         """Go through the shards in the order of the input."""
         return self._catalog.iter_shards()
@@ -264,7 +279,7 @@ class Store:
         text = record.pop("text", None)
         sites = {site: self[site][ordinal] for site in self._catalog.sites}
         tokens = self._vocabulary.tokens(input_ids) if self._vocabulary is not None else None
-        return Example(ordinal, input_ids, tokens, text, record.get("fields", {}), sites)
+        return Example(ordinal, input_ids, self.positions(ordinal), tokens, text, record.get("fields", {}), sites)
 
     def where(
         self,
@@ -316,7 +331,9 @@ class Store:
         Cost: a copy of what is asked for, on disk; about 100 MiB of memory. The columns are those of `export`.
         """
         names = match_sites(sites, self.sites, str(self.place))
-        columns = Columns(tuple(self._catalog.sites[name] for name in names), tokens=self.id_to_tokens)
+        columns = Columns(
+            tuple(self._catalog.sites[name] for name in names), "examples", self.id_to_tokens, self.kept is not None
+        )
         return open_dataset(self.iter_shards, columns, self.fingerprint, cache)
 
     def token_offsets(self, ordinal: int) -> list[tuple[int, int]]:
@@ -328,19 +345,9 @@ class Store:
         """
         shard, ordinal = self._catalog.find(ordinal)
         text = read_record(shard, ordinal, self.place.label(shard.header.file)).get("text")
-        if self._vocabulary is None or text is None:
-            lacks = "text" if text is None else "tokenizer"
-            raise OptionError(
-                f"characters of example {ordinal} of {self.place}: the store keeps no {lacks}. "
-                "Stores of layerprobe.extract keep both."
-            )
-        found = self._vocabulary.offsets(text, self.input_ids(ordinal))
-        if found is None:
-            raise OptionError(
-                f"characters of example {ordinal} of {self.place}: its tokenizer cuts the text into other ids. "
-                "Extract it again."
-            )
-        return found
+        self._catalog.need_every_row("token_offsets()", "Cut the text with its tokenizer, and take positions().")
+        what = f"characters of example {ordinal} of {self.place}"
+        return find_characters(self._vocabulary, text, self.input_ids(ordinal), what)
 
     @property
     def id_to_tokens(self) -> Callable[[Tensor], list[str]] | None:

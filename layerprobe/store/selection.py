@@ -18,7 +18,7 @@ from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.records import RECORD_TENSORS, has_records, read_record
 from layerprobe.store.rows import take_rows
-from layerprobe.store.shards import Shard
+from layerprobe.store.shards import Shard, positions_of
 from layerprobe.store.vocabulary import Vocabulary, WordRuns
 from layerprobe.store.writer import StoredSite
 
@@ -77,12 +77,14 @@ class Selection:
         examples: int64 `[n]`, ordinals, rising.
         positions: int64 `[n]`, each token's place in its example, that of a word's first piece; None for examples.
         lengths: int64 `[n]`, the pieces of each word, 1 for a token; None for examples.
+        places: int64 `[n]`, the place of each among the rows that the store keeps of its example; None for examples.
     """
 
     catalog: Catalog
     examples: Tensor
     positions: Tensor | None = None
     lengths: Tensor | None = None
+    places: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -159,13 +161,13 @@ class Selection:
         if stored.kind == "example":
             return take_rows(shard, stored, part.places)
         starts = shard.tensor("offsets")[part.places]
-        if self.positions is None or self.lengths is None:
+        if self.places is None or self.lengths is None:
             lengths = _lengths(shard, part)
             begins = lengths.cumsum(0) - lengths
             return take_rows(
                 shard, stored, torch.arange(int(lengths.sum())) + (starts - begins).repeat_interleave(lengths)
             )
-        rows, lengths = starts + self.positions[part.span], self.lengths[part.span]
+        rows, lengths = starts + self.places[part.span], self.lengths[part.span]
         if pieces != "mean":
             return take_rows(shard, stored, rows if pieces == "first" else rows + lengths - 1)
         total = take_rows(shard, stored, rows).float()
@@ -199,7 +201,7 @@ def select(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary |
     runs = _find_runs(catalog, asked, vocabulary)
     unseen = set(asked.fields)
     seen: set[str] = set()
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    found: list[tuple[np.ndarray, ...]] = []
     names = [*(() if runs is None else ("input_ids",)), *(RECORD_TENSORS if asked.has_records else ())]
     numbers = list(by_shard)
     for place, (number, ordinals) in enumerate(by_shard.items()):
@@ -208,14 +210,14 @@ def select(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary |
         if asked.has_records:
             ordinals = _filter_records(catalog, shard, ordinals, asked, seen)
         none = np.empty(0, np.int64)
-        found.append((ordinals, none, none) if runs is None else _find_tokens(shard, ordinals, runs))
+        found.append((ordinals, none, none, none) if runs is None else _find_tokens(shard, ordinals, runs))
     if (lacking := unseen - seen) and by_shard:
         name = min(lacking)
         held = f"they have {', '.join(sorted(seen))}" if seen else "no records were kept. Use id=, token= or token_id="
         raise OptionError(f"no record in {catalog.place} has a field {name!r}: {held}.")
     columns = [torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int64)])) for parts in zip(*found, strict=True)]
     if not columns:
-        columns = [torch.empty(0, dtype=torch.int64)] * 3
+        columns = [torch.empty(0, dtype=torch.int64)] * 4
     return Selection(catalog, *(columns if runs is not None else columns[:1]))
 
 
@@ -259,21 +261,23 @@ def _find_runs(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabula
     name, text = ("token", asked.token) if asked.token is not None else ("word", asked.word)
     if text is None:
         return None
+    if name == "word":
+        catalog.need_every_row(f"where(word={text!r})", "Use token= or token_id=.")
     found = vocabulary()
     if found is None:
         raise OptionError(f"where({name}={text!r}): {catalog.place} has no tokenizer. Use token_id=.")
     return WordRuns.of_token(found.id_of(text)) if name == "token" else found.runs_of(text)
 
 
-def _find_tokens(shard: Shard, ordinals: np.ndarray, wanted: WordRuns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find runs of ids in some examples of a shard: ordinals, positions and lengths, in the order of the input."""
+def _find_tokens(shard: Shard, ordinals: np.ndarray, wanted: WordRuns) -> tuple[np.ndarray, ...]:
+    """Find runs of ids in some examples of a shard: ordinals, positions, lengths, places, in the order of the input."""
     if not len(ordinals):
-        return ordinals, ordinals, ordinals
+        return (ordinals,) * 4
     rows, lengths = wanted.find(shard.tensor("input_ids"), shard.tensor("offsets"))
     offsets = np.asarray(shard.offsets)
     places = np.searchsorted(offsets, rows, side="right") - 1
-    examples, positions = shard.tensor("example").numpy()[places], rows - offsets[places]
-    is_asked = np.isin(examples, ordinals)
-    examples, positions, lengths = examples[is_asked], positions[is_asked], lengths[is_asked]
+    positions = positions_of(shard, torch.from_numpy(rows), torch.from_numpy(places)).numpy()
+    examples = shard.tensor("example").numpy()[places]
     order = np.lexsort((positions, examples))
-    return examples[order], positions[order], lengths[order]
+    order = order[np.isin(examples[order], ordinals)]
+    return examples[order], positions[order], lengths[order], (rows - offsets[places])[order]

@@ -25,6 +25,7 @@ from layerprobe.store.format import (
     read_header,
 )
 from layerprobe.store.guard import MOST_COUNT, MOST_ROWS, brief, open_inside
+from layerprobe.store.headers import POSITIONS
 
 __all__ = [
     "MappedShard",
@@ -37,6 +38,7 @@ __all__ = [
     "count_pairs",
     "parse_index",
     "pool_packed",
+    "positions_of",
     "read_order",
 ]
 
@@ -284,6 +286,19 @@ def check_index(label: str, index: Mapping[str, Any], shards: Sequence[ShardInfo
         place += shard.num_examples
     if (place, sum(shard.num_tokens for shard in shards)) != (index.get("examples"), index.get("tokens")):
         raise FormatError(f"{label}: is damaged: its shards do not add up to the counts that it says.")
+
+
+def positions_of(shard: Shard, rows: Tensor, places: Tensor) -> Tensor:
+    """Give the place of rows among all tokens of their examples, those included of which no row was kept.
+
+    Args:
+        shard: That they are in.
+        rows: int64 `[n]`.
+        places: int64 `[n]`, where the example of each lies in the shard.
+    """
+    if POSITIONS in shard.header.tensors:
+        return shard.tensor(POSITIONS)[rows]
+    return rows - shard.tensor("offsets")[places]
 
 
 def pool_packed(rows_TD: Tensor, offsets: Tensor, pool: str) -> Tensor:

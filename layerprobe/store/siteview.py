@@ -168,6 +168,8 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             raise OptionError(f"no pool {pool!r}: use mean, max, cls or last.")
         if self.kind != "token" and pool not in (None, self.catalog.pool):
             raise OptionError(f"{self.site!r} has one vector per example, pooled by {self.catalog.pool}, not {pool!r}.")
+        if self.kind == "token":
+            self.catalog.need_every_row(f"a pool of {self.site!r}", "Extract with a pool, or go through rows().")
 
     def _pool_shard(self, shard: Shard, pool: str) -> Tensor:
         """Give a shard's vectors in the order of the input."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from layerprobe.errors import FormatError, OptionError
 from layerprobe.store.guard import LARGE, brief, parse_json
 
-__all__ = ["Vocabulary", "WordRuns"]
+__all__ = ["Vocabulary", "WordRuns", "find_characters"]
 
 # what families of tokenizers put before a token that begins a word
 _MARKERS = {"ByteLevel": "Ġ", "Metaspace": "▁"}
@@ -208,3 +208,18 @@ def _load(label: str, data: bytes) -> Any:
 def _is_of_word(sign: str) -> bool:
     # a token may end inside a letter of several bytes
     return sign.isalnum() or sign == "\N{REPLACEMENT CHARACTER}"
+
+
+def find_characters(vocabulary: Vocabulary | None, text: str | None, ids: Tensor, what: str) -> list[tuple[int, int]]:
+    """Find the characters of a text that each of its tokens stands for; (0, 0) for special ones.
+
+    Raises:
+        OptionError: there is no tokenizer or no text, or the text is not cut into these ids; it begins with `what`.
+    """
+    if vocabulary is None or text is None:
+        lacks = "text" if text is None else "tokenizer"
+        raise OptionError(f"{what}: the store keeps no {lacks}. Stores of layerprobe.extract keep both.")
+    found = vocabulary.offsets(text, ids)
+    if found is None:
+        raise OptionError(f"{what}: its tokenizer cuts the text into other ids. Extract it again.")
+    return found

@@ -1,0 +1,152 @@
+"""Which rows a store keeps, where it does not keep all: by what kind of token they are, and by a draw.
+
+The draw has no seed: it is a function of an example's ordinal and a token's position, so any process draws the same
+rows of any unit, and what a smaller share keeps a larger one keeps too. What is kept is said in `store.json`, so that
+a reader can tell a row that was left out from one that is missing.
+
+Hides the draw. Must never know of models or files.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.errors import OptionError
+
+__all__ = ["TOKENS", "Kept", "KeptRows", "check_kept", "draw", "parse_kept"]
+
+TOKENS = ("all", "first", "cls", "special", "nonspecial")
+_MOST_IDS = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRows:
+    """The rows of a unit that are kept.
+
+    Args:
+        positions: int64 `[T]`, the place of each among the tokens of its example, example after example.
+        begins: int64 `[N + 1]`, where those of each example begin.
+    """
+
+    positions: Tensor
+    begins: Tensor
+
+    def of(self, member: int) -> Tensor:
+        """Give the positions that are kept of one example, rising."""
+        return self.positions[int(self.begins[member]) : int(self.begins[member + 1])]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The rule by which rows are kept.
+
+    Args:
+        tokens: `all`, `first` (the first token of each example), `cls`, `special` (those with one of `ids`) or
+            `nonspecial` (those without).
+        keep: Share of them to keep, drawn token by token; above 0 and at most 1.
+        ids: Of the tokens that `tokens` names.
+    """
+
+    tokens: str = "all"
+    keep: float = 1.0
+    ids: tuple[int, ...] = ()
+
+    def choose(self, ids: Sequence[Sequence[int]], ordinals: Sequence[int]) -> KeptRows:
+        """Choose among the tokens of some examples.
+
+        Args:
+            ids: Of each example, special ones included.
+            ordinals: Of each example.
+        """
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        begins = np.concatenate([[0], lengths.cumsum()])
+        positions = np.arange(begins[-1]) - begins[:-1].repeat(lengths)
+        is_kept = self._is_meant(ids, positions)
+        if self.keep < 1:
+            is_kept &= draw(np.asarray(ordinals, np.int64).repeat(lengths), positions, self.keep)
+        counts = np.concatenate([[0], is_kept.cumsum()])
+        return KeptRows(torch.from_numpy(positions[is_kept]), torch.from_numpy(counts[begins]))
+
+    def _is_meant(self, ids: Sequence[Sequence[int]], positions: np.ndarray) -> np.ndarray:
+        if self.tokens == "all":
+            return np.ones(len(positions), dtype=bool)
+        if self.tokens == "first":
+            return positions == 0
+        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, len(positions))
+        is_named = np.isin(flat, self.ids)
+        return ~is_named if self.tokens == "nonspecial" else is_named
+
+    def estimate(self, num_tokens: int) -> float:
+        """Estimate how many rows of a text of so many tokens are kept; a function of that number alone."""
+        named = min(num_tokens, len(self.ids))
+        meant = {"all": num_tokens, "nonspecial": num_tokens - named, "special": named}.get(
+            self.tokens, min(1, num_tokens)
+        )
+        return meant * self.keep
+
+    def describe(self) -> dict[str, Any]:
+        """Say what is kept, as `store.json` does."""
+        return {"tokens": self.tokens, "keep": self.keep, "ids": list(self.ids)}
+
+    def __str__(self) -> str:
+        share = f", {self.keep:g} of them" if self.keep < 1 else ""
+        return f"{self.tokens} tokens{share}"
+
+
+def draw(ordinals: np.ndarray, positions: np.ndarray, keep: float) -> np.ndarray:
+    """Draw tokens, each with chance `keep` below 1, by nothing but its example's ordinal and its position.
+
+    Source: the mixing function of Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators",
+    figure 17 (its 64-bit finaliser, as in splitmix64), once over the ordinal and once over the sum with the position.
+    """
+    return _mix(_mix(ordinals.astype(np.uint64)) + positions.astype(np.uint64)) < np.uint64(int(keep * 2.0**64))
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def check_kept(tokens: object, keep: object) -> None:
+    """Refuse a kind of token or a share that does not exist.
+
+    Raises:
+        OptionError: it does not.
+    """
+    if tokens not in TOKENS:
+        raise OptionError(f"no tokens {tokens!r} to keep: use {', '.join(TOKENS)}.")
+    # beside False and True: shares below 2 ** -64 would keep nothing at all
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 2.0**-64 <= keep <= 1:
+        raise OptionError(
+            f"keep is {keep!r}: it is the share of the rows to keep, above 0 and at most 1, such as 0.05."
+        )
+
+
+def parse_kept(plan: Mapping[str, Any] | None) -> Kept | None:
+    """Read what the plan in `store.json` says of the rows that are kept; None where all are.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is damaged.
+    """
+    said = (plan or {}).get("kept")
+    if said is None:
+        return None
+    ids = said["ids"]
+    if (
+        not isinstance(ids, list)
+        or len(ids) > _MOST_IDS
+        or not all(type(one) is int and 0 <= one < 2**63 for one in ids)
+    ):
+        raise ValueError("the ids of the tokens it keeps")
+    try:
+        check_kept(said["tokens"], said["keep"])
+    except OptionError as error:
+        raise ValueError(str(error)[:100]) from error
+    return Kept(said["tokens"], float(said["keep"]), tuple(ids))
