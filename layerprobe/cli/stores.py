@@ -79,6 +79,9 @@ def verify(
     report = verify_store(folder, repair, progress)
     typer.echo(str(report))
     if not report.ok:
+        if recompute is not None:
+            after = "run the extraction first, then this again without --repair" if repair else "repair it first"
+            typer.echo(f"no example was run again: the store is damaged, {after}")
         raise typer.Exit(1)
     if recompute is not None:
         from layerprobe.extract.audit import audit

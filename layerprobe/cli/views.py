@@ -44,6 +44,8 @@ def describe_status(status: StoreStatus) -> str:
     """Lay out how far a run is."""
     state = {
         "complete": "complete",
+        "damaged": f"damaged: {status.reason}. Run 'layerprobe verify {status.folder} --repair', then the same "
+        "extraction to make it again",
         "running": "running",
         "killed": "killed: its process is gone. Run the same extraction again to go on",
         "stopped": f"stopped: {(status.reason or '').rstrip('.')}. Run the same extraction again to go on",
@@ -64,7 +66,7 @@ def describe_status(status: StoreStatus) -> str:
             f"stalled {status.stalled:.0%} of the time"
         )
         lines.append(f"left      {_format_time(status.remaining_s)}, {format_bytes(status.missing_bytes or 0)}")
-    if status.free_bytes is not None and status.state != "complete":
+    if status.free_bytes is not None and status.state not in ("complete", "damaged"):
         full = "" if status.full_s is None else f"; full in {_format_time(status.full_s)} at this pace"
         lines.append(f"disk      {format_bytes(status.free_bytes)} free{full}")
     return "\n".join(lines)

@@ -52,12 +52,14 @@ __all__ = [
     "check_site",
     "check_sites",
     "checksum",
+    "checksum_file",
     "commit_shard",
     "fingerprint_of",
     "is_leftover",
     "load_header",
     "load_json",
     "load_start",
+    "need_store",
     "parse_shard_name",
     "read_header",
     "read_json",
@@ -81,6 +83,27 @@ def is_leftover(name: str) -> bool:
     final = name.removesuffix(".tmp")
     own = (STORE_FILE, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FOLDER)
     return name == STAGE_FOLDER or (name != final and (final in own or parse_shard_name(final) is not None))
+
+
+def need_store(place: Place) -> None:
+    """Make sure that there is a store, complete or not.
+
+    Raises:
+        StoreError: there is none.
+    """
+    if not place.exists(STORE_FILE):
+        is_there = place.folder.is_dir() if place.folder is not None else bool(place.list_files())
+        what = f"is not a store: it has no {STORE_FILE}" if is_there else "does not exist"
+        raise StoreError(f"{place}: {what}. Make one with 'layerprobe extract MODEL INPUT -o {place}'.")
+
+
+def checksum_file(place: Place, file: str) -> str:
+    """Work out the checksum of a small file of a store; xxh3-64 of its bytes.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    return checksum(place.read(file, 0, place.size(file)))
 
 
 def fingerprint_of(fields: Mapping[str, Any]) -> str:

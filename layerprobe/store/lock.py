@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["LOCK_FILE", "StoreLock"]
+__all__ = ["LOCK_FILE", "StoreLock", "find_holder", "refuse_held"]
 
 LOCK_FILE = "run.lock"
 _MOST_BYTES = 1 << 16
@@ -108,10 +108,10 @@ class StoreLock(AbstractContextManager["StoreLock"]):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError as error:
-                raise LockError(
-                    f"{self._folder}: another run is writing there ({_name_holder(self._path)}). Wait for it or end "
-                    "it, and run the same command again; or choose another folder."
-                ) from error
+                if not _is_held(descriptor):
+                    self._lock(descriptor)  # somebody only looked
+                    return
+                raise _refuse(self._folder, _name_holder(self._path)) from error
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
@@ -126,6 +126,53 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def find_holder(folder: Path) -> str | None:
+    """Say who is writing into a store, as far as that can be told from here; None if nobody is.
+
+    Args:
+        folder: The store; need not exist.
+    """
+    if fcntl is None:
+        return None
+    try:
+        with open_inside(folder, LOCK_FILE) as file:
+            return _name_holder(folder / LOCK_FILE) if _is_held(file.fileno()) else None
+    except (OSError, StoreError):
+        return None
+
+
+def refuse_held(folder: Path) -> None:
+    """Refuse a folder into which another run is writing, before work is done that would be lost.
+
+    Only a lock that is taken afterwards keeps others out.
+
+    Raises:
+        LockError: another run is writing there; the message names its process.
+    """
+    if (holder := find_holder(folder)) is not None:
+        raise _refuse(folder, holder)
+
+
+def _refuse(folder: Path, holder: str) -> LockError:
+    return LockError(
+        f"{folder}: another run is writing there ({holder}). Wait for it or end it, and run the same command again; or "
+        "choose another folder."
+    )
+
+
+def _is_held(descriptor: int) -> bool:
+    """Whether a writer holds the lock; those who only look share it, for as long as looking takes."""
+    assert fcntl is not None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 _held: "weakref.WeakSet[StoreLock]" = weakref.WeakSet()

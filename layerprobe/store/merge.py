@@ -29,6 +29,7 @@ from layerprobe.store.format import (
     TOKENIZER_FOLDER,
     ShardHeader,
     is_leftover,
+    need_store,
     parse_shard_name,
     read_header,
 )
@@ -176,9 +177,7 @@ def _merge_into(target: Path, sources: Sequence[Path], link: bool, progress: boo
 
 
 def _describe(folder: Path) -> dict[str, Any]:
-    if not (folder / STORE_FILE).exists():
-        what = "is not a store: it has no store.json" if folder.is_dir() else "does not exist"
-        raise StoreError(f"{folder}: {what}. Give folders of stores.")
+    need_store(LocalPlace(folder))
     description = check_description(LocalPlace(folder))
     plan = description.get("plan")
     if not isinstance(plan, dict) or type(plan.get("units")) is not int:

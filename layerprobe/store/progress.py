@@ -22,9 +22,18 @@ from typing import Any
 
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.checks import read_totals
-from layerprobe.store.format import INDEX_FILE, PROGRESS_FILE, STORE_FILE, load_header, load_json, parse_shard_name
+from layerprobe.store.format import (
+    INDEX_FILE,
+    PROGRESS_FILE,
+    STORE_FILE,
+    load_header,
+    load_json,
+    need_store,
+    parse_shard_name,
+)
 from layerprobe.store.guard import brief
 from layerprobe.store.places import Place, find_place
+from layerprobe.tables import format_count
 
 __all__ = ["PROGRESS_FILE", "Done", "ProgressFile", "StoreStatus", "read_status"]
 
@@ -63,9 +72,10 @@ class StoreStatus:
 
     Args:
         folder: Where the store is.
-        state: `complete`; `running`; `killed` (its process is gone); `stopped` (it ended by itself, see `reason`);
+        state: `complete`; `damaged` (the index names shards that are not there, see `reason`); `running`;
+            `killed` (its process is gone); `stopped` (it ended by itself, see `reason`);
             `silent` (on another machine, and not heard of for a minute); `incomplete` (nothing tells of a run).
-        reason: Why it stopped.
+        reason: Why it stopped, or what is damaged.
         num_units_done, num_units: Shards that are there, and of how many; None where that is not known.
         num_examples_done, num_examples: The same for examples.
         tokens_per_s, bytes_per_s: Over the last five minutes; None unless it runs.
@@ -183,23 +193,35 @@ def read_status(folder: str | Path) -> StoreStatus:
         'complete'
     """
     place = find_place(folder)
-    if not place.exists(STORE_FILE):
-        raise StoreError(f"{place}: is not a store: it has no {STORE_FILE}. Name the folder of an extraction.")
+    need_store(place)
     files = place.list_files()
     shards = [file for file in files if parse_shard_name(file) is not None]
     free = shutil.disk_usage(place.folder).free if place.folder is not None else None
     if INDEX_FILE in files:
-        index = load_json(place, INDEX_FILE)
-        listed, examples = index.get("shards"), index.get("examples")
-        if not isinstance(listed, list) or not isinstance(examples, int):
-            raise FormatError(f"{place.label(INDEX_FILE)}: is damaged. Run 'layerprobe verify {place}'.")
-        return StoreStatus(str(place), "complete", len(shards), len(listed), examples, examples, free_bytes=free)
+        return _read_complete(place, files, free)
     said = _read_progress(place) if PROGRESS_FILE in files else None
     if said is None:
         units, examples = read_totals(load_json(place, STORE_FILE))
         done = _count_examples(place, shards)
         return StoreStatus(str(place), "incomplete", len(shards), units, done, examples, free_bytes=free)
     return _judge(place, shards, said, free)
+
+
+def _read_complete(place: Place, files: list[str], free: int | None) -> StoreStatus:
+    index, there = load_json(place, INDEX_FILE), set(files)
+    try:
+        listed = {str(shard["file"]): int(shard["examples"]) for shard in index["shards"]}
+        whole = int(index["examples"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{place.label(INDEX_FILE)}: is damaged. Run 'layerprobe verify {place}'.") from error
+    lost = sorted(file for file in listed if file not in there)
+    done = whole - sum(listed[file] for file in lost)
+    state, reason = "complete", None
+    if lost:
+        state = "damaged"
+        reason = f"{format_count(len(lost), 'shard')} of the index not there, {brief(lost[0])} the first"
+    num_found = len(listed) - len(lost)
+    return StoreStatus(str(place), state, num_found, len(listed), done, whole, reason=reason, free_bytes=free)
 
 
 def _judge(place: Place, shards: list[str], said: Mapping[str, Any], free: int | None) -> StoreStatus:

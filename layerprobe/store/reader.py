@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError, SiteError, StoreError
+from layerprobe.errors import FormatError, SiteError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import Columns, match_sites, open_dataset
 from layerprobe.store.difference import Difference, pair_depth
-from layerprobe.store.format import SCALE_SUFFIX, STORE_FILE, TOKENIZER_FOLDER
+from layerprobe.store.format import SCALE_SUFFIX, TOKENIZER_FOLDER, need_store
 from layerprobe.store.guard import LARGE
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.kept import Kept
@@ -391,8 +391,5 @@ def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:
         (True, 2, torch.Size([5, 384]))
     """
     place = find_place(folder)
-    if not place.exists(STORE_FILE):
-        is_there = place.folder.is_dir() if place.folder is not None else bool(place.list_files())
-        what = "is not a store: it has no store.json" if is_there else "does not exist"
-        raise StoreError(f"{place}: {what}. Make one with 'layerprobe extract MODEL INPUT -o {place}'.")
+    need_store(place)
     return Store(place, check)

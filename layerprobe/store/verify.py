@@ -22,21 +22,25 @@ from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.checks import TOKENIZER_FILE, Wanted, check_description, check_shard, check_tokenizer, tell
 from layerprobe.store.durable import flush_folder
 from layerprobe.store.format import (
+    FORMAT_VERSION,
     INDEX_FILE,
     STORE_FILE,
     TOKENIZER_FOLDER,
     ShardHeader,
+    checksum_file,
     is_leftover,
     load_json,
+    need_store,
     parse_shard_name,
 )
 from layerprobe.store.guard import brief
-from layerprobe.store.lock import StoreLock
+from layerprobe.store.lock import StoreLock, find_holder
 from layerprobe.store.places import Place, find_place
 from layerprobe.tables import format_bytes, format_count
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 
+_GONE = "is not there"
 _NUM_THREADS = 2
 _NUM_REQUESTS = 8
 
@@ -56,7 +60,7 @@ class VerifyReport:
         folder: Where the store is.
         num_shards: Shards that were read.
         num_bytes: Bytes that were read.
-        problems: What is wrong, in the order of the files; of a damaged shard one line.
+        problems: What is wrong: files that are not there, then the others in their order; of a damaged shard one line.
         notes: What is worth knowing and not wrong.
         removed: Files that repair has removed.
         is_complete: Whether the store is, or was before repair.
@@ -128,9 +132,9 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
         True
     """
     place = find_place(folder)
-    if not place.exists(STORE_FILE):
-        raise StoreError(f"{place}: is not a store: it has no {STORE_FILE}. Name the folder of an extraction.")
+    need_store(place)
     with ExitStack() as held:
+        writer = find_holder(place.folder) if place.folder is not None else None
         if repair and place.folder is not None:
             held.enter_context(StoreLock(place.folder))
         files = sorted(place.list_files())
@@ -145,12 +149,22 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
         _check_order(headers, wanted, found)
         if is_complete:
             _check_index(place, shards, headers, wanted, found)
+            if description is not None and any(problem.file == STORE_FILE for problem in found.problems):
+                # what it says of the run may be wrong too, so nothing is removed by it
+                description = None
         elif wanted.num_units is not None and len(shards) < wanted.num_units:
-            found.notes.append(f"{wanted.num_units - len(shards):,} of {wanted.num_units:,} shards are not there yet")
-        found.notes += [f"{file} is left over; the next run removes it" for file in files if is_leftover(file)]
+            found.notes.append(
+                f"{wanted.num_units - len(shards):,} of {format_count(wanted.num_units, 'shard')} not there yet"
+            )
+        if writer is not None:
+            found.notes.append(f"a run is writing ({writer})")
+        else:
+            found.notes += [f"{file} is left over; the next run removes it" for file in files if is_leftover(file)]
         removed = _remove(place, files, description, found) if repair else ()
-    problems, notes = tuple(sorted(found.problems)), tuple(found.notes)
-    advice = _advise(place, description, found, removed, is_complete)
+    # a shard that is gone is why other files seem to be wrong
+    problems = tuple(sorted(found.problems, key=lambda problem: (not problem.what.startswith(_GONE), problem)))
+    notes = tuple(found.notes)
+    advice = "" if writer is not None else _advise(place, description, found, removed, is_complete)
     return VerifyReport(str(place), len(shards), num_bytes, problems, notes, removed, is_complete, advice)
 
 
@@ -241,15 +255,24 @@ def _check_index(
     except (KeyError, TypeError, ValueError) as error:
         found.add(INDEX_FILE, f"is damaged ({brief(repr(error))})", INDEX_FILE)
         return
-    wrong = [f"names {brief(file)}, which is not there" for file in listed if file not in shards]
-    wrong += [f"does not name {file}" for file in shards if file not in listed]
+    lost = [file for file in listed if file not in shards]
+    for file in lost:
+        found.add(brief(file), f"{_GONE}; {INDEX_FILE} names it", INDEX_FILE)
+    wrong = [f"does not name {file}" for file in shards if file not in listed]
     if wanted.num_units not in (None, len(listed)):
         wrong.append(f"names {len(listed):,} shards, {STORE_FILE} has {wanted.num_units:,}")
     for header in headers:
         own = {"first_example": header.first_example, "examples": header.num_examples, "tokens": header.num_tokens}
         if header.file in listed and {"file": header.file, **own} != listed[header.file]:
             wrong.append(f"says {brief(listed[header.file])}, the shard says {own}")
-    if len(headers) == len(shards):
+    if index.get("format") != FORMAT_VERSION or type(index["format"]) is not int:
+        wrong.append(f"says format {brief(repr(index.get('format')))}; this version reads format {FORMAT_VERSION}")
+    if wanted.sites is not None and index.get("store_checksum") is not None:  # those of older versions have none
+        own = checksum_file(place, STORE_FILE)
+        if index["store_checksum"] != own:
+            said = brief(repr(index["store_checksum"]))
+            found.add(STORE_FILE, f"its checksum is {own}, {INDEX_FILE} says {said}: one of the two has changed")
+    if len(headers) == len(shards) and not lost:
         nonfinite: Counter[str] = Counter()
         for header in headers:
             nonfinite.update(header.nonfinite)

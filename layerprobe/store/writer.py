@@ -28,6 +28,7 @@ from layerprobe.store.format import (
     SCALE_SUFFIX,
     STORE_FILE,
     ShardHeader,
+    checksum_file,
     commit_shard,
 )
 from layerprobe.store.guard import MOST_SHARDS, MOST_SITES
@@ -147,8 +148,10 @@ def commit_index(where: Path | Place, headers: Iterable[ShardHeader]) -> None:
     nonfinite: Counter[str] = Counter()
     for header in headers:
         nonfinite.update(header.nonfinite)
+    place = find_place(where)
     index = {
         "format": FORMAT_VERSION,
+        "store_checksum": checksum_file(place, STORE_FILE),
         "examples": sum(header.num_examples for header in headers),
         "tokens": sum(header.num_tokens for header in headers),
         "truncated": sum(header.num_truncated for header in headers),
@@ -163,7 +166,7 @@ def commit_index(where: Path | Place, headers: Iterable[ShardHeader]) -> None:
             for header in headers
         ],
     }
-    find_place(where).commit(INDEX_FILE, [json.dumps(index, indent=1).encode()])
+    place.commit(INDEX_FILE, [json.dumps(index, indent=1).encode()])
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,8 +51,10 @@ def test_verify_names_each_damaged_shard_in_a_line_and_exits_with_1(run: Run, fo
     code, printed, said = run("verify", folder, "--recompute", 3)
     lines = printed.splitlines()
     assert (code, said) == (1, "") and "examples run again" not in printed
+    assert lines[-1] == "no example was run again: the store is damaged, repair it first"
     assert [line.split(":")[0] for line in lines[:2]] == ["shard-000000.safetensors", "shard-000001.safetensors"]
-    code, printed, _ = run("verify", folder, "--repair")
+    code, printed, _ = run("verify", folder, "--repair", "--recompute", 3)
+    assert printed.endswith("is damaged, run the extraction first, then this again without --repair\n")
     assert code == 1 and "removed index.json, shard-000000.safetensors, shard-000001.safetensors" in printed
     code, printed, _ = run("verify", folder)
     assert code == 0 and "note: 2 of " in printed and "not complete" in printed
@@ -61,6 +63,14 @@ def test_verify_names_each_damaged_shard_in_a_line_and_exits_with_1(run: Run, fo
 def test_verify_of_what_is_no_store_exits_with_2(run: Run, tmp_path: Path) -> None:
     code, _, said = run("verify", tmp_path)
     assert code == 2 and "is not a store: it has no store.json" in said and said.count("\n") == 1
+
+
+def test_every_command_says_the_same_of_a_folder_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    none, out = tmp_path / "none", tmp_path / "out"
+    commands = [("info", none), ("status", none), ("verify", none), ("show", none, 0), ("merge", out, none)]
+    said = {run(*command)[::2] for command in [*commands, ("export", none, "-o", out)]}
+    message = f"{none}: does not exist. Make one with 'layerprobe extract MODEL INPUT -o {none}'."
+    assert said == {(2, f"layerprobe: {message}\n")}
 
 
 def test_recompute_runs_examples_again(run: Run, folder: Path, tiny_model_folder: Path) -> None:
@@ -104,6 +114,13 @@ def test_status_of_a_run_under_way(run: Run, folder: Path) -> None:
         assert ", alive; last heard of 0 s ago" in printed
     code, printed, _ = run("status", folder)
     assert code == 0 and ": stopped: it was asked to. Run the same extraction again to go on\n" in printed
+
+
+def test_status_of_a_store_that_lost_a_shard_says_what_to_do(run: Run, folder: Path) -> None:
+    (folder / "shard-000001.safetensors").unlink()
+    code, printed, _ = run("status", folder)
+    assert code == 0 and "complete" not in printed
+    assert ": damaged: 1 shard of the index not there, shard-000001.safetensors the first. Run 'layer" in printed
 
 
 def test_status_says_paces_and_times_in_fitting_units(folder: Path) -> None:

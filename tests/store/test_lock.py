@@ -18,7 +18,7 @@ import pytest
 from faults import FaultySystem, Step
 from layerprobe.errors import LockError, StoreError
 from layerprobe.store import lock
-from layerprobe.store.lock import LOCK_FILE, StoreLock
+from layerprobe.store.lock import LOCK_FILE, StoreLock, find_holder
 
 HOLDER = """
 import sys
@@ -179,3 +179,32 @@ def test_a_full_disk_forbids_no_lock(small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
     with StoreLock(small_disk), pytest.raises(LockError), StoreLock(small_disk):
         pass
+
+
+def test_who_looks_learns_the_holder_and_keeps_nobody_out(tmp_path: Path) -> None:
+    assert find_holder(tmp_path) is None and find_holder(tmp_path / "none") is None
+    with held_elsewhere(tmp_path) as process:
+        said = find_holder(tmp_path)
+        assert said is not None and said.startswith(f"process {process.pid} on {socket.gethostname()}, since ")
+    # left behind by a process that was killed
+    (tmp_path / LOCK_FILE).write_text("{}")
+    assert find_holder(tmp_path) is None
+    with StoreLock(tmp_path):
+        pass
+
+
+def test_a_run_that_begins_while_somebody_looks_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK_FILE).touch()
+    with open(tmp_path / LOCK_FILE) as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        whole, calls = fcntl.flock, []
+
+        def flock(descriptor: int, operation: int) -> None:
+            calls.append(operation)
+            if len(calls) == 3:  # refused, and seen that no writer is the cause
+                whole(looking, fcntl.LOCK_UN)
+            whole(descriptor, operation)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with StoreLock(tmp_path):
+            assert len(calls) > 3

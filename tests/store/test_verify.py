@@ -1,9 +1,10 @@
 """Whatever is changed in a store, verify names the file; what it removes, the same extraction makes again."""
 
 import json
+import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from layerprobe.errors import LockError, StoreError
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import commit_shard, read_header
 from layerprobe.store.lock import StoreLock
+from layerprobe.store.progress import read_status
 from layerprobe.store.shards import MappedShard, ShardInfo
 from layerprobe.store.verify import verify
 
@@ -200,9 +202,78 @@ def test_an_index_that_is_not_that_of_the_shards_is_named(
     assert verify(store, repair=True).removed == ("index.json",)
 
 
-def test_a_lost_shard_is_named_by_the_index(store: Path) -> None:
+def test_a_lost_shard_is_named_first_and_status_does_not_say_complete(store: Path) -> None:
     (store / "shard-000001.safetensors").unlink()
-    only_problem(store, "index.json", "names shard-000001.safetensors, which is not there")
+    only_problem(store, "shard-000001.safetensors", "is not there; index.json names it")
+    (store / "shard-000000.safetensors").write_bytes(b"cut")
+    problems = verify(store).problems
+    assert [problem.file for problem in problems] == ["shard-000001.safetensors", "shard-000000.safetensors"]
+    found = read_status(store)
+    assert found.state == "damaged" and found.num_units is not None and found.num_units_done == found.num_units - 1
+    assert found.reason == "1 shard of the index not there, shard-000001.safetensors the first"
+    assert found.num_examples == 12 and found.num_examples_done < 12
+
+
+def test_files_of_a_run_under_way_are_not_called_leftovers(store: Path) -> None:
+    (store / "index.json").unlink()
+    (store / "shard-000003.safetensors").rename(store / "shard-000003.safetensors.tmp")
+    assert any("left over" in note for note in verify(store).notes)
+    with StoreLock(store):
+        report = verify(store)
+    assert report.ok and not any("left over" in note for note in report.notes) and not report.advice
+    assert report.notes[0] == f"1 of {len(list(store.glob('shard-*')))} shards not there yet"
+    assert report.notes[1].startswith(f"a run is writing (process {os.getpid()} on ")
+
+
+def flip_every_bit(path: Path) -> Iterator[bytes]:
+    """Write a file anew with each of its bits flipped, one at a time, and at last as it was."""
+    whole = path.read_bytes()
+    for place in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        yield bytes(flipped)
+    path.write_bytes(whole)
+
+
+def test_every_flipped_bit_of_store_json_is_named(tiny: LoadedModel, tmp_path: Path) -> None:
+    with layerprobe.Probe(tiny.model, "pooler", to=tmp_path / "acts"):
+        tiny.model(torch.tensor([[1, 2, 3]]))
+    for _ in flip_every_bit(tmp_path / "acts" / "store.json"):
+        # whatever else follows from what it says then
+        assert "store.json" in [problem.file for problem in verify(tmp_path / "acts").problems]
+    assert verify(tmp_path / "acts").ok
+
+
+def test_every_flipped_bit_of_index_json_is_named_or_changes_nothing_that_is_read(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
+    with layerprobe.Probe(tiny.model, "pooler", to=tmp_path / "acts"):
+        tiny.model(torch.tensor([[1, 2, 3]]))
+    path = tmp_path / "acts" / "index.json"
+    said = json.loads(path.read_text())
+    del said["store_checksum"]
+    unseen = 0
+    for flipped in flip_every_bit(path):
+        if verify(tmp_path / "acts").ok:
+            unseen += 1
+            assert said.items() <= json.loads(flipped).items()
+    # only those of the name of the key that makes store.json sure, which is itself as it was
+    assert unseen <= 8 * len("store_checksum") and verify(tmp_path / "acts").ok
+
+
+def test_an_index_of_an_older_version_is_no_problem(store: Path) -> None:
+    edit_json(store / "index.json", lambda said: said.pop("store_checksum"))
+    assert verify(store).ok and len(layerprobe.open(store)) == 12
+
+
+def test_a_changed_store_json_is_not_repaired_by_what_it_says(store: Path) -> None:
+    edit_json(store / "store.json", lambda said: said["model"].update(id="another/model"))
+    only_problem(store, "store.json", "one of the two has changed")
+    (store / "shard-000000.safetensors").write_bytes(b"cut")
+    report = verify(store, repair=True)
+    assert not report.removed and (store / "index.json").exists()
+    assert report.advice.startswith("store.json cannot be made again")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +332,7 @@ def test_repair_removes_what_is_damaged_and_the_run_makes_it_again_byte_for_byte
     assert report.notes == ("shard-000005.safetensors.tmp is left over; the next run removes it",)
     assert f"Run 'layerprobe extract {tiny.name} INPUT -o {store}'" in str(report)
     left = verify(store)
-    assert left.ok and not left.is_complete and "2 of " in left.notes[0] and "are not there yet" in left.notes[0]
+    assert left.ok and not left.is_complete and "2 of " in left.notes[0] and "not there yet" in left.notes[0]
     extract(tiny, texts, store, sites=["layers.1", "layers.0.attention.weights"], shard_size=SHARD_BYTES)
     assert contents(store) == before
     again = verify(store, repair=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from torch import Tensor
 
 from faults import check_shards
@@ -135,9 +136,11 @@ def test_the_index_sums_what_the_headers_say_in_the_order_of_units(tmp_path: Pat
         ShardHeader(1, 2, 7, 3, "f", 1, {"layers.0": 2}),
         ShardHeader(0, 3, 5, 0, "f", 0, {"layers.0": 1, "layers.1": 4}),
     ]
+    (tmp_path / "store.json").write_bytes(b"{}")
     commit_index(tmp_path, headers)
     index = json.loads((tmp_path / "index.json").read_text())
     assert (index["examples"], index["tokens"], index["truncated"]) == (5, 12, 1)
+    assert index["store_checksum"] == xxhash.xxh3_64_hexdigest(b"{}")
     assert index["nonfinite"] == {"layers.0": 3, "layers.1": 4}
     assert [shard["file"] for shard in index["shards"]] == ["shard-000000.safetensors", "shard-000001.safetensors"]
     assert [shard["first_example"] for shard in index["shards"]] == [0, 3]
