@@ -8,6 +8,7 @@ from layerprobe.analysis.classify import classify
 from layerprobe.analysis.differences import differences
 from layerprobe.capture.calls import Sink
 from layerprobe.capture.covariances import Covariance, CrossCovariance
+from layerprobe.capture.finiteness import find_nonfinite
 from layerprobe.capture.probe import Probe
 from layerprobe.capture.registry import ProbeRegistry
 from layerprobe.capture.summaries import Histogram, Moments
@@ -59,6 +60,7 @@ __all__ = [
     "export",
     "extract",
     "extract_untrained",
+    "find_nonfinite",
     "generate",
     "load_classifier",
     "load_model",

@@ -95,6 +95,8 @@ ORDER = (
     "layerprobe.capture.units",
     "layerprobe.capture.packing",
     "layerprobe.capture.probe",
+    "layerprobe.capture.readings",
+    "layerprobe.capture.finiteness",
     "layerprobe.edit.where",
     "layerprobe.edit.edits",
     "layerprobe.edit.making",

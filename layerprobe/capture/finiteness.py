@@ -1,0 +1,207 @@
+"""`lp.find_nonfinite`: where in a forward the first NaN or infinity is made, and out of what.
+
+Every site is measured as it is made: how much of it is finite, and its range. Nothing waits for the device before the
+forward is over. Must never change the model, nor the random numbers that it draws.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from layerprobe.capture.hooks import HookSet
+from layerprobe.capture.readings import Readings, Taken, require_uncompiled
+from layerprobe.errors import OptionError
+from layerprobe.models import LoadedModel
+from layerprobe.sites.resolve import map_model
+from layerprobe.sites.stacks import calls_forward, find_device, unwrap
+
+__all__ = ["Nonfinite", "ValueRange", "find_nonfinite"]
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """How far values reach.
+
+    Args:
+        low, high: The least and the largest finite value; NaN where there is none.
+        num_nan, num_inf: How many are not finite.
+        num_values: How many there are.
+    """
+
+    low: float
+    high: float
+    num_nan: int
+    num_inf: int
+    num_values: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all are."""
+        return self.num_nan + self.num_inf == 0
+
+    def __str__(self) -> str:
+        if self.is_finite:
+            return f"{self.low:.4g} to {self.high:.4g}"
+        return f"{self.num_nan:,} NaN and {self.num_inf:,} infinities of {self.num_values:,} values"
+
+
+@dataclass(frozen=True)
+class Nonfinite:
+    """Where the first value that is not finite was made; false, and printed as `none`, where all are finite.
+
+    Args:
+        site: Its name; `output.NAME` for a loss, or for what is made after the last site; None if there is none.
+        module: The module that is read there.
+        values: What was made there.
+        inputs: By name, what it was made of: what the module was called with, or the sites just before.
+        parameters: Names of weights and buffers of the model that are not finite themselves.
+        num_sites: How many sites were looked at.
+    """
+
+    site: str | None
+    module: str = ""
+    values: ValueRange | None = None
+    inputs: Mapping[str, ValueRange] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+    num_sites: int = 0
+
+    def __bool__(self) -> bool:
+        return self.site is not None
+
+    def __str__(self) -> str:
+        if self.site is None:
+            lines = [f"none: {self.num_sites} sites and the output are finite"]
+        else:
+            place = f" ({self.module})" if self.module else ""
+            lines = [f"{self.site}{place}: {self.values}"]
+            lines += [f"  made of {name}: {found}" for name, found in self.inputs.items()]
+        if self.parameters:
+            more = f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else ""
+            lines.append(f"  weights that are not finite: {', '.join(self.parameters[:3])}{more}")
+        return "\n".join(lines)
+
+
+class _Record(NamedTuple):
+    """Measured, and still on the device: low, high, NaNs, infinities."""
+
+    name: str
+    module: str
+    takes: str
+    measured: Tensor
+    num_values: int
+    given: Tensor | None
+    num_given: int
+
+
+def find_nonfinite(model: nn.Module | LoadedModel, batch: Mapping[str, Any]) -> Nonfinite:
+    """Name the first site, in the order in which the model runs, that makes a NaN or an infinity.
+
+    The model runs once as it is, in its mode, without gradients; the caller's autocast holds. Padding counts too: what
+    is not finite there reaches other tokens through sums and norms. Attention weights are not looked at, but what is
+    made of them is.
+
+    Args:
+        model: A supported model, or what `load_model` gave; not compiled.
+        batch: What it is called with, by name, on its device; with labels its loss is looked at too.
+
+    Raises:
+        ArchitectureError: the model is not supported.
+        OptionError: it is compiled.
+
+    Cost: a forward, and a few passes over each value.
+
+    Example:
+        >>> import torch, layerprobe as lp
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> model, batch = BertModel(tiny).eval(), {"input_ids": torch.tensor([[1, 2, 3]])}
+        >>> print(lp.find_nonfinite(model, batch))
+        none: 20 sites and the output are finite
+        >>> model.encoder.layer[1].attention.self.key.weight.data[0, 0] = float("inf")
+        >>> lp.find_nonfinite(model, batch).site
+        'layers.1.attention.key'
+    """
+    network = model.model if isinstance(model, LoadedModel) else model
+    network = unwrap(network) if calls_forward(network) else network
+    require_uncompiled(network, "find_nonfinite")
+    mapped = map_model(network)
+    sites = [site for site in mapped.table if site.kind != "attention"]
+    records: list[_Record] = []
+
+    def take(taken: Taken) -> None:
+        given = taken.given
+        records.append(
+            _Record(
+                taken.site.name,
+                taken.site.module,
+                taken.site.takes,
+                _measure(taken.value),
+                taken.value.numel(),
+                None if given is None else _measure(given),
+                0 if given is None else given.numel(),
+            )
+        )
+
+    readings, hooks = Readings(mapped, sites, take), HookSet()
+    readings.begin(_find_length(batch))
+    device = find_device(network)
+    cuda = [device] if device.type == "cuda" else []
+    try:
+        readings.attach(hooks)
+        with torch.random.fork_rng(cuda), torch.no_grad():
+            output = network(**batch)
+    finally:
+        hooks.remove()
+    parts = output.items() if isinstance(output, Mapping) else []
+    made = [(f"output.{name}", part) for name, part in parts if isinstance(part, Tensor)]
+    records += [_Record(name, "", "output", _measure(part), part.numel(), None, 0) for name, part in made]
+    return _judge(records, _list_bad_weights(network), len({site.name for site in sites}))
+
+
+def _judge(records: list[_Record], parameters: tuple[str, ...], num_sites: int) -> Nonfinite:
+    bad = torch.stack([record.measured[2:].sum().cpu() for record in records]).nonzero().flatten().tolist()
+    if not bad:
+        return Nonfinite(None, parameters=parameters, num_sites=num_sites)
+    first = records[bad[0]]
+    if first.given is not None:
+        inputs = {f"the input of {first.module}": _view(first.given, first.num_given)}
+    else:
+        before = records[: bad[0]]
+        siblings = [record for record in before if record.name.rpartition(".")[0] == first.name.rpartition(".")[0]]
+        inputs = {record.name: _view(record.measured, record.num_values) for record in siblings or before[-1:]}
+    place = f"{first.module}:input" if first.takes == "input" else first.module
+    return Nonfinite(first.name, place, _view(first.measured, first.num_values), inputs, parameters, num_sites)
+
+
+def _measure(value: Tensor) -> Tensor:
+    """Low, high, NaNs and infinities as float64 `[4]`, where the value is."""
+    if not value.numel():
+        return torch.tensor([float("nan"), float("nan"), 0.0, 0.0], device=value.device, dtype=torch.float64)
+    finite = value.isfinite()
+    wide = value.double()
+    low, high = torch.where(finite, wide, float("inf")).amin(), torch.where(finite, wide, float("-inf")).amax()
+    return torch.stack([low, high, value.isnan().sum().double(), value.isinf().sum().double()])
+
+
+def _view(measured: Tensor, num_values: int) -> ValueRange:
+    low, high, num_nan, num_inf = measured.tolist()
+    if low > high:
+        low = high = float("nan")
+    return ValueRange(low, high, int(num_nan), int(num_inf), num_values)
+
+
+def _list_bad_weights(model: nn.Module) -> tuple[str, ...]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return tuple(name for name, weight in named if weight.is_floating_point() and not bool(weight.isfinite().all()))
+
+
+def _find_length(batch: Mapping[str, Any]) -> int | None:
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(batch.get(name), Tensor):
+            return batch[name].shape[-1 if name == "input_ids" else -2]
+    if not batch:
+        raise OptionError("find_nonfinite of an empty batch: give input_ids.")
+    return None
