@@ -16,7 +16,7 @@ from layerprobe.sites.weights import EagerTwin
 __all__ = ["Call", "Context", "Sink", "Source", "is_sink", "read_context"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Context:
     """What a stack of layers was called with.
 
@@ -41,7 +41,7 @@ class Source(NamedTuple):
     derive: Callable[[Sequence[Tensor]], Tensor]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """One call of the model, as the sink sees it.
 
@@ -50,6 +50,8 @@ class Call:
         contexts: What each stack was called with, by number, in the order in which they were called.
         expected, ahead, seen: Sites as bits: of the stacks called so far, of those still to be called, already made.
         state: Room for the sink to keep what it needs for this call.
+        values: Set by a sink that keeps values as they were made: a place for each site, where hooks put them without
+            calling `receive`.
         places: By stack, what a compiled graph has asked: where the real tokens are in `[B * S]`.
         is_orphan: The probe was closed by another thread while this call was running.
         sources: Set by a sink that follows gradients: for sites whose value is cut or joined, what it is made of.
@@ -58,6 +60,7 @@ class Call:
     stacks: Sequence[int | None]
     contexts: dict[int, Context] = field(default_factory=dict)
     state: Any = None
+    values: list[Any] | None = None
     expected: int = 0
     ahead: int = 0
     seen: int = 0

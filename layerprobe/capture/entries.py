@@ -67,7 +67,7 @@ def _make_base_entry(number: int, base: nn.Module, owner: str, frames: Frames, p
     def enter_base(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # torch: the hook came off while those of this module ran
             return
-        given = dict(zip(parameters, args, strict=False)) | kwargs
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs} if args else kwargs
         if torch.compiler.is_compiling():
             cached = given.get("past_key_values") is not None
             ids, mask, embeds = (given.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds"))

@@ -10,7 +10,6 @@ Hides threads, nesting and interruption. Must never know of hooks or values.
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import FrameType
 
 from layerprobe.capture.calls import Call, Context, Sink
@@ -23,7 +22,6 @@ ROOT = -1
 _AGAIN = -2
 
 
-@dataclass(eq=False)
 class _Frame:
     """A running call of the model in one thread.
 
@@ -32,15 +30,15 @@ class _Frame:
     `is_stopped` says that it ends early because every probe has what it asked.
     """
 
-    owner: int
-    runner: FrameType | None
-    call: Call | None = None
-    is_stopped: bool = False
-    inside: set[int] = field(default_factory=set)
-    caller: FrameType | None = None
+    __slots__ = ("call", "caller", "inside", "is_stopped", "owner", "runner")
 
-    def __post_init__(self) -> None:
-        self.caller = self.runner.f_back if self.runner is not None else None
+    def __init__(self, owner: int, runner: FrameType | None, call: Call | None = None) -> None:
+        self.owner = owner
+        self.runner = runner
+        self.caller = runner.f_back if runner is not None else None
+        self.call = call
+        self.is_stopped = False
+        self.inside: set[int] = set()
 
 
 class Frames:
@@ -59,6 +57,7 @@ class Frames:
         self._sites = sites
         self._stacks = [site.stack for site in sites]
         self._of_stack = [self._bits(number) for number in range(num_stacks)]
+        self._later = [sum(self._of_stack[number + 1 :]) for number in range(num_stacks)]
         self._after = self._bits(None)
         self._sink = sink
         self._owner = owner
@@ -68,9 +67,6 @@ class Frames:
 
     def _bits(self, stack: int | None) -> int:
         return sum(1 << index for index, site in enumerate(self._sites) if site.stack == stack)
-
-    def _later(self, number: int) -> int:
-        return sum(self._of_stack[number + 1 :])
 
     def enter_root(self, runner: FrameType | None) -> None:
         """Take note that the task model was called."""
@@ -84,8 +80,12 @@ class Frames:
         """Take note that the base of a stack was called."""
         if not self.is_open:
             return
-        frames = self.by_thread.setdefault(threading.get_ident(), [])
-        self._drop_interrupted(frames)
+        ident = threading.get_ident()
+        frames = self.by_thread.get(ident)
+        if frames is None:
+            frames = self.by_thread[ident] = []
+        if frames:
+            self._drop_interrupted(frames)
         if not frames or frames[-1].owner == number or number in frames[-1].inside or self._is_past(frames[-1]):
             frames.append(_Frame(number, runner))
         frame = frames[-1]
@@ -96,13 +96,13 @@ class Frames:
         if frame.call is not None:  # the other stack of the same call
             frame.call.contexts[number] = context
             frame.call.expected |= self._of_stack[number]
-            frame.call.ahead = self._later(number)
+            frame.call.ahead = self._later[number]
             return
         # A stack called by itself, as generate() calls an encoder, does not make what comes after all stacks, and
         # nor does a base that a sink calls within a call.
         is_alone = frame.owner == number and (len(self._of_stack) > 1 or len(frames) > 1)
         follows = 0 if is_alone else self._after
-        ahead = 0 if frame.owner == number else self._later(number)
+        ahead = 0 if frame.owner == number else self._later[number]
         call = Call(self._stacks, {number: context}, expected=self._of_stack[number] | follows, ahead=ahead)
         self._sink.begin(call)
         frame.call = call
@@ -133,11 +133,12 @@ class Frames:
         if not frames:
             return
         top = frames[-1]
-        is_known = runner is None or top.runner is None or runner in (top.runner, top.caller)
-        if not completed and top.owner == number and not is_known:
-            return
-        frames[-1].inside.discard(number)
-        if frames[-1].owner == number:
+        if not completed and top.owner == number:
+            is_known = runner is None or top.runner is None or runner in (top.runner, top.caller)
+            if not is_known:
+                return
+        top.inside.discard(number)
+        if top.owner == number:
             self._end_call(frames.pop(), completed)
 
     def is_inside(self, number: int) -> bool:

@@ -81,7 +81,12 @@ class HookSet:
     def may_stop(self) -> bool:
         """Whether a probe on the base model wants to end the forward and none still waits for a value."""
         readers = self._joined[0].readers if self._joined is not None else ()
-        if not any(reader.wants_stop for reader in readers) or any(reader.is_waiting() for reader in readers):
+        for reader in readers:
+            if reader.wants_stop:
+                break
+        else:
+            return False
+        if any(reader.is_waiting() for reader in readers):
             return False
         for reader in readers:
             reader.mark_stopped()

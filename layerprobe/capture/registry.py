@@ -256,11 +256,15 @@ class ProbeRegistry:
                 elif (stack := frames.get(get_ident())) and (call := stack[-1].call) is not None:
                     if bit and type(output) is Tensor and not call.seen & bit:  # what `_receive` does
                         call.seen |= bit
-                        try:
-                            sink_receive(call, which, output)
-                        except Exception:
-                            if not call.is_orphan:
-                                raise
+                        if (values := call.values) is not None:
+                            # a detached tensor is another object, and making one takes as long as the rest of a hook
+                            values[which] = output.detach() if output.requires_grad else output
+                        else:
+                            try:
+                                sink_receive(call, which, output)
+                            except Exception:
+                                if not call.is_orphan:
+                                    raise
                         if call.seen == call.expected and may_stop():
                             raise Stop
                     else:

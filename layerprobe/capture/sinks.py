@@ -38,6 +38,8 @@ class CapturedCall(Mapping[str, Value]):
         gradients: What backward sends to the sites, or None where that is not kept.
     """
 
+    __slots__ = ("_context", "_gradients", "_is_compiled", "_made", "_num_layers")
+
     def __init__(
         self,
         made: dict[str, Value],
@@ -214,18 +216,20 @@ class MemorySink:
         self._every = (1 << len(sites)) - 1
 
     def begin(self, call: Call) -> None:
-        call.state = [None] * len(self._sites), {}
+        if self._as_made:
+            call.values = [None] * len(self._names)
+            return
+        call.state = [None] * len(self._names), {}
         if self.keeps_gradients:
             call.sources = {}
             if self.history is not None:
                 self.history.attach_history()
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
-        values, gradients = call.state
-        if self._as_made:
-            # a detached tensor is another object, and making one takes as long as the rest of a hook
-            values[index] = value.detach() if value.requires_grad else value
+        if call.values is not None:
+            call.values[index] = value.detach() if value.requires_grad else value
             return
+        values, gradients = call.state
         site = self._sites[index]
         if self.keeps_gradients:
             if value.requires_grad:
@@ -236,12 +240,12 @@ class MemorySink:
         values[index] = shape_value(value.detach(), call.context(index), site, self._pool, self._dtype)
 
     def finish(self, call: Call) -> None:
-        values, gradients = call.state
+        values, gradients = call.state if call.values is None else (call.values, {})
         if call.expected == self._every:
             named = dict(zip(self._names, values, strict=True))
         else:
             named = {self._names[index]: values[index] for index in call.made}
-        context = next(reversed(call.contexts.values()))
+        *_, context = call.contexts.values()
         followed = Gradients(gradients, list(named), self.num_layers) if self.keeps_gradients else None
         self.calls.append(CapturedCall(named, context, self.num_layers, followed))
 
@@ -259,7 +263,7 @@ class MemorySink:
             )
 
     def abandon(self, call: Call) -> None:
-        call.state = None
+        call.state = call.values = None
         if self.history is not None:
             self.history.drop_history()
 
