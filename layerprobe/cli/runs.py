@@ -65,7 +65,9 @@ def extract(
         str, typer.Option(help="Which tokens to keep rows of: all, first, cls, special or nonspecial.")
     ] = "all",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in DIR.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another run in DIR; the same one goes on.")
+    ] = False,
     wait_for_space: Annotated[
         bool, typer.Option("--wait-for-space", help="On a full disk wait for room instead of stopping.")
     ] = False,
@@ -95,9 +97,8 @@ def extract(
         keep=keep,
         tokens=tokens,
     )
-    again = " without --overwrite" if overwrite else ""
-    stopped = f"stopped: whole shards are kept in {out}. Run the same command again{again} to go on."
-    with Terminator(out, grace, again) as terminator:
+    stopped = f"stopped: whole shards are kept in {out}. Run the same command again to go on."
+    with Terminator(out, grace) as terminator:
         plan = plan_extraction(
             model, texts, out, options, device=device, overwrite=overwrite, wait_for_space=wait_for_space
         )

@@ -23,16 +23,14 @@ class Terminator(AbstractContextManager["Terminator"]):
     Args:
         what: What is under way, for messages.
         grace_s: Seconds that a unit under way has to come to its end.
-        again: What is to be left out when the same command is run again.
 
     `stop` is set by the first SIGTERM once there is a unit to wait for, that is after `defer`. A second one, one before
     `defer`, and the end of the grace end the process at once, with exit code 143.
     """
 
-    def __init__(self, what: str, grace_s: float, again: str = "") -> None:
+    def __init__(self, what: str, grace_s: float) -> None:
         self.stop = threading.Event()
         self._what = what
-        self._again = again
         self._grace_s = grace_s
         self._defers = False
         self._timer: threading.Timer | None = None
@@ -61,7 +59,7 @@ class Terminator(AbstractContextManager["Terminator"]):
         self._timer.start()
 
     def _end_at_once(self) -> NoReturn:
-        _say(f"terminated: {self._what} keeps its whole shards. Run the same command again{self._again} to go on.")
+        _say(f"terminated: {self._what} keeps its whole shards. Run the same command again to go on.")
         os._exit(TERMINATED)
 
 

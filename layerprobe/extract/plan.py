@@ -23,7 +23,7 @@ from layerprobe.errors import InputError, OptionError, SpaceError
 from layerprobe.extract.batching import BATCH_COST_TOKENS, tokenize
 from layerprobe.extract.inputs import InputDigest, Record, TextSource, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
-from layerprobe.extract.resume import check_finite, check_place, find_done
+from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run
 from layerprobe.extract.thinning import find_kept
 from layerprobe.models import LoadedModel, describe_model, describe_tokenizer
 from layerprobe.sites.resolve import Site, map_model
@@ -297,6 +297,8 @@ def plan_extraction(
     if free_bytes is not None and plan.missing_bytes > free_bytes and not wait_for_space:
         raise SpaceError(
             f"{place}: needs {format_bytes(plan.missing_bytes)} more, the disk has {format_bytes(free_bytes)} "
+    # the same command goes on, with this option too: a job that is sent back to its queue has nothing else
+    overwrite = overwrite and not holds_same_run(place, description)
             f"free: {plan.missing_bytes - free_bytes:,} bytes missing. Ask for fewer sites, a smaller dtype or "
             "a pool, choose another disk, or start all the same with --wait-for-space."
         )

@@ -4,8 +4,9 @@ Resuming needs no journal: a shard whose header is whole and carries the plan's 
 missing. Must never write.
 """
 
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from layerprobe.store.format import (
     parse_shard_name,
 )
 from layerprobe.store.identity import list_differences
-from layerprobe.store.lock import LOCK_FILE
+from layerprobe.store.lock import LOCK_FILE, refuse_held
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.progress import PROGRESS_FILE
 
-__all__ = ["check_finite", "check_folder", "check_place", "find_done"]
+__all__ = ["check_finite", "check_folder", "check_place", "find_done", "holds_same_run"]
 
 _NUM_REQUESTS = 8
 
@@ -34,10 +35,12 @@ def check_place(place: Place) -> None:
     """Make sure that a store can be written there, as far as that shows without making anything that stays.
 
     Raises:
+        LockError: another run is writing there.
         StoreError: it holds something else than a store, or cannot be written.
     """
     if place.folder is not None:
         check_folder(place.folder)
+        refuse_held(place.folder)
         return
     names = place.list_files()
     if names and STORE_FILE not in names:
@@ -91,6 +94,15 @@ def check_finite(headers: Iterable[ShardHeader]) -> None:
                 f"{header.file}: was written with values that are not finite or do not fit the dtype: {listed}. "
                 "Keep nonfinite='warn', or pass --overwrite with a wider dtype."
             )
+
+
+def holds_same_run(place: Place, description: Mapping[str, Any]) -> bool:
+    """Whether a place holds this very run, to the word: then there is nothing that `--overwrite` would replace."""
+    try:
+        found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else None
+    except FormatError:
+        return False
+    return found == {"format": FORMAT_VERSION, **json.loads(json.dumps(description))}
 
 
 def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:

@@ -131,7 +131,7 @@ def extract(
         tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` (those that the tokenizer puts around a
             text), or `nonspecial`.
         device: Where to put a model given by name.
-        overwrite: Replace another run in the folder.
+        overwrite: Replace another run in the folder; the very same run is gone on with.
         wait_for_space: On a full disk wait for room instead of stopping.
         progress: Whether to say on stderr what is done; None for only on a terminal.
 
@@ -273,6 +273,9 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
     for header in writer.committed:
         report.nonfinite.update(header.nonfinite)
     report.seconds = time.perf_counter() - start
+        # a run that goes on once the input is back would take them for its own
+        for header in writer.committed:
+            plan.place.remove(header.file)
     return report
 
 

@@ -17,6 +17,8 @@ import torch
 import layerprobe
 from layerprobe.cli import main as cli
 from layerprobe.errors import StoreError
+from layerprobe.store.lock import StoreLock
+from layerprobe.store.places import find_place
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -169,6 +171,18 @@ def test_another_run_in_the_folder_is_one_line_and_overwrite_replaces_it(
     assert run(*command, "--dtype", "int8", "--overwrite") == (0, "", "")
     store: Any = layerprobe.open(tmp_path / "acts")
     assert store["layers.0"].dtype == torch.int8
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_looked_for(
+    run: Run, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "acts").mkdir()
+    with StoreLock(tmp_path / "acts"):
+        command = ["extract", "./nowhere", source, "-o"]
+        refused(run(*command, tmp_path / "acts"), f"another run is writing there (process {os.getpid()} on ")
+    place = find_place("memory://taken")
+    place.commit("notes.txt", [b"mine"])
+    refused(run(*command, "memory://taken"), "memory://taken: is not a store: it holds 'notes.txt'")
 
 
 def test_debug_shows_the_traceback_wherever_it_stands(

@@ -184,7 +184,10 @@ def test_overwrite_counts_the_space_that_it_frees(
     run_extraction(plan(tiny, texts, folder))
     held = sum(file.stat().st_size for file in folder.glob("shard-*"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert plan_extraction(tiny, texts, folder, overwrite=True).free_bytes == 1000 + held
+    other = ExtractOptions(dtype="float16")
+    assert plan_extraction(tiny, texts, folder, other, overwrite=True).free_bytes == 1000 + held
+    # the same run is not replaced
+    assert plan_extraction(tiny, texts, folder, overwrite=True).free_bytes == 1000
     assert plan(tiny, texts, folder).free_bytes == 1000  # nothing is to be written
     with pytest.raises(SpaceError, match=r"needs .* more, the disk has 1\.0 kB free"):
         plan(tiny, texts, tmp_path / "elsewhere")

@@ -167,6 +167,21 @@ def test_overwrite_replaces_a_run_with_nothing_of_it_left(
     assert contents(whole) == contents(tmp_path / "new")
 
 
+def test_overwrite_goes_on_with_the_very_same_run(tiny: LoadedModel, texts: list[str], whole: Path) -> None:
+    before = contents(whole)
+    kept = whole / "shard-000000.safetensors"
+    (whole / "shard-000001.safetensors").unlink()
+    node = kept.stat().st_ino
+    extract(tiny, texts, whole, shard_size=SHARD_BYTES, overwrite=True)
+    assert contents(whole) == before and kept.stat().st_ino == node
+    # what says something else of the run is replaced with it
+    said = json.loads((whole / "store.json").read_text())
+    said["model"]["id"] = "another/model"
+    (whole / "store.json").write_text(json.dumps(said))
+    extract(tiny, texts, whole, shard_size=SHARD_BYTES, overwrite=True)
+    assert contents(whole) == before and kept.stat().st_ino != node
+
+
 def test_another_function_as_pool_is_refused_and_the_same_is_gone_on_with(
     tiny: LoadedModel, texts: list[str], tmp_path: Path
 ) -> None:
@@ -214,6 +229,11 @@ def test_an_input_that_changes_under_way_makes_no_whole_store(
     with pytest.raises(InputError, match=r"a\.txt: (changed while the run was under way|is gone\. Put it back)"):
         run_extraction(plan)
     assert not (folder / "index.json").exists()
+    # once it is as it was, nothing of the other is taken for a part of it
+    source.write_text("\n".join(texts))
+    plan = plan_extraction(tiny, source, folder, ExtractOptions(shard_bytes=SHARD_BYTES))
+    run_extraction(plan)
+    assert [example.text for example in layerprobe.open(folder)] == texts
 
 
 def test_a_file_of_the_user_in_a_store_survives(tiny: LoadedModel, texts: list[str], whole: Path) -> None:
