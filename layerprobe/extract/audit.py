@@ -9,7 +9,6 @@ Hides that tolerance. Must never write.
 
 import random
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,11 @@ from layerprobe.capture.probe import Probe
 from layerprobe.capture.select import POOLS, Target, cast_into
 from layerprobe.errors import OptionError, PlanError, StoreError
 from layerprobe.extract.batching import tokenize
-from layerprobe.models import LoadedModel, describe_model, evaluating, load_model, load_tokenizer
+from layerprobe.extract.forward import PRECISIONS, compute_in
+from layerprobe.models import LoadedModel, describe_model, evaluating, load_model
 from layerprobe.sites.stacks import find_device
-from layerprobe.store.checks import check_tokenizer
-from layerprobe.store.format import TOKENIZER_FOLDER
+from layerprobe.store.checks import TOKENIZER_FILE, check_tokenizer
+from layerprobe.store.guard import brief
 from layerprobe.store.reader import Example, Store, open_store
 from layerprobe.store.shards import ScaledRows
 from layerprobe.tables import format_count
@@ -102,8 +102,8 @@ def audit(
 
     Args:
         folder: Where the store is; complete or not.
-        model: A model, what `load_model` gave, or a name; None for the one that `store.json` names. It must be the
-            very model: class, config and weights.
+        model: A model, what `load_model` gave, or a name; None for the one that `store.json` names, which is then told
+            on stderr. It must be the very model: class, config and weights.
         num_examples: How many; all, if there are fewer.
         seed: Which ones.
         device: Where to put a model given by name.
@@ -190,6 +190,8 @@ def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, devic
     if isinstance(model, str):
         network = load_model(model, device).model
     elif device is not None:
+        # a stranger's word, perhaps
+        print(f"layerprobe: loading the model {brief(repr(model))}, as {store.place} says", file=sys.stderr)
         raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
     else:
         network = model.model if isinstance(model, LoadedModel) else model
@@ -211,13 +213,12 @@ def _load_own_tokenizer(store: Store) -> Any:
     if not isinstance(said, dict):
         raise StoreError(f"{place}: does not say which tokenizer made its ids. Only its checksums can be checked.")
     check_tokenizer(place, said)
-    if place.folder is not None:
-        return load_tokenizer(str(place.folder / TOKENIZER_FOLDER))
-    with tempfile.TemporaryDirectory() as folder:
-        for file in place.list_files(TOKENIZER_FOLDER):
-            name = f"{TOKENIZER_FOLDER}/{file}"
-            (Path(folder) / file).write_bytes(place.read(name, 0, place.size(name)))
-        return load_tokenizer(folder)
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    # The rules alone: a configuration beside them may be a stranger's, and name code.
+    rules = Tokenizer.from_buffer(place.read(TOKENIZER_FILE, 0, place.size(TOKENIZER_FILE)))
+    return PreTrainedTokenizerFast(tokenizer_object=rules)
 
 
 def _choose(store: Store, count: int, seed: int) -> list[int]:

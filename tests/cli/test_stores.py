@@ -75,9 +75,10 @@ def test_every_command_says_the_same_of_a_folder_that_is_not_there(run: Run, tmp
 
 def test_recompute_runs_examples_again(run: Run, folder: Path, tiny_model_folder: Path) -> None:
     code, printed, said = run("verify", folder, "--recompute", 3, "--device", "cpu")
-    assert (code, said) == (0, "") and ": 3 examples run again, " in printed.splitlines()[-1]
+    assert code == 0 and ": 3 examples run again, " in printed.splitlines()[-1]
+    assert said == f"layerprobe: loading the model {str(tiny_model_folder)!r}, as {folder} says\n"
     first = run("verify", folder, "--recompute", 9, "--model", tiny_model_folder, "--seed", 4)
-    assert first[0] == 0 and ": 4 examples run again, " in first[1]
+    assert first[0] == 0 and not first[2] and ": 4 examples run again, " in first[1]
     code, printed, said = run("verify", folder, "--recompute", 3, "--model", "demo")
     assert code == 2 and "was made with another model (config_hash: " in said
 

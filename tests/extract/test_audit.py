@@ -262,3 +262,28 @@ def test_an_empty_report_counts_in_the_singular() -> None:
     report = AuditReport("acts", (3,), 64, (), 0.02)
     said = "acts: 1 example run again, 64 values compared: all as the model makes them, the largest difference 2.0% of "
     assert str(report).startswith(said)
+
+
+def test_of_the_tokenizer_in_a_store_only_its_rules_are_read(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    extract(tiny, texts, tmp_path / "acts")
+    rules = tmp_path / "acts" / "tokenizer"
+    for file in rules.iterdir():
+        if file.name != "tokenizer.json":
+            file.unlink()
+    (rules / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name in ("tokenizer_config.json", "config.json"):
+        (rules / name).write_text('{"auto_map": {"AutoTokenizer": ["code.Spy", "code.Spy"]}, "model_type": "none"}')
+    assert audit(tmp_path / "acts", tiny, num_examples=100).ok
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_model_that_a_store_names_is_told_before_it_is_loaded(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract(tiny, texts, tmp_path / "acts")
+    assert audit(tmp_path / "acts", tiny).ok and not capsys.readouterr().err
+    assert audit(tmp_path / "acts").ok
+    said = f"layerprobe: loading the model {tiny.name!r}, as {tmp_path / 'acts'} says\n"
+    assert capsys.readouterr().err == said
