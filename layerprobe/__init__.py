@@ -11,6 +11,7 @@ from layerprobe.capture.covariances import Covariance, CrossCovariance
 from layerprobe.capture.finiteness import find_nonfinite
 from layerprobe.capture.probe import Probe
 from layerprobe.capture.registry import ProbeRegistry
+from layerprobe.capture.stage import Stage
 from layerprobe.capture.summaries import Histogram, Moments
 from layerprobe.capture.topk import TopK
 from layerprobe.edit.editor import edit
@@ -51,6 +52,7 @@ __all__ = [
     "__version__",
     "ablate",
     "audit",
+    "Stage",
     "check",
     "clamp",
     "classify",

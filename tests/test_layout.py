@@ -90,6 +90,8 @@ ORDER = (
     "layerprobe.capture.sinks",
     "layerprobe.capture.statistics",
     "layerprobe.capture.summaries",
+    "layerprobe.capture.stage",
+    "layerprobe.capture.staged",
     "layerprobe.capture.covariances",
     "layerprobe.capture.topk",
     "layerprobe.capture.units",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.capture.calls import Call
-from layerprobe.capture.compiled import Port
+from layerprobe.capture.compiled import Outlet
 from layerprobe.capture.frames import Frames
 from layerprobe.capture.hooks import HookSet
 from layerprobe.sites.weights import EagerTwin
@@ -25,7 +25,7 @@ _GONE: Any = object()
 
 
 def watch_attention(
-    hooks: HookSet, module: nn.Module, key: int, frames: Frames, port: Port, deliver: Callable[..., None]
+    hooks: HookSet, module: nn.Module, key: int, frames: Frames, port: Outlet, deliver: Callable[..., None]
 ) -> None:
     """Hook one attention module.
 

@@ -12,17 +12,47 @@ Hides torch's operator registry and its compiler. Must never know of sites or si
 import itertools
 import sys
 import weakref
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from layerprobe.errors import CaptureError
 
-__all__ = ["TAGS", "Follower", "Port", "Receiver", "find_receiver", "forget_compiled_graphs", "has_compiled"]
+__all__ = [
+    "TAGS",
+    "Follower",
+    "Outlet",
+    "Port",
+    "Reading",
+    "Receiver",
+    "find_receiver",
+    "forget_compiled_graphs",
+    "has_compiled",
+]
 
 # A CUDA graph replays kernels and not Python; the compiler has to leave these calls out of it.
 TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+class Reading(NamedTuple):
+    """What is read at one module: the sites, by index, and whether it gives its value in chunks."""
+
+    indices: tuple[int, ...]
+    is_chunked: bool
+
+
+class Outlet(Protocol):
+    """The way out of a graph, as hooks see it while they are traced."""
+
+    def enter(self, stack: int, ids: Any, mask: Any, embeds: Any, cached: bool) -> None:
+        """A base model is called; a stack of -1 is the task model around it."""
+
+    def receive(self, point: int, value: Any, is_rows: bool = False) -> None:
+        """A module that is read made a value."""
+
+    def leave(self, stack: int, completed: bool) -> None:
+        """The model that was entered is done, or has raised."""
 
 
 class Follower(Protocol):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from layerprobe.capture.calls import read_context
-from layerprobe.capture.compiled import Port
+from layerprobe.capture.compiled import Outlet
 from layerprobe.capture.direct import watch_direct_calls
 from layerprobe.capture.frames import ROOT, Frames
 from layerprobe.capture.hooks import HookSet
@@ -26,7 +26,7 @@ from layerprobe.sites.stacks import calls_forward
 __all__ = ["watch_calls"]
 
 
-def watch_calls(hooks: HookSet, given: nn.Module, mapped: ModelMap, frames: Frames, port: Port) -> None:
+def watch_calls(hooks: HookSet, given: nn.Module, mapped: ModelMap, frames: Frames, port: Outlet) -> None:
     """Follow the calls of a model.
 
     Args:
@@ -51,7 +51,7 @@ def watch_calls(hooks: HookSet, given: nn.Module, mapped: ModelMap, frames: Fram
         watch_direct_calls(hooks, root, number, frames, enter, _make_exit(number, frames, port))
 
 
-def _make_root_entry(frames: Frames, port: Port) -> Callable[..., None]:
+def _make_root_entry(frames: Frames, port: Outlet) -> Callable[..., None]:
     def enter_root(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         if torch.compiler.is_compiling():
             port.enter(ROOT, None, None, None, False)
@@ -61,7 +61,7 @@ def _make_root_entry(frames: Frames, port: Port) -> Callable[..., None]:
     return enter_root
 
 
-def _make_base_entry(number: int, base: nn.Module, owner: str, frames: Frames, port: Port) -> Callable[..., None]:
+def _make_base_entry(number: int, base: nn.Module, owner: str, frames: Frames, port: Outlet) -> Callable[..., None]:
     parameters = list(inspect.signature(type(base).forward).parameters)[1:]
 
     def enter_base(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -83,7 +83,7 @@ def _make_base_entry(number: int, base: nn.Module, owner: str, frames: Frames, p
     return enter_base
 
 
-def _make_exit(number: int, frames: Frames, port: Port) -> Callable[..., None]:
+def _make_exit(number: int, frames: Frames, port: Outlet) -> Callable[..., None]:
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # torch passes None for the output of a forward that raised
         if torch.compiler.is_compiling():

@@ -7,6 +7,7 @@ shard.
 Hides the order of tensors in a shard and the turns of the two buffers. Must never know of modules or hooks.
 """
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from layerprobe.capture.units import (
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.format import ShardHeader, fingerprint_of
-from layerprobe.store.lock import StoreLock
+from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_place, commit_description, commit_index
 
@@ -107,6 +108,7 @@ class StoreSink:
         self._next_unit = 0
         self._next_example = 0
         self._lock: StoreLock | None = None
+        self._made_folder: Path | None = None
         # Calls of several threads take turns: a unit is one run of examples.
         self._turn = threading.Condition()
         self._pending: _Pending | None = None
@@ -131,15 +133,26 @@ class StoreSink:
         check_storable(sites, self._pool, self.packed_dtype)
         self._sites = sites
         if self._description is not None:
+            folder = self.place.folder
+            is_new = folder is not None and not folder.exists()
             self._lock = claim_place(self.place)
+            self._made_folder = folder if is_new else None
         self.writer.start()
 
     def close(self, error: BaseException | None) -> None:
         try:
             self._close(error)
         finally:
+            folder = self.place.folder
+            if self._lock is not None and folder is not None and self._stored is None:
+                # a store of no call says nothing: not even how wide its sites are
+                with contextlib.suppress(OSError):
+                    (folder / LOCK_FILE).unlink()
             if self._lock is not None:
                 self._lock.release()
+            if self._made_folder is not None and self._stored is None:
+                with contextlib.suppress(OSError):
+                    self._made_folder.rmdir()
 
     def _close(self, error: BaseException | None) -> None:
         try:

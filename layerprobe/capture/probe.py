@@ -18,6 +18,8 @@ from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.registry import ProbeRegistry
 from layerprobe.capture.select import Pool, check_pool, resolve_dtype
 from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink
+from layerprobe.capture.stage import Stage
+from layerprobe.capture.staged import StageSink
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import describe_model
 from layerprobe.sites.resolve import Site
@@ -45,7 +47,8 @@ class Probe(AbstractContextManager["Probe"]):
         model: A supported Hugging Face model. What it computes stays bit-equal.
         sites: One pattern or several, such as `"layers.*"` or `["embeddings", "layers.-1"]`.
         to: Where values go. None: memory, `[B, S, D]` as the model made them. A path or a URL: a store, one row per
-            real token. A function: called with `(site, value)` as each value is made. A `Sink`: its methods.
+            real token. A function: called with `(site, value)` as each value is made. A `Sink`: its methods. A `Stage`:
+            the last call, in tensors that never move.
         pool: None, or one vector per example by `cls`, `mean`, `max`, `last` or a callable from `[T, D]` rows to one
             vector. Over all real tokens, special ones included.
         dtype: None for the model's own, or `float32`, `float16`, `bfloat16`, `float8_e4m3fn`, `int8` (with one scale
@@ -78,7 +81,7 @@ class Probe(AbstractContextManager["Probe"]):
         model: nn.Module,
         sites: str | Sequence[str],
         *,
-        to: "str | Path | Sink | Callable[[str, Any], object] | None" = None,
+        to: "str | Path | Stage | Sink | Callable[[str, Any], object] | None" = None,
         pool: Pool = None,
         dtype: str | torch.dtype | None = None,
         stop: bool = False,
@@ -90,16 +93,25 @@ class Probe(AbstractContextManager["Probe"]):
             raise OptionError("gradients=True keeps values in memory as they are: leave out to, pool and dtype.")
         if gradients and stop:
             raise OptionError("a forward that stop=True ends early has no output to call backward on: leave out one.")
+        if isinstance(to, Stage):
+            _check_staged(model, pool, stop)
         self._sink = self._choose_sink(model, to, pool, stored_dtype, gradients)
-        self._registry = ProbeRegistry(model, sites, self._sink, stop=stop)
+        registry = ProbeRegistry(model, sites, self._sink, stop=stop)
         if isinstance(self._sink, MemorySink):
-            self._sink.num_layers = self._registry.num_layers
+            self._sink.num_layers = registry.num_layers
+        if isinstance(to, Stage):
+            to.name_layers(registry.num_layers)
+        self._sites = registry.sites
+        # let go of when the probe closes, and the model with it
+        self._registry: ProbeRegistry | None = registry
         self._state = _Lifecycle.NEW
 
     @staticmethod
     def _choose_sink(model: nn.Module, to: Any, pool: Pool, dtype: torch.dtype | None, gradients: bool) -> Sink:
         if to is None:
             return MemorySink(pool, dtype, gradients)
+        if isinstance(to, Stage):
+            return StageSink(to, dtype, unwrap(model))
         if isinstance(to, (str, Path)):
             return _open_store_sink(model, to, pool, dtype)
         if is_sink(to):
@@ -108,15 +120,15 @@ class Probe(AbstractContextManager["Probe"]):
             return to
         if callable(to):
             return CallableSink(to, pool, dtype)
-        raise OptionError(f"to={to!r}: give a path, a function of (site, value), a Sink, or None for memory.")
+        raise OptionError(f"to={to!r}: give a path, a function of (site, value), a Sink, a Stage, or None for memory.")
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The sites that are captured, in the order in which the model runs them."""
-        return self._registry.sites
+        return self._sites
 
     def __enter__(self) -> "Probe":
-        if self._state is not _Lifecycle.NEW:
+        if self._state is not _Lifecycle.NEW or self._registry is None:
             raise CaptureError(f"this probe is {self._state.value}: make a new one for another with block.")
         self._sink.open(self.sites)
         try:
@@ -129,9 +141,12 @@ class Probe(AbstractContextManager["Probe"]):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._state = _Lifecycle.CLOSED
+        registry, self._registry = self._registry, None
         try:
             try:
-                self._registry.detach()
+                if registry is not None:
+                    registry.detach()
+                    registry.attach_history()
             finally:
                 self._sink.close(error)
         except Exception:
@@ -169,8 +184,23 @@ class Probe(AbstractContextManager["Probe"]):
     def _memory(self) -> MemorySink:
         if not isinstance(self._sink, MemorySink):
             raise CaptureError("this probe keeps nothing in memory: its values went where 'to' says.")
-        self._registry.attach_history()
+        if self._registry is not None:
+            self._registry.attach_history()
         return self._sink
+
+
+def _check_staged(model: nn.Module, pool: Pool, stop: bool) -> None:
+    """Refuse what a stage does not do.
+
+    Raises:
+        OptionError: a pool, or an early end of a compiled model.
+    """
+    if pool is not None:
+        raise OptionError(f"pool={pool!r} and a stage: a stage holds rows as they are. Leave out pool, or use memory.")
+    if stop and "_orig_mod" in model._modules:
+        raise OptionError(
+            "stop=True, a stage and a compiled model: nothing in the graph asks whether to go on. Leave out one."
+        )
 
 
 def describe_pool(pool: Pool) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from layerprobe.capture.attention import watch_attention
 from layerprobe.capture.calls import Call, Sink, Source, read_context
-from layerprobe.capture.compiled import Port, forget_compiled_graphs, has_compiled
+from layerprobe.capture.compiled import Outlet, Port, Reading, forget_compiled_graphs, has_compiled
 from layerprobe.capture.early import end_early, require_an_end
 from layerprobe.capture.entries import watch_calls
 from layerprobe.capture.frames import ROOT, Frames
@@ -84,9 +84,12 @@ class ProbeRegistry:
         if stop:
             require_an_end(model, self._root)
         self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner)
-        packs = getattr(sink, "packs_rows", False)
-        self._port = Port(self, find_device(self._root), packs, getattr(sink, "packed_dtype", None))
+        packs, device = getattr(sink, "packs_rows", False), find_device(self._root)
+        self._port = Port(self, device, packs, getattr(sink, "packed_dtype", None))
         self._points = self._group_points()
+        make_outlet = getattr(sink, "make_outlet", None)  # a sink that graphs write to without operators
+        readings = [Reading(point.indices, point.is_chunked) for point in self._points]
+        self._outlet: Outlet = self._port if make_outlet is None else make_outlet(self._root, device, readings)
         if getattr(sink, "keeps_gradients", False):
             self._port.keep_history(len(self._points))
             cast(Any, sink).history = self
@@ -110,7 +113,7 @@ class ProbeRegistry:
         has_graphs = has_compiled()
         try:
             self._port.open()
-            watch_calls(self._hooks, self._given, self._mapped, self._frames, self._port)
+            watch_calls(self._hooks, self._given, self._mapped, self._frames, self._outlet)
             for point in self._points:
                 self._attach_point(point)
             if getattr(self._sink, "keeps_gradients", False):
@@ -225,10 +228,10 @@ class ProbeRegistry:
     def _attach_point(self, point: _Point) -> None:
         if point.takes == "weights":
             deliver = functools.partial(self._receive_at, point=point)
-            watch_attention(self._hooks, point.module, point.key, self._frames, self._port, deliver)
+            watch_attention(self._hooks, point.module, point.key, self._frames, self._outlet, deliver)
             return
         # Run at every layer of every call, so without the calls that would make it shorter.
-        frames, get_ident, port, key = self._frames.by_thread, threading.get_ident, self._port, point.key
+        frames, get_ident, port, key = self._frames.by_thread, threading.get_ident, self._outlet, point.key
         is_compiling, sink_receive, may_stop = torch.compiler.is_compiling, self._sink.receive, self._hooks.may_stop
         receive: Callable[[Call, Any, Any], None] = self._receive_at
         which: Any = point

@@ -268,7 +268,7 @@ class MemorySink:
             self.history.drop_history()
 
     def close(self, error: BaseException | None) -> None:
-        return None
+        self.history = None
 
 
 def _follow_gradient(source: Source, name: str, gradients: dict[str, Tensor]) -> None:

@@ -29,6 +29,9 @@ _TOKEN_HEADS = (
     "ForQuestionAnswering", "EncoderDecoderModel",
 )  # fmt: skip
 
+# Under these names torch.compile, FSDP and checkpoint wrappers keep the module that they stand for.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -123,7 +126,8 @@ class ModelMap:
         Raises:
             SiteError: a pattern is malformed or matches nothing.
         """
-        modules = [name for name, _ in self.model.named_modules() if name]
+        modules = list(dict.fromkeys(filter(None, (_leave_out(name) for name, _ in self.model.named_modules()))))
+        patterns = [_leave_out(text) for text in ([patterns] if isinstance(patterns, str) else patterns)]
         known = {site.name: site for site in self.table}
         names = expand_patterns(patterns, list(known), self.num_layers, self.owner, modules)
         return tuple(known.get(name) or self._module_site(name) for name in names)
@@ -287,6 +291,11 @@ def _list_head(root: nn.Module, stacks: tuple[Stack, ...]) -> list[Site]:
     kind: Kind = "token" if type(root).__name__.endswith(_TOKEN_HEADS) else "example"
     path = head if owner is root else f"decoder.{head}"
     return [Site("logits", path, "output", kind, _last_linear_width(root.get_submodule(path)), stack=None)]
+
+
+def _leave_out(name: str) -> str:
+    """Leave out of a module's name what wraps it; the wrapper has the attributes of what is in it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def _describe_place(site: Site) -> str:

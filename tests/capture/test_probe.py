@@ -1,6 +1,9 @@
 """The probe in memory: every site against an oracle, early stop, casts, gradients, threads, and its errors."""
 
+import gc
 import threading
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,7 +271,7 @@ def test_unknown_site_is_refused_before_a_folder_is_made(tiny_bert: Any, tmp_pat
 
 def test_destination_that_is_none_is_refused(tiny_bert: Any) -> None:
     with pytest.raises(
-        OptionError, match=r"to=3: give a path, a function of \(site, value\), a Sink, or None for memory"
+        OptionError, match=r"to=3: give a path, a function of \(site, value\), a Sink, a Stage, or None for memory"
     ):
         lp.Probe(tiny_bert, "layers.0", to=3)  # type: ignore[arg-type]
 
@@ -335,3 +338,32 @@ def test_dtype_is_that_of_a_cast(tiny_bert: Any, batch: Any, name: str) -> None:
             assert torch.equal(probe[site].values, (value / scale[..., None]).round().to(torch.int8))
         else:
             assert torch.equal(probe[site].float(), value.to(DTYPES[name]).float())
+
+
+def test_a_closed_probe_keeps_no_model_alive(make_bert: Any, batch: dict[str, Tensor], tmp_path: Path) -> None:
+    places: list[Any] = [None, tmp_path / "acts", lp.Stage(64), lambda *_: None]
+    for to in places:
+        model = make_bert()
+        with torch.no_grad(), lp.Probe(model, "layers.*", to=to) as p:
+            model(**batch)
+        left = weakref.ref(model)
+        del model
+        gc.collect()
+        assert left() is None, to
+        assert [site.name for site in p.sites][:1]
+        if to is None:
+            assert p["layers.-1"].shape == (3, 7, 32)
+
+
+def test_a_store_of_no_call_leaves_nothing_that_was_not_there(tiny_bert: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with lp.Probe(tiny_bert, "layers.*", to=tmp_path / "acts"):
+        assert (tmp_path / "acts").exists()
+    with lp.Probe(tiny_bert, "layers.*", to=tmp_path / "mine"):
+        pass
+    with pytest.raises(ZeroDivisionError), lp.Probe(tiny_bert, "layers.*", to=tmp_path / "raised"):
+        _ = 1 / 0
+    with lp.Probe(tiny_bert, "layers.*", to=tmp_path / "with a guest"):
+        (tmp_path / "with a guest" / "notes.txt").write_text("mine")
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == ["mine", "with a guest", "with a guest/notes.txt"]

@@ -169,3 +169,23 @@ def test_task_model_within_a_pipeline_gives_its_logits() -> None:
     with torch.no_grad(), lp.Probe(pipeline, ["layers.-1", "logits"]) as probe:
         output = pipeline(batch)
     assert torch.equal(probe["logits"], output.logits)
+
+
+def test_modules_are_named_without_what_wraps_them(make_bert: Any) -> None:
+    model, wrapped = make_bert(), make_bert()
+    for index, layer in enumerate(wrapped.encoder.layer):
+        wrapped.encoder.layer[index] = torch.compile(layer, backend="eager")
+    patterns = ["module:encoder.layer.*.attention.self.query", "module:encoder.layer.1", "module:encoder.layer.1:input"]
+    named = [site.name for site in lp.sites(model, patterns)]
+    assert [site.name for site in lp.sites(wrapped, patterns)] == named
+    assert [site.name for site in lp.sites(wrapped, "module:encoder.layer.1._orig_mod.output")] == [
+        "module:encoder.layer.1.output"
+    ]
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), lp.Probe(model, ["layers.*", *patterns]) as expected:
+        model(ids)
+    with torch.no_grad(), lp.Probe(wrapped, ["layers.*", *patterns]) as probe:
+        wrapped(ids)
+    call = probe.calls[0]
+    assert list(call) == list(expected.calls[0])
+    assert all(torch.equal(probe[site], expected[site]) for site in call)

@@ -1,0 +1,148 @@
+"""`lp.Stage`: room for the rows of one call, in tensors that are allocated once and never move.
+
+A compiled graph, and a CUDA graph all the more, keeps the address of what it writes to. So a stage does not grow: what
+it has no room for goes to a last row that nobody reads, and reading says how much there was.
+
+Hides how the tensors are laid out. Must never know of models or of who writes.
+
+Letters: B sequences in a batch, S padded positions, T rows (real tokens), D width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerprobe.capture.sinks import find_site
+from layerprobe.errors import CaptureError, OptionError
+from layerprobe.sites.resolve import Site
+
+__all__ = ["Room", "Stage"]
+
+
+class Room(NamedTuple):
+    """The tensors of a stage; each has one element more than there is room for.
+
+    `counts` holds T and B of the last call, `is_done` whether it ran to its end, `is_open` whether a probe is open.
+    """
+
+    values: list[Tensor]
+    offsets: Tensor
+    counts: Tensor
+    is_done: Tensor
+    is_open: Tensor
+
+
+class Stage:
+    """Hold the rows of the last call of a model, in tensors that are allocated once and never move.
+
+    Pass it to `lp.Probe(model, sites, to=stage)`. Rows are packed without padding, as in a store, and cast to the
+    probe's `dtype` (None: that of the model's weights). Under `torch.compile` the packing is part of the graph.
+
+    Args:
+        max_tokens: Real tokens of a call that there is room for. A call with more runs unharmed; reading is an error.
+        max_examples: Sequences of a call that there is room for; None for as many as tokens.
+
+    Raises:
+        OptionError: there is no room at all.
+
+    Cost: `max_tokens + 1` vectors per site, as long as the stage lives; reading waits for the device.
+
+    Example:
+        >>> import torch, layerprobe as lp
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> model, stage = BertModel(tiny).eval(), lp.Stage(max_tokens=64)
+        >>> with lp.Probe(model, "layers.*", to=stage):
+        ...     output = model(torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+        >>> stage["layers.1"].shape, stage.offsets.tolist()
+        (torch.Size([5, 32]), [0, 3, 5])
+    """
+
+    def __init__(self, max_tokens: int, *, max_examples: int | None = None) -> None:
+        max_examples = max_tokens if max_examples is None else max_examples
+        if max_tokens < 1 or max_examples < 1:
+            raise OptionError(
+                f"a stage of max_tokens={max_tokens}, max_examples={max_examples} holds nothing: use 1 or more."
+            )
+        self.max_tokens = max_tokens
+        self.max_examples = max_examples
+        self._room: Room | None = None
+        self._layout: Any = None
+        self._kinds: dict[str, tuple[int, str]] = {}
+        self._num_layers: Mapping[str, int] = {}
+        self._is_taken = False
+
+    @property
+    def offsets(self) -> Tensor:
+        """`[B + 1]` int64, a view: rows `offsets[b]` to `offsets[b + 1]` are those of sequence b."""
+        room, _, num_examples = self._look()
+        return room.offsets[: num_examples + 1]
+
+    def __getitem__(self, site: str) -> Tensor:
+        """Give what the last call made, a view: `[T, D]` rows, or `[B, D]` where a site has one vector per example.
+
+        Raises:
+            SiteError: the site is not among those of the probe.
+            CaptureError: no call has ended, or the last one had more than there is room for.
+        """
+        room, num_tokens, num_examples = self._look()
+        index, kind = self._kinds[find_site(site, list(self._kinds), self._num_layers)]
+        return room.values[index][: num_tokens if kind == "token" else num_examples]
+
+    def _look(self) -> tuple[Room, int, int]:
+        """Ask the device how much the last call has made."""
+        if self._room is None or not self._room.is_done:
+            raise CaptureError(
+                "the stage holds no call: none of the model has ended in the probe, or the last was cut short. "
+                "Call model(...) inside the with block."
+            )
+        num_tokens, num_examples = self._room.counts.tolist()
+        if num_tokens > self.max_tokens or num_examples > self.max_examples:
+            raise CaptureError(
+                f"the last call had {num_tokens} tokens in {num_examples} examples: the stage has room for "
+                f"{self.max_tokens} in {self.max_examples}. Make a larger one, or call the model with fewer texts."
+            )
+        return self._room, num_tokens, num_examples
+
+    def take(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> Room:
+        """Get ready for these sites; the tensors of the last probe stay where they are if they fit.
+
+        Raises:
+            CaptureError: another probe has it.
+        """
+        if self._is_taken:
+            raise CaptureError("the stage belongs to another open probe: make one for each.")
+        layout = [(site.kind, site.width) for site in sites], dtype, device
+        if self._room is None or layout != self._layout:
+            self._room, self._layout = self._allocate(sites, dtype, device), layout
+        self._kinds = {site.name: (index, site.kind) for index, site in enumerate(sites)}
+        self._room.is_done.fill_(False)
+        self._room.is_open.fill_(True)
+        self._is_taken = True
+        return self._room
+
+    def leave(self) -> None:
+        """Write no more, even where a graph that was compiled with the probe outlives it."""
+        if self._room is not None:
+            self._room.is_open.fill_(False)
+        self._is_taken = False
+
+    def name_layers(self, num_layers: Mapping[str, int]) -> None:
+        """Let negative layers be found."""
+        self._num_layers = num_layers
+
+    def _allocate(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> Room:
+        with torch.inference_mode(False):
+            extents = {"token": self.max_tokens, "example": self.max_examples}
+            room = Room(
+                [torch.zeros(extents[site.kind] + 1, site.width or 0, dtype=dtype, device=device) for site in sites],
+                torch.zeros(self.max_examples + 2, dtype=torch.int64, device=device),
+                torch.zeros(2, dtype=torch.int64, device=device),
+                torch.zeros((), dtype=torch.bool, device=device),
+                torch.zeros((), dtype=torch.bool, device=device),
+            )
+        for tensor in (*room.values, *room[1:]):
+            torch._dynamo.mark_static_address(tensor)
+        return room

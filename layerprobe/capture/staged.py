@@ -1,0 +1,265 @@
+"""The sink of `lp.Stage`: rows to their places, from Python or inside a compiled graph.
+
+Everything is arithmetic on tensors: a cumulative sum of the mask says where each token's row goes, padding goes to a
+last row that nobody reads. So no number is asked of the device, no shape depends on the mask, and no operator cuts a
+graph of `torch.compile`. Between the beginning of a call and its end an object holds the mask; a compiler carries it
+from one piece of the model to the next.
+
+Hides how rows find their places. Must never know of hooks.
+
+Letters: B sequences in a batch, S padded positions, D width.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerprobe.capture.calls import Call
+from layerprobe.capture.compiled import Outlet, Reading
+from layerprobe.capture.frames import ROOT
+from layerprobe.capture.stage import Room, Stage
+from layerprobe.capture.values import find_tensor, take_part
+from layerprobe.errors import CaptureError, OptionError
+from layerprobe.sites.resolve import Site
+
+__all__ = ["StageSink"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class StageSink:
+    """Write the rows of each call to a stage.
+
+    Args:
+        stage: Where to.
+        dtype: Of the rows; None for that of the model's weights.
+        model: What makes them.
+
+    Raises:
+        OptionError: rows of that dtype need more than a cast.
+    """
+
+    def __init__(self, stage: Stage, dtype: torch.dtype | None, model: nn.Module) -> None:
+        if dtype is not None and dtype not in _DTYPES:
+            raise OptionError(
+                f"dtype={str(dtype).removeprefix('torch.')!r} of a stage: rows there are cast and no more. "
+                "Use float32, float16, bfloat16, or None for that of the weights."
+            )
+        own = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
+        self._dtype = dtype or next(own, torch.float32)
+        self._stage = stage
+        self._device = torch.device("cpu")
+        self._packer: _Packer | None = None
+        self._sites: Sequence[Site] = ()
+        self._outlet: _StageOutlet | None = None
+        self._lock = threading.Lock()
+        self._call: Call | None = None
+        self._thread: int | None = None
+
+    def make_outlet(self, root: nn.Module, device: torch.device, readings: Sequence[Reading]) -> Outlet:
+        """Make what takes values straight from graphs."""
+        self._device = device
+        self._outlet = _StageOutlet(root, readings)
+        return self._outlet
+
+    def open(self, sites: Sequence[Site]) -> None:
+        _check_sites(sites)
+        assert self._outlet is not None
+        self._sites = sites
+        room = self._stage.take(sites, self._dtype, self._device)
+        self._packer = self._outlet.packer = _Packer(self._stage, room, sites)
+
+    def close(self, error: BaseException | None) -> None:
+        if self._packer is not None:
+            self._stage.leave()
+        self._packer = self._outlet = self._call = self._thread = None
+
+    def begin(self, call: Call) -> None:
+        thread = threading.get_ident()
+        with self._lock:
+            if self._thread not in (None, thread):
+                raise CaptureError("a stage holds one call at a time: call the model from one thread, or use memory.")
+            # one left over from this thread was cut short, by Ctrl-C say
+            self._call, self._thread = call, thread
+        assert self._packer is not None
+        self._packer.start(None, None, in_graph=False)
+
+    def receive(self, call: Call, index: int, value: Tensor) -> None:
+        packer = self._packer
+        if call is not self._call or packer is None:
+            raise CaptureError(
+                f"{self._sites[index].name!r} was made after another call of the model began inside this one: a stage "
+                "holds one call at a time. Use a second model, or capture into memory."
+            )
+        if not packer.has_places:
+            context = call.context(index)
+            packer.mask = context.attention_mask
+            packer.find_places(context.shape or tuple(value.shape[:2]), value.device)
+        packer.write(index, value.detach())
+
+    def finish(self, call: Call) -> None:
+        if call is self._call and self._packer is not None:
+            self._packer.end(completed=True)
+        self._drop(call)
+
+    def abandon(self, call: Call) -> None:
+        self._drop(call)
+
+    def _drop(self, call: Call) -> None:
+        with self._lock:
+            if call is self._call:
+                self._call = self._thread = None
+                if self._packer is not None:
+                    self._packer.end(completed=False)
+
+
+class _StageOutlet:
+    """The way of a compiled graph into a stage: a compiler traces what stands here."""
+
+    def __init__(self, root: nn.Module, readings: Sequence[Reading]) -> None:
+        self._root = root
+        self._readings = readings
+        self.packer: Any = None
+
+    def enter(self, stack: int, ids: Any, mask: Any, embeds: Any, cached: bool) -> None:
+        if stack != ROOT and self.packer.stack in (None, stack):
+            self.packer.start(ids if ids is not None else embeds, mask, in_graph=True)
+
+    def receive(self, point: int, value: Any, is_rows: bool = False) -> None:
+        packer = self.packer
+        if not packer.is_in_graph:
+            raise CaptureError(
+                "layers of the model are compiled one by one: a stage needs the call and its layers in one graph. "
+                "Use torch.compile(model), or capture into memory."
+            )
+        value = find_tensor(value).detach()
+        shape = value.shape[:2] if packer.tokens is None else packer.tokens.shape
+        reading = self._readings[point]
+        if reading.is_chunked and value.ndim == 3 and value.shape[1] != shape[1]:
+            held = packer.chunks.setdefault(point, [])
+            held.append(value)
+            if sum(chunk.shape[1] for chunk in held) != shape[1]:
+                return
+            value = torch.cat(packer.chunks.pop(point), dim=1)
+        run = packer.runs.get(point, 0)
+        packer.runs[point] = run + 1
+        if not packer.has_places:
+            packer.find_places(shape, value.device)
+        for index in reading.indices:
+            site = packer.sites[index]
+            if site.call_index is None or site.call_index == run:
+                packer.write(index, value if site.part is None else take_part(self._root, site.part, value))
+
+    def leave(self, stack: int, completed: bool) -> None:
+        packer = self.packer
+        if stack != packer.last or not packer.is_in_graph:
+            return
+        missing = [site.name for site, is_made in zip(packer.sites, packer.is_made, strict=True) if not is_made]
+        if completed and missing:
+            raise CaptureError(f"the model ran without making {missing[0]!r}. Leave the site out.")
+        packer.end(completed)
+
+
+class _Packer:
+    """Where the rows of the call under way go."""
+
+    def __init__(self, stage: Stage, room: Room, sites: Sequence[Site]) -> None:
+        self._most_tokens = stage.max_tokens
+        self._most_examples = stage.max_examples
+        self._room = room
+        self.sites = sites
+        self.stack = next((site.stack for site in sites if site.stack is not None), None)
+        # what follows all stacks is made by the task model around them
+        self.last = ROOT if any(site.stack is None for site in sites) else self.stack
+        self._forget()
+
+    def _forget(self) -> None:
+        self.is_in_graph = False
+        self.mask: Any = None
+        self.tokens: Any = None
+        # no number with a bit for each: a compiler takes a number for one that changes
+        self.is_made = [False] * len(self.sites)
+        self.runs: dict[int, int] = {}
+        self.chunks: dict[int, list[Tensor]] = {}
+        self._row_places: Tensor | None = None
+        self._example_places: Tensor | None = None
+
+    @property
+    def has_places(self) -> bool:
+        """Whether it is known where the rows of this call go."""
+        return self._row_places is not None
+
+    def start(self, tokens: Tensor | None, mask: Tensor | None, in_graph: bool) -> None:
+        """Begin a call: what the stage holds is that of the last one no more."""
+        self._forget()
+        self.tokens, self.mask, self.is_in_graph = tokens, mask, in_graph
+        self._room.is_done.logical_and_(self._room.is_open.logical_not())
+
+    def end(self, completed: bool) -> None:
+        """End it."""
+        if completed:
+            self._room.is_done.logical_or_(self._room.is_open)
+        self._forget()
+
+    def find_places(self, shape: Sequence[int], device: torch.device) -> None:
+        """Work out which row of the stage each token goes to, and say where each sequence begins."""
+        mask, room = self.mask, self._room
+        if mask is None:
+            real_BS = torch.ones(shape[0], shape[1], dtype=torch.bool, device=device)
+        elif mask.ndim == 2 and mask.shape[1] == shape[1]:
+            real_BS = mask != 0
+        else:
+            raise CaptureError(
+                f"attention_mask has shape {tuple(mask.shape)}: rows need one of shape {tuple(shape)}. "
+                "Pass a [batch, positions] mask, or capture into memory."
+            )
+        is_real, most = real_BS.flatten() & room.is_open, self._most_tokens
+        self._row_places = torch.where(is_real, is_real.cumsum(0) - 1, most).clamp(max=most)
+        most = self._most_examples
+        numbers = torch.arange(shape[0], device=device).clamp(max=most)
+        places = self._example_places = torch.where(room.is_open, numbers, most)
+        room.offsets.index_copy_(0, places + 1, real_BS.sum(dim=1).cumsum(0))
+        counts = torch.stack((real_BS.sum(), torch.ones_like(numbers).sum()))
+        room.counts.copy_(torch.where(room.is_open, counts, room.counts))
+
+    def write(self, index: int, value: Tensor) -> None:
+        """Write what a site has made, cast."""
+        site, kept = self.sites[index], self._room.values[index]
+        if self.is_made[index]:
+            raise CaptureError(f"{site.name!r} was made twice in one call. Ask for the sites of single layers.")
+        self.is_made[index] = True
+        is_token = site.kind == "token"
+        places = self._row_places if is_token else self._example_places
+        assert places is not None
+        rows = value.flatten(0, 1) if is_token and value.ndim == 3 else value
+        if rows.ndim != 2 or rows.shape != (places.shape[0], kept.shape[1]):
+            wanted = ("one row per token", "one vector per example")[not is_token]
+            raise CaptureError(
+                f"{site.name!r} gave a value of shape {tuple(value.shape)}: a stage has room for {wanted}, of width "
+                f"{kept.shape[1]}. Capture this site into memory."
+            )
+        kept.index_copy_(0, places, rows.to(kept.dtype))
+
+
+def _check_sites(sites: Sequence[Site]) -> None:
+    """Refuse what has no place in a stage before a hook exists.
+
+    Raises:
+        OptionError: a site has no rows of a known width, or sites are of two stacks.
+    """
+    for site in sites:
+        if site.kind not in ("token", "example") or site.width is None:
+            raise OptionError(
+                f"{site.name!r} in a stage: only vectors per token or example, of a width that is known before the "
+                "model runs, have room there. Capture this site into memory."
+            )
+    stacks = {site.stack: site.name for site in sites if site.stack is not None}
+    if len(stacks) > 1:
+        first, second, *_ = stacks.values()
+        raise OptionError(
+            f"{first!r} and {second!r} in one stage: they are of two stacks, whose tokens differ. Use a probe and a "
+            "stage for each."
+        )
