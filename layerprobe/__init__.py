@@ -14,6 +14,7 @@ from layerprobe.capture.registry import ProbeRegistry
 from layerprobe.capture.stage import Stage
 from layerprobe.capture.summaries import Histogram, Moments
 from layerprobe.capture.topk import TopK
+from layerprobe.capture.watching import WatchCallback, watch
 from layerprobe.edit.editor import edit
 from layerprobe.edit.making import ablate, clamp, noise, patch, project_out, replace, scale, steer
 from layerprobe.edit.patching import patching
@@ -49,6 +50,7 @@ __all__ = [
     "RowDataset",
     "Sink",
     "TopK",
+    "WatchCallback",
     "__version__",
     "ablate",
     "audit",
@@ -83,4 +85,5 @@ __all__ = [
     "steer",
     "token_ids",
     "verify",
+    "watch",
 ]

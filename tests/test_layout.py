@@ -99,6 +99,8 @@ ORDER = (
     "layerprobe.capture.probe",
     "layerprobe.capture.readings",
     "layerprobe.capture.finiteness",
+    "layerprobe.capture.vitals",
+    "layerprobe.capture.watching",
     "layerprobe.edit.where",
     "layerprobe.edit.edits",
     "layerprobe.edit.making",

@@ -1,0 +1,86 @@
+"""What is said of a site in a training run: norms, dead and saturated units, gradients, values that are not finite.
+
+Made of sums over the real tokens of a step, on the device, so that nothing waits for it before the numbers are asked
+for. Constant memory: a few numbers per unit. Must never know of hooks or of when a step is watched.
+
+Letters: T rows, D units.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["MOVES_LESS", "NEAR_TOP", "Vitals"]
+
+# A unit is dead if it moves by less than this part of the site's root mean square over all tokens of a step ...
+MOVES_LESS = 1e-3
+# ... and saturated if it stays above this part of the site's largest size at every one of them.
+NEAR_TOP = 0.99
+
+
+class Vitals:
+    """Sums of one site over a step."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._norms: Tensor | None = None
+        self._squares: Tensor | None = None
+        self._nonfinite: Tensor | None = None
+        # by unit: least, largest, and least size
+        self._extremes: Tensor | None = None
+        self._gradient: Tensor | None = None
+
+    def add_rows(self, rows_TD: Tensor) -> None:
+        """Take the rows of a call; one with a NaN or an infinity is counted, and left out of all else."""
+        rows_TD = rows_TD.detach()
+        rows_TD = rows_TD if rows_TD.dtype == torch.float64 else rows_TD.float()
+        if not len(rows_TD):
+            return
+        norms = torch.linalg.vector_norm(rows_TD, dim=1)
+        finite = norms.isfinite()
+        kept = finite[:, None]
+        extremes = torch.stack(
+            [
+                torch.where(kept, rows_TD, float("inf")).amin(0),
+                -torch.where(kept, rows_TD, float("-inf")).amax(0),
+                torch.where(kept, rows_TD.abs(), float("inf")).amin(0),
+            ]
+        )
+        clean = torch.where(finite, norms, 0.0).double()
+        self._norms = _sum(self._norms, clean.sum())
+        self._squares = _sum(self._squares, clean.square().sum())
+        self._nonfinite = _sum(self._nonfinite, (~finite).sum())
+        self._extremes = extremes if self._extremes is None else torch.minimum(self._extremes, extremes)
+        self._rows += len(rows_TD)
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Take what a backward sent to a value, or to a part of it."""
+        norm = torch.linalg.vector_norm(gradient.detach().float())
+        self._gradient = _sum(self._gradient, norm.double().square())
+
+    def read(self) -> dict[str, float]:
+        """Give the numbers; those that nothing was measured for are left out.
+
+        Returns:
+            `norm`, the mean over rows; `dead` and `saturated`, shares of the units; `nonfinite`, a number of rows;
+            `gradient_norm`, of the gradient of all values at once.
+        """
+        said: dict[str, float] = {}
+        if self._norms is not None and self._squares is not None and self._extremes is not None:
+            nonfinite = int(self._nonfinite) if self._nonfinite is not None else 0
+            num_rows = self._rows - nonfinite
+            least, largest, size = self._extremes[0], -self._extremes[1], self._extremes[2]
+            if num_rows:
+                mean_square = self._squares / (num_rows * len(least))
+                top = torch.maximum(largest.max(), -least.min())
+                said["norm"] = float(self._norms / num_rows)
+                if num_rows > 1:  # one row moves nothing
+                    said["dead"] = float((largest - least <= MOVES_LESS * mean_square.sqrt()).double().mean())
+                    said["saturated"] = float((size >= NEAR_TOP * top).double().mean())
+            said["nonfinite"] = float(nonfinite)
+        if self._gradient is not None:
+            said["gradient_norm"] = float(self._gradient.sqrt())
+        return said
+
+
+def _sum(held: Tensor | None, more: Tensor) -> Tensor:
+    return more if held is None else held + more
