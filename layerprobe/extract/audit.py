@@ -22,7 +22,6 @@ from layerprobe.capture.probe import Probe
 from layerprobe.capture.select import POOLS, Target, cast_into
 from layerprobe.errors import OptionError, PlanError, StoreError
 from layerprobe.extract.batching import tokenize
-from layerprobe.extract.forward import PRECISIONS, compute_in
 from layerprobe.models import LoadedModel, describe_model, evaluating, load_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.checks import TOKENIZER_FILE, check_tokenizer
@@ -187,11 +186,11 @@ def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, devic
         model = said.get("id") or ""
         if not model:
             raise PlanError(f"{store.place}: does not name its model. Pass the model (--model).")
+        # a stranger's word, perhaps
+        print(f"layerprobe: loading the model {brief(repr(model))}, as {store.place} says", file=sys.stderr)
     if isinstance(model, str):
         network = load_model(model, device).model
     elif device is not None:
-        # a stranger's word, perhaps
-        print(f"layerprobe: loading the model {brief(repr(model))}, as {store.place} says", file=sys.stderr)
         raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
     else:
         network = model.model if isinstance(model, LoadedModel) else model

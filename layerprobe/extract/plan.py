@@ -286,6 +286,8 @@ def plan_extraction(
     description = _describe(model, tokenizer, stored, options, rule, batch_tokens, survey, name)
     # beside values and ids: an ordinal and two offsets per example; the records
     num_bytes = value_bytes + 24 * survey.num_examples + survey.record_bytes
+    # the same command goes on, with this option too: a job that is sent back to its queue has nothing else
+    overwrite = overwrite and not holds_same_run(place, description)
     done, num_damaged = ({}, 0) if overwrite else find_done(place, description)
     if options.nonfinite == "error":
         check_finite(done.values())
@@ -297,8 +299,6 @@ def plan_extraction(
     if free_bytes is not None and plan.missing_bytes > free_bytes and not wait_for_space:
         raise SpaceError(
             f"{place}: needs {format_bytes(plan.missing_bytes)} more, the disk has {format_bytes(free_bytes)} "
-    # the same command goes on, with this option too: a job that is sent back to its queue has nothing else
-    overwrite = overwrite and not holds_same_run(place, description)
             f"free: {plan.missing_bytes - free_bytes:,} bytes missing. Ask for fewer sites, a smaller dtype or "
             "a pool, choose another disk, or start all the same with --wait-for-space."
         )

@@ -261,9 +261,12 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
                 _run_unit(plan, keeper, sink, unit, tokenized, report, advance)
                 bar.set_postfix_str(_describe_pace(report, writer.num_bytes, time.perf_counter() - start), False)
     if report.is_complete and digest.hexdigest() != plan.description["input"]["hash"]:
+        # a run that goes on once the input is back would take them for its own
+        for header in writer.committed:
+            plan.place.remove(header.file)
         raise InputError(
-            f"{plan.source.name}: changed while the run was under way, so {plan.place} holds parts of two inputs. "
-            "Run again with --overwrite, or into another folder."
+            f"{plan.source.name}: changed while the run was under way, so what this run wrote to {plan.place} was "
+            "removed. Run again with --overwrite, or into another folder."
         )
     if report.is_complete:
         headers = [*plan.done.values(), *writer.committed]
@@ -273,9 +276,6 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
     for header in writer.committed:
         report.nonfinite.update(header.nonfinite)
     report.seconds = time.perf_counter() - start
-        # a run that goes on once the input is back would take them for its own
-        for header in writer.committed:
-            plan.place.remove(header.file)
     return report
 
 
