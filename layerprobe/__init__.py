@@ -25,6 +25,7 @@ from layerprobe.extract.depth import depth_profile
 from layerprobe.extract.run import extract
 from layerprobe.extract.untrained import extract_untrained
 from layerprobe.generation.decoding import generate
+from layerprobe.generation.lens import lens
 from layerprobe.models import load_model
 from layerprobe.profile import profile
 from layerprobe.report.plots import plot, plot_attention
@@ -66,6 +67,7 @@ __all__ = [
     "extract_untrained",
     "find_nonfinite",
     "generate",
+    "lens",
     "load_classifier",
     "load_model",
     "merge",

@@ -1,4 +1,4 @@
-"""Commands that let a decoder or a model's own head say what a layer holds: generate.
+"""Commands that let a decoder or a model's own head say what a layer holds: generate, lens.
 
 Parse and call; compute nothing. `main` gives each its name and place.
 """
@@ -10,7 +10,7 @@ import typer
 
 from layerprobe.errors import OptionError
 
-__all__ = ["generate"]
+__all__ = ["generate", "lens"]
 
 Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -67,3 +67,52 @@ def generate(
         (found.to_csv if suffix == ".csv" else found.to_json)(out)
     if not quiet:
         typer.echo(found.table())
+
+
+def lens(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, or demo.")],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="Texts as for extract, or a store of the model.")],
+    patterns: Annotated[
+        list[str] | None,
+        typer.Option("--sites", "-s", metavar="PATTERN", help="Sites; the embeddings, every layer and the final norm."),
+    ] = None,
+    mask: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of the tokens to mask and judge; 0.15 where there is a head.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="The most to judge.")] = 4096,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Also some tokens one by one: guess and rank.")] = False,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    device: Device = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what would be predicted from each layer: rank and probability of the true token by depth.
+
+    Example: layerprobe lens bert-base-uncased texts.txt -o lens.png
+    """
+    suffix = "" if out is None else Path(out).suffix.lower()
+    if out is not None and suffix not in (".csv", ".json"):
+        from layerprobe.analysis.figures import check_suffix
+
+        check_suffix(out)
+    from layerprobe.generation.lens import lens as look
+
+    found = look(
+        model,
+        source,
+        sites=patterns,
+        mask=mask,
+        max_tokens=max_tokens,
+        seed=seed,
+        device=device,
+        progress=False if quiet else None,
+    )
+    if out is not None:
+        write = found.to_csv if suffix == ".csv" else found.to_json if suffix == ".json" else found.plot
+        write(out)
+    if not quiet:
+        typer.echo(found.table())
+    if tokens and not quiet:
+        typer.echo("\n" + found.grid())

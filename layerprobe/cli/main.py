@@ -53,6 +53,7 @@ app.command(short_help="Draw each layer's points, or an example's attention.")(a
 app.command(short_help="Say what to know of a store before a cosine is taken in it.")(analyses.check)
 app.command(short_help="Say how well each layer tells classes apart.")(classifiers.classify)
 app.command(short_help="Generate text from stored states of a layer.")(generations.generate)
+app.command(short_help="Say what would be predicted from each layer.")(generations.lens)
 app.command(short_help="Say which sites carry what a model puts in for [MASK].")(edits.patch)
 app.command(short_help="Say what each layer of a model costs, and what watching it adds.")(instruments.profile)
 app.command(short_help="Say how values are distributed over all texts, keeping none.")(stats.stats)

@@ -7,6 +7,7 @@ Hides the tokenizers package and the styles of its families. Must never know of 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -126,6 +127,19 @@ class Vocabulary:
             limited.enable_truncation(max_length=len(ids))
             encoding = limited.encode(text)
         return list(encoding.offsets) if encoding.ids == ids.tolist() else None
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of tokens that stand for no text, such as `[CLS]`."""
+        return frozenset(added["id"] for added in self._said.get("added_tokens") or () if added.get("special"))
+
+    def encode(self, text: str) -> list[int]:
+        """Cut a text into ids, no special tokens around them."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Write ids as text, special tokens left out; what the tokenizer took from the text stays away."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def id_of(self, token: str) -> int:
         """Find a token's id.

@@ -1,4 +1,4 @@
-"""generate on the command line: what it prints and writes, and one line for each mistake."""
+"""generate and lens on the command line: what it prints and writes, and one line for each mistake."""
 
 import json
 import sys
@@ -86,3 +86,19 @@ def test_mistakes_of_generate_are_one_line(run: Run, acts: Path, bert2bert: Path
     refused(run("generate", acts, tiny_model_folder), "BertModel: it does not generate from states")
     refused(run("generate", acts, bert2bert, "--layer", 9), "layers are 0 to 2")
     refused(run("generate", acts, bert2bert, "-e", 9), "9")
+
+
+def test_lens_prints_and_writes_what_the_function_gives(
+    run: Run, acts: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_text("the quick fox\na lazy dog over the fox\ndog over fox\n", encoding="utf-8")
+    options = ("-s", "layers.*", "--max-tokens", 50, "--seed", 3)
+    code, printed, _ = run("lens", tiny_model_folder, source, *options, "--tokens", "-o", tmp_path / "lens.json")
+    found = lp.lens(str(tiny_model_folder), source, sites="layers.*", max_tokens=50, seed=3)
+    assert code == 0 and printed == f"{found.table()}\n\n{found.grid()}\n"
+    assert json.loads((tmp_path / "lens.json").read_text())["num_tokens"] == found.num_tokens
+    code, printed, _ = run("lens", tiny_model_folder, acts, "-q", "-o", tmp_path / "lens.svg")
+    assert (code, printed) == (0, "") and (tmp_path / "lens.svg").exists()
+    refused(run("lens", tiny_model_folder, acts, "--mask", 0.2), "mask=0.2 for a store")
+    refused(run("lens", tiny_model_folder, source, "-o", tmp_path / "lens.txt"), "'.txt' is not .png, .svg, .pdf")

@@ -1,0 +1,118 @@
+"""What a lens saw: how near each layer is to the true token, as table, CSV, JSON and curve, and some tokens one by one.
+
+Must never know of models or stores.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerprobe.analysis.figures import Curve, draw_curves
+from layerprobe.analysis.results import Number, shorten, table_cell, write_csv, write_json
+from layerprobe.tables import format_table
+
+__all__ = ["Lens", "LensReading", "LensSite"]
+
+_HEADERS = ("site", "top1", "top10", "median_rank", "reciprocal_rank", "probability", "loss", "unmapped_top1")
+
+
+@dataclass(frozen=True)
+class LensSite:
+    """How near the states of one site are to the true token.
+
+    Args:
+        site: The site.
+        top1, top10: Share of tokens that are the first guess, or among the first ten.
+        median_rank: Of the true token, 1 the first.
+        reciprocal_rank: Mean of 1 / rank.
+        probability: Mean probability of the true token; None for the embedding lens, whose cosines are none.
+        loss: Mean of its negative logarithm, in nats; None likewise.
+        unmapped_top1: For the embedding lens, top1 of the states themselves, with no map; None where they have another
+            width than the word embeddings, and for the logit lens.
+    """
+
+    site: str
+    top1: float
+    top10: float
+    median_rank: float
+    reciprocal_rank: float
+    probability: Number
+    loss: Number
+    unmapped_top1: Number
+
+
+@dataclass(frozen=True)
+class LensReading:
+    """One token at every site.
+
+    Args:
+        example, position: Where it is.
+        token: What stands there, or stood there before it was masked.
+        guesses: The first guess at each site.
+        ranks: The rank of the true token at each site.
+    """
+
+    example: int
+    position: int
+    token: str
+    guesses: tuple[str, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What `layerprobe.lens` found.
+
+    Args:
+        method: `logit` through the model's own head, `embedding` through a map to word embeddings.
+        mask: Share of the tokens that were masked; 0 where every token was there to be seen.
+        num_tokens: Tokens that were judged.
+        sites: In the order in which the model runs them.
+        readings: The first of the tokens one by one.
+    """
+
+    method: str
+    mask: float
+    num_tokens: int
+    sites: tuple[LensSite, ...]
+    readings: tuple[LensReading, ...]
+
+    def _rows(self) -> list[list[Any]]:
+        return [[getattr(site, name) for name in _HEADERS] for site in self.sites]
+
+    def table(self) -> str:
+        """Lay the sites out."""
+        used = [place for place, _ in enumerate(_HEADERS) if any(row[place] is not None for row in self._rows())]
+        rows = [[table_cell(row[place]) for place in used] for row in self._rows()]
+        seen = f"{self.mask:.0%} of the tokens masked, those judged" if self.mask else "every token there to be seen"
+        end = f"{self.method} lens, {self.num_tokens:,} tokens, {seen}"
+        return f"{format_table([_HEADERS[place] for place in used], rows)}\n{end}"
+
+    __str__ = table
+
+    def grid(self) -> str:
+        """Lay out some tokens one by one: at each site the first guess, and the rank of the true token."""
+        rows = [
+            (one.example, one.position, shorten(one.token, 20),
+             *(f"{shorten(guess, 16)} {rank}" for guess, rank in zip(one.guesses, one.ranks, strict=True)))
+            for one in self.readings
+        ]  # fmt: skip
+        return format_table(("example", "", "token", *(site.site for site in self.sites)), rows)
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the sites, a line each."""
+        return write_csv(path, _HEADERS, self._rows())
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write everything as one JSON object."""
+        return write_json(path, self)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw over depth how often the true token is the first guess, or among ten, and its mean 1 / rank."""
+        names = [site.site for site in self.sites]
+        curves = [
+            Curve("first guess", names, [site.top1 for site in self.sites]),
+            Curve("among ten", names, [site.top10 for site in self.sites]),
+            Curve("1 / rank", names, [site.reciprocal_rank for site in self.sites]),
+        ]
+        return draw_curves(names, curves, f"the true token, {self.method} lens", path)
