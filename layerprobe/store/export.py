@@ -1,7 +1,8 @@
 """`layerprobe.export`: a store as one file, or folder, of another format.
 
 Goes through the shards in the order of the input, never holding more than one record batch or chunk, and gives the
-result its name when it is whole: a killed export leaves a folder `.layerprobe-*.tmp` beside it and nothing else.
+result its name when it is whole: a killed export leaves a folder `.layerprobe-NAME-*.tmp` beside it and nothing else,
+and the next export to that name removes it.
 
 Hides how a file becomes permanent. Must never know of models or hooks.
 """
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from layerprobe.errors import LayerProbeError, OptionError, StoreError
 from layerprobe.store.columns import Columns, column_dtype, match_sites, require, write_arrow, write_parquet
 from layerprobe.store.durable import commit_folder, flush_folder, tell_failure
+from layerprobe.store.lock import LOCK_FILE, StoreLock, find_holder
 from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_zarr
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.shards import Shard
@@ -183,9 +185,13 @@ def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:
 def _committed(out: Path, overwrite: bool) -> Iterator[Path]:
     """Give the name to write under; the rest happens when all is written, or nothing is left."""
     try:
+        prefix = f".layerprobe-{out.name}-"
+        _remove_leftovers(out.parent, prefix)
         # a name that nobody has, so that what is removed is never the user's
-        work = Path(tempfile.mkdtemp(prefix=".layerprobe-", suffix=".tmp", dir=out.parent))
+        work = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=out.parent))
         partial, old = work / "new", work / "old"
+        # what tells it from what a killed export leaves
+        lock = StoreLock(work).acquire()
         try:
             yield partial
             if overwrite and out.is_dir():
@@ -197,12 +203,23 @@ def _committed(out: Path, overwrite: bool) -> Iterator[Path]:
                 os.replace(old, out)
             shutil.rmtree(work, ignore_errors=True)
             raise
+        finally:
+            lock.release()
         shutil.rmtree(work)
         flush_folder(out.parent)
     except LayerProbeError:
         raise
     except OSError as error:
         raise tell_failure(out, error) from error
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what killed exports to this name left: folders with the lock that each makes, and nobody who holds it."""
+    for path in list(folder.iterdir()):
+        is_work = path.name.startswith(prefix) and path.suffix == ".tmp" and path.is_dir() and not path.is_symlink()
+        # one that replaced a folder and was killed before the new one had its name still has the only copy
+        if is_work and (path / LOCK_FILE).exists() and not (path / "old").exists() and find_holder(path) is None:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _bar(num_passes: int, progress: bool | None) -> "tqdm[Any]":

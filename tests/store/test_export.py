@@ -412,3 +412,30 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match="Make room"), _committed(tmp_path / "out", overwrite=False):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from layerprobe.store.export import _committed
+with _committed(Path(sys.argv[1]), overwrite=False) as partial:
+    partial.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_to_that_name_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("out.npz", "other.npz"):
+        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], check=False)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == 2 and all(name.startswith(".layerprobe-o") and name.endswith(".tmp") for name in left)
+    mine = tmp_path / ".layerprobe-out.npz-mine.tmp"
+    mine.mkdir()
+    with _committed(tmp_path / "out.npz", overwrite=False) as running:
+        # one under way is nobody's leftover
+        with _committed(tmp_path / "out.npz", overwrite=False) as partial:
+            partial.write_text("whole")
+        assert running.parent.is_dir()
+        running.write_text("whole too")
+    (other,) = (name for name in left if "other" in name)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.npz", mine.name, other}
