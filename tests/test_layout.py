@@ -116,6 +116,7 @@ ORDER = (
     "layerprobe.extract.network",
     "layerprobe.extract.resume",
     "layerprobe.extract.thinning",
+    "layerprobe.extract.forward",
     "layerprobe.extract.plan",
     "layerprobe.extract.space",
     "layerprobe.extract.elsewhere",

@@ -64,6 +64,10 @@ def extract(
     tokens: Annotated[
         str, typer.Option(help="Which tokens to keep rows of: all, first, cls, special or nonspecial.")
     ] = "all",
+    precision: Annotated[
+        str | None, typer.Option(help="What the forward computes in: bfloat16, float16; the weights' if not given.")
+    ] = None,
+    compiles: Annotated[bool, typer.Option("--compile", help="Compile the model for the run.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run in DIR; the same one goes on.")
@@ -96,6 +100,8 @@ def extract(
         nonfinite=nonfinite,
         keep=keep,
         tokens=tokens,
+        precision=precision,
+        compile=compiles,
     )
     stopped = f"stopped: whole shards are kept in {out}. Run the same command again to go on."
     with Terminator(out, grace) as terminator:

@@ -22,6 +22,7 @@ from layerprobe.capture.probe import Probe
 from layerprobe.capture.select import POOLS, Target, cast_into
 from layerprobe.errors import OptionError, PlanError, StoreError
 from layerprobe.extract.batching import tokenize
+from layerprobe.extract.forward import PRECISIONS, compute_in
 from layerprobe.models import LoadedModel, describe_model, evaluating, load_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.checks import TOKENIZER_FILE, check_tokenizer
@@ -135,7 +136,8 @@ def audit(
     problems: list[AuditProblem] = []
     num_values, largest = 0, 0.0
     shows_progress = sys.stderr.isatty() if progress is None else progress
-    with torch.inference_mode(), evaluating(network):
+    precision = plan.get("precision")
+    with torch.inference_mode(), evaluating(network), compute_in(network, precision):
         for ordinal in tqdm(chosen, unit=" examples", disable=not shows_progress, leave=False):
             example = store.example(ordinal)
             if example.text is None:
@@ -152,7 +154,7 @@ def audit(
                 problems.append(AuditProblem(ordinal, "input_ids", _compare_ids(wanted, stored_ids)))
             if len(wanted) != len(stored_ids) or not ids:
                 continue
-            for site, what, share, count in _compare(store, network, example, ids):
+            for site, what, share, count in _compare(store, network, example, ids, precision):
                 num_values, largest = num_values + count, max(largest, share)
                 if what:
                     problems.append(AuditProblem(ordinal, site, what))
@@ -167,6 +169,8 @@ def _check_auditable(store: Store) -> Mapping[str, Any]:
             f"{store.place}: a Probe filled it, and nothing in it tells the texts or how the model was called (token "
             "types, positions, mask). Run 'layerprobe verify' without --recompute."
         )
+    if plan.get("precision") not in (None, *PRECISIONS):
+        raise StoreError(f"{store.place}: computed in {plan['precision']!r}, which this version does not know.")
     if store.pool not in (None, *POOLS):
         raise StoreError(
             f"{store.place}: was pooled by the function {store.pool!r}, which no store holds. Stores of every row or "
@@ -241,7 +245,7 @@ def _compare_ids(ids: list[int], stored: list[int]) -> str:
 
 
 def _compare(
-    store: Store, network: nn.Module, example: Example, ids: list[int]
+    store: Store, network: nn.Module, example: Example, ids: list[int], precision: str | None
 ) -> Iterator[tuple[str, str | None, float, int]]:
     """Run an example by itself; for each site give what is wrong, the share of the tolerance, and how many values."""
     device = find_device(network)
@@ -253,17 +257,20 @@ def _compare(
         rows = example.positions.to(device)
         made = {site: value[rows] if store[site].kind == "token" else value for site, value in made.items()}
     for site in store.sites:
-        share = _measure(example[site], made[site])
+        share = _measure(example[site], made[site], precision)
         what = None
         if share > 1:
             what = f"differs by {share:,.3g} times what rounding allows"
-            twin = next((other for other in made if other != site and _measure(example[site], made[other]) <= 1), None)
+            twin = next(
+                (other for other in made if other != site and _measure(example[site], made[other], precision) <= 1),
+                None,
+            )
             if twin is not None:
                 what += f"; it holds what the model makes at {twin}"
         yield site, what, share, made[site].numel()
 
 
-def _measure(stored: Tensor | ScaledRows, made: Tensor) -> float:
+def _measure(stored: Tensor | ScaledRows, made: Tensor, precision: str | None = None) -> float:
     """Give the largest difference as a share of what is allowed; infinite where values cannot be compared."""
     if stored.shape != made.shape:
         return float("inf")
@@ -288,11 +295,11 @@ def _measure(stored: Tensor | ScaledRows, made: Tensor) -> float:
     if not bool((finite & found.isfinite() | same).all()):
         return float("inf")
     largest = made.cpu().double()[finite].abs().max().item() if bool(finite.any()) else 0.0
-    allowed = step + largest * _share_reordered(made)
+    allowed = step + largest * _share_reordered(made, precision)
     return torch.where(same, 0.0, (found - repeated).abs() / allowed).max().item() if made.numel() else 0.0
 
 
-def _share_reordered(made: Tensor) -> float:
+def _share_reordered(made: Tensor, precision: str | None) -> float:
     if made.dtype == torch.float32 and made.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         return _REORDERED_TF32
-    return _REORDERED[made.dtype]
+    return max(_REORDERED[made.dtype], _REORDERED[PRECISIONS[precision]] if precision is not None else 0.0)

@@ -21,6 +21,7 @@ from layerprobe.capture.select import Pool, check_pool, resolve_dtype
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, SpaceError
 from layerprobe.extract.batching import BATCH_COST_TOKENS, tokenize
+from layerprobe.extract.forward import check_forward, compute_in, find_precision
 from layerprobe.extract.inputs import InputDigest, Record, TextSource, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run
@@ -62,6 +63,8 @@ class ExtractOptions:
         nonfinite: `warn` counts values that are not finite, `error` stops at them.
         keep: Share of the rows to keep.
         tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` or `nonspecial`.
+        precision: What the forward computes in, by name; None for the dtype of the weights.
+        compile: Whether to compile the model for the run, or torch's backend to do so.
 
     Raises:
         OptionError: a value that does not exist.
@@ -77,11 +80,14 @@ class ExtractOptions:
     nonfinite: str = "warn"
     keep: float = 1.0
     tokens: str = "all"
+    precision: str | None = None
+    compile: bool | str = False
 
     def __post_init__(self) -> None:
         resolve_dtype(self.dtype)
         check_pool(self.pool)
         check_kept(self.tokens, self.keep)
+        check_forward(self.precision, self.compile)
         if self.nonfinite not in NONFINITE_POLICIES:
             raise OptionError(f"no policy {self.nonfinite!r} for values that are not finite: use warn or error.")
         sizes = {"max_length": self.max_length, "batch_tokens": self.batch_tokens, "shard_size": self.shard_bytes}
@@ -180,6 +186,11 @@ class Plan:
     def device(self) -> torch.device:
         """Where the model is."""
         return find_device(self.model)
+
+    @property
+    def precision(self) -> str | None:
+        """What the forward computes in, where that is not the dtype of the weights."""
+        return self.description["plan"].get("precision")
 
     @property
     def missing_bytes(self) -> int:
@@ -342,7 +353,8 @@ def _measure_sites(
     check_storable(sites, options.pool, resolve_dtype(options.dtype))
     ids = tokenizer("layer probe", return_tensors="pt", truncation=True, max_length=options.max_length or 8)
     device = find_device(model)
-    with torch.inference_mode(), Probe(model, [site.name for site in sites]) as probe:
+    precision = compute_in(model, find_precision(model, options.precision))
+    with torch.inference_mode(), precision, Probe(model, [site.name for site in sites]) as probe:
         model(input_ids=ids["input_ids"].to(device), attention_mask=ids["attention_mask"].to(device))
     dtype = resolve_dtype(options.dtype)
     return tuple(measure_site(site, probe[site.name], options.pool, dtype) for site in sites)
@@ -360,6 +372,7 @@ def _describe(
 ) -> dict[str, Any]:
     """Say what the run is; what changes the bytes of its shards is in the fingerprint, and nothing else."""
     own = {**describe_model(model), **({"id": name} if name else {})}
+    precision = find_precision(model, options.precision)
     identity = {
         "input": {"hash": survey.fingerprint, "examples": survey.num_examples},
         "model": {key: own[key] for key in ("class", "config_hash", "weights_hash")},
@@ -374,6 +387,8 @@ def _describe(
             "text_bytes_per_token": rule.text_bytes_per_token,
             "units": survey.num_units,
             **({"kept": rule.kept.describe()} if rule.kept is not None else {}),
+            **({"precision": precision} if precision is not None else {}),
+            **({"compile": options.compile} if options.compile else {}),
         },
     }
     fingerprint = fingerprint_of(identity)

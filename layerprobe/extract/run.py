@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -28,6 +29,7 @@ from layerprobe.errors import InputError, OptionError, SpaceError
 from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
 from layerprobe.extract.folder import hold_store
+from layerprobe.extract.forward import compile_network, compute_in
 from layerprobe.extract.inputs import InputDigest, Record
 from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, plan_extraction
 from layerprobe.extract.reports import RunReport
@@ -67,6 +69,8 @@ def extract(
     nonfinite: str = ...,
     keep: float = ...,
     tokens: str = ...,
+    precision: str | None = ...,
+    compile: bool | str = ...,
     device: str | None = ...,
     overwrite: bool = ...,
     wait_for_space: bool = ...,
@@ -102,6 +106,8 @@ def extract(
     nonfinite: str = "warn",
     keep: float = 1.0,
     tokens: str = "all",
+    precision: str | None = None,
+    compile: bool | str = False,  # noqa: A002 - what torch calls it
     device: str | None = None,
     overwrite: bool = False,
     wait_for_space: bool = False,
@@ -130,6 +136,8 @@ def extract(
             positions of those that are kept.
         tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` (those that the tokenizer puts around a
             text), or `nonspecial`.
+        precision: What the forward computes in: `bfloat16` or `float16` by autocast; None for the dtype of the weights.
+        compile: True to compile the model for the run, or the name of torch's backend; the model itself stays as it is.
         device: Where to put a model given by name.
         overwrite: Replace another run in the folder; the very same run is gone on with.
         wait_for_space: On a full disk wait for room instead of stopping.
@@ -165,12 +173,14 @@ def extract(
         nonfinite=nonfinite,
         keep=keep,
         tokens=tokens,
+        precision=precision,
+        compile=compile,
     )
     shows_progress = sys.stderr.isatty() if progress is None else progress
     if is_sink(to):
         stored = {"dtype": dtype, "pool": pool, "overwrite": overwrite, "wait_for_space": wait_for_space}
         stored |= {"nonfinite": nonfinite != "warn", "shard_size": shard_size != DEFAULT_SHARD_BYTES}
-        stored |= {"keep": keep != 1, "tokens": tokens != "all"}
+        stored |= {"keep": keep != 1, "tokens": tokens != "all", "precision": precision, "compile": compile}
         given = [name for name, value in stored.items() if value]
         if given:
             raise OptionError(f"extract into a {type(to).__name__}: {given[0]} concerns stores. Leave it out.")
@@ -218,6 +228,7 @@ def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | N
 
 def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: bool, told: ProgressFile) -> RunReport:
     start = time.perf_counter()
+    plan = replace(plan, model=compile_network(plan.model, plan.options.compile))
     report = RunReport()
     writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt)
     sink = StoreSink(
@@ -250,7 +261,8 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
 
     told.begin(lambda: _measure(plan, report, writer, sink))
     digest = InputDigest(plan.source.name)
-    with bar, evaluating(plan.model), torch.inference_mode(), probe, _ending(stop):
+    precision = compute_in(plan.model, plan.precision)
+    with bar, evaluating(plan.model), torch.inference_mode(), precision, probe, _ending(stop):
         for unit, tokenized in tokenize_ahead(plan.units(), partial(_tokenize_missing, plan)):
             if stop.is_set():
                 report.is_complete = False

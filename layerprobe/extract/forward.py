@@ -1,0 +1,70 @@
+"""How the forward of a run is computed: in which precision, and compiled or not.
+
+Neither touches the model: precision is torch's autocast around the calls, which casts the operands of what gains by
+it, and a compiled model is a wrapper that the run calls. Both change values in their last digits, so both belong to the
+plan.
+
+Must never know of files.
+"""
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from layerprobe.errors import OptionError
+from layerprobe.sites.stacks import find_device
+
+__all__ = ["PRECISIONS", "check_forward", "compile_network", "compute_in", "find_precision"]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_forward(precision: object, backend: object) -> None:
+    """Refuse a precision that does not exist, or a backend that torch does not have.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        raise OptionError(f"no precision {precision!r}: use {', '.join(PRECISIONS)}, or None for that of the weights.")
+    if isinstance(backend, bool):
+        return
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise OptionError(f"compile={backend!r}: no such backend. Use True, False, or one of {', '.join(known)}.")
+
+
+def find_precision(model: nn.Module, precision: str | None) -> str | None:
+    """Find the precision to compute in, where it is not that of the weights.
+
+    Raises:
+        OptionError: the weights have fewer digits than that.
+    """
+    weights = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+    if precision is None or PRECISIONS[precision] == weights:
+        return None
+    if weights != torch.float32:
+        raise OptionError(
+            f"precision={precision!r} with weights of {str(weights).removeprefix('torch.')}: it lowers that of "
+            "float32. Load the model in float32, or leave precision out."
+        )
+    return precision
+
+
+def compute_in(model: nn.Module, precision: str | None) -> AbstractContextManager[object]:
+    """Compute a model's calls of this thread in a precision, from `find_precision`, while this is open."""
+    if precision is None:
+        return contextlib.nullcontext()
+    return torch.autocast(find_device(model).type, dtype=PRECISIONS[precision])
+
+
+def compile_network(model: nn.Module, backend: bool | str) -> nn.Module:
+    """Give what to call in place of a model: itself, or a compiled wrapper of it for texts of any length."""
+    if backend is False:
+        return model
+    chosen = "inductor" if backend is True else backend
+    wrapper = torch.compile(model, dynamic=True, backend=chosen)
+    assert isinstance(wrapper, nn.Module)
+    return wrapper

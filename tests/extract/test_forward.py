@@ -1,0 +1,89 @@
+"""Runs in another precision, and compiled: the values of torch's own autocast, and a model left as it was."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import layerprobe
+from layerprobe.errors import OptionError, PlanError
+from layerprobe.extract.audit import audit
+from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.models import LoadedModel
+
+extract: Any = layerprobe.extract
+TEXT = "the quick brown fox jumps over the lazy dog ."
+
+
+def hooks_of(loaded: LoadedModel) -> list[int]:
+    """Count them: transformers leaves some of its own."""
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in loaded.model.modules()]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_values_are_those_of_autocast(tiny: LoadedModel, tmp_path: Path, precision: str) -> None:
+    store = extract(tiny, [TEXT], tmp_path / "acts", sites=["layers.*", "layers.0.ffn.act"], precision=precision)
+    batch = tiny.tokenizer(TEXT, return_tensors="pt")
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        plain = tiny.model(**batch, output_hidden_states=True).hidden_states
+        with torch.autocast("cpu", dtype=getattr(torch, precision)):
+            states = tiny.model(**batch, output_hidden_states=True).hidden_states
+    for layer in range(3):
+        assert torch.equal(store[f"layers.{layer}"][0], states[layer + 1][0])
+    assert not torch.equal(states[3], plain[3])
+    assert store["layers.0.ffn.act"].dtype == getattr(torch, precision)
+    assert next(tiny.model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_store_of_another_precision_passes_its_audit(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, precision: str
+) -> None:
+    extract(tiny, texts, tmp_path / "acts", dtype="float16", precision=precision, shard_size=20_000)
+    report = audit(tmp_path / "acts", tiny, num_examples=100)
+    assert report.ok, report
+
+
+def test_precision_and_compile_belong_to_the_plan_where_they_change_values(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    def fingerprint(**options: Any) -> str:
+        return plan_extraction(tiny, texts, tmp_path / "none", ExtractOptions(**options)).fingerprint
+
+    plain, bfloat16 = fingerprint(), fingerprint(precision="bfloat16")
+    assert fingerprint(precision="float32") == plain != bfloat16 != fingerprint(precision="float16")
+    assert fingerprint(compile="eager") != plain
+    extract(tiny, texts, tmp_path / "acts", precision="bfloat16")
+    with pytest.raises(PlanError, match=r"plan\.precision: 'bfloat16' there, None here"):
+        extract(tiny, texts, tmp_path / "acts")
+
+
+@pytest.mark.parametrize("options", [{"sites": "layers.0"}, {"keep": 0.5}])
+def test_a_compiled_run_gives_the_rows_of_a_plain_one(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    before = hooks_of(tiny)
+    plain = extract(tiny, texts, tmp_path / "plain", **options)
+    store = extract(tiny, texts, tmp_path / "compiled", compile="eager", **options)
+    assert store.is_complete and store.sites == plain.sites
+    assert hooks_of(tiny) == before
+    assert tiny.model._compiled_call_impl is None
+    for ordinal in range(len(texts)):
+        for site in store.sites:
+            torch.testing.assert_close(store[site][ordinal], plain[site][ordinal])  # other kernels, other sums
+    assert audit(tmp_path / "compiled", tiny, num_examples=4).ok
+
+
+def test_what_does_not_exist_is_refused(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no precision 'half': use float32, bfloat16, float16"):
+        extract(tiny, texts, tmp_path / "acts", precision="half")
+    with pytest.raises(OptionError, match="compile='quick': no such backend"):
+        extract(tiny, texts, tmp_path / "acts", compile="quick")
+
+
+def test_weights_of_fewer_digits_are_refused(make_bert: Any, tiny: LoadedModel, tmp_path: Path) -> None:
+    model = make_bert().to(torch.bfloat16)
+    with pytest.raises(OptionError, match="precision='float32' with weights of bfloat16: it lowers that of float32"):
+        extract(model, ["a"], tmp_path / "acts", tokenizer=tiny.tokenizer, precision="float32")
