@@ -28,6 +28,7 @@ from layerprobe.generation.decoding import generate
 from layerprobe.generation.lens import lens
 from layerprobe.models import load_model
 from layerprobe.profile import profile
+from layerprobe.report.page import report
 from layerprobe.report.plots import plot, plot_attention
 from layerprobe.sites.anatomy import Anatomy, register_architecture
 from layerprobe.sites.resolve import sites
@@ -81,6 +82,7 @@ __all__ = [
     "project_out",
     "register_architecture",
     "replace",
+    "report",
     "scale",
     "sites",
     "status",

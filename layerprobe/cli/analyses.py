@@ -1,4 +1,4 @@
-"""Commands that say what a store holds has to say: diff, plot, check.
+"""Commands that say what a store holds has to say: diff, plot, check, report.
 
 Parse and call; compute nothing. `main` gives each its name and place.
 """
@@ -11,7 +11,7 @@ import typer
 
 from layerprobe.errors import OptionError
 
-__all__ = ["check", "diff", "plot"]
+__all__ = ["check", "diff", "plot", "report"]
 
 Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
 Patterns = Annotated[
@@ -137,6 +137,46 @@ def plot(
             typer.echo(picture.table())
     if not quiet:
         typer.echo(f"wrote {out}")
+
+
+def report(
+    folder: Where,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="A .html to write.")],
+    patterns: Patterns = None,
+    labels: Annotated[str | None, typer.Option(metavar="FIELD", help="Field of the records to classify by.")] = None,
+    points: Annotated[str, typer.Option(help="examples, or rows for a point a token.")] = "examples",
+    pool: Annotated[str | None, typer.Option(help="An example's vector: mean, max, cls or last of its rows.")] = None,
+    max_points: Annotated[int, typer.Option(help="The most to draw, at random.")] = 10_000,
+    max_rows: Annotated[
+        int, typer.Option(metavar="ROWS", help="About how many rows the curves are made of, at random.")
+    ] = 100_000,
+    attention: Annotated[
+        list[int] | None, typer.Option(metavar="EXAMPLE", help="Show its attention weights; repeat for several.")
+    ] = None,
+    seed: Seed = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Write a store as one page that needs no network: points layer by layer, curves, heat maps, classes, attention.
+
+    Example: layerprobe report acts -o report.html
+    """
+    from layerprobe.report.page import report as write
+
+    page = write(
+        folder,
+        out,
+        site=patterns,
+        labels=labels,
+        points=points,
+        pool=pool,
+        max_points=max_points,
+        max_rows=max_rows,
+        attention=attention,
+        seed=seed,
+        progress=False if quiet else None,
+    )
+    if not quiet:
+        typer.echo(page.table())
 
 
 def _check_out(out: str | None) -> Callable[[Any], object]:

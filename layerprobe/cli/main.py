@@ -50,6 +50,7 @@ app.command(short_help="Send a complete store to the Hugging Face hub.")(exports
 app.command(short_help="Fetch a store from the Hugging Face hub.")(exports.pull)
 app.command(short_help="Say how far rows move from layer to layer.")(analyses.diff)
 app.command(short_help="Draw each layer's points, or an example's attention.")(analyses.plot)
+app.command(short_help="Write a store as one page to look at.")(analyses.report)
 app.command(short_help="Say what to know of a store before a cosine is taken in it.")(analyses.check)
 app.command(short_help="Say how well each layer tells classes apart.")(classifiers.classify)
 app.command(short_help="Generate text from stored states of a layer.")(generations.generate)

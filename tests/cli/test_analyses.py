@@ -52,6 +52,26 @@ def test_diff_prints_a_table_and_writes_by_the_suffix(run: Run, acts: Path, tmp_
     assert (tmp_path / "diff.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_report_writes_a_page_by_the_options(run: Run, acts: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    code, printed, said = run("report", acts, "-o", page)
+    assert code == 0 and said == "" and "10 of 10 examples at 3 sites" in printed
+    options = ("--points", "rows", "--max-points", 30, "--max-rows", 40, "--seed", 3, "-s", "layers.1:", "-q")
+    assert run("report", acts, "-o", page, *options) == (0, "", "")
+    # the data are the first block of the page that is a script
+    block = page.read_text(encoding="utf-8").partition('type="application/json">')[2]
+    data = json.loads(block.partition("</script>")[0])
+    assert data["sites"] == ["layers.1", "layers.2"] and data["points"]["kind"] == "rows"
+    assert len(data["points"]["of"]) == 30 and data["points"]["all"] == 60
+    assert run("report", acts, "-o", page, "--labels", "label", "--pool", "max", "-q")[0] == 0
+    assert '"classes":{"labels":"label"' in page.read_text(encoding="utf-8")
+
+
+def test_report_refuses_what_it_cannot_show(run: Run, acts: Path, tmp_path: Path) -> None:
+    refused(run("report", acts, "-o", tmp_path / "report.png"), "'.png' is not .html or .htm")
+    refused(run("report", acts, "-o", tmp_path / "a.html", "--attention", 0), "holds no attention weights")
+
+
 def test_check_prints_the_verdict_and_fails_on_rows_that_are_not_finite(run: Run, acts: Path, tmp_path: Path) -> None:
     code, printed, said = run("check", acts, "--json", tmp_path / "check.json")
     assert code == 0 and said == "" and printed.endswith("Nothing stands in the way of cosines.\n")

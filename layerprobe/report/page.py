@@ -1,0 +1,198 @@
+"""`layerprobe.report`: a store as one page that needs no network.
+
+The page carries its own style, script and data. Its policy lets nothing be fetched and nothing run but that script,
+told by its hash; the data are a block of JSON that no text in it can end. Style and script lie beside this file.
+
+Must never know of models, hooks or shards.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from layerprobe.analysis.figures import need_package
+from layerprobe.analysis.sweep import check_count, need_store
+from layerprobe.errors import OptionError, StoreError
+from layerprobe.report.content import gather
+from layerprobe.store.reader import Store
+from layerprobe.tables import format_bytes
+
+__all__ = ["Report", "report"]
+
+_SCRIPTS = ("charts.js", "scatter.js", "page.js")
+_MARK = re.compile(r"@(POLICY|STYLE|SCRIPT|DATA)@")
+# What could end the block or be taken for a comment in it, and what no file can hold.
+_UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+_SUFFIXES = (".html", ".htm")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `layerprobe.report` wrote.
+
+    Args:
+        path: The page.
+        sites: The sites that its slider runs through.
+        num_points: Points in the scatter.
+        num_all: How many there were to draw from.
+        kind: What a point is: `rows` or `examples`.
+        fields: What may colour the points.
+        parts: What the page has besides: `depth`, `classes`, `attention`.
+        num_bytes: Size of the page.
+    """
+
+    path: Path
+    sites: tuple[str, ...]
+    num_points: int
+    num_all: int
+    kind: str
+    fields: tuple[str, ...]
+    parts: tuple[str, ...]
+    num_bytes: int
+
+    def table(self) -> str:
+        """Say in a few lines what the page holds."""
+        return "\n".join(
+            [
+                f"{self.path}  {format_bytes(self.num_bytes)}",
+                f"points  {self.num_points:,} of {self.num_all:,} {self.kind} at {len(self.sites)} sites",
+                f"colours {', '.join(self.fields)}",
+                f"parts   {', '.join(self.parts) or 'none besides'}",
+            ]
+        )
+
+    __str__ = table
+
+
+def report(
+    store: Store | str | Path,
+    path: str | Path,
+    *,
+    site: str | Sequence[str] | None = None,
+    labels: str | None = None,
+    points: str = "examples",
+    pool: str | None = None,
+    max_points: int = 10_000,
+    max_rows: int | None = 100_000,
+    attention: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Report:
+    """Write a store as one page: a scatter that runs through the layers, curves, heat maps, classes, attention.
+
+    Args:
+        store: A store, or where it is.
+        path: A `.html` to write; one that is there is replaced.
+        site: Patterns over the stored sites; None for the embeddings and every layer's output.
+        labels: A field of the records to classify by; None for no table of classes.
+        points: `examples`, or `rows` for one point a token.
+        pool: How an example's rows become one vector: `mean` if not given, `max`, `cls` or `last`.
+        max_points: The most to draw, at random.
+        max_rows: About how many rows the curves and heat maps are made of, at random; None for all.
+        attention: Ordinals of the examples whose attention weights are shown; None for the first eight of at most 40
+            tokens, where weights are stored.
+        seed: Of all draws.
+        progress: Whether to show bars; None for only on a terminal.
+
+    Raises:
+        OptionError: a value that does not exist, a suffix that is not `.html`, points that are all the same, or a
+            package that is not installed.
+        SiteError: a pattern matches nothing, or attention is asked for and none is stored.
+        InputError: fewer than three points, or labels that cannot be classified.
+        NonFiniteError: a value that is not finite, by name.
+        StoreError: the file cannot be written.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> texts = ["The kettle whistled.", "Who left the gate open?", "So it goes."]
+        >>> store = lp.extract("demo", texts, "memory://reported", sites="layers.-2:")
+        >>> page = lp.report(store, "report.html")
+        >>> page.sites, page.num_points, page.parts
+        (('layers.4', 'layers.5'), 3, ('depth',))
+
+    Cost: that of `differences` over `max_rows` rows, and the drawn points in float64 at every site.
+    """
+    path = _check_path(path)
+    check_count("max_points", max_points, 3)
+    check_count("seed", seed, 0)
+    if max_rows is not None:
+        check_count("max_rows", max_rows, 2)
+    need_package("sklearn", "a report", "layerprobe[analysis]")
+    found = gather(
+        need_store(store),
+        sites=site,
+        labels=labels,
+        points=points,
+        pool=pool,
+        max_points=max_points,
+        max_rows=max_rows,
+        attention=attention,
+        seed=seed,
+        progress=progress,
+    )
+    page = _lay_out(found).encode("utf-8")
+    try:
+        path.write_bytes(page)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from error
+    return Report(
+        path,
+        tuple(found["sites"]),
+        len(found["points"]["of"]),
+        found["points"]["all"],
+        found["points"]["kind"],
+        tuple(field["name"] for field in found["fields"] if field.get("colours", True)),
+        tuple(name for name in ("depth", "classes", "attention") if found[name] is not None),
+        len(page),
+    )
+
+
+def _check_path(path: str | Path) -> Path:
+    """Make sure before anything is computed that a page can be written under a name."""
+    path = Path(path)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise OptionError(f"no report {str(path)!r}: {path.suffix or 'no suffix'!r} is not {' or '.join(_SUFFIXES)}.")
+    if not path.parent.is_dir():
+        raise StoreError(f"{path}: there is no folder {path.parent}. Make it, or choose another path.")
+    return path
+
+
+def _lay_out(found: dict[str, Any]) -> str:
+    """Put style, script, data and the policy into the page."""
+    folder = files("layerprobe.report")
+    style = folder.joinpath("page.css").read_text(encoding="utf-8")
+    script = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    parts = {
+        "POLICY": "; ".join(
+            [
+                "default-src 'none'",
+                f"script-src '{_hash(script)}'",
+                f"style-src '{_hash(style)}'",
+                "base-uri 'none'",
+                "form-action 'none'",
+                # no text becomes markup, even by a mistake in the script
+                "require-trusted-types-for 'script'",
+                "trusted-types 'none'",
+            ]
+        ),
+        "STYLE": style,
+        "SCRIPT": script,
+        "DATA": _write_json(found),
+    }
+    # one pass: a mark that stands in a text stays a text
+    return _MARK.sub(lambda mark: parts[mark[1]], folder.joinpath("page.html").read_text(encoding="utf-8"))
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+def _write_json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
