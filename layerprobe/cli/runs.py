@@ -80,6 +80,11 @@ def extract(
         typer.Option(min=0, metavar="SECONDS", help="After SIGTERM, time for the shard under way to be finished."),
     ] = 30,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    price: Annotated[
+        int | None,
+        typer.Option("--plan", metavar="N", help="Measure a sample, say what N texts would cost, and stop."),
+    ] = None,
+    price_seconds: Annotated[float, typer.Option("--plan-seconds", help="How long --plan measures.")] = 60,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Extract sites for every text into a store; the same command again goes on where it was stopped.
@@ -103,6 +108,11 @@ def extract(
         precision=precision,
         compile=compiles,
     )
+    if price is not None:
+        from layerprobe.extract.pricing import price_extraction
+
+        typer.echo(str(price_extraction(model, texts, out, options, price, price_seconds, device=device)))
+        return
     stopped = f"stopped: whole shards are kept in {out}. Run the same command again to go on."
     with Terminator(out, grace) as terminator:
         plan = plan_extraction(
