@@ -1,13 +1,18 @@
-"""What do edits cost? An edited forward against the bare one, and a sweep of patches against its bare forwards.
+"""What do edits, sinks, a watch and a profile cost? Each against the bare forward, a sweep against its bare forwards.
 
 The sweep's bare forwards are as many, of batches of the same size, as the sweep makes; attribution is held against
-three times one text, for two forwards and a backward.
+three times one text, for two forwards and a backward. A watch at every 50 is held against 50 bare steps of training.
+The same patch of one layer is made by nnsight and TransformerLens too, where they are installed.
 
     python benchmarks/instrument.py [--quick] [--save] [--seconds 120]
 """
 
-from collections.abc import Mapping
+import copy
+import importlib
+import tempfile
+from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -23,6 +28,7 @@ SHAPES = ((1, 8), (8, 128), (32, 128))
 _TOKENS_PER_RUN = 4096
 _MOST_CALLS = 48
 _BATCH = 32
+_PACKAGES = {"nnsight": "nnsight", "TransformerLens": "transformer_lens"}
 
 
 def main() -> None:
@@ -37,13 +43,19 @@ def main() -> None:
         "num_attention_heads": 4,
         "intermediate_size": 128,
     }
-    config = BertConfig(num_hidden_layers=2, **small) if options.quick else BertConfig()
+    config = BertConfig(**small) if options.quick else BertConfig()
     shapes = ((1, 8), (4, 16)) if options.quick else SHAPES
     cases = []
     with torch.no_grad():
         model = BertModel(config).eval()
         cases = [run_edits(model, size, length, seconds / 2 / len(shapes)) for size, length in shapes]
-    sweep = run_sweep(BertForMaskedLM(config).eval(), 8 if options.quick else 32, seconds / 2)
+        sinks = run_sinks(model, *shapes[1], seconds / 4)
+    masked = BertForMaskedLM(config).eval()
+    with torch.no_grad():
+        patch = run_patch(masked, shapes[1][1], seconds / 8)
+    watching = run_watching(options.quick, seconds / 4)
+    profiled = run_profile(model, *shapes[1], 2 if options.quick else 10)
+    sweep = run_sweep(masked, 8 if options.quick else 32, seconds / 2)
     rows = [
         (f"{case['batch']}x{case['length']}", *_lay_out(case["rivals"], rival))
         for case in cases
@@ -52,8 +64,14 @@ def main() -> None:
     rows += [
         (f"sweep {sweep['sites']}x{sweep['length']}", *_lay_out(sweep["rivals"], rival)) for rival in sweep["rivals"]
     ]
+    named = {"sinks": sinks, "one patch": patch, "50 steps": watching}
+    rows += [(name, *_lay_out(case["rivals"], rival)) for name, case in named.items() for rival in case["rivals"]]
     print(format_table(("batch", "rival", "ms", "ratio", "cpu ms", "cpu ratio"), rows))
-    emit("instrument", {"seconds": seconds, "sweep_batch": _BATCH}, {"edits": cases, "sweep": sweep}, save=options.save)
+    print(
+        f"a profile's marks cost {profiled['overhead']:+.1%} of a forward; not installed: {patch['missing'] or 'none'}"
+    )
+    results = {"edits": cases, "sweep": sweep, "sinks": sinks, "patch": patch, "watch": watching, "profile": profiled}
+    emit("instrument", {"seconds": seconds, "sweep_batch": _BATCH}, results, save=options.save)
 
 
 def run_edits(model: Any, size: int, length: int, seconds: float) -> dict[str, Any]:
@@ -110,6 +128,150 @@ def run_sweep(model: Any, length: int, seconds: float) -> dict[str, Any]:
     }
     timings = interleave(rivals, seconds=seconds, least_rounds=2)
     return {"sites": num_sites, "length": length, "patches": num_patches, **_summarise(timings, "bare forwards")}
+
+
+def run_sinks(model: Any, size: int, length: int, seconds: float) -> dict[str, Any]:
+    """Time one batch bare, into memory, and into each sink of sums, at every layer."""
+    batch = {"input_ids": torch.randint(1000, 20000, (size, length)), "attention_mask": torch.ones(size, length).long()}
+    makers: dict[str, Any] = {
+        "memory": lambda: None,
+        "moments": lp.Moments,
+        "histogram": lp.Histogram,
+        "covariance": lp.Covariance,
+        "cross-covariance of neighbours": lambda: lp.CrossCovariance("consecutive"),
+        "top 10": lp.TopK,
+    }
+    calls = 3
+    rivals = {"bare": Rival(partial(call_bare, model, batch, calls), calls)}
+    for name, make in makers.items():
+        rivals[name] = Rival(partial(call_probed, model, batch, calls), calls, prepare=make)
+    timings = interleave(rivals, seconds=seconds, least_rounds=2)
+    return {"batch": size, "length": length, "calls": calls, **_summarise(timings, "bare")}
+
+
+def call_probed(model: nn.Module, batch: dict[str, Tensor], calls: int, sink: Any) -> None:
+    with lp.Probe(model, "layers.*", to=sink):
+        call_bare(model, batch, calls)
+
+
+def run_watching(is_quick: bool, seconds: float) -> dict[str, Any]:
+    """Time 50 steps of training bare and watched, of which the first is looked at; and one step that is, alone."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    if not is_quick:
+        sizes = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+    model = BertForMaskedLM(BertConfig(num_hidden_layers=2 if is_quick else 6, vocab_size=2000, **sizes)).train()
+    ids = torch.randint(1000, 2000, (8, 32))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    rivals: dict[str, Rival] = {}
+    for steps in (50, 1):
+        rivals[f"bare, {steps}"] = Rival(partial(train_bare, model, batch, steps), steps)
+        for sites in (["layers.*"], ["layers.*", "layers.*.ffn.act"]):
+            name = f"watch {' and '.join(sites)}, {steps}"
+            rivals[name] = Rival(partial(train_watched, model, batch, steps, sites), steps)
+    timings = interleave(rivals, seconds=seconds, least_rounds=2)
+    summaries = [_summarise({n: t for n, t in timings.items() if n.endswith(f", {k}")}, f"bare, {k}") for k in (50, 1)]
+    merged = {name: found for summary in summaries for name, found in summary["rivals"].items()}
+    return {"batch": 8, "length": 32, "rounds": summaries[0]["rounds"], "rivals": merged}
+
+
+def train_bare(model: Any, batch: dict[str, Tensor], steps: int, _: object = None) -> None:
+    for _step in range(steps):
+        model.zero_grad()
+        model(**batch).loss.backward()
+
+
+def train_watched(model: Any, batch: dict[str, Tensor], steps: int, sites: list[str], _: object = None) -> None:
+    with lp.watch(model, sites, every=50, log=lambda *_: None):
+        train_bare(model, batch, steps)
+
+
+def run_profile(model: Any, size: int, length: int, repeats: int) -> dict[str, Any]:
+    """Ask a profile what its marks cost."""
+    batch = {"input_ids": torch.randint(1000, 20000, (size, length))}
+    return {
+        "batch": size,
+        "length": length,
+        "repeats": repeats,
+        "overhead": lp.profile(model, batch, repeats=repeats).overhead,
+    }
+
+
+def run_patch(model: Any, length: int, seconds: float) -> dict[str, Any]:
+    """Put one layer's values of one text into the forward of another, by each tool that is there.
+
+    TransformerLens turns attention to `eager` for its hooks, so its time holds that too.
+    """
+    clean, corrupt = ({"input_ids": torch.randint(1000, 20000, (1, length))} for _ in range(2))
+    number = model.config.num_hidden_layers // 2
+    site = f"layers.{number}"
+    with lp.Probe(model, site) as probe:
+        expected = model(**clean).logits
+    edits = {site: lp.patch(probe[site], where="all")}
+    calls = 4
+    rivals = {"bare": Rival(partial(call_bare, model, corrupt, calls), calls)}
+    missing = []
+    makers = {"layerprobe": make_layerprobe, "nnsight": make_nnsight, "TransformerLens": make_transformer_lens}
+    for name, make in makers.items():
+        try:
+            rival = make(copy.deepcopy(model), number, probe[site], edits)
+        except ImportError:
+            missing.append(name)
+            continue
+        # everything after the patched layer is computed from clean's values
+        assert torch.allclose(rival(corrupt), expected, atol=1e-4), f"{name} patches something else"
+        rivals[name] = Rival(partial(call_rival, rival, corrupt, calls), calls)
+    timings = interleave(rivals, seconds=seconds, least_rounds=2)
+    versions = {name: version(package) for name, package in _PACKAGES.items() if name not in missing}
+    return {
+        "layer": number, "length": length, "missing": missing, "versions": versions, **_summarise(timings, "bare")
+    }  # fmt: skip
+
+
+def call_rival(rival: Callable[[Any], Tensor], batch: dict[str, Tensor], calls: int, _: object = None) -> None:
+    for _call in range(calls):
+        rival(batch)
+
+
+def make_layerprobe(model: Any, number: int, values: Tensor, edits: Any) -> Callable[[Any], Tensor]:
+    """The patch in layerprobe; hooks go on and come off at each call, as in the others."""
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        with lp.edit(model, edits):
+            return model(**batch).logits
+
+    return run
+
+
+def make_nnsight(model: Any, number: int, values: Tensor, _: Any) -> Callable[[Any], Tensor]:
+    """The patch in nnsight: a trace in which a layer's output is replaced."""
+    wrapped = importlib.import_module("nnsight").NNsight(model)
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        with wrapped.trace(**batch):
+            wrapped.bert.encoder.layer[number].output = values
+            made = wrapped.output.logits.save()
+        return made  # noqa: RET504 - a trace is not left from within
+
+    return run
+
+
+def make_transformer_lens(model: Any, number: int, values: Tensor, _: Any) -> Callable[[Any], Tensor]:
+    """The patch in TransformerLens: its bridge around the same model, and a hook on a block's output."""
+    bridges = importlib.import_module("transformer_lens.model_bridge")
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        bridge = bridges.TransformerBridge.boot_transformers(
+            folder, hf_model=model, tokenizer=lp.load_model("demo", "cpu").tokenizer
+        )
+
+    def replace(value: Tensor, hook: object) -> Tensor:
+        return values
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        return bridge.run_with_hooks(batch["input_ids"], fwd_hooks=[(f"blocks.{number}.hook_out", replace)])
+
+    return run
 
 
 def call_bare(model: nn.Module, batch: dict[str, Tensor], calls: int, _: object = None) -> None:
