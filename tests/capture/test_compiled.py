@@ -59,7 +59,7 @@ def _eager_values(model: Any, sites: Any, length: int) -> Any:
 
 @pytest.mark.parametrize("given", ["compiled", "plain"])
 def test_every_site_of_a_compiled_model_is_captured_in_one_graph_for_all_lengths(tiny_bert: Any, given: str) -> None:
-    compiled = _compile(tiny_bert, "aot_eager")
+    compiled = _compile(tiny_bert)
     graphs = set()
     with torch.no_grad(), lp.Probe(compiled if given == "compiled" else tiny_bert, ALL_SITES) as probe:
         for length in LENGTHS:
@@ -101,7 +101,7 @@ def test_hooks_put_on_after_the_first_compiled_call_fire(tiny_bert: Any) -> None
 
 
 def test_model_compiled_in_place_is_captured(make_bert: Any) -> None:
-    model = make_bert("BertForMaskedLM")
+    model = make_bert("BertForMaskedLM", num_hidden_layers=1)
     expected = _eager_values(model, ["layers.*", "logits"], 7)
     model.compile(fullgraph=True, dynamic=True, backend="eager")
     with torch.no_grad():
@@ -400,7 +400,7 @@ def test_history_is_kept_whatever_call_comes_next(tiny_bert: Any) -> None:
 
 
 def test_history_of_a_module_that_runs_several_times_is_refused(make_bert: Any) -> None:
-    compiled = _compile(make_bert(chunk_size_feed_forward=2), fullgraph=False)
+    compiled = _compile(make_bert(chunk_size_feed_forward=2, num_hidden_layers=1), fullgraph=False)
     with (
         pytest.raises(OptionError, match=r"gradients=True of 'layers\.0\.ffn\.out' in a compiled model: its module"),
         lp.Probe(compiled, "layers.0.ffn.out", gradients=True),
@@ -411,7 +411,7 @@ def test_history_of_a_module_that_runs_several_times_is_refused(make_bert: Any) 
 def test_positions_of_a_compiled_decoder_with_a_cache_are_not_guessed(make_bert: Any) -> None:
     from transformers import DynamicCache
 
-    model, batch = make_bert("BertLMHeadModel", is_decoder=True), _batch(5)
+    model, batch = make_bert("BertLMHeadModel", is_decoder=True, num_hidden_layers=1), _batch(5)
     compiled = _compile(model, fullgraph=False)
     with torch.no_grad(), lp.Probe(compiled, "layers.*") as probe:
         compiled(**batch, use_cache=False)
@@ -426,7 +426,7 @@ def test_positions_of_a_compiled_decoder_with_a_cache_are_not_guessed(make_bert:
 
 
 def test_compiled_training_step_has_the_same_gradients_with_a_probe(make_bert: Any) -> None:
-    model = make_bert("BertForSequenceClassification")
+    model = make_bert("BertForSequenceClassification", num_hidden_layers=1)
     compiled = _compile(model)
     given = {**_batch(7), "labels": torch.tensor([0, 1, 0])}
     compiled(**given).loss.backward()
