@@ -74,6 +74,8 @@ ORDER = (
     "layerprobe.analysis.verdict",
     "layerprobe.analysis.classify",
     "layerprobe.report.plots",
+    "layerprobe.report.content",
+    "layerprobe.report.page",
     "layerprobe.capture.calls",
     "layerprobe.capture.compiled",
     "layerprobe.capture.hooks",
