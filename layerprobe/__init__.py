@@ -25,6 +25,7 @@ from layerprobe.extract.depth import depth_profile
 from layerprobe.extract.run import extract
 from layerprobe.extract.untrained import extract_untrained
 from layerprobe.generation.decoding import generate
+from layerprobe.generation.fitting import fit_decoder
 from layerprobe.generation.lens import lens
 from layerprobe.models import load_model
 from layerprobe.profile import profile
@@ -67,6 +68,7 @@ __all__ = [
     "extract",
     "extract_untrained",
     "find_nonfinite",
+    "fit_decoder",
     "generate",
     "lens",
     "load_classifier",

@@ -1,0 +1,135 @@
+"""What fitted decoders can read of each layer: numbers by layer, as table, CSV, JSON and curve, and the decoders.
+
+Must never know of how they were fitted.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerprobe.analysis.figures import Curve, draw_curves
+from layerprobe.analysis.results import table_cell, write_csv, write_json
+from layerprobe.analysis.sweep import need_store
+from layerprobe.errors import SiteError
+from layerprobe.generation.decoding import list_examples
+from layerprobe.generation.narrow import NarrowDecoder
+from layerprobe.generation.results import Generated, Generation
+from layerprobe.store.reader import Store
+from layerprobe.tables import format_table
+
+__all__ = ["LayerReading", "Readout"]
+
+_HEADERS = ("site", "loss", "accuracy", "exact", "train_loss")
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """How well one decoder does on the examples that it was not fitted on.
+
+    Args:
+        site: What it reads; `none` for the one without context.
+        loss: Nats per token, the end included, each token given those before it.
+        accuracy: Share of tokens that are the likeliest, each given those before it.
+        exact: Share of examples that it writes without a mistake when nothing is given.
+        train_loss: Nats per token over the last pass of what it was fitted on.
+    """
+
+    site: str
+    loss: float
+    accuracy: float
+    exact: float
+    train_loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """What `layerprobe.fit_decoder` found.
+
+    Args:
+        layers: A reading per layer, in the order of the store.
+        baseline: That of a decoder of the same shape which sees no context.
+        num_train, num_test: Examples on either side.
+        num_test_tokens: Tokens that loss and accuracy are taken over.
+        num_types: Tokens that the decoders can write.
+        num_cut: Targets that were longer than `max_length`, and were cut.
+        test: Ordinals of the examples that judge.
+        decoders: The fitted decoders by site.
+    """
+
+    layers: tuple[LayerReading, ...]
+    baseline: LayerReading
+    num_train: int
+    num_test: int
+    num_test_tokens: int
+    num_types: int
+    num_cut: int
+    test: tuple[int, ...]
+    decoders: Mapping[str, NarrowDecoder] = field(repr=False)
+
+    def _rows(self) -> list[list[Any]]:
+        return [[getattr(one, name) for name in _HEADERS] for one in (*self.layers, self.baseline)]
+
+    def table(self) -> str:
+        """Lay the readings out, the baseline last."""
+        rows = [[table_cell(cell) for cell in row] for row in self._rows()]
+        said = f"{self.num_train:,} examples train, {self.num_test:,} judge ({self.num_test_tokens:,} tokens)"
+        cut = f"; {self.num_cut:,} targets were cut" if self.num_cut else ""
+        return f"{format_table(_HEADERS, rows)}\n{said}; {self.num_types:,} types{cut}"
+
+    __str__ = table
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the readings, a line each."""
+        return write_csv(path, _HEADERS, self._rows())
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write everything but the decoders as one JSON object."""
+        return write_json(path, self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give everything but the decoders as what JSON holds."""
+        names = ("layers", "baseline", "num_train", "num_test", "num_test_tokens", "num_types", "num_cut", "test")
+        return {name: getattr(self, name) for name in names}
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw accuracy and exactness over depth, and the accuracy without context."""
+        names = [one.site for one in self.layers]
+        curves = [
+            Curve("tokens right", names, [one.accuracy for one in self.layers]),
+            Curve("examples exact", names, [one.exact for one in self.layers]),
+            Curve("tokens, no context", names, [self.baseline.accuracy] * len(names)),
+        ]
+        return draw_curves(names, curves, "read by a narrow decoder, held out", path)
+
+    def read(self, store: Store | str | Path, site: str, examples: Any) -> Generation:
+        """Have the decoder of a site write what it reads, token by token.
+
+        Args:
+            store: The store that it was fitted on, or another of the same model.
+            site: A site that has a decoder.
+            examples: Ordinals, a slice of them, or one.
+
+        Raises:
+            SiteError: no decoder was fitted for the site.
+        """
+        decoder = self.decoders.get(site)
+        if decoder is None:
+            raise SiteError(f"no decoder for {site!r}: there are those of {', '.join(self.decoders)}.")
+        store = need_store(store)
+        ordinals, found = list_examples(store, examples), []
+        vocabulary = store.vocabulary
+        for first in range(0, len(ordinals), _BATCH):
+            part = ordinals[first : first + _BATCH]
+            outputs = store.encoder_outputs(site, part).to(decoder.mean.device)
+            with torch.no_grad():
+                made = decoder.read(outputs.states, outputs.mask, len(part))
+            for ordinal, places in zip(part, made, strict=True):
+                ids = decoder.write(places, unknown_id=-1)
+                known = [token for token in ids if token >= 0]
+                text = None if vocabulary is None else vocabulary.decode(known)
+                found.append(Generated(ordinal, tuple(ids), text))
+        return Generation(site, tuple(found))
