@@ -1,6 +1,7 @@
 """The house as it is meant to stand: who imports whom, how long a file is, what the door loads."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -90,10 +91,10 @@ ORDER = (
     "layerprobe.capture.select",
     "layerprobe.capture.staging",
     "layerprobe.capture.sinks",
-    "layerprobe.capture.statistics",
-    "layerprobe.capture.summaries",
     "layerprobe.capture.stage",
     "layerprobe.capture.staged",
+    "layerprobe.capture.statistics",
+    "layerprobe.capture.summaries",
     "layerprobe.capture.covariances",
     "layerprobe.capture.topk",
     "layerprobe.capture.units",
@@ -168,7 +169,19 @@ TOP = {"layerprobe", "tests", "benchmarks", "docs", "pyproject.toml", "README.md
 MOST_LINES = 400
 # the tree of errors is drawn in its docstring
 TREE_LINE = re.compile(r"^(LayerProbeError$|\s*[├└│])")
-HEAVY = ("transformers", "matplotlib", "sklearn", "ray", "pyarrow", "datasets", "zarr", "fsspec", "s3fs")
+HEAVY = (
+    "torch",
+    "numpy",
+    "transformers",
+    "matplotlib",
+    "sklearn",
+    "ray",
+    "pyarrow",
+    "datasets",
+    "zarr",
+    "fsspec",
+    "s3fs",
+)
 
 
 def module_name(path: Path) -> str:
@@ -225,16 +238,33 @@ def test_files_are_short_and_say_what_they_are(name: str) -> None:
         assert 3 <= len(lines) <= 12
 
 
-def test_importing_the_door_loads_nothing_heavy() -> None:
-    code = f"import sys, layerprobe; print([name for name in {HEAVY!r} if name in sys.modules])"
+@pytest.mark.parametrize("door", ["layerprobe", "layerprobe.cli.main"])
+def test_opening_a_door_loads_nothing_heavy(door: str) -> None:
+    code = f"import sys, {door}; print([name for name in {HEAVY!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "[]"
 
 
-def test_the_command_line_opens_without_transformers() -> None:
-    code = "import sys, layerprobe.cli.main; print('transformers' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert found.stdout.strip() == "False"
+def test_names_load_what_type_checkers_are_told_of() -> None:
+    told = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layerprobe.")
+        for alias in node.names
+    }
+    assert sorted(told) == sorted(layerprobe.__all__)
+    for name, (home, own) in told.items():
+        assert getattr(layerprobe, name) is getattr(importlib.import_module(str(home)), own), name
+
+
+def test_a_name_stays_what_it_is_where_a_folder_has_the_same() -> None:
+    code = (
+        "import layerprobe.extract.run, layerprobe.edit.editor, layerprobe.profile, layerprobe as lp\n"
+        "assert callable(lp.extract) and callable(lp.profile) and callable(lp.edit) and callable(lp.sites)\n"
+        "import layerprobe.sites.resolve, layerprobe.report.plots\n"
+        "assert callable(lp.sites) and lp.plot is layerprobe.plot and not hasattr(lp, 'none')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_public_names_are_the_documented_ones() -> None:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from layerprobe.cli.views import describe_example, describe_status, describe_store
 from layerprobe.errors import OptionError
 
 __all__ = ["info", "show", "status", "verify"]
@@ -21,6 +20,7 @@ def info(folder: Where) -> None:
 
     Example: layerprobe info acts
     """
+    from layerprobe.cli.views import describe_store
     from layerprobe.store.reader import open_store
 
     typer.echo(describe_store(open_store(folder)))
@@ -34,6 +34,7 @@ def show(
 
     Example: layerprobe show acts 17
     """
+    from layerprobe.cli.views import describe_example
     from layerprobe.store.reader import open_store
 
     typer.echo(describe_example(open_store(folder).example(example)))
@@ -44,6 +45,7 @@ def status(folder: Where) -> None:
 
     Example: layerprobe status acts
     """
+    from layerprobe.cli.views import describe_status
     from layerprobe.store.progress import read_status
 
     typer.echo(describe_status(read_status(folder)))
