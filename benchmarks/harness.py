@@ -38,7 +38,7 @@ class Rival:
     run: Callable[[Any], object]
     calls: int = 1
     prepare: Callable[[], Any] = lambda: None
-    finish: Callable[[Any], object] = lambda prepared: None
+    finish: Callable[[Any], object] = lambda _: None
 
 
 @dataclass
