@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from layerprobe.cli.allocator import keep_freed_memory
+
 __all__ = ["Rival", "Timings", "emit", "interleave", "make_parser", "peak_bytes"]
 
 _RESULTS = Path(__file__).parent / "results"
@@ -116,7 +118,12 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Make the parser with the options that both benchmarks take."""
+    """Make the parser with the options that all benchmarks take.
+
+    From here on the process keeps the memory that it frees, whichever rival runs, as the command `layerprobe extract`
+    does: whether the C library gives it back to the system in between is chance, and more than what is measured.
+    """
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: to see that it runs")
     parser.add_argument("--save", action="store_true", help="write the JSON line to benchmarks/results too")
@@ -128,6 +135,7 @@ def emit(name: str, settings: Mapping[str, Any], results: Any, *, save: bool) ->
     document = {
         "benchmark": name,
         "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "allocator": "freed memory is kept",
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers", "safetensors", "numpy")},

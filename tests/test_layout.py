@@ -151,6 +151,7 @@ ORDER = (
     "layerprobe.cost.comparison",
     "layerprobe.cli.views",
     "layerprobe.cli.signals",
+    "layerprobe.cli.allocator",
     "layerprobe.cli.runs",
     "layerprobe.cli.stores",
     "layerprobe.cli.exports",

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from layerprobe.cli.allocator import keep_freed_memory
 from layerprobe.cli.signals import TERMINATED, Terminator
 from layerprobe.errors import OptionError, SpaceError
 
@@ -108,6 +109,7 @@ def extract(
         precision=precision,
         compile=compiles,
     )
+    keep_freed_memory()
     if price is not None:
         from layerprobe.extract.pricing import price_extraction
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from layerprobe.cli.allocator import keep_freed_memory
 from layerprobe.cli.runs import Model, Sites
 from layerprobe.errors import OptionError
 
@@ -81,6 +82,7 @@ def stats(
         for unit in units or []:
             if site.width is not None and not -site.width <= unit < site.width:
                 raise OptionError(f"--unit {unit}: {site.name!r} has {site.width}.")
+    keep_freed_memory()
     report = stream_texts(loaded, texts, measuring, options, progress=not quiet)
     said = measuring.list_tops(loaded.tokenizer, units) if isinstance(measuring, TopK) else measuring.summary()
     typer.echo(format_said(said) if isinstance(measuring, TopK) else str(measuring))
