@@ -26,7 +26,7 @@ SITES = ["embeddings", "layers.*", "layers.1.ffn.act"]
 def list_rows(tiny: LoadedModel, texts: list[str], site: str, batch_tokens: int = 1024) -> np.ndarray:
     """Every row of a site in float64, out of a store."""
     options = {"sites": site, "batch_tokens": batch_tokens}
-    store = extract(tiny, texts, "memory://rows", overwrite=True, **options)
+    store = extract(tiny, texts, "memory://stream-rows", overwrite=True, **options)
     return torch.cat([store[site][number] for number in range(len(texts))]).double().numpy()
 
 
