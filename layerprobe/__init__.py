@@ -9,6 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from layerprobe import errors as errors
 from layerprobe.version import __version__
 
 if TYPE_CHECKING:

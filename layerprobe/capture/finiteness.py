@@ -155,7 +155,7 @@ def find_nonfinite(model: nn.Module | LoadedModel, batch: Mapping[str, Any]) -> 
             output = network(**batch)
     finally:
         hooks.remove()
-    parts = output.items() if isinstance(output, Mapping) else []
+    parts = output.items() if isinstance(output, Mapping) else enumerate(output if isinstance(output, tuple) else ())
     made = [(f"output.{name}", part) for name, part in parts if isinstance(part, Tensor)]
     records += [_Record(name, "", "output", _measure(part), part.numel(), None, 0) for name, part in made]
     return _judge(records, _list_bad_weights(network), len({site.name for site in sites}))

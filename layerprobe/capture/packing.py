@@ -34,7 +34,7 @@ from layerprobe.capture.units import (
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.format import ShardHeader, fingerprint_of
-from layerprobe.store.lock import LOCK_FILE, StoreLock
+from layerprobe.store.lock import StoreLock
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_place, commit_description, commit_index
 
@@ -143,13 +143,9 @@ class StoreSink:
         try:
             self._close(error)
         finally:
-            folder = self.place.folder
-            if self._lock is not None and folder is not None and self._stored is None:
-                # a store of no call says nothing: not even how wide its sites are
-                with contextlib.suppress(OSError):
-                    (folder / LOCK_FILE).unlink()
             if self._lock is not None:
                 self._lock.release()
+            # a store of no call says nothing: not even how wide its sites are
             if self._made_folder is not None and self._stored is None:
                 with contextlib.suppress(OSError):
                     self._made_folder.rmdir()

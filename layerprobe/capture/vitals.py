@@ -35,8 +35,9 @@ class Vitals:
         rows_TD = rows_TD if rows_TD.dtype == torch.float64 else rows_TD.float()
         if not len(rows_TD):
             return
-        norms = torch.linalg.vector_norm(rows_TD, dim=1)
-        finite = norms.isfinite()
+        finite = rows_TD.isfinite().all(dim=1)
+        # in float64: the square of a large float32 is none any more
+        norms = torch.linalg.vector_norm(rows_TD, dim=1, dtype=torch.float64)
         kept = finite[:, None]
         extremes = torch.stack(
             [
@@ -45,7 +46,7 @@ class Vitals:
                 torch.where(kept, rows_TD.abs(), float("inf")).amin(0),
             ]
         )
-        clean = torch.where(finite, norms, 0.0).double()
+        clean = torch.where(finite, norms, 0.0)
         self._norms = _sum(self._norms, clean.sum())
         self._squares = _sum(self._squares, clean.square().sum())
         self._nonfinite = _sum(self._nonfinite, (~finite).sum())

@@ -9,6 +9,7 @@ Hides glibc's names for it. Must never know of models.
 """
 
 import ctypes
+import sys
 
 __all__ = ["keep_freed_memory"]
 
@@ -19,5 +20,7 @@ _MMAP = (-3, 32 << 20)
 
 def keep_freed_memory() -> bool:
     """Have this process keep what it frees; says whether its C library can be told so, which is glibc alone."""
+    if sys.platform != "linux":
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(*setting) == 1 for setting in (_TRIM, _MMAP))

@@ -84,6 +84,9 @@ def test_a_loss_of_finite_logits_is_named(make_bert: Callable[..., Any], batch: 
     model = make_bert("BertForTokenClassification")
     found = lp.find_nonfinite(model, {**batch, "labels": torch.full_like(batch["input_ids"], -100)})
     assert found.site == "output.loss" and not found.parameters
+    labels = torch.full_like(batch["input_ids"], -100)
+    found = lp.find_nonfinite(model, {**batch, "labels": labels, "return_dict": False})
+    assert found.site == "output.0"
 
 
 @pytest.mark.parametrize(

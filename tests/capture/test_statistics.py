@@ -311,6 +311,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(model: Any) -> None:
 def test_options_that_do_not_exist_are_refused(make_bert: Callable[..., Any], model: Any) -> None:
     with pytest.raises(OptionError, match="of 0 bins"):
         lp.Histogram(bins=0)
+    with pytest.raises(OptionError, match="from -inf to 1"):
+        lp.Histogram(float("-inf"), 1)
     with pytest.raises(OptionError, match="from 1 to 1"):
         lp.Histogram(1, 1)
     with pytest.raises(OptionError, match="the top 0"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import layerprobe as lp
+from layerprobe.capture.vitals import Vitals
 from layerprobe.errors import CaptureError, OptionError, SiteError
 
 SITES = ["embeddings", "layers.*", "layers.1.ffn.act", "layers.0.attention.context", "pooler"]
@@ -77,6 +78,13 @@ def test_rows_that_are_not_finite_are_counted(tiny_bert: Any, batch: dict[str, T
         train(tiny_bert, batch)
     assert seen[0]["layers.0/nonfinite"] == 0 and "layers.0/norm" in seen[0]
     assert seen[0]["layers.1/nonfinite"] == int(batch["attention_mask"].sum()) and "layers.1/norm" not in seen[0]
+
+
+def test_rows_whose_squares_leave_float32_are_finite() -> None:
+    vitals = Vitals()
+    vitals.add_rows(torch.full((2, 4), 3e19))
+    said = vitals.read()
+    assert said["nonfinite"] == 0 and said["norm"] == pytest.approx(6e19)
 
 
 def test_hooks_are_there_only_in_watched_steps(tiny_bert: Any, batch: dict[str, Tensor]) -> None:
