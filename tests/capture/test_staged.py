@@ -306,7 +306,11 @@ def test_values_that_are_no_rows_are_refused(make_bert: Any) -> None:
             CaptureError, match=r"attention_mask has shape \(3, 5, 5\): rows need one of shape \(3, 5\)"
         ):
             model(batch["input_ids"], torch.ones(3, 5, 5, dtype=torch.int64))
-        model.encoder.layer[0].register_forward_hook(lambda *made: made[-1][:1], prepend=True)
+
+        def cut(_module: Any, _args: Any, made: Any) -> Any:
+            return made[:1] if isinstance(made, torch.Tensor) else (made[0][:1], *made[1:])
+
+        model.encoder.layer[0].register_forward_hook(cut, prepend=True)
         match = r"'layers\.0' gave a value of shape \(1, 5, 32\): a stage has room for one row per token, of width 32"
         with pytest.raises(CaptureError, match=match):
             model(**batch)
