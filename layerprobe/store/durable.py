@@ -16,6 +16,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from layerprobe.errors import SpaceError, StoreError
 
 try:
@@ -152,12 +154,14 @@ def _write_direct(descriptor: int, pieces: "Sequence[bytes | memoryview]") -> No
     """Write through an aligned bounce buffer; the last, incomplete block goes the usual way."""
     # Freed with the last that points to it: after a refusal the error's traceback still does, and closing would fail.
     room = memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
+    block = np.frombuffer(room, np.uint8)
     filled = 0
     for piece in pieces:
         rest = memoryview(piece).cast("B")
         while len(rest):
             count = min(len(rest), _BOUNCE_BYTES - filled)
-            room[filled : filled + count] = rest[:count]
+            # by numpy, which lets other Python threads run meanwhile, the forward's among them
+            np.copyto(block[filled : filled + count], np.frombuffer(rest[:count], np.uint8))
             rest, filled = rest[count:], filled + count
             if filled == _BOUNCE_BYTES:
                 _write_blocks(descriptor, room)
