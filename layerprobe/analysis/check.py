@@ -107,8 +107,9 @@ class SiteCheck:
                 f"{format_count(len(self.dead), 'dimension')} constant ({_name(self.dead)}): leave out of z-scores."
             )
         if self.rogue:
+            verb = "gives" if len(self.rogue) == 1 else "give"
             said.append(
-                f"{format_count(len(self.rogue), 'dimension')} ({_name(self.rogue)}) give {self.rogue_share:.0%} of "
+                f"{format_count(len(self.rogue), 'dimension')} ({_name(self.rogue)}) {verb} {self.rogue_share:.0%} of "
                 f"the mean cosine {self.cosine_raw:.2f}: a raw cosine is mostly about them; use centred or zscored."
             )
         elif self.cosine_raw >= _HIGH:

@@ -129,7 +129,7 @@ def classify(
     options = _Options(control, mdl, seed)
     notes = list(task.notes)
 
-    with fitting(), few_threads(), bar_of(len(names), "probes", progress) as bar:
+    with fitting(), few_threads(), bar_of(len(names), "probes", progress, "fits") as bar:
         found, mix = _probe_sites(store, task, names, used_pool, options, notes, bar, pool == "last4", sites is None)
         guesses = {"majority": guess_majority(task.labels, task.sides), "tfidf": _guess_words(task)}
         baselines = {name: _score_guess(task, guess, seed) for name, guess in guesses.items()}
@@ -211,8 +211,10 @@ def _probe_sites(
         centre = float((np.arange(len(shares)) * shares).sum())
         mix = Mix(tuple(kept), tuple(shares.tolist()), centre)
         features.append(mixed)
+    bar.total += len(features)
     for feature in features:
         found.append(_probe(feature, [kept[site] for site in feature.sites], task, options))
+        bar.update()
     return found, mix
 
 

@@ -41,7 +41,7 @@ _LAYER = re.compile(r"layers\.(\d+)\Z")
 # Of a cell of a heat map: beyond so many sites its number could not be read.
 _MOST_NUMBERED = 14
 # Where a cell is so dark that its number must be white.
-_DARK = 0.6
+_DARK = 0.53
 _STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,

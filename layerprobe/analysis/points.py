@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.analysis.sweep import record_of
+from layerprobe.analysis.sweep import bar_of, record_of
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows
-from layerprobe.store.shards import pool_packed, positions_of
+from layerprobe.store.shards import Shard, pool_packed, positions_of
 from layerprobe.store.writer import StoredSite
 
 __all__ = ["OTHER", "Colours", "Points", "choose_points", "colour_points", "draw_points", "has_field"]
@@ -103,9 +103,16 @@ def choose_points(store: Store, sites: Sequence[StoredSite], color: str, points:
 
 
 def draw_points(
-    store: Store, sites: Sequence[StoredSite], kind: str, *, pool: str | None, max_points: int, seed: int
+    store: Store,
+    sites: Sequence[StoredSite],
+    kind: str,
+    *,
+    pool: str | None,
+    max_points: int,
+    seed: int,
+    progress: bool | None = None,
 ) -> Points:
-    """Draw points at random and read them at every site.
+    """Draw points at random and read them at every site, under a bar as of `bar_of`.
 
     Raises:
         InputError: there are fewer than three.
@@ -124,25 +131,20 @@ def draw_points(
     first = 0
     if not by_rows and any(site.kind == "token" for site in sites):
         store[sites[0].name].catalog.need_every_row("a picture of examples", "Draw rows, or extract with a pool.")
-    for shard in store.iter_shards():
-        count = shard.header.num_tokens if by_rows else shard.header.num_examples
-        part = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, first + count)] - first
-        first += count
-        if not len(part):
-            continue
-        picked = torch.from_numpy(part)
-        if by_rows:
-            offsets = shard.tensor("offsets")
-            of = torch.searchsorted(offsets, picked, right=True) - 1
-            ids = shard.tensor("input_ids")[picked]
-            identity.append((shard.tensor("example")[of], positions_of(shard, picked, of), ids))
-        else:
-            nothing = torch.zeros(0, dtype=torch.int64)
-            identity.append((shard.tensor("example")[picked], nothing, nothing))
-        for site in sites:
-            is_single = by_rows or site.kind != "token"
-            rows = take_rows(shard, site, picked) if is_single else _pool(shard, site, picked, pool or "mean")
-            found[site.name].append(rows.double())
+    with bar_of(len(chosen), "points", progress, kind) as bar:
+        for shard in store.iter_shards():
+            count = shard.header.num_tokens if by_rows else shard.header.num_examples
+            part = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, first + count)] - first
+            first += count
+            if not len(part):
+                continue
+            picked = torch.from_numpy(part)
+            identity.append(_identify(shard, picked, by_rows))
+            for site in sites:
+                is_single = by_rows or site.kind != "token"
+                rows = take_rows(shard, site, picked) if is_single else _pool(shard, site, picked, pool or "mean")
+                found[site.name].append(rows.double())
+            bar.update(len(part))
     examples, positions, ids = (torch.cat(parts) for parts in zip(*identity, strict=True))
     values = {name: torch.cat(rows) for name, rows in found.items()}
     drawn = Points(values, kind, num_all, examples, positions if by_rows else None, ids if by_rows else None)
@@ -150,7 +152,16 @@ def draw_points(
     return drawn
 
 
-def _pool(shard: Any, site: StoredSite, picked: Tensor, pool: str) -> Tensor:
+def _identify(shard: Shard, picked: Tensor, by_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Say of some rows or examples of a shard which example each is of, its position there, and its token id."""
+    if not by_rows:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return shard.tensor("example")[picked], nothing, nothing
+    of = torch.searchsorted(shard.tensor("offsets"), picked, right=True) - 1
+    return shard.tensor("example")[of], positions_of(shard, picked, of), shard.tensor("input_ids")[picked]
+
+
+def _pool(shard: Shard, site: StoredSite, picked: Tensor, pool: str) -> Tensor:
     """Pool some examples of a shard, given by their place in it."""
     offsets = shard.tensor("offsets")
     starts, stops = offsets[picked], offsets[picked + 1]

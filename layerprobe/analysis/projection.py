@@ -6,7 +6,7 @@ the picture. What a picture hides is measured beside it: the variance kept, and 
 Letters: n points, D width. Must never know of stores or figures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,9 @@ class Panel:
     trust: float | None
 
 
-def project(values: dict[str, Tensor], method: str, *, shared: bool, seed: int) -> list[Panel]:
+def project(
+    values: dict[str, Tensor], method: str, *, shared: bool, seed: int, done: Callable[[], object] = lambda: None
+) -> list[Panel]:
     """Bring each site's points to two components.
 
     Args:
@@ -56,6 +58,7 @@ def project(values: dict[str, Tensor], method: str, *, shared: bool, seed: int) 
         method: `pca`, `tsne` or `umap`; the last two start each layer from the one before.
         shared: One PCA basis for all sites, each about its own mean; nothing is turned then.
         seed: Of t-SNE, UMAP and the draw for trustworthiness.
+        done: Called after each site.
 
     Raises:
         OptionError: a method that does not exist or is not installed, or a shared basis of sites of different widths.
@@ -82,6 +85,7 @@ def project(values: dict[str, Tensor], method: str, *, shared: bool, seed: int) 
             points = _size(points)
             points = points if before is None else turn_onto(points, before)
         panels.append(Panel(name, points, variance, _trust(centred, points, seed)))
+        done()
     if shared:
         # one scale for all, so that sizes can be compared
         scale = torch.cat([panel.points for panel in panels]).square().sum(1).mean().sqrt()

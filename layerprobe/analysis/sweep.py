@@ -104,10 +104,12 @@ def record_of(store: Store, ordinal: int) -> dict[str, Any]:
     return read_record(shard, ordinal, catalog.place.label(shard.header.file))
 
 
-def bar_of(total: int, what: str, progress: bool | None) -> "tqdm[Any]":
-    """Make a progress bar over rows; None shows it only on a terminal."""
-    disable = None if progress is None else not progress
-    return tqdm(total=total, desc=what, unit=" rows", unit_scale=True, disable=disable, leave=False, delay=0.5)
+def bar_of(total: int, what: str, progress: bool | None, unit: str = "rows") -> "tqdm[Any]":
+    """Make a progress bar; None shows it only on a terminal, and not for what is done at once."""
+    disable, delay = (None, 0.5) if progress is None else (not progress, 0.0)
+    return tqdm(
+        total=total, desc=what, unit=f" {unit}", unit_scale=unit == "rows", disable=disable, leave=False, delay=delay
+    )
 
 
 @contextmanager

@@ -132,6 +132,7 @@ def plot(
             shared=shared,
             max_points=max_points,
             seed=seed,
+            progress=False if quiet else None,
         )
         if not quiet:
             typer.echo(picture.table())

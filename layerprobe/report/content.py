@@ -23,7 +23,7 @@ from layerprobe.analysis.figures import GREY, PALETTE, label_sites
 from layerprobe.analysis.points import Points, choose_points, draw_points
 from layerprobe.analysis.projection import Panel, project
 from layerprobe.analysis.results import plain, shorten
-from layerprobe.analysis.sweep import choose_depth, few_threads, record_of
+from layerprobe.analysis.sweep import bar_of, choose_depth, few_threads, record_of
 from layerprobe.analysis.verdict import Classification
 from layerprobe.errors import NonFiniteError, OptionError, SiteError
 from layerprobe.store.reader import Store
@@ -63,9 +63,9 @@ def gather(
     # first what is quick to refuse
     maps = _gather_attention(store, attention)
     kind = choose_points(store, chosen, "norm", points, pool)
-    drawn = draw_points(store, chosen, kind, pool=pool, max_points=max_points, seed=seed)
-    with few_threads():
-        panels = project(drawn.values, "pca", shared=False, seed=seed)
+    drawn = draw_points(store, chosen, kind, pool=pool, max_points=max_points, seed=seed, progress=progress)
+    with few_threads(), bar_of(len(chosen), "pca", progress, "sites") as bar:
+        panels = project(drawn.values, "pca", shared=False, seed=seed, done=bar.update)
     records = {ordinal: record_of(store, ordinal) for ordinal in set(drawn.examples.tolist())}
     found: dict[str, Any] = {
         "about": _describe(store),

@@ -35,7 +35,7 @@ from layerprobe.analysis.points import (
 )
 from layerprobe.analysis.projection import METHODS, Panel, project
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import check_count, choose_depth, few_threads, need_store
+from layerprobe.analysis.sweep import bar_of, check_count, choose_depth, few_threads, need_store
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_table
@@ -131,6 +131,7 @@ def plot(
     shared: bool = False,
     max_points: int | None = None,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Picture:
     """Draw each layer's points in two components, a panel each, turned so that the eye can follow a point.
 
@@ -146,6 +147,7 @@ def plot(
         shared: One PCA basis for all layers instead of one each.
         max_points: The most to draw, at random; None for 10,000, for t-SNE 2,000. The figure says what was left out.
         seed: Of all draws.
+        progress: Whether to show bars; None for only on a terminal.
 
     Raises:
         OptionError: a value that does not exist, a pooled store where rows are needed, points that are all the same,
@@ -175,10 +177,11 @@ def plot(
     if color is None:
         color = "label" if has_field(store, "label") else "norm"
     kind = choose_points(store, sites, color, points, pool)
-    drawn = draw_points(store, sites, kind, pool=pool, max_points=max_points or _MOST_POINTS[method], seed=seed)
+    most = max_points or _MOST_POINTS[method]
+    drawn = draw_points(store, sites, kind, pool=pool, max_points=most, seed=seed, progress=progress)
     colours = colour_points(store, drawn, color)
-    with few_threads():
-        panels = project(drawn.values, method, shared=shared, seed=seed)
+    with few_threads(), bar_of(len(sites), method, progress, "sites") as bar:
+        panels = project(drawn.values, method, shared=shared, seed=seed, done=bar.update)
     figure = _draw_panels(panels, drawn, colours, method, shared)
     picture = Picture(
         tuple(panels),

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,32 @@ def test_peak_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> No
     # kilobytes; the larger store holds 215 MB more, and batches of float64 are 90 MB each
     assert large < small + 100_000, (small, large)
     assert large < 1_000_000
+
+
+@pytest.mark.parametrize("analysis", ["differences", "check", "plot", "classify", "report"])
+def test_every_analysis_shows_how_far_it_is(analysis: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = [{"label": "ab"[one % 2]} for one in range(40)]
+    rows = torch.randn(160, 5, generator=torch.Generator().manual_seed(0))
+    store = lp.open(plant(tmp_path / "acts", {"layers.0": rows, "layers.1": rows.square()}, [4] * 40, fields=fields))
+    run: dict[str, Callable[[bool], object]] = {
+        "differences": lambda shown: lp.differences(store, progress=shown),
+        "check": lambda shown: lp.check(store, progress=shown),
+        "plot": lambda shown: lp.plot(store, progress=shown),
+        "classify": lambda shown: lp.classify(store, progress=shown),
+        "report": lambda shown: lp.report(store, tmp_path / "page.html", progress=shown),
+    }
+    run[analysis](False)
+    assert capsys.readouterr().err == ""
+    run[analysis](True)
+    bars = {
+        "differences": {"moments", "moves"},
+        "check": {"moments", "cosines"},
+        "plot": {"points", "pca"},
+        "classify": {"probes"},
+        "report": {"points", "pca", "moments", "moves"},
+    }
+    seen = {part.split(":")[0].strip() for part in capsys.readouterr().err.split("\r") if "%|" in part}
+    assert seen == bars[analysis]
 
 
 def test_mappings_are_let_go_after_so_many_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
