@@ -53,7 +53,7 @@ def test_planted_dimensions_are_found_and_named(tmp_path: Path) -> None:
     assert (plain.dead, plain.outliers, plain.rogue) == ((), (), ())
     assert found.verdict == (
         "layers.0: 2 dimensions constant (4, 9): leave out of z-scores.",
-        f"layers.0: 1 dimension (20) give 100% of the mean cosine {site.cosine_raw:.2f}: a raw cosine is mostly about "
+        f"layers.0: 1 dimension (20) gives 100% of the mean cosine {site.cosine_raw:.2f}: a raw cosine is mostly about "
         "them; use centred or zscored.",
     )
     assert found.is_sound
