@@ -59,9 +59,9 @@ class InputDigest:
         self._count += 1
         return len(line)
 
-    def hexdigest(self) -> str:
-        """Give the fingerprint as 32 hexadecimal digits."""
-        return self._hash.hexdigest()
+    def digest(self) -> bytes:
+        """Give the fingerprint of what was taken in so far: 16 bytes."""
+        return self._hash.digest()
 
 
 def check_text(text: str, name: str, number: int) -> str:

@@ -146,7 +146,10 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A run that is ready to go. `print(plan)` says what it will do."""
+    """A run that is ready to go. `print(plan)` says what it will do.
+
+    Its `digests` are those of the input up to the end of each unit: by them a unit is known before it is written.
+    """
 
     place: Place
     model: nn.Module
@@ -158,7 +161,7 @@ class Plan:
     rule: UnitRule
     batch_tokens: int
     num_examples: int
-    num_units: int
+    digests: tuple[bytes, ...]
     num_tokens: int
     is_exact: bool
     num_bytes: int
@@ -181,6 +184,11 @@ class Plan:
             StoreError: it lies elsewhere.
         """
         return need_folder(self.place)
+
+    @property
+    def num_units(self) -> int:
+        """Shards of the whole run."""
+        return len(self.digests)
 
     @property
     def device(self) -> torch.device:
@@ -288,8 +296,8 @@ def plan_extraction(
         kept=find_kept(options.tokens, options.keep, tokenizer, stored, options.pool),
     )
     survey = _survey(source, rule)
-    if survey.num_units > MOST_SHARDS:
-        raise OptionError(f"{survey.num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
+    if (num_units := len(survey.digests)) > MOST_SHARDS:
+        raise OptionError(f"{num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
     is_exact = survey.num_examples <= len(sample)
     num_tokens = sampled.num_tokens if is_exact else survey.num_tokens
     value_bytes = sum(rule.cost(len(ids)) for ids in sampled.ids) if is_exact else survey.value_bytes
@@ -304,7 +312,7 @@ def plan_extraction(
         check_finite(done.values())
     plan = Plan(
         place, model, tokenizer, source, options, sites, stored, rule, batch_tokens, survey.num_examples,
-        survey.num_units, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite, wait_for_space,
+        survey.digests, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite, wait_for_space,
     )  # fmt: skip
     free_bytes = plan.free_bytes
     if free_bytes is not None and plan.missing_bytes > free_bytes and not wait_for_space:
@@ -325,16 +333,16 @@ def choose_batch_tokens(device: torch.device) -> int:
 class _Survey:
     num_examples: int
     num_tokens: int
-    num_units: int
     value_bytes: int
     record_bytes: int
-    fingerprint: str
+    digests: tuple[bytes, ...]
 
 
 def _survey(source: TextSource, rule: UnitRule) -> _Survey:
-    """Go through the whole input once: count, estimate, and take its fingerprint."""
+    """Go through the whole input once: count, estimate, and take its fingerprint, up to each unit and as a whole."""
     digest = InputDigest(source.name)
-    num_examples = num_tokens = num_units = value_bytes = record_bytes = 0
+    digests: list[bytes] = []
+    num_examples = num_tokens = value_bytes = record_bytes = 0
     for unit in rule.cut(iter(source)):
         for record in unit.records:
             record_bytes += digest.add(record)
@@ -342,8 +350,8 @@ def _survey(source: TextSource, rule: UnitRule) -> _Survey:
             tokens = rule.estimate_tokens(len(record.text.encode()))
             num_tokens += tokens
             value_bytes += rule.cost(tokens)
-        num_units += 1
-    return _Survey(num_examples, num_tokens, num_units, value_bytes, record_bytes, digest.hexdigest())
+        digests.append(digest.digest())
+    return _Survey(num_examples, num_tokens, value_bytes, record_bytes, tuple(digests))
 
 
 def _measure_sites(
@@ -374,7 +382,7 @@ def _describe(
     own = {**describe_model(model), **({"id": name} if name else {})}
     precision = find_precision(model, options.precision)
     identity = {
-        "input": {"hash": survey.fingerprint, "examples": survey.num_examples},
+        "input": {"hash": survey.digests[-1].hex(), "examples": survey.num_examples},
         "model": {key: own[key] for key in ("class", "config_hash", "weights_hash")},
         "tokenizer": describe_tokenizer(tokenizer),
         "sites": {site.name: site.describe() for site in stored},
@@ -385,7 +393,7 @@ def _describe(
             "batch_cost_tokens": BATCH_COST_TOKENS,
             "shard_bytes": rule.shard_bytes,
             "text_bytes_per_token": rule.text_bytes_per_token,
-            "units": survey.num_units,
+            "units": len(survey.digests),
             **({"kept": rule.kept.describe()} if rule.kept is not None else {}),
             **({"precision": precision} if precision is not None else {}),
             **({"compile": options.compile} if options.compile else {}),

@@ -229,7 +229,7 @@ def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | N
 def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: bool, told: ProgressFile) -> RunReport:
     start = time.perf_counter()
     plan = replace(plan, model=compile_network(plan.model, plan.options.compile))
-    report = RunReport()
+    report, num_units = RunReport(), 0
     writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt)
     sink = StoreSink(
         plan.place,
@@ -269,17 +269,13 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
                 break
             for record in unit.records:
                 digest.add(record)
+            if (num_units := unit.number + 1) > plan.num_units or digest.digest() != plan.digests[unit.number]:
+                raise _changed(plan)
             if tokenized is not None:
                 _run_unit(plan, keeper, sink, unit, tokenized, report, advance)
                 bar.set_postfix_str(_describe_pace(report, writer.num_bytes, time.perf_counter() - start), False)
-    if report.is_complete and digest.hexdigest() != plan.description["input"]["hash"]:
-        # a run that goes on once the input is back would take them for its own
-        for header in writer.committed:
-            plan.place.remove(header.file)
-        raise InputError(
-            f"{plan.source.name}: changed while the run was under way, so what this run wrote to {plan.place} was "
-            "removed. Run again with --overwrite, or into another folder."
-        )
+    if report.is_complete and num_units < plan.num_units:
+        raise _changed(plan)
     if report.is_complete:
         headers = [*plan.done.values(), *writer.committed]
         keeper.attempt(lambda: commit_index(plan.place, headers))
@@ -289,6 +285,14 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
         report.nonfinite.update(header.nonfinite)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _changed(plan: Plan) -> InputError:
+    # a unit is told from its planned one before it is run, so the input as it is now left nothing in the store
+    return InputError(
+        f"{plan.source.name}: changed while the run was under way. What {plan.place} holds is of the input as it was: "
+        "put that back and run the same command again, or run with --overwrite, or into another folder."
+    )
 
 
 @contextlib.contextmanager

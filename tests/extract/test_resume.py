@@ -229,11 +229,27 @@ def test_an_input_that_changes_under_way_makes_no_whole_store(
     with pytest.raises(InputError, match=r"a\.txt: (changed while the run was under way|is gone\. Put it back)"):
         run_extraction(plan)
     assert not (folder / "index.json").exists()
-    # once it is as it was, nothing of the other is taken for a part of it
+    # what was written before the change shows is of the input as it was, so a run killed here could leave nothing else
+    held = layerprobe.open(folder) if (folder / "store.json").exists() else []
+    assert [example.text for example in held] == texts[: len(held)] and (len(held) > 0) == (change != "gone")
+    # once it is as it was, the run goes on with that
     source.write_text("\n".join(texts))
     plan = plan_extraction(tiny, source, folder, ExtractOptions(shard_bytes=SHARD_BYTES))
+    assert sum(header.num_examples for header in plan.done.values()) == len(held)
     run_extraction(plan)
     assert [example.text for example in layerprobe.open(folder)] == texts
+
+
+def test_an_input_of_other_words_is_noticed_before_they_are_written(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    source, folder = tmp_path / "a.txt", tmp_path / "acts"
+    source.write_text("\n".join(texts))
+    plan = plan_extraction(tiny, source, folder, ExtractOptions(shard_bytes=SHARD_BYTES))
+    source.write_text("\n".join(["dog", *texts[1:]]))
+    with pytest.raises(InputError, match="changed while the run was under way"):
+        run_extraction(plan)
+    assert not list(folder.glob("shard-*"))
 
 
 def test_a_file_of_the_user_in_a_store_survives(tiny: LoadedModel, texts: list[str], whole: Path) -> None:
