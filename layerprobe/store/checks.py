@@ -30,6 +30,7 @@ from layerprobe.store.format import (
 )
 from layerprobe.store.guard import LARGE, brief, parse_json
 from layerprobe.store.headers import POSITIONS
+from layerprobe.store.kept import Kept, parse_kept
 from layerprobe.store.places import Place
 from layerprobe.store.shards import count_pairs, read_order
 from layerprobe.store.writer import StoredSite
@@ -62,6 +63,7 @@ class Wanted:
         sites: How they lie on disk.
         num_units, num_examples: In all.
         lowest_id, highest_id: Of the tokenizer; -1 stands for a row that has no token.
+        kept: Which rows there are; None for all.
     """
 
     fingerprint: str | None = None
@@ -70,6 +72,7 @@ class Wanted:
     num_examples: int | None = None
     lowest_id: int = -1
     highest_id: int | None = None
+    kept: Kept | None = None
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], highest_id: int | None) -> "Wanted":
@@ -81,7 +84,8 @@ class Wanted:
         num_units, num_examples = read_totals(description)
         # a Probe, which keeps no tokenizer, may see a model that is called with embeddings
         lowest_id = -1 if description.get("tokenizer") is None else 0
-        return cls(description["fingerprint"], sites, num_units, num_examples, lowest_id, highest_id)
+        kept = parse_kept(description.get("plan"))
+        return cls(description["fingerprint"], sites, num_units, num_examples, lowest_id, highest_id, kept)
 
 
 def read_totals(description: Mapping[str, Any]) -> tuple[int | None, int | None]:
@@ -111,6 +115,7 @@ def check_description(place: Place) -> dict[str, Any]:
         if description["format"] != FORMAT_VERSION:
             raise ValueError(f"format {description['format']!r}; this version reads format {FORMAT_VERSION}")
         check_sites(description["sites"])
+        parse_kept(description.get("plan"))
         fingerprint, pool = description["fingerprint"], description["pool"]
         if not isinstance(fingerprint, str) or not isinstance(pool, str | None):
             raise TypeError("its fingerprint or pool is no text")
@@ -206,9 +211,10 @@ def _check_contents(place: Place, header: ShardHeader, wanted: Wanted, advance: 
         digest, pieces = xxhash.xxh3_64(), []
         for piece in _read_pieces(place, header.file, entry.start, entry.stop, advance):
             digest.update(piece)
-            if name in ("example", "offsets", "record_offsets", POSITIONS):
+            is_needed = name == "input_ids" and wanted.kept is not None
+            if is_needed or name in ("example", "offsets", "record_offsets", POSITIONS):
                 pieces.append(piece)
-            elif name == "input_ids":
+            if name == "input_ids":
                 ids = np.frombuffer(piece, dtype="<i8")
                 lowest, highest = min(lowest, int(ids.min())), max(highest, int(ids.max()))
         if pieces and entry.dtype == torch.int64:
@@ -224,6 +230,8 @@ def _check_contents(place: Place, header: ShardHeader, wanted: Wanted, advance: 
     _check_records(header, kept.get("record_offsets", empty))
     if POSITIONS in header.tensors:
         _check_positions(kept.get(POSITIONS, empty), offsets)
+    if wanted.kept is not None:
+        _check_kept(header, wanted.kept, {"offsets": offsets, **kept})
     if lowest < wanted.lowest_id or (wanted.highest_id is not None and highest > wanted.highest_id):
         raise FormatError(
             f"has ids from {lowest} to {highest}; the tokenizer has {wanted.lowest_id} to {wanted.highest_id}"
@@ -245,6 +253,22 @@ def _check_positions(positions: Tensor, offsets: Tensor) -> None:
     rises = torch.cat([positions[:1] >= 0, positions.diff() > 0])
     if not bool(torch.where(is_first, positions >= 0, rises).all()):
         raise FormatError(f"its {POSITIONS} do not rise in each example")
+
+
+def _check_kept(header: ShardHeader, rule: Kept, columns: Mapping[str, Tensor]) -> None:
+    """Check that every row is one that the run was to keep; that none is missing only the texts could tell."""
+    if POSITIONS not in header.tensors:
+        raise FormatError(f"has no {POSITIONS}; {STORE_FILE} says that it keeps {rule}")
+    if not header.num_tokens:
+        return
+    ordinals = columns["example"].repeat_interleave(columns["offsets"].diff())
+    is_kept = rule.allows(columns["input_ids"].numpy(), ordinals.numpy(), columns[POSITIONS].numpy())
+    if not is_kept.all():
+        row = int(is_kept.argmin())
+        raise FormatError(
+            f"row {row} is of token {int(columns[POSITIONS][row])} of example {int(ordinals[row])}; {STORE_FILE} says "
+            f"that it keeps {rule}"
+        )
 
 
 def _check_records(header: ShardHeader, offsets: Tensor) -> None:

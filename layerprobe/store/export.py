@@ -22,7 +22,8 @@ from tqdm import tqdm
 from layerprobe.errors import LayerProbeError, OptionError, StoreError
 from layerprobe.store.columns import Columns, column_dtype, match_sites, require, write_arrow, write_parquet
 from layerprobe.store.durable import commit_folder, flush_folder, tell_failure
-from layerprobe.store.lock import LOCK_FILE, StoreLock, find_holder
+from layerprobe.store.headers import checksum
+from layerprobe.store.lock import StoreLock, is_abandoned
 from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_zarr
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.shards import Shard
@@ -35,6 +36,8 @@ _TABLES: dict[str, Callable[..., None]] = {"parquet": write_parquet, "arrow": wr
 _PACKED: dict[str, Callable[[Path, Sequence[PackedArray]], None]] = {"npz": write_npz, "zarr": write_zarr}
 _MODULES = {"parquet": "pyarrow.parquet", "arrow": "pyarrow.ipc", "zarr": "zarr"}
 FORMATS = (*_TABLES, *_PACKED)
+# file systems take 255 bytes, and the name of the folder of work has more to it
+_MOST_NAME_BYTES = 180
 
 
 @dataclass(frozen=True)
@@ -185,14 +188,17 @@ def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:
 def _committed(out: Path, overwrite: bool) -> Iterator[Path]:
     """Give the name to write under; the rest happens when all is written, or nothing is left."""
     try:
-        prefix = f".layerprobe-{out.name}-"
+        # of a long name its hash, so that the name with what is added is not too long for the file system
+        is_short = len(os.fsencode(out.name)) <= _MOST_NAME_BYTES
+        prefix = f".layerprobe-{out.name if is_short else checksum(os.fsencode(out.name))}-"
         _remove_leftovers(out.parent, prefix)
         # a name that nobody has, so that what is removed is never the user's
         work = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=out.parent))
         partial, old = work / "new", work / "old"
-        # what tells it from what a killed export leaves
-        lock = StoreLock(work).acquire()
+        lock = StoreLock(work)
         try:
+            # what tells it from what a killed export leaves
+            lock.acquire()
             yield partial
             if overwrite and out.is_dir():
                 # a folder cannot be renamed onto one that holds something
@@ -218,7 +224,7 @@ def _remove_leftovers(folder: Path, prefix: str) -> None:
     for path in list(folder.iterdir()):
         is_work = path.name.startswith(prefix) and path.suffix == ".tmp" and path.is_dir() and not path.is_symlink()
         # one that replaced a folder and was killed before the new one had its name still has the only copy
-        if is_work and (path / LOCK_FILE).exists() and not (path / "old").exists() and find_holder(path) is None:
+        if is_work and not (path / "old").exists() and is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
 
 

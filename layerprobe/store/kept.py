@@ -66,20 +66,28 @@ class Kept:
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         begins = np.concatenate([[0], lengths.cumsum()])
         positions = np.arange(begins[-1]) - begins[:-1].repeat(lengths)
-        is_kept = self._is_meant(ids, positions)
-        if self.keep < 1:
-            is_kept &= draw(np.asarray(ordinals, np.int64).repeat(lengths), positions, self.keep)
+        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, len(positions))
+        is_kept = self.allows(flat, np.asarray(ordinals, np.int64).repeat(lengths), positions)
         counts = np.concatenate([[0], is_kept.cumsum()])
         return KeptRows(torch.from_numpy(positions[is_kept]), torch.from_numpy(counts[begins]))
 
-    def _is_meant(self, ids: Sequence[Sequence[int]], positions: np.ndarray) -> np.ndarray:
+    def allows(self, ids: np.ndarray, ordinals: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Say of each row whether it is one to keep; by what is known of it alone, so that anyone can check it.
+
+        Args:
+            ids, ordinals, positions: int64 `[T]`: its token, its example, and its place among that one's tokens.
+
+        Returns:
+            bool `[T]`.
+        """
         if self.tokens == "all":
-            return np.ones(len(positions), dtype=bool)
-        if self.tokens == "first":
-            return positions == 0
-        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, len(positions))
-        is_named = np.isin(flat, self.ids)
-        return ~is_named if self.tokens == "nonspecial" else is_named
+            is_kept = np.ones(len(ids), dtype=bool)
+        elif self.tokens == "first":
+            is_kept = positions == 0
+        else:
+            is_named = np.isin(ids, self.ids)
+            is_kept = ~is_named if self.tokens == "nonspecial" else is_named
+        return is_kept if self.keep == 1 else is_kept & draw(ordinals, positions, self.keep)
 
     def estimate(self, num_tokens: int) -> float:
         """Estimate how many rows of a text of so many tokens are kept; a function of that number alone."""

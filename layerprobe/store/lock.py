@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["LOCK_FILE", "StoreLock", "find_holder", "refuse_held"]
+__all__ = ["LOCK_FILE", "StoreLock", "find_holder", "is_abandoned", "refuse_held"]
 
 LOCK_FILE = "run.lock"
 _MOST_BYTES = 1 << 16
@@ -141,6 +141,23 @@ def find_holder(folder: Path) -> str | None:
             return _name_holder(folder / LOCK_FILE) if _is_held(file.fileno()) else None
     except (OSError, StoreError):
         return None
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether a folder was locked by a process that has ended since; False where that cannot be told.
+
+    Args:
+        folder: What the process wrote into.
+    """
+    if fcntl is None:
+        return False
+    try:
+        with open_inside(folder, LOCK_FILE) as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # whoever has made the file and not locked it yet has not written into it either
+            return bool(file.read(1))
+    except (OSError, StoreError):
+        return False
 
 
 def refuse_held(folder: Path) -> None:

@@ -208,7 +208,7 @@ def rewrite(folder: Path, change: Any) -> None:
 def test_wrong_positions_are_named(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
     extract(tiny, texts, tmp_path / "acts", keep=0.5)
     rewrite(tmp_path / "acts", lambda tensors: tensors["positions"].add_(1))
-    assert verify(tmp_path / "acts").ok
+    assert "says that it keeps all tokens, 0.5 of them" in str(verify(tmp_path / "acts"))
     report = audit(tmp_path / "acts", tiny, num_examples=100)
     assert {problem.site for problem in report.problems} == {"positions"} and not report.ok
     rewrite(tmp_path / "acts", lambda tensors: tensors["positions"].sub_(100))

@@ -20,7 +20,7 @@ import torch
 import layerprobe as lp
 from layerprobe.errors import FormatError, OptionError, SiteError, SpaceError, StoreError
 from layerprobe.models import LoadedModel
-from layerprobe.store import columns, packed
+from layerprobe.store import columns, lock, packed
 from layerprobe.store.export import _committed
 
 extract: Any = lp.extract
@@ -439,3 +439,39 @@ def test_what_a_killed_export_left_is_removed_by_the_next_to_that_name_and_nothi
         running.write_text("whole too")
     (other,) = (name for name in left if "other" in name)
     assert {path.name for path in tmp_path.iterdir()} == {"out.npz", mine.name, other}
+
+
+@pytest.mark.parametrize("cause", ["no locks in Python", "none on the file system", "not locked yet"])
+def test_an_export_that_may_be_under_way_is_nobodys_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out.npz")], check=False)
+    (left,) = tmp_path.iterdir()
+    if cause == "not locked yet":
+        (left / lock.LOCK_FILE).write_bytes(b"")
+    else:
+        refusing = types.SimpleNamespace(LOCK_SH=1, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8, flock=refuse_locks)
+        monkeypatch.setattr(lock, "fcntl", None if cause == "no locks in Python" else refusing)
+    with _committed(tmp_path / "out.npz", overwrite=False) as partial:
+        partial.write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out.npz", left.name}
+
+
+def refuse_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_folder_of_work_that_cannot_be_locked_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(lock, "fcntl", types.SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=refuse))
+    with pytest.raises(StoreError, match="Input/output error"), _committed(tmp_path / "out.npz", overwrite=False):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_may_be_as_long_as_the_file_system_takes(store: Any, tmp_path: Path) -> None:
+    out = tmp_path / ("n" * 251 + ".npz")
+    lp.export(store, out, "npz", sites="layers.0")
+    assert [path.name for path in tmp_path.glob("n*")] == [out.name] and not list(tmp_path.glob(".layerprobe*"))

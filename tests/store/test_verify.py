@@ -414,3 +414,36 @@ def test_memory_does_not_grow_with_a_shard(write_store: Any, monkeypatch: pytest
     assert max(asked) == 1024 and sum(asked) == sum(
         entry.stop - entry.start for entry in read_header(path).tensors.values()
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"keep": 0.5}, "says that it keeps all tokens, 0.5 of them"),
+        ({"tokens": "first"}, "is of token 1 of example"),
+        ({"tokens": "nonspecial"}, "says that it keeps nonspecial tokens"),
+    ],
+)
+def test_a_row_that_was_not_to_be_kept_is_named(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, options: dict[str, Any], what: str
+) -> None:
+    folder = tmp_path / "acts"
+    extract(tiny, texts, folder, sites="layers.1", **options)
+    assert verify(folder).ok
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if options.get("tokens") == "nonspecial":
+            tensors["input_ids"][0] = tiny.tokenizer.cls_token_id
+        else:
+            tensors["positions"] += 1
+
+    path = rewrite(folder, 0, change)
+    (folder / "index.json").unlink()
+    only_problem(folder, path.name, what)
+
+
+def test_a_thinned_shard_without_positions_is_named(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "acts"
+    extract(tiny, texts, folder, sites="layers.1", keep=0.5)
+    path = rewrite(folder, 0, lambda tensors: tensors.pop("positions"))
+    only_problem(folder, path.name, "has no positions; store.json says that it keeps all tokens, 0.5 of them")
