@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from layerprobe.generation.decoding import generate
     from layerprobe.generation.fitting import fit_decoder
     from layerprobe.generation.lens import lens
+    from layerprobe.generation.readout import load_decoder
     from layerprobe.models import load_model
     from layerprobe.profile import profile
     from layerprobe.report.page import report
@@ -81,6 +82,7 @@ __all__ = [
     "generate",
     "lens",
     "load_classifier",
+    "load_decoder",
     "load_model",
     "merge",
     "noise",
@@ -134,6 +136,7 @@ _HOMES = {
     "generate": "layerprobe.generation.decoding",
     "lens": "layerprobe.generation.lens",
     "load_classifier": "layerprobe.extract.classifier",
+    "load_decoder": "layerprobe.generation.readout",
     "load_model": "layerprobe.models",
     "merge": "layerprobe.store.merge",
     "noise": "layerprobe.edit.making",

@@ -1,4 +1,4 @@
-"""Commands that let a decoder or a model's own head say what a layer holds: generate, lens.
+"""Commands that let a decoder or a model's own head say what a layer holds: generate, fit-decoder, lens.
 
 Parse and call; compute nothing. `main` gives each its name and place.
 """
@@ -10,7 +10,7 @@ import typer
 
 from layerprobe.errors import OptionError
 
-__all__ = ["generate", "lens"]
+__all__ = ["fit_decoder", "generate", "lens"]
 
 Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -20,7 +20,11 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if the
 def generate(
     folder: Where,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A hub id or a folder: encoder-decoder, or with cross attention.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A hub id or a folder: encoder-decoder, or with cross attention; or what fit-decoder kept.",
+        ),
     ],
     layer: Annotated[str, typer.Option(help="A number, negatives from the last that is stored, or a site.")] = "-1",
     examples: Annotated[
@@ -49,22 +53,97 @@ def generate(
     if useless and not sample:
         raise OptionError(f"{', '.join(useless)} without --sample: nothing is drawn. Add --sample.")
     from layerprobe.generation.decoding import generate as generate_from
+    from layerprobe.generation.keeping import is_kept
+    from layerprobe.generation.readout import load_decoder
 
-    given = {"max_new_tokens": max_new_tokens, "num_beams": beams, "temperature": temperature, "top_p": top_p}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    found = generate_from(
+    if is_kept(model):
+        whole = {"--max-new-tokens": max_new_tokens, "--beams": beams, "--sample": sample or None, "--device": device}
+        useless = [name for name, value in whole.items() if value is not None]
+        if useless:
+            raise OptionError(
+                f"{', '.join(useless)} with {model}: its decoders write what is likeliest, up to the length that they "
+                "were fitted on. Leave it out."
+            )
+        found = load_decoder(model).read(folder, _read_layer(layer), examples or None)
+    else:
+        given = {"max_new_tokens": max_new_tokens, "num_beams": beams, "temperature": temperature, "top_p": top_p}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        found = generate_from(
+            folder,
+            model,
+            layer=_read_layer(layer),
+            examples=examples or None,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            progress=False if quiet else None,
+            **(options | {"do_sample": True} if sample else options),
+        )
+    if out is not None:
+        (found.to_csv if suffix == ".csv" else found.to_json)(out)
+    if not quiet:
+        typer.echo(found.table())
+
+
+def fit_decoder(
+    folder: Where,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layer", metavar="PATTERN", help="Stored sites or a layer's number; repeat for several; all."),
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="What to write: a field of the records; the text itself.")
+    ] = None,
+    save: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the decoders, for generate.")] = None,
+    width: Annotated[int, typer.Option(help="Of the decoders; a multiple of 32.")] = 128,
+    num_layers: Annotated[int, typer.Option(help="Of the decoders.")] = 2,
+    max_length: Annotated[int, typer.Option(metavar="TOKENS", help="The most of a target.")] = 32,
+    max_examples: Annotated[int, typer.Option(help="The most to take, at random.")] = 5000,
+    epochs: Annotated[int, typer.Option(help="Passes over what they are fitted on.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the CPU, with half of the cores.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a small decoder to each layer, beside one that sees none: what each layer can say.
+
+    Example: layerprobe fit-decoder acts --layer 5 --save reader
+    """
+    suffix = "" if out is None else Path(out).suffix.lower()
+    if out is not None and suffix not in (".csv", ".json"):
+        from layerprobe.analysis.figures import check_suffix
+
+        check_suffix(out)
+    from layerprobe.generation.fitting import fit_decoder as fit
+
+    chosen = [_read_layer(layer) for layer in layers or ()]
+    numbers = [layer for layer in chosen if isinstance(layer, int)]
+    if numbers and len(chosen) > 1:
+        raise OptionError(f"--layer {numbers[0]} beside others: a number is one layer alone. Name sites: layers.3.")
+    found = fit(
         folder,
-        model,
-        layer=int(layer) if layer.removeprefix("-").isdecimal() else layer,
-        examples=examples or None,
+        layer=numbers[0] if numbers else layers or None,
+        targets=targets,
+        width=width,
+        num_layers=num_layers,
+        max_length=max_length,
+        max_examples=max_examples,
+        epochs=epochs,
         batch_size=batch_size,
+        learning_rate=learning_rate,
         seed=seed,
         device=device,
         progress=False if quiet else None,
-        **(options | {"do_sample": True} if sample else options),
     )
+    if save is not None:
+        found.save(save)
     if out is not None:
-        (found.to_csv if suffix == ".csv" else found.to_json)(out)
+        write = found.to_csv if suffix == ".csv" else found.to_json if suffix == ".json" else found.plot
+        write(out)
     if not quiet:
         typer.echo(found.table())
 
@@ -116,3 +195,7 @@ def lens(
         typer.echo(found.table())
     if tokens and not quiet:
         typer.echo("\n" + found.grid())
+
+
+def _read_layer(layer: str) -> int | str:
+    return int(layer) if layer.removeprefix("-").isdecimal() else layer

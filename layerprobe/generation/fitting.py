@@ -138,7 +138,9 @@ def fit_decoder(
                 decoders[site] = decoder
     num_tokens = sum(len(wanted.ids[ordinal]) + 1 for ordinal in split.test)
     sizes = (len(split.train), len(split.test), num_tokens, len(types), wanted.num_cut)
-    return Readout(tuple(readings[:-1]), readings[-1], *sizes, split.test, decoders)
+    return Readout(
+        tuple(readings[:-1]), readings[-1], *sizes, split.test, decoders, dict(store.description.get("model") or {})
+    )
 
 
 def _choose_sites(store: Store, layer: int | str | Sequence[str] | None) -> list[str]:

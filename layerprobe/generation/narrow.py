@@ -9,7 +9,7 @@ Must never know of stores or of how it is trained.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class NarrowDecoder(nn.Module):
         shape: Its size.
     """
 
+    num_reserved: ClassVar[int] = _NUM_RESERVED
     mean: Tensor
     scale: Tensor
 

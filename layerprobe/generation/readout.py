@@ -1,10 +1,10 @@
 """What fitted decoders can read of each layer: numbers by layer, as table, CSV, JSON and curve, and the decoders.
 
-Must never know of how they were fitted.
+They can be kept in a folder and loaded again; `keeping` knows its files. Must never know of how they were fitted.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,23 @@ import torch
 from layerprobe.analysis.figures import Curve, draw_curves
 from layerprobe.analysis.results import table_cell, write_csv, write_json
 from layerprobe.analysis.sweep import need_store
-from layerprobe.errors import SiteError
+from layerprobe.errors import FormatError, OptionError, SiteError
 from layerprobe.generation.decoding import list_examples
+from layerprobe.generation.keeping import read_decoders, write_decoders
 from layerprobe.generation.narrow import NarrowDecoder
 from layerprobe.generation.results import Generated, Generation
+from layerprobe.store.guard import brief
+from layerprobe.store.padded import choose_layer
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_table
 
-__all__ = ["LayerReading", "Readout"]
+__all__ = ["LayerReading", "Readout", "load_decoder"]
 
 _HEADERS = ("site", "loss", "accuracy", "exact", "train_loss")
 _BATCH = 64
+_NUMBERS = ("num_train", "num_test", "num_test_tokens", "num_types", "num_cut")
+# What two stores of the same model have in common.
+_SAME = ("class", "config_hash", "weights_hash")
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Readout:
         num_cut: Targets that were longer than `max_length`, and were cut.
         test: Ordinals of the examples that judge.
         decoders: The fitted decoders by site.
+        model: What the store says of its model.
     """
 
     layers: tuple[LayerReading, ...]
@@ -69,6 +76,7 @@ class Readout:
     num_cut: int
     test: tuple[int, ...]
     decoders: Mapping[str, NarrowDecoder] = field(repr=False)
+    model: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def _rows(self) -> list[list[Any]]:
         return [[getattr(one, name) for name in _HEADERS] for one in (*self.layers, self.baseline)]
@@ -92,7 +100,7 @@ class Readout:
 
     def as_dict(self) -> dict[str, Any]:
         """Give everything but the decoders as what JSON holds."""
-        names = ("layers", "baseline", "num_train", "num_test", "num_test_tokens", "num_types", "num_cut", "test")
+        names = ("layers", "baseline", *_NUMBERS, "test")
         return {name: getattr(self, name) for name in names}
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -105,21 +113,25 @@ class Readout:
         ]
         return draw_curves(names, curves, "read by a narrow decoder, held out", path)
 
-    def read(self, store: Store | str | Path, site: str, examples: Any) -> Generation:
+    def read(self, store: Store | str | Path, site: int | str, examples: Any = None) -> Generation:
         """Have the decoder of a site write what it reads, token by token.
 
         Args:
             store: The store that it was fitted on, or another of the same model.
-            site: A site that has a decoder.
-            examples: Ordinals, a slice of them, or one.
+            site: A site that has a decoder, or a layer's number, negatives from the last that has one.
+            examples: Ordinals, a slice of them, or one; None for all.
 
         Raises:
             SiteError: no decoder was fitted for the site.
+            OptionError: the store is of another model than the one that the decoders were fitted on.
         """
+        if isinstance(site, int):
+            site = choose_layer(site, list(self.decoders), "the decoders")
         decoder = self.decoders.get(site)
         if decoder is None:
             raise SiteError(f"no decoder for {site!r}: there are those of {', '.join(self.decoders)}.")
         store = need_store(store)
+        self._check_model(store)
         ordinals, found = list_examples(store, examples), []
         vocabulary = store.vocabulary
         for first in range(0, len(ordinals), _BATCH):
@@ -133,3 +145,59 @@ class Readout:
                 text = None if vocabulary is None else vocabulary.decode(known)
                 found.append(Generated(ordinal, tuple(ids), text))
         return Generation(site, tuple(found))
+
+    def _check_model(self, store: Store) -> None:
+        here = store.description.get("model") or {}
+        differing = [key for key in _SAME if self.model.get(key) != here.get(key)]
+        if differing:
+            there, own = self.model.get(differing[0]), here.get(differing[0])
+            raise OptionError(
+                f"decoders for {store.place}: they were fitted on another model's states "
+                f"({differing[0]} {there!r} there, {own!r} here). Use a store of the same model."
+            )
+
+    def save(self, folder: str | Path) -> Path:
+        """Keep decoders and readings in a folder, which is made; what it holds under these names is replaced.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        said = {"layers": [asdict(one) for one in self.layers], "baseline": asdict(self.baseline)}
+        said |= {name: getattr(self, name) for name in (*_NUMBERS, "test")}
+        return write_decoders(folder, self.decoders, {**said, "model": dict(self.model)})
+
+
+def load_decoder(folder: str | Path) -> Readout:
+    """Load what `fit_decoder(...).save(folder)` kept: the readings, and decoders that read on.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        StoreError: there are no decoders in it.
+        FormatError: they are damaged.
+
+    Example:
+        >>> import layerprobe as lp
+        >>> things = ("hat", "cup", "dog", "sun", "car")
+        >>> texts = [f"{how} {thing}" for how in ("red", "green", "old", "new") for thing in things]
+        >>> store = lp.extract("demo", texts, "memory://kept", sites="layers.5")
+        >>> folder = lp.fit_decoder(store, width=32, num_layers=1, epochs=1).save("reader")
+        >>> lp.load_decoder(folder).read(store, "layers.5", 3).site
+        'layers.5'
+    """
+    decoders, said = read_decoders(folder)
+    try:
+        layers = tuple(_reading_of(one) for one in said["layers"])
+        if [one.site for one in layers] != list(decoders):
+            raise ValueError(f"readings of {len(layers)} sites, decoders of {len(decoders)}")
+        numbers = {name: int(said[name]) for name in _NUMBERS}
+        test = tuple(int(ordinal) for ordinal in said["test"])
+        baseline, model = _reading_of(said["baseline"]), dict(said["model"])
+        return Readout(layers, baseline, **numbers, test=test, decoders=decoders, model=model)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{folder}: holds no whole readings ({brief(error)}). Keep them again.") from error
+
+
+def _reading_of(said: Mapping[str, Any]) -> LayerReading:
+    return LayerReading(str(said["site"]), *(float(said[name]) for name in _HEADERS[1:]))

@@ -1,4 +1,4 @@
-"""generate and lens on the command line: what it prints and writes, and one line for each mistake."""
+"""generate, fit-decoder and lens on the command line: what it prints and writes, and one line for each mistake."""
 
 import json
 import sys
@@ -102,3 +102,29 @@ def test_lens_prints_and_writes_what_the_function_gives(
     assert (code, printed) == (0, "") and (tmp_path / "lens.svg").exists()
     refused(run("lens", tiny_model_folder, acts, "--mask", 0.2), "mask=0.2 for a store")
     refused(run("lens", tiny_model_folder, source, "-o", tmp_path / "lens.txt"), "'.txt' is not .png, .svg, .pdf")
+
+
+def test_decoders_are_fitted_kept_and_read_on(run: Run, tiny: LoadedModel, tmp_path: Path) -> None:
+    words = ("the", "quick", "brown", "fox", "jumps", "over")
+    texts = [f"{one} {other}" for one in words for other in words if one != other]
+    lp.extract(tiny, texts, tmp_path / "acts", sites="layers.*", progress=False)
+    small = ("--width", 32, "--num-layers", 1, "--epochs", 2, "--batch-size", 8)
+    code, said, _ = run(
+        "fit-decoder", tmp_path / "acts", "--layer", 1, *small, "--save", tmp_path / "kept", "-o", tmp_path / "a.json"
+    )
+    assert code == 0 and "layers.1" in said and "27 examples train, 3 judge" in said
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert [one["site"] for one in written["layers"]] == ["layers.1"] and written["num_train"] == 27
+    code, said, _ = run(
+        "generate", tmp_path / "acts", tmp_path / "kept", "--layer", "layers.1", "-e", 2, "-o", tmp_path / "read.json"
+    )
+    (read,) = json.loads((tmp_path / "read.json").read_text())["sequences"]
+    assert code == 0 and read["example"] == 2
+    assert read["text"] == lp.load_decoder(tmp_path / "kept").read(tmp_path / "acts", -1, 2)[0].text
+    refused(
+        run("generate", tmp_path / "acts", tmp_path / "kept", "--beams", 2, "--device", "cpu"),
+        "--beams, --device with",
+    )
+    refused(run("fit-decoder", tmp_path / "acts", "--layer", 1, "--layer", 0), "--layer 1 beside others")
+    refused(run("fit-decoder", tmp_path / "acts", "-o", "a.txt"), "a.txt")
+    refused(run("fit-decoder", tmp_path / "acts", "--width", 33), "width is 33")

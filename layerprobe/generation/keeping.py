@@ -1,0 +1,120 @@
+"""Narrow decoders that are kept: weights as safetensors, what they are and how well they read as JSON.
+
+`decoders.safetensors` holds the parameters of each site under `site:parameter`, `decoders.json` the rest. A folder of
+a stranger is read within bounds and nothing in it is run: a network is only built where its sizes are those of tensors.
+
+Must never know of stores.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerprobe.errors import FormatError, StoreError
+from layerprobe.generation.narrow import DecoderShape, NarrowDecoder
+from layerprobe.store.guard import SMALL, brief, exists_inside, parse_json, read_inside
+
+__all__ = ["is_kept", "read_decoders", "write_decoders"]
+
+_FORMAT = "layerprobe-decoders/1"
+_SAID, _TENSORS = "decoders.json", "decoders.safetensors"
+# Room for 64 layers of the default shape with twice its types.
+_MOST_BYTES = 1 << 30
+
+
+def write_decoders(folder: str | Path, decoders: Mapping[str, NarrowDecoder], said: Mapping[str, Any]) -> Path:
+    """Write decoders into a folder, which is made; what it holds under these names is replaced.
+
+    Args:
+        folder: The folder.
+        decoders: By site, all of one shape and vocabulary.
+        said: What else is to be kept, as JSON holds it.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    first = next(iter(decoders.values()))
+    own = {"format": _FORMAT, "sites": list(decoders), "shape": asdict(first.shape), "types": list(first.types)}
+    tensors = {
+        f"{site}:{name}": tensor.detach().cpu().contiguous()
+        for site, decoder in decoders.items()
+        for name, tensor in _list_tensors(decoder).items()
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / _TENSORS)
+        (folder / _SAID).write_text(json.dumps({**own, **said}, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be written ({error.strerror or error}). Choose another folder.") from error
+    return folder
+
+
+def is_kept(folder: str | Path) -> bool:
+    """Tell whether a folder holds decoders."""
+    return Path(folder).is_dir() and exists_inside(Path(folder), _SAID)
+
+
+def read_decoders(folder: str | Path) -> tuple[dict[str, NarrowDecoder], dict[str, Any]]:
+    """Read what `write_decoders` wrote; gives the decoders by site, and what was said beside them.
+
+    Raises:
+        StoreError: there are none.
+        FormatError: they are damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    folder = Path(folder)
+    if not is_kept(folder) or not exists_inside(folder, _TENSORS):
+        raise StoreError(f"no decoders in {folder}: it has no {_SAID} and {_TENSORS}. Keep some with save().")
+    try:
+        said = parse_json(read_inside(folder, _SAID, SMALL.num_bytes), SMALL)
+        if said["format"] != _FORMAT:
+            raise ValueError(f"format {said['format']!r} is not {_FORMAT!r}")
+        shape = DecoderShape(**{name: int(value) for name, value in said["shape"].items()})
+        types = [int(token) for token in said["types"]]
+        tensors = load(read_inside(folder, _TENSORS, _MOST_BYTES))
+        decoders = {site: _build(site, tensors, types, shape) for site in map(str, said["sites"])}
+        if not decoders or sum(len(_list_tensors(one)) for one in decoders.values()) != len(tensors):
+            raise ValueError(f"{len(tensors)} tensors are not those of {len(decoders)} sites")
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise FormatError(f"{folder}: holds no whole decoders ({brief(error)}). Keep them again.") from error
+    return decoders, said
+
+
+def _build(site: str, tensors: Mapping[str, Tensor], types: list[int], shape: DecoderShape) -> NarrowDecoder:
+    own = {name.removeprefix(f"{site}:"): tensor for name, tensor in tensors.items() if name.startswith(f"{site}:")}
+    embedded, places = own["language.bert.embeddings.word_embeddings.weight"], "position_embeddings.weight"
+    sizes = {
+        "width": (shape.width, embedded.shape[1]),
+        "types": (len(types), embedded.shape[0] - NarrowDecoder.num_reserved),
+        "max_length": (shape.max_length, len(own[f"language.bert.embeddings.{places}"]) - 1),
+    }
+    # before anything is built of numbers that a file gives
+    differing = [f"{name} {here}, tensors of {there}" for name, (here, there) in sizes.items() if here != there]
+    if differing or not 0 < shape.num_layers <= len(own) or not 0 < shape.num_heads <= shape.width:
+        raise ValueError("; ".join(differing) or f"{shape.num_layers} layers, {shape.num_heads} heads")
+    with torch.random.fork_rng():
+        decoder = NarrowDecoder(types, len(own["mean"]), shape)
+    wanted = _list_tensors(decoder)
+    if set(wanted) != set(own):
+        raise ValueError(f"{site}: {brief(sorted(set(wanted) ^ set(own))[0])} is missing or too many")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+                raise ValueError(f"{site}: {brief(name)} is {own[name].dtype} {list(own[name].shape)}")
+            tensor.copy_(own[name])
+    return decoder.eval()
+
+
+def _list_tensors(decoder: NarrowDecoder) -> dict[str, Tensor]:
+    """Name every tensor that a decoder computes with, those that stand in two places once."""
+    return {**dict(decoder.named_parameters()), "mean": decoder.mean, "scale": decoder.scale}
