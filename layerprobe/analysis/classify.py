@@ -234,6 +234,8 @@ def _probe(feature: Feature, values: Sequence[np.ndarray], task: Task, options: 
     """Fit one feature, and what else was asked of it."""
     vectors, num_classes = feature.combine(values), len(task.classes)
     train, dev, test = _parts(vectors, task.labels, task.sides)
+    # of joined sites as large as four of them
+    del vectors
     fit = fit_best(train, dev, num_classes)
     predicted = fit.probe.predict(test[0])
     own = score(predicted, test[1], task.examples[task.sides == TEST], options.seed)
@@ -250,7 +252,10 @@ def _probe(feature: Feature, values: Sequence[np.ndarray], task: Task, options: 
     )
     if options.control:
         drawn = draw_control(task.types, task.labels, options.seed)
-        of_train, of_dev, of_test = _parts(vectors, drawn, task.sides)
+        of_train, of_dev, of_test = (
+            (values, drawn[task.sides == side])
+            for side, (values, _) in zip((TRAIN, DEV, TEST), (train, dev, test), strict=True)
+        )
         control = fit_best(of_train, of_dev, num_classes).probe
         on_test, on_train = (float((control.predict(x) == y).mean()) for x, y in (of_test, of_train))
         result = replace(result, control=on_test, control_train=on_train, selectivity=own.accuracy - on_test)

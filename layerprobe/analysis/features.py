@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.analysis.splits import DEV, TRAIN
+from layerprobe.analysis.sweep import Mappings
 from layerprobe.analysis.tasks import Task
 from layerprobe.errors import NonFiniteError, OptionError
 from layerprobe.store.reader import Store
@@ -91,18 +92,23 @@ def read_site(store: Store, site: str, task: Task, pool: str | None) -> np.ndarr
             f"by {store.pool}, and no row per token. Extract it again without a pool."
         )
     out = np.empty((len(task.examples), view.width), dtype=np.float32)
+    row_bytes, mapped = view.width * view.dtype.itemsize, Mappings(view.catalog)
     if task.spans is None:
         ordinals = np.fromiter(store.ordinals(), dtype=np.int64)
         wanted, first, row = np.searchsorted(ordinals, task.examples), 0, 0
-        for vectors in view.iter_pooled(pool if view.kind == "token" else None):
+        shards = view.catalog.shards
+        for number, vectors in enumerate(view.iter_pooled(pool if view.kind == "token" else None)):
             own = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(vectors))] - first
             out[row : row + len(own)] = vectors.numpy()[own]
             first, row = first + len(vectors), row + len(own)
+            info = shards[number]
+            mapped.add(row_bytes * (info.num_tokens if view.kind == "token" else info.num_examples))
     else:
         known, rows = -1, torch.empty(0, 0)
         for place, (ordinal, (start, stop)) in enumerate(zip(task.examples.tolist(), task.spans.tolist(), strict=True)):
             if ordinal != known:
                 rows, known = cast(Tensor | ScaledRows, view[ordinal]).float(), ordinal
+                mapped.add(row_bytes * len(rows))
             out[place] = rows[start:stop].mean(0).numpy()
     is_bad = ~np.isfinite(out).all(1)
     if is_bad.any():
@@ -124,25 +130,27 @@ def learn_mix(values: Sequence[np.ndarray], sites: Sequence[str], task: Task, se
 
     Source: Peters et al. 2018 (ELMo), eq. 1; as a probe, Tenney et al. 2019, section 3.2.
     """
-    scales, parts = [], []
+    means, scales = [], []
     train = task.sides == TRAIN
     for value in values:
         mean = value[train].mean(0)
-        scale = float(np.sqrt(np.square(value[train] - mean).mean())) or 1.0
-        scales.append(scale)
-        parts.append(torch.from_numpy((value - mean) / scale))
-    stacked_LND = torch.stack(parts)
+        means.append(torch.from_numpy(mean))
+        scales.append(float(np.sqrt(np.square(value[train] - mean).mean())) or 1.0)
+    views = [torch.from_numpy(value) for value in values]
     labels = torch.from_numpy(task.labels)
     maker = torch.Generator().manual_seed(seed)
-    mix = torch.zeros(len(parts), requires_grad=True)
-    weights_DK = torch.zeros(stacked_LND.shape[2], len(task.classes), requires_grad=True)
+    mix = torch.zeros(len(views), requires_grad=True)
+    weights_DK = torch.zeros(views[0].shape[1], len(task.classes), requires_grad=True)
     bias_K = torch.zeros(len(task.classes), requires_grad=True)
     optimizer = torch.optim.Adam(
         [{"params": [mix], "lr": 0.05}, {"params": [weights_DK, bias_K], "lr": 0.003, "weight_decay": 1e-3}]
     )
 
     def loss_of(places: Tensor) -> Tensor:
-        mixed_ND = torch.einsum("l,lnd->nd", mix.softmax(0), stacked_LND[:, places])
+        # batch by batch: scaled copies of all layers would be as large as they are
+        parts = zip(views, means, scales, strict=True)
+        stacked_LND = torch.stack([(view[places] - mean) / scale for view, mean, scale in parts])
+        mixed_ND = torch.einsum("l,lnd->nd", mix.softmax(0), stacked_LND)
         return torch.nn.functional.cross_entropy(mixed_ND @ weights_DK + bias_K, labels[places])
 
     own, dev = torch.from_numpy(np.flatnonzero(train)), torch.from_numpy(np.flatnonzero(task.sides == DEV))

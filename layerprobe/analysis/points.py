@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.analysis.sweep import bar_of, record_of
+from layerprobe.analysis.sweep import Mappings, bar_of, record_of
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows
@@ -131,6 +131,7 @@ def draw_points(
     first = 0
     if not by_rows and any(site.kind == "token" for site in sites):
         store[sites[0].name].catalog.need_every_row("a picture of examples", "Draw rows, or extract with a pool.")
+    row_bytes, mapped = sum(site.bytes_per_vector for site in sites), Mappings(store[sites[0].name].catalog)
     with bar_of(len(chosen), "points", progress, kind) as bar:
         for shard in store.iter_shards():
             count = shard.header.num_tokens if by_rows else shard.header.num_examples
@@ -144,6 +145,9 @@ def draw_points(
                 is_single = by_rows or site.kind != "token"
                 rows = take_rows(shard, site, picked) if is_single else _pool(shard, site, picked, pool or "mean")
                 found[site.name].append(rows.double())
+            # a checksum reads the whole tensor, whatever is drawn of it
+            header = shard.header
+            mapped.add(row_bytes * (header.num_tokens if sites[0].kind == "token" else header.num_examples))
             bar.update(len(part))
     examples, positions, ids = (torch.cat(parts) for parts in zip(*identity, strict=True))
     values = {name: torch.cat(rows) for name, rows in found.items()}

@@ -27,6 +27,7 @@ _CODE_STRENGTH = 1e-2
 _MAX_ITERATIONS = 1000
 # A deviation below this part of the mean is rounding.
 _STILL = 1e-6
+_PIECE = 4096
 # In percent of train; Voita and Titov 2020, section 2.3.
 _PORTIONS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.25, 12.5, 25.0, 50.0, 100.0)
 
@@ -96,10 +97,19 @@ def fitting() -> Iterator[None]:
 
 def standardise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find the mean and the inverse deviation of each dimension, float64 `[D]`; 0 for one that does not vary."""
-    wide = values.astype(np.float64)
-    mean, deviation = wide.mean(0), wide.std(0)
+    mean = values.mean(0, dtype=np.float64)
+    squares = np.zeros_like(mean)
+    for part in _pieces(values):
+        squares += np.square(part - mean).sum(0)
+    deviation = np.sqrt(squares / len(values))
     varies = deviation > _STILL * np.abs(mean)
     return mean, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies)
+
+
+def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Go through rows a few thousand at a time, as views: what is computed of them in float64 stays small."""
+    for first in range(0, len(values), _PIECE):
+        yield values[first : first + _PIECE]
 
 
 def fit_probe(
@@ -118,9 +128,12 @@ def fit_probe(
         bias[seen] = np.log([(labels == one).mean() for one in seen])
         return LinearProbe(weights, bias), True
     model: Any = LogisticRegression(C=strength, max_iter=_MAX_ITERATIONS)
+    scaled = np.empty((len(values), int(used.sum())))
+    for part, into in zip(_pieces(values), _pieces(scaled), strict=True):
+        np.multiply(part[:, used] - mean[used], scale[used], out=into)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit((values[:, used] - mean[used]) * scale[used], labels)
+        model.fit(scaled, labels)
     if len(seen) == 2:
         rows, starts = np.concatenate([0 * model.coef_, model.coef_]), np.array([0.0, model.intercept_[0]])
     else:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from layerprobe.errors import NonFiniteError, OptionError, SiteError
+from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import match_sites
 from layerprobe.store.difference import take_depth
 from layerprobe.store.reader import Store, open_store
@@ -28,6 +29,7 @@ from layerprobe.store.writer import StoredSite
 
 __all__ = [
     "Chunk",
+    "Mappings",
     "bar_of",
     "check_count",
     "choose_depth",
@@ -61,6 +63,25 @@ class Chunk:
     examples: Tensor
     positions: Tensor | None
     input_ids: Tensor | None
+
+
+class Mappings:
+    """What an analysis has read of a store's mapped files, let go of now and then so that it does not count as memory.
+
+    Args:
+        catalog: Of the store.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Take note of bytes that were read, none of which is needed in the files any more."""
+        self._num_bytes += num_bytes
+        if self._num_bytes > _MOST_MAPPED_BYTES:
+            self._catalog.release()
+            self._num_bytes = 0
 
 
 def need_store(store: Any) -> Store:
@@ -151,7 +172,7 @@ def sweep(
     share = 1.0 if max_rows is None else min(1.0, max_rows / max(1, num_rows))
     catalog = store[sites[0].name].catalog
     names = [site.name for site in sites]
-    row_bytes, mapped_rows = sum(site.bytes_per_vector for site in sites), 0
+    row_bytes, mapped = sum(site.bytes_per_vector for site in sites), Mappings(catalog)
     with bar_of(round(num_rows * share), what, progress) as bar:
         for number, shard in enumerate(store.iter_shards()):
             catalog.prefetch(range(number, number + _SHARDS_AHEAD), names)
@@ -164,10 +185,8 @@ def sweep(
                     _refuse_nonfinite(store, chunk)
                 yield chunk
                 bar.update(len(rows))
-            mapped_rows += shard.header.num_tokens if sites[0].kind == "token" else shard.header.num_examples
-            if mapped_rows * row_bytes > _MOST_MAPPED_BYTES:
-                catalog.release()
-                mapped_rows = 0
+            header = shard.header
+            mapped.add(row_bytes * (header.num_tokens if sites[0].kind == "token" else header.num_examples))
 
 
 def _cut(shard: Shard, kind: str, drawn: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -221,8 +240,8 @@ def draw_rows(
         NonFiniteError: as `sweep`.
     """
     names = [site.name for site in sites]
-    catalog = store[names[0]].catalog
-    row_bytes, mapped_rows = sum(site.bytes_per_vector for site in sites), 0
+    row_bytes = sum(site.bytes_per_vector for site in sites)
+    mapped = Mappings(store[names[0]].catalog)
     left = total = min(count_rows(store, sites), max_rows or count_rows(store, sites))
     with bar_of(total, "moments", progress) as bar:
         for batch in store.rows(_CHUNK_ROWS, shuffle=True, seed=seed, sites=names):
@@ -235,10 +254,7 @@ def draw_rows(
                     pass
             yield values
             left -= len(values[0])
-            mapped_rows += len(values[0])
-            if mapped_rows * row_bytes > _MOST_MAPPED_BYTES:
-                catalog.release()
-                mapped_rows = 0
+            mapped.add(row_bytes * len(values[0]))
             bar.update(len(values[0]))
 
 

@@ -6,12 +6,16 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import layerprobe as lp
+from layerprobe.analysis.features import read_site
+from layerprobe.analysis.points import draw_points
 from layerprobe.analysis.sweep import choose_depth, count_types, sweep
+from layerprobe.analysis.tasks import make_task
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.reader import Store
 from planting import plant
@@ -156,3 +160,26 @@ def test_mappings_are_let_go_after_so_many_bytes(store: Store, monkeypatch: pyte
         pass
     assert catalog.num_open == 0 and torch.equal(kept.float(), before)
     assert torch.equal(store["layers.0"][2].float(), before)
+
+
+@pytest.mark.parametrize("what", ["points", "examples", "spans"])
+def test_what_is_drawn_or_classified_lets_go_of_mappings_too(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.randn(160, 5, generator=torch.Generator().manual_seed(0))
+    store = lp.open(plant(tmp_path / "acts", {"layers.0": rows}, [4] * 40))
+    catalog, sites = store["layers.0"].catalog, choose_depth(store, None)
+    labels = ["ab"[one % 2] for one in range(40)]
+    task = make_task(store, [[one] * 4 for one in labels] if what == "spans" else labels)
+
+    def read() -> object:
+        if what == "points":
+            return draw_points(store, sites, "rows", pool=None, max_points=99, seed=0).values["layers.0"].numpy()
+        return read_site(store, "layers.0", task, None if what == "spans" else "mean")
+
+    catalog.release()
+    before = read()
+    assert catalog.num_open == store.num_shards
+    monkeypatch.setattr("layerprobe.analysis.sweep._MOST_MAPPED_BYTES", 0)
+    assert np.array_equal(read(), before)  # type: ignore[arg-type]
+    assert catalog.num_open == 0
