@@ -20,14 +20,13 @@ from layerprobe.errors import FormatError, MissingExample, OptionError, StoreErr
 from layerprobe.store.format import (
     FORMAT_VERSION,
     INDEX_FILE,
-    SCALE_SUFFIX,
     STORE_FILE,
     load_header,
     load_json,
     parse_shard_name,
 )
 from layerprobe.store.guard import brief
-from layerprobe.store.headers import POSITIONS, check_description
+from layerprobe.store.headers import POSITIONS, check_description, check_stored
 from layerprobe.store.kept import parse_kept
 from layerprobe.store.places import Place
 from layerprobe.store.ranges import RangedShard, TensorCache
@@ -246,17 +245,12 @@ class Catalog:
 
     def _check_site(self, shard: Shard, site: StoredSite) -> None:
         """Refuse a shard that holds a site otherwise than `store.json` says."""
-        count = shard.header.num_tokens if site.kind == "token" else shard.header.num_examples
-        shape = (site.width * shard.pairs_before[-1],) if site.kind == "attention" else (count, site.width)
-        wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [(site.name, site.dtype, shape)]
-        if site.dtype == torch.int8:
-            wanted.append((site.name + SCALE_SUFFIX, torch.float32, (count,)))
-        for name, dtype, shape in wanted:
-            entry = shard.header.tensors.get(name)
-            if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
-                found = "nothing" if entry is None else f"{entry.dtype} of {entry.shape}"
-                label = self.place.label(shard.header.file)
-                raise FormatError(f"{label}: {name!r} is {found}; {STORE_FILE} asks for {dtype} of {shape}.")
+        try:
+            check_stored(
+                shard.header, site.layout(shard.header.num_tokens, shard.header.num_examples, shard.pairs_before[-1])
+            )
+        except ValueError as error:
+            raise FormatError(f"{self.place.label(shard.header.file)}: {error}.") from error
 
     def _list_shards(self) -> list[ShardInfo]:
         label = self.place.label(INDEX_FILE)

@@ -19,17 +19,15 @@ from torch import Tensor
 from layerprobe.errors import FormatError
 from layerprobe.store.format import (
     FORMAT_VERSION,
-    SCALE_SUFFIX,
     STORE_FILE,
     TOKENIZER_FOLDER,
     ShardHeader,
-    check_sites,
     fingerprint_of,
     load_header,
     load_json,
 )
 from layerprobe.store.guard import LARGE, brief, parse_json
-from layerprobe.store.headers import POSITIONS
+from layerprobe.store.headers import POSITIONS, check_description, check_stored
 from layerprobe.store.kept import Kept, parse_kept
 from layerprobe.store.places import Place
 from layerprobe.store.shards import count_pairs, read_order
@@ -38,10 +36,10 @@ from layerprobe.store.writer import StoredSite
 __all__ = [
     "TOKENIZER_FILE",
     "Wanted",
-    "check_description",
     "check_shard",
     "check_tokenizer",
     "hash_tokenizer",
+    "load_description",
     "read_totals",
     "tell",
 ]
@@ -103,8 +101,8 @@ def tell(place: Place, file: str, error: Exception) -> str:
     return _ADVICE.sub("", brief(str(error).removeprefix(f"{place.label(file)}: "))).rstrip(".")
 
 
-def check_description(place: Place) -> dict[str, Any]:
-    """Check `store.json` by itself, its fingerprint where the recipe is known.
+def load_description(place: Place) -> dict[str, Any]:
+    """Read `store.json` and check it by itself, its fingerprint where the recipe is known.
 
     Raises:
         FormatError: it is damaged.
@@ -114,18 +112,16 @@ def check_description(place: Place) -> dict[str, Any]:
     try:
         if description["format"] != FORMAT_VERSION:
             raise ValueError(f"format {description['format']!r}; this version reads format {FORMAT_VERSION}")
-        check_sites(description["sites"])
-        parse_kept(description.get("plan"))
-        fingerprint, pool = description["fingerprint"], description["pool"]
-        if not isinstance(fingerprint, str) or not isinstance(pool, str | None):
-            raise TypeError("its fingerprint or pool is no text")
+        check_description(description)
         own = _fingerprint(description)
     except KeyError as error:
         raise FormatError(f"{label}: lacks {brief(error)}.") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{label}: is damaged ({brief(error)}).") from error
-    if own not in (None, fingerprint):
-        raise FormatError(f"{label}: its fingerprint is {brief(fingerprint)}, that of what it says is {own}.")
+    if own not in (None, description["fingerprint"]):
+        raise FormatError(
+            f"{label}: its fingerprint is {brief(description['fingerprint'])}, that of what it says is {own}."
+        )
     return description
 
 
@@ -286,18 +282,13 @@ def _check_records(header: ShardHeader, offsets: Tensor) -> None:
 
 def _check_sites(header: ShardHeader, sites: Sequence[StoredSite], num_pairs: int) -> None:
     """Check dtype and shape of every tensor, that none is missing and none is unknown."""
-    tokens, examples = header.num_tokens, header.num_examples
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for site in sites:
-        count = tokens if site.kind == "token" else examples
-        wanted[site.name] = site.dtype, (site.width * num_pairs,) if site.kind == "attention" else (count, site.width)
-        if site.dtype == torch.int8:
-            wanted[site.name + SCALE_SUFFIX] = torch.float32, (count,)
-    for name, (dtype, shape) in wanted.items():
-        entry = header.tensors.get(name)
-        if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
-            there = "nothing" if entry is None else f"{entry.dtype} of {entry.shape}"
-            raise FormatError(f"{name!r} is {there}; {STORE_FILE} asks for {dtype} of {shape}")
+        wanted |= site.layout(header.num_tokens, header.num_examples, num_pairs)
+    try:
+        check_stored(header, wanted)
+    except ValueError as error:
+        raise FormatError(str(error)) from error
     own = {"example", "offsets", "input_ids", "record_offsets", "records", POSITIONS}
     unknown = sorted(
         (header.tensors.keys() - own - wanted.keys()) | (header.nonfinite.keys() - {s.name for s in sites})

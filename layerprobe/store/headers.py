@@ -33,6 +33,7 @@ __all__ = [
     "check_description",
     "check_site",
     "check_sites",
+    "check_stored",
     "checksum",
     "parse_header",
     "parse_shard_name",
@@ -322,3 +323,12 @@ def check_site(site: str, said: Mapping[str, Any]) -> None:
         )
     if kind == "attention" and dtype == "int8":
         raise ValueError(f"{name} is of kind 'attention' and dtype 'int8', which has no scale there")
+
+
+def check_stored(header: ShardHeader, layout: "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]") -> None:
+    """Check that a shard holds tensors of these dtypes and shapes; what is wrong is a ValueError."""
+    for name, (dtype, shape) in layout.items():
+        entry = header.tensors.get(name)
+        if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
+            found = "nothing" if entry is None else f"{entry.dtype} of {entry.shape}"
+            raise ValueError(f"{name!r} is {found}; store.json asks for {dtype} of {shape}")

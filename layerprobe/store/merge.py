@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError
-from layerprobe.store.checks import Wanted, check_description, check_shard, check_tokenizer, tell
+from layerprobe.store.checks import Wanted, check_shard, check_tokenizer, load_description, tell
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
 from layerprobe.store.format import (
     INDEX_FILE,
@@ -178,7 +178,7 @@ def _merge_into(target: Path, sources: Sequence[Path], link: bool, progress: boo
 
 def _describe(folder: Path) -> dict[str, Any]:
     need_store(LocalPlace(folder))
-    description = check_description(LocalPlace(folder))
+    description = load_description(LocalPlace(folder))
     plan = description.get("plan")
     if not isinstance(plan, dict) or type(plan.get("units")) is not int:
         raise PlanError(f"{folder}: has no plan that says how many units there are. Only stores of extract are merged.")

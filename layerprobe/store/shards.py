@@ -185,6 +185,8 @@ class MappedShard:
                 self._read_ahead(entry.start, entry.stop)
 
     def _read_ahead(self, start: int, stop: int) -> None:
+        if not hasattr(mmap, "MADV_WILLNEED"):  # Windows: read page by page
+            return
         start -= start % mmap.PAGESIZE
         self._memory.madvise(mmap.MADV_WILLNEED, start, stop - start)
 

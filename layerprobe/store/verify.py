@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from layerprobe.errors import FormatError, StoreError
-from layerprobe.store.checks import TOKENIZER_FILE, Wanted, check_description, check_shard, check_tokenizer, tell
+from layerprobe.store.checks import TOKENIZER_FILE, Wanted, check_shard, check_tokenizer, load_description, tell
 from layerprobe.store.durable import flush_folder
 from layerprobe.store.format import (
     FORMAT_VERSION,
@@ -170,7 +170,7 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
 
 def _read_description(place: Place, found: _Findings) -> dict[str, Any] | None:
     try:
-        return check_description(place)
+        return load_description(place)
     except FormatError as error:
         # no run makes it again, so it is not removed
         found.add(STORE_FILE, tell(place, STORE_FILE, error))

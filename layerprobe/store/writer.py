@@ -80,6 +80,15 @@ class StoredSite:
         """Bytes of one vector, its scale included; for `attention` of one pair of a query and a key."""
         return self.width * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
 
+    def layout(
+        self, num_tokens: int, num_examples: int, num_pairs: int
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Give dtype and shape of each of its tensors in a shard of so many tokens, examples and pairs."""
+        count = num_tokens if self.kind == "token" else num_examples
+        shape = (self.width * num_pairs,) if self.kind == "attention" else (count, self.width)
+        scale = {self.name + SCALE_SUFFIX: (torch.float32, (count,))} if self.dtype == torch.int8 else {}
+        return {self.name: (self.dtype, shape), **scale}
+
     def describe(self) -> dict[str, Any]:
         """Give what `store.json` says of the site."""
         return {"kind": self.kind, "dtype": str(self.dtype).removeprefix("torch."), "width": self.width}

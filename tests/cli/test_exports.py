@@ -1,7 +1,6 @@
 """The commands that bring stores elsewhere: what they print, and their exit codes."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,24 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import layerprobe as lp
-from layerprobe.cli import main as cli
 from layerprobe.models import LoadedModel
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process; gives exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["layerprobe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture

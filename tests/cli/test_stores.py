@@ -1,7 +1,6 @@
 """Commands that look at a store: their exit codes, and what they print."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import pytest
 
 import layerprobe
-from layerprobe.cli import main as cli
 from layerprobe.cli.views import describe_status
 from layerprobe.models import load_model
 from layerprobe.store.format import commit_shard
@@ -17,20 +15,6 @@ from layerprobe.store.progress import Done, ProgressFile, StoreStatus, read_stat
 
 Run = Callable[..., tuple[int, str, str]]
 extract: Any = layerprobe.extract
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process; gives exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["layerprobe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture

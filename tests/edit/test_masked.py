@@ -1,6 +1,5 @@
 """From two texts and an answer to effects, through the command line too."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 import layerprobe as lp
-from layerprobe.cli import main as cli
 from layerprobe.edit.masked import patch_masked
 from layerprobe.errors import OptionError
 from layerprobe.models import LoadedModel
@@ -33,18 +31,6 @@ def folder(tiny_model_folder: Path, make_bert: Any, tmp_path_factory: pytest.Tem
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> Any:
     return lp.load_model(str(folder), "cpu")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["layerprobe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return call
 
 
 def test_metric_is_the_logit_of_the_answer_at_the_mask(loaded: Any) -> None:

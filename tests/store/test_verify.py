@@ -285,7 +285,7 @@ def test_a_changed_store_json_is_not_repaired_by_what_it_says(store: Path) -> No
         (lambda said: said["model"].update(weights_hash="0"), "its fingerprint is "),
         (lambda said: said.pop("sites"), "lacks 'sites'"),
         (lambda said: said.update(format=2), "format 2; this version reads format 1"),
-        (lambda said: said.update(fingerprint=3), "its fingerprint or pool is no text"),
+        (lambda said: said.update(fingerprint=3), "its fingerprint is 3"),
         (lambda said: said.update(plan={}) or said.pop("model"), "lacks 'model'"),
     ],
 )
