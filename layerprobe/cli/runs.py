@@ -56,7 +56,7 @@ def extract(
     max_length: Annotated[
         int | None, typer.Option(help="Longest text in tokens; the model's limit if not given.")
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per batch; 1024 on a CPU.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per batch; tried out on long runs.")] = None,
     shard_size: Annotated[str, typer.Option(help="What a shard should hold: 64MB, 1GiB.")] = "128MiB",
     nonfinite: Annotated[
         str, typer.Option(help="warn or error at values that are not finite or overflow the dtype.")

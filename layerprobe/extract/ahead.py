@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from layerprobe.extract.batching import TokenizedUnit
-from layerprobe.extract.plan import Unit
+from layerprobe.extract.cutting import Unit
 
 __all__ = ["tokenize_ahead"]
 

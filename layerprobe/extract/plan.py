@@ -8,8 +8,9 @@ Hides estimates and checks. Runs the model once, on one short text, to learn how
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,32 @@ from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe, describe_pool
 from layerprobe.capture.select import Pool, check_pool, resolve_dtype
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, SpaceError
-from layerprobe.extract.batching import BATCH_COST_TOKENS, tokenize
+from layerprobe.extract.batching import BATCH_COST_TOKENS, TokenizedUnit, tokenize
+from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
 from layerprobe.extract.forward import check_forward, compute_in, find_precision
-from layerprobe.extract.inputs import InputDigest, Record, TextSource, check_text, open_source
+from layerprobe.extract.inputs import TextSource, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
-from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run
+from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run, recall_batch_tokens
 from layerprobe.extract.thinning import find_kept
+from layerprobe.extract.warmup import LEAST_TOKENS, find_batch_tokens
 from layerprobe.models import LoadedModel, describe_model, describe_tokenizer
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.format import ShardHeader, fingerprint_of
 from layerprobe.store.guard import MOST_SHARDS
-from layerprobe.store.kept import Kept, check_kept
+from layerprobe.store.kept import check_kept
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.writer import NONFINITE_POLICIES, StoredSite
 from layerprobe.tables import format_bytes, format_count
 from layerprobe.version import __version__
 
-__all__ = ["DEFAULT_SITES", "ExtractOptions", "Plan", "Unit", "choose_batch_tokens", "plan_extraction"]
+__all__ = ["DEFAULT_SITES", "ExtractOptions", "Plan", "choose_batch_tokens", "plan_extraction"]
 
 DEFAULT_SITES = ("embeddings", "layers.*")
 # Measured on two cores, 1,024 padded tokens a batch keep MiniLM's values in the caches and padding small.
 _CPU_BATCH_TOKENS = 1024
 _GPU_BATCH_TOKENS = 16384
 _SAMPLE_EXAMPLES = 2000
-_MOST_UNIT_EXAMPLES = 65536
 _BYTES_PER_TOKEN = 4.0
 
 
@@ -58,7 +60,7 @@ class ExtractOptions:
         pool: As for `Probe`.
         field: Which field of a record holds the text.
         max_length: Longest text in tokens; None for the model's own limit.
-        batch_tokens: Padded tokens per batch; None chooses by device.
+        batch_tokens: Padded tokens per batch; None chooses by device, and tries for long runs.
         shard_bytes: What a shard should hold.
         nonfinite: `warn` counts values that are not finite, `error` stops at them.
         keep: Share of the rows to keep.
@@ -94,54 +96,6 @@ class ExtractOptions:
         for name, value in sizes.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise OptionError(f"{name} is {value!r}: it must be a whole number of at least 1.")
-
-
-@dataclass(frozen=True)
-class UnitRule:
-    """How the input is cut into units: by an estimate of each text's bytes on disk, made from the text alone."""
-
-    row_bytes: int
-    example_bytes: int
-    pair_bytes: int
-    shard_bytes: int
-    max_length: int
-    text_bytes_per_token: float
-    kept: Kept | None = None
-
-    def estimate_tokens(self, text_bytes: int) -> int:
-        """Estimate the tokens of a text, two special ones included."""
-        return min(self.max_length, 2 + round(text_bytes / self.text_bytes_per_token))
-
-    def cost(self, tokens: int) -> int:
-        """Bytes on disk of a text's values and ids."""
-        rows, own_bytes = (tokens, 8) if self.kept is None else (self.kept.estimate(tokens), 16)
-        return round(rows * (self.row_bytes + own_bytes)) + tokens * tokens * self.pair_bytes + self.example_bytes
-
-    def cut(self, records: Iterator[Record]) -> Iterator["Unit"]:
-        """Cut records into units."""
-        members: list[Record] = []
-        first = number = size = 0
-        for record in records:
-            text_bytes = len(record.text.encode())
-            tokens = self.estimate_tokens(text_bytes)
-            # the text goes into the shard too, with 24 bytes of places: most of a pooled store
-            cost = self.cost(tokens) + text_bytes + 24
-            if members and (size + cost > self.shard_bytes or len(members) == _MOST_UNIT_EXAMPLES):
-                yield Unit(number, first, members)
-                first, number, size, members = first + len(members), number + 1, 0, []
-            members.append(record)
-            size += cost
-        if members:
-            yield Unit(number, first, members)
-
-
-@dataclass(frozen=True, eq=False)
-class Unit:
-    """The run of consecutive examples that becomes one shard."""
-
-    number: int
-    first_example: int
-    records: list[Record]
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,14 +249,18 @@ def plan_extraction(
         text_bytes_per_token=round(text_bytes / tokens, 2) if tokens > 0 and text_bytes > 0 else _BYTES_PER_TOKEN,
         kept=find_kept(options.tokens, options.keep, tokenizer, stored, options.pool),
     )
-    survey = _survey(source, rule)
+    survey = survey_input(source, rule)
     if (num_units := len(survey.digests)) > MOST_SHARDS:
         raise OptionError(f"{num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
     is_exact = survey.num_examples <= len(sample)
     num_tokens = sampled.num_tokens if is_exact else survey.num_tokens
     value_bytes = sum(rule.cost(len(ids)) for ids in sampled.ids) if is_exact else survey.value_bytes
-    batch_tokens = options.batch_tokens or choose_batch_tokens(find_device(model))
-    description = _describe(model, tokenizer, stored, options, rule, batch_tokens, survey, name)
+    batch_tokens, description = _choose_budget(
+        place,
+        options,
+        partial(_describe, model, tokenizer, stored, options, rule, survey, name),
+        partial(_find_budget, model, sites, options, sampled, survey),
+    )
     # beside values and ids: an ordinal and two offsets per example; the records
     num_bytes = value_bytes + 24 * survey.num_examples + survey.record_bytes
     # the same command goes on, with this option too: a job that is sent back to its queue has nothing else
@@ -325,33 +283,33 @@ def plan_extraction(
 
 
 def choose_batch_tokens(device: torch.device) -> int:
-    """Choose the padded tokens of a batch where nothing is asked for."""
+    """Choose the padded tokens of a batch where nothing is asked for, and nothing is tried."""
     return _CPU_BATCH_TOKENS if device.type == "cpu" else _GPU_BATCH_TOKENS
 
 
-@dataclass(frozen=True)
-class _Survey:
-    num_examples: int
-    num_tokens: int
-    value_bytes: int
-    record_bytes: int
-    digests: tuple[bytes, ...]
+def _choose_budget(
+    place: Place, options: ExtractOptions, describe: Callable[[int], dict[str, Any]], find: Callable[[], int]
+) -> tuple[int, dict[str, Any]]:
+    """Choose the padded tokens of a batch: those asked for, those of the same run so far, or those found now."""
+    if options.batch_tokens is not None:
+        return options.batch_tokens, describe(options.batch_tokens)
+    if recalled := recall_batch_tokens(place):
+        batch_tokens, fingerprint = recalled
+        description = describe(batch_tokens)
+        if description["fingerprint"] == fingerprint:
+            return batch_tokens, description
+    batch_tokens = find()
+    return batch_tokens, describe(batch_tokens)
 
 
-def _survey(source: TextSource, rule: UnitRule) -> _Survey:
-    """Go through the whole input once: count, estimate, and take its fingerprint, up to each unit and as a whole."""
-    digest = InputDigest(source.name)
-    digests: list[bytes] = []
-    num_examples = num_tokens = value_bytes = record_bytes = 0
-    for unit in rule.cut(iter(source)):
-        for record in unit.records:
-            record_bytes += digest.add(record)
-            num_examples += 1
-            tokens = rule.estimate_tokens(len(record.text.encode()))
-            num_tokens += tokens
-            value_bytes += rule.cost(tokens)
-        digests.append(digest.digest())
-    return _Survey(num_examples, num_tokens, value_bytes, record_bytes, tuple(digests))
+def _find_budget(
+    model: nn.Module, sites: Sequence[Site], options: ExtractOptions, sampled: TokenizedUnit, survey: Survey
+) -> int:
+    usual = choose_batch_tokens(find_device(model))
+    if survey.num_tokens < LEAST_TOKENS:
+        return usual
+    precision = find_precision(model, options.precision)
+    return find_batch_tokens(model, [site.name for site in sites], sampled.ids, usual, precision)
 
 
 def _measure_sites(
@@ -374,9 +332,9 @@ def _describe(
     stored: tuple[StoredSite, ...],
     options: ExtractOptions,
     rule: UnitRule,
-    batch_tokens: int,
-    survey: _Survey,
+    survey: Survey,
     name: str,
+    batch_tokens: int,
 ) -> dict[str, Any]:
     """Say what the run is; what changes the bytes of its shards is in the fingerprint, and nothing else."""
     own = {**describe_model(model), **({"id": name} if name else {})}

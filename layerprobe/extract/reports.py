@@ -17,6 +17,7 @@ class RunReport:
 
     Args:
         num_examples, num_tokens, num_bytes: Written by this run.
+        num_units: Shards that this run has committed.
         num_computed: Tokens that went through the model, padding included.
         num_padding: Those of them that are padding.
         num_repeated: Texts whose tokens are those of another text of the unit, and so were not computed again.
@@ -31,6 +32,7 @@ class RunReport:
     num_examples: int = 0
     num_tokens: int = 0
     num_bytes: int = 0
+    num_units: int = 0
     num_computed: int = 0
     num_padding: int = 0
     num_repeated: int = 0

@@ -26,7 +26,7 @@ from layerprobe.store.lock import LOCK_FILE, refuse_held
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.progress import PROGRESS_FILE
 
-__all__ = ["check_finite", "check_folder", "check_place", "find_done", "holds_same_run"]
+__all__ = ["check_finite", "check_folder", "check_place", "find_done", "holds_same_run", "recall_batch_tokens"]
 
 _NUM_REQUESTS = 8
 
@@ -103,6 +103,16 @@ def holds_same_run(place: Place, description: Mapping[str, Any]) -> bool:
     except FormatError:
         return False
     return found == {"format": FORMAT_VERSION, **json.loads(json.dumps(description))}
+
+
+def recall_batch_tokens(place: Place) -> tuple[int, object] | None:
+    """Tell the budget of batches of the run in a place, and that run's fingerprint; None where there is none."""
+    try:
+        found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else {}
+        batch_tokens = found["plan"]["batch_tokens"]
+    except (FormatError, KeyError, TypeError):
+        return None
+    return (batch_tokens, found.get("fingerprint")) if type(batch_tokens) is int and batch_tokens > 0 else None
 
 
 def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:

@@ -8,8 +8,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -19,29 +18,21 @@ from torch import nn
 from tqdm import tqdm
 
 from layerprobe.capture.calls import Sink, is_sink
-from layerprobe.capture.early import can_end_early
-from layerprobe.capture.packing import StoreSink
-from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe
-from layerprobe.capture.select import Pool, resolve_dtype
-from layerprobe.capture.staging import Room
-from layerprobe.capture.units import AnnouncedBatch, encode_record
-from layerprobe.errors import InputError, OptionError, SpaceError
+from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
+from layerprobe.capture.select import Pool
+from layerprobe.errors import OptionError, SpaceError
 from layerprobe.extract.ahead import tokenize_ahead
-from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.engine import UnitEngine, check_units, tokenize_missing
 from layerprobe.extract.folder import hold_store
-from layerprobe.extract.forward import compile_network, compute_in
-from layerprobe.extract.inputs import InputDigest, Record
-from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, Unit, plan_extraction
+from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, plan_extraction
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.space import RoomKeeper
-from layerprobe.extract.stream import call_model, stream_texts
-from layerprobe.models import LoadedModel, evaluating
-from layerprobe.store.format import ShardHeader
-from layerprobe.store.kept import KeptRows
+from layerprobe.extract.stream import stream_texts
+from layerprobe.models import LoadedModel
 from layerprobe.store.places import Place
 from layerprobe.store.progress import Done, ProgressFile
 from layerprobe.store.reader import Store, open_store
-from layerprobe.store.writer import ShardWriter, commit_index
+from layerprobe.store.writer import commit_index
 from layerprobe.tables import format_bytes
 
 __all__ = ["RunReport", "extract", "run_extraction"]
@@ -129,7 +120,8 @@ def extract(
         field: Field of a record that holds the text; its other fields travel with the example.
         max_length: Longest text in tokens, special ones included; None for the model's limit. Longer ones are cut and
             counted.
-        batch_tokens: Padded tokens per batch; None for 1,024 on a CPU and 16,384 elsewhere.
+        batch_tokens: Padded tokens per batch; None for 1,024 on a CPU and 16,384 elsewhere, or more
+            where a million tokens make it worth trying and it is faster.
         shard_size: Bytes of a shard, and of each of the two buffers.
         nonfinite: `warn` counts values that are not finite, `error` stops at them.
         keep: Share of the rows to keep, above 0: a draw without a seed, by example and position. The reader knows the
@@ -228,21 +220,6 @@ def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | N
 
 def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: bool, told: ProgressFile) -> RunReport:
     start = time.perf_counter()
-    plan = replace(plan, model=compile_network(plan.model, plan.options.compile))
-    report, num_units = RunReport(), 0
-    writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt)
-    sink = StoreSink(
-        plan.place,
-        writer,
-        pool=plan.options.pool,
-        dtype=resolve_dtype(plan.options.dtype),
-        device=plan.device,
-        shard_bytes=plan.rule.shard_bytes,
-        fingerprint=plan.fingerprint,
-        stored=plan.stored,
-        keeps_part=plan.rule.kept is not None,
-    )
-    probe = Probe(plan.model, [site.name for site in plan.sites], to=sink, stop=can_end_early(plan.model))
     # a log file wants a line now and then, and none of a short run
     interval_s = 0.1 if sys.stderr.isatty() else _LOG_INTERVAL_S
     bar = tqdm(
@@ -259,40 +236,22 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
         bar.update(num_examples)
         told.tick()
 
-    told.begin(lambda: _measure(plan, report, writer, sink))
-    digest = InputDigest(plan.source.name)
-    precision = compute_in(plan.model, plan.precision)
-    with bar, evaluating(plan.model), torch.inference_mode(), precision, probe, _ending(stop):
-        for unit, tokenized in tokenize_ahead(plan.units(), partial(_tokenize_missing, plan)):
+    engine = UnitEngine(plan, keeper, advance)
+    report = engine.report
+    told.begin(lambda: _measure(plan, report))
+    with bar, engine, _ending(stop):
+        for unit, tokenized in tokenize_ahead(check_units(plan), partial(tokenize_missing, plan)):
             if stop.is_set():
                 report.is_complete = False
                 break
-            for record in unit.records:
-                digest.add(record)
-            if (num_units := unit.number + 1) > plan.num_units or digest.digest() != plan.digests[unit.number]:
-                raise _changed(plan)
             if tokenized is not None:
-                _run_unit(plan, keeper, sink, unit, tokenized, report, advance)
-                bar.set_postfix_str(_describe_pace(report, writer.num_bytes, time.perf_counter() - start), False)
-    if report.is_complete and num_units < plan.num_units:
-        raise _changed(plan)
+                engine.run(unit, tokenized)
+                bar.set_postfix_str(_describe_pace(report, time.perf_counter() - start), False)
     if report.is_complete:
-        headers = [*plan.done.values(), *writer.committed]
+        headers = [*plan.done.values(), *engine.committed]
         keeper.attempt(lambda: commit_index(plan.place, headers))
-    report.num_bytes = writer.num_bytes
-    report.stalled_s = sink.stalled_s
-    for header in writer.committed:
-        report.nonfinite.update(header.nonfinite)
     report.seconds = time.perf_counter() - start
     return report
-
-
-def _changed(plan: Plan) -> InputError:
-    # a unit is told from its planned one before it is run, so the input as it is now left nothing in the store
-    return InputError(
-        f"{plan.source.name}: changed while the run was under way. What {plan.place} holds is of the input as it was: "
-        "put that back and run the same command again, or run with --overwrite, or into another folder."
-    )
 
 
 @contextlib.contextmanager
@@ -307,94 +266,21 @@ def _ending(stop: threading.Event) -> Iterator[None]:
         raise
 
 
-def _measure(plan: Plan, report: RunReport, writer: ShardWriter, sink: StoreSink) -> Done:
+def _measure(plan: Plan, report: RunReport) -> Done:
     """Say how far a run is, for those who look at its folder."""
     examples = sum(header.num_examples for header in plan.done.values()) + report.num_examples
     return Done(
-        units=len(plan.done) + len(writer.committed),
+        units=len(plan.done) + report.num_units,
         num_units=plan.num_units,
         examples=examples,
         num_examples=plan.num_examples,
         tokens=report.num_tokens,
-        num_bytes=writer.num_bytes,
+        num_bytes=report.num_bytes,
         # an input that grows under way ends as an error, but not here
         missing_bytes=max(0, round(plan.num_bytes * (1 - examples / plan.num_examples))),
-        stalled_s=sink.stalled_s,
+        stalled_s=report.stalled_s,
     )
 
 
-def _tokenize_missing(plan: Plan, unit: Unit) -> TokenizedUnit | None:
-    if unit.number in plan.done:
-        return None
-    return tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
-
-
-def _run_unit(
-    plan: Plan,
-    keeper: RoomKeeper,
-    sink: StoreSink,
-    unit: Unit,
-    tokenized: TokenizedUnit,
-    report: RunReport,
-    advance: Callable[[int], None],
-) -> None:
-    num_truncated = sum(tokenized.truncated)
-    rows, room = None, tokenized.room
-    if plan.rule.kept is not None:
-        ordinals = range(unit.first_example, unit.first_example + len(unit.records))
-        rows = plan.rule.kept.choose(tokenized.ids, ordinals)
-        room = Room(len(rows.positions), len(unit.records))
-    header = ShardHeader(
-        unit.number,
-        len(unit.records),
-        room.rows,
-        unit.first_example,
-        plan.fingerprint,
-        num_truncated,
-    )
-    record_bytes = sum(len(encode_record(_make_record(record))) for record in unit.records)
-    keeper.reserve(header, plan.stored, room, record_bytes, rows is not None)
-    sink.begin_unit(unit.number, unit.first_example, room, num_truncated)
-    pad_id, side = plan.tokenizer.pad_token_id or 0, plan.tokenizer.padding_side
-    for batch in cut_batches(tokenized, plan.batch_tokens, pad_id, side):
-        report.num_halved += call_model(
-            plan.model, plan.device, batch, lambda part: sink.announce(_announce(unit, tokenized, part, side, rows))
-        )
-        report.num_computed += batch.input_ids.numel()
-        report.num_padding += int((batch.attention_mask == 0).sum())
-        report.num_repeated += len(batch.members) - len(batch.input_ids)
-        report.num_tokens += sum(batch.lengths)
-        report.num_examples += len(batch.members)
-        advance(len(batch.members))
-    sink.end_unit()
-    report.num_truncated += num_truncated
-
-
-def _announce(
-    unit: Unit, tokenized: TokenizedUnit, batch: Batch, padding_side: str, rows: KeptRows | None
-) -> AnnouncedBatch:
-    kept = None if rows is None else [rows.of(member) for member in batch.members]
-    ids = [token_id for member in batch.members for token_id in tokenized.ids[member]]
-    input_ids = torch.tensor(ids, dtype=torch.int64)
-    if kept is not None:
-        parts = zip(input_ids.split(batch.lengths), kept, strict=True)
-        input_ids = torch.cat([own[positions] for own, positions in parts])
-    return AnnouncedBatch(
-        ordinals=[unit.first_example + member for member in batch.members],
-        lengths=batch.lengths,
-        num_positions=batch.input_ids.shape[1],
-        padding_side=padding_side,
-        input_ids=input_ids,
-        records=[_make_record(unit.records[member]) for member in batch.members],
-        sequences=batch.sequences if len(batch.sequences) > len(batch.input_ids) else None,
-        kept=kept,
-    )
-
-
-def _make_record(record: Record) -> dict[str, Any]:
-    """Give what travels with an example."""
-    return {"text": record.text, **({"fields": record.fields} if record.fields else {})}
-
-
-def _describe_pace(report: RunReport, num_bytes: int, seconds: float) -> str:
-    return f"{report.num_tokens / max(seconds, 1e-9):,.0f} tokens/s, {format_bytes(num_bytes)} written"
+def _describe_pace(report: RunReport, seconds: float) -> str:
+    return f"{report.num_tokens / max(seconds, 1e-9):,.0f} tokens/s, {format_bytes(report.num_bytes)} written"

@@ -21,15 +21,18 @@ from layerprobe.capture.early import can_end_early
 from layerprobe.capture.probe import Probe
 from layerprobe.errors import InputError
 from layerprobe.extract.ahead import tokenize_ahead
-from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.batching import TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.calling import ModelCaller
+from layerprobe.extract.cores import using_cores
+from layerprobe.extract.cutting import Unit
 from layerprobe.extract.inputs import Record, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
-from layerprobe.extract.plan import ExtractOptions, Unit, choose_batch_tokens
+from layerprobe.extract.plan import ExtractOptions, choose_batch_tokens
 from layerprobe.extract.reports import StreamReport
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.stacks import find_device
 
-__all__ = ["call_model", "stream_texts"]
+__all__ = ["stream_texts"]
 
 # Enough texts for a sort by length to leave little padding, and few enough to be held twice.
 _CHUNK_EXAMPLES = 4096
@@ -60,7 +63,7 @@ def stream_texts(
     on_device = find_device(network)
     batch_tokens = options.batch_tokens or choose_batch_tokens(on_device)
     announce: Callable[[Sequence[int]], None] = getattr(sink, "announce", lambda _: None)
-    report = StreamReport()
+    report, caller = StreamReport(), ModelCaller(network, on_device)
 
     def read(unit: Unit) -> TokenizedUnit:
         checked = [
@@ -72,7 +75,7 @@ def stream_texts(
     start = time.perf_counter()
     interval_s = 0.1 if sys.stderr.isatty() else 10.0
     bar = tqdm(unit=" examples", disable=not progress, leave=False, mininterval=interval_s, delay=interval_s)
-    with bar, evaluating(network), torch.inference_mode(), probe:
+    with bar, evaluating(network), torch.inference_mode(), using_cores(), probe:
         for unit, tokenized in tokenize_ahead(_cut_chunks(iter(source)), read):
             assert tokenized is not None
             # the sink counts a text as often as it comes
@@ -80,44 +83,16 @@ def stream_texts(
                 tokenized, batch_tokens, tokenizer.pad_token_id or 0, tokenizer.padding_side, joins_equal=False
             ):
                 first = unit.first_example
-                report.num_halved += call_model(
-                    network, on_device, batch, lambda part, first=first: announce([first + m for m in part.members])
-                )
+                caller.call(batch, lambda part, first=first: announce([first + m for m in part.members]))
                 report.num_computed += batch.input_ids.numel()
                 report.num_padding += int((batch.attention_mask == 0).sum())
                 bar.update(len(batch.members))
             report.num_examples += len(unit.records)
             report.num_tokens += tokenized.num_tokens
             report.num_truncated += sum(tokenized.truncated)
+    report.num_halved = caller.num_halved
     report.seconds = time.perf_counter() - start
     return report
-
-
-def call_model(model: nn.Module, device: torch.device, batch: Batch, announce: Callable[[Batch], None]) -> int:
-    """Send a batch through the model; where memory does not suffice, its halves, whose rows lie in the same order.
-
-    Args:
-        model: Called with ids and mask.
-        device: Where it is.
-        batch: What to send.
-        announce: Told of what is sent, before each call.
-
-    Returns:
-        How many batches had to be halved.
-    """
-    announce(batch)
-    try:
-        model(
-            input_ids=batch.input_ids.to(device, non_blocking=True),
-            attention_mask=batch.attention_mask.to(device, non_blocking=True),
-        )
-        return 0
-    except torch.OutOfMemoryError:
-        if len(batch.input_ids) < 2:
-            raise
-    # outside the handler, which would keep the failed forward's tensors alive
-    torch.cuda.empty_cache()
-    return 1 + sum(call_model(model, device, half, announce) for half in batch.halves())
 
 
 def _cut_chunks(records: Iterator[Record]) -> Iterator[Unit]:

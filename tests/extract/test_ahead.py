@@ -8,7 +8,7 @@ import pytest
 from layerprobe.errors import InputError
 from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.batching import TokenizedUnit
-from layerprobe.extract.plan import Unit
+from layerprobe.extract.cutting import Unit
 
 
 def _units(count: int, fails_at: int | None = None) -> Iterator[Unit]:

@@ -1,5 +1,7 @@
 """Batches hold every text once, under the budget, longest first, with ids that are the tokenizer's own."""
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,3 +103,19 @@ def test_padding_of_texts_of_all_lengths_is_under_two_percent() -> None:
     unit = _unit_of(lengths)
     computed = sum(batch.input_ids.numel() for batch in cut_batches(unit, 1024, 0, "right"))
     assert computed <= sum(lengths) / 0.98
+
+
+def test_padding_of_real_texts_is_under_two_percent(demo: LoadedModel) -> None:
+    """Docstrings of the standard library, as many as a shard of the default size holds."""
+    folder = Path(ast.__file__).parent
+    trees = [ast.parse(path.read_bytes()) for path in sorted(folder.glob("[a-m]*.py"))]
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    texts = [text for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)
+             if (text := ast.get_docstring(node))]  # fmt: skip
+    assert len(texts) > 1000
+    unit = tokenize(demo.tokenizer, texts, 256)
+    batches = list(cut_batches(unit, 1024, 0, "right"))
+    computed = sum(batch.input_ids.numel() for batch in batches)
+    padding = sum(int((batch.attention_mask == 0).sum()) for batch in batches)
+    assert padding <= 0.02 * computed
+    assert computed - padding == sum(len(ids) for ids in {tuple(ids) for ids in unit.ids})

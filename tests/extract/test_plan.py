@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerprobe.errors import ArchitectureError, InputError, ModelError, OptionError, SiteError, SpaceError, StoreError
+from layerprobe.extract.cutting import Unit, UnitRule
 from layerprobe.extract.inputs import Record
-from layerprobe.extract.plan import ExtractOptions, Plan, Unit, UnitRule, plan_extraction
+from layerprobe.extract.plan import ExtractOptions, Plan, plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 

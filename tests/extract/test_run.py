@@ -1,5 +1,6 @@
 """From texts to shards: what is on disk is what the model makes of each text alone."""
 
+import itertools
 import json
 import struct
 import subprocess
@@ -291,28 +292,71 @@ def test_texts_of_the_same_tokens_are_computed_once_and_stored_for_each(
             assert torch.equal(store[site][0].float(), store[site][4].float())
 
 
-def test_a_batch_that_does_not_fit_is_run_in_halves_with_the_same_rows(tiny: LoadedModel, tmp_path: Path) -> None:
-    texts = ["the quick brown fox", "a dog", "the fox", "a dog", "lazy", "the lazy dog", "", "brown"]
-    whole = extract(tiny.model, texts, tmp_path / "whole", tokenizer=tiny.tokenizer)
-    asked: list[int] = []
+def test_a_batch_that_does_not_fit_is_run_in_halves_with_the_same_rows(
+    tiny: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The budget is halved, which is said, and no later batch of that size is tried again; rows and order stay."""
+    texts = ["the quick brown fox", "a dog", "the fox", "a dog", "lazy", "the lazy dog", "", "brown"] * 6
+    texts = [text + " ." * (number // 8) for number, text in enumerate(texts)]
+    options = ExtractOptions(shard_bytes=25_000)
+    whole = plan_extraction(tiny.model, texts, tmp_path / "whole", options, tokenizer=tiny.tokenizer)
+    asked: list[tuple[int, bool]] = []
+    refuses = False
 
     def refuse(_: Any, args: Any, kwargs: Any) -> None:
-        asked.append(len(kwargs["input_ids"]))
-        if asked[-1] > 2:
+        num_tokens = kwargs["input_ids"].numel()
+        asked.append((num_tokens, len(kwargs["input_ids"]) > 1 and num_tokens > 24))
+        if refuses and asked[-1][1]:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     handle = tiny.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    plan = plan_extraction(tiny.model, texts, tmp_path / "halved", tokenizer=tiny.tokenizer)
+    run_extraction(whole)
+    tried_whole = sum(too_large for _, too_large in asked)
+    plan = plan_extraction(tiny.model, texts, tmp_path / "halved", options, tokenizer=tiny.tokenizer)
+    asked.clear()
+    refuses = True
     report = run_extraction(plan)
     handle.remove()
-    assert max(asked) == 7 and report.num_halved == 3
-    assert "3 batches halved for want of memory" in str(report)
-    halved = layerprobe.open(tmp_path / "halved")
+    refused = [num_tokens for num_tokens, too_large in asked if too_large]
+    # each refusal halves what is tried, so there are fewer than batches that are too large
+    assert report.num_halved == len(refused) < tried_whole
+    assert all(later <= earlier // 2 for earlier, later in itertools.pairwise(refused))
+    assert f"{len(refused)} batches halved for want of memory" in str(report)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" tokens")[0] for line in said] == [
+        f"layerprobe: cpu: no memory for {num_tokens}" for num_tokens in refused
+    ]
+    assert said[-1].endswith(f"at once, going on with {refused[-1] // 2}.")
+    first, second = layerprobe.open(tmp_path / "whole"), layerprobe.open(tmp_path / "halved")
     for number in range(len(texts)):
-        assert torch.equal(halved.example(number).input_ids, whole.example(number).input_ids)
-        for site in whole.sites:
+        assert torch.equal(second.example(number).input_ids, first.example(number).input_ids)
+        for site in first.sites:
             # a batch of another size reorders the sums of a forward
-            assert torch.allclose(halved[site][number], whole[site][number], atol=1e-5)
+            assert torch.allclose(second[site][number], first[site][number], atol=1e-5)
+    for name in ("example", "offsets"):
+        for path in (tmp_path / "whole").glob("shard-*"):
+            there, here = (read_plainly(place)[1][name] for place in (path, tmp_path / "halved" / path.name))
+            assert np.array_equal(there, here)
+
+
+@pytest.mark.parametrize(("sites", "ran"), [(["layers.0"], 1), (["embeddings"], 0), (["layers.1.ffn.act"], 2), ([], 3)])
+def test_a_run_ends_each_forward_after_the_last_asked_site(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, sites: list[str], ran: int
+) -> None:
+    plan = plan_extraction(tiny, texts, tmp_path / "acts", ExtractOptions(sites=sites or ["layers.*"]))
+    counts = [0, 0, 0]
+
+    def count(layer: int) -> Any:
+        return lambda *_: counts.__setitem__(layer, counts[layer] + 1)
+
+    encoder: Any = tiny.model.encoder
+    handles = [encoder.layer[layer].register_forward_hook(count(layer)) for layer in range(3)]
+    run_extraction(plan)
+    for handle in handles:
+        handle.remove()
+    # a hook on the layer itself is not reached where the forward ends inside of it
+    finished = ran - 1 if "ffn.act" in str(sites) else ran
+    assert [count > 0 for count in counts] == [layer < finished for layer in range(3)]
 
 
 def test_a_text_that_does_not_fit_alone_is_an_error_of_torch(tiny: LoadedModel, tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Batches through a model whose device may have too little memory for them.
+
+What does not fit is run in halves, whose rows lie in the same order, and the budget is halved from there on: later
+batches are cut before they fail. The cut of the plan stays as it is, so the same texts stay in the same places.
+
+Hides how much fits. Must never know of stores.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from layerprobe.extract.batching import Batch
+
+__all__ = ["ModelCaller"]
+
+
+class ModelCaller:
+    """Call a model with batches, or with as much of each as its device has shown to have memory for.
+
+    Args:
+        model: Called with ids and mask.
+        device: Where it is.
+
+    `num_halved` counts the batches that did not fit; `most_tokens` is what is tried at once by now, None for any.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self.num_halved = 0
+        self.most_tokens: int | None = None
+
+    def call(self, batch: Batch, announce: Callable[[Batch], None]) -> None:
+        """Send a batch through the model.
+
+        Args:
+            batch: What to send.
+            announce: Told of what is sent, before each call.
+
+        Raises:
+            torch.OutOfMemoryError: a single text does not fit.
+        """
+        num_tokens = batch.input_ids.numel()
+        is_one = len(batch.input_ids) < 2
+        if is_one or self.most_tokens is None or num_tokens <= self.most_tokens:
+            if self._try(batch, announce, may_fail=not is_one):
+                return
+            self.num_halved += 1
+            self.most_tokens = max(1, num_tokens // 2)
+            # outside of `_try`, whose frames would keep the failed forward's tensors alive
+            torch.cuda.empty_cache()
+            _say(f"{self._device}: no memory for {num_tokens:,} tokens at once, going on with {self.most_tokens:,}.")
+        for half in batch.halves():
+            self.call(half, announce)
+
+    def _try(self, batch: Batch, announce: Callable[[Batch], None], may_fail: bool) -> bool:
+        announce(batch)
+        try:
+            self._model(
+                input_ids=batch.input_ids.to(self._device, non_blocking=True),
+                attention_mask=batch.attention_mask.to(self._device, non_blocking=True),
+            )
+        except torch.OutOfMemoryError:
+            if may_fail:
+                return False
+            raise
+        return True
+
+
+def _say(text: str) -> None:
+    tqdm.write(f"layerprobe: {text}", file=sys.stderr)

@@ -1,0 +1,89 @@
+"""How many cores a run really has: those that it may run on, within the share of time that its container gets.
+
+torch counts the cores of the machine that it may run on, and not the quota: more threads than the quota feeds are
+stopped in the middle of a layer, and all others wait for them.
+
+Hides where Linux says so. Must never know of models.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+__all__ = ["count_cores", "using_cores"]
+
+# What a user sets who knows better.
+_ASKED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def count_cores(root: Path = Path("/")) -> int:
+    """Count the cores that this process can keep busy; at least 1.
+
+    Args:
+        root: Where `proc` and `sys` lie.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    allowed = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, int(min(allowed, _find_quota(root))))
+
+
+@contextlib.contextmanager
+def using_cores(share: int = 1, environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Give torch no more threads than there are cores, while this is open.
+
+    Args:
+        share: How many processes share the cores.
+        environment: Where a number of threads that was asked for stands; then nothing is changed.
+    """
+    before = torch.get_num_threads()
+    most = max(1, count_cores() // share)
+    if most < before and not any(environment.get(name) for name in _ASKED):
+        torch.set_num_threads(most)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def _find_quota(root: Path) -> float:
+    """Find the cores' worth of time that the control groups of this process allow; inf where they do not say."""
+    quota = math.inf
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers == "":
+            mounted, read = root / "sys/fs/cgroup", _read_quota
+        elif "cpu" in controllers.split(","):
+            mounted, read = root / "sys/fs/cgroup" / controllers, _read_quota_of_version_1
+        else:
+            continue
+        folder = mounted / path.strip("/")
+        # a group has at most what each of those around it has; in a container the own one is mounted as the root
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(mounted):
+                quota = min(quota, read(group))
+    return quota
+
+
+def _read_quota(group: Path) -> float:
+    return _divide(*[*_read(group / "cpu.max").split(), "", ""][:2])
+
+
+def _read_quota_of_version_1(group: Path) -> float:
+    return _divide(_read(group / "cpu.cfs_quota_us").strip(), _read(group / "cpu.cfs_period_us").strip())
+
+
+def _divide(time: str, period: str) -> float:
+    # "max", or -1, is no limit
+    return int(time) / int(period) if time.isdigit() and period.isdigit() and int(period) else math.inf
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

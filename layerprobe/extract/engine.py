@@ -1,0 +1,195 @@
+"""The engine of a run: units through a probed model into shards.
+
+Sends the length-sorted batches of a unit through the model and hands the full buffer to the writer while the next unit
+goes on. A unit is known by its input before it is run. Runs in one process or in several at once: which units are
+whose is decided above.
+
+Must never know of progress bars or of other processes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from layerprobe.capture.early import can_end_early
+from layerprobe.capture.packing import StoreSink
+from layerprobe.capture.probe import Probe
+from layerprobe.capture.select import resolve_dtype
+from layerprobe.capture.staging import Room
+from layerprobe.capture.units import AnnouncedBatch, encode_record
+from layerprobe.errors import InputError
+from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.calling import ModelCaller
+from layerprobe.extract.cores import using_cores
+from layerprobe.extract.cutting import Unit
+from layerprobe.extract.forward import compile_network, compute_in
+from layerprobe.extract.inputs import InputDigest, Record
+from layerprobe.extract.plan import Plan
+from layerprobe.extract.reports import RunReport
+from layerprobe.extract.space import RoomKeeper
+from layerprobe.models import evaluating
+from layerprobe.store.format import ShardHeader
+from layerprobe.store.kept import KeptRows
+from layerprobe.store.writer import ShardWriter
+
+__all__ = ["UnitEngine", "check_units", "tokenize_missing"]
+
+
+class UnitEngine(AbstractContextManager["UnitEngine"]):
+    """Run units of a plan, one after the other, into its store.
+
+    Args:
+        plan: Its store is held and begun.
+        keeper: Keeps room for each shard.
+        advance: Told how many examples have just gone through.
+        share: How many processes share the cores.
+
+    `report` counts what was done so far; `committed` are the shards that are whole.
+    """
+
+    def __init__(self, plan: Plan, keeper: RoomKeeper, advance: Callable[[int], None], share: int = 1) -> None:
+        self._plan = plan
+        self._keeper = keeper
+        self._advance = advance
+        self._share = share
+        self.report = RunReport()
+        self._writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt)
+        self._sink = StoreSink(
+            plan.place,
+            self._writer,
+            pool=plan.options.pool,
+            dtype=resolve_dtype(plan.options.dtype),
+            device=plan.device,
+            shard_bytes=plan.rule.shard_bytes,
+            fingerprint=plan.fingerprint,
+            stored=plan.stored,
+            keeps_part=plan.rule.kept is not None,
+        )
+        model = compile_network(plan.model, plan.options.compile)
+        self._caller = ModelCaller(model, plan.device)
+        self._probe = Probe(model, [site.name for site in plan.sites], to=self._sink, stop=can_end_early(model))
+        self._open = contextlib.ExitStack()
+
+    @property
+    def committed(self) -> list[ShardHeader]:
+        """Headers of the shards that this engine has written."""
+        return self._writer.committed
+
+    def __enter__(self) -> "UnitEngine":
+        with self._open as entering:
+            entering.callback(self._finish)
+            entering.enter_context(using_cores(self._share))
+            entering.enter_context(evaluating(self._plan.model))
+            entering.enter_context(torch.inference_mode())
+            entering.enter_context(compute_in(self._plan.model, self._plan.precision))
+            entering.enter_context(self._probe)
+            self._open = entering.pop_all()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._open.__exit__(*raised)
+
+    def run(self, unit: Unit, tokenized: TokenizedUnit) -> None:
+        """Run one unit; its shard is committed while the next one runs, the last one's by the end of the block."""
+        num_truncated = sum(tokenized.truncated)
+        rows, room = None, tokenized.room
+        if self._plan.rule.kept is not None:
+            ordinals = range(unit.first_example, unit.first_example + len(unit.records))
+            rows = self._plan.rule.kept.choose(tokenized.ids, ordinals)
+            room = Room(len(rows.positions), len(unit.records))
+        header = ShardHeader(
+            unit.number,
+            len(unit.records),
+            room.rows,
+            unit.first_example,
+            self._plan.fingerprint,
+            num_truncated,
+        )
+        record_bytes = sum(len(encode_record(_make_record(record))) for record in unit.records)
+        self._keeper.reserve(header, self._plan.stored, room, record_bytes, rows is not None)
+        self._sink.begin_unit(unit.number, unit.first_example, room, num_truncated)
+        pad_id, side = self._plan.tokenizer.pad_token_id or 0, self._plan.tokenizer.padding_side
+        for batch in cut_batches(tokenized, self._plan.batch_tokens, pad_id, side):
+            self._caller.call(batch, lambda part: self._sink.announce(_announce(unit, tokenized, part, side, rows)))
+            self.report.num_computed += batch.input_ids.numel()
+            self.report.num_padding += int((batch.attention_mask == 0).sum())
+            self.report.num_repeated += len(batch.members) - len(batch.input_ids)
+            self.report.num_tokens += sum(batch.lengths)
+            self.report.num_examples += len(batch.members)
+            self._count()
+            self._advance(len(batch.members))
+        self._sink.end_unit()
+        self.report.num_truncated += num_truncated
+
+    def _count(self) -> None:
+        """Take over what others count."""
+        self.report.num_units = len(self._writer.committed)
+        self.report.num_bytes = self._writer.num_bytes
+        self.report.stalled_s = self._sink.stalled_s
+        self.report.num_halved = self._caller.num_halved
+
+    def _finish(self) -> None:
+        self._count()
+        for header in self._writer.committed:
+            self.report.nonfinite.update(header.nonfinite)
+
+
+def tokenize_missing(plan: Plan, unit: Unit) -> TokenizedUnit | None:
+    """Give the ids of a unit, or None where it is done already."""
+    if unit.number in plan.done:
+        return None
+    return tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
+
+
+def check_units(plan: Plan) -> Iterator[Unit]:
+    """Go through the units of a plan.
+
+    Raises:
+        InputError: a unit is not what it was when the plan was made.
+    """
+    digest, num_units = InputDigest(plan.source.name), 0
+    for unit in plan.units():
+        for record in unit.records:
+            digest.add(record)
+        if (num_units := unit.number + 1) > plan.num_units or digest.digest() != plan.digests[unit.number]:
+            raise _changed(plan)
+        yield unit
+    if num_units < plan.num_units:
+        raise _changed(plan)
+
+
+def _announce(
+    unit: Unit, tokenized: TokenizedUnit, batch: Batch, padding_side: str, rows: KeptRows | None
+) -> AnnouncedBatch:
+    kept = None if rows is None else [rows.of(member) for member in batch.members]
+    ids = [token_id for member in batch.members for token_id in tokenized.ids[member]]
+    input_ids = torch.tensor(ids, dtype=torch.int64)
+    if kept is not None:
+        parts = zip(input_ids.split(batch.lengths), kept, strict=True)
+        input_ids = torch.cat([own[positions] for own, positions in parts])
+    return AnnouncedBatch(
+        ordinals=[unit.first_example + member for member in batch.members],
+        lengths=batch.lengths,
+        num_positions=batch.input_ids.shape[1],
+        padding_side=padding_side,
+        input_ids=input_ids,
+        records=[_make_record(unit.records[member]) for member in batch.members],
+        sequences=batch.sequences if len(batch.sequences) > len(batch.input_ids) else None,
+        kept=kept,
+    )
+
+
+def _make_record(record: Record) -> dict[str, Any]:
+    """Give what travels with an example."""
+    return {"text": record.text, **({"fields": record.fields} if record.fields else {})}
+
+
+def _changed(plan: Plan) -> InputError:
+    # a unit is told from its planned one before it is run, so the input as it is now left nothing in the store
+    return InputError(
+        f"{plan.source.name}: changed while the run was under way. What {plan.place} holds is of the input as it was: "
+        "put that back and run the same command again, or run with --overwrite, or into another folder."
+    )
