@@ -135,6 +135,8 @@ def _embed(centred_nD: Tensor, method: str, before: Tensor | None, seed: int) ->
         n_neighbors=min(15, len(rows) - 1),
         init=(10 * start / np.abs(start).max()).astype(np.float32),
         random_state=seed,
+        # the seed asks for it, and umap-learn warns of any other
+        n_jobs=1,
     )
     return torch.from_numpy(embedder.fit_transform(rows)).double()
 

@@ -46,6 +46,9 @@ _CHUNK_ROWS = 4096
 _SHARDS_AHEAD = 3
 # Read since mappings were last let go.
 _MOST_MAPPED_BYTES = 16 << 20
+# Rows that are drawn lie anywhere, and the system maps so much around each that it finds in its cache.
+_AROUND_BYTES = 64 << 10
+_DRAWN_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,17 +237,16 @@ def _refuse_nonfinite(store: Store, chunk: Chunk) -> None:
 def draw_rows(
     store: Store, sites: Sequence[StoredSite], *, max_rows: int | None, seed: int, progress: bool | None
 ) -> Iterator[list[Tensor]]:
-    """Go through rows of several sites mixed, in batches of at most 4,096, float64; not whole examples.
+    """Go through rows of several sites mixed, in batches of at most 1,024, float64; not whole examples.
 
     Raises:
         NonFiniteError: as `sweep`.
     """
     names = [site.name for site in sites]
-    row_bytes = sum(site.bytes_per_vector for site in sites)
     mapped = Mappings(store[names[0]].catalog)
     left = total = min(count_rows(store, sites), max_rows or count_rows(store, sites))
     with bar_of(total, "moments", progress) as bar:
-        for batch in store.rows(_CHUNK_ROWS, shuffle=True, seed=seed, sites=names):
+        for batch in store.rows(_DRAWN_ROWS, shuffle=True, seed=seed, sites=names):
             if left <= 0:
                 return
             values = [batch[name][:left].double() for name in names]
@@ -254,7 +256,7 @@ def draw_rows(
                     pass
             yield values
             left -= len(values[0])
-            mapped.add(row_bytes * len(values[0]))
+            mapped.add(_AROUND_BYTES * len(names) * len(values[0]))
             bar.update(len(values[0]))
 
 

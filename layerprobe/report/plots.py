@@ -298,9 +298,10 @@ def _say_what(drawn: Points, method: str, shared: bool) -> str:
     num = f"{len(drawn):,} {drawn.kind}"
     if len(drawn) < drawn.num_all:
         num += f" drawn at random of {drawn.num_all:,}"
-    how = {"pca": "PCA", "tsne": "t-SNE, each layer started from the one before", "umap": "UMAP, each started likewise"}
-    turned = "one basis for all layers" if shared else "each layer turned onto the one before"
-    return f"{num}; {how[method]}; {turned}"
+    how = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[method]
+    started = "" if method == "pca" else "started from and "
+    turned = "one basis for all layers" if shared else f"each layer {started}turned onto the one before"
+    return f"{num}; {how}; {turned}"
 
 
 def plot_attention(

@@ -156,6 +156,7 @@ class MappedShard:
                             "Remove the file and run the same extraction again to make it anew."
                         )
                 self._checked.add(mark)
+                self._let_go(entry.start, entry.stop)
             count = (entry.stop - entry.start) // entry.dtype.itemsize
             if count == 0:
                 self._tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
@@ -163,6 +164,16 @@ class MappedShard:
                 flat = torch.frombuffer(self._memory, dtype=entry.dtype, count=count, offset=entry.start)
                 self._tensors[name] = flat.view(entry.shape)
         return self._tensors[name]
+
+    def _let_go(self, start: int, stop: int) -> None:
+        """Drop the pages that a comparison has touched: all of a tensor would count as memory, whatever is read of it.
+
+        They stay in the system's cache. Only whole pages of a tensor that nobody has yet: in others may be changes of
+        the caller, who may write to what he is given.
+        """
+        start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop - stop % mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED") and stop > start:
+            self._memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """Give a view of some rows of a tensor.

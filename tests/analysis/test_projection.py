@@ -1,6 +1,7 @@
 """Two components: PCA against numpy's SVD, panels that follow each other, trustworthiness against its definition."""
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -87,6 +88,21 @@ def test_tsne_is_the_same_for_one_seed_and_starts_from_the_layer_before() -> Non
     assert warm < 0.4
     halves = one[0].points[:40].mean(0), one[0].points[40:].mean(0)
     assert float((halves[0] - halves[1]).norm()) > 1
+
+
+def test_umap_is_the_same_for_one_seed_and_starts_from_the_layer_before() -> None:
+    pytest.importorskip("umap")
+    rows = torch.cat([draw(40), draw(40, seed=1) + 20])
+    values = {"layers.0": rows, "layers.1": rows + 0.05 * draw(80, seed=2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        one, same = (project(values, "umap", shared=False, seed=0) for _ in range(2))
+    assert all(torch.equal(a.points, b.points) for a, b in zip(one, same, strict=True))
+    assert one[0].variance is None and one[0].trust is not None and one[0].trust > 0.9
+    halves = one[0].points[:40].mean(0), one[0].points[40:].mean(0)
+    assert float((halves[0] - halves[1]).norm()) > 1
+    warm = float((one[1].points - one[0].points).norm(dim=1).mean())
+    assert warm < 0.6  # points that hardly moved stay near their places, of a cloud of size 1
 
 
 def test_what_cannot_be_projected_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

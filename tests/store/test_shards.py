@@ -53,6 +53,32 @@ def test_writing_to_a_view_leaves_the_file_as_it_is(write_store: Callable[..., A
     assert path.read_bytes() == before
 
 
+def test_a_comparison_leaves_no_pages_behind_and_takes_no_change_away(tmp_path: Path) -> None:
+    count = 1 << 20
+    header = ShardHeader(0, 1, count, 0, FINGERPRINT)
+    rows = torch.arange(count * 2.0).view(count, 2)
+    tensors = [
+        ("example", torch.tensor([0])),
+        ("offsets", torch.tensor([0, count])),
+        ("input_ids", torch.arange(count)),
+    ]
+    commit_shard(tmp_path, header, [*tensors, ("layers.0", rows), ("layers.1", rows + 1)])
+    shard = MappedShard(tmp_path / FILE, ShardInfo(FILE, 0, 1, count), FINGERPRINT, True)
+
+    def count_resident() -> int:
+        said = Path("/proc/self/smaps").read_text().split(str(tmp_path / FILE))[1]
+        return 1024 * int(said.split("Rss:")[1].split()[0])
+
+    first = shard.tensor("layers.0")
+    if Path("/proc/self/smaps").exists():
+        assert count_resident() < rows.nbytes / 4
+    # their last and first bytes may lie on one page
+    first[-1] = -5.0
+    second = shard.tensor("layers.1")
+    assert first[-1].tolist() == [-5.0, -5.0]
+    assert torch.equal(first[:-1], rows[:-1]) and torch.equal(second, rows + 1)
+
+
 def test_spans_find_each_example_wherever_the_batch_order_put_it(tmp_path: Path) -> None:
     info = commit(tmp_path, [12, 10, 11], [0, 1, 1, 4], 4, first=10)
     shard = MappedShard(tmp_path / FILE, info, FINGERPRINT, True)
