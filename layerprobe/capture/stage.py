@@ -62,10 +62,9 @@ class Stage:
 
     def __init__(self, max_tokens: int, *, max_examples: int | None = None) -> None:
         max_examples = max_tokens if max_examples is None else max_examples
-        if max_tokens < 1 or max_examples < 1:
-            raise OptionError(
-                f"a stage of max_tokens={max_tokens}, max_examples={max_examples} holds nothing: use 1 or more."
-            )
+        for name, most in (("max_tokens", max_tokens), ("max_examples", max_examples)):
+            if type(most) is not int or most < 1:
+                raise OptionError(f"{name}={most!r} of a stage: it must be a whole number of at least 1.")
         self.max_tokens = max_tokens
         self.max_examples = max_examples
         self._room: Room | None = None

@@ -209,7 +209,7 @@ class _Packer:
         mask, room = self.mask, self._room
         if mask is None:
             real_BS = torch.ones(shape[0], shape[1], dtype=torch.bool, device=device)
-        elif mask.ndim == 2 and mask.shape[1] == shape[1]:
+        elif mask.ndim == 2 and mask.shape[0] == shape[0] and mask.shape[1] == shape[1]:
             real_BS = mask != 0
         else:
             raise CaptureError(

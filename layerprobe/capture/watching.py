@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.capture.calls import Context, read_context
+from layerprobe.capture.compiled import forget_compiled_graphs, has_compiled
 from layerprobe.capture.hooks import HookSet
 from layerprobe.capture.readings import Readings, Taken, require_uncompiled
 from layerprobe.capture.select import Target, write_rows
@@ -71,6 +72,8 @@ class Watcher(AbstractContextManager["Watcher"]):
     def __enter__(self) -> "Watcher":
         if self._always:
             raise CaptureError("this watch is open already. Make a new one for another with block.")
+        if has_compiled():
+            forget_compiled_graphs()  # a function that calls the model may be compiled, and would run no hook
         root = self._mapped.model
         try:
             self._always.keep(root, root.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -83,6 +86,8 @@ class Watcher(AbstractContextManager["Watcher"]):
     def __exit__(self, *_: object) -> None:
         self._always.remove()
         self._hooks.remove()
+        if has_compiled():
+            forget_compiled_graphs()  # what the compiler gave up because of the hooks it may take again
         self.flush()
 
     def flush(self) -> None:
@@ -93,6 +98,9 @@ class Watcher(AbstractContextManager["Watcher"]):
             self._log(step, {f"{site}/{name}": value for site, v in vitals.items() for name, value in v.read().items()})
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if torch.compiler.is_compiling():
+            # the compiler gives this frame up, and it runs uncompiled; with fullgraph=True the caller reads this
+            raise CaptureError("watch: torch.compile is to take a model that is watched. Compile it after the watch.")
         if kwargs is None or not torch.is_grad_enabled():
             return
         self._hooks.remove()  # of a call that Ctrl-C ended

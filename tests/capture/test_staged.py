@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -230,8 +231,11 @@ def test_what_a_stage_cannot_do_is_refused_before_a_hook_exists(model: Any) -> N
             lp.Probe(model, site, to=lp.Stage(8), **options).__enter__()
     with pytest.raises(OptionError, match=r"stop=True, a stage and a compiled model: nothing in the graph asks"):
         lp.Probe(_compile(model), "layers.0", to=lp.Stage(8), stop=True)
-    with pytest.raises(OptionError, match=r"a stage of max_tokens=0, max_examples=0 holds nothing"):
-        lp.Stage(0)
+    for most in (0, 2.5, True):
+        with pytest.raises(OptionError, match=rf"max_tokens={most} of a stage: it must be a whole number"):
+            lp.Stage(most)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"max_examples=0 of a stage"):
+        lp.Stage(8, max_examples=0)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -328,3 +332,15 @@ def test_a_call_that_was_cut_short_cannot_be_read(model: Any) -> None:
         handle.remove()
         model(**_batch(5))
         assert stage.offsets[-1] == 12
+
+
+@pytest.mark.parametrize("site", ["layers.0", "pooler"])
+def test_a_mask_for_one_of_several_sequences_is_refused(make_bert: Any, tmp_path: Path, site: str) -> None:
+    model, ids, mask = make_bert(), torch.ones(2, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.int64)
+    for to in (lp.Stage(64), tmp_path / "acts"):
+        with (
+            torch.no_grad(),
+            pytest.raises(CaptureError, match=r"attention_mask has shape \(1, 5\): rows need one of shape \(2, 5\)"),
+            lp.Probe(model, site, to=to),
+        ):
+            model(input_ids=ids, attention_mask=mask)

@@ -197,3 +197,34 @@ def test_what_cannot_be_watched_is_refused(tiny_bert: Any) -> None:
         lp.watch(tiny_bert, "layers.9", log=ignore)
     with pytest.raises(OptionError, match="watch of a compiled model"):
         lp.watch(torch.compile(tiny_bert), "layers.*", log=ignore)  # type: ignore[arg-type]
+
+
+# the compiler looks at what a frame holds where it gives up, a tensor's history too
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_function_around_the_model_is_watched_as_if_it_were_not(
+    tiny_bert: Any, batch: dict[str, Tensor]
+) -> None:
+    torch.compiler.reset()
+    step = torch.compile(lambda: tiny_bert(**batch).last_hidden_state, backend="eager")
+    step().sum().backward()
+    seen: list[tuple[int, int]] = []
+    with lp.watch(tiny_bert, "layers.*", every=2, log=lambda step, numbers: seen.append((step, len(numbers)))):
+        for _ in range(3):
+            step().sum().backward()
+    layers = tiny_bert.config.num_hidden_layers
+    assert seen == [(0, 5 * layers), (2, 5 * layers)]
+    # and afterwards it is compiled again
+    torch._dynamo.utils.counters.clear()
+    step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
+
+
+def test_a_whole_graph_is_refused_under_a_watch(tiny_bert: Any, batch: dict[str, Tensor]) -> None:
+    torch.compiler.reset()
+    step = torch.compile(lambda: tiny_bert(**batch).last_hidden_state, backend="eager", fullgraph=True)
+    step()
+    with lp.watch(tiny_bert, "layers.*", every=2, log=lambda *_: None), pytest.raises(RuntimeError, match="is watched"):
+        step()
+    assert torch.equal(step(), tiny_bert(**batch).last_hidden_state)
+    torch.compiler.reset()
