@@ -22,6 +22,9 @@ _LITERAL = re.compile(r"[a-z][a-z0-9_]*\Z")
 _INDEX = re.compile(r"-?\d+\Z")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?\Z")
 _DIGITS = re.compile(r"\d+")
+_BRACKETS = re.compile(r"\[([^\[\]]*)\]")
+# the names that families give their layers: `bert.encoder.layer.0`, `transformer.h.0`, `blocks.0`
+_ELSEWHERE = re.compile(r"^(?:[a-z_]+\.)*(?:layers?|blocks?|h)\.")
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,24 @@ def parse_pattern(text: str) -> Pattern:
             _parse_selector(segment, text)
             selector_at = position
         elif segment != "*" and not _LITERAL.match(segment):
+            guess = _guess(text)
             raise SiteError(
                 f"{text!r} is not a site pattern: {segment!r} is neither a name nor '*'. "
                 "Indices, slices and lists stand after 'layers.', as in 'layers.0,6:9.ffn.act'."
+                + (f" Did you mean {guess!r}?" if guess else "")
             )
     return Pattern(text, segments, selector_at)
+
+
+def _guess(text: str) -> str | None:
+    """Read a layer as other libraries write it: `layer.0`, `encoder.layer.0`, `layers[0]`."""
+    guess = _ELSEWHERE.sub("layers.", _BRACKETS.sub(r".\1", text.lower()))
+    if guess == text:
+        return None
+    try:
+        return parse_pattern(guess).text
+    except SiteError:
+        return None
 
 
 def _parse_selector(segment: str, text: str) -> list[int | slice | None]:

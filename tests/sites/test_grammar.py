@@ -1,6 +1,7 @@
 """Patterns against a slow second reading of the grammar, and every way to get one wrong."""
 
 import itertools
+import re
 
 import pytest
 from hypothesis import given
@@ -215,3 +216,25 @@ def test_negative_index_counts_from_the_end_of_each_stack() -> None:
     assert expand_patterns("*.layers.-2:", names, depths, "M") == [
         *("encoder.layers.0", "encoder.layers.1", "decoder.layers.1", "decoder.layers.2")
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "guess"),
+    [
+        ("layer.0", "layers.0"),
+        ("Layers.-1.mid", "layers.-1.mid"),
+        ("bert.encoder.layer.3", "layers.3"),
+        ("layers[0]", "layers.0"),
+        ("blocks[2:4].ffn.act", "layers.2:4.ffn.act"),
+    ],
+)
+def test_a_layer_as_others_write_it_is_understood(text: str, guess: str) -> None:
+    with pytest.raises(SiteError, match=rf"Did you mean '{re.escape(guess)}'\?$"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize("text", ["layers.0.", "0", "layers..mid", "layer."])
+def test_what_cannot_be_guessed_is_not(text: str) -> None:
+    with pytest.raises(SiteError) as error:
+        parse_pattern(text)
+    assert "Did you mean" not in str(error.value)
