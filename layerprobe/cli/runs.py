@@ -70,6 +70,9 @@ def extract(
     ] = None,
     compiles: Annotated[bool, typer.Option("--compile", help="Compile the model for the run.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="Several GPUs, '0,1': a process each, one store. Or 'cpu,cpu'.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run in DIR; the same one goes on.")
     ] = False,
@@ -111,6 +114,8 @@ def extract(
     )
     keep_freed_memory()
     if price is not None:
+        if devices is not None:
+            raise OptionError(f"--plan with --devices {devices}: one device is measured. Use --device.")
         from layerprobe.extract.pricing import price_extraction
 
         typer.echo(str(price_extraction(model, texts, out, options, price, price_seconds, device=device)))
@@ -118,7 +123,14 @@ def extract(
     stopped = f"stopped: whole shards are kept in {out}. Run the same command again to go on."
     with Terminator(out, grace) as terminator:
         plan = plan_extraction(
-            model, texts, out, options, device=device, overwrite=overwrite, wait_for_space=wait_for_space
+            model,
+            texts,
+            out,
+            options,
+            device=device,
+            devices=devices,
+            overwrite=overwrite,
+            wait_for_space=wait_for_space,
         )
         if not quiet:
             typer.echo(str(plan))

@@ -44,18 +44,21 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
     Args:
         plan: Its store is held and begun.
         keeper: Keeps room for each shard.
+        report: Counts what was done so far, here.
         advance: Told how many examples have just gone through.
         share: How many processes share the cores.
 
-    `report` counts what was done so far; `committed` are the shards that are whole.
+    `committed` are the shards that are whole.
     """
 
-    def __init__(self, plan: Plan, keeper: RoomKeeper, advance: Callable[[int], None], share: int = 1) -> None:
+    def __init__(
+        self, plan: Plan, keeper: RoomKeeper, report: RunReport, advance: Callable[[int], None], share: int = 1
+    ) -> None:
         self._plan = plan
         self._keeper = keeper
         self._advance = advance
         self._share = share
-        self.report = RunReport()
+        self.report = report
         self._writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt)
         self._sink = StoreSink(
             plan.place,
@@ -80,7 +83,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
 
     def __enter__(self) -> "UnitEngine":
         with self._open as entering:
-            entering.callback(self._finish)
+            entering.callback(self._count)
             entering.enter_context(using_cores(self._share))
             entering.enter_context(evaluating(self._plan.model))
             entering.enter_context(torch.inference_mode())
@@ -130,11 +133,6 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         self.report.num_bytes = self._writer.num_bytes
         self.report.stalled_s = self._sink.stalled_s
         self.report.num_halved = self._caller.num_halved
-
-    def _finish(self) -> None:
-        self._count()
-        for header in self._writer.committed:
-            self.report.nonfinite.update(header.nonfinite)
 
 
 def tokenize_missing(plan: Plan, unit: Unit) -> TokenizedUnit | None:

@@ -26,11 +26,12 @@ __all__ = ["hold_store"]
 
 
 @contextlib.contextmanager
-def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[Plan]:
+def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | None]]:
     """Hold the place of a plan while it is carried out, ready for its first missing shard.
 
-    Gives the plan with what is done listed anew: another run may have gone on with it since it was made. No `.tmp` of
-    the store outlives the block, and none of another run is touched, since none can be under way.
+    Gives the plan with what is done listed anew, since another run may have gone on with it meanwhile, and the
+    descriptor of the lock, where there is one. No `.tmp` of the store outlives the block, and none of another run is
+    touched, since none can be under way.
 
     Raises:
         LockError: another run is writing there.
@@ -40,13 +41,13 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[Plan]:
     folder = plan.place.folder
     if folder is None:
         begin_remote(plan)
-        yield plan
+        yield plan, None
         return
     try:
         make_folder(folder)
     except OSError as error:
         raise tell_failure(folder, error) from error
-    with StoreLock(folder):
+    with StoreLock(folder) as lock:
         if not plan.overwrite:
             done, num_damaged = find_done(folder, plan.description)
             plan = replace(plan, done=done, num_damaged=num_damaged)
@@ -58,7 +59,7 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[Plan]:
                 _begin(plan, folder, keeper)
             except OSError as error:
                 raise error if isinstance(error, StoreError) else tell_failure(folder, error) from error
-            yield plan
+            yield plan, lock.descriptor
         finally:
             # gives back what was kept for a unit that did not come about
             with contextlib.suppress(OSError):

@@ -23,6 +23,7 @@ from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, SpaceError
 from layerprobe.extract.batching import BATCH_COST_TOKENS, TokenizedUnit, tokenize
 from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
+from layerprobe.extract.devices import Crew, gather_crew, name_devices
 from layerprobe.extract.forward import check_forward, compute_in, find_precision
 from layerprobe.extract.inputs import TextSource, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
@@ -124,6 +125,7 @@ class Plan:
     num_damaged: int
     overwrite: bool
     wait_for_space: bool = False
+    crew: Crew | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -186,9 +188,10 @@ class Plan:
         pool = describe_pool(self.options.pool)
         rows = f"pooled by {pool} over all real tokens, special ones included" if pool else "a row per real token"
         rows = rows if self.rule.kept is None else f"rows of {self.rule.kept}"
+        where = self.device if self.crew is None else ", ".join(self.crew.devices)
         lines = [
             f"input     {self.source.name}: {self.num_examples:,} examples, {about}{self.num_tokens:,} tokens",
-            f"model     {self.description['model']['id'] or self.description['model']['class']} on {self.device}",
+            f"model     {self.description['model']['id'] or self.description['model']['class']} on {where}",
             f"sites     {len(self.sites)} ({names}), {rows}, {dtypes}",
             f"store     {self.place}: {format_count(self.num_units, 'shard')}, {about}{format_bytes(self.num_bytes)}; "
             + ("space not checked there" if self.free_bytes is None else f"{format_bytes(self.free_bytes)} free"),
@@ -208,6 +211,7 @@ def plan_extraction(
     *,
     tokenizer: Any = None,
     device: str | None = None,
+    devices: str | Sequence[int | str] | None = None,
     overwrite: bool = False,
     wait_for_space: bool = False,
 ) -> Plan:
@@ -221,7 +225,7 @@ def plan_extraction(
     check_place(place)
     if wait_for_space and place.folder is None:
         raise OptionError(f"{place}: wait_for_space goes with a local folder: no disk can fill up there. Leave it out.")
-    source = open_source(texts, options.field)
+    crew, source, device = _find_source(model, texts, to, options, tokenizer, device, devices)
     if next(iter(source), None) is None:
         raise InputError(f"{source.name}: holds no texts. Give at least one.")
     name = model.name if isinstance(model, LoadedModel) else model if isinstance(model, str) else ""
@@ -271,6 +275,7 @@ def plan_extraction(
     plan = Plan(
         place, model, tokenizer, source, options, sites, stored, rule, batch_tokens, survey.num_examples,
         survey.digests, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite, wait_for_space,
+        crew,
     )  # fmt: skip
     free_bytes = plan.free_bytes
     if free_bytes is not None and plan.missing_bytes > free_bytes and not wait_for_space:
@@ -280,6 +285,27 @@ def plan_extraction(
             "a pool, choose another disk, or start all the same with --wait-for-space."
         )
     return plan
+
+
+def _find_source(
+    model: object,
+    texts: Any,
+    to: object,
+    options: ExtractOptions,
+    tokenizer: object,
+    device: str | None,
+    devices: str | Sequence[int | str] | None,
+) -> tuple[Crew | None, TextSource, str | None]:
+    """Open the input; where several devices are asked for, find who does the run, and plan on the first of them."""
+    if devices is None:
+        return None, open_source(texts, options.field), device
+    names = name_devices(devices)
+    if device is not None:
+        raise OptionError(f"devices={','.join(names)} with device={device!r}: give one of the two.")
+    if len(names) == 1:
+        return None, open_source(texts, options.field), names[0]
+    given = {"tokenizer": tokenizer and (tokenizer,), "pool": options.pool}
+    return *gather_crew(names, model, texts, to, options.field, given), names[0]
 
 
 def choose_batch_tokens(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -20,15 +20,18 @@ from tqdm import tqdm
 from layerprobe.capture.calls import Sink, is_sink
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
 from layerprobe.capture.select import Pool
-from layerprobe.errors import OptionError, SpaceError
+from layerprobe.errors import OptionError, SpaceError, StoreError
 from layerprobe.extract.ahead import tokenize_ahead
+from layerprobe.extract.crew import run_crew
 from layerprobe.extract.engine import UnitEngine, check_units, tokenize_missing
 from layerprobe.extract.folder import hold_store
 from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, plan_extraction
 from layerprobe.extract.reports import RunReport
+from layerprobe.extract.resume import find_done
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.stream import stream_texts
 from layerprobe.models import LoadedModel
+from layerprobe.store.format import ShardHeader
 from layerprobe.store.places import Place
 from layerprobe.store.progress import Done, ProgressFile
 from layerprobe.store.reader import Store, open_store
@@ -63,6 +66,7 @@ def extract(
     precision: str | None = ...,
     compile: bool | str = ...,
     device: str | None = ...,
+    devices: str | Sequence[int | str] | None = ...,
     overwrite: bool = ...,
     wait_for_space: bool = ...,
     progress: bool | None = ...,
@@ -100,6 +104,7 @@ def extract(
     precision: str | None = None,
     compile: bool | str = False,  # noqa: A002 - what torch calls it
     device: str | None = None,
+    devices: str | Sequence[int | str] | None = None,
     overwrite: bool = False,
     wait_for_space: bool = False,
     progress: bool | None = None,
@@ -131,6 +136,7 @@ def extract(
         precision: What the forward computes in: `bfloat16` or `float16` by autocast; None for the dtype of the weights.
         compile: True to compile the model for the run, or the name of torch's backend; the model itself stays as it is.
         device: Where to put a model given by name.
+        devices: Several of them, `[0, 1]` or `"cuda:0,cuda:1"`: a process each, into one store, of the same bytes.
         overwrite: Replace another run in the folder; the very same run is gone on with.
         wait_for_space: On a full disk wait for room instead of stopping.
         progress: Whether to say on stderr what is done; None for only on a terminal.
@@ -173,6 +179,7 @@ def extract(
         stored = {"dtype": dtype, "pool": pool, "overwrite": overwrite, "wait_for_space": wait_for_space}
         stored |= {"nonfinite": nonfinite != "warn", "shard_size": shard_size != DEFAULT_SHARD_BYTES}
         stored |= {"keep": keep != 1, "tokens": tokens != "all", "precision": precision, "compile": compile}
+        stored |= {"devices": devices}
         given = [name for name, value in stored.items() if value]
         if given:
             raise OptionError(f"extract into a {type(to).__name__}: {given[0]} concerns stores. Leave it out.")
@@ -187,6 +194,7 @@ def extract(
         options,
         tokenizer=tokenizer,
         device=device,
+        devices=devices,
         overwrite=overwrite,
         wait_for_space=wait_for_space,
     )
@@ -214,11 +222,13 @@ def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | N
     """
     stop = stop or threading.Event()
     keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop)
-    with hold_store(plan, keeper) as plan, ProgressFile(plan.place.folder) as told:
-        return _run_plan(plan, keeper, stop, progress, told)
+    with hold_store(plan, keeper) as (plan, lock), ProgressFile(plan.place.folder) as told:
+        return _run_plan(plan, keeper, stop, progress, told, lock)
 
 
-def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: bool, told: ProgressFile) -> RunReport:
+def _run_plan(
+    plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: bool, told: ProgressFile, lock: int | None
+) -> RunReport:
     start = time.perf_counter()
     # a log file wants a line now and then, and none of a short run
     interval_s = 0.1 if sys.stderr.isatty() else _LOG_INTERVAL_S
@@ -236,22 +246,55 @@ def _run_plan(plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: b
         bar.update(num_examples)
         told.tick()
 
-    engine = UnitEngine(plan, keeper, advance)
-    report = engine.report
+        bar.set_postfix_str(_describe_pace(report, time.perf_counter() - start), False)
+
+    report = RunReport()
     told.begin(lambda: _measure(plan, report))
-    with bar, engine, _ending(stop):
+    run_units = _run_here if plan.crew is None else partial(_run_elsewhere, lock)
+    with bar:
+        committed = run_units(plan, keeper, stop, report, advance)
+    if report.is_complete:
+        headers = [*plan.done.values(), *committed]
+        keeper.attempt(lambda: commit_index(plan.place, headers))
+    for header in committed:
+        report.nonfinite.update(header.nonfinite)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _run_here(
+    plan: Plan, keeper: RoomKeeper, stop: threading.Event, report: RunReport, advance: Callable[[int], None]
+) -> list[ShardHeader]:
+    """Do the missing units in this process; gives the headers of what was committed."""
+    engine = UnitEngine(plan, keeper, report, advance)
+    with engine, _ending(stop):
         for unit, tokenized in tokenize_ahead(check_units(plan), partial(tokenize_missing, plan)):
             if stop.is_set():
                 report.is_complete = False
                 break
             if tokenized is not None:
                 engine.run(unit, tokenized)
-                bar.set_postfix_str(_describe_pace(report, time.perf_counter() - start), False)
-    if report.is_complete:
-        headers = [*plan.done.values(), *engine.committed]
-        keeper.attempt(lambda: commit_index(plan.place, headers))
-    report.seconds = time.perf_counter() - start
-    return report
+    return engine.committed
+
+
+def _run_elsewhere(
+    lock: int | None,
+    plan: Plan,
+    keeper: RoomKeeper,
+    stop: threading.Event,
+    report: RunReport,
+    advance: Callable[[int], None],
+) -> list[ShardHeader]:
+    """Have a process for each device do the missing units; gives the headers of what was committed."""
+    # loaded by name for the plan, and by each process again: what the first device holds is in the way there
+    plan.model.to("cpu")
+    torch.cuda.empty_cache()
+    run_crew(plan, lock, report, advance, stop)
+    found, _ = find_done(plan.place, plan.description)
+    committed = [header for number, header in found.items() if number not in plan.done]
+    if report.is_complete and len(found) < plan.num_units:
+        raise StoreError(f"{plan.place}: a shard that was committed is gone or damaged. Run the same command again.")
+    return committed
 
 
 @contextlib.contextmanager

@@ -69,6 +69,11 @@ class StoreLock(AbstractContextManager["StoreLock"]):
             ) from error
         return self
 
+    @property
+    def descriptor(self) -> int | None:
+        """The open file that holds the lock, for processes that are to hold it too; None while it is not held."""
+        return self._descriptor
+
     def release(self) -> None:
         """Give the lock back, if it is held."""
         if self._descriptor is None:

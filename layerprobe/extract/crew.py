@@ -1,0 +1,157 @@
+"""Several processes that do one run: started, given units one at a time, listened to, ended.
+
+Each does the units that it asks for, in rising order, so that a slow device holds nobody up; which one does a unit
+makes no difference to its bytes. Whatever ends the run ends them all: what is committed is whole, and the rest is made
+by the same command.
+
+Hides processes. Must never know of models.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from layerprobe import errors
+from layerprobe.errors import CaptureError, LayerProbeError
+from layerprobe.extract.plan import Plan
+from layerprobe.extract.reports import RunReport
+from layerprobe.extract.worker import describe_job
+
+__all__ = ["run_crew"]
+
+_POLL_S = 0.2
+_CODE = "from layerprobe.extract.worker import main; main()"
+# glibc keeps freed memory for the next forward pass
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+
+
+@dataclass(eq=False)
+class _Worker:
+    device: str
+    process: "subprocess.Popen[bytes]"
+    pipe: Connection
+    counts: dict[str, Any] = field(default_factory=dict)
+
+
+def run_crew(
+    plan: Plan, lock: int | None, report: RunReport, advance: Callable[[int], None], stop: threading.Event
+) -> None:
+    """Have a crew do the missing units of a plan.
+
+    Args:
+        plan: Has a crew; its store is held and begun.
+        lock: Descriptor of the store's lock, which each process keeps open; None where there is none.
+        report: Counts all that was done, and says at the end whether every unit is.
+        advance: Told how many examples have just gone through.
+        stop: Set to end after the units under way.
+
+    Raises:
+        LayerProbeError: what went wrong in one of the processes.
+    """
+    assert plan.crew is not None
+    missing = (number for number in range(plan.num_units) if number not in plan.done)
+    with contextlib.ExitStack() as started:
+        workers = [started.enter_context(_start(plan, device, lock)) for device in plan.crew.devices]
+        pending = {worker.pipe: worker for worker in workers}
+        while pending:
+            for pipe in wait(list(pending), _POLL_S):
+                assert isinstance(pipe, Connection)
+                worker = pending[pipe]
+                said = _hear(worker)
+                if said.get("wants"):
+                    number = None if stop.is_set() else next(missing, None)
+                    _tell(worker, {"unit": number})
+                if "counts" in said:
+                    before, worker.counts = worker.counts, said["counts"]
+                    _join(report, workers)
+                    advance(worker.counts["num_examples"] - before.get("num_examples", 0))
+                if said.get("done"):
+                    del pending[pipe]
+            if stop.is_set() and report.is_complete:
+                report.is_complete = False
+                for worker in pending.values():
+                    _tell(worker, {"stop": True})
+    # told to stop, they may have been at the last units all the same
+    report.is_complete = len(plan.done) + report.num_units == plan.num_units
+
+
+@contextlib.contextmanager
+def _start(plan: Plan, device: str, lock: int | None) -> Iterator[_Worker]:
+    """Start the process of a device; it does not outlive the block."""
+    ours, theirs = Pipe()
+    assert isinstance(ours, Connection) and isinstance(theirs, Connection)
+    inherited = [theirs.fileno(), *([] if lock is None else [lock])]
+    # the same code that runs here, wherever it was found
+    environment = {**_KEEP_MEMORY, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", _CODE, str(theirs.fileno())]
+    # a signal to the whole group is this process's to answer; the mask goes along to the new one
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        process = subprocess.Popen(  # noqa: S603 - this interpreter, and code that stands above
+            command, stdin=subprocess.DEVNULL, pass_fds=inherited, env=environment
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+    worker = _Worker(device, process, ours)
+    try:
+        assert plan.crew is not None
+        share = sum(other == device for other in plan.crew.devices) if device == "cpu" else len(plan.crew.devices)
+        _tell(worker, describe_job(plan, device, share))
+        yield worker
+    finally:
+        ours.close()
+        # safe at any instruction, as a power loss is
+        process.kill()
+        process.wait()
+
+
+def _tell(worker: _Worker, what: dict[str, Any]) -> None:
+    # one that has just died is noticed when it is listened to
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        worker.pipe.send_bytes(json.dumps(what).encode())
+
+
+def _hear(worker: _Worker) -> dict[str, Any]:
+    """Take in what a process says.
+
+    Raises:
+        LayerProbeError: that it failed, or its death.
+    """
+    try:
+        said = json.loads(worker.pipe.recv_bytes())
+    except (EOFError, OSError) as error:
+        code = worker.process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise CaptureError(
+            f"{worker.device}: its process ({worker.process.pid}) {how}. Whole shards are kept. "
+            "Run the same command again to go on."
+        ) from error
+    if "error" in said:
+        raise _make_error(worker, said["error"], said["message"])
+    return said
+
+
+def _make_error(worker: _Worker, name: str | None, message: str) -> LayerProbeError:
+    found = getattr(errors, name) if name in errors.__all__ else None
+    if found is None:
+        return CaptureError(
+            f"{worker.device}: its process failed ({' '.join(message.split())}). Whole shards are kept. "
+            "Run the same command again when the cause is gone."
+        )
+    return found(f"{worker.device}: {message}")
+
+
+def _join(report: RunReport, workers: list[_Worker]) -> None:
+    """Sum the counts of all processes."""
+    for name in {name for worker in workers for name in worker.counts} - {"seconds"}:
+        setattr(report, name, sum(worker.counts.get(name, 0) for worker in workers))

@@ -1,0 +1,101 @@
+"""The devices of a run that has several: one process each, units shared out among them.
+
+The processes are strangers to each other: what they are told goes through pipes as JSON, so a model must have a name,
+and texts that are in no file are put into one first. Checked before anything starts.
+
+Must never know of processes.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerprobe.errors import OptionError
+from layerprobe.extract.inputs import Record, TextSource, open_source
+
+__all__ = ["Crew", "gather_crew", "name_devices"]
+
+
+@dataclass(frozen=True, eq=False)
+class Crew:
+    """Who does a run.
+
+    Args:
+        devices: One process each; a device may be named more than once.
+        model: A name that each of them loads.
+        texts: A path that each of them reads.
+    """
+
+    devices: tuple[str, ...]
+    model: str
+    texts: str
+
+
+def name_devices(devices: str | Sequence[int | str]) -> tuple[str, ...]:
+    """Name devices as torch does: `"0,1"` and `[0, 1]` are `cuda:0` and `cuda:1`.
+
+    Raises:
+        OptionError: there is no such device here.
+    """
+    given = devices.split(",") if isinstance(devices, str) else [str(device) for device in devices]
+    names = tuple(f"cuda:{name.strip()}" if name.strip().isdigit() else name.strip() for name in given)
+    count = torch.cuda.device_count()
+    for name in names:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            device = None
+        is_there = device is not None and (device.type != "cuda" or (device.index or 0) < count)
+        if not is_there or name == "meta":
+            raise OptionError(
+                f"devices={','.join(map(str, given))!r}: no device {name!r} here; there are {count} CUDA devices. "
+                "Use numbers, such as 0,1, or cpu,cpu."
+            )
+    return names
+
+
+def gather_crew(
+    devices: tuple[str, ...], model: object, texts: Any, to: object, field: str, given: dict[str, Any]
+) -> tuple[Crew, TextSource]:
+    """Make what several processes can share of a run's model and texts.
+
+    Args:
+        devices: From `name_devices`.
+        model, texts, to, field: As for `extract`.
+        given: Options by name that cannot be told to another process; None where they are left out.
+
+    Raises:
+        OptionError: something of the run cannot be told to another process.
+    """
+    asked = f"devices={','.join(devices)}"
+    if os.name == "nt":
+        raise OptionError(f"{asked}: pipes that processes inherit are not built for Windows. Use device.")
+    if not isinstance(model, str):
+        raise OptionError(f"{asked} with a {type(model).__name__}: each process loads its own. Give the model's name.")
+    if not isinstance(to, (str, Path)) or str(to).startswith("memory:"):
+        raise OptionError(f"{asked} into {to}: another process cannot write there. Use a folder, or another URL.")
+    for name, value in given.items():
+        if value is not None and not isinstance(value, str):
+            raise OptionError(f"{asked} with this {name}: it cannot be told to another process. Leave one of them out.")
+    source = open_source(texts, field)
+    if isinstance(texts, (str, Path)) and str(texts) != "-":
+        return Crew(devices, model, str(Path(texts).absolute())), source
+    path = Path(tempfile.mkdtemp(prefix="layerprobe-texts-")) / "texts.jsonl"
+    crew = Crew(devices, model, str(path))
+    weakref.finalize(crew, shutil.rmtree, path.parent, ignore_errors=True)
+    with open(path, "w", encoding="ascii") as file:
+        for record in source:
+            file.write(json.dumps({**record.fields, field: record.text}, default=str) + "\n")
+    return crew, TextSource(source.name, lambda: _read(path, field))
+
+
+def _read(path: Path, field: str) -> Iterator[Record]:
+    return iter(open_source(path, field))

@@ -1,0 +1,185 @@
+"""One of several processes of a run: does the units that it is given, and says how far it is.
+
+Talks over one inherited pipe, in JSON: a job comes first, then numbers of units on request; counts go back. The end of
+the pipe is the end of the process, so none outlives the one that gives it its work. Until then it holds the store's
+lock open, so that no other run begins beside it.
+
+Must never know how units are shared out.
+"""
+
+import itertools
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from layerprobe.capture.select import resolve_dtype
+from layerprobe.errors import LayerProbeError, ModelError
+from layerprobe.extract.ahead import tokenize_ahead
+from layerprobe.extract.cutting import Unit, UnitRule
+from layerprobe.extract.engine import UnitEngine, check_units, tokenize_missing
+from layerprobe.extract.inputs import TextSource, open_source
+from layerprobe.extract.plan import ExtractOptions, Plan
+from layerprobe.extract.reports import RunReport
+from layerprobe.extract.space import RoomKeeper
+from layerprobe.extract.thinning import find_kept
+from layerprobe.models import describe_model, load_model
+from layerprobe.sites.resolve import map_model
+from layerprobe.store.places import find_place
+from layerprobe.store.writer import StoredSite
+
+__all__ = ["describe_job", "main"]
+
+
+def describe_job(plan: Plan, device: str, share: int) -> dict[str, Any]:
+    """Say what a process has to know of a plan with a crew, as JSON takes it."""
+    assert plan.crew is not None
+    dtype = resolve_dtype(plan.options.dtype)
+    rule = {name: value for name, value in asdict(plan.rule).items() if name != "kept"}
+    return {
+        "model": plan.crew.model,
+        "device": device,
+        "share": share,
+        "texts": plan.crew.texts,
+        "name": plan.source.name,
+        "to": str(plan.place) if plan.place.folder is None else str(plan.folder.absolute()),
+        "options": {
+            **asdict(plan.options),
+            "sites": [site.name for site in plan.sites],
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        },
+        "rule": rule,
+        "batch_tokens": plan.batch_tokens,
+        "num_examples": plan.num_examples,
+        "digests": [digest.hex() for digest in plan.digests],
+        "description": plan.description,
+        "wait_for_space": plan.wait_for_space,
+    }
+
+
+def _rebuild_plan(job: dict[str, Any]) -> Plan:
+    """Make the plan of a job; the model, the tokenizer and the input are this process's own.
+
+    Raises:
+        ModelError: the model is not the one that the run was planned with.
+    """
+    loaded = load_model(job["model"], job["device"])
+    description = job["description"]
+    if describe_model(loaded.model)["weights_hash"] != description["model"]["weights_hash"]:
+        raise ModelError(f"model {job['model']!r}: changed while the run was under way. Run the same command again.")
+    options = ExtractOptions(**job["options"])
+    source = open_source(job["texts"], options.field)
+    stored = tuple(
+        StoredSite(name, site["kind"], getattr(torch, site["dtype"]), site["width"])
+        for name, site in description["sites"].items()
+    )
+    kept = find_kept(options.tokens, options.keep, loaded.tokenizer, stored, options.pool)
+    digests = tuple(bytes.fromhex(digest) for digest in job["digests"])
+    return Plan(
+        place=find_place(job["to"]),
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        source=TextSource(job["name"], source.iterate),
+        options=options,
+        sites=tuple(map_model(loaded.model).select(list(options.sites))),
+        stored=stored,
+        rule=UnitRule(**job["rule"], kept=kept),
+        batch_tokens=job["batch_tokens"],
+        num_examples=job["num_examples"],
+        digests=digests,
+        num_tokens=0,
+        is_exact=False,
+        num_bytes=0,
+        description=description,
+        done={},
+        num_damaged=0,
+        overwrite=False,
+        wait_for_space=job["wait_for_space"],
+    )
+
+
+class _Pipe:
+    """What is said to and heard from the process that gives the work."""
+
+    def __init__(self, connection: Connection, stop: threading.Event) -> None:
+        self._connection = connection
+        self._stop = stop
+        self._turn = threading.Lock()
+        self._units: queue.Queue[int | None] = queue.Queue()
+
+    def say(self, **what: Any) -> None:
+        """Send something; from any thread."""
+        with self._turn:
+            self._connection.send_bytes(json.dumps(what).encode())
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for what comes next; ends the process when nothing can come any more."""
+        try:
+            return json.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(1)
+
+    def listen(self) -> None:
+        """Take in numbers of units and the request to stop, in a thread of its own."""
+        while True:
+            heard = self.hear()
+            if heard.get("stop"):
+                self._stop.set()
+            else:
+                self._units.put(heard["unit"])
+
+    def ask(self) -> int | None:
+        """Ask for the number of a unit; None where there is nothing more to do."""
+        self.say(wants=True)
+        return self._units.get()
+
+
+def _pick(units: Iterator[Unit], pipe: _Pipe) -> Iterator[Unit]:
+    """Of all units give those that are this process's; their numbers rise."""
+    number = pipe.ask()
+    while number is not None:
+        yield next(itertools.dropwhile(lambda unit, wanted=number: unit.number < wanted, units))
+        number = pipe.ask()
+
+
+def _work(job: dict[str, Any], pipe: _Pipe, stop: threading.Event) -> None:
+    plan = _rebuild_plan(job)
+    keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop)
+    report = RunReport()
+
+    def tell(_: int = 0, **more: Any) -> None:
+        counts = {name: value for name, value in vars(report).items() if type(value) in (int, float)}
+        pipe.say(counts=counts, **more)
+
+    engine = UnitEngine(plan, keeper, report, tell, job["share"])
+    with engine:
+        for unit, tokenized in tokenize_ahead(_pick(check_units(plan), pipe), partial(tokenize_missing, plan)):
+            if stop.is_set():
+                break
+            assert tokenized is not None
+            engine.run(unit, tokenized)
+    tell(done=True)
+
+
+def main() -> None:
+    """Do what the process at the other end of the pipe says; its descriptor is the first argument."""
+    stop = threading.Event()
+    pipe = _Pipe(Connection(int(sys.argv[1])), stop)
+    job = pipe.hear()
+    threading.Thread(target=pipe.listen, name="layerprobe-listener", daemon=True).start()
+    try:
+        _work(job, pipe, stop)
+    except LayerProbeError as error:
+        pipe.say(error=type(error).__name__, message=str(error))
+    except Exception as error:
+        traceback.print_exc()
+        pipe.say(error=None, message=f"{type(error).__name__}: {error}")
