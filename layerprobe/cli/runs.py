@@ -66,7 +66,7 @@ def extract(
         str, typer.Option(help="Which tokens to keep rows of: all, first, cls, special or nonspecial.")
     ] = "all",
     precision: Annotated[
-        str | None, typer.Option(help="What the forward computes in: bfloat16, float16; the weights' if not given.")
+        str | None, typer.Option(help="What the forward computes in: bfloat16, float16, tf32 (CUDA); the weights'.")
     ] = None,
     compiles: Annotated[bool, typer.Option("--compile", help="Compile the model for the run.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,

@@ -300,6 +300,7 @@ def _measure(stored: Tensor | ScaledRows, made: Tensor, precision: str | None = 
 
 
 def _share_reordered(made: Tensor, precision: str | None) -> float:
-    if made.dtype == torch.float32 and made.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+    allows = made.dtype == torch.float32 and made.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    if precision == "tf32" or allows:
         return _REORDERED_TF32
     return max(_REORDERED[made.dtype], _REORDERED[PRECISIONS[precision]] if precision is not None else 0.0)

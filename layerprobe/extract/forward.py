@@ -1,13 +1,14 @@
 """How the forward of a run is computed: in which precision, and compiled or not.
 
 Neither touches the model: precision is torch's autocast around the calls, which casts the operands of what gains by
-it, and a compiled model is a wrapper that the run calls. Both change values in their last digits, so both belong to the
-plan.
+it, or for tf32 a setting while they run, and a compiled model is a wrapper that the run calls. Both change values in
+their last digits, so both belong to the plan.
 
 Must never know of files.
 """
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -18,7 +19,9 @@ from layerprobe.sites.stacks import find_device
 
 __all__ = ["PRECISIONS", "check_forward", "compile_network", "compute_in", "find_precision"]
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# tf32 is float32 whose products a GPU may round to ten bits of mantissa
+_TF32 = "tf32"
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_forward(precision: object, backend: object) -> None:
@@ -40,10 +43,12 @@ def find_precision(model: nn.Module, precision: str | None) -> str | None:
     """Find the precision to compute in, where it is not that of the weights.
 
     Raises:
-        OptionError: the weights have fewer digits than that.
+        OptionError: the weights have fewer digits than that, or the device does not compute so.
     """
     weights = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
-    if precision is None or PRECISIONS[precision] == weights:
+    if precision == _TF32 and find_device(model).type != "cuda":
+        raise OptionError(f"precision='tf32' on {find_device(model)}: CUDA devices compute so. Leave it out here.")
+    if precision is None or (PRECISIONS[precision] == weights and precision != _TF32):
         return None
     if weights != torch.float32:
         raise OptionError(
@@ -57,7 +62,20 @@ def compute_in(model: nn.Module, precision: str | None) -> AbstractContextManage
     """Compute a model's calls of this thread in a precision, from `find_precision`, while this is open."""
     if precision is None:
         return contextlib.nullcontext()
+    if precision == _TF32:
+        return _rounding_products()
     return torch.autocast(find_device(model).type, dtype=PRECISIONS[precision])
+
+
+@contextlib.contextmanager
+def _rounding_products() -> Iterator[None]:
+    """Let CUDA round the operands of float32 products; the setting is the process's, and put back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def compile_network(model: nn.Module, backend: bool | str) -> nn.Module:

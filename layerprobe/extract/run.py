@@ -133,7 +133,8 @@ def extract(
             positions of those that are kept.
         tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` (those that the tokenizer puts around a
             text), or `nonspecial`.
-        precision: What the forward computes in: `bfloat16` or `float16` by autocast; None for the dtype of the weights.
+        precision: What the forward computes in: `bfloat16` or `float16` by autocast, `tf32` on CUDA; None for the dtype
+            of the weights.
         compile: True to compile the model for the run, or the name of torch's backend; the model itself stays as it is.
         device: Where to put a model given by name.
         devices: Several of them, `[0, 1]` or `"cuda:0,cuda:1"`: a process each, into one store, of the same bytes.

@@ -8,7 +8,9 @@ import torch
 
 import layerprobe
 from layerprobe.errors import OptionError, PlanError
+from layerprobe.extract import audit as auditing
 from layerprobe.extract.audit import audit
+from layerprobe.extract.forward import compute_in
 from layerprobe.extract.plan import ExtractOptions, plan_extraction
 from layerprobe.models import LoadedModel
 
@@ -77,7 +79,7 @@ def test_a_compiled_run_gives_the_rows_of_a_plain_one(
 
 
 def test_what_does_not_exist_is_refused(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="no precision 'half': use float32, bfloat16, float16"):
+    with pytest.raises(OptionError, match="no precision 'half': use float32, tf32, bfloat16, float16"):
         extract(tiny, texts, tmp_path / "acts", precision="half")
     with pytest.raises(OptionError, match="compile='quick': no such backend"):
         extract(tiny, texts, tmp_path / "acts", compile="quick")
@@ -87,3 +89,41 @@ def test_weights_of_fewer_digits_are_refused(make_bert: Any, tiny: LoadedModel, 
     model = make_bert().to(torch.bfloat16)
     with pytest.raises(OptionError, match="precision='float32' with weights of bfloat16: it lowers that of float32"):
         extract(model, ["a"], tmp_path / "acts", tokenizer=tiny.tokenizer, precision="float32")
+
+
+def test_tf32_is_refused_where_nothing_computes_so(tiny: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="precision='tf32' on cpu: CUDA devices compute so"):
+        extract(tiny, ["a"], tmp_path / "acts", precision="tf32")
+    assert not (tmp_path / "acts").exists()
+
+
+def test_tf32_is_a_setting_for_the_length_of_a_run() -> None:
+    before = torch.get_float32_matmul_precision()
+
+    def fail_inside() -> None:
+        with compute_in(torch.nn.Linear(1, 1), "tf32"):
+            assert torch.get_float32_matmul_precision() == "high"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_an_audit_elsewhere_gives_tf32_the_room_of_as_many_bits() -> None:
+    made = torch.zeros(1)
+    assert auditing._share_reordered(made, "tf32") == auditing._share_reordered(made, "float16")
+    assert auditing._share_reordered(made, "tf32") > auditing._share_reordered(made, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tf32_is_part_of_the_plan_and_near_float32(tiny_model_folder: Path, texts: list[str], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"device": "cuda", "sites": "layers.2"}
+    exact = extract(str(tiny_model_folder), texts, tmp_path / "exact", **options)
+    rounded = extract(str(tiny_model_folder), texts, tmp_path / "rounded", precision="tf32", **options)
+    for ordinal in range(len(texts)):
+        # ten bits of mantissa in the operands
+        torch.testing.assert_close(rounded["layers.2"][ordinal], exact["layers.2"][ordinal], rtol=1e-2, atol=1e-2)
+    with pytest.raises(PlanError, match=r"plan\.precision: 'tf32' there, None here"):
+        extract(str(tiny_model_folder), texts, tmp_path / "rounded", **options)
