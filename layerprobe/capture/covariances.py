@@ -16,6 +16,7 @@ from torch import Tensor
 
 from layerprobe.capture.statistics import Rows, RowSink, Said, Sums
 from layerprobe.errors import CaptureError, OptionError
+from layerprobe.sites.resolve import Site
 from layerprobe.tables import format_table
 
 __all__ = ["Covariance", "CrossCovariance", "SiteCovariance"]
@@ -99,7 +100,9 @@ class CrossCovariance(RowSink[SiteCovariance]):
         if not is_list and pairs not in ("all", "consecutive"):
             raise OptionError(f"pairs={pairs!r}: use all, consecutive, or pairs of sites.")
         chosen = pairs if isinstance(pairs, str) else [(one, other) for one, other in pairs]
-        super().__init__(_FIELDS, _hold, _join, _view, _describe, partial(_combine, chosen))
+        super().__init__(
+            _FIELDS, _hold, _join, _view, _describe, partial(_combine, chosen), check=partial(_check_sites, chosen)
+        )
 
     @property
     def sites(self) -> list[str]:
@@ -207,6 +210,26 @@ def _hold(rows: Rows) -> Sums:
     return {"rows": rows.values, "finite": rows.finite}
 
 
+def _check_sites(pairs: str | Sequence[tuple[str, str]], sites: Sequence[Site]) -> None:
+    """Refuse sites whose rows do not stand for the same tokens, and pairs of what is not asked for.
+
+    Raises:
+        OptionError: they are of two stacks, or of tokens and of examples.
+    """
+    names = [site.name for site in sites]
+    missing = [] if isinstance(pairs, str) else [name for pair in pairs for name in pair if name not in names]
+    if missing:
+        raise OptionError(f"pairs ask for {missing[0]!r}, which is not captured: the sites are {', '.join(names)}.")
+    # of a module that layerprobe has no name for, only its rows can tell
+    apart = {(site.kind, site.stack if site.kind == "token" else None): site.name for site in sites[::-1]}
+    known = [name for (kind, _), name in apart.items() if kind != "unknown"]
+    if len(known) > 1:
+        raise OptionError(
+            f"a covariance between {known[-1]!r} and {known[-2]!r} has no meaning: their rows stand for different "
+            "things. Ask for sites with a row per token of one stack, or for sites with a row per text."
+        )
+
+
 def _combine(pairs: str | Sequence[tuple[str, str]], made: dict[str, Sums]) -> dict[str, Sums]:
     """Multiply the rows of a call, site by site and pair by pair."""
     if not made:
@@ -226,10 +249,7 @@ def _combine(pairs: str | Sequence[tuple[str, str]], made: dict[str, Sums]) -> d
     elif pairs == "consecutive":
         chosen = list(pairwise(names))
     else:
-        chosen = [(one, other) for one, other in pairs]
-        missing = [name for pair in chosen for name in pair if name not in made]
-        if missing:
-            raise CaptureError(f"pairs ask for {missing[0]!r}, which is not captured: it has {', '.join(names)}.")
+        chosen = list(pairs)
     keys = {**{name: (name, name) for name in names}, **{_AND.join(pair): pair for pair in chosen}}
     return {
         key: {**counts, **_multiply(made[one]["rows"], made[other]["rows"], finite)}

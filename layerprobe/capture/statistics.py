@@ -114,6 +114,7 @@ class RowSink(Generic[View]):
         describe: From that to a few numbers, for a table.
         combine: From what was measured in a call, site by site, to what is kept, where that is not the same.
         options: By name, what must be equal in sums that are joined.
+        check: Refuses sites that cannot be measured together.
     """
 
     # a compiled graph need not keep its memory for it
@@ -128,6 +129,7 @@ class RowSink(Generic[View]):
         describe: Callable[[View], Said],
         combine: Callable[[dict[str, Sums]], dict[str, Sums]] | None = None,
         options: Mapping[str, Tensor] | None = None,
+        check: Callable[[Sequence[Site]], None] | None = None,
     ) -> None:
         self._fields = tuple(fields)
         self._measure = measure
@@ -136,6 +138,7 @@ class RowSink(Generic[View]):
         self._describe = describe
         self._combine = combine
         self._options = dict(options or {})
+        self._check = check
         self._sums: dict[str, Sums] = {}
         self._num_examples = 0
         self._announced: Sequence[int] | None = None
@@ -150,6 +153,8 @@ class RowSink(Generic[View]):
         for site in sites:
             if site.kind in _REFUSED:
                 raise OptionError(f"statistics of {site.name!r}: it {_REFUSED[site.kind]}.")
+        if self._check is not None:
+            self._check(sites)
         self._open = sites
 
     def begin(self, call: Call) -> None:
@@ -169,9 +174,9 @@ class RowSink(Generic[View]):
         with self._lock, torch.inference_mode(False), torch.no_grad():
             ordinals = self._announced or range(self._num_examples, self._num_examples + state.num_examples)
             self._announced = None
+            made = self._combine(state.sums) if self._combine else state.sums
+            self._add({key: _number_examples(sums, ordinals) for key, sums in made.items()})
             self._num_examples += state.num_examples
-            for key, sums in (self._combine(state.sums) if self._combine else state.sums).items():
-                self._add(key, _number_examples(sums, ordinals))
 
     def abandon(self, call: Call) -> None:
         call.state = None
@@ -209,6 +214,8 @@ class RowSink(Generic[View]):
     def merge(self, other: "RowSink[View]") -> None:
         """Join with what another sink of the same kind and options has measured, of other texts or in another process.
 
+        Its texts are numbered on after those of this one, as if they had come after them.
+
         Raises:
             OptionError: it is of another kind, has other options, or a site of another width.
         """
@@ -216,13 +223,7 @@ class RowSink(Generic[View]):
             raise OptionError(f"a {type(other).__name__} cannot be merged into a {type(self).__name__}.")
         self._check_options(other._options)
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            before = dict(self._sums)
-            try:
-                for key, sums in other._sums.items():
-                    self._add(key, sums)
-            except OptionError:
-                self._sums = before
-                raise
+            self._add({key: _shift_examples(sums, self._num_examples) for key, sums in other._sums.items()})
             self._num_examples += other._num_examples
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -272,20 +273,24 @@ class RowSink(Generic[View]):
             raise SiteError(f"no {site!r} in this {type(self).__name__}: it has {known}.")
         return self._sums[site]
 
-    def _add(self, key: str, sums: Sums) -> None:
-        held = self._sums.get(key)
-        if held is None:
-            self._sums[key] = sums
-            return
-        device = next(iter(sums.values())).device
-        held = {name: tensor.to(device) for name, tensor in held.items()}
-        for name, tensor in held.items():
-            if tensor.shape != sums[name].shape:
-                raise OptionError(
-                    f"{name} of {key!r} is {tuple(tensor.shape)} here and {tuple(sums[name].shape)} there: only sums "
-                    "of the same width and options can be joined."
-                )
-        self._sums[key] = self._join(held, sums)
+    def _add(self, made: Mapping[str, Sums]) -> None:
+        """Join sums with those that are there; all of them or, where one does not fit, none."""
+        joined = dict(self._sums)
+        for key, sums in made.items():
+            held = self._sums.get(key)
+            if held is None:
+                joined[key] = sums
+                continue
+            device = next(iter(sums.values())).device
+            held = {name: tensor.to(device) for name, tensor in held.items()}
+            for name, tensor in held.items():
+                if tensor.shape != sums[name].shape:
+                    raise OptionError(
+                        f"{name} of {key!r} is {tuple(tensor.shape)} here and {tuple(sums[name].shape)} there: only "
+                        "sums of the same width and options can be joined."
+                    )
+            joined[key] = self._join(held, sums)
+        self._sums = joined
 
 
 def format_said(said: Sequence[Said]) -> str:
@@ -307,6 +312,14 @@ def _number_examples(sums: Sums, ordinals: Sequence[int]) -> Sums:
     # the last is for places that hold nothing
     names = torch.tensor([*ordinals, -1], device=places.device)
     return {**sums, "example": names[places]}
+
+
+def _shift_examples(sums: Sums, count: int) -> Sums:
+    """Number examples on from `count`; places that hold nothing stay so."""
+    if "example" not in sums:
+        return sums
+    numbers = sums["example"]
+    return {**sums, "example": torch.where(numbers < 0, numbers, numbers + count)}
 
 
 def _take_rows(call: Call, index: int, site: Site, value: Tensor) -> Rows:

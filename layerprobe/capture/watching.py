@@ -83,12 +83,16 @@ class Watcher(AbstractContextManager["Watcher"]):
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._always.remove()
         self._hooks.remove()
         if has_compiled():
             forget_compiled_graphs()  # what the compiler gave up because of the hooks it may take again
-        self.flush()
+        try:
+            self.flush()
+        except Exception:
+            if error is None:  # the caller's own says more
+                raise
 
     def flush(self) -> None:
         """Log what the last watched step measured, if that has not been done."""
@@ -261,7 +265,7 @@ class WatchCallback:
     def _close(self) -> None:
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
-            watcher.__exit__()
+            watcher.__exit__(None, None, None)
 
 
 @cache

@@ -228,3 +228,20 @@ def test_a_whole_graph_is_refused_under_a_watch(tiny_bert: Any, batch: dict[str,
         step()
     assert torch.equal(step(), tiny_bert(**batch).last_hidden_state)
     torch.compiler.reset()
+
+
+def test_a_log_that_fails_at_the_end_does_not_hide_what_ended_the_block(
+    tiny_bert: Any, batch: dict[str, Tensor]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no room for the log")
+
+    def lose() -> None:
+        with lp.watch(tiny_bert, "layers.*", every=1, log=fail):
+            train(tiny_bert, batch)
+            raise ValueError("the loss is gone")
+
+    with pytest.raises(ValueError, match="the loss is gone"):
+        lose()
+    with pytest.raises(OSError, match="no room"), lp.watch(tiny_bert, "layers.*", every=1, log=fail):
+        train(tiny_bert, batch)
