@@ -26,6 +26,7 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.capture.packing import StoreSink
+from layerprobe.extract import engine as engine_module
 from layerprobe.extract import run as run_module
 from layerprobe.extract.batching import Batch
 from layerprobe.models import LoadedModel
@@ -160,7 +161,7 @@ def clocks() -> Iterator[dict[str, float]]:
         setattr(owner, attribute, timed)
 
     watch(run_module, "plan_extraction", "plan")
-    watch(run_module, "tokenize", "tokenise")
+    watch(engine_module, "tokenize", "tokenise")
     watch(StoreSink, "receive", "hooks")
     watch(StoreSink, "begin_unit", "wait for a buffer")
     watch(ShardWriter, "close", "last flush")
