@@ -164,6 +164,7 @@ ORDER = (
     "layerprobe.cli.runs",
     "layerprobe.cli.stores",
     "layerprobe.cli.exports",
+    "layerprobe.cli.outcomes",
     "layerprobe.cli.analyses",
     "layerprobe.cli.classifiers",
     "layerprobe.cli.generations",

@@ -3,12 +3,11 @@
 Parse and call; compute nothing. `main` gives each its name and place.
 """
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from layerprobe.cli.outcomes import check_out, conclude
 from layerprobe.errors import OptionError
 
 __all__ = ["check", "diff", "plot", "report"]
@@ -20,7 +19,6 @@ Patterns = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of all draws.")]
 MaxRows = Annotated[int | None, typer.Option(metavar="ROWS", help="About how many rows to take, at random; all.")]
-_PICTURES = (".png", ".svg", ".pdf")
 
 
 def diff(
@@ -41,7 +39,7 @@ def diff(
     """
     from layerprobe.analysis.differences import differences
 
-    check_out = _check_out(out)
+    check_out(out)
     found = differences(
         folder,
         sites=patterns,
@@ -51,9 +49,7 @@ def diff(
         seed=seed,
         progress=False if quiet else None,
     )
-    check_out(found)
-    if not quiet:
-        typer.echo(found.table())
+    conclude(found, out, quiet=quiet)
 
 
 def check(
@@ -75,13 +71,9 @@ def check(
     """
     from layerprobe.analysis.check import check as check_store
 
-    check_out = _check_out(out)
+    check_out(out)
     found = check_store(folder, sites=patterns, max_rows=max_rows, seed=seed, progress=False if quiet else None)
-    check_out(found)
-    if json is not None:
-        found.to_json(json)
-    if not quiet:
-        typer.echo(found.table())
+    conclude(found, out, json=json, quiet=quiet)
     if not found.is_sound:
         raise typer.Exit(1)
 
@@ -178,20 +170,3 @@ def report(
     )
     if not quiet:
         typer.echo(page.table())
-
-
-def _check_out(out: str | None) -> Callable[[Any], object]:
-    """Choose by its suffix how a result is written, before anything is computed."""
-    if out is None:
-        return lambda _: None
-    suffix = Path(out).suffix.lower()
-    if suffix == ".csv":
-        return lambda result: result.to_csv(out)
-    if suffix == ".json":
-        return lambda result: result.to_json(out)
-    if suffix in _PICTURES:
-        from layerprobe.analysis.figures import check_suffix
-
-        check_suffix(out)
-        return lambda result: result.plot(out)
-    raise OptionError(f"--out {out}: {suffix or 'no suffix'!r} is not .csv, .json, {', '.join(_PICTURES)}.")

@@ -3,16 +3,14 @@
 Parse and call; compute nothing. `main` gives it its name and place.
 """
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from layerprobe.cli.outcomes import check_out, conclude
 from layerprobe.errors import OptionError
 
 __all__ = ["classify"]
-
-_PICTURES = (".png", ".svg", ".pdf")
 
 
 def classify(
@@ -53,7 +51,7 @@ def classify(
     from layerprobe.extract.depth import depth_profile
     from layerprobe.extract.untrained import extract_untrained
 
-    suffix = _check_out(out)
+    check_out(out)
     progress = False if quiet else None
     if profile:
         given = {"--split": split, "--group": group, "--span": span, "--save": save}
@@ -88,13 +86,7 @@ def classify(
         )
         if save is not None:
             found.probe.save(save)
-    if json is not None:
-        found.to_json(json)
-    if out is not None:
-        write = found.to_csv if suffix == ".csv" else found.to_json if suffix == ".json" else found.plot
-        write(out)
-    if not quiet:
-        typer.echo(found.table())
+    conclude(found, out, json=json, kept=save, quiet=quiet)
 
 
 def _read_span(span: str | None) -> tuple[str, str] | None:
@@ -104,16 +96,3 @@ def _read_span(span: str | None) -> tuple[str, str] | None:
     if len(fields) != 2 or not all(fields):
         raise OptionError(f"--span {span!r}: name two fields, as in --span start,end.")
     return fields[0], fields[1]
-
-
-def _check_out(out: str | None) -> str:
-    """Make sure before anything is computed that a result can be written under a name; gives the suffix."""
-    suffix = "" if out is None else Path(out).suffix.lower()
-    if out is None or suffix in (".csv", ".json"):
-        return suffix
-    if suffix not in _PICTURES:
-        raise OptionError(f"--out {out}: {suffix or 'no suffix'!r} is not .csv, .json, {', '.join(_PICTURES)}.")
-    from layerprobe.analysis.figures import check_suffix
-
-    check_suffix(out)
-    return suffix

@@ -3,11 +3,11 @@
 Parse and call; compute nothing. `main` gives each its name and place.
 """
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from layerprobe.cli.outcomes import check_out, conclude
 from layerprobe.errors import OptionError
 
 __all__ = ["fit_decoder", "generate", "lens"]
@@ -45,9 +45,7 @@ def generate(
 
     Example: layerprobe generate acts my-bert2bert --layer 5 --example 0 --beams 4
     """
-    suffix = "" if out is None else Path(out).suffix.lower()
-    if out is not None and suffix not in (".csv", ".json"):
-        raise OptionError(f"--out {out}: {suffix or 'no suffix'!r} is not .csv, .json.")
+    check_out(out, (".csv", ".json"))
     drawn = {"--temperature": temperature, "--top-p": top_p}
     useless = [name for name, value in drawn.items() if value is not None]
     if useless and not sample:
@@ -79,10 +77,7 @@ def generate(
             progress=False if quiet else None,
             **(options | {"do_sample": True} if sample else options),
         )
-    if out is not None:
-        (found.to_csv if suffix == ".csv" else found.to_json)(out)
-    if not quiet:
-        typer.echo(found.table())
+    conclude(found, out, quiet=quiet)
 
 
 def fit_decoder(
@@ -113,11 +108,7 @@ def fit_decoder(
 
     Example: layerprobe fit-decoder acts --layer 5 --save reader
     """
-    suffix = "" if out is None else Path(out).suffix.lower()
-    if out is not None and suffix not in (".csv", ".json"):
-        from layerprobe.analysis.figures import check_suffix
-
-        check_suffix(out)
+    check_out(out)
     from layerprobe.generation.fitting import fit_decoder as fit
 
     chosen = [_read_layer(layer) for layer in layers or ()]
@@ -141,11 +132,7 @@ def fit_decoder(
     )
     if save is not None:
         found.save(save)
-    if out is not None:
-        write = found.to_csv if suffix == ".csv" else found.to_json if suffix == ".json" else found.plot
-        write(out)
-    if not quiet:
-        typer.echo(found.table())
+    conclude(found, out, kept=save, quiet=quiet)
 
 
 def lens(
@@ -171,11 +158,7 @@ def lens(
 
     Example: layerprobe lens bert-base-uncased texts.txt -o lens.png
     """
-    suffix = "" if out is None else Path(out).suffix.lower()
-    if out is not None and suffix not in (".csv", ".json"):
-        from layerprobe.analysis.figures import check_suffix
-
-        check_suffix(out)
+    check_out(out)
     from layerprobe.generation.lens import lens as look
 
     found = look(
@@ -188,13 +171,7 @@ def lens(
         device=device,
         progress=False if quiet else None,
     )
-    if out is not None:
-        write = found.to_csv if suffix == ".csv" else found.to_json if suffix == ".json" else found.plot
-        write(out)
-    if not quiet:
-        typer.echo(found.table())
-    if tokens and not quiet:
-        typer.echo("\n" + found.grid())
+    conclude(found, out, more=found.grid() if tokens else "", quiet=quiet)
 
 
 def _read_layer(layer: str) -> int | str:

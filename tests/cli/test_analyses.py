@@ -27,6 +27,7 @@ def refused(result: tuple[int, str, str], message: str) -> None:
 def test_diff_prints_a_table_and_writes_by_the_suffix(run: Run, acts: Path, tmp_path: Path) -> None:
     code, printed, said = run("diff", acts, "-o", tmp_path / "diff.csv")
     assert code == 0 and said == "" and "layers.0  layers.1" in printed
+    assert printed.endswith(f"\nwrote {tmp_path / 'diff.csv'}\n")
     assert len((tmp_path / "diff.csv").read_text().splitlines()) == 3
     options = ("--all-pairs", "--cosine", "zscored", "--max-rows", 40, "--seed", 3, "-q", "-s", "layers.*")
     assert run("diff", acts, "-o", tmp_path / "diff.json", *options) == (0, "", "")
@@ -58,7 +59,7 @@ def test_report_refuses_what_it_cannot_show(run: Run, acts: Path, tmp_path: Path
 
 def test_check_prints_the_verdict_and_fails_on_rows_that_are_not_finite(run: Run, acts: Path, tmp_path: Path) -> None:
     code, printed, said = run("check", acts, "--json", tmp_path / "check.json")
-    assert code == 0 and said == "" and printed.endswith("Nothing stands in the way of cosines.\n")
+    assert code == 0 and said == "" and "Nothing stands in the way of cosines.\nwrote " in printed
     assert len(json.loads((tmp_path / "check.json").read_text())["sites"]) == 3
     rows = torch.full((20, 4), 1.0)
     rows[3] = float("nan")

@@ -49,7 +49,7 @@ def test_generate_prints_and_writes_what_the_function_gives(
     options = ("--layer", "layers.1", "-e", 2, "-e", 0, "--max-new-tokens", 6, "--beams", 2, "-o", out)
     code, printed, _ = run("generate", acts, bert2bert, *options)
     found = lp.generate(acts, str(bert2bert), layer=1, examples=[2, 0], max_new_tokens=6, num_beams=2)
-    assert code == 0 and printed == found.table() + "\n"
+    assert code == 0 and printed == f"{found.table()}\nwrote {out}\n"
     written = json.loads(out.read_text())
     assert [one["example"] for one in written["sequences"]] == [2, 0]
     assert [one["text"] for one in written["sequences"]] == found.texts and None not in found.texts
@@ -80,12 +80,12 @@ def test_lens_prints_and_writes_what_the_function_gives(
     options = ("-s", "layers.*", "--max-tokens", 50, "--seed", 3)
     code, printed, _ = run("lens", tiny_model_folder, source, *options, "--tokens", "-o", tmp_path / "lens.json")
     found = lp.lens(str(tiny_model_folder), source, sites="layers.*", max_tokens=50, seed=3)
-    assert code == 0 and printed == f"{found.table()}\n\n{found.grid()}\n"
+    assert code == 0 and printed == f"{found.table()}\n\n{found.grid()}\nwrote {tmp_path / 'lens.json'}\n"
     assert json.loads((tmp_path / "lens.json").read_text())["num_tokens"] == found.num_tokens
     code, printed, _ = run("lens", tiny_model_folder, acts, "-q", "-o", tmp_path / "lens.svg")
     assert (code, printed) == (0, "") and (tmp_path / "lens.svg").exists()
     refused(run("lens", tiny_model_folder, acts, "--mask", 0.2), "mask=0.2 for a store")
-    refused(run("lens", tiny_model_folder, source, "-o", tmp_path / "lens.txt"), "'.txt' is not .png, .svg, .pdf")
+    refused(run("lens", tiny_model_folder, source, "-o", tmp_path / "lens.txt"), "'.txt' is not .csv, .json, .png, .svg, .pdf")
 
 
 def test_decoders_are_fitted_kept_and_read_on(run: Run, tiny: LoadedModel, tmp_path: Path) -> None:

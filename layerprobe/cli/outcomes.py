@@ -1,0 +1,66 @@
+"""What a command does with a result: write it by the suffix of a name, print its table, say what was written.
+
+Names are checked before anything is computed. Must never know which result it is.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from layerprobe.errors import OptionError, StoreError
+
+__all__ = ["PICTURES", "check_out", "conclude"]
+
+PICTURES = (".png", ".svg", ".pdf")
+_TEXTS = (".csv", ".json")
+
+
+def check_out(out: str | None, suffixes: Sequence[str] = (*_TEXTS, *PICTURES)) -> None:
+    """Make sure that a result can be written under a name.
+
+    Raises:
+        OptionError: the suffix says nothing that is written here.
+        StoreError: its folder is not there.
+    """
+    if out is None:
+        return
+    path = Path(out)
+    if path.suffix.lower() not in suffixes:
+        raise OptionError(f"--out {out}: {path.suffix or 'no suffix'!r} is not {', '.join(suffixes)}.")
+    if not path.parent.is_dir():
+        raise StoreError(f"{out}: there is no folder {path.parent}. Make it, or choose another path.")
+    if path.suffix.lower() in PICTURES:
+        from layerprobe.analysis.figures import check_suffix
+
+        check_suffix(path)
+
+
+def conclude(
+    found: Any, out: str | None, *, json: str | None = None, kept: str | None = None, more: str = "", quiet: bool
+) -> None:
+    """Write a result, print its table, and say what was written.
+
+    Args:
+        found: Has `table`, `to_json`, and `to_csv` and `plot` where `out` may ask for them.
+        out: As checked by `check_out`.
+        json: Another file for all of it.
+        kept: What was written before.
+        more: Printed below the table.
+        quiet: Whether to print nothing.
+    """
+    if json is not None:
+        found.to_json(json)
+    if out is not None:
+        suffix = Path(out).suffix.lower()
+        write = found.to_csv if suffix == ".csv" else found.to_json if suffix == ".json" else found.plot
+        write(out)
+    if quiet:
+        return
+    typer.echo(found.table())
+    if more:
+        typer.echo(f"\n{more}")
+    for path in (kept, json, out):
+        if path is not None:
+            typer.echo(f"wrote {path}")
