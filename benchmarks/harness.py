@@ -21,7 +21,7 @@ import torch
 
 from layerprobe.cli.allocator import keep_freed_memory
 
-__all__ = ["Rival", "Timings", "emit", "interleave", "make_parser", "peak_bytes"]
+__all__ = ["Rival", "Timings", "emit", "interleave", "make_parser", "peak_bytes", "read_results"]
 
 _RESULTS = Path(__file__).parent / "results"
 
@@ -147,6 +147,11 @@ def emit(name: str, settings: Mapping[str, Any], results: Any, *, save: bool) ->
     if save:
         _RESULTS.mkdir(exist_ok=True)
         (_RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def read_results(name: str) -> Any:
+    """Give the results that were saved last."""
+    return json.loads((_RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
 
 
 def _cpu_model() -> str:

@@ -3,9 +3,9 @@
 The demo model, all layers in float16, against the bare forward and against `output_hidden_states` that keeps nothing,
 on the same batches and in turns. Before the clock starts both buffers have been filled and flushed once, as they are
 for nearly all of a long run: the system takes longer to give memory for the first time than a copy into it takes.
-`--fresh` counts that in.
+`--fresh` counts that in. Each shape is an experiment of its own: one that something disturbed is taken again alone.
 
-    python benchmarks/streaming.py [--quick] [--save] [--seconds 90]
+    python benchmarks/streaming.py [--quick] [--save] [--seconds 90] [--shape 8x512]
 """
 
 import shutil
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Rival, emit, interleave, make_parser
+from harness import Rival, emit, interleave, make_parser, read_results
 from torch import nn
 
 import layerprobe as lp
@@ -24,17 +24,21 @@ from layerprobe.tables import format_table
 
 SITES = ["embeddings", "layers.*"]
 SHAPES = ((8, 128), (32, 128), (8, 512))
-_TOKENS_PER_RUN = 32768
+# five shards, so that the flush at the end weighs what it does in a run that lasts
+_TOKENS_PER_RUN = 131072
 
 
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seconds", type=float, default=90.0, help="time for the rounds of all shapes together")
     parser.add_argument("--fresh", action="store_true", help="count in the first use of the buffers")
+    parser.add_argument("--shape", action="append", metavar="BxS", help="this one alone; with --save the others stay")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = lp.load_model("demo", "cpu").model
     shapes = ((4, 16),) if options.quick else SHAPES
+    if options.shape:
+        shapes = tuple(tuple(map(int, shape.split("x"))) for shape in options.shape)
     results, rows = [], []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for size, length in shapes:
@@ -57,6 +61,9 @@ def main() -> None:
                 results.append({**result, **summary})
                 rows.append((f"{size}x{length}", name, len(timing.wall_s), *summary.values()))
     print(format_table(("batch", "rival", "rounds", "ms", "cpu ms", "ratio", "cpu ratio"), rows))
+    if options.save and options.shape:
+        taken = {result["batch"] for result in results}
+        results = [result for result in read_results("streaming") if result["batch"] not in taken] + results
     emit(
         "streaming",
         {"sites": SITES, "dtype": "float16", "buffers": "fresh" if options.fresh else "used"},

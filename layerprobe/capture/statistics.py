@@ -214,7 +214,7 @@ class RowSink(Generic[View]):
     def merge(self, other: "RowSink[View]") -> None:
         """Join with what another sink of the same kind and options has measured, of other texts or in another process.
 
-        Its texts are numbered on after those of this one, as if they had come after them.
+        Its texts are numbered on after those of this one, as if they had come after them, whoever numbered them.
 
         Raises:
             OptionError: it is of another kind, has other options, or a site of another width.

@@ -44,8 +44,8 @@ def ablate(
     """Take information away: zeros, the mean, or another token's vector.
 
     Args:
-        kind: `zero`; `mean` over the tokens meant, in all texts of the call; `resample`, the vector of another one of
-            these tokens, drawn without putting back.
+        kind: `zero`; `mean` over the tokens meant, in all texts of the call; `resample`, the vector of one of these
+            tokens, drawn without putting back: another one's, or by chance its own.
         heads: Only these, at query, key, value and context.
         units: Only these columns.
         where: As in `steer`.

@@ -1,8 +1,8 @@
 """Several processes that do one run: started, given units one at a time, listened to, ended.
 
-Each does the units that it asks for, in rising order, so that a slow device holds nobody up; which one does a unit
-makes no difference to its bytes. Whatever ends the run ends them all: what is committed is whole, and the rest is made
-by the same command.
+Each does the units that it asks for, in rising order, so that a slow device holds nobody up; devices are of one kind,
+so which one does a unit makes no difference to its bytes. Whatever ends the run ends them all: what is committed is
+whole, and the rest is made by the same command.
 
 Hides processes. Must never know of models.
 """
@@ -29,7 +29,8 @@ from layerprobe.extract.worker import describe_job
 __all__ = ["run_crew"]
 
 _POLL_S = 0.2
-_CODE = "from layerprobe.extract.worker import main; main()"
+# -c puts the working folder first, where something of the user's may have the name of a module
+_CODE = "import sys; sys.path[:] = filter(None, sys.path); from layerprobe.extract.worker import main; main()"
 # glibc keeps freed memory for the next forward pass
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 
@@ -91,28 +92,32 @@ def _start(plan: Plan, device: str, lock: int | None) -> Iterator[_Worker]:
     assert isinstance(ours, Connection) and isinstance(theirs, Connection)
     inherited = [theirs.fileno(), *([] if lock is None else [lock])]
     # the same code that runs here, wherever it was found
-    environment = {**_KEEP_MEMORY, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    environment = {**_KEEP_MEMORY, **os.environ, "PYTHONPATH": paths}
     command = [sys.executable, "-c", _CODE, str(theirs.fileno())]
     # a signal to the whole group is this process's to answer; the mask goes along to the new one
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    process = None
     try:
-        process = subprocess.Popen(  # noqa: S603 - this interpreter, and code that stands above
-            command, stdin=subprocess.DEVNULL, pass_fds=inherited, env=environment
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-    worker = _Worker(device, process, ours)
-    try:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            process = subprocess.Popen(  # noqa: S603 - this interpreter, and code that stands above
+                command, stdin=subprocess.DEVNULL, pass_fds=inherited, env=environment
+            )
+        finally:
+            theirs.close()
+            # one that came meanwhile is raised here
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        worker = _Worker(device, process, ours)
         assert plan.crew is not None
         share = sum(other == device for other in plan.crew.devices) if device == "cpu" else len(plan.crew.devices)
         _tell(worker, describe_job(plan, device, share))
         yield worker
     finally:
         ours.close()
-        # safe at any instruction, as a power loss is
-        process.kill()
-        process.wait()
+        if process is not None:
+            # safe at any instruction, as a power loss is
+            process.kill()
+            process.wait()
 
 
 def _tell(worker: _Worker, what: dict[str, Any]) -> None:

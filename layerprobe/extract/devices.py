@@ -45,6 +45,8 @@ def name_devices(devices: str | Sequence[int | str]) -> tuple[str, ...]:
     Raises:
         OptionError: there is no such device here.
     """
+    if not devices or not isinstance(devices, (str, list, tuple)):
+        raise OptionError(f"devices={devices!r}: names no device. Use a list such as [0, 1], or '0,1'.")
     given = devices.split(",") if isinstance(devices, str) else [str(device) for device in devices]
     names = tuple(f"cuda:{name.strip()}" if name.strip().isdigit() else name.strip() for name in given)
     count = torch.cuda.device_count()
@@ -59,6 +61,11 @@ def name_devices(devices: str | Sequence[int | str]) -> tuple[str, ...]:
                 f"devices={','.join(map(str, given))!r}: no device {name!r} here; there are {count} CUDA devices. "
                 "Use numbers, such as 0,1, or cpu,cpu."
             )
+    if len({torch.device(name).type for name in names}) > 1:
+        raise OptionError(
+            f"devices={','.join(names)}: they are of different kinds, whose rows differ in their last digits. "
+            "Use devices of one kind."
+        )
     return names
 
 

@@ -8,6 +8,7 @@ Must never know of progress bars or of other processes.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,7 +21,7 @@ from layerprobe.capture.probe import Probe
 from layerprobe.capture.select import resolve_dtype
 from layerprobe.capture.staging import Room
 from layerprobe.capture.units import AnnouncedBatch, encode_record
-from layerprobe.errors import InputError
+from layerprobe.errors import InputError, SpaceError
 from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
 from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.cores import using_cores
@@ -35,7 +36,7 @@ from layerprobe.store.format import ShardHeader
 from layerprobe.store.kept import KeptRows
 from layerprobe.store.writer import ShardWriter
 
-__all__ = ["UnitEngine", "check_units", "tokenize_missing"]
+__all__ = ["UnitEngine", "check_units", "ending_waits", "tokenize_missing"]
 
 
 class UnitEngine(AbstractContextManager["UnitEngine"]):
@@ -133,6 +134,18 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         self.report.num_bytes = self._writer.num_bytes
         self.report.stalled_s = self._sink.stalled_s
         self.report.num_halved = self._caller.num_halved
+
+
+@contextlib.contextmanager
+def ending_waits(stop: threading.Event) -> Iterator[None]:
+    """Let the writer wait for room no longer once the run has failed: Ctrl-C would wait for it."""
+    try:
+        yield
+    except SpaceError:  # nobody waits then, or a wait was ended
+        raise
+    except BaseException:
+        stop.set()
+        raise
 
 
 def tokenize_missing(plan: Plan, unit: Unit) -> TokenizedUnit | None:

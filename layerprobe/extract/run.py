@@ -4,11 +4,10 @@ Tokenises a unit, sends its length-sorted batches through the probed model and h
 the next unit goes on. A unit is committed whole or not at all; what is missing is done by running the same thing again.
 """
 
-import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -20,10 +19,10 @@ from tqdm import tqdm
 from layerprobe.capture.calls import Sink, is_sink
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
 from layerprobe.capture.select import Pool
-from layerprobe.errors import OptionError, SpaceError, StoreError
+from layerprobe.errors import OptionError, StoreError
 from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.crew import run_crew
-from layerprobe.extract.engine import UnitEngine, check_units, tokenize_missing
+from layerprobe.extract.engine import UnitEngine, check_units, ending_waits, tokenize_missing
 from layerprobe.extract.folder import hold_store
 from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, plan_extraction
 from layerprobe.extract.reports import RunReport
@@ -137,7 +136,8 @@ def extract(
             of the weights.
         compile: True to compile the model for the run, or the name of torch's backend; the model itself stays as it is.
         device: Where to put a model given by name.
-        devices: Several of them, `[0, 1]` or `"cuda:0,cuda:1"`: a process each, into one store, of the same bytes.
+        devices: Several of them, `[0, 1]` or `"cuda:0,cuda:1"`: a process each, into one store. On CPUs
+            they share the cores; with another number of threads the last digits differ.
         overwrite: Replace another run in the folder; the very same run is gone on with.
         wait_for_space: On a full disk wait for room instead of stopping.
         progress: Whether to say on stderr what is done; None for only on a terminal.
@@ -180,7 +180,7 @@ def extract(
         stored = {"dtype": dtype, "pool": pool, "overwrite": overwrite, "wait_for_space": wait_for_space}
         stored |= {"nonfinite": nonfinite != "warn", "shard_size": shard_size != DEFAULT_SHARD_BYTES}
         stored |= {"keep": keep != 1, "tokens": tokens != "all", "precision": precision, "compile": compile}
-        stored |= {"devices": devices}
+        stored |= {"devices": devices is not None}
         given = [name for name, value in stored.items() if value]
         if given:
             raise OptionError(f"extract into a {type(to).__name__}: {given[0]} concerns stores. Leave it out.")
@@ -268,7 +268,7 @@ def _run_here(
 ) -> list[ShardHeader]:
     """Do the missing units in this process; gives the headers of what was committed."""
     engine = UnitEngine(plan, keeper, report, advance)
-    with engine, _ending(stop):
+    with engine, ending_waits(stop):
         for unit, tokenized in tokenize_ahead(check_units(plan), partial(tokenize_missing, plan)):
             if stop.is_set():
                 report.is_complete = False
@@ -296,18 +296,6 @@ def _run_elsewhere(
     if report.is_complete and len(found) < plan.num_units:
         raise StoreError(f"{plan.place}: a shard that was committed is gone or damaged. Run the same command again.")
     return committed
-
-
-@contextlib.contextmanager
-def _ending(stop: threading.Event) -> Iterator[None]:
-    """Let the writer wait for room no longer once the run has failed: Ctrl-C would wait for it."""
-    try:
-        yield
-    except SpaceError:  # nobody waits then, or a wait was ended
-        raise
-    except BaseException:
-        stop.set()
-        raise
 
 
 def _measure(plan: Plan, report: RunReport) -> Done:

@@ -53,8 +53,12 @@ def find_batch_tokens(
     # a callable that keeps nothing: values go through the hooks, and their memory is free again after each site
     probe = Probe(model, list(sites), to=lambda *_: None, stop=can_end_early(model))
     with evaluating(model), torch.inference_mode(), compute_in(model, precision), using_cores(), probe:
-        measure(first)
-        return climb(measure, first, first << _MOST_DOUBLINGS)
+        try:
+            measure(first)
+            return climb(measure, first, first << _MOST_DOUBLINGS)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return first  # the run halves what does not fit
 
 
 def climb(measure: Callable[[int], float], first: int, most: int) -> int:

@@ -26,13 +26,13 @@ from layerprobe.capture.select import resolve_dtype
 from layerprobe.errors import LayerProbeError, ModelError
 from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.cutting import Unit, UnitRule
-from layerprobe.extract.engine import UnitEngine, check_units, tokenize_missing
+from layerprobe.extract.engine import UnitEngine, check_units, ending_waits, tokenize_missing
 from layerprobe.extract.inputs import TextSource, open_source
 from layerprobe.extract.plan import ExtractOptions, Plan
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.thinning import find_kept
-from layerprobe.models import describe_model, load_model
+from layerprobe.models import describe_model, describe_tokenizer, load_model
 from layerprobe.sites.resolve import map_model
 from layerprobe.store.places import find_place
 from layerprobe.store.writer import StoredSite
@@ -74,7 +74,10 @@ def _rebuild_plan(job: dict[str, Any]) -> Plan:
     """
     loaded = load_model(job["model"], job["device"])
     description = job["description"]
-    if describe_model(loaded.model)["weights_hash"] != description["model"]["weights_hash"]:
+    own, planned = describe_model(loaded.model), description["model"]
+    is_same = all(own[key] == planned[key] for key in ("class", "config_hash", "weights_hash"))
+    tokenizer = json.loads(json.dumps(describe_tokenizer(loaded.tokenizer)))
+    if not is_same or tokenizer != description["tokenizer"]:
         raise ModelError(f"model {job['model']!r}: changed while the run was under way. Run the same command again.")
     options = ExtractOptions(**job["options"])
     source = open_source(job["texts"], options.field)
@@ -161,7 +164,7 @@ def _work(job: dict[str, Any], pipe: _Pipe, stop: threading.Event) -> None:
         pipe.say(counts=counts, **more)
 
     engine = UnitEngine(plan, keeper, report, tell, job["share"])
-    with engine:
+    with engine, ending_waits(stop):
         for unit, tokenized in tokenize_ahead(_pick(check_units(plan), pipe), partial(tokenize_missing, plan)):
             if stop.is_set():
                 break

@@ -85,7 +85,10 @@ def test_lens_prints_and_writes_what_the_function_gives(
     code, printed, _ = run("lens", tiny_model_folder, acts, "-q", "-o", tmp_path / "lens.svg")
     assert (code, printed) == (0, "") and (tmp_path / "lens.svg").exists()
     refused(run("lens", tiny_model_folder, acts, "--mask", 0.2), "mask=0.2 for a store")
-    refused(run("lens", tiny_model_folder, source, "-o", tmp_path / "lens.txt"), "'.txt' is not .csv, .json, .png, .svg, .pdf")
+    refused(
+        run("lens", tiny_model_folder, source, "-o", tmp_path / "lens.txt"),
+        "'.txt' is not .csv, .json, .png, .svg, .pdf",
+    )
 
 
 def test_decoders_are_fitted_kept_and_read_on(run: Run, tiny: LoadedModel, tmp_path: Path) -> None:

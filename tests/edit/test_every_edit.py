@@ -3,6 +3,7 @@
 Nothing before a site changes when the site is edited, so what is read there must be the formula of what was there.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,8 @@ def project(rows: Rows, direction: Rows) -> Rows:
 def make_edits(width: int) -> dict[str, tuple[Any, Callable[[Rows], Rows]]]:
     """By name an edit, and what it makes of the rows that are meant, `[T, D]` in float64."""
     vector = torch.randn(width, generator=torch.Generator().manual_seed(width))
-    wide = vector.double().numpy()
+    wide, factor = vector.double().numpy(), np.ones(width)
+    factor[[0, -1]] = 3.0
     return {
         "steer": (lp.steer(vector, 2.0), lambda rows: rows + 2 * wide),
         "scale": (lp.scale(-0.5), lambda rows: -0.5 * rows),
@@ -39,12 +41,13 @@ def make_edits(width: int) -> dict[str, tuple[Any, Callable[[Rows], Rows]]]:
         "zero": (lp.ablate("zero"), np.zeros_like),
         "mean": (lp.ablate("mean"), lambda rows: np.broadcast_to(rows.mean(0), rows.shape)),
         "replace": (lp.replace(torch.tanh), np.tanh),
-        "units": (lp.scale(3.0, units=[0, -1]), lambda rows: rows * np.where(np.arange(width) % (width - 1), 1, 3)),
+        "units": (lp.scale(3.0, units=[0, -1]), lambda rows: rows * factor),
     }
 
 
 def read(model: Any, batch: dict[str, Any], site: str, edit: Any = None) -> Tensor:
-    with torch.no_grad(), lp.edit(model, {} if edit is None else {site: edit}), lp.Probe(model, site) as probe:
+    edited = contextlib.nullcontext() if edit is None else lp.edit(model, {site: edit})
+    with torch.no_grad(), edited, lp.Probe(model, site) as probe:
         model(**batch)
     value = probe[site]
     assert isinstance(value, Tensor)
@@ -67,9 +70,10 @@ def check_site(model: Any, batch: dict[str, Any], site: Site) -> None:
     assert torch.equal(drawn, read(model, batch, site.name, lp.noise(0.5, seed=1))), site.name
     shuffled = read(model, batch, site.name, lp.ablate("resample", seed=1))
     assert torch.equal(shuffled[~meant], before[~meant]), site.name
-    for one, other in zip(shuffled[meant], before[meant], strict=True):
-        assert (torch.isclose(one, before[meant], **CLOSE).all(-1)).any(), site.name  # some token's own vector
-        assert len(before[meant]) < 3 or not torch.equal(one, other), site.name  # another one's
+    # the tokens' own vectors, in another order
+    apart = torch.cdist(shuffled[meant].double(), before[meant].double())
+    assert apart.min(1).values.max() < 1e-4 and apart.min(0).values.max() < 1e-4, site.name
+    assert len(rows) < 3 or apart.diagonal().max() > 1e-3, site.name
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -134,12 +134,16 @@ def test_what_cannot_be_shared_is_refused_before_anything_starts(
     cases: list[tuple[str, Any]] = [
         ("no device 'cuda:7' here", lambda: extract(name, ["a"], folder, devices=[7, 8])),
         ("no device 'gpu' here", lambda: extract(name, ["a"], folder, devices="cpu,gpu")),
+        (r"devices=\[\]: names no device", lambda: extract(name, ["a"], folder, devices=[])),
+        ("devices=2: names no device", lambda: extract(name, ["a"], folder, devices=2)),
+        ("of different kinds", lambda: extract(name, ["a"], folder, devices="cpu,mps")),
         ("with device='cpu': give one", lambda: extract(name, ["a"], folder, devices="cpu,cpu", device="cpu")),
         ("with a LoadedModel: each process loads", lambda: extract(tiny, ["a"], folder, devices="cpu,cpu")),
         ("into memory://", lambda: extract(name, ["a"], "memory://crew", devices="cpu,cpu")),
         ("with this pool", lambda: extract(name, ["a"], folder, devices="cpu,cpu", pool=lambda rows: rows[0])),
         ("with this tokenizer", lambda: extract(name, ["a"], folder, devices="cpu,cpu", tokenizer=tiny.tokenizer)),
         ("devices concerns stores", lambda: extract(name, ["a"], lp.Moments(), devices="cpu,cpu")),
+        ("devices concerns stores", lambda: extract(name, ["a"], lp.Moments(), devices=[])),
     ]
     for message, call in cases:
         with pytest.raises(OptionError, match=message):

@@ -181,7 +181,7 @@ def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
 
 
 def test_a_digest_tells_texts_fields_and_order() -> None:
-    def digest(*records: Record) -> str:
+    def digest(*records: Record) -> bytes:
         made = InputDigest("texts")
         assert all(made.add(record) > 0 for record in records)
         return made.digest()

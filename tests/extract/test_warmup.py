@@ -84,3 +84,14 @@ def test_a_long_run_tries_once_and_one_that_goes_on_keeps_what_was_found(
         plan()
     assert run_extraction(again).is_complete
     assert len(layerprobe.open(tmp_path / "acts")) == len(texts)
+
+
+def test_a_first_budget_that_does_not_fit_is_left_to_the_run(tiny: LoadedModel) -> None:
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    hook = tiny.model.register_forward_pre_hook(refuse)
+    try:
+        assert find_batch_tokens(tiny.model, ["layers.0"], [[1, 2, 3]], 1024, None) == 1024
+    finally:
+        hook.remove()
