@@ -194,7 +194,11 @@ class Plan:
             f"model     {self.description['model']['id'] or self.description['model']['class']} on {where}",
             f"sites     {len(self.sites)} ({names}), {rows}, {dtypes}",
             f"store     {self.place}: {format_count(self.num_units, 'shard')}, {about}{format_bytes(self.num_bytes)}; "
-            + ("space not checked there" if self.free_bytes is None else f"{format_bytes(self.free_bytes)} free"),
+            + (
+                "space not checked there, and no lock: one run at a time"
+                if self.free_bytes is None
+                else f"{format_bytes(self.free_bytes)} free"
+            ),
         ]
         if self.done:
             lines.append(f"resuming  {format_count(len(self.done), 'shard')} of {self.num_units:,} already there")
