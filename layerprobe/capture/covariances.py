@@ -96,7 +96,7 @@ class CrossCovariance(RowSink[SiteCovariance]):
     """
 
     def __init__(self, pairs: str | Sequence[tuple[str, str]] = "all") -> None:
-        is_list = not isinstance(pairs, str) and all(len(pair) == 2 for pair in pairs) and len(pairs) > 0
+        is_list = isinstance(pairs, (list, tuple)) and all(len(pair) == 2 for pair in pairs) and len(pairs) > 0
         if not is_list and pairs not in ("all", "consecutive"):
             raise OptionError(f"pairs={pairs!r}: use all, consecutive, or pairs of sites.")
         chosen = pairs if isinstance(pairs, str) else [(one, other) for one, other in pairs]
@@ -221,7 +221,8 @@ def _check_sites(pairs: str | Sequence[tuple[str, str]], sites: Sequence[Site]) 
     if missing:
         raise OptionError(f"pairs ask for {missing[0]!r}, which is not captured: the sites are {', '.join(names)}.")
     # of a module that layerprobe has no name for, only its rows can tell
-    apart = {(site.kind, site.stack if site.kind == "token" else None): site.name for site in sites[::-1]}
+    # logits have no stack of their own, and rows of the decoder's tokens
+    apart = {(site.kind, site.kind == "token" and site.name.startswith("encoder.")): site.name for site in sites[::-1]}
     known = [name for (kind, _), name in apart.items() if kind != "unknown"]
     if len(known) > 1:
         raise OptionError(

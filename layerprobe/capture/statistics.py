@@ -140,7 +140,8 @@ class RowSink(Generic[View]):
         self._options = dict(options or {})
         self._check = check
         self._sums: dict[str, Sums] = {}
-        self._num_examples = 0
+        # the number of the next text, and of the first one since the sink was opened
+        self._num_examples = self._first_example = 0
         self._announced: Sequence[int] | None = None
         self._open: Sequence[Site] | None = None
         self._lock = threading.Lock()
@@ -155,6 +156,7 @@ class RowSink(Generic[View]):
                 raise OptionError(f"statistics of {site.name!r}: it {_REFUSED[site.kind]}.")
         if self._check is not None:
             self._check(sites)
+        self._first_example = self._num_examples
         self._open = sites
 
     def begin(self, call: Call) -> None:
@@ -172,11 +174,14 @@ class RowSink(Generic[View]):
         state: _CallState = call.state
         call.state = None
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            ordinals = self._announced or range(self._num_examples, self._num_examples + state.num_examples)
+            if self._announced is None:
+                ordinals = range(self._num_examples, self._num_examples + state.num_examples)
+            else:
+                ordinals = [self._first_example + ordinal for ordinal in self._announced]
             self._announced = None
             made = self._combine(state.sums) if self._combine else state.sums
             self._add({key: _number_examples(sums, ordinals) for key, sums in made.items()})
-            self._num_examples += state.num_examples
+            self._num_examples = max(self._num_examples, *(ordinal + 1 for ordinal in ordinals), 0)
 
     def abandon(self, call: Call) -> None:
         call.state = None
@@ -186,7 +191,10 @@ class RowSink(Generic[View]):
         self._open = None
 
     def announce(self, ordinals: Sequence[int]) -> None:
-        """Say which examples the sequences of the next call are; without it they are counted in their order."""
+        """Say which examples of the input the sequences of the next call are; without it they are counted in order.
+
+        An input is numbered on after what the sink has seen before it was opened.
+        """
         self._announced = ordinals
 
     # what a user calls

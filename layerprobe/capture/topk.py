@@ -27,7 +27,7 @@ class Top:
 
     Args:
         value: Of the unit there.
-        example: Ordinal of the text, as the sink has counted them, or in the input of `lp.extract`.
+        example: Ordinal of the text among all that the sink was given; of a first `lp.extract`, in its input.
         position: Among the text's real tokens.
         token_id: Its id, -1 where the model was called with embeddings.
         before, after: Ids of the tokens around it in the same text.
