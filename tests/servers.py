@@ -37,23 +37,24 @@ class Request:
 class Spoiler:
     """What goes through the proxy: every request, and the faults still to be injected.
 
-    `faults` are used one by one: each is a kind (`500`, `503`, `cut`, `reset`, `stall`) and the method it waits for.
+    `faults` are used one by one: each is a kind (`500`, `503`, `cut`, `reset`, `stall`), and the method and the part of
+    a path that it waits for.
     """
 
     def __init__(self, url: str, upstream: int) -> None:
         self.url = url
         self.upstream = upstream
         self.requests: list[Request] = []
-        self.faults: deque[tuple[str, str]] = deque()
+        self.faults: deque[tuple[str, str, str]] = deque()
         # what stalls ends with the test, not with a clock
         self.release = threading.Event()
 
-    def spoil(self, *kinds: str, method: str = "GET") -> None:
-        """Spoil the next requests of a method, one each."""
-        self.faults.extend((kind, method) for kind in kinds)
+    def spoil(self, *kinds: str, method: str = "GET", path: str = "") -> None:
+        """Spoil the next requests of a method whose path contains `path`, one each."""
+        self.faults.extend((kind, method, path) for kind in kinds)
 
-    def take_fault(self, method: str) -> str | None:
-        if self.faults and self.faults[0][1] == method:
+    def take_fault(self, method: str, path: str) -> str | None:
+        if self.faults and self.faults[0][1] == method and self.faults[0][2] in path:
             return self.faults.popleft()[0]
         return None
 
@@ -80,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body = self._read_body()
-        fault = self.spoiler.take_fault(self.command)
+        fault = self.spoiler.take_fault(self.command, self.path)
         if fault == "stall":
             self.spoiler.release.wait(60)
         if fault in ("stall", "reset"):
