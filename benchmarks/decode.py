@@ -28,11 +28,11 @@ def main() -> None:
     demo = lp.load_model("demo", "cpu")
     texts = list_sentences()[: 40 if options.quick else TEXTS]
     with tempfile.TemporaryDirectory() as folder:
-        stores = [
+        full, half = (
             lp.extract(demo, texts, Path(folder) / dtype, sites="layers.-1", dtype=dtype, progress=False)
             for dtype in ("float32", "float16")
-        ]
-        found = compare_live(demo, texts, *stores, list(range(len(texts))))
+        )
+        found = compare_live(demo, texts, full, half, list(range(len(texts))))
     rows = [(way, *shares.values()) for way, shares in found.items()]
     print(format_table(("decoding", "sequences changed, %", "tokens changed, %"), rows))
     emit("decode", {"texts": len(texts), "letters": LETTERS, "site": "layers.-1"}, found, save=options.save)

@@ -1,37 +1,35 @@
 """How close does a run come to the floor: the forward alone, the copies alone, the disk alone, and the whole?
 
 Nothing can be faster than the slowest of the three: the forward over the same batches, copying and casting the values
-of the asked sites once, and writing their bytes to disk, flushed. Each is measured in turn with the whole run, for one
-site and for all, as rows and pooled, in float32 and in float16. Where the rest of the time goes comes from clocks
-around the parts of one further run.
+of the asked sites once, and writing their bytes to disk as shards are written, flushed. The plain way to write is
+timed beside that one and is no bound. All of them and the whole run take turns, for one site and for more, as rows and
+pooled, in float32 and in float16; so do runs that end at a layer, against the run of the last one.
 
-    python benchmarks/floor.py [--quick] [--save] [--texts 2000] [--rounds 3]
+Clocks around the parts of each run say where its time goes. A part does not count what another part within it takes,
+so that those of the main thread add up to the whole. What goes on beside it, in threads of its own, comes after.
+
+    python benchmarks/floor.py [--quick] [--save] [--texts 2000] [--seconds 480]
 """
 
 import itertools
+import os
 import shutil
+import statistics
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from corpora import list_batches, list_docstrings, list_paragraphs, shuffle
-from harness import Rival, emit, interleave, make_parser
+from clocks import BESIDE, MAIN, Clocks
+from corpora import list_batches, list_docstrings
+from harness import Rival, Timings, emit, interleave, make_parser
 from torch import Tensor
 
 import layerprobe as lp
-from layerprobe.capture.packing import StoreSink
-from layerprobe.extract import engine as engine_module
-from layerprobe.extract import run as run_module
 from layerprobe.extract.batching import Batch
 from layerprobe.models import LoadedModel
 from layerprobe.store.durable import commit_file
-from layerprobe.store.writer import ShardWriter
 from layerprobe.tables import format_table
 
 SITE_SETS = {
@@ -39,78 +37,101 @@ SITE_SETS = {
     "all": ["embeddings", "layers.*"],
     "all + ffn.act": ["embeddings", "layers.*", "layers.*.ffn.act"],
 }
+BOUNDS = ("forward", "copy", "disk")
+
+
+class Regime:
+    """One way to run over the texts: its sites, pool and dtype, and what its last run left."""
+
+    def __init__(self, name: str, demo: LoadedModel, texts: list[str], folder: Path, **options: Any) -> None:
+        self.name = name
+        self.options = options
+        self.clocks: list[dict[str, float]] = []
+        self.sizes: list[int] = []
+        self._demo = demo
+        self._texts = texts
+        self._folder = folder
+
+    @property
+    def widths(self) -> list[int]:
+        """Width of each of its sites."""
+        return [site.width or 0 for site in lp.sites(self._demo.model, self.options["sites"])]
+
+    def run(self, _: object = None) -> None:
+        """Do the whole job, with clocks on."""
+        with Clocks() as taken:
+            lp.extract(
+                self._demo.model,
+                self._texts,
+                self._folder,
+                tokenizer=self._demo.tokenizer,
+                progress=False,
+                **self.options,
+            )
+        self.clocks.append(taken)
+
+    def end(self, _: object = None) -> None:
+        """Note what the run left, and remove it."""
+        self.sizes = [path.stat().st_size for path in sorted(self._folder.glob("shard-*"))]
+        shutil.rmtree(self._folder)
 
 
 def main() -> None:
     parser = make_parser("How close a run comes to the floor.")
     parser.add_argument("--texts", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=480.0, help="begin no further round after; at least one")
     options = parser.parse_args()
-    num_texts, rounds = (48, 1) if options.quick else (options.texts, options.rounds)
+    num_texts, seconds = (48, 0.0) if options.quick else (options.texts, options.seconds)
     demo = lp.load_model("demo", "cpu")
-    texts = shuffle([*list_docstrings(), *list_paragraphs(demo.tokenizer)])[:num_texts]
-    results = []
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        regimes = itertools.product(SITE_SETS, (None, "mean"), ("float32", "float16"))
-        for number, (set_name, pool, dtype) in enumerate(regimes):
-            if pool is not None and set_name != "all":
-                continue
-            print(f"{set_name}, pool {pool}, {dtype}", flush=True)
-            place = Path(folder) / str(number)
-            results.append(run_regime(demo, texts, set_name, pool, dtype, place, rounds))
-            shutil.rmtree(place)
-    headers = ("sites", "pool", "dtype", "forward s", "copy s", "disk s", "whole s", "floor", "ratio", "cpu ratio")
-    names = ("sites", "pool", "dtype", "forward_s", "copy_s", "disk_s", "whole_s", "floor", "ratio", "cpu_ratio")
-    print(format_table(headers, [tuple(found[name] for name in names) for found in results]))
-    parts = list(results[0]["parts_s"])
-    rows = [(found["sites"], found["pool"], found["dtype"], *found["parts_s"].values()) for found in results]
-    print(format_table(("sites", "pool", "dtype", *parts), rows))
-    emit("floor", {"texts": num_texts, "rounds": rounds}, results, save=options.save)
+    docstrings = list_docstrings()
+    texts = docstrings[:: max(1, len(docstrings) // num_texts)][:num_texts]
+    with tempfile.TemporaryDirectory() as place, torch.inference_mode():
+        folder = Path(place)
+        batches, num_tokens, _ = list_batches(demo, texts, folder / "plan")
+        regimes = {name: Regime(name, demo, texts, folder / "acts", **how) for name, how in list_regimes().items()}
+        layers = len(lp.sites(demo.model, "layers.*"))
+        for layer in range(0, layers, 2):
+            name = f"stop at layer {layer}"
+            regimes[name] = Regime(name, demo, texts, folder / "acts", sites=[f"layers.{layer}"], dtype="float16")
+        Regime("warm", demo, texts[:8], folder / "warm", sites=SITE_SETS["all"], dtype="float16").run()
+        rivals = list_rivals(demo, batches, regimes, folder)
+        timings = interleave(rivals, seconds=seconds, least_rounds=1, warm_rounds=0)
+    results = [lay_out(regime, timings) for name, regime in regimes.items() if not name.startswith("stop")]
+    stops = [
+        lay_out_stop(timings, layer, layers) for layer in range(layers) if f"stop at layer {layer} whole" in timings
+    ]
+    print_tables(results, stops)
+    rounds = len(timings["forward"].wall_s)
+    settings = {"texts": len(texts), "tokens": num_tokens, "rounds": rounds, "seconds": seconds}
+    settings["computed"] = sum(batch.input_ids.numel() for batch in batches)
+    emit("floor", settings, {"regimes": results, "stops": stops}, save=options.save)
 
 
-def run_regime(
-    demo: LoadedModel, texts: list[str], set_name: str, pool: str | None, dtype: str, folder: Path, rounds: int
-) -> dict[str, Any]:
-    """Time the three bounds and the whole in turns, then the parts of one more run."""
-    folder.mkdir()
-    batches, num_tokens, _ = list_batches(demo, texts, folder / "plan")
-    whole = partial(run_whole, demo, texts, SITE_SETS[set_name], pool, dtype, folder / "acts")
-    whole()
-    shards = sorted((folder / "acts").glob("shard-*"))
-    sizes = [path.stat().st_size for path in shards]
-    rivals = {
-        "forward": Rival(lambda _: run_forward(demo, batches)),
-        "copy": Rival(lambda _: copy_values(demo, batches, SITE_SETS[set_name], dtype)),
-        "disk": Rival(lambda _: write_bytes(folder / "disk", sizes)),
-        "whole": Rival(lambda _: whole()),
-    }
-    timings = interleave(rivals, seconds=0.0, least_rounds=rounds, most_rounds=rounds, warm_rounds=0)
-    found = {way: timing.summary(timings["forward"]) for way, timing in timings.items()}
-    seconds = {way: round(found[way]["wall_ms"] / 1e3, 3) for way in rivals}
-    floor = max(("forward", "copy", "disk"), key=lambda way: seconds[way])
-    against = timings["whole"].summary(timings[floor])
-    with clocks() as parts:
-        whole()
+def list_regimes() -> dict[str, dict[str, Any]]:
+    """Name every way to run: its sites, how they are pooled, and the dtype that is stored."""
+    ways = itertools.product(SITE_SETS, (None, "mean"), ("float32", "float16"))
     return {
-        "sites": set_name,
-        "pool": pool,
-        "dtype": dtype,
-        "tokens": num_tokens,
-        "computed": sum(batch.input_ids.numel() for batch in batches),
-        "bytes": sum(sizes),
-        **{f"{way}_s": seconds[way] for way in rivals},
-        "floor": floor,
-        "ratio": against["wall_ratio"],
-        "cpu_ratio": against["cpu_ratio"],
-        "parts_s": {name: round(took, 3) for name, took in parts.items()},
+        f"{sites}, {pool or 'rows'}, {dtype}": {"sites": SITE_SETS[sites], "pool": pool, "dtype": dtype}
+        for sites, pool, dtype in ways
     }
 
 
-def run_whole(
-    demo: LoadedModel, texts: list[str], sites: list[str], pool: str | None, dtype: str, folder: Path
-) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    lp.extract(demo.model, texts, folder, sites=sites, pool=pool, dtype=dtype, tokenizer=demo.tokenizer, progress=False)
+def list_rivals(demo: LoadedModel, batches: list[Batch], regimes: dict[str, Regime], folder: Path) -> dict[str, Rival]:
+    """Give the forward, and of each regime the whole, which tells the sizes, the copies and both ways to write."""
+    rivals = {"forward": Rival(lambda _: run_forward(demo, batches))}
+    for name, regime in regimes.items():
+        rivals[f"{name} whole"] = Rival(regime.run, finish=regime.end)
+        if name.startswith("stop"):
+            continue
+        is_pooled, dtype = regime.options["pool"] is not None, regime.options["dtype"]
+        rivals[f"{name} copy"] = Rival(partial(copy_values, batches, regime.widths, dtype, is_pooled))
+        for way, write in (("disk", commit_file), ("plain disk", write_plainly)):
+            rivals[f"{name} {way}"] = Rival(
+                partial(write_files, write),
+                prepare=partial(prepare_files, regime, folder / "disk"),
+                finish=lambda prepared: shutil.rmtree(prepared[0]),
+            )
+    return rivals
 
 
 def run_forward(demo: LoadedModel, batches: list[Batch]) -> None:
@@ -118,60 +139,83 @@ def run_forward(demo: LoadedModel, batches: list[Batch]) -> None:
         demo.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
 
 
-def copy_values(demo: LoadedModel, batches: list[Batch], sites: list[str], dtype: str) -> None:
-    """Read and cast as many values as the run does, out of tensors of the size of a batch."""
-    widths = [site.width for site in lp.sites(demo.model, sites)]
+def copy_values(batches: list[Batch], widths: list[int], dtype: str, is_pooled: bool, _: object = None) -> None:
+    """Read and cast as many values as the run does, out of tensors of the size of a batch; sum what is pooled."""
     largest = max(batch.input_ids.numel() for batch in batches)
-    source = torch.ones(largest, max(width or 0 for width in widths))
+    source = torch.ones(largest * max(widths))
     target = torch.empty_like(source, dtype=getattr(torch, dtype))
     for batch in batches:
         count = sum(batch.lengths)
         for width in widths:
-            out: Tensor = target.view(-1)[: count * (width or 0)]
-            out.copy_(source.view(-1)[: count * (width or 0)])
+            rows: Tensor = source[: count * width].view(count, width)
+            if is_pooled:
+                rows = rows.sum(0, keepdim=True).expand(len(batch.members), width)
+            target[: rows.numel()].view(rows.shape).copy_(rows)
 
 
-def write_bytes(folder: Path, sizes: list[int]) -> None:
-    """Write as many bytes in as many files, each flushed and renamed as a shard is."""
-    shutil.rmtree(folder, ignore_errors=True)
+def prepare_files(regime: Regime, folder: Path) -> tuple[Path, list[memoryview]]:
+    """Make the bytes of as many files as the run wrote, touched once, and a folder for them."""
     folder.mkdir()
-    block = memoryview(bytearray(max(sizes)))
-    for number, size in enumerate(sizes):
-        commit_file(folder / str(number), [block[:size]])
+    block = memoryview(bytearray(b"x") * max(regime.sizes))
+    return folder, [block[:size] for size in regime.sizes]
 
 
-@contextmanager
-def clocks() -> Iterator[dict[str, float]]:
-    """Put clocks around the parts of a run that are not the forward."""
-    parts: tuple[str, ...] = ("plan", "tokenise", "hooks", "wait for a buffer", "last flush", "writer thread")
-    taken: dict[str, float] = dict.fromkeys(parts, 0.0)
-    originals: list[tuple[Any, str, Any]] = []
+def write_files(write: Any, prepared: tuple[Path, list[memoryview]]) -> None:
+    folder, pieces = prepared
+    for number, piece in enumerate(pieces):
+        write(folder / str(number), [piece])
 
-    def watch(owner: Any, attribute: str, part: str) -> None:
-        function: Callable[..., Any] = getattr(owner, attribute)
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                taken[part] += time.perf_counter() - start
+def write_plainly(path: Path, pieces: list[memoryview]) -> None:
+    """Write a file through the page cache and flush it."""
+    with path.open("wb", buffering=0) as file:
+        for piece in pieces:
+            while len(piece):
+                piece = piece[file.write(piece) or 0 :]
+        os.fsync(file.fileno())
 
-        originals.append((owner, attribute, function))
-        setattr(owner, attribute, timed)
 
-    watch(run_module, "plan_extraction", "plan")
-    watch(engine_module, "tokenize", "tokenise")
-    watch(StoreSink, "receive", "hooks")
-    watch(StoreSink, "begin_unit", "wait for a buffer")
-    watch(ShardWriter, "close", "last flush")
-    watch(ShardWriter, "_write", "writer thread")
-    assert threading.current_thread() is threading.main_thread()
-    try:
-        yield taken
-    finally:
-        for owner, attribute, function in originals:
-            setattr(owner, attribute, function)
+def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
+    """Give the medians of a regime, its ratio to the slowest of its bounds, and where its time went."""
+    ways = {"forward": timings["forward"]}
+    ways |= {way: timings[f"{regime.name} {way}"] for way in ("copy", "disk", "plain disk", "whole")}
+    seconds = {way: statistics.median(timing.wall_s) for way, timing in ways.items()}
+    floor = max(BOUNDS, key=lambda way: seconds[way])
+    against = ways["whole"].summary(ways[floor])
+    num_bytes = sum(regime.sizes)
+    return {
+        "regime": regime.name,
+        "bytes": num_bytes,
+        **{f"{way.replace(' ', '_')}_s": round(took, 3) for way, took in seconds.items()},
+        "disk_gb_per_s": round(num_bytes / 1e9 / seconds["disk"], 3),
+        "plain_disk_gb_per_s": round(num_bytes / 1e9 / seconds["plain disk"], 3),
+        "floor": floor,
+        "ratio": against["wall_ratio"],
+        "cpu_ratio": ways["whole"].summary(ways["forward"])["cpu_ratio"],
+        "parts_s": {part: round(statistics.median(one[part] for one in regime.clocks), 3) for part in (*MAIN, *BESIDE)},
+    }
+
+
+def lay_out_stop(timings: dict[str, Timings], layer: int, layers: int) -> dict[str, Any]:
+    """Hold a run that ends at a layer against the run of the last one."""
+    against = timings[f"stop at layer {layer} whole"].summary(timings["last, rows, float16 whole"])
+    most = round((layer + 1) / layers + 0.05, 3)
+    return {"layer": layer, "layers": layers, "ratio": against["wall_ratio"], "most": most}
+
+
+def print_tables(results: list[dict[str, Any]], stops: list[dict[str, Any]]) -> None:
+    """Print the bounds, the parts and the early ends."""
+    names = ("regime", "forward_s", "copy_s", "disk_s", "plain_disk_s", "whole_s", "floor", "ratio", "cpu_ratio")
+    print(format_table(tuple(map(_name, names)), [tuple(found[name] for name in names) for found in results]))
+    print("\nwhere the time of a run goes, in seconds; the last two beside the others:")
+    parts = (*MAIN, *BESIDE)
+    print(format_table(("regime", *parts), [(found["regime"], *found["parts_s"].values()) for found in results]))
+    print("\na run that ends at a layer, against the last layer's:")
+    print(format_table(("layer", "layers", "ratio", "at most"), [tuple(stop.values()) for stop in stops]))
+
+
+def _name(column: str) -> str:
+    return column.removesuffix("_s").replace("_", " ") + (" s" if column.endswith("_s") else "")
 
 
 if __name__ == "__main__":

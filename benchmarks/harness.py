@@ -1,4 +1,4 @@
-"""What both benchmarks share: interleaved timing, peak memory, tables, and the JSON line at the end.
+"""What the benchmarks share: interleaved timing, peak memory, tables, and the JSON line at the end.
 
 Rivals take turns within one process, in an order that rotates from round to round, so that a slow second of the
 machine hits all of them alike. A ratio is the median of the ratios within a round. CPU time covers every thread of
@@ -21,7 +21,7 @@ import torch
 
 from layerprobe.cli.allocator import keep_freed_memory
 
-__all__ = ["Rival", "Timings", "emit", "interleave", "make_parser", "peak_bytes", "read_results"]
+__all__ = ["Rival", "Timings", "emit", "interleave", "make_parser", "peak_bytes", "read_peak", "read_results"]
 
 _RESULTS = Path(__file__).parent / "results"
 
@@ -115,6 +115,20 @@ def peak_bytes(work: Callable[[], object]) -> int:
         peak = max(peak, held)
     del kept
     return peak
+
+
+def read_peak(resets: bool = False) -> int:
+    """Give the peak of this process's resident memory in bytes.
+
+    Args:
+        resets: Whether to have the peak begin anew, at what is resident now.
+    """
+    if resets:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    # not getrusage, whose peak a process takes over from the one that started it
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return 1024 * int(peak)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

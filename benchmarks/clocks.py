@@ -1,0 +1,98 @@
+"""Clocks around the parts of an extraction, from outside: the library knows nothing of them.
+
+A part's clock stands still while another part's runs within it, in the same thread, so that the parts of the main
+thread add up to what the whole took.
+"""
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from layerprobe.capture.packing import StoreSink
+from layerprobe.extract import engine, run
+from layerprobe.extract.calling import ModelCaller
+from layerprobe.extract.space import RoomKeeper
+from layerprobe.store.writer import ShardWriter
+
+__all__ = ["BESIDE", "MAIN", "Clocks"]
+
+MAIN = ("forward", "hooks", "plan", "batches", "records", "room", "wait for a buffer", "last flush", "open", "rest")
+BESIDE = ("tokenise", "writer thread")
+_WATCHED: tuple[tuple[Any, str, str], ...] = (
+    (run, "plan_extraction", "plan"),
+    (run, "open_store", "open"),
+    (ModelCaller, "call", "forward"),
+    (StoreSink, "receive", "hooks"),
+    (engine, "cut_batches", "batches"),
+    (engine, "_announce", "records"),
+    (engine, "encode_record", "records"),
+    (StoreSink, "announce", "records"),
+    (RoomKeeper, "reserve", "room"),
+    (StoreSink, "begin_unit", "wait for a buffer"),
+    (ShardWriter, "close", "last flush"),
+    (engine, "tokenize", "tokenise"),
+    (ShardWriter, "_write", "writer thread"),
+)
+
+
+class Clocks(AbstractContextManager[dict[str, float]]):
+    """Put the clocks on; gives the seconds of each part, whole once the block has ended."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, float] = dict.fromkeys((*MAIN, *BESIDE), 0.0)
+        self._originals: list[tuple[Any, str, Any]] = []
+        self._stacks = threading.local()
+        self._start = 0.0
+
+    def __enter__(self) -> dict[str, float]:
+        for owner, attribute, part in _WATCHED:
+            original = getattr(owner, attribute)
+            self._originals.append((owner, attribute, original))
+            watch = self._watch_steps if attribute == "cut_batches" else self._watch
+            setattr(owner, attribute, watch(original, part))
+        self._start = time.perf_counter()
+        return self._taken
+
+    def __exit__(self, *raised: Any) -> None:
+        whole = time.perf_counter() - self._start
+        for owner, attribute, original in self._originals:
+            setattr(owner, attribute, original)
+        self._taken["rest"] = whole - sum(self._taken[part] for part in MAIN)
+
+    def _watch(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._begin()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._end(part)
+
+        return timed
+
+    def _watch_steps(self, function: Callable[..., Iterator[Any]], part: str) -> Callable[..., Iterator[Any]]:
+        """Watch a generator: what it does from one value to the next."""
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            steps = function(*args, **kwargs)
+            step = self._watch(lambda: next(steps, None), part)
+            while (value := step()) is not None:
+                yield value
+
+        return timed
+
+    def _begin(self) -> None:
+        stack = self._stacks.__dict__.setdefault("within", [])
+        stack.append([time.perf_counter(), 0.0])
+
+    def _end(self, part: str) -> None:
+        stack = self._stacks.within
+        start, within = stack.pop()
+        took = time.perf_counter() - start
+        self._taken[part] += took - within
+        if stack:
+            stack[-1][1] += took

@@ -1,0 +1,151 @@
+"""The tables of docs/performance.md, laid out from what the benchmarks saved.
+
+    python benchmarks/figures.py        writes them between the markers of the page
+
+A benchmark that has not been saved leaves its place empty. Must never measure.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from layerprobe.tables import format_bytes
+
+__all__ = ["PAGE", "RESULTS", "TABLES", "write_tables"]
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+END = "<!-- end of the table -->\n"
+
+
+def lay_out_floor(document: dict[str, Any]) -> list[str]:
+    """Give the bounds of each regime, where its time goes, and the runs that end early."""
+    regimes, settings = document["results"]["regimes"], document["settings"]
+    return [
+        f"{settings['texts']:,} docstrings, {settings['tokens']:,} tokens, medians of {settings['rounds']} rounds, "
+        f"{_machine(document)}, in seconds:",
+        "",
+        *_table(
+            ("sites, rows, dtype", "forward", "copy", "disk", "whole", "over the floor", "CPU over the forward"),
+            [
+                (
+                    found["regime"],
+                    *(found[f"{way}_s"] for way in ("forward", "copy", "disk", "whole")),
+                    found["ratio"],
+                    found["cpu_ratio"],
+                )
+                for found in regimes
+            ],
+        ),
+        "",
+        "Where the time goes; what is last goes on beside the rest:",
+        "",
+        *_table(
+            ("sites, rows, dtype", *regimes[0]["parts_s"]),
+            [(found["regime"], *found["parts_s"].values()) for found in regimes],
+        ),
+        "",
+        "A run that ends at a layer, against the run of the last one:",
+        "",
+        *_table(
+            ("layer", "ratio", "layers run of all"),
+            [
+                (stop["layer"], stop["ratio"], f"{stop['layer'] + 1} of {stop['layers']}")
+                for stop in document["results"]["stops"]
+            ],
+        ),
+    ]
+
+
+def lay_out_growth(document: dict[str, Any]) -> list[str]:
+    """Give a line for each point of each axis."""
+    headers = (
+        "axis",
+        "texts",
+        "tokens each",
+        "sites",
+        "shards",
+        "threads",
+        "us a token",
+        "over the forward",
+        "memory above start",
+        "resume s",
+        "open ms",
+    )
+    rows: list[tuple[object, ...]] = [
+        (
+            axis,
+            f"{found['texts']:,}",
+            found["length"],
+            found["sites"],
+            f"{found['shards']:,}",
+            found["threads"] or "",
+            found["us_per_token"],
+            found["over_forward"],
+            format_bytes(found["peak_bytes"]),
+            found["resume_s"],
+            found["open_ms"],
+        )
+        for axis, points in document["results"].items()
+        for found in points
+    ]
+    return [f"Medians of {document['settings']['rounds']} rounds, {_machine(document)}:", "", *_table(headers, rows)]
+
+
+def lay_out_peers(document: dict[str, Any]) -> list[str]:
+    """Give a line for each way, and name those that are missing."""
+    settings, found = document["settings"], document["results"]
+    headers = ("way", "s", "times ours", "CPU, times ours", "memory above start", "bytes", "texts that agree")
+    rows: list[tuple[object, ...]] = [
+        (
+            way,
+            one["wall_s"],
+            one["wall_ratio"],
+            one["cpu_ratio"],
+            format_bytes(one["peak_bytes"]),
+            format_bytes(one["bytes"]),
+            f"{one['agree']} of {one['compared']}",
+        )
+        for way, one in found["ways"].items()
+    ]
+    named = ", ".join(f"{package} {version}" for package, version in settings["versions"].items())
+    lines = [
+        f"{settings['texts']:,} docstrings, {settings['tokens']:,} tokens, medians of {settings['rounds']} rounds, "
+        f"{_machine(document)}" + (f"; {named}" if named else "") + ":",
+        "",
+        *_table(headers, rows),
+    ]
+    for way, reason in found["missing"].items():
+        lines += ["", f"{way} is left out: `{reason}`."]
+    return lines
+
+
+def _machine(document: dict[str, Any]) -> str:
+    return f"{document['machine']['cpu']}, {document['machine']['cores']} cores, torch {document['versions']['torch']}"
+
+
+def _table(headers: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:
+    cells = [headers, ("---",) * len(headers), *rows]
+    return [f"| {' | '.join(map(str, row))} |" for row in cells]
+
+
+TABLES = {"floor": lay_out_floor, "growth": lay_out_growth, "peers": lay_out_peers}
+
+
+def write_tables(page: str, results: Path = RESULTS) -> str:
+    """Put each table between its markers in a page."""
+    for name, lay_out in TABLES.items():
+        begin = f"<!-- {name}.json: written by benchmarks/figures.py -->\n"
+        before, found, rest = page.partition(begin)
+        if not found:
+            raise ValueError(f"the page has no place for {name}.json: put {begin.strip()!r} where its table goes.")
+        saved = results / f"{name}.json"
+        lines = lay_out(json.loads(saved.read_text(encoding="utf-8"))) if saved.is_file() else []
+        body = "\n".join(["", *lines, "", ""]) if lines else ""
+        page = f"{before}{begin}{body}{END}{rest.partition(END)[2]}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(write_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,296 @@
+"""How does the cost grow with the work: more examples, sites, tokens a text, shards, threads?
+
+Every point is a process of its own, so that its peak of resident memory is its own; the points take turns, round by
+round. Each extracts texts from a file and is then measured on its store: the bare forward over batches of the same
+run, the same command again when nothing is missing, when the index and the last shard are, and opening it.
+
+The model is a BERT of 4 layers of width 128 with random weights, the texts are words of the standard library's
+docstrings, each cut to the very length, all of them different. So narrow a forward leaves nowhere to hide: what a text
+or a shard costs beside it shows at once, and 100,000 texts of 16 tokens take a minute and not an hour. The budget of a
+batch is held at 1,024 tokens; a long run would look for a larger one.
+
+    python benchmarks/growth.py [--quick] [--save] [--seconds 420]
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpora import list_docstrings
+from harness import emit, make_parser, read_peak
+from torch import nn
+from transformers import BertConfig, BertModel
+
+import layerprobe as lp
+from layerprobe.extract.batching import cut_batches
+from layerprobe.extract.engine import tokenize_missing
+from layerprobe.extract.plan import ExtractOptions, Plan, plan_extraction
+from layerprobe.models import find_demo_model, load_tokenizer
+from layerprobe.tables import format_bytes, format_table
+
+SITE_SETS = {
+    "one": ["layers.-1"],
+    "layers": ["embeddings", "layers.*"],
+    "inside": ["embeddings", "layers.*", "layers.*.mid", "layers.*.attention.context", "layers.*.ffn.act"],
+    "all": ["embeddings", "layers.*", "layers.*.mid", "layers.*.attention.*", "layers.*.ffn.*", "pooler"],
+}
+BATCH_TOKENS = 1024
+# enough for a forward's time per token
+_FORWARD_TOKENS = 100_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size of work.
+
+    Args:
+        texts: How many.
+        length: Tokens of each.
+        sites: Which set.
+        shards: Into how many to cut; None for shards of the usual size.
+        threads: How many; None for as many as there are cores.
+    """
+
+    texts: int = 10_000
+    length: int = 16
+    sites: str = "layers"
+    shards: int | None = None
+    threads: int | None = None
+
+
+def main() -> None:
+    parser = make_parser("How the cost of an extraction grows with the work.")
+    parser.add_argument("--seconds", type=float, default=420.0, help="begin no further round after; at least one")
+    parser.add_argument("--point", help="measure one point, given as JSON, and print what was found")
+    parser.add_argument("--texts-file", type=Path, help="the texts of that point")
+    options = parser.parse_args()
+    if options.point:
+        print(json.dumps(measure(Point(**json.loads(options.point)), options.texts_file)))
+        return
+    axes = list_axes(options.quick)
+    seconds = 0.0 if options.quick else options.seconds
+    points = list(dict.fromkeys(point for axis in axes.values() for point in axis))
+    found: dict[Point, list[dict[str, float]]] = {point: [] for point in points}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {(point.texts, point.length): Path(folder) / f"{point.texts}-{point.length}.txt" for point in points}
+        for (count, length), path in files.items():
+            write_texts(path, count, length)
+        start = time.perf_counter()
+        while not found[points[-1]] or time.perf_counter() - start < seconds:
+            for point in points:
+                found[point].append(run_point(point, files[point.texts, point.length]))
+    results = {
+        axis: [lay_out(point, found[point], found[members[0]]) for point in members] for axis, members in axes.items()
+    }
+    print_table(results)
+    settings = {
+        "rounds": len(found[points[-1]]),
+        "seconds": seconds,
+        "model": "BERT of 4 layers, width 128, random weights",
+        "batch_tokens": BATCH_TOKENS,
+        "dtype": "float16",
+        "site_sets": SITE_SETS,
+        "memory": "peak of resident memory above what the process held before the run",
+    }
+    emit("growth", settings, results, save=options.save)
+
+
+def list_axes(is_quick: bool) -> dict[str, list[Point]]:
+    """Give the points of each axis; the first of an axis is what the others are held against."""
+    base = Point()
+    if is_quick:
+        base = replace(base, texts=200)
+        return {
+            "examples": [base, replace(base, texts=400)],
+            "sites": [base, replace(base, sites="one")],
+            "length": [base, replace(base, length=64, texts=50)],
+            "shards": [replace(base, shards=count) for count in (1, 10)],
+            "threads": [base, replace(base, threads=1)],
+        }
+    cut = replace(base, texts=32_000)
+    return {
+        "examples": [base, *(replace(base, texts=count) for count in (1_000, 30_000, 100_000))],
+        "sites": [base, *(replace(base, sites=name) for name in ("one", "inside", "all"))],
+        "length": [base, *(replace(base, length=length, texts=160_000 // length) for length in (64, 256, 512))],
+        "shards": [replace(cut, shards=count) for count in (1, 10, 100, 1000)],
+        "threads": [base, replace(base, threads=1)],
+    }
+
+
+def write_texts(path: Path, count: int, length: int) -> None:
+    """Write so many texts of words, one a line, each different and of at least so many tokens."""
+    words = " ".join(list_docstrings()).split()
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            start = number * length % (len(words) - length)
+            file.write(f"{number} {' '.join(words[start : start + length])}\n")
+
+
+def run_point(point: Point, texts: Path) -> dict[str, float]:
+    """Measure a point in a process of its own."""
+    command = [sys.executable, __file__, "--point", json.dumps(asdict(point)), "--texts-file", str(texts)]
+    limits = {} if point.threads is None else {"OMP_NUM_THREADS": str(point.threads)}
+    ended = subprocess.run(command, env={**os.environ, **limits}, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"{point} ended with {ended.returncode}:\n{ended.stderr}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def measure(point: Point, texts: Path) -> dict[str, float]:
+    """Extract once, and time what comes after on the same store."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(str(find_demo_model()))
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=512,
+    )
+    model = BertModel(config).eval()
+    with tempfile.TemporaryDirectory() as place, torch.inference_mode():
+        options = ExtractOptions(
+            sites=SITE_SETS[point.sites], dtype="float16", max_length=point.length, batch_tokens=BATCH_TOKENS
+        )
+        plan = plan_extraction(model, texts, Path(place) / "plan", options, tokenizer=tokenizer)
+        if point.shards is not None:
+            options = replace(options, shard_bytes=-(-plan.num_bytes // point.shards))
+        run = partial(extract, model, tokenizer, options, texts)
+        first = Path(place) / "first.txt"
+        with texts.open(encoding="utf-8") as file:
+            first.write_text("".join(file.readline() for _line in range(64)), encoding="utf-8")
+        before = read_peak(resets=True)
+        extract(model, tokenizer, options, first, Path(place) / "warm")
+        return {**measure_run(run, Path(place) / "acts", before), "forward_us": time_forward(model, plan)}
+
+
+def extract(model: nn.Module, tokenizer: Any, options: ExtractOptions, texts: Path, to: Path) -> None:
+    lp.extract(
+        model,
+        texts,
+        to,
+        sites=options.sites,
+        dtype="float16",
+        max_length=options.max_length,
+        batch_tokens=options.batch_tokens,
+        shard_size=options.shard_bytes,
+        tokenizer=tokenizer,
+        progress=False,
+    )
+
+
+def measure_run(run: Callable[[Path], None], folder: Path, before: int) -> dict[str, float]:
+    """Time a run, the run again, one that lacks its end, and opening; and take the peak of the first.
+
+    Args:
+        before: Bytes that were resident before anything ran.
+    """
+    cpu = time.process_time()
+    wall_s = _time(partial(run, folder))
+    cpu_s = time.process_time() - cpu
+    peak = read_peak() - before
+    shards = sorted(folder.glob("shard-*"))
+    num_bytes = sum(path.stat().st_size for path in shards)
+    again_s = _time(partial(run, folder))
+    (folder / "index.json").unlink()
+    shards[-1].unlink()
+    resume_s = _time(partial(run, folder))
+    open_s = statistics.median(_time(partial(lp.open, folder)) for _try in range(5))
+    store = lp.open(folder)
+    return {
+        "tokens": store.num_tokens,
+        "shards": len(shards),
+        "bytes": num_bytes,
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "peak_bytes": peak,
+        "base_bytes": before,
+        "again_s": again_s,
+        "resume_s": resume_s,
+        "open_s": open_s,
+    }
+
+
+def time_forward(model: nn.Module, plan: Plan) -> float:
+    """Time the bare forward over batches of the run, in microseconds per token."""
+    batches = []
+    tokens = 0
+    for unit in plan.units():
+        tokenized = tokenize_missing(plan, unit)
+        assert tokenized is not None
+        for batch in cut_batches(tokenized, plan.batch_tokens, plan.tokenizer.pad_token_id, "right"):
+            if tokens < _FORWARD_TOKENS:
+                batches.append(batch)
+                tokens += sum(batch.lengths)
+        if tokens >= _FORWARD_TOKENS:
+            break
+
+    def forward() -> None:
+        for batch in batches:
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+
+    return 1e6 * _time(forward) / tokens
+
+
+def _time(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def lay_out(point: Point, rounds: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, Any]:
+    """Give the medians of a point, and how they stand to those of its axis's first."""
+
+    def middle(worth: Callable[[dict[str, float]], float]) -> float:
+        return statistics.median(map(worth, rounds))
+
+    def against(worth: Callable[[dict[str, float]], float]) -> float:
+        return round(
+            statistics.median(worth(mine) / worth(theirs) for mine, theirs in zip(rounds, base, strict=True)), 3
+        )
+
+    return {
+        **asdict(point),
+        "shards": int(rounds[0]["shards"]),
+        "tokens": int(rounds[0]["tokens"]),
+        "bytes": int(rounds[0]["bytes"]),
+        "us_per_token": round(middle(_us_per_token), 2),
+        "us_ratio": against(_us_per_token),
+        "cpu_us_per_token": round(middle(lambda one: 1e6 * one["cpu_s"] / one["tokens"]), 2),
+        "forward_us_per_token": round(middle(lambda one: one["forward_us"]), 2),
+        "over_forward": round(middle(lambda one: _us_per_token(one) / one["forward_us"]), 3),
+        "peak_bytes": round(middle(lambda one: one["peak_bytes"])),
+        "peak_ratio": against(lambda one: one["peak_bytes"] + one["base_bytes"]),
+        "again_s": round(middle(lambda one: one["again_s"]), 3),
+        "resume_s": round(middle(lambda one: one["resume_s"]), 3),
+        "open_ms": round(1e3 * middle(lambda one: one["open_s"]), 3),
+    }
+
+
+def _us_per_token(one: dict[str, float]) -> float:
+    return 1e6 * one["wall_s"] / one["tokens"]
+
+
+def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
+    names = ("texts", "length", "sites", "shards", "threads", "us_per_token", "us_ratio", "forward_us_per_token")
+    names += ("over_forward", "peak_bytes", "peak_ratio", "again_s", "resume_s", "open_ms")
+    rows = []
+    for axis, points in results.items():
+        for found in points:
+            shown = {**found, "peak_bytes": format_bytes(found["peak_bytes"])}
+            rows.append((axis, *(shown[name] for name in names)))
+    print(format_table(("axis", *(name.replace("_", " ") for name in names)), rows))
+
+
+if __name__ == "__main__":
+    main()
