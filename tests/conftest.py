@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -27,6 +28,13 @@ FINGERPRINT = "0" * 32
 
 # Tiny tensors gain nothing from threads, and two runs on one machine lose by them.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heard_interrupts() -> None:
+    """Hear SIGINT, which what a shell starts in the background ignores, and so would the commands that tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _tiny_config(**changes: Any) -> Any:
