@@ -56,9 +56,15 @@ def shuffle(texts: list[str]) -> list[str]:
     return mixed
 
 
-def list_batches(demo: LoadedModel, texts: list[str], folder: Path) -> tuple[list[Batch], int, int]:
-    """Make the very batches that layerprobe makes, the count of real tokens, and the longest text it takes."""
-    options = ExtractOptions(sites=SITES, dtype="float16")
+def list_batches(
+    demo: LoadedModel, texts: list[str], folder: Path, options: ExtractOptions | None = None
+) -> tuple[list[Batch], int, int]:
+    """Make the very batches that layerprobe makes, the count of real tokens, and the longest text it takes.
+
+    Args:
+        options: Of the run; None for every layer in float16.
+    """
+    options = options or ExtractOptions(sites=SITES, dtype="float16")
     plan = plan_extraction(demo.model, texts, folder, options, tokenizer=demo.tokenizer)
     pad_id, side = demo.tokenizer.pad_token_id, demo.tokenizer.padding_side
     batches, num_tokens = [], 0

@@ -27,10 +27,22 @@ def lay_out_floor(document: dict[str, Any]) -> list[str]:
         f"{_machine(document)}, in seconds:",
         "",
         *_table(
-            ("sites, rows, dtype", "forward", "copy", "disk", "whole", "over the floor", "CPU over the forward"),
+            (
+                "sites, rows, dtype",
+                "batches",
+                "padding, %",
+                "forward",
+                "copy",
+                "disk",
+                "whole",
+                "over the floor",
+                "CPU over the forward",
+            ),
             [
                 (
                     found["regime"],
+                    found["batches"],
+                    round(100 * found["padding"], 2),
                     *(found[f"{way}_s"] for way in ("forward", "copy", "disk", "whole")),
                     found["ratio"],
                     found["cpu_ratio"],

@@ -1,9 +1,10 @@
 """How close does a run come to the floor: the forward alone, the copies alone, the disk alone, and the whole?
 
-Nothing can be faster than the slowest of the three: the forward over the same batches, copying and casting the values
-of the asked sites once, and writing their bytes to disk as shards are written, flushed. The plain way to write is
-timed beside that one and is no bound. All of them and the whole run take turns, for one site and for more, as rows and
-pooled, in float32 and in float16; so do runs that end at a layer, against the run of the last one.
+Nothing can be faster than the slowest of the three: the forward over the run's own batches, copying and casting the
+values of the asked sites once, and writing their bytes to disk as shards are written, flushed. Where a row takes many
+bytes a shard holds few texts, and its batches are smaller: that costs a forward too, and is told beside it. The plain
+way to write is timed beside that one and is no bound. All of them and the whole run take turns, for one site and for
+more, as rows and pooled, in float32 and in float16; so do runs that end at a layer, against the run of the last one.
 
 Clocks around the parts of each run say where its time goes. A part does not count what another part within it takes,
 so that those of the main thread add up to the whole. What goes on beside it, in threads of its own, comes after.
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.extract.batching import Batch
+from layerprobe.extract.plan import ExtractOptions
 from layerprobe.models import LoadedModel
 from layerprobe.store.durable import commit_file
 from layerprobe.tables import format_table
@@ -48,9 +50,20 @@ class Regime:
         self.options = options
         self.clocks: list[dict[str, float]] = []
         self.sizes: list[int] = []
+        self.batches, self.num_tokens, _ = list_batches(demo, texts, folder, ExtractOptions(**options))
         self._demo = demo
         self._texts = texts
         self._folder = folder
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return sum(batch.input_ids.numel() for batch in self.batches)
+
+    @property
+    def forward(self) -> str:
+        """Names the forward over its batches; regimes of the same batches share one."""
+        return f"forward over {len(self.batches)} batches of {self.num_computed} tokens"
 
     @property
     def widths(self) -> list[int]:
@@ -87,23 +100,22 @@ def main() -> None:
     texts = docstrings[:: max(1, len(docstrings) // num_texts)][:num_texts]
     with tempfile.TemporaryDirectory() as place, torch.inference_mode():
         folder = Path(place)
-        batches, num_tokens, _ = list_batches(demo, texts, folder / "plan")
         regimes = {name: Regime(name, demo, texts, folder / "acts", **how) for name, how in list_regimes().items()}
         layers = len(lp.sites(demo.model, "layers.*"))
         for layer in range(0, layers, 2):
             name = f"stop at layer {layer}"
             regimes[name] = Regime(name, demo, texts, folder / "acts", sites=[f"layers.{layer}"], dtype="float16")
         Regime("warm", demo, texts[:8], folder / "warm", sites=SITE_SETS["all"], dtype="float16").run()
-        rivals = list_rivals(demo, batches, regimes, folder)
+        rivals = list_rivals(demo, regimes, folder)
         timings = interleave(rivals, seconds=seconds, least_rounds=1, warm_rounds=0)
     results = [lay_out(regime, timings) for name, regime in regimes.items() if not name.startswith("stop")]
     stops = [
         lay_out_stop(timings, layer, layers) for layer in range(layers) if f"stop at layer {layer} whole" in timings
     ]
     print_tables(results, stops)
-    rounds = len(timings["forward"].wall_s)
-    settings = {"texts": len(texts), "tokens": num_tokens, "rounds": rounds, "seconds": seconds}
-    settings["computed"] = sum(batch.input_ids.numel() for batch in batches)
+    whole = regimes["all, rows, float16"]
+    rounds = len(timings[whole.forward].wall_s)
+    settings = {"texts": len(texts), "tokens": whole.num_tokens, "rounds": rounds, "seconds": seconds}
     emit("floor", settings, {"regimes": results, "stops": stops}, save=options.save)
 
 
@@ -116,15 +128,17 @@ def list_regimes() -> dict[str, dict[str, Any]]:
     }
 
 
-def list_rivals(demo: LoadedModel, batches: list[Batch], regimes: dict[str, Regime], folder: Path) -> dict[str, Rival]:
-    """Give the forward, and of each regime the whole, which tells the sizes, the copies and both ways to write."""
-    rivals = {"forward": Rival(lambda _: run_forward(demo, batches))}
+def list_rivals(demo: LoadedModel, regimes: dict[str, Regime], folder: Path) -> dict[str, Rival]:
+    """Give of each regime the forward, the whole, which tells the sizes, the copies and both ways to write."""
+    rivals: dict[str, Rival] = {}
     for name, regime in regimes.items():
+        if not name.startswith("stop"):
+            rivals.setdefault(regime.forward, Rival(partial(run_forward, demo, regime.batches)))
         rivals[f"{name} whole"] = Rival(regime.run, finish=regime.end)
         if name.startswith("stop"):
             continue
         is_pooled, dtype = regime.options["pool"] is not None, regime.options["dtype"]
-        rivals[f"{name} copy"] = Rival(partial(copy_values, batches, regime.widths, dtype, is_pooled))
+        rivals[f"{name} copy"] = Rival(partial(copy_values, regime.batches, regime.widths, dtype, is_pooled))
         for way, write in (("disk", commit_file), ("plain disk", write_plainly)):
             rivals[f"{name} {way}"] = Rival(
                 partial(write_files, write),
@@ -134,7 +148,7 @@ def list_rivals(demo: LoadedModel, batches: list[Batch], regimes: dict[str, Regi
     return rivals
 
 
-def run_forward(demo: LoadedModel, batches: list[Batch]) -> None:
+def run_forward(demo: LoadedModel, batches: list[Batch], _: object = None) -> None:
     for batch in batches:
         demo.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
 
@@ -177,7 +191,7 @@ def write_plainly(path: Path, pieces: list[memoryview]) -> None:
 
 def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
     """Give the medians of a regime, its ratio to the slowest of its bounds, and where its time went."""
-    ways = {"forward": timings["forward"]}
+    ways = {"forward": timings[regime.forward]}
     ways |= {way: timings[f"{regime.name} {way}"] for way in ("copy", "disk", "plain disk", "whole")}
     seconds = {way: statistics.median(timing.wall_s) for way, timing in ways.items()}
     floor = max(BOUNDS, key=lambda way: seconds[way])
@@ -186,6 +200,8 @@ def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
     return {
         "regime": regime.name,
         "bytes": num_bytes,
+        "batches": len(regime.batches),
+        "padding": round(1 - regime.num_tokens / regime.num_computed, 4),
         **{f"{way.replace(' ', '_')}_s": round(took, 3) for way, took in seconds.items()},
         "disk_gb_per_s": round(num_bytes / 1e9 / seconds["disk"], 3),
         "plain_disk_gb_per_s": round(num_bytes / 1e9 / seconds["plain disk"], 3),
@@ -205,7 +221,19 @@ def lay_out_stop(timings: dict[str, Timings], layer: int, layers: int) -> dict[s
 
 def print_tables(results: list[dict[str, Any]], stops: list[dict[str, Any]]) -> None:
     """Print the bounds, the parts and the early ends."""
-    names = ("regime", "forward_s", "copy_s", "disk_s", "plain_disk_s", "whole_s", "floor", "ratio", "cpu_ratio")
+    names = (
+        "regime",
+        "batches",
+        "padding",
+        "forward_s",
+        "copy_s",
+        "disk_s",
+        "plain_disk_s",
+        "whole_s",
+        "floor",
+        "ratio",
+        "cpu_ratio",
+    )
     print(format_table(tuple(map(_name, names)), [tuple(found[name] for name in names) for found in results]))
     print("\nwhere the time of a run goes, in seconds; the last two beside the others:")
     parts = (*MAIN, *BESIDE)

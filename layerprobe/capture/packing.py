@@ -4,7 +4,8 @@ Rows of a call go to the end of the open unit's buffer; a finished call stays th
 by the next. A unit is sealed when its buffer is full (`Probe`) or when it is told to (`extract`) and becomes one
 shard.
 
-Hides the order of tensors in a shard and the turns of the two buffers. Must never know of modules or hooks.
+Hides the order of tensors in a shard and the turns of the buffers: one more than there are writers. Must never know of
+modules or hooks.
 """
 
 import contextlib
@@ -40,8 +41,6 @@ from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_pla
 
 __all__ = ["StoreSink"]
 
-_NUM_BUFFERS = 2
-
 
 @dataclass(eq=False)
 class _Pending:
@@ -74,6 +73,8 @@ class StoreSink:
         fingerprint: Of the plan; with a description it is worked out from that and from the sites.
         stored: How the sites will lie on disk, if known.
         keeps_part: Whether the batches that are announced say which rows to keep.
+        packs_in_graphs: Whether compiled graphs may gather and cast rows. As many rows as tokens are a new shape with
+            almost every batch, and CUDA graphs are recorded for each shape.
     """
 
     def __init__(
@@ -89,12 +90,14 @@ class StoreSink:
         description: Mapping[str, Any] | None = None,
         stored: Sequence[StoredSite] | None = None,
         keeps_part: bool = False,
+        packs_in_graphs: bool = True,
     ) -> None:
         self.place = find_place(where)
         self.writer = writer
         self.buffers: BufferPool | None = None
         self._pool = pool
         self._keeps_part = keeps_part
+        self._packs_in_graphs = packs_in_graphs
         self.packed_dtype = dtype
         self._shard_bytes = shard_bytes
         self._fingerprint = fingerprint
@@ -121,7 +124,7 @@ class StoreSink:
     @property
     def packs_rows(self) -> bool:
         """Whether a compiled graph may gather and cast rows itself, to `packed_dtype`, and call `receive_rows`."""
-        is_plain = self._pool is None and not self._keeps_part
+        is_plain = self._packs_in_graphs and self._pool is None and not self._keeps_part
         return is_plain and self.packed_dtype in (None, torch.float32, torch.float16, torch.bfloat16)
 
     @property
@@ -268,6 +271,8 @@ class StoreSink:
         selection = pending.selection
         assert selection is not None
         site, stored, unit = self._sites[index], self._stored[index], self._unit
+        if pending.batch is not None and pending.batch.num_filling:
+            value = value[: -pending.batch.num_filling]
         overflow = None
         if stored.dtype == torch.float8_e4m3fn:
             overflow = pending.overflow.setdefault(index, torch.zeros((), dtype=torch.int64, device=value.device))
@@ -354,7 +359,7 @@ class StoreSink:
         # Texts average more than one token, so a vector per row is more than enough for vectors per example.
         rows = int(self._shard_bytes / (size["token"] + size["example"] + size["attention"] * pairs_per_row))
         room = self._room = Room(*map(max, first, Room(rows, rows, int(rows * pairs_per_row))))
-        return BufferPool(partial(HostBuffer, self._stored, room, self._lane.pinned), _NUM_BUFFERS)
+        return BufferPool(partial(HostBuffer, self._stored, room, self._lane.pinned), self.writer.num_threads + 1)
 
 
 def _real_ids(context: Context, selection: Selection) -> Tensor:

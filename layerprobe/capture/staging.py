@@ -2,7 +2,7 @@
 
 On the CPU a value goes straight into the shard-shaped host buffer: a stage would be a second copy. On CUDA it goes
 into a stage on the device and from there, on a copy stream, into a pinned host buffer while the model computes on.
-Two host buffers take turns; when both are busy the forward waits, and the wait is counted.
+Host buffers take turns, two of them with one writer; when all are busy the forward waits, and the wait is counted.
 
 The only file that knows of CUDA. Must never know what the values mean.
 """

@@ -46,6 +46,7 @@ class AnnouncedBatch:
         records: What travels with each example, or None.
         sequences: For each example its sequence in the batch, where texts that are the same share one; else None.
         kept: For each example the positions of its rows that are kept, rising, among its real tokens; None for all.
+        num_filling: Last sequences of the batch that are of no example.
     """
 
     ordinals: Sequence[int]
@@ -56,6 +57,7 @@ class AnnouncedBatch:
     records: Sequence[Mapping[str, Any]] | None = None
     sequences: Sequence[int] | None = None
     kept: Sequence[Tensor] | None = None
+    num_filling: int = 0
 
 
 @dataclass(eq=False)

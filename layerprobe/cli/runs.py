@@ -69,6 +69,13 @@ def extract(
         str | None, typer.Option(help="What the forward computes in: bfloat16, float16, tf32 (CUDA); the weights'.")
     ] = None,
     compiles: Annotated[bool, typer.Option("--compile", help="Compile the model for the run.")] = False,
+    replays: Annotated[
+        bool,
+        typer.Option("--cuda-graphs", help="Compile, and replay a CUDA graph for each of a few shapes of batches."),
+    ] = False,
+    writers: Annotated[
+        int, typer.Option(help="Shards written at once; more where `stalled` says that one is too slow.")
+    ] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
     devices: Annotated[
         str | None, typer.Option(help="Several GPUs, '0,1': a process each, one store. Or 'cpu,cpu'.")
@@ -95,6 +102,7 @@ def extract(
 
     Example: layerprobe extract demo texts.txt -o acts --dtype float16
     """
+    from layerprobe.extract.forward import CUDA_GRAPHS
     from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, plan_extraction
     from layerprobe.extract.run import run_extraction
 
@@ -110,7 +118,8 @@ def extract(
         keep=keep,
         tokens=tokens,
         precision=precision,
-        compile=compiles,
+        compile=CUDA_GRAPHS if replays else compiles,
+        writers=writers,
     )
     keep_freed_memory()
     if price is not None:

@@ -8,6 +8,7 @@ Must never assert a time.
 
 import json
 import math
+import shutil
 import statistics
 import tempfile
 import time
@@ -91,7 +92,7 @@ def compare(
     Raises:
         OptionError: another word, or a model whose times cannot be taken.
 
-    Cost: a store of some rounds in the folder for temporary files, gone afterwards.
+    Cost: the store of one round in the folder for temporary files, gone afterwards.
     """
     if what not in COMPARISONS:
         raise OptionError(f"compare {what!r}: use {', '.join(COMPARISONS)}.")
@@ -108,6 +109,7 @@ def compare(
                 seconds = _time_way(network, batch, enter, options, num_calls, number, device)
                 if number >= 0:
                     taken.setdefault(way, []).append(seconds / num_calls)
+            shutil.rmtree(Path(folder) / str(number))
     return Comparison({way: tuple(seconds) for way, seconds in taken.items()}, num_calls)
 
 

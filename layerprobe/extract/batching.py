@@ -16,10 +16,12 @@ from torch import Tensor
 
 from layerprobe.capture.staging import Room
 
-__all__ = ["BATCH_COST_TOKENS", "Batch", "TokenizedUnit", "cut_batches", "tokenize"]
+__all__ = ["BATCH_COST_TOKENS", "Batch", "Shapes", "TokenizedUnit", "cut_batches", "tokenize"]
 
 # What one more batch costs, in tokens: less than it measures for MiniLM on two cores (36), to keep padding under 2 %.
 BATCH_COST_TOKENS = 16
+_LEAST_STEP = 8
+_STEPS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,7 @@ class Batch:
         members: Places of the texts in the unit.
         lengths: Tokens of each.
         sequences: For each its row of `input_ids`; texts of the same ids share one.
-        input_ids, attention_mask: `[B, S]` int64.
+        input_ids, attention_mask: `[B, S]` int64; rows of no text come last.
     """
 
     members: list[int]
@@ -56,6 +58,16 @@ class Batch:
     sequences: list[int]
     input_ids: Tensor
     attention_mask: Tensor
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens of texts, those of equal texts once: all that is not padding."""
+        return sum(dict(zip(self.sequences, self.lengths, strict=True)).values())
+
+    @property
+    def num_filling(self) -> int:
+        """Rows that are of no text."""
+        return len(self.input_ids) - 1 - max(self.sequences, default=-1)
 
     def halves(self) -> "tuple[Batch, Batch]":
         """Cut in two, as long as before and in the same order; at least two sequences."""
@@ -71,6 +83,28 @@ class Batch:
             self.input_ids[start:stop],
             self.attention_mask[start:stop],
         )
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Few shapes for all batches, for what is prepared once for each shape, as CUDA graphs are.
+
+    Lengths are rounded up to one of four in each doubling, and batches of a length have the same number of sequences.
+
+    Args:
+        batch_tokens: Padded tokens of a batch.
+        longest: Longest text.
+    """
+
+    batch_tokens: int
+    longest: int
+
+    def of(self, length: int) -> tuple[int, int]:
+        """Give B and S of the batch whose longest text has `length` tokens."""
+        length = max(1, length)
+        step = max(_LEAST_STEP, (1 << (length - 1).bit_length()) // (2 * _STEPS))
+        width = max(length, min(self.longest, -(-length // step) * step))
+        return max(1, self.batch_tokens // width), width
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenizedUnit:
@@ -97,14 +131,20 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
 
 
 def cut_batches(
-    unit: TokenizedUnit, batch_tokens: int, pad_id: int, padding_side: str, *, joins_equal: bool = True
+    unit: TokenizedUnit,
+    batch_tokens: int,
+    pad_id: int,
+    padding_side: str,
+    *,
+    joins_equal: bool = True,
+    shapes: Shapes | None = None,
 ) -> Iterator[Batch]:
     """Cut a unit into batches of at most `batch_tokens` padded tokens, longest texts first.
 
     Texts of the same ids are computed once, unless `joins_equal` is False. Of all cuts of the sorted texts it is the
     one that computes least, each batch counted as some tokens more. The longest come first so that buffers and stages
     reach their size at once. A text longer than the budget is a batch of its own. Ties keep the order of the input, so
-    the cut is a function of the unit alone.
+    the cut is a function of the unit alone. With `shapes` every batch has one of those, filled up with padding.
 
     Cost: for each text a look at as many as fit into a batch with it, in numpy.
     """
@@ -112,11 +152,13 @@ def cut_batches(
     for member, ids in enumerate(unit.ids):
         same.setdefault((tuple(ids), 0 if joins_equal else member), []).append(member)
     sequences = sorted(same, key=lambda key: -len(key[0]))
-    ends = _choose_ends([len(ids) for ids, _ in sequences], batch_tokens)
+    lengths = [len(ids) for ids, _ in sequences]
+    ends = _choose_ends(lengths, batch_tokens) if shapes is None else _fill_shapes(lengths, shapes)
     start = 0
     while start < len(sequences):
         chosen = sequences[start : ends[start]]
-        yield _pad([ids for ids, _ in chosen], [same[key] for key in chosen], pad_id, padding_side)
+        shape = None if shapes is None else shapes.of(lengths[start])
+        yield _pad([ids for ids, _ in chosen], [same[key] for key in chosen], pad_id, padding_side, shape)
         start = ends[start]
 
 
@@ -139,12 +181,25 @@ def _choose_ends(lengths: Sequence[int], batch_tokens: int) -> list[int]:
     return ends
 
 
-def _pad(sequences: Sequence[tuple[int, ...]], members: Sequence[list[int]], pad_id: int, padding_side: str) -> Batch:
+def _fill_shapes(lengths: Sequence[int], shapes: Shapes) -> list[int]:
+    """For each text, taken as the first of a batch, give where a full batch of its shape ends."""
+    return [min(len(lengths), start + shapes.of(length)[0]) for start, length in enumerate(lengths)]
+
+
+def _pad(
+    sequences: Sequence[tuple[int, ...]],
+    members: Sequence[list[int]],
+    pad_id: int,
+    padding_side: str,
+    shape: tuple[int, int] | None,
+) -> Batch:
     lengths = [len(ids) for ids in sequences]
     # A model wants at least one position, even where a tokenizer gives nothing for an empty text.
-    longest = max(1, *lengths)
-    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(sequences), longest), dtype=torch.int64)
+    num_rows, longest = shape or (len(sequences), max(1, *lengths))
+    input_ids = torch.full((num_rows, longest), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((num_rows, longest), dtype=torch.int64)
+    # attention over nothing at all is not a number
+    attention_mask[len(sequences) :, 0 if padding_side == "right" else -1] = 1
     for row, (ids, length) in enumerate(zip(sequences, lengths, strict=True)):
         place = slice(0, length) if padding_side == "right" else slice(longest - length, longest)
         input_ids[row, place] = torch.tensor(ids, dtype=torch.int64)

@@ -55,7 +55,8 @@ class ModelCaller:
             torch.cuda.empty_cache()
             _say(f"{self._device}: no memory for {num_tokens:,} tokens at once, going on with {self.most_tokens:,}.")
         for half in batch.halves():
-            self.call(half, announce)
+            if half.members:
+                self.call(half, announce)
 
     def _try(self, batch: Batch, announce: Callable[[Batch], None], may_fail: bool) -> bool:
         announce(batch)

@@ -22,11 +22,11 @@ from layerprobe.capture.select import resolve_dtype
 from layerprobe.capture.staging import Room
 from layerprobe.capture.units import AnnouncedBatch, encode_record
 from layerprobe.errors import InputError, SpaceError
-from layerprobe.extract.batching import Batch, TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.batching import Batch, Shapes, TokenizedUnit, cut_batches, tokenize
 from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.cores import using_cores
 from layerprobe.extract.cutting import Unit
-from layerprobe.extract.forward import compile_network, compute_in
+from layerprobe.extract.forward import CUDA_GRAPHS, compile_network, compute_in
 from layerprobe.extract.inputs import InputDigest, Record
 from layerprobe.extract.plan import Plan
 from layerprobe.extract.reports import RunReport
@@ -59,8 +59,10 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         self._keeper = keeper
         self._advance = advance
         self._share = share
+        is_replayed = plan.options.compile == CUDA_GRAPHS
+        self._shapes = Shapes(plan.batch_tokens, plan.rule.max_length) if is_replayed else None
         self.report = report
-        self._writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt)
+        self._writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt, plan.options.writers)
         self._sink = StoreSink(
             plan.place,
             self._writer,
@@ -71,6 +73,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             fingerprint=plan.fingerprint,
             stored=plan.stored,
             keeps_part=plan.rule.kept is not None,
+            packs_in_graphs=not is_replayed,
         )
         model = compile_network(plan.model, plan.options.compile)
         self._caller = ModelCaller(model, plan.device)
@@ -116,11 +119,11 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         self._keeper.reserve(header, self._plan.stored, room, record_bytes, rows is not None)
         self._sink.begin_unit(unit.number, unit.first_example, room, num_truncated)
         pad_id, side = self._plan.tokenizer.pad_token_id or 0, self._plan.tokenizer.padding_side
-        for batch in cut_batches(tokenized, self._plan.batch_tokens, pad_id, side):
+        for batch in cut_batches(tokenized, self._plan.batch_tokens, pad_id, side, shapes=self._shapes):
             self._caller.call(batch, lambda part: self._sink.announce(_announce(unit, tokenized, part, side, rows)))
             self.report.num_computed += batch.input_ids.numel()
-            self.report.num_padding += int((batch.attention_mask == 0).sum())
-            self.report.num_repeated += len(batch.members) - len(batch.input_ids)
+            self.report.num_padding += batch.input_ids.numel() - batch.num_computed
+            self.report.num_repeated += len(batch.members) - len(batch.input_ids) + batch.num_filling
             self.report.num_tokens += sum(batch.lengths)
             self.report.num_examples += len(batch.members)
             self._count()
@@ -188,8 +191,9 @@ def _announce(
         padding_side=padding_side,
         input_ids=input_ids,
         records=[_make_record(unit.records[member]) for member in batch.members],
-        sequences=batch.sequences if len(batch.sequences) > len(batch.input_ids) else None,
+        sequences=batch.sequences if len(batch.sequences) > len(batch.input_ids) - batch.num_filling else None,
         kept=kept,
+        num_filling=batch.num_filling,
     )
 
 

@@ -17,8 +17,10 @@ from torch import nn
 from layerprobe.errors import OptionError
 from layerprobe.sites.stacks import find_device
 
-__all__ = ["PRECISIONS", "check_forward", "compile_network", "compute_in", "find_precision"]
+__all__ = ["CUDA_GRAPHS", "PRECISIONS", "check_forward", "compile_network", "compute_in", "find_precision"]
 
+# torch's name for a compiled model whose kernels a GPU replays as a graph, one for each shape of a batch
+CUDA_GRAPHS = "reduce-overhead"
 # tf32 is float32 whose products a GPU may round to ten bits of mantissa
 _TF32 = "tf32"
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,11 +34,13 @@ def check_forward(precision: object, backend: object) -> None:
     """
     if precision is not None and precision not in PRECISIONS:
         raise OptionError(f"no precision {precision!r}: use {', '.join(PRECISIONS)}, or None for that of the weights.")
-    if isinstance(backend, bool):
+    if isinstance(backend, bool) or backend == CUDA_GRAPHS:
         return
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
-        raise OptionError(f"compile={backend!r}: no such backend. Use True, False, or one of {', '.join(known)}.")
+        raise OptionError(
+            f"compile={backend!r}: no such backend. Use True, False, {CUDA_GRAPHS!r}, or one of {', '.join(known)}."
+        )
 
 
 def find_precision(model: nn.Module, precision: str | None) -> str | None:
@@ -82,7 +86,9 @@ def compile_network(model: nn.Module, backend: bool | str) -> nn.Module:
     """Give what to call in place of a model: itself, or a compiled wrapper of it for texts of any length."""
     if backend is False:
         return model
-    chosen = "inductor" if backend is True else backend
-    wrapper = torch.compile(model, dynamic=True, backend=chosen)
+    if backend == CUDA_GRAPHS:
+        wrapper = torch.compile(model, dynamic=True, mode=CUDA_GRAPHS)
+    else:
+        wrapper = torch.compile(model, dynamic=True, backend="inductor" if backend is True else backend)
     assert isinstance(wrapper, nn.Module)
     return wrapper

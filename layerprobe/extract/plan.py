@@ -67,7 +67,8 @@ class ExtractOptions:
         keep: Share of the rows to keep.
         tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` or `nonspecial`.
         precision: What the forward computes in, by name; None for the dtype of the weights.
-        compile: Whether to compile the model for the run, or torch's backend to do so.
+        compile: Whether to compile the model for the run, or torch's backend to do so, or `reduce-overhead`.
+        writers: Shards written at once, each from a buffer of its own.
 
     Raises:
         OptionError: a value that does not exist.
@@ -85,6 +86,7 @@ class ExtractOptions:
     tokens: str = "all"
     precision: str | None = None
     compile: bool | str = False
+    writers: int = 1
 
     def __post_init__(self) -> None:
         resolve_dtype(self.dtype)
@@ -93,7 +95,12 @@ class ExtractOptions:
         check_forward(self.precision, self.compile)
         if self.nonfinite not in NONFINITE_POLICIES:
             raise OptionError(f"no policy {self.nonfinite!r} for values that are not finite: use warn or error.")
-        sizes = {"max_length": self.max_length, "batch_tokens": self.batch_tokens, "shard_size": self.shard_bytes}
+        sizes = {
+            "max_length": self.max_length,
+            "batch_tokens": self.batch_tokens,
+            "shard_size": self.shard_bytes,
+            "writers": self.writers,
+        }
         for name, value in sizes.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise OptionError(f"{name} is {value!r}: it must be a whole number of at least 1.")

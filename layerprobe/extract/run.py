@@ -64,6 +64,7 @@ def extract(
     tokens: str = ...,
     precision: str | None = ...,
     compile: bool | str = ...,
+    writers: int = ...,
     device: str | None = ...,
     devices: str | Sequence[int | str] | None = ...,
     overwrite: bool = ...,
@@ -102,6 +103,7 @@ def extract(
     tokens: str = "all",
     precision: str | None = None,
     compile: bool | str = False,  # noqa: A002 - what torch calls it
+    writers: int = 1,
     device: str | None = None,
     devices: str | Sequence[int | str] | None = None,
     overwrite: bool = False,
@@ -126,7 +128,7 @@ def extract(
             counted.
         batch_tokens: Padded tokens per batch; None for 1,024 on a CPU and 16,384 elsewhere, or more
             where a million tokens make it worth trying and it is faster.
-        shard_size: Bytes of a shard, and of each of the two buffers.
+        shard_size: Bytes of a shard, and of each of the buffers, which are one more than `writers`.
         nonfinite: `warn` counts values that are not finite, `error` stops at them.
         keep: Share of the rows to keep, above 0: a draw without a seed, by example and position. The reader knows the
             positions of those that are kept.
@@ -135,6 +137,10 @@ def extract(
         precision: What the forward computes in: `bfloat16` or `float16` by autocast, `tf32` on CUDA; None for the dtype
             of the weights.
         compile: True to compile the model for the run, or the name of torch's backend; the model itself stays as it is.
+            `reduce-overhead`, torch's name for it, also replays CUDA graphs, one for each of a few shapes that batches
+            are then padded to.
+        writers: Shards written at once. More than one helps where a single write does not fill the disk or the link, as
+            into an object store; the report's `stalled` tells.
         device: Where to put a model given by name.
         devices: Several of them, `[0, 1]` or `"cuda:0,cuda:1"`: a process each, into one store. On CPUs
             they share the cores; with another number of threads the last digits differ.
@@ -153,7 +159,7 @@ def extract(
         NonFiniteError: with `nonfinite="error"`.
         StoreError: the disk refused; what was committed stays, and the same call goes on.
 
-    Cost: two buffers of `shard_size` and one batch, however many texts.
+    Cost: two buffers of `shard_size`, with more writers one each and one more, and one batch, however many texts.
 
     Example:
         >>> import layerprobe as lp
@@ -174,13 +180,14 @@ def extract(
         tokens=tokens,
         precision=precision,
         compile=compile,
+        writers=writers,
     )
     shows_progress = sys.stderr.isatty() if progress is None else progress
     if is_sink(to):
         stored = {"dtype": dtype, "pool": pool, "overwrite": overwrite, "wait_for_space": wait_for_space}
         stored |= {"nonfinite": nonfinite != "warn", "shard_size": shard_size != DEFAULT_SHARD_BYTES}
         stored |= {"keep": keep != 1, "tokens": tokens != "all", "precision": precision, "compile": compile}
-        stored |= {"devices": devices is not None}
+        stored |= {"devices": devices is not None, "writers": writers != 1}
         given = [name for name, value in stored.items() if value]
         if given:
             raise OptionError(f"extract into a {type(to).__name__}: {given[0]} concerns stores. Leave it out.")

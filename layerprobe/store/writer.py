@@ -1,6 +1,6 @@
-"""One thread that turns full buffers into committed shards.
+"""Threads that turn full buffers into committed shards: one, or several where one does not fill the link.
 
-The thread checksums, looks for values that are not finite, writes, flushes and renames, so that the forward pass does
+A thread checksums, looks for values that are not finite, writes, flushes and renames, so that the forward pass does
 none of it. Its failures are raised in the caller's thread, with their cause, at the next call.
 
 Must never know of models, hooks or devices: it is handed CPU tensors and two callables.
@@ -206,12 +206,18 @@ class ShardWriter:
         where: The store; a folder exists.
         nonfinite: `warn` counts values that are not finite, `error` refuses the shard that holds some.
         attempt: Calls the function it is given, which commits a shard; may call it again on a full disk.
+        num_threads: Shards that are written at once. Several are committed in the order in which they end.
     """
 
     def __init__(
-        self, where: Path | Place, nonfinite: str = "warn", attempt: Callable[[Callable[[], int]], int] = _do
+        self,
+        where: Path | Place,
+        nonfinite: str = "warn",
+        attempt: Callable[[Callable[[], int]], int] = _do,
+        num_threads: int = 1,
     ) -> None:
         self.place = find_place(where)
+        self.num_threads = num_threads
         self._attempt = attempt
         self.committed: list[ShardHeader] = []
         self.num_bytes = 0
@@ -219,12 +225,15 @@ class ShardWriter:
         self._nonfinite = nonfinite
         self._jobs: queue.Queue[ShardJob | None] = queue.Queue()
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._counting = threading.Lock()
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread = threading.Thread(target=self._run, name="layerprobe-writer", daemon=True)
-        self._thread.start()
+        """Start the threads."""
+        for _ in range(self.num_threads):
+            thread = threading.Thread(target=self._run, name="layerprobe-writer", daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def submit(self, job: ShardJob) -> None:
         """Hand over a full buffer; returns at once.
@@ -236,7 +245,7 @@ class ShardWriter:
         self._jobs.put(job)
 
     def check(self) -> None:
-        """Raise what went wrong in the thread, if anything did."""
+        """Raise what went wrong in a thread, if anything did."""
         if self._error is not None:
             if isinstance(self._error, LayerProbeError):
                 raise self._error
@@ -247,11 +256,12 @@ class ShardWriter:
             ) from self._error
 
     def close(self) -> None:
-        """Wait for the shards handed over, and end the thread. Does not raise; `check` does."""
-        if self._thread is not None:
+        """Wait for the shards handed over, and end the threads. Does not raise; `check` does."""
+        for _ in self._threads:
             self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
+        while self._threads:
+            self._threads[-1].join()
+            self._threads.pop()
 
     def _run(self) -> None:
         try:
@@ -267,7 +277,7 @@ class ShardWriter:
             if self._error is None:
                 self._write(job)
         except BaseException as error:
-            self._error = error
+            self._error = self._error or error
         finally:
             job.release()
 
@@ -286,9 +296,11 @@ class ShardWriter:
                 "Store a wider dtype (float32, bfloat16), or pass nonfinite='warn' to keep and count them."
             )
         header = replace(job.header, nonfinite=counts)
-        self.num_bytes += self._attempt(lambda: commit_shard(self.place, header, job.tensors))
-        self.committed.append(header)
-        self.busy_s += time.perf_counter() - start
+        num_bytes = self._attempt(lambda: commit_shard(self.place, header, job.tensors))
+        with self._counting:
+            self.num_bytes += num_bytes
+            self.committed.append(header)
+            self.busy_s += time.perf_counter() - start
 
 
 def _count_nonfinite(tensor: Tensor) -> int:

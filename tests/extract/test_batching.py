@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerprobe.extract.batching import BATCH_COST_TOKENS, TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.batching import BATCH_COST_TOKENS, Shapes, TokenizedUnit, cut_batches, tokenize
 from layerprobe.models import LoadedModel
 
 
@@ -60,6 +60,36 @@ def test_each_text_is_in_one_batch_under_the_budget_longest_first(
             assert not batch.input_ids[row][~kept].any()
             edge = kept if side == "right" else kept.flip(0)
             assert torch.equal(edge, torch.arange(len(edge)) < length)
+
+
+@given(texts=TEXTS, budget=st.integers(1, 200), side=st.sampled_from(["left", "right"]))
+def test_batches_of_given_shapes_hold_every_text_once_and_are_filled_up(
+    texts: list[list[int]], budget: int, side: str
+) -> None:
+    shapes = Shapes(budget, longest=30)
+    batches = list(cut_batches(TokenizedUnit(texts, [False] * len(texts)), budget, 9, side, shapes=shapes))
+    assert sorted(member for batch in batches for member in batch.members) == list(range(len(texts)))
+    for batch in batches:
+        longest = max(batch.lengths)
+        assert tuple(batch.input_ids.shape) == shapes.of(longest)
+        assert longest <= batch.input_ids.shape[1] <= 30 or longest == 0
+        assert batch.num_filling == len(batch.input_ids) - len({tuple(texts[member]) for member in batch.members})
+        for row, member in zip(batch.sequences, batch.members, strict=True):
+            assert batch.input_ids[row][batch.attention_mask[row].bool()].tolist() == texts[member]
+        filling = batch.attention_mask[len(batch.input_ids) - batch.num_filling :]
+        assert (filling.sum(1) == 1).all()  # nothing attends to nothing
+        parts = batch.halves() if len(batch.input_ids) > 1 else ()
+        assert [member for part in parts for member in part.members] == (batch.members if parts else [])
+        assert sum(part.num_filling for part in parts if part.members) <= batch.num_filling
+
+
+def test_texts_of_all_lengths_take_few_shapes() -> None:
+    shapes = {Shapes(16384, 512).of(length) for length in range(513)}
+    assert len(shapes) <= 21
+    assert all(rows * width <= 16384 for rows, width in shapes)
+    wasted = [Shapes(16384, 512).of(length)[1] / length for length in range(65, 513)]
+    assert max(wasted) < 1.25 and sum(wasted) / len(wasted) < 1.1
+    assert Shapes(100, 70).of(69) == (1, 70) and Shapes(8, 512).of(40) == (1, 40)
 
 
 def _unit_of(lengths: list[int]) -> TokenizedUnit:

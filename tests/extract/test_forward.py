@@ -1,5 +1,6 @@
 """Runs in another precision, and compiled: the values of torch's own autocast, and a model left as it was."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import layerprobe
 from layerprobe.errors import OptionError, PlanError
 from layerprobe.extract import audit as auditing
 from layerprobe.extract.audit import audit
+from layerprobe.extract.batching import Shapes
+from layerprobe.extract.engine import UnitEngine
 from layerprobe.extract.forward import compute_in
 from layerprobe.extract.plan import ExtractOptions, plan_extraction
 from layerprobe.models import LoadedModel
@@ -76,6 +79,42 @@ def test_a_compiled_run_gives_the_rows_of_a_plain_one(
         for site in store.sites:
             torch.testing.assert_close(store[site][ordinal], plain[site][ordinal])  # other kernels, other sums
     assert audit(tmp_path / "compiled", tiny, num_examples=4).ok
+
+
+@pytest.mark.parametrize("options", [{"sites": ["layers.*", "pooler"]}, {"pool": "mean"}, {"keep": 0.5}])
+def test_batches_for_cuda_graphs_have_few_shapes_and_give_the_rows_of_a_plain_run(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what a graph is recorded of; the compiler itself is another test's
+    monkeypatch.setattr(sys.modules[UnitEngine.__module__], "compile_network", lambda model, _: model)
+    texts = [*texts, *texts[:3], ""]
+    seen: list[tuple[int, int]] = []
+    plain = extract(tiny, texts, tmp_path / "plain", batch_tokens=64, shard_size=30_000, **options)
+    hook = tiny.model.register_forward_pre_hook(
+        lambda _module, _args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    with hook:
+        plan_options = {"batch_tokens": 64, "shard_size": 30_000, **options}
+        store = extract(tiny, texts, tmp_path / "graphs", compile="reduce-overhead", **plan_options)
+    assert store.is_complete and store.num_shards == plain.num_shards
+    shapes = {Shapes(64, 64).of(length) for length in range(65)}
+    assert set(seen[1:]) <= shapes  # the first is the plan's own text
+    for ordinal in range(len(texts)):
+        for site in store.sites:
+            torch.testing.assert_close(store[site][ordinal], plain[site][ordinal])
+    assert store.example(3).tokens == plain.example(3).tokens
+
+
+def test_a_run_for_cuda_graphs_compiles_and_gives_the_rows_of_a_plain_one(tiny: LoadedModel, tmp_path: Path) -> None:
+    texts = [TEXT, "the fox", TEXT + TEXT]
+    plain = extract(tiny, texts, tmp_path / "plain")
+    store = extract(tiny, texts, tmp_path / "graphs", compile="reduce-overhead")
+    for ordinal in range(len(texts)):
+        for site in store.sites:
+            torch.testing.assert_close(store[site][ordinal], plain[site][ordinal])
+    assert audit(tmp_path / "graphs", tiny, num_examples=3).ok
+    with pytest.raises(PlanError, match=r"plan\.compile: 'reduce-overhead' there, None here"):
+        extract(tiny, texts, tmp_path / "graphs")
 
 
 def test_what_does_not_exist_is_refused(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:

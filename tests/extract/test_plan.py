@@ -95,6 +95,7 @@ def test_the_fingerprint_follows_what_changes_the_bytes_and_nothing_else(
         ({"max_length": 0}, "max_length is 0"),
         ({"batch_tokens": -1}, "batch_tokens is -1"),
         ({"shard_bytes": 0}, "shard_size is 0"),
+        ({"writers": 0}, "writers is 0"),
     ],
 )
 def test_an_option_that_does_not_exist_is_refused(options: dict[str, Any], message: str) -> None:

@@ -66,6 +66,19 @@ def test_any_lost_shard_is_made_again_byte_for_byte(tiny: LoadedModel, texts: li
     assert resume(tiny, texts, whole) == before
 
 
+def test_several_writers_make_the_same_bytes_and_go_on_where_one_was(
+    tiny: LoadedModel, texts: list[str], whole: Path, tmp_path: Path
+) -> None:
+    before = contents(whole)
+    extract(tiny, texts, tmp_path / "several", shard_size=SHARD_BYTES, writers=3)
+    assert contents(tmp_path / "several") == before
+    for path in sorted(whole.glob("shard-*"))[1:]:
+        path.unlink()
+    (whole / "index.json").unlink()
+    extract(tiny, texts, whole, shard_size=SHARD_BYTES, writers=3)
+    assert contents(whole) == before
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lost=st.sets(st.integers(0, 40)), loses_index=st.booleans())
 def test_any_subset_of_shards_is_made_again_byte_for_byte(

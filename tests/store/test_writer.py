@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,39 @@ def test_shards_are_committed_in_order_and_buffers_given_back(tmp_path: Path) ->
     assert writer.num_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert [read_header(tmp_path / header.file).unit for header in writer.committed] == list(range(5))
     assert not [thread for thread in threading.enumerate() if thread.name == "layerprobe-writer"]
+
+
+def test_several_writers_commit_side_by_side(tmp_path: Path) -> None:
+    meeting = threading.Barrier(2, timeout=60)
+
+    def meet(commit: Callable[[], int]) -> int:
+        meeting.wait()
+        return commit()
+
+    released: list[int] = []
+    writer = ShardWriter(tmp_path, attempt=meet, num_threads=2)
+    write_all(writer, *(make_job(unit, released=released) for unit in range(6)))
+    writer.check()
+    assert sorted(header.unit for header in writer.committed) == sorted(released) == list(range(6))
+    assert writer.num_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert not [thread for thread in threading.enumerate() if thread.name == "layerprobe-writer"]
+
+
+def test_of_several_writers_the_first_failure_is_told_and_every_buffer_given_back(tmp_path: Path) -> None:
+    meeting = threading.Barrier(2, timeout=60)
+    broken: list[str] = []
+
+    def fail(commit: Callable[[], int]) -> int:
+        meeting.wait()
+        broken.append(f"cable {len(broken)} is out")
+        raise RuntimeError(broken[-1])
+
+    released: list[int] = []
+    writer = ShardWriter(tmp_path, attempt=fail, num_threads=2)
+    write_all(writer, *(make_job(unit, released=released) for unit in range(2)))
+    with pytest.raises(StoreError, match=r"the writer stopped: cable \d is out"):
+        writer.check()
+    assert sorted(released) == [0, 1] and not writer.committed and not list(tmp_path.iterdir())
 
 
 def test_a_job_is_written_only_when_its_values_are_ready(tmp_path: Path) -> None:
