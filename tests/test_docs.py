@@ -5,7 +5,6 @@ import importlib
 import inspect
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,11 +15,10 @@ import pytest
 
 import layerprobe
 from layerprobe.cli.main import main
+from pages import BLOCK, PAGES, PICTURES, ROOT, list_blocks, list_commands, list_shown, split_commands
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = "benchmarks/docstrings.py"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PNG = b"\x89PNG"
 PRINTED = re.compile(r"^```bash\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEST_NAME = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 RESULTS_FILE = re.compile(r"benchmarks/results/\w+\.json")
@@ -31,21 +29,6 @@ QUOTED = re.compile(r"(?<![\w.])(\d+\.\d+)(?![\w.]*\d)|(?<![\w.])(\d+)(?= (?:tim
 
 # a snippet may register an architecture
 pytestmark = pytest.mark.usefixtures("restored_rows")
-
-
-def list_blocks(page: Path, language: str) -> list[str]:
-    return [code for found, code in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
-
-
-def list_commands(page: Path) -> list[list[str]]:
-    """Find the layerprobe commands among a page's shell snippets."""
-    return split_commands("\n".join(list_blocks(page, "bash")))
-
-
-def split_commands(block: str) -> list[list[str]]:
-    lines = block.replace("\\\n", " ").replace("&&", "\n").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line for line in words if line and Path(line[0]).name == "layerprobe"]
 
 
 def list_printed() -> list[tuple[Path, str, str]]:
@@ -85,6 +68,8 @@ def test_python_snippets_run(page: Path, folder: Path) -> None:
     state: dict[str, Any] = {"__name__": "snippets"}
     for number, code in enumerate(list_blocks(page, "python")):
         exec(compile(code, f"{page.name}, snippet {number}", "exec"), state)
+    made = {name for name in PICTURES.get(page.name, {}) if name in "".join(list_blocks(page, "python"))}
+    assert {name for name in made if (folder / name).read_bytes().startswith(PNG)} == made
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if list_commands(page)], ids=lambda page: page.name)
@@ -99,6 +84,22 @@ def test_commands_run(
         captured = capsys.readouterr()
         assert not stopped.value.code, f"{command}: {captured.err}"
         assert captured.out.strip()
+    made = {name for name in PICTURES.get(page.name, {}) if any(name in command for command in list_commands(page))}
+    assert {name for name in made if (folder / name).read_bytes().startswith(PNG)} == made
+
+
+def test_every_picture_is_shown_and_is_made_by_its_page_or_by_a_named_script() -> None:
+    """Those of pages by `tests/docs_pictures.py`, those of the tour by `benchmarks/insight.py`."""
+    insight = (ROOT / "benchmarks" / "insight.py").read_text(encoding="utf-8")
+    shown = {name: page for page in PAGES for name in list_shown(page)}
+    assert set(shown) == {path.name for path in (ROOT / "docs" / "img").iterdir()}
+    made = {name for pictures in PICTURES.values() for name in pictures.values()}
+    for name in set(shown) - made:
+        assert f'"{name}"' in insight or name == "report.png", name  # that one is a screenshot
+    for page, pictures in PICTURES.items():
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert set(pictures.values()) == set(list_shown(ROOT / "docs" / page))
+        assert all(text.count(name) for name in pictures)
 
 
 @pytest.mark.parametrize(
