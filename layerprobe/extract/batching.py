@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from layerprobe.capture.staging import Room
 
@@ -20,6 +21,10 @@ __all__ = ["BATCH_COST_TOKENS", "Batch", "Shapes", "TokenizedUnit", "cut_batches
 
 # What one more batch costs, in tokens: less than it measures for MiniLM on two cores (36), to keep padding under 2 %.
 BATCH_COST_TOKENS = 16
+# What a tokenizer has of its own that does more than its backend.
+_OF_CALLS = {"__call__", "_call_one", "_switch_to_input_mode"} | {
+    f"{of_some}encode{of_plus}" for of_some in ("_batch_", "_", "batch_", "") for of_plus in ("_plus", "")
+}
 _LEAST_STEP = 8
 _STEPS = 4
 
@@ -111,6 +116,21 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
     """Turn texts into ids, special tokens included, cut to `max_length`."""
     if not texts:
         return TokenizedUnit([], [])
+    if _is_plain(tokenizer):
+        # what the tokenizer's own call does, without what it does in Python for each text: that would hold up the model
+        tokenizer.set_truncation_and_padding(
+            padding_strategy=PaddingStrategy.DO_NOT_PAD,
+            truncation_strategy=TruncationStrategy.LONGEST_FIRST,
+            max_length=max_length,
+            stride=0,
+            pad_to_multiple_of=None,
+            padding_side=None,
+        )
+        backend = tokenizer.backend_tokenizer
+        if backend.encode_special_tokens != tokenizer.split_special_tokens:
+            backend.encode_special_tokens = tokenizer.split_special_tokens
+        encodings = backend.encode_batch_fast(list(texts))
+        return TokenizedUnit([one.ids for one in encodings], [bool(one.overflowing) for one in encodings])
     encoding = tokenizer(
         list(texts),
         truncation=True,
@@ -128,6 +148,14 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
             ids[sample] = row
         rows[sample] += 1
     return TokenizedUnit(ids, [count > 1 for count in rows])
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether a tokenizer turns texts into ids by its backend alone, as the class it is derived from does."""
+    classes = type(tokenizer).__mro__
+    base = next((number for number, one in enumerate(classes) if "set_truncation_and_padding" in vars(one)), None)
+    own = {name for one in classes[:base] for name in vars(one)} | set(vars(tokenizer))
+    return base is not None and not own & _OF_CALLS
 
 
 def cut_batches(
@@ -198,12 +226,12 @@ def _pad(
     num_rows, longest = shape or (len(sequences), max(1, *lengths))
     input_ids = torch.full((num_rows, longest), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros((num_rows, longest), dtype=torch.int64)
+    positions = torch.arange(longest)
+    of_text = (positions if padding_side == "right" else longest - 1 - positions) < torch.tensor(lengths)[:, None]
+    attention_mask[: len(sequences)] = of_text
+    input_ids[: len(sequences)][of_text] = torch.tensor([one for ids in sequences for one in ids], dtype=torch.int64)
     # attention over nothing at all is not a number
     attention_mask[len(sequences) :, 0 if padding_side == "right" else -1] = 1
-    for row, (ids, length) in enumerate(zip(sequences, lengths, strict=True)):
-        place = slice(0, length) if padding_side == "right" else slice(longest - length, longest)
-        input_ids[row, place] = torch.tensor(ids, dtype=torch.int64)
-        attention_mask[row, place] = 1
     rows = [row for row, those in enumerate(members) for _ in those]
     flat = [member for those in members for member in those]
     return Batch(flat, [lengths[row] for row in rows], rows, input_ids, attention_mask)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from layerprobe.extract.batching import BATCH_COST_TOKENS, Shapes, TokenizedUnit, cut_batches, tokenize
 from layerprobe.models import LoadedModel
@@ -18,6 +20,45 @@ def test_ids_are_those_of_the_tokenizer_one_text_at_a_time(tiny: LoadedModel, te
     assert unit.ids == [tiny.tokenizer(text, truncation=True, max_length=20)["input_ids"] for text in texts]
     assert unit.truncated == [len(tiny.tokenizer(text)["input_ids"]) > 20 for text in texts]
     assert unit.num_tokens == sum(map(len, unit.ids))
+
+
+def _byte_level(texts: list[str], **options: Any) -> Any:
+    """A byte-level BPE with special tokens around a text, as RoBERTa's."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["<s>", "</s>", "<pad>", "<mask>"]
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    backend.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", mask_token="<mask>", **options
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"truncation_side": "left"}, {"split_special_tokens": True}])
+@pytest.mark.parametrize("max_length", [4, 9, 64])
+def test_ids_are_those_of_the_call_whatever_was_called_before(
+    texts: list[str], options: dict[str, Any], max_length: int
+) -> None:
+    texts = [*texts, "", "été 😀 深い", "a <mask> b </s>", "word " * 40]
+    tokenizer = _byte_level(texts, **options)
+    tokenizer(texts, padding="max_length", max_length=30, truncation=True)  # leaves its settings in the backend
+    unit = tokenize(tokenizer, texts, max_length)
+    assert unit.ids == [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
+    assert unit.truncated == [len(tokenizer(text)["input_ids"]) > max_length for text in texts]
+
+
+def test_a_tokenizer_that_does_more_than_its_backend_is_called(texts: list[str]) -> None:
+    class Shouting(PreTrainedTokenizerFast):
+        def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__([one.upper() for one in text], *args, **kwargs)
+
+    backend = _byte_level([*texts, *map(str.upper, texts)]).backend_tokenizer
+    tokenizer = Shouting(tokenizer_object=backend, pad_token="<pad>")
+    plain = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
+    assert tokenize(tokenizer, texts, 16).ids == [
+        plain(text.upper(), truncation=True, max_length=16)["input_ids"] for text in texts
+    ]
+    assert tokenize(tokenizer, texts, 16).ids != tokenize(plain, texts, 16).ids
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 11, 12, 13, 64])
