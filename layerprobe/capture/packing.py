@@ -27,7 +27,6 @@ from layerprobe.capture.units import (
     AnnouncedBatch,
     Unit,
     check_storable,
-    encode_record,
     list_tensors,
     measure_site,
     room_for,
@@ -312,7 +311,7 @@ class StoreSink:
         for index, count in pending.overflow.items():
             unit.overflow[index] = unit.overflow[index] + count if index in unit.overflow else count
         if batch is not None and batch.records is not None:
-            unit.records.extend(encode_record(record) for record in batch.records)
+            unit.records.extend(batch.records)
         self._next_example += len(selection.lengths)
 
     # units

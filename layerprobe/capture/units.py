@@ -32,6 +32,9 @@ __all__ = [
     "room_for",
 ]
 
+# made once: json.dumps makes one for each record
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
+
 
 @dataclass(frozen=True, eq=False)
 class AnnouncedBatch:
@@ -43,7 +46,7 @@ class AnnouncedBatch:
         num_positions: S.
         padding_side: `left` or `right`.
         input_ids: int64 `[T]` on the CPU, without padding; of the rows that are kept.
-        records: What travels with each example, or None.
+        records: What travels with each example, from `encode_record`, or None.
         sequences: For each example its sequence in the batch, where texts that are the same share one; else None.
         kept: For each example the positions of its rows that are kept, rising, among its real tokens; None for all.
         num_filling: Last sequences of the batch that are of no example.
@@ -54,7 +57,7 @@ class AnnouncedBatch:
     num_positions: int
     padding_side: str
     input_ids: Tensor
-    records: Sequence[Mapping[str, Any]] | None = None
+    records: Sequence[bytes] | None = None
     sequences: Sequence[int] | None = None
     kept: Sequence[Tensor] | None = None
     num_filling: int = 0
@@ -129,7 +132,8 @@ def room_for(selection: Selection) -> Room:
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+    """Bring what travels with an example to the bytes that a shard holds."""
+    return _encode(record).encode()
 
 
 def list_shapes(

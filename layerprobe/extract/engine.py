@@ -9,7 +9,7 @@ Must never know of progress bars or of other processes.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -115,12 +115,14 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             self._plan.fingerprint,
             num_truncated,
         )
-        record_bytes = sum(len(encode_record(_make_record(record))) for record in unit.records)
-        self._keeper.reserve(header, self._plan.stored, room, record_bytes, rows is not None)
+        records = [encode_record(_make_record(record)) for record in unit.records]
+        self._keeper.reserve(header, self._plan.stored, room, sum(map(len, records)), rows is not None)
         self._sink.begin_unit(unit.number, unit.first_example, room, num_truncated)
         pad_id, side = self._plan.tokenizer.pad_token_id or 0, self._plan.tokenizer.padding_side
         for batch in cut_batches(tokenized, self._plan.batch_tokens, pad_id, side, shapes=self._shapes):
-            self._caller.call(batch, lambda part: self._sink.announce(_announce(unit, tokenized, part, side, rows)))
+            self._caller.call(
+                batch, lambda part: self._sink.announce(_announce(unit, tokenized, records, part, side, rows))
+            )
             self.report.num_computed += batch.input_ids.numel()
             self.report.num_padding += batch.input_ids.numel() - batch.num_computed
             self.report.num_repeated += len(batch.members) - len(batch.input_ids) + batch.num_filling
@@ -176,7 +178,12 @@ def check_units(plan: Plan) -> Iterator[Unit]:
 
 
 def _announce(
-    unit: Unit, tokenized: TokenizedUnit, batch: Batch, padding_side: str, rows: KeptRows | None
+    unit: Unit,
+    tokenized: TokenizedUnit,
+    records: Sequence[bytes],
+    batch: Batch,
+    padding_side: str,
+    rows: KeptRows | None,
 ) -> AnnouncedBatch:
     kept = None if rows is None else [rows.of(member) for member in batch.members]
     ids = [token_id for member in batch.members for token_id in tokenized.ids[member]]
@@ -190,7 +197,7 @@ def _announce(
         num_positions=batch.input_ids.shape[1],
         padding_side=padding_side,
         input_ids=input_ids,
-        records=[_make_record(unit.records[member]) for member in batch.members],
+        records=[records[member] for member in batch.members],
         sequences=batch.sequences if len(batch.sequences) > len(batch.input_ids) - batch.num_filling else None,
         kept=kept,
         num_filling=batch.num_filling,

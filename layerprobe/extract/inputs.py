@@ -24,6 +24,9 @@ __all__ = ["InputDigest", "Record", "TextSource", "check_text", "open_source"]
 _MOST_FIELD_CHARACTERS = (1 << 31) - 1
 _SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
+# made once: json.dumps makes one for each record
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str).encode
+
 
 @dataclass(frozen=True)
 class Record:
@@ -49,7 +52,7 @@ class InputDigest:
         """
         check_text(record.text, self._name, self._count)
         try:
-            line = json.dumps([record.text, record.fields], ensure_ascii=False, sort_keys=True, default=str).encode()
+            line = _encode([record.text, record.fields]).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"{self._name}, text {self._count}: its other fields cannot be kept as JSON ({error}). "

@@ -14,7 +14,7 @@ import layerprobe as lp
 from layerprobe.capture import probe as probe_module
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.staging import Room
-from layerprobe.capture.units import AnnouncedBatch
+from layerprobe.capture.units import AnnouncedBatch, encode_record
 from layerprobe.errors import CaptureError, NonFiniteError, StoreError
 from layerprobe.store.writer import ShardWriter, StoredSite
 
@@ -42,7 +42,7 @@ def test_announced_batches_go_where_they_are_told(tiny_bert: Any, tmp_path: Path
         sink.begin_unit(4, 10, Room(0, 0), num_truncated=1)
         for ordinals in ([11, 10], [13, 12]):  # the second outgrows the buffer
             real_ids = ids.flatten()[mask.flatten().bool()]
-            records = [{"text": f"text {ordinal}"} for ordinal in ordinals]
+            records = [encode_record({"text": f"text {ordinal}"}) for ordinal in ordinals]
             sink.announce(AnnouncedBatch(ordinals, [4, 2], 4, "left", real_ids, records))
             tiny_bert(ids, mask)
         sink.end_unit()
