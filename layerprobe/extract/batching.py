@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import PaddingStrategy
+from transformers.utils.generic import PaddingStrategy
 
 from layerprobe.capture.staging import Room
 
