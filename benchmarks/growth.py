@@ -57,8 +57,9 @@ class Point:
         texts: How many.
         length: Tokens of each.
         sites: Which set.
-        shards: Into how many to cut; None for shards of the usual size.
+        shards: Into how many to cut; None for shards of the usual size, or of `shard_bytes`.
         threads: How many; None for as many as there are cores.
+        shard_bytes: Size of a shard; None for the usual one.
     """
 
     texts: int = 10_000
@@ -66,6 +67,7 @@ class Point:
     sites: str = "layers"
     shards: int | None = None
     threads: int | None = None
+    shard_bytes: int | None = None
 
 
 def main() -> None:
@@ -118,8 +120,10 @@ def list_axes(is_quick: bool) -> dict[str, list[Point]]:
             "threads": [base, replace(base, threads=1)],
         }
     cut = replace(base, texts=32_000)
+    # so small that the fewest texts but one fill both buffers: memory that grows after that grows with the texts
+    small = replace(base, shard_bytes=32 << 20)
     return {
-        "examples": [base, *(replace(base, texts=count) for count in (1_000, 30_000, 100_000))],
+        "examples": [small, *(replace(small, texts=count) for count in (1_000, 30_000, 100_000))],
         "sites": [base, *(replace(base, sites=name) for name in ("one", "inside", "all"))],
         "length": [base, *(replace(base, length=length, texts=160_000 // length) for length in (64, 256, 512))],
         "shards": [replace(cut, shards=count) for count in (1, 10, 100, 1000)],
@@ -165,6 +169,8 @@ def measure(point: Point, texts: Path) -> dict[str, float]:
         plan = plan_extraction(model, texts, Path(place) / "plan", options, tokenizer=tokenizer)
         if point.shards is not None:
             options = replace(options, shard_bytes=-(-plan.num_bytes // point.shards))
+        elif point.shard_bytes is not None:
+            options = replace(options, shard_bytes=point.shard_bytes)
         run = partial(extract, model, tokenizer, options, texts)
         first = Path(place) / "first.txt"
         with texts.open(encoding="utf-8") as file:
