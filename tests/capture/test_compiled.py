@@ -57,6 +57,7 @@ def _eager_values(model: Any, sites: Any, length: int) -> Any:
     return probe.calls[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["compiled", "plain"])
 def test_every_site_of_a_compiled_model_is_captured_in_one_graph_for_all_lengths(tiny_bert: Any, given: str) -> None:
     compiled = _compile(tiny_bert)
@@ -74,6 +75,7 @@ def test_every_site_of_a_compiled_model_is_captured_in_one_graph_for_all_lengths
             assert torch.equal(call[site], expected[site]), site  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 def test_values_are_those_of_the_compiled_model_itself(tiny_bert: Any) -> None:
     compiled = _compile(tiny_bert, "inductor")
@@ -88,6 +90,7 @@ def test_values_are_those_of_the_compiled_model_itself(tiny_bert: Any) -> None:
         assert torch.allclose(output.last_hidden_state, before.last_hidden_state, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_hooks_put_on_after_the_first_compiled_call_fire(tiny_bert: Any) -> None:
     compiled = _compile(tiny_bert)
     with torch.no_grad():
@@ -100,6 +103,7 @@ def test_hooks_put_on_after_the_first_compiled_call_fire(tiny_bert: Any) -> None
             assert len(probe.calls) == 1
 
 
+@pytest.mark.slow
 def test_model_compiled_in_place_is_captured(make_bert: Any) -> None:
     model = make_bert("BertForMaskedLM", num_hidden_layers=1)
     expected = _eager_values(model, ["layers.*", "logits"], 7)
@@ -112,6 +116,7 @@ def test_model_compiled_in_place_is_captured(make_bert: Any) -> None:
             assert all(torch.equal(probe[site], expected[site]) for site in expected)
 
 
+@pytest.mark.slow
 def test_layers_compiled_one_by_one_are_captured(tiny_bert: Any) -> None:
     expected = _eager_values(tiny_bert, ALL_SITES, 7)
     for layer in tiny_bert.encoder.layer:
@@ -160,6 +165,7 @@ def test_rows_for_a_store_are_gathered_and_cast_inside_the_one_graph(tiny_bert: 
             assert node.args[1].args[0].target == "index_select"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 def test_store_of_a_fused_graph_holds_the_rows_of_its_own_output(tiny_bert: Any, tmp_path: Path) -> None:
     compiled, outputs = _compile(tiny_bert, "inductor"), []
@@ -174,6 +180,7 @@ def test_store_of_a_fused_graph_holds_the_rows_of_its_own_output(tiny_bert: Any,
         assert torch.equal(store["pooler"][3 * number], output.pooler_output[0].bfloat16())
 
 
+@pytest.mark.slow
 def test_forward_broken_into_several_graphs_is_streamed_whole(tiny_bert: Any, tmp_path: Path) -> None:
     tiny_bert.encoder.layer[1].register_forward_pre_hook(torch._dynamo.disable(lambda *_: None))
     compiled = _compile(tiny_bert, fullgraph=False)
@@ -306,6 +313,7 @@ WAYS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_hooks_put_on_after_a_graph_around_the_model_ran_fire(tiny_bert: Any, way: str) -> None:
     """What was compiled cannot be found from the model."""
@@ -322,6 +330,7 @@ def test_hooks_put_on_after_a_graph_around_the_model_ran_fire(tiny_bert: Any, wa
 DISTILLED = ["layers.*", "layers.*.attention.query", "layers.*.attention.key", "layers.*.attention.value"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_distillation_through_captured_states_under_one_graph(make_bert: Any, backend: str) -> None:
     """What pytorch/pytorch#173452 asks for: hidden states, queries, keys and values in a loss, under fullgraph."""
@@ -408,6 +417,7 @@ def test_history_of_a_module_that_runs_several_times_is_refused(make_bert: Any) 
         compiled(**_batch(6))
 
 
+@pytest.mark.slow
 def test_positions_of_a_compiled_decoder_with_a_cache_are_not_guessed(make_bert: Any) -> None:
     from transformers import DynamicCache
 

@@ -38,6 +38,7 @@ def _left_padded() -> dict[str, Tensor]:
     return {name: value.flip(1) if name in ("input_ids", "attention_mask") else value for name, value in batch.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["albert", "modernbert", "distilbert", "deberta-v2"])
 def test_every_site_of_a_family_is_captured_whole(name: str) -> None:
     """Attention weights and FFNs in chunks among them, and padding on the left."""
@@ -53,6 +54,7 @@ def test_every_site_of_a_family_is_captured_whole(name: str) -> None:
         assert torch.equal(made[site], expected[site]), site
 
 
+@pytest.mark.slow
 def test_a_pair_of_encoder_and_decoder_is_captured_in_one_graph() -> None:
     from transformers import EncoderDecoderModel
 
@@ -67,6 +69,7 @@ def test_a_pair_of_encoder_and_decoder_is_captured_in_one_graph() -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_pools_of_a_compiled_model_are_those_of_the_model() -> None:
     model, batch = build("bert", num_hidden_layers=1), _left_padded()
     compiled = _compile(model)
@@ -86,6 +89,7 @@ def test_a_compiled_pool_goes_to_a_store(tmp_path: Path) -> None:
     assert all(torch.equal(eager["layers.0"][i], graph["layers.0"][i]) for i in range(2))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # 4.57 has no other
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_of_a_compiled_model_are_recorded_once(reentrant: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -99,6 +100,7 @@ def check_rank(rank: int, wrap: Callable[[Any], nn.Module], folder: Path) -> Non
         assert torch.equal(probe.gradients[site], expected.gradients[site])
 
 
+@pytest.mark.slow
 def test_each_rank_records_its_own_rows(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

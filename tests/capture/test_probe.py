@@ -340,6 +340,7 @@ def test_dtype_is_that_of_a_cast(tiny_bert: Any, batch: Any, name: str) -> None:
             assert torch.equal(probe[site].float(), value.to(DTYPES[name]).float())
 
 
+@pytest.mark.slow
 def test_a_closed_probe_keeps_no_model_alive(make_bert: Any, batch: dict[str, Tensor], tmp_path: Path) -> None:
     places: list[Any] = [None, tmp_path / "acts", lp.Stage(64), lambda *_: None]
     for to in places:

@@ -55,6 +55,7 @@ def _pack(value: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return torch.stack([value[b, s] for b in range(len(kept)) for s in range(kept.shape[1]) if kept[b, s]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_graph_for_all_lengths_writes_rows_that_never_move(model: Any, backend: str) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
@@ -119,6 +120,7 @@ def test_a_call_with_more_than_there_is_room_for_runs_unharmed_and_cannot_be_rea
         assert _count_graphs() == graphs
 
 
+@pytest.mark.slow
 def test_a_graph_that_outlives_its_probe_writes_nothing(model: Any) -> None:
     compiled, stage = _compile(model), lp.Stage(max_tokens=64)
     with torch.no_grad():
@@ -136,6 +138,7 @@ def test_a_graph_that_outlives_its_probe_writes_nothing(model: Any) -> None:
         assert stage["layers.1"].data_ptr() == address and stage.offsets[-1] == 22
 
 
+@pytest.mark.slow
 def test_a_training_step_has_the_gradients_that_it_has_without(make_bert: Any) -> None:
     model = make_bert("BertForSequenceClassification", num_hidden_layers=1)
     stage, given = lp.Stage(max_tokens=64), {**_batch(7), "labels": torch.tensor([0, 1, 0])}
@@ -150,6 +153,7 @@ def test_a_training_step_has_the_gradients_that_it_has_without(make_bert: Any) -
         assert all(torch.equal(p.grad, before) for p, before in zip(model.parameters(), expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "deberta", "distilbert", "albert-inner", "modernbert", "electra-small"])
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_a_stage_holds_the_real_rows_of_every_family(name: str, mode: str) -> None:
@@ -167,6 +171,7 @@ def test_a_stage_holds_the_real_rows_of_every_family(name: str, mode: str) -> No
         assert torch.equal(stage[site], _pack(memory[site], batch)), site
 
 
+@pytest.mark.slow
 def test_masks_of_any_shape_keep_what_is_real(make_bert: Any) -> None:
     model, batch, stage = make_bert(num_hidden_layers=1), _batch(9), lp.Stage(max_tokens=64)
     compiled = _compile(model)
@@ -186,6 +191,7 @@ def test_masks_of_any_shape_keep_what_is_real(make_bert: Any) -> None:
             assert torch.equal(stage["layers.0"], _pack(output.last_hidden_state, batch))
 
 
+@pytest.mark.slow
 def test_each_half_of_a_pair_has_a_stage_of_its_own() -> None:
     from transformers import EncoderDecoderModel
 

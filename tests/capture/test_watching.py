@@ -200,6 +200,7 @@ def test_what_cannot_be_watched_is_refused(tiny_bert: Any) -> None:
 
 
 # the compiler looks at what a frame holds where it gives up, a tensor's history too
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_function_around_the_model_is_watched_as_if_it_were_not(
     tiny_bert: Any, batch: dict[str, Tensor]

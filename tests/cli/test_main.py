@@ -194,6 +194,7 @@ def test_without_a_command_the_help_is_shown(run: Run) -> None:
     assert run("--version") == (0, f"layerprobe {layerprobe.__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_program(tiny_model_folder: Path, source: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -215,6 +216,7 @@ def test_the_module_runs_as_a_program(tiny_model_folder: Path, source: Path, tmp
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(
     tiny_model_folder: Path, source: Path, tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def assert_the_same_command_goes_on(model: Path, source: Path, folder: Path) -> 
     assert contents(folder) == contents(folder.parent / "whole")
 
 
+@pytest.mark.slow
 def test_the_shard_under_way_is_finished(tiny_model_folder: Path, source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "acts"
     with started(tiny_model_folder, source, folder) as process:
@@ -139,6 +140,7 @@ def test_before_there_is_a_shard_nothing_is_waited_for(tiny_model_folder: Path, 
     assert not (tmp_path / "acts").exists()
 
 
+@pytest.mark.slow
 def test_a_wait_for_room_is_ended(tiny_model_folder: Path, source: Path, small_disk: Path) -> None:
     with open(small_disk / "filler", "wb") as filler:
         os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(small_disk).free - 100_000)
@@ -153,6 +155,7 @@ def test_a_wait_for_room_is_ended(tiny_model_folder: Path, source: Path, small_d
     assert lp.extract(str(tiny_model_folder), source, small_disk / "acts", shard_size=60_000, device="cpu").is_complete
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_one_line(tiny_model_folder: Path, source: Path, small_disk: Path) -> None:
     with open(small_disk / "filler", "wb") as filler:
         os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(small_disk).free - 100_000)

@@ -76,6 +76,7 @@ def check_site(model: Any, batch: dict[str, Any], site: Site) -> None:
     assert len(rows) < 3 or apart.diagonal().max() > 1e-3, site.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_edit_does_what_it_says_at_every_site_of_every_family(name: str) -> None:
     if not is_known(name):
@@ -88,6 +89,7 @@ def test_every_edit_does_what_it_says_at_every_site_of_every_family(name: str) -
         check_site(model, batch, site)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(PLAIN))
 def test_every_edit_does_what_it_says_on_every_head(family: str) -> None:
     if not is_known(PLAIN[family]):

@@ -47,6 +47,7 @@ def make_edits() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["compiled", "plain"])
 def test_every_edit_joins_one_graph_for_all_lengths(tiny_bert: Any, given: str) -> None:
     expected = run(tiny_bert, tiny_bert, make_edits())
@@ -73,6 +74,7 @@ def test_shared_and_fused_modules_are_edited_in_the_graph(name: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(run(compiled, compiled, edits, (5,)), expected, strict=True))
 
 
+@pytest.mark.slow
 def test_layers_that_share_a_piece_of_a_broken_graph_are_never_edited_for_one_another() -> None:
     """DeBERTa's own code breaks the graph, and the compiler may take the piece of one layer for another's."""
     model = build("deberta")
@@ -92,6 +94,7 @@ def test_chunks_are_edited_in_the_graph(make_bert: Any) -> None:
     assert all(torch.equal(*pair) for pair in zip(run(compiled, compiled, edits, (8,)), expected, strict=True))
 
 
+@pytest.mark.slow
 def test_values_of_a_probe_are_patched_in_the_graph(tiny_bert: Any) -> None:
     with torch.no_grad(), lp.Probe(tiny_bert, "layers.*") as probe:
         clean = tiny_bert(**make_batch(9)).last_hidden_state
@@ -102,6 +105,7 @@ def test_values_of_a_probe_are_patched_in_the_graph(tiny_bert: Any) -> None:
             compiled(**make_batch(7))
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_the_graph(tiny_bert: Any) -> None:
     grads = []
     for compiles in (False, True):
@@ -114,6 +118,7 @@ def test_gradients_flow_through_the_graph(tiny_bert: Any) -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_compiled_one_by_one_are_edited(tiny_bert: Any) -> None:
     expected = run(tiny_bert, tiny_bert, make_edits())
     for layer in tiny_bert.encoder.layer:
@@ -121,6 +126,7 @@ def test_layers_compiled_one_by_one_are_edited(tiny_bert: Any) -> None:
     assert all(torch.equal(*pair) for pair in zip(run(tiny_bert, tiny_bert, make_edits()), expected, strict=True))
 
 
+@pytest.mark.slow
 def test_probe_beside_an_edit_reads_the_edited_value_in_the_graph(tiny_bert: Any) -> None:
     compiled = compile_model(tiny_bert, fullgraph=True, dynamic=True, backend="eager")
     with torch.no_grad(), lp.Probe(compiled, "layers.1") as plain:
@@ -134,6 +140,7 @@ def test_probe_beside_an_edit_reads_the_edited_value_in_the_graph(tiny_bert: Any
     assert torch.equal(p["layers.1"], plain["layers.1"] * 2.0)
 
 
+@pytest.mark.slow
 def test_what_a_graph_cannot_do_is_refused_in_words(tiny_bert: Any) -> None:
     compiled = compile_model(tiny_bert, fullgraph=True, dynamic=True, backend="eager")
     mask = torch.zeros(3, 6, 32, dtype=torch.bool)

@@ -58,6 +58,7 @@ def plan_on(devices: Any, model: Path, source: Any, folder: Path, **more: Any) -
     return plan_extraction(str(model), source, folder, options, devices=devices or "cpu")
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_bytes_of_one(
     tiny_model_folder: Path, many: list[str], tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
@@ -76,6 +77,7 @@ def test_two_processes_make_the_bytes_of_one(
     assert not spool.parent.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_two_go_on_with_what_is_missing(
     tiny_model_folder: Path, source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +113,7 @@ def test_a_killed_process_is_named_and_two_go_on_with_what_is_missing(
     assert len(workers) == 2 and sum(worker.counts["num_units"] for worker in workers) == report.num_units
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_a_process_is_the_error_of_one_process(
     tiny: LoadedModel, source: Path, tmp_path: Path, make_bert: Any
 ) -> None:
@@ -188,6 +191,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "to_group", "code"),
     [

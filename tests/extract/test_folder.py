@@ -125,6 +125,7 @@ def test_power_lost_at_any_step_costs_no_committed_shard(
         assert _go_on(plan, survivor) == expected
 
 
+@pytest.mark.slow
 def test_power_lost_while_a_run_is_replaced_leaves_no_store_that_lies(
     tiny: LoadedModel, texts: list[str], plan: Plan, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +180,7 @@ def _start(model: Path, folder: Path, holds: bool) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_with_the_first_named_and_goes_on_after_its_death(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:

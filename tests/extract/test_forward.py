@@ -65,6 +65,7 @@ def test_precision_and_compile_belong_to_the_plan_where_they_change_values(
         extract(tiny, texts, tmp_path / "acts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"sites": "layers.0"}, {"keep": 0.5}])
 def test_a_compiled_run_gives_the_rows_of_a_plain_one(
     tiny: LoadedModel, texts: list[str], tmp_path: Path, options: dict[str, Any]
@@ -105,6 +106,7 @@ def test_batches_for_cuda_graphs_have_few_shapes_and_give_the_rows_of_a_plain_ru
     assert store.example(3).tokens == plain.example(3).tokens
 
 
+@pytest.mark.slow
 def test_a_run_for_cuda_graphs_compiles_and_gives_the_rows_of_a_plain_one(tiny: LoadedModel, tmp_path: Path) -> None:
     texts = [TEXT, "the fox", TEXT + TEXT]
     plain = extract(tiny, texts, tmp_path / "plain")

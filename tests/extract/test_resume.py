@@ -305,6 +305,7 @@ def wait_for_shards(folder: Path, count: int, process: "subprocess.Popen[str]") 
             raise AssertionError(process.communicate())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_an_interrupted_command_leaves_nothing_half_and_completes_when_run_again(
     tiny_model_folder: Path, tmp_path: Path, number: int, code: int

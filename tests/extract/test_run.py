@@ -257,6 +257,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_number_of_examples(tiny_model_folder: Path, tmp_path: Path) -> None:
     peaks = []
     for count in (1000, 20_000):
@@ -386,6 +387,7 @@ def test_many_texts_of_the_same_tokens_are_pooled_once(tiny: LoadedModel, tmp_pa
     assert torch.equal(vectors, vectors[:2].repeat(100, 1))
 
 
+@pytest.mark.slow
 def test_a_model_compiled_in_place_and_a_sentence_transformer_are_extracted_too(
     tiny: LoadedModel, tiny_model_folder: Path, tmp_path: Path
 ) -> None:

@@ -146,6 +146,7 @@ for sink in (lp.Moments(), lp.Covariance()):
 """
 
 
+@pytest.mark.slow
 def test_what_two_processes_measured_merges_into_the_whole(
     tiny: LoadedModel, tiny_model_folder: Path, texts: list[str], tmp_path: Path
 ) -> None:
@@ -186,6 +187,7 @@ for count in (1000, 8000):
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_number_of_texts(tiny_model_folder: Path) -> None:
     command = [sys.executable, "-c", PEAK, str(tiny_model_folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

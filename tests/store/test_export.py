@@ -304,6 +304,7 @@ def test_the_bar_counts_shards(store: Any, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
     """A store three times as large takes no more; each is measured in a fresh process."""
     code = textwrap.dedent(

@@ -478,6 +478,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is bounded through /proc")
 def test_stores_that_ask_for_memory_are_refused_within_bounds(sound: Sound, tmp_path: Path) -> None:
     bombs = make_bombs(sound, tmp_path)

@@ -144,6 +144,7 @@ def test_a_failed_run_is_stopped_and_the_next_one_completes(
     assert read_status(folder).state == "complete"
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_told_even_before_anyone_has_asked_how_it_ended(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from servers import Spoiler
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["500", "503", "cut", "reset", "stall"])
 def test_a_fault_of_reading_is_lived_through(fault: str, local: Any, place: RemotePlace, server: Spoiler) -> None:
     copy_store(local, place)
@@ -30,6 +31,7 @@ def test_a_fault_of_reading_is_lived_through(fault: str, local: Any, place: Remo
     assert not server.faults
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["500", "503", "reset", "stall"])
 def test_a_fault_of_writing_is_lived_through(
     fault: str, tiny: LoadedModel, plain_texts: list[str], place: RemotePlace, server: Spoiler, local: Any

@@ -236,6 +236,7 @@ def flip_every_bit(path: Path) -> Iterator[bytes]:
     path.write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_store_json_is_named(tiny: LoadedModel, tmp_path: Path) -> None:
     with layerprobe.Probe(tiny.model, "pooler", to=tmp_path / "acts"):
         tiny.model(torch.tensor([[1, 2, 3]]))
