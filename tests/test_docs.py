@@ -19,6 +19,7 @@ from pages import BLOCK, PAGES, PICTURES, ROOT, list_blocks, list_commands, list
 
 SCRIPT = "benchmarks/docstrings.py"
 PNG = b"\x89PNG"
+SLOW_PAGES = {"classification.md", "compile.md", "generation.md", "pictures.md", "profile.md", "tour.md", "watch.md"}
 PRINTED = re.compile(r"^```bash\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEST_NAME = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 RESULTS_FILE = re.compile(r"benchmarks/results/\w+\.json")
@@ -29,6 +30,11 @@ QUOTED = re.compile(r"(?<![\w.])(\d+\.\d+)(?![\w.]*\d)|(?<![\w.])(\d+)(?= (?:tim
 
 # a snippet may register an architecture
 pytestmark = pytest.mark.usefixtures("restored_rows")
+
+
+def as_case(page: Path) -> Any:
+    """Name a page in the list of tests, and mark it where it takes long."""
+    return pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in SLOW_PAGES else [])
 
 
 def list_printed() -> list[tuple[Path, str, str]]:
@@ -62,7 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if list_blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [as_case(page) for page in PAGES if list_blocks(page, "python")])
 def test_python_snippets_run(page: Path, folder: Path) -> None:
     make_texts(page)
     state: dict[str, Any] = {"__name__": "snippets"}
@@ -72,7 +78,7 @@ def test_python_snippets_run(page: Path, folder: Path) -> None:
     assert {name for name in made if (folder / name).read_bytes().startswith(PNG)} == made
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if list_commands(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [as_case(page) for page in PAGES if list_commands(page)])
 def test_commands_run(
     page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

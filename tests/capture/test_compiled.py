@@ -128,6 +128,7 @@ def test_layers_compiled_one_by_one_are_captured(tiny_bert: Any) -> None:
     assert all(torch.equal(probe[site], expected[site]) for site in expected)
 
 
+@pytest.mark.slow
 def test_compiled_model_is_streamed_to_a_store(tiny_bert: Any, tmp_path: Path) -> None:
     compiled = _compile(tiny_bert)
     with torch.no_grad(), lp.Probe(compiled, "layers.*", to=tmp_path / "acts", dtype="float16"):
@@ -243,6 +244,7 @@ def test_masks_of_any_shape_keep_the_rows_that_eager_keeps(
             assert torch.equal(one.float(), other.float())
 
 
+@pytest.mark.slow
 def test_model_that_is_given_neither_ids_nor_embeddings_loses_nothing(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTModel
 
@@ -258,6 +260,7 @@ def test_model_that_is_given_neither_ids_nor_embeddings_loses_nothing(tmp_path: 
     assert all(torch.equal(graph["layers.1"][i], eager["layers.1"][i]) for i in range(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["function", "wrapper"])
 def test_early_end_that_nothing_around_a_graph_takes_lets_it_run_on(tiny_bert: Any, way: str) -> None:
     run = _compile(tiny_bert) if way == "wrapper" else WAYS[way](tiny_bert)
@@ -268,6 +271,7 @@ def test_early_end_that_nothing_around_a_graph_takes_lets_it_run_on(tiny_bert: A
         assert torch.equal(call["layers.0"], _eager_values(tiny_bert, "layers.0", length)["layers.0"])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_compiled_forward_is_stopped_after_the_last_asked_site(tiny_bert: Any) -> None:
     compiled = _compile(tiny_bert)
     expected = [_eager_values(tiny_bert, "layers.0", length) for length in LENGTHS]
@@ -390,6 +394,7 @@ def test_history_of_another_call_is_refused(tiny_bert: Any) -> None:
             _ = probe.calls
 
 
+@pytest.mark.slow
 def test_history_is_kept_whatever_call_comes_next(tiny_bert: Any) -> None:
     compiled = _compile(tiny_bert)
     with lp.Probe(tiny_bert, "layers.*", gradients=True) as probe:
@@ -408,6 +413,7 @@ def test_history_is_kept_whatever_call_comes_next(tiny_bert: Any) -> None:
     assert probe["layers.0"].requires_grad and probe["layers.0"].isnan().any()
 
 
+@pytest.mark.slow
 def test_history_of_a_module_that_runs_several_times_is_refused(make_bert: Any) -> None:
     compiled = _compile(make_bert(chunk_size_feed_forward=2, num_hidden_layers=1), fullgraph=False)
     with (
@@ -435,6 +441,7 @@ def test_positions_of_a_compiled_decoder_with_a_cache_are_not_guessed(make_bert:
     assert probe.calls[2]["layers.0"].shape == (3, 1, 32)
 
 
+@pytest.mark.slow
 def test_compiled_training_step_has_the_same_gradients_with_a_probe(make_bert: Any) -> None:
     model = make_bert("BertForSequenceClassification", num_hidden_layers=1)
     compiled = _compile(model)
@@ -449,6 +456,7 @@ def test_compiled_training_step_has_the_same_gradients_with_a_probe(make_bert: A
     assert all(torch.equal(p.grad, before) for p, before in zip(model.parameters(), expected, strict=True))
 
 
+@pytest.mark.slow
 def test_graph_that_outlives_its_probe_runs_on(tiny_bert: Any) -> None:
     compiled = _compile(tiny_bert)
     with torch.no_grad():
@@ -473,6 +481,7 @@ def test_error_in_a_sink_comes_out_of_the_compiled_model(tiny_bert: Any) -> None
     assert not any(module._forward_hooks for module in tiny_bert.modules())
 
 
+@pytest.mark.slow
 def test_threads_of_a_compiled_model_are_kept_apart(tiny_bert: Any) -> None:
     compiled = _compile(tiny_bert)
     with torch.no_grad(), lp.Probe(compiled, "layers.*") as probe:

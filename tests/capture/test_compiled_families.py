@@ -113,6 +113,7 @@ def test_checkpointed_layers_of_a_compiled_model_are_recorded_once(reentrant: bo
         torch.testing.assert_close(weight.grad, gradient, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_ctrl_c_within_a_compiled_call_comes_out_and_leaves_nothing(stopped: bool) -> None:
     model, batch = build("bert", num_hidden_layers=2), make_batch()

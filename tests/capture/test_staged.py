@@ -83,6 +83,7 @@ def test_one_graph_for_all_lengths_writes_rows_that_never_move(model: Any, backe
             torch.testing.assert_close(rows[site], _pack(memory[site], _batch(length)), atol=tolerance, rtol=0.0)
 
 
+@pytest.mark.slow
 def test_gather_and_cast_are_in_the_graph_and_no_operator_cuts_it(model: Any) -> None:
     graphs: list[torch.fx.GraphModule] = []
 

@@ -61,6 +61,7 @@ def _run_and_catch(plan: Plan) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_every_call_of_a_run_may_fail_and_nothing_is_lost(
     plan: Plan, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, call: str

@@ -227,6 +227,7 @@ def test_weights_of_the_flash_class_of_distilbert(num_padded: int, monkeypatch: 
     assert_like_eager(got, "distilbert", batch, num_padded)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not IS_V5, reason="encoders of transformers 4 have no flex attention")
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # transformers sets it

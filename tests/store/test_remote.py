@@ -270,6 +270,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_forked_process_reads_on_with_connections_of_its_own(local: Any, place: RemotePlace) -> None:
     copy_store(local, place)
     command = [sys.executable, "-W", "ignore", "-c", FORKED, place.url]
