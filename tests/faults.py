@@ -8,6 +8,7 @@ import os
 import random
 import stat
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,28 +96,28 @@ class ForgetfulDisk:
         self.root = root
         self._contents: dict[int, bytes] = {}
         self._names: dict[int, dict[str, int]] = {}
+        self._held: dict[int, int] = {}
+        weakref.finalize(self, _close_all, self._held)
 
     def remember(self) -> None:
         """Take all that is there now for flushed."""
         for folder in (self.root, *(path for path in self.root.rglob("*") if path.is_dir())):
-            self._names[folder.stat().st_ino] = {file.name: file.lstat().st_ino for file in folder.iterdir()}
+            self._names[self._hold(folder)] = {file.name: self._hold(file) for file in folder.iterdir()}
         for file in self.root.rglob("*"):
             if file.is_file():
-                self._contents[file.stat().st_ino] = file.read_bytes()
+                self._contents[self._hold(file)] = file.read_bytes()
 
     def watch(self, step: Step) -> None:
         """Take note of a call that was made; for `FaultySystem(after=...)`."""
         if step.name != "fsync":
             return
-        status = os.fstat(step.arguments[0])
-        if stat.S_ISDIR(status.st_mode):
-            found = os.listdir(step.arguments[0])
-            self._names[status.st_ino] = {
-                name: os.stat(name, dir_fd=step.arguments[0], follow_symlinks=False).st_ino for name in found
-            }
+        descriptor = step.arguments[0]
+        inode = self._hold(f"/proc/self/fd/{descriptor}")
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            self._names[inode] = {name: self._hold(name, descriptor) for name in os.listdir(descriptor)}
         else:
-            with open(f"/proc/self/fd/{step.arguments[0]}", "rb") as file:
-                self._contents[status.st_ino] = file.read()
+            with open(f"/proc/self/fd/{descriptor}", "rb") as file:
+                self._contents[inode] = file.read()
 
     def lose_power(self, survivor: Path, metadata: str, seed: int = 0) -> None:
         """Write down what a disk may hold now.
@@ -135,6 +136,14 @@ class ForgetfulDisk:
                 survivor,
                 lambda: metadata == "all" or (metadata == "some" and draw.random() < 0.5),
             )
+
+    def _hold(self, name: str | Path, folder: int | None = None) -> int:
+        """Keep a file open by its path alone, which holds no lock of its; gives its inode."""
+        descriptor = os.open(name, os.O_PATH, dir_fd=folder)
+        inode = os.fstat(descriptor).st_ino
+        if self._held.setdefault(inode, descriptor) != descriptor:
+            os.close(descriptor)
+        return inode
 
     def _restore(self, inode: int, current: Path | None, target: Path, takes_current: Callable[[], bool]) -> None:
         flushed = self._names.get(inode, {})
@@ -156,6 +165,11 @@ class ForgetfulDisk:
                 # not flushed: the length may be there before the data
                 size = place.lstat().st_size if place is not None else 0
                 (target / name).write_bytes(self._contents.get(found, bytes(size)))
+
+
+def _close_all(held: dict[int, int]) -> None:
+    for descriptor in held.values():
+        os.close(descriptor)
 
 
 def check_shards(folder: Path) -> int:

@@ -157,6 +157,18 @@ def test_a_disk_that_forgets_would_show_a_missing_flush(plan: Plan, monkeypatch:
         check_shards(plan.folder.parent / "after")
 
 
+def test_a_disk_that_forgets_takes_no_new_file_for_an_old_folder(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "old").mkdir(parents=True)
+    disk = ForgetfulDisk(tmp_path / "disk")
+    disk.remember()
+    (tmp_path / "disk" / "old").rmdir()
+    for number in range(20):
+        (tmp_path / "disk" / str(number)).write_bytes(b"new")
+    disk.lose_power(tmp_path / "after", "all")
+    assert len(list((tmp_path / "after").iterdir())) == 20
+    assert all(file.is_file() for file in (tmp_path / "after").iterdir())
+
+
 RUN = """
 import sys
 from pathlib import Path
