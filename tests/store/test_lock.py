@@ -84,19 +84,21 @@ def test_the_lock_goes_whatever_happens_under_it(tmp_path: Path) -> None:
 
 def test_a_forked_process_that_outlives_the_holder_holds_nothing(tmp_path: Path) -> None:
     script = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from layerprobe.store.lock import StoreLock
 lock = StoreLock(Path(sys.argv[1])).__enter__()
-if (child := os.fork()) == 0:
+if os.fork() == 0:
+    print("forked", flush=True)
     sys.stdin.read()
     os._exit(0)
-print("forked", flush=True)
-os.kill(os.getpid(), 9)
+signal.pause()
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        # the child says so: before, it may not yet have run at all
         assert process.stdout is not None and process.stdout.readline() == "forked\n"
+        process.kill()
         assert process.wait() == -signal.SIGKILL
         with StoreLock(tmp_path):
             pass
