@@ -1,7 +1,7 @@
 """Models wrapped for several processes: two of them, each records the rows of its own batch."""
 
 import os
-import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,20 @@ def wrap_fsdp2(model: Any) -> nn.Module:
 WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {"ddp": wrap_ddp, "fsdp": wrap_fsdp1, "fully_shard": wrap_fsdp2}
 
 
-def run_rank(rank: int, port: int, folder: Path) -> None:
+def run_rank(rank: int, folder: Path) -> None:
     """What one process does: wrap the model in each way and check it."""
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"  # whatever the machine is called
+    # they find each other by a file: a port that was free may be another's by now
+    meeting = (folder / "ranks").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     try:
         for name, wrap in WRAPPERS.items():
             check_rank(rank, wrap, folder / f"{name}-{rank}")
     finally:
         torch.distributed.destroy_process_group()
+    # threads of gloo may still hold tensors; freed as the interpreter ends, they abort it (pytorch pull 179291)
+    os._exit(0)
 
 
 def check_rank(rank: int, wrap: Callable[[Any], nn.Module], folder: Path) -> None:
@@ -102,10 +106,7 @@ def check_rank(rank: int, wrap: Callable[[Any], nn.Module], folder: Path) -> Non
 
 @pytest.mark.slow
 def test_each_rank_records_its_own_rows(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(run_rank, (port, tmp_path), nprocs=2)
+    spawn(run_rank, (tmp_path,), nprocs=2)
     for name in WRAPPERS:
         for rank in (0, 1):
             assert len(lp.open(tmp_path / f"{name}-{rank}")) == len(make_ids(rank))
