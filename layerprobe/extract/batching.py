@@ -13,21 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils.generic import PaddingStrategy
 
 from layerprobe.capture.staging import Room
 
-__all__ = ["BATCH_COST_TOKENS", "Batch", "Shapes", "TokenizedUnit", "cut_batches", "tokenize"]
+__all__ = ["BATCH_COST_TOKENS", "SHAPE_STEPS", "Batch", "Shapes", "TokenizedUnit", "cut_batches", "tokenize"]
 
 # What one more batch costs, in tokens: less than it measures for MiniLM on two cores (36), to keep padding under 2 %.
 BATCH_COST_TOKENS = 16
-# What a tokenizer has of its own that does more than its backend.
-_OF_CALLS = {"__call__", "_call_one", "_switch_to_input_mode"} | {
-    f"{of_some}encode{of_plus}" for of_some in ("_batch_", "_", "batch_", "") for of_plus in ("_plus", "")
-}
-_LEAST_STEP = 8
-_STEPS = 4
+# Lengths go up by 8, or by a quarter of a doubling where that is more; a length has at most six counts of sequences.
+SHAPE_STEPS = (8, 4, 6)
+# Where a tokenizer puts truncation and padding into its backend; what it has of its own beside may do more than that.
+_OF_BACKEND = "set_truncation_and_padding"
+_OF_CALLS = {
+    "__call__", "_call_one", "_switch_to_input_mode", "_convert_encoding", "_get_padding_truncation_strategies",
+    _OF_BACKEND,
+    *(f"{of_some}encode{of_plus}" for of_some in ("_batch_", "_", "batch_", "") for of_plus in ("_plus", "")),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,22 +96,28 @@ class Batch:
 class Shapes:
     """Few shapes for all batches, for what is prepared once for each shape, as CUDA graphs are.
 
-    Lengths are rounded up to one of four in each doubling, and batches of a length have the same number of sequences.
+    Lengths are rounded up, by no more than a quarter from 32 on; a length has few counts of sequences: as many as the
+    budget takes, and that halved up to five times.
 
     Args:
-        batch_tokens: Padded tokens of a batch.
+        batch_tokens: Padded tokens of a batch, at most.
         longest: Longest text.
     """
 
     batch_tokens: int
     longest: int
 
-    def of(self, length: int) -> tuple[int, int]:
-        """Give B and S of the batch whose longest text has `length` tokens."""
+    def width(self, length: int) -> int:
+        """Give S of a batch whose longest text has `length` tokens."""
+        least, steps, _ = SHAPE_STEPS
         length = max(1, length)
-        step = max(_LEAST_STEP, (1 << (length - 1).bit_length()) // (2 * _STEPS))
-        width = max(length, min(self.longest, -(-length // step) * step))
-        return max(1, self.batch_tokens // width), width
+        step = max(least, (1 << (length - 1).bit_length()) // (2 * steps))
+        return max(length, min(self.longest, -(-length // step) * step))
+
+    def heights(self, width: int) -> list[int]:
+        """List every B of the batches that are S wide, falling."""
+        most = max(1, self.batch_tokens // width)
+        return sorted({max(1, most >> halvings) for halvings in range(SHAPE_STEPS[2])}, reverse=True)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenizedUnit:
@@ -118,6 +125,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
     if not texts:
         return TokenizedUnit([], [])
     if _is_plain(tokenizer):
+        from transformers.tokenization_utils_base import TruncationStrategy
+        from transformers.utils.generic import PaddingStrategy
+
         # what the tokenizer's own call does, without what it does in Python for each text: that would hold up the model
         tokenizer.set_truncation_and_padding(
             padding_strategy=PaddingStrategy.DO_NOT_PAD,
@@ -154,9 +164,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
 def _is_plain(tokenizer: Any) -> bool:
     """Whether a tokenizer turns texts into ids by its backend alone, as the class it is derived from does."""
     classes = type(tokenizer).__mro__
-    base = next((number for number, one in enumerate(classes) if "set_truncation_and_padding" in vars(one)), None)
-    own = {name for one in classes[:base] for name in vars(one)} | set(vars(tokenizer))
-    return base is not None and not own & _OF_CALLS
+    bases = [number for number, one in enumerate(classes) if _OF_BACKEND in vars(one)]
+    own = {name for one in classes[: max(bases, default=0)] for name in vars(one)} | set(vars(tokenizer))
+    return bool(bases) and not own & _OF_CALLS
 
 
 def cut_batches(
@@ -173,7 +183,8 @@ def cut_batches(
     Texts of the same ids are computed once, unless `joins_equal` is False. Of all cuts of the sorted texts it is the
     one that computes least, each batch counted as some tokens more. The longest come first so that buffers and stages
     reach their size at once. A text longer than the budget is a batch of its own. Ties keep the order of the input, so
-    the cut is a function of the unit alone. With `shapes` every batch has one of those, filled up with padding.
+    the cut is a function of the unit alone. With `shapes` every batch has one of those, filled up with padding, which
+    counts as computed.
 
     Cost: for each text a look at as many as fit into a batch with it, in numpy.
     """
@@ -182,16 +193,21 @@ def cut_batches(
         same.setdefault((tuple(ids), 0 if joins_equal else member), []).append(member)
     sequences = sorted(same, key=lambda key: -len(key[0]))
     lengths = [len(ids) for ids, _ in sequences]
-    ends = _choose_ends(lengths, batch_tokens) if shapes is None else _fill_shapes(lengths, shapes)
+    ends = _choose_ends(lengths, batch_tokens, shapes)
     start = 0
     while start < len(sequences):
         chosen = sequences[start : ends[start]]
-        shape = None if shapes is None else shapes.of(lengths[start])
+        # A model wants at least one position, even where a tokenizer gives nothing for an empty text.
+        width = max(1, lengths[start])
+        shape = (len(chosen), width)
+        if shapes is not None:
+            width = shapes.width(width)
+            shape = (min(height for height in shapes.heights(width) if height >= len(chosen)), width)
         yield _pad([ids for ids, _ in chosen], [same[key] for key in chosen], pad_id, padding_side, shape)
         start = ends[start]
 
 
-def _choose_ends(lengths: Sequence[int], batch_tokens: int) -> list[int]:
+def _choose_ends(lengths: Sequence[int], batch_tokens: int, shapes: Shapes | None) -> list[int]:
     """For each text, taken as the first of a batch, find where that batch ends; lengths fall.
 
     What the texts from `start` on cost at best is worked out from the last text to the first.
@@ -200,19 +216,26 @@ def _choose_ends(lengths: Sequence[int], batch_tokens: int) -> list[int]:
     ends = [0] * num_texts
     least = np.zeros(num_texts + 1, dtype=np.int64)
     counts = np.arange(1, num_texts + 1)
+    filled: dict[int, np.ndarray] = {}
     for start in range(num_texts - 1, -1, -1):
-        longest = max(1, lengths[start])
-        most = min(num_texts - start, max(1, batch_tokens // longest))
-        costs = least[start + 1 : start + most + 1] + longest * counts[:most]
+        width, heights = max(1, lengths[start]), counts
+        if shapes is not None:
+            width = shapes.width(width)
+            if width not in filled:
+                filled[width] = _fill_up(shapes.heights(width))
+            heights = filled[width]
+        most = min(num_texts - start, max(1, batch_tokens // width))
+        costs = least[start + 1 : start + most + 1] + width * heights[:most]
         best = int(costs.argmin())
         ends[start] = start + best + 1
         least[start] = costs[best] + BATCH_COST_TOKENS
     return ends
 
 
-def _fill_shapes(lengths: Sequence[int], shapes: Shapes) -> list[int]:
-    """For each text, taken as the first of a batch, give where a full batch of its shape ends."""
-    return [min(len(lengths), start + shapes.of(length)[0]) for start, length in enumerate(lengths)]
+def _fill_up(heights: Sequence[int]) -> np.ndarray:
+    """Give for each count of sequences, from 1 on, the height that holds it."""
+    rising = np.array(heights[::-1])
+    return rising[np.searchsorted(rising, np.arange(1, heights[0] + 1))]
 
 
 def _pad(
@@ -220,11 +243,10 @@ def _pad(
     members: Sequence[list[int]],
     pad_id: int,
     padding_side: str,
-    shape: tuple[int, int] | None,
+    shape: tuple[int, int],
 ) -> Batch:
     lengths = [len(ids) for ids in sequences]
-    # A model wants at least one position, even where a tokenizer gives nothing for an empty text.
-    num_rows, longest = shape or (len(sequences), max(1, *lengths))
+    num_rows, longest = shape
     input_ids = torch.full((num_rows, longest), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros((num_rows, longest), dtype=torch.int64)
     positions = torch.arange(longest)

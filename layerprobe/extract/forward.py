@@ -17,7 +17,15 @@ from torch import nn
 from layerprobe.errors import OptionError
 from layerprobe.sites.stacks import find_device
 
-__all__ = ["CUDA_GRAPHS", "PRECISIONS", "check_forward", "compile_network", "compute_in", "find_precision"]
+__all__ = [
+    "CUDA_GRAPHS",
+    "PRECISIONS",
+    "check_device",
+    "check_forward",
+    "compile_network",
+    "compute_in",
+    "find_precision",
+]
 
 # torch's name for a compiled model whose kernels a GPU replays as a graph, one for each shape of a batch
 CUDA_GRAPHS = "reduce-overhead"
@@ -40,6 +48,18 @@ def check_forward(precision: object, backend: object) -> None:
     if backend not in known:
         raise OptionError(
             f"compile={backend!r}: no such backend. Use True, False, {CUDA_GRAPHS!r}, or one of {', '.join(known)}."
+        )
+
+
+def check_device(device: torch.device, backend: bool | str) -> None:
+    """Refuse what a device cannot do.
+
+    Raises:
+        OptionError: CUDA graphs elsewhere; batches would be filled up for nothing.
+    """
+    if backend == CUDA_GRAPHS and device.type != "cuda":
+        raise OptionError(
+            f"compile={backend!r} (--cuda-graphs) on {device}: CUDA devices replay graphs. Use compile=True here."
         )
 
 

@@ -21,10 +21,10 @@ from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe, describe_pool
 from layerprobe.capture.select import Pool, check_pool, resolve_dtype
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, SpaceError
-from layerprobe.extract.batching import BATCH_COST_TOKENS, TokenizedUnit, tokenize
+from layerprobe.extract.batching import BATCH_COST_TOKENS, SHAPE_STEPS, TokenizedUnit, tokenize
 from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
-from layerprobe.extract.forward import check_forward, compute_in, find_precision
+from layerprobe.extract.forward import CUDA_GRAPHS, check_device, check_forward, compute_in, find_precision
 from layerprobe.extract.inputs import TextSource, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run, recall_batch_tokens
@@ -241,6 +241,7 @@ def plan_extraction(
         raise InputError(f"{source.name}: holds no texts. Give at least one.")
     name = model.name if isinstance(model, LoadedModel) else model if isinstance(model, str) else ""
     model, tokenizer = find_model(model, tokenizer, device)
+    check_device(find_device(model), options.compile)
     sites = map_model(model).select(list(options.sites) if not isinstance(options.sites, str) else options.sites)
     max_length = choose_max_length(model, tokenizer, options.max_length)
     stored = _measure_sites(model, tokenizer, sites, options)
@@ -343,7 +344,7 @@ def _find_budget(
     model: nn.Module, sites: Sequence[Site], options: ExtractOptions, sampled: TokenizedUnit, survey: Survey
 ) -> int:
     usual = choose_batch_tokens(find_device(model))
-    if survey.num_tokens < LEAST_TOKENS:
+    if survey.num_tokens < LEAST_TOKENS or options.compile == CUDA_GRAPHS:  # tries would not see what graphs fill up
         return usual
     precision = find_precision(model, options.precision)
     return find_batch_tokens(model, [site.name for site in sites], sampled.ids, usual, precision)
@@ -353,13 +354,13 @@ def _measure_sites(
     model: nn.Module, tokenizer: Any, sites: tuple[Site, ...], options: ExtractOptions
 ) -> tuple[StoredSite, ...]:
     """Run the model on one short text to learn the width and dtype of each site."""
-    check_storable(sites, options.pool, resolve_dtype(options.dtype))
+    dtype = resolve_dtype(options.dtype)
+    check_storable(sites, options.pool, dtype)
     ids = tokenizer("layer probe", return_tensors="pt", truncation=True, max_length=options.max_length or 8)
     device = find_device(model)
-    precision = compute_in(model, find_precision(model, options.precision))
-    with torch.inference_mode(), precision, Probe(model, [site.name for site in sites]) as probe:
-        model(input_ids=ids["input_ids"].to(device), attention_mask=ids["attention_mask"].to(device))
-    dtype = resolve_dtype(options.dtype)
+    computing = compute_in(model, find_precision(model, options.precision))
+    with torch.inference_mode(), computing, Probe(model, [site.name for site in sites]) as probe:
+        model(**{name: ids[name].to(device) for name in ("input_ids", "attention_mask")})
     return tuple(measure_site(site, probe[site.name], options.pool, dtype) for site in sites)
 
 
@@ -392,6 +393,7 @@ def _describe(
             **({"kept": rule.kept.describe()} if rule.kept is not None else {}),
             **({"precision": precision} if precision is not None else {}),
             **({"compile": options.compile} if options.compile else {}),
+            **({"shape_steps": SHAPE_STEPS} if options.compile == CUDA_GRAPHS else {}),
         },
     }
     fingerprint = fingerprint_of(identity)

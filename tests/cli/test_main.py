@@ -115,6 +115,8 @@ def test_options_reach_the_run(run: Run, tiny_model_folder: Path, tmp_path: Path
         (["--max-length", "many"], "Invalid value for '--max-length'"),
         (["--shard-size", "big"], "no size 'big': write a number and a unit, such as 64MB or 1GiB"),
         (["--shard-size", "0"], "shard_size is 0"),
+        (["--writers", "0"], "writers is 0"),
+        (["--cuda-graphs", "--device", "cpu"], "(--cuda-graphs) on cpu: CUDA devices replay graphs"),
         (["--device", "gpu"], "no device 'gpu' here"),
         (["--colour"], "No such option: --colour"),
         (["--field", "body"], "texts.jsonl, line 1: no field 'body'; it holds 'text'"),

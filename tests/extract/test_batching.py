@@ -1,6 +1,7 @@
 """Batches hold every text once, under the budget, longest first, with ids that are the tokenizer's own."""
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from layerprobe.extract.batching import BATCH_COST_TOKENS, Shapes, TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.batching import BATCH_COST_TOKENS, SHAPE_STEPS, Shapes, TokenizedUnit, cut_batches, tokenize
 from layerprobe.models import LoadedModel
 
 
@@ -41,7 +42,9 @@ def test_ids_are_those_of_the_call_whatever_was_called_before(
 ) -> None:
     texts = [*texts, "", "été 😀 深い", "a <mask> b </s>", "word " * 40]
     tokenizer = _byte_level(texts, **options)
-    tokenizer(texts, padding="max_length", max_length=30, truncation=True)  # leaves its settings in the backend
+    # leaves its settings in the backend
+    is_split = tokenizer.split_special_tokens
+    tokenizer(texts, padding="max_length", max_length=30, truncation=True, split_special_tokens=not is_split)
     unit = tokenize(tokenizer, texts, max_length)
     assert unit.ids == [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
     assert unit.truncated == [len(tokenizer(text)["input_ids"]) > max_length for text in texts]
@@ -59,6 +62,43 @@ def test_a_tokenizer_that_does_more_than_its_backend_is_called(texts: list[str])
         plain(text.upper(), truncation=True, max_length=16)["input_ids"] for text in texts
     ]
     assert tokenize(tokenizer, texts, 16).ids != tokenize(plain, texts, 16).ids
+
+
+class _WithItsOwnBackend(PreTrainedTokenizerFast):
+    def set_truncation_and_padding(self, *args: Any, **kwargs: Any) -> None:
+        super().set_truncation_and_padding(*args, **kwargs)
+
+
+class _WithItsOwnStrategies(PreTrainedTokenizerFast):
+    def _get_padding_truncation_strategies(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_padding_truncation_strategies(*args, **kwargs)
+
+
+class _WithItsOwnResults(PreTrainedTokenizerFast):
+    def _convert_encoding(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._convert_encoding(*args, **kwargs)
+
+
+class _WithASay(PreTrainedTokenizerFast):
+    def greet(self) -> str:
+        return "hello"
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_plain"),
+    [(_WithItsOwnBackend, False), (_WithItsOwnStrategies, False), (_WithItsOwnResults, False), (_WithASay, True)],
+)
+def test_whatever_a_class_changes_on_the_way_to_the_ids_is_not_gone_round(
+    texts: list[str], kind: type[PreTrainedTokenizerFast], is_plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = kind(tokenizer_object=_byte_level(texts).backend_tokenizer, pad_token="<pad>")
+    calls: list[Any] = []
+    call = PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "__call__", lambda *args, **kwargs: [calls.append(1), call(*args, **kwargs)][1]
+    )
+    tokenize(tokenizer, texts, 16)
+    assert bool(calls) is not is_plain
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 11, 12, 13, 64])
@@ -111,9 +151,10 @@ def test_batches_of_given_shapes_hold_every_text_once_and_are_filled_up(
     batches = list(cut_batches(TokenizedUnit(texts, [False] * len(texts)), budget, 9, side, shapes=shapes))
     assert sorted(member for batch in batches for member in batch.members) == list(range(len(texts)))
     for batch in batches:
-        longest = max(batch.lengths)
-        assert tuple(batch.input_ids.shape) == shapes.of(longest)
-        assert longest <= batch.input_ids.shape[1] <= 30 or longest == 0
+        longest, (height, width) = max(batch.lengths), batch.input_ids.shape
+        assert width == shapes.width(longest) and height in shapes.heights(width)
+        assert longest <= width <= 30 or longest == 0
+        assert height * width <= max(budget, width)
         assert batch.num_filling == len(batch.input_ids) - len({tuple(texts[member]) for member in batch.members})
         for row, member in zip(batch.sequences, batch.members, strict=True):
             assert batch.input_ids[row][batch.attention_mask[row].bool()].tolist() == texts[member]
@@ -125,12 +166,38 @@ def test_batches_of_given_shapes_hold_every_text_once_and_are_filled_up(
 
 
 def test_texts_of_all_lengths_take_few_shapes() -> None:
-    shapes = {Shapes(16384, 512).of(length) for length in range(513)}
-    assert len(shapes) <= 21
-    assert all(rows * width <= 16384 for rows, width in shapes)
-    wasted = [Shapes(16384, 512).of(length)[1] / length for length in range(65, 513)]
+    shapes = Shapes(16384, 512)
+    widths = {shapes.width(length) for length in range(513)}
+    assert len(widths) == 20 and all(len(shapes.heights(width)) <= SHAPE_STEPS[2] for width in widths)
+    wasted = [shapes.width(length) / length for length in range(65, 513)]
     assert max(wasted) < 1.25 and sum(wasted) / len(wasted) < 1.1
-    assert Shapes(100, 70).of(69) == (1, 70) and Shapes(8, 512).of(40) == (1, 40)
+    assert Shapes(100, 70).width(69) == 70 and Shapes(100, 70).heights(70) == [1]
+    assert Shapes(8, 512).heights(40) == [1] and Shapes(96, 512).heights(8) == [12, 6, 3, 1]
+
+
+@given(lengths=st.lists(st.integers(0, 12), max_size=9), budget=st.integers(1, 60))
+def test_the_cut_into_given_shapes_computes_least(lengths: list[int], budget: int) -> None:
+    shapes = Shapes(budget, longest=12)
+
+    def cost(members: Sequence[int]) -> int:
+        width = shapes.width(max(members))
+        return min(h for h in shapes.heights(width) if h >= len(members)) * width + BATCH_COST_TOKENS
+
+    def least(rest: list[int]) -> int:
+        most = max(shapes.heights(shapes.width(rest[0]))) if rest else 0
+        return min((cost(rest[:n]) + least(rest[n:]) for n in range(1, min(most, len(rest)) + 1)), default=0)
+
+    made = list(cut_batches(_unit_of(lengths), budget, 0, "right", joins_equal=False, shapes=shapes))
+    assert sum(batch.input_ids.numel() + BATCH_COST_TOKENS for batch in made) == least(sorted(lengths, reverse=True))
+
+
+@pytest.mark.parametrize("num_texts", [300, 1000])
+def test_given_shapes_compute_little_more_where_a_shard_holds_few_batches(demo: LoadedModel, num_texts: int) -> None:
+    unit, shapes = tokenize(demo.tokenizer, _list_docstrings()[:num_texts], 256), Shapes(16384, 256)
+    made = list(cut_batches(unit, shapes.batch_tokens, 0, "right", shapes=shapes))
+    assert unit.num_tokens < 4 * shapes.batch_tokens
+    computed = sum(batch.input_ids.numel() for batch in made)
+    assert computed < 1.2 * sum(len(ids) for ids in {tuple(ids) for ids in unit.ids})
 
 
 def _unit_of(lengths: list[int]) -> TokenizedUnit:
@@ -176,13 +243,17 @@ def test_padding_of_texts_of_all_lengths_is_under_two_percent() -> None:
     assert computed <= sum(lengths) / 0.98
 
 
-def test_padding_of_real_texts_is_under_two_percent(demo: LoadedModel) -> None:
-    """Docstrings of the standard library, as many as a shard of the default size holds."""
+def _list_docstrings() -> list[str]:
+    """Those of the standard library, as many as a shard of the default size holds."""
     folder = Path(ast.__file__).parent
     trees = [ast.parse(path.read_bytes()) for path in sorted(folder.glob("[a-m]*.py"))]
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    texts = [text for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)
-             if (text := ast.get_docstring(node))]  # fmt: skip
+    return [text for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)
+            if (text := ast.get_docstring(node))]  # fmt: skip
+
+
+def test_padding_of_real_texts_is_under_two_percent(demo: LoadedModel) -> None:
+    texts = _list_docstrings()
     assert len(texts) > 1000
     unit = tokenize(demo.tokenizer, texts, 256)
     batches = list(cut_batches(unit, 1024, 0, "right"))

@@ -10,6 +10,7 @@ import torch
 import layerprobe
 from layerprobe.errors import OptionError, PlanError
 from layerprobe.extract import audit as auditing
+from layerprobe.extract import plan as planning
 from layerprobe.extract.audit import audit
 from layerprobe.extract.batching import Shapes
 from layerprobe.extract.engine import UnitEngine
@@ -86,6 +87,7 @@ def test_a_compiled_run_gives_the_rows_of_a_plain_one(
 def test_batches_for_cuda_graphs_have_few_shapes_and_give_the_rows_of_a_plain_run(
     tiny: LoadedModel, texts: list[str], tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(planning, "check_device", lambda *_: None)
     # what a graph is recorded of; the compiler itself is another test's
     monkeypatch.setattr(sys.modules[UnitEngine.__module__], "compile_network", lambda model, _: model)
     texts = [*texts, *texts[:3], ""]
@@ -94,12 +96,18 @@ def test_batches_for_cuda_graphs_have_few_shapes_and_give_the_rows_of_a_plain_ru
     hook = tiny.model.register_forward_pre_hook(
         lambda _module, _args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
+    sinks: list[dict[str, Any]] = []
+    engine: Any = sys.modules[UnitEngine.__module__]
+    make_sink = engine.StoreSink
+    monkeypatch.setattr(engine, "StoreSink", lambda *args, **how: [sinks.append(how), make_sink(*args, **how)][1])
     with hook:
         plan_options = {"batch_tokens": 64, "shard_size": 30_000, **options}
         store = extract(tiny, texts, tmp_path / "graphs", compile="reduce-overhead", **plan_options)
     assert store.is_complete and store.num_shards == plain.num_shards
-    shapes = {Shapes(64, 64).of(length) for length in range(65)}
-    assert set(seen[1:]) <= shapes  # the first is the plan's own text
+    assert [sink["packs_in_graphs"] for sink in sinks] == [False]  # a graph's own buffers are written again by the next
+    shapes = Shapes(64, 64)
+    widths = {shapes.width(length) for length in range(65)}
+    assert set(seen[1:]) <= {(height, width) for width in widths for height in shapes.heights(width)}  # 0: the plan's
     for ordinal in range(len(texts)):
         for site in store.sites:
             torch.testing.assert_close(store[site][ordinal], plain[site][ordinal])
@@ -107,16 +115,31 @@ def test_batches_for_cuda_graphs_have_few_shapes_and_give_the_rows_of_a_plain_ru
 
 
 @pytest.mark.slow
-def test_a_run_for_cuda_graphs_compiles_and_gives_the_rows_of_a_plain_one(tiny: LoadedModel, tmp_path: Path) -> None:
+def test_a_run_for_cuda_graphs_compiles_and_gives_the_rows_of_a_plain_one(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = [TEXT, "the fox", TEXT + TEXT]
     plain = extract(tiny, texts, tmp_path / "plain")
+    modes: list[Any] = []
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **how: [modes.append(how.get("mode")), compiler(*args, **how)][1]
+    )
+    monkeypatch.setattr(planning, "check_device", lambda *_: None)
     store = extract(tiny, texts, tmp_path / "graphs", compile="reduce-overhead")
+    assert set(modes) == {"reduce-overhead"}
     for ordinal in range(len(texts)):
         for site in store.sites:
             torch.testing.assert_close(store[site][ordinal], plain[site][ordinal])
     assert audit(tmp_path / "graphs", tiny, num_examples=3).ok
     with pytest.raises(PlanError, match=r"plan\.compile: 'reduce-overhead' there, None here"):
         extract(tiny, texts, tmp_path / "graphs")
+
+
+def test_cuda_graphs_are_refused_where_nothing_replays_them(tiny: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"compile='reduce-overhead' .* on cpu: CUDA devices replay graphs"):
+        extract(tiny, ["a"], tmp_path / "acts", compile="reduce-overhead")
+    assert not (tmp_path / "acts").exists()
 
 
 def test_what_does_not_exist_is_refused(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
