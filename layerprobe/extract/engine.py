@@ -62,7 +62,8 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         is_replayed = plan.options.compile == CUDA_GRAPHS
         self._shapes = Shapes(plan.batch_tokens, plan.rule.max_length) if is_replayed else None
         self.report = report
-        self._writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt, plan.options.writers)
+        num_writers = min(plan.options.writers, plan.num_units)
+        self._writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt, num_writers)
         self._sink = StoreSink(
             plan.place,
             self._writer,

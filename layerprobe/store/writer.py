@@ -9,7 +9,6 @@ Must never know of models, hooks or devices: it is handed CPU tensors and two ca
 import json
 import queue
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -200,7 +199,7 @@ def _do(commit: Callable[[], int]) -> int:
 
 
 class ShardWriter:
-    """Write shards into a store from a thread of its own.
+    """Write shards into a store from threads of its own.
 
     Args:
         where: The store; a folder exists.
@@ -221,7 +220,6 @@ class ShardWriter:
         self._attempt = attempt
         self.committed: list[ShardHeader] = []
         self.num_bytes = 0
-        self.busy_s = 0.0
         self._nonfinite = nonfinite
         self._jobs: queue.Queue[ShardJob | None] = queue.Queue()
         self._error: BaseException | None = None
@@ -229,10 +227,18 @@ class ShardWriter:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Start the threads."""
-        for _ in range(self.num_threads):
+        """Start the threads.
+
+        Raises:
+            StoreError: the system gives no more of them; none is left then.
+        """
+        for number in range(self.num_threads):
             thread = threading.Thread(target=self._run, name="layerprobe-writer", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self.close()
+                raise StoreError(f"{self.place}: no thread for writer {number + 1}. Ask for fewer writers.") from error
             self._threads.append(thread)
 
     def submit(self, job: ShardJob) -> None:
@@ -283,7 +289,6 @@ class ShardWriter:
 
     def _write(self, job: ShardJob) -> None:
         job.wait_ready()
-        start = time.perf_counter()
         counts = dict(job.header.nonfinite)
         for name, tensor in job.tensors:
             if lost := _count_nonfinite(tensor):
@@ -296,11 +301,15 @@ class ShardWriter:
                 "Store a wider dtype (float32, bfloat16), or pass nonfinite='warn' to keep and count them."
             )
         header = replace(job.header, nonfinite=counts)
-        num_bytes = self._attempt(lambda: commit_shard(self.place, header, job.tensors))
+        num_bytes = self._attempt(lambda: self._commit(header, job.tensors))
         with self._counting:
             self.num_bytes += num_bytes
             self.committed.append(header)
-            self.busy_s += time.perf_counter() - start
+
+    def _commit(self, header: ShardHeader, tensors: Sequence[tuple[str, Tensor]]) -> int:
+        # another writer may have failed while this one waited for room
+        self.check()
+        return commit_shard(self.place, header, tensors)
 
 
 def _count_nonfinite(tensor: Tensor) -> int:

@@ -22,6 +22,9 @@ from layerprobe.extract.plan import ExtractOptions, plan_extraction
 from layerprobe.extract.resume import check_folder
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
+from layerprobe.store import writer as writing
+from layerprobe.store.format import ShardHeader
+from layerprobe.store.writer import commit_shard
 
 extract: Any = layerprobe.extract
 SHARD_BYTES = 10_000
@@ -67,10 +70,19 @@ def test_any_lost_shard_is_made_again_byte_for_byte(tiny: LoadedModel, texts: li
 
 
 def test_several_writers_make_the_same_bytes_and_go_on_where_one_was(
-    tiny: LoadedModel, texts: list[str], whole: Path, tmp_path: Path
+    tiny: LoadedModel, texts: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(whole)
-    extract(tiny, texts, tmp_path / "several", shard_size=SHARD_BYTES, writers=3)
+    meeting = threading.Barrier(3, timeout=60)
+
+    def meet(place: Any, header: ShardHeader, tensors: Any) -> int:
+        if header.unit < 3:
+            meeting.wait()  # three are under way at once, or none ends
+        return commit_shard(place, header, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "commit_shard", meet)
+        extract(tiny, texts, tmp_path / "several", shard_size=SHARD_BYTES, writers=3)
     assert contents(tmp_path / "several") == before
     for path in sorted(whole.glob("shard-*"))[1:]:
         path.unlink()

@@ -1,8 +1,10 @@
 """The writer thread: order, failures in the caller's thread, values counted, buffers always given back."""
 
+import contextlib
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -67,21 +69,69 @@ def test_several_writers_commit_side_by_side(tmp_path: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "layerprobe-writer"]
 
 
+def wait_for_failure(writer: ShardWriter) -> None:
+    """Come back once a thread of the writer has failed."""
+    with contextlib.suppress(StoreError):
+        for _ in range(6000):
+            writer.check()
+            time.sleep(0.01)
+        raise AssertionError("no thread has failed")
+
+
 def test_of_several_writers_the_first_failure_is_told_and_every_buffer_given_back(tmp_path: Path) -> None:
-    meeting = threading.Barrier(2, timeout=60)
-    broken: list[str] = []
+    meeting, broken = threading.Barrier(2, timeout=60), threading.Lock()
 
     def fail(commit: Callable[[], int]) -> int:
         meeting.wait()
-        broken.append(f"cable {len(broken)} is out")
-        raise RuntimeError(broken[-1])
+        if broken.acquire(blocking=False):
+            raise RuntimeError("cable 0 is out")
+        wait_for_failure(writer)
+        raise RuntimeError("cable 1 is out")
 
     released: list[int] = []
     writer = ShardWriter(tmp_path, attempt=fail, num_threads=2)
     write_all(writer, *(make_job(unit, released=released) for unit in range(2)))
-    with pytest.raises(StoreError, match=r"the writer stopped: cable \d is out"):
+    with pytest.raises(StoreError, match="the writer stopped: cable 0 is out"):
         writer.check()
     assert sorted(released) == [0, 1] and not writer.committed and not list(tmp_path.iterdir())
+
+
+def test_a_writer_that_waited_for_room_writes_nothing_after_the_failure_of_another(tmp_path: Path) -> None:
+    meeting, is_other = threading.Barrier(2, timeout=60), threading.Lock()
+
+    def wait_or_fail(commit: Callable[[], int]) -> int:
+        meeting.wait()
+        if is_other.acquire(blocking=False):
+            raise RuntimeError("the cable is out")
+        wait_for_failure(writer)
+        return commit()  # as after a wait for room
+
+    released: list[int] = []
+    writer = ShardWriter(tmp_path, attempt=wait_or_fail, num_threads=2)
+    write_all(writer, *(make_job(unit, released=released) for unit in range(2)))
+    with pytest.raises(StoreError, match="the writer stopped: the cable is out"):
+        writer.check()
+    assert sorted(released) == [0, 1] and not writer.committed and not list(tmp_path.iterdir())
+
+
+def test_where_the_system_has_no_thread_for_a_writer_none_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start_two(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    writer = ShardWriter(tmp_path, num_threads=4)
+    with pytest.raises(StoreError, match=r"no thread for writer 3\. Ask for fewer writers") as caught:
+        writer.start()
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert len(started) == 2 and not any(thread.is_alive() for thread in started)
 
 
 def test_a_job_is_written_only_when_its_values_are_ready(tmp_path: Path) -> None:
