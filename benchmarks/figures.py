@@ -152,10 +152,13 @@ def write_tables(page: str, results: Path = RESULTS) -> str:
         before, found, rest = page.partition(begin)
         if not found:
             raise ValueError(f"the page has no place for {name}.json: put {begin.strip()!r} where its table goes.")
+        _, ended, rest = rest.partition(END)
+        if not ended:
+            raise ValueError(f"the place of {name}.json has no end: put {END.strip()!r} after its table.")
         saved = results / f"{name}.json"
         lines = lay_out(json.loads(saved.read_text(encoding="utf-8"))) if saved.is_file() else []
         body = "\n".join(["", *lines, "", ""]) if lines else ""
-        page = f"{before}{begin}{body}{END}{rest.partition(END)[2]}"
+        page = f"{before}{begin}{body}{END}{rest}"
     return page
 
 

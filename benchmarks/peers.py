@@ -1,13 +1,15 @@
 """Every layer of the same texts by layerprobe and by what else a user would pick: time, memory, bytes, agreement.
 
 Each run is a process of its own, so that its peak of resident memory is its own; the ways take turns, round by round.
-What a way loads and a first run over a few texts are not timed. Its rows are held against layerprobe's in float32. A
-way whose package is missing, or that fails, is named with the reason and left out.
+What a way loads and a first run over a few texts are not timed, except that NeuroX loads its model in each call. Its
+rows are held against layerprobe's in float32. A way whose package is missing, or that fails, is named with the reason
+and left out.
 
 The texts are docstrings of at most 256 tokens, their white space made single spaces: every way then sees the same
 tokens, the one that reads a text a line and the one that cuts at 256 among them.
 
     pip install 'layerprobe[bench]'
+    pip install --no-deps neurox        its own pins are years older; what it runs with is in the extra
     python benchmarks/peers.py [--quick] [--save] [--texts 400] [--seconds 360]
 """
 

@@ -30,6 +30,8 @@ def test_a_benchmark_that_was_not_saved_leaves_its_place_empty(tmp_path: Path) -
 def test_a_page_without_a_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no place for floor\.json"):
         figures.write_tables("# What a run costs\n", tmp_path)
+    with pytest.raises(ValueError, match=r"the place of floor\.json has no end"):
+        figures.write_tables(MARKERS.replace(figures.END, ""), tmp_path)
 
 
 def test_each_figure_of_a_saved_run_is_in_its_table(tmp_path: Path) -> None:
