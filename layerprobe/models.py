@@ -24,6 +24,7 @@ from layerprobe.errors import ModelError, OptionError
 
 __all__ = [
     "LoadedModel",
+    "check_tokenizer",
     "describe_model",
     "describe_tokenizer",
     "evaluating",
@@ -108,9 +109,19 @@ def load_tokenizer(source: str) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"no tokenizer at {source!r}: {_first_line(error)} Pass tokenizer=.") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"the tokenizer of {source!r} is not a fast one. Save it with a tokenizer.json first.")
+    check_tokenizer(tokenizer, f"the tokenizer of {source!r}")
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, name: str = "") -> None:
+    """Refuse a tokenizer that has no backend in Rust, whose rules are a file and whose cuts it tells.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        name = name or type(tokenizer).__name__
+        raise ModelError(f"{name} is not a fast tokenizer: it has no tokenizer.json. Convert and save it as one first.")
 
 
 def find_demo_model() -> Path:
@@ -188,7 +199,7 @@ def _scales_of(weight: torch.Tensor) -> torch.Tensor:
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """Say which tokenizer this is: class, a hash of its rules, and the side it pads."""
+    """Say which tokenizer this is: class, a hash of its rules, the side it pads, and what else of it changes ids."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     # Set anew at each call, so they are options of the run and not of the tokenizer.
     rules.pop("truncation", None)
@@ -197,6 +208,9 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
         "class": type(tokenizer).__name__,
         "hash": xxhash.xxh3_128_hexdigest(json.dumps(rules, sort_keys=True).encode()),
         "padding_side": tokenizer.padding_side,
+        # only where they are not as usual, so that older stores keep their fingerprints
+        **({"truncation_side": tokenizer.truncation_side} if tokenizer.truncation_side != "right" else {}),
+        **({"split_special_tokens": True} if getattr(tokenizer, "split_special_tokens", False) else {}),
     }
 
 

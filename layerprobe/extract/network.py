@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.errors import ModelError, OptionError
-from layerprobe.models import LoadedModel, load_model, load_tokenizer
+from layerprobe.models import LoadedModel, check_tokenizer, load_model, load_tokenizer
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import calls_forward, find_device, unwrap
 
@@ -21,9 +21,15 @@ def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str
     """Find a model and its tokenizer, by name or as they are given.
 
     Raises:
-        ModelError: there is no such model, or nothing tells which tokenizer it was trained with.
+        ModelError: there is no such model, nothing tells which tokenizer it was trained with, or that is no fast one.
         OptionError: a device for a model that has one already.
     """
+    network, tokenizer = _find_pair(model, tokenizer, device)
+    check_tokenizer(tokenizer)
+    return network, tokenizer
+
+
+def _find_pair(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | None) -> tuple[nn.Module, Any]:
     if isinstance(model, str):
         loaded = load_model(model, device)
         return loaded.model, tokenizer or loaded.tokenizer

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CanineTokenizer
 
 from layerprobe.errors import ArchitectureError, InputError, ModelError, OptionError, SiteError, SpaceError, StoreError
 from layerprobe.extract.cutting import Unit, UnitRule
@@ -126,6 +127,8 @@ def test_an_unknown_site_is_refused_with_those_there_are(tiny: LoadedModel, tmp_
 def test_a_model_that_cannot_be_used_is_refused(tiny: LoadedModel, tmp_path: Path, tiny_bert: Any) -> None:
     with pytest.raises(ModelError, match=r"no model '\./nowhere': the folder does not exist"):
         plan_extraction("./nowhere", ["a"], tmp_path / "acts")
+    with pytest.raises(ModelError, match=r"CanineTokenizer is not a fast tokenizer: it has no tokenizer\.json"):
+        plan_extraction(tiny_bert, ["a"], tmp_path / "acts", tokenizer=CanineTokenizer())
     with pytest.raises(ModelError, match=r"does not say which tokenizer it was trained with\. Pass tokenizer="):
         plan_extraction(tiny_bert, ["a"], tmp_path / "acts")
     with pytest.raises(ArchitectureError, match="Linear is not a Hugging Face model"):
