@@ -67,9 +67,9 @@ class Batch:
     attention_mask: Tensor
 
     @property
-    def num_computed(self) -> int:
-        """Tokens of texts, those of equal texts once: all that is not padding."""
-        return sum(dict(zip(self.sequences, self.lengths, strict=True)).values())
+    def num_padding(self) -> int:
+        """Positions that are of no text."""
+        return self.input_ids.numel() - sum(dict(zip(self.sequences, self.lengths, strict=True)).values())
 
     @property
     def num_filling(self) -> int:

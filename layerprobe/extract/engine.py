@@ -125,7 +125,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
                 batch, lambda part: self._sink.announce(_announce(unit, tokenized, records, part, side, rows))
             )
             self.report.num_computed += batch.input_ids.numel()
-            self.report.num_padding += batch.input_ids.numel() - batch.num_computed
+            self.report.num_padding += batch.num_padding
             self.report.num_repeated += len(batch.members) - len(batch.input_ids) + batch.num_filling
             self.report.num_tokens += sum(batch.lengths)
             self.report.num_examples += len(batch.members)

@@ -85,7 +85,7 @@ def stream_texts(
                 first = unit.first_example
                 caller.call(batch, lambda part, first=first: announce([first + m for m in part.members]))
                 report.num_computed += batch.input_ids.numel()
-                report.num_padding += int((batch.attention_mask == 0).sum())
+                report.num_padding += batch.num_padding
                 bar.update(len(batch.members))
             report.num_examples += len(unit.records)
             report.num_tokens += tokenized.num_tokens

@@ -259,5 +259,6 @@ def test_padding_of_real_texts_is_under_two_percent(demo: LoadedModel) -> None:
     batches = list(cut_batches(unit, 1024, 0, "right"))
     computed = sum(batch.input_ids.numel() for batch in batches)
     padding = sum(int((batch.attention_mask == 0).sum()) for batch in batches)
+    assert padding == sum(batch.num_padding for batch in batches)
     assert padding <= 0.02 * computed
     assert computed - padding == sum(len(ids) for ids in {tuple(ids) for ids in unit.ids})
