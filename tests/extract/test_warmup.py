@@ -80,6 +80,10 @@ def test_a_long_run_tries_once_and_one_that_goes_on_keeps_what_was_found(
     assert plan(overwrite=True).batch_tokens == 96
     options = ExtractOptions(shard_bytes=10_000, dtype="float16")
     assert plan(overwrite=True).batch_tokens == 48
+    monkeypatch.setattr(planning, "check_device", lambda *_: None)
+    options = ExtractOptions(compile="reduce-overhead")  # tries would not see what is filled up
+    assert plan(overwrite=True).batch_tokens == 1024
+    options = ExtractOptions(shard_bytes=10_000, dtype="bfloat16")
     with pytest.raises(PlanError, match="dtype"):
         plan()
     assert run_extraction(again).is_complete
