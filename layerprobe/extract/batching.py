@@ -193,31 +193,27 @@ def cut_batches(
         same.setdefault((tuple(ids), 0 if joins_equal else member), []).append(member)
     sequences = sorted(same, key=lambda key: -len(key[0]))
     lengths = [len(ids) for ids, _ in sequences]
-    ends = _choose_ends(lengths, batch_tokens, shapes)
+    cuts = _choose_cuts(lengths, batch_tokens, shapes)
     start = 0
     while start < len(sequences):
-        chosen = sequences[start : ends[start]]
-        # A model wants at least one position, even where a tokenizer gives nothing for an empty text.
-        width = max(1, lengths[start])
-        shape = (len(chosen), width)
-        if shapes is not None:
-            width = shapes.width(width)
-            shape = (min(height for height in shapes.heights(width) if height >= len(chosen)), width)
+        end, shape = cuts[start]
+        chosen = sequences[start:end]
         yield _pad([ids for ids, _ in chosen], [same[key] for key in chosen], pad_id, padding_side, shape)
-        start = ends[start]
+        start = end
 
 
-def _choose_ends(lengths: Sequence[int], batch_tokens: int, shapes: Shapes | None) -> list[int]:
-    """For each text, taken as the first of a batch, find where that batch ends; lengths fall.
+def _choose_cuts(lengths: Sequence[int], batch_tokens: int, shapes: Shapes | None) -> list[tuple[int, tuple[int, int]]]:
+    """For each text, taken as the first of a batch, find where that batch ends, and its B and S; lengths fall.
 
     What the texts from `start` on cost at best is worked out from the last text to the first.
     """
     num_texts = len(lengths)
-    ends = [0] * num_texts
+    cuts = [(0, (0, 0))] * num_texts
     least = np.zeros(num_texts + 1, dtype=np.int64)
     counts = np.arange(1, num_texts + 1)
     filled: dict[int, np.ndarray] = {}
     for start in range(num_texts - 1, -1, -1):
+        # A model wants at least one position, even where a tokenizer gives nothing for an empty text.
         width, heights = max(1, lengths[start]), counts
         if shapes is not None:
             width = shapes.width(width)
@@ -227,9 +223,9 @@ def _choose_ends(lengths: Sequence[int], batch_tokens: int, shapes: Shapes | Non
         most = min(num_texts - start, max(1, batch_tokens // width))
         costs = least[start + 1 : start + most + 1] + width * heights[:most]
         best = int(costs.argmin())
-        ends[start] = start + best + 1
+        cuts[start] = start + best + 1, (int(heights[best]), width)
         least[start] = costs[best] + BATCH_COST_TOKENS
-    return ends
+    return cuts
 
 
 def _fill_up(heights: Sequence[int]) -> np.ndarray:

@@ -89,7 +89,8 @@ def test_batches_for_cuda_graphs_have_few_shapes_and_give_the_rows_of_a_plain_ru
 ) -> None:
     monkeypatch.setattr(planning, "check_device", lambda *_: None)
     # what a graph is recorded of; the compiler itself is another test's
-    monkeypatch.setattr(sys.modules[UnitEngine.__module__], "compile_network", lambda model, _: model)
+    engine: Any = sys.modules[UnitEngine.__module__]
+    monkeypatch.setattr(engine, "compile_network", lambda model, _: model)
     texts = [*texts, *texts[:3], ""]
     seen: list[tuple[int, int]] = []
     plain = extract(tiny, texts, tmp_path / "plain", batch_tokens=64, shard_size=30_000, **options)
@@ -97,7 +98,6 @@ def test_batches_for_cuda_graphs_have_few_shapes_and_give_the_rows_of_a_plain_ru
         lambda _module, _args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
     sinks: list[dict[str, Any]] = []
-    engine: Any = sys.modules[UnitEngine.__module__]
     make_sink = engine.StoreSink
     monkeypatch.setattr(engine, "StoreSink", lambda *args, **how: [sinks.append(how), make_sink(*args, **how)][1])
     with hook:
