@@ -78,7 +78,19 @@ def wait_for_failure(writer: ShardWriter) -> None:
         raise AssertionError("no thread has failed")
 
 
-def test_of_several_writers_the_first_failure_is_told_and_every_buffer_given_back(tmp_path: Path) -> None:
+def fail_too(commit: Callable[[], int]) -> int:
+    raise RuntimeError("cable 1 is out")
+
+
+def find_room(commit: Callable[[], int]) -> int:
+    """As after a wait for it."""
+    return commit()
+
+
+@pytest.mark.parametrize("then", [fail_too, find_room])
+def test_of_several_writers_the_first_failure_is_told_and_every_buffer_given_back(
+    tmp_path: Path, then: Callable[[Callable[[], int]], int]
+) -> None:
     meeting, broken = threading.Barrier(2, timeout=60), threading.Lock()
 
     def fail(commit: Callable[[], int]) -> int:
@@ -86,30 +98,12 @@ def test_of_several_writers_the_first_failure_is_told_and_every_buffer_given_bac
         if broken.acquire(blocking=False):
             raise RuntimeError("cable 0 is out")
         wait_for_failure(writer)
-        raise RuntimeError("cable 1 is out")
+        return then(commit)
 
     released: list[int] = []
     writer = ShardWriter(tmp_path, attempt=fail, num_threads=2)
     write_all(writer, *(make_job(unit, released=released) for unit in range(2)))
     with pytest.raises(StoreError, match="the writer stopped: cable 0 is out"):
-        writer.check()
-    assert sorted(released) == [0, 1] and not writer.committed and not list(tmp_path.iterdir())
-
-
-def test_a_writer_that_waited_for_room_writes_nothing_after_the_failure_of_another(tmp_path: Path) -> None:
-    meeting, is_other = threading.Barrier(2, timeout=60), threading.Lock()
-
-    def wait_or_fail(commit: Callable[[], int]) -> int:
-        meeting.wait()
-        if is_other.acquire(blocking=False):
-            raise RuntimeError("the cable is out")
-        wait_for_failure(writer)
-        return commit()  # as after a wait for room
-
-    released: list[int] = []
-    writer = ShardWriter(tmp_path, attempt=wait_or_fail, num_threads=2)
-    write_all(writer, *(make_job(unit, released=released) for unit in range(2)))
-    with pytest.raises(StoreError, match="the writer stopped: the cable is out"):
         writer.check()
     assert sorted(released) == [0, 1] and not writer.committed and not list(tmp_path.iterdir())
 
