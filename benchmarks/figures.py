@@ -70,6 +70,24 @@ def lay_out_floor(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def lay_out_storing(document: dict[str, Any]) -> list[str]:
+    """Give each model's ways to run over the same batches, against the bare forward."""
+    rows = [
+        (
+            case["model"],
+            f"{case['tokens'] / case['batches']:.0f}",
+            way["way"],
+            way["s"],
+            way["ratio"],
+            way["batch_ratio"],
+        )
+        for case in document["results"]
+        for way in case["ways"]
+    ]
+    headers = ("model", "tokens a batch", "way", "s", "ratio of the sums", "median ratio of a batch")
+    return [f"Medians of {document['settings']['rounds']} rounds, {_machine(document)}:", "", *_table(headers, rows)]
+
+
 def lay_out_growth(document: dict[str, Any]) -> list[str]:
     """Give a line for each point of each axis."""
     headers = (
@@ -142,7 +160,7 @@ def _table(headers: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list
     return [f"| {' | '.join(map(str, row))} |" for row in cells]
 
 
-TABLES = {"floor": lay_out_floor, "growth": lay_out_growth, "peers": lay_out_peers}
+TABLES = {"storing": lay_out_storing, "floor": lay_out_floor, "growth": lay_out_growth, "peers": lay_out_peers}
 
 
 def write_tables(page: str, results: Path = RESULTS) -> str:

@@ -89,6 +89,7 @@ ORDER = (
     "layerprobe.capture.attention",
     "layerprobe.capture.registry",
     "layerprobe.capture.select",
+    "layerprobe.capture.pooling",
     "layerprobe.capture.staging",
     "layerprobe.capture.sinks",
     "layerprobe.capture.stage",

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.calls import Call, Context
-from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows, write_pairs, write_rows
+from layerprobe.capture.pooling import Pool, pool_rows
+from layerprobe.capture.select import Selection, Target, cast_into, write_pairs, write_rows
 from layerprobe.capture.sinks import is_per_token, select_call
 from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
 from layerprobe.capture.units import (
@@ -48,6 +49,7 @@ class _Pending:
     thread: int
     batch: AnnouncedBatch | None = None
     selection: Selection | None = None
+    room: Room = NO_ROOM
     values: dict[int, Tensor] | None = None
     # sites whose values a compiled graph has gathered and cast already
     packed: set[int] = field(default_factory=set)
@@ -187,7 +189,8 @@ class StoreSink:
                 f"{self._sites[index].name!r} was made after another call of the model began inside this one: a store "
                 "takes one call at a time. Use a second model, or capture into memory."
             )
-        value = value.detach()
+        if value.requires_grad:  # a detached tensor is another object, and making one costs too
+            value = value.detach()
         if self._stored is None or pending.values is not None:
             if pending.values is None:
                 pending.values = {}
@@ -251,7 +254,7 @@ class StoreSink:
             context = call.context(0)
             pending.selection = select_call(context, value)
             pending.input_ids = _real_ids(context, pending.selection)
-        needed = room_for(pending.selection)
+        needed = pending.room = room_for(pending.selection)
         unit = self._unit
         if unit is not None:
             # not by the buffer's own room: one that has grown would take more, and the two take turns as they come free
@@ -262,8 +265,17 @@ class StoreSink:
             elif not unit.buffer.fits(wanted):
                 self._lane.fence()()  # what is on its way must land before its buffer moves
                 unit.buffer.grow(unit.used.plus(needed), unit.used)
+            elif unit.used.examples and not self._lane.pinned:
+                self._go_on_in_warm_memory(unit)
         if self._unit is None:
             self.begin_unit(self._next_unit, self._next_example, needed)
+
+    def _go_on_in_warm_memory(self, unit: Unit) -> None:
+        assert self.buffers is not None
+        warm = self.buffers.take_warmer(unit.buffer, unit.used)
+        if warm is not None:  # released last: Ctrl-C in between must not leave it free and in use
+            cold, unit.buffer = unit.buffer, warm
+            self.buffers.release(cold)
 
     def _put(self, pending: _Pending, index: int, value: Tensor) -> None:
         assert self._stored is not None and self._unit is not None
@@ -275,7 +287,7 @@ class StoreSink:
         overflow = None
         if stored.dtype == torch.float8_e4m3fn:
             overflow = pending.overflow.setdefault(index, torch.zeros((), dtype=torch.int64, device=value.device))
-        start, count = unit.used.of(stored.kind), room_for(selection).of(stored.kind)
+        start, count = unit.used.of(stored.kind), pending.room.of(stored.kind)
         target = unit.buffer.target(index, start, start + count, overflow)
         if index in pending.packed:
             rows_TD = selection.repeat_rows(value)
@@ -307,7 +319,7 @@ class StoreSink:
         unit.input_ids.append(pending.input_ids)
         if batch is not None and batch.kept is not None:
             unit.positions.extend(batch.kept)
-        unit.used = unit.used.plus(room_for(selection))
+        unit.used = unit.used.plus(pending.room)
         for index, count in pending.overflow.items():
             unit.overflow[index] = unit.overflow[index] + count if index in unit.overflow else count
         if batch is not None and batch.records is not None:
@@ -341,6 +353,7 @@ class StoreSink:
             num_truncated=unit.num_truncated,
             nonfinite=clipped,
         )
+        unit.buffer.touch(unit.used)
         release = partial(self.buffers.release, unit.buffer)
         try:
             self.writer.submit(ShardJob(header, list_tensors(unit, stored), self._lane.fence(), release))

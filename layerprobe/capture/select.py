@@ -1,4 +1,4 @@
-"""From a padded batch to the rows that count: mask, pool, cast.
+"""From a padded batch to the rows that count: mask and cast.
 
 A `Selection` is worked out once per call from the attention mask and then used for every site. Batches made by a
 tokenizer are padded on one side, so their rows are a few rectangles, each copied and cast in one pass; any other mask
@@ -7,9 +7,10 @@ falls back to an index. Must never know where rows go.
 Letters: B sequences, S padded positions, T rows (real tokens), N examples (= B), D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,21 +19,14 @@ from layerprobe.errors import CaptureError, OptionError
 
 __all__ = [
     "DTYPES",
-    "POOLS",
-    "Pool",
     "Selection",
     "Target",
     "cast_into",
-    "check_pool",
-    "pool_rows",
     "resolve_dtype",
     "write_pairs",
     "write_rows",
 ]
 
-Pool = str | Callable[[Tensor], Tensor] | None
-
-POOLS = ("cls", "mean", "max", "last")
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -44,14 +38,23 @@ DTYPES: dict[str, torch.dtype] = {
 _MOST_RUNS = 64
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A rectangle of real tokens: sequences `[first, last)` at positions `[start, stop)`."""
 
     first: int
     last: int
     start: int
     stop: int
+
+
+class _Cut(NamedTuple):
+    """A run of a value `[B, S, ...]`, and its place among packed rows: as torch's strides and offsets."""
+
+    shape: tuple[int, ...]
+    source: int
+    row: int
+    strides: tuple[int, ...]
+    offset: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,17 +79,17 @@ class Selection:
     spans: tuple[tuple[int, int], ...] = ()
     device: torch.device | None = None
 
-    @property
+    @cached_property
     def num_sequences(self) -> int:
         """B."""
         return len(self.lengths) if self.sequences is None else 1 + max(self.sequences, default=-1)
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """T."""
         return sum(self.lengths)
 
-    @property
+    @cached_property
     def num_pairs(self) -> int:
         """Pairs of a real query and a real key, over all sequences."""
         return sum(length * length for length in self.lengths)
@@ -125,12 +128,12 @@ class Selection:
                 "Pass a [batch, positions] mask, or capture into memory without pool."
             )
         kept = (mask != 0).cpu()
-        lengths = kept.sum(dim=1).tolist()
-        starts = kept.int().argmax(dim=1).tolist()
-        positions = torch.arange(num_positions)
-        first, count = torch.tensor(starts)[:, None], torch.tensor(lengths)[:, None]
-        if torch.equal(kept, (positions >= first) & (positions < first + count)):
-            spans = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        # by its bytes: a dozen small operators of torch are a percent of a small model's forward
+        flags = kept.numpy().tobytes()
+        rows = [flags[start : start + num_positions] for start in range(0, len(flags), max(1, num_positions))]
+        spans = [(max(0, row.find(1)), 1 + row.rfind(1)) for row in rows] if num_positions else [(0, 0)] * num_sequences
+        lengths = [row.count(1) for row in rows] if num_positions else [0] * num_sequences
+        if all(stop - start == length for (start, stop), length in zip(spans, lengths, strict=True)):
             return cls._from_spans(spans, num_positions, device)
         return cls(tuple(lengths), num_positions, None, kept.flatten().nonzero()[:, 0].to(device))
 
@@ -166,6 +169,48 @@ class Selection:
         return Selection._from_spans(
             [self.spans[place] for place in first], self.num_positions, self.device or torch.device("cpu")
         )
+
+    @cached_property
+    def _cuts(self) -> dict[Any, list[_Cut] | None]:
+        return {}
+
+    def find_cuts(self, value: Tensor, out: Tensor) -> list[_Cut] | None:
+        """Tell how the runs of a value lie in it and among packed rows; None where an index says which are real.
+
+        Worked out once for all sites of a call that are alike: slicing each would take a dozen operators of torch, at
+        each site of each batch.
+
+        Args:
+            value: `[B, S, ...]`.
+            out: `[T, ...]`, contiguous.
+
+        Raises:
+            CaptureError: `value` does not begin with the B and S of the call, or its vectors are no such rows.
+        """
+        key = (value.shape, strides := value.stride(), out_strides := out.stride())
+        if key in self._cuts:
+            return self._cuts[key]
+        wanted = (self.num_sequences, self.num_positions, *out.shape[1:])
+        if value.shape != wanted:
+            raise CaptureError(
+                f"a value of shape {tuple(value.shape)} has no row per token: it must be {wanted}. "
+                "Capture this site into memory instead."
+            )
+        cuts, row = [], 0
+        for run in self.runs or ():
+            size, length = run.last - run.first, run.stop - run.start
+            cuts.append(
+                _Cut(
+                    shape=(size, length, *out.shape[1:]),
+                    source=run.first * strides[0] + run.start * strides[1],
+                    row=row,
+                    strides=(length * out_strides[0], *out_strides),
+                    offset=row * out_strides[0],
+                )
+            )
+            row += size * length
+        self._cuts[key] = None if self.runs is None else cuts
+        return self._cuts[key]
 
     def keep(self, kept: Sequence[Tensor]) -> "Selection":
         """Keep some tokens of each example.
@@ -215,20 +260,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     raise OptionError(f"no dtype {str(dtype)!r}: use {', '.join(DTYPES)}, or None for the model's own.")
 
 
-def check_pool(pool: object) -> None:
-    """Refuse a pool that does not exist.
-
-    Raises:
-        OptionError: neither a known name nor callable.
-    """
-    if pool is not None and pool not in POOLS and not callable(pool):
-        raise OptionError(
-            f"no pool {pool!r}: use {', '.join(POOLS)}, a callable on [T, D] rows, or None for every row."
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
+class Target(NamedTuple):
     """Where the vectors of one site go.
 
     Args:
@@ -262,27 +294,24 @@ def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
 
     Cost: one pass over the rows with no memory of its own; two for masks with holes, for int8 and for float8.
     """
-    num_sequences, num_positions = selection.num_sequences, selection.num_positions
-    width = target.values.shape[1:]
-    if tuple(value.shape[:2]) != (num_sequences, num_positions) or value.shape[2:] != width:
-        raise CaptureError(
-            f"a value of shape {tuple(value.shape)} has no row per token: it must be "
-            f"{(num_sequences, num_positions, *width)}. Capture this site into memory instead."
-        )
-    if selection.runs is None:
+    out = target.values
+    cuts = selection.find_cuts(value, out)
+    if cuts is None:
         assert selection.index is not None
-        flat = value.reshape(num_sequences * num_positions, *width)
-        if flat.dtype == target.values.dtype:
-            torch.index_select(flat, 0, selection.index, out=target.values)
+        flat = value.reshape(selection.num_sequences * selection.num_positions, *out.shape[1:])
+        if flat.dtype == out.dtype:
+            torch.index_select(flat, 0, selection.index, out=out)
         else:
             cast_into(target, flat.index_select(0, selection.index))
         return
-    row = 0
-    for run in selection.runs:
-        size, length = run.last - run.first, run.stop - run.start
-        source = value[run.first : run.last, run.start : run.stop]
-        cast_into(target.part(row, row + size * length, (size, length)), source)
-        row += size * length
+    is_plain = out.dtype not in (torch.int8, torch.float8_e4m3fn)
+    first, strides, source = out.storage_offset(), value.stride(), value.storage_offset()
+    for cut in cuts:
+        block = value.as_strided(cut.shape, strides, source + cut.source)
+        if is_plain:  # what `cast_into` does
+            out.as_strided(cut.shape, cut.strides, first + cut.offset).copy_(block)
+        else:
+            cast_into(target.part(cut.row, cut.row + cut.shape[0] * cut.shape[1], cut.shape[:2]), block)
 
 
 def write_pairs(target: Target, weights_BHSS: Tensor, selection: Selection) -> None:
@@ -331,49 +360,3 @@ def cast_into(target: Target, value: Tensor) -> None:
     if out.dtype == torch.float8_e4m3fn and target.overflow is not None:
         target.overflow.add_((value.abs() > torch.finfo(out.dtype).max).sum())
     out.copy_(value)
-
-
-def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
-    """Reduce the real tokens of each sequence to one vector.
-
-    Args:
-        value_BSD: `[B, S, D]`.
-        selection: Which tokens are real; special tokens count.
-        pool: `cls` first real token, `last` last one, `mean`, `max`, or a callable from `[T, D]` to one vector.
-
-    Returns:
-        `[N, D]` in the dtype of the values (means are taken in float32 at least). A sequence without tokens gives NaN.
-
-    Raises:
-        CaptureError: the values have no row per token, or the callable does not give one vector.
-    """
-    if value_BSD.ndim != 3 or tuple(value_BSD.shape[:2]) != (selection.num_sequences, selection.num_positions):
-        raise CaptureError(f"a value of shape {tuple(value_BSD.shape)} has no row per token to pool.")
-    if selection.runs is not None:
-        parts = [_pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs]
-    else:
-        assert selection.index is not None
-        rows = value_BSD.flatten(0, 1).index_select(0, selection.index)
-        parts = [_pool_block(example[None], pool) for example in rows.split(list(selection.lengths))]
-    return torch.cat(parts) if parts else value_BSD.new_empty(0, value_BSD.shape[2])
-
-
-def _pool_block(block: Tensor, pool: Pool) -> Tensor:
-    """Pool sequences of one length, `[k, t, D]`, to `[k, D]`."""
-    if callable(pool):
-        vectors = [pool(rows) for rows in block]
-        for vector in vectors:
-            if not isinstance(vector, Tensor) or vector.ndim != 1:
-                got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
-                raise CaptureError(f"the pool callable gave {got}: it must turn [T, D] rows into one vector.")
-        return torch.stack(vectors)
-    if block.shape[1] == 0:
-        return block.new_full((block.shape[0], block.shape[2]), float("nan"))
-    if pool == "cls":
-        return block[:, 0]
-    if pool == "last":
-        return block[:, -1]
-    if pool == "max":
-        return block.amax(dim=1)
-    precision = torch.float64 if block.dtype == torch.float64 else torch.float32
-    return block.mean(dim=1, dtype=precision).to(block.dtype)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.calls import Call, Context, Source
-from layerprobe.capture.select import Pool, Selection, Target, cast_into, pool_rows
+from layerprobe.capture.pooling import Pool, pool_rows
+from layerprobe.capture.select import Selection, Target, cast_into
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.grammar import expand_patterns
 from layerprobe.sites.resolve import Site

@@ -42,6 +42,9 @@ Produce = Callable[[Target], None]
 # From here on memory is asked for in large pages.
 _LARGE_BYTES = 4 << 20
 _LOOK_AGAIN_S = 1.0
+# A unit moves to another buffer where that saves touching several times as much as it copies.
+_LEAST_GAIN = 4
+_KINDS = ("token", "example", "attention")
 
 
 class Room(NamedTuple):
@@ -53,7 +56,7 @@ class Room(NamedTuple):
 
     def of(self, kind: str) -> int:
         """Vectors (or pairs) of sites of one kind."""
-        return {"token": self.rows, "example": self.examples, "attention": self.pairs}[kind]
+        return self[_KINDS.index(kind)]
 
     def plus(self, other: "Room") -> "Room":
         """Add two rooms, field by field."""
@@ -71,10 +74,13 @@ class HostBuffer:
         room: How much of each kind at first; grows.
         pinned: Whether the memory is page-locked, so that CUDA can copy into it while it computes.
 
+    `touched_bytes` is how much of it a unit has used at the most: memory that the system has given.
+
     Cost: address space at once; memory as it is filled, on Linux in pages of 2 MiB.
     """
 
     def __init__(self, sites: Sequence[StoredSite], room: Room, pinned: bool) -> None:
+        self.touched_bytes = 0
         self._sites = sites
         self._pinned = pinned
         self._kinds = {site.kind for site in sites}
@@ -99,6 +105,7 @@ class HostBuffer:
             return
         old = self.room
         self.room = Room(*map(max, wanted, old))
+        self.touched_bytes = 0
         for index, site in enumerate(self._sites):
             extent = self.room.of(site.kind)
             if extent == old.of(site.kind):
@@ -113,6 +120,18 @@ class HostBuffer:
             scale = self._scales[index] = self._allocate_scale(site, extent)
             if scale is not None and kept.scale is not None:
                 scale[: len(kept.scale)].copy_(kept.scale)
+
+    def touch(self, used: Room) -> None:
+        """Take note of how far it is filled."""
+        self.touched_bytes = max(self.touched_bytes, sum(s.bytes_per_vector * used.of(s.kind) for s in self._sites))
+
+    def take_over(self, other: "HostBuffer", used: Room) -> None:
+        """Copy what is used of another buffer, which has no more room than this one."""
+        for index, site in enumerate(self._sites):
+            mine, theirs = (buffer.target(index, 0, used.of(site.kind)) for buffer in (self, other))
+            mine.values.copy_(theirs.values)
+            if mine.scale is not None and theirs.scale is not None:
+                mine.scale.copy_(theirs.scale)
 
     def _allocate(self, site: StoredSite, extent: int) -> Tensor:
         shape = (extent * site.width,) if site.kind == "attention" else (extent, site.width)
@@ -169,15 +188,48 @@ class BufferPool:
                 # not for ever: a writer that dies gives no buffer back
                 self._changed.wait(_LOOK_AGAIN_S)
                 check()
-            buffer = self._free.pop()
+            buffer = max(self._free, key=_touched)
+            self._free.remove(buffer)
         self.stalled_s += time.perf_counter() - start
         return buffer
+
+    def take_warmer(self, buffer: HostBuffer, used: Room) -> HostBuffer | None:
+        """Take a free buffer whose memory the system has given, to go on in where that of `buffer` is not touched yet.
+
+        Fresh memory costs a forward more than all copies of the run. Where shards are written sooner than made, no
+        more than one buffer and the start of another are ever touched.
+
+        Args:
+            buffer: In use; to be released once its unit has moved.
+            used: What is in it, all of it arrived.
+
+        Returns:
+            One that holds the same, or None where moving would save little.
+        """
+        with self._changed:
+            warm = max(self._free, key=_touched, default=buffer)
+            if warm.touched_bytes <= _LEAST_GAIN * buffer.touched_bytes or not warm.fits(buffer.room):
+                return None
+            buffer.touch(used)
+            if warm.touched_bytes <= _LEAST_GAIN * buffer.touched_bytes:
+                return None
+            self._free.remove(warm)
+        try:
+            warm.take_over(buffer, used)
+        except BaseException:
+            self.release(warm)
+            raise
+        return warm
 
     def release(self, buffer: HostBuffer) -> None:
         """Give a buffer back."""
         with self._changed:
             self._free.append(buffer)
             self._changed.notify_all()
+
+
+def _touched(buffer: HostBuffer) -> int:
+    return buffer.touched_bytes
 
 
 class Lane(Protocol):

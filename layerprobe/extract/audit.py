@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from layerprobe.capture.pooling import POOLS
 from layerprobe.capture.probe import Probe
-from layerprobe.capture.select import POOLS, Target, cast_into
+from layerprobe.capture.select import Target, cast_into
 from layerprobe.errors import OptionError, PlanError, StoreError
 from layerprobe.extract.batching import tokenize
 from layerprobe.extract.forward import PRECISIONS, compute_in

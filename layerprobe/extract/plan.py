@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerprobe.capture.pooling import Pool, check_pool
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe, describe_pool
-from layerprobe.capture.select import Pool, check_pool, resolve_dtype
+from layerprobe.capture.select import resolve_dtype
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, SpaceError
 from layerprobe.extract.batching import BATCH_COST_TOKENS, SHAPE_STEPS, TokenizedUnit, tokenize
@@ -249,11 +250,8 @@ def plan_extraction(
     sampled = tokenize(
         tokenizer, [check_text(record.text, source.name, n) for n, record in enumerate(sample)], max_length
     )
-    whole = [
-        (len(r.text.encode()), len(i))
-        for r, i, cut in zip(sample, sampled.ids, sampled.truncated, strict=True)
-        if not cut
-    ]
+    known = zip(sample, sampled.ids, sampled.truncated, strict=True)
+    whole = [(len(record.text.encode()), len(ids)) for record, ids, is_cut in known if not is_cut]
     tokens = sum(count - 2 for _, count in whole)
     text_bytes = sum(size for size, _ in whole)
     rule = UnitRule(

@@ -17,8 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 from layerprobe.capture.calls import Sink, is_sink
+from layerprobe.capture.pooling import Pool
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
-from layerprobe.capture.select import Pool
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.crew import run_crew

@@ -57,6 +57,36 @@ def test_announced_batches_go_where_they_are_told(tiny_bert: Any, tmp_path: Path
     assert torch.equal(rows, torch.cat([hidden, hidden]))
 
 
+def test_a_unit_that_moves_to_another_buffer_keeps_its_rows(tiny_bert: Any, tmp_path: Path) -> None:
+    sink, _writer = _announced_sink(tiny_bert, tmp_path, shard_bytes=1 << 13)
+    calls = [torch.randint(1, 100, shape) for shape in ((5, 8), (1, 4), (3, 4))]
+    places: list[Any] = []
+    with torch.no_grad(), lp.Probe(tiny_bert, "layers.2", to=sink):
+
+        def run(ids: torch.Tensor, first: int) -> None:
+            size, length = ids.shape
+            sink.announce(AnnouncedBatch(range(first, first + size), [length] * size, length, "right", ids.flatten()))
+            tiny_bert(ids)
+            places.append(sink._unit and sink._unit.buffer)
+
+        sink.begin_unit(0, 0, Room(40, 5))
+        run(calls[0], 0)
+        sink.end_unit()
+        sink.begin_unit(1, 5, Room(16, 4))
+        run(calls[1], 5)
+        buffers = sink.buffers
+        if places[1] is not places[0] and buffers is not None:  # the writer has not been done by then
+            with buffers._changed:
+                assert buffers._changed.wait_for(lambda: places[0] in buffers._free, 30)
+        run(calls[2], 6)
+        sink.end_unit()
+    assert places[2] is places[0]
+    for number, parts in enumerate((calls[:1], calls[1:])):
+        hidden = [tiny_bert(ids).last_hidden_state.flatten(0, 1) for ids in parts]
+        rows = load_file(tmp_path / f"shard-{number:06d}.safetensors")["layers.2"]
+        assert torch.equal(rows, torch.cat(hidden))
+
+
 def test_unit_that_is_not_ended_is_not_written(tiny_bert: Any, tmp_path: Path) -> None:
     sink, writer = _announced_sink(tiny_bert, tmp_path)
     with lp.Probe(tiny_bert, "layers.2", to=sink):

@@ -1,4 +1,4 @@
-"""Masks, pools and casts against float64 numpy and a slow reading of the mask.
+"""Masks and casts against float64 numpy and a slow reading of the mask.
 
 Letters: B sequences, S padded positions, T rows, D width.
 """
@@ -10,14 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerprobe.capture import select
 from layerprobe.capture.select import (
     DTYPES,
     Selection,
     Target,
     cast_into,
-    check_pool,
-    pool_rows,
     resolve_dtype,
     write_rows,
 )
@@ -126,94 +123,6 @@ def test_value_without_a_row_per_token_is_refused(shape: tuple[int, ...]) -> Non
 # pools
 
 
-def _pool_slowly(value: Tensor, mask: Any, pool: str) -> np.ndarray:
-    vectors = []
-    for sequence, kept in zip(value.double().numpy(), np.array(mask, dtype=bool), strict=True):
-        rows = sequence[kept]
-        if not len(rows):
-            vectors.append(np.full(rows.shape[1], np.nan))
-        else:
-            vectors.append({"cls": rows[0], "last": rows[-1], "mean": rows.mean(0), "max": rows.max(0)}[pool])
-    return np.stack(vectors)
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
-@pytest.mark.parametrize("pool", select.POOLS)
-@pytest.mark.parametrize("through_index", [False, True])
-def test_pool_agrees_with_numpy(value: Tensor, mask: Any, pool: str, through_index: bool) -> None:
-    selection = _select(mask)
-    if through_index:
-        selection = _indexed(selection, mask)
-    pooled = pool_rows(value, selection, pool)
-    assert pooled.dtype == torch.float32
-    expected = _pool_slowly(value, mask, pool)
-    if pool == "mean":
-        np.testing.assert_allclose(pooled.numpy(), expected, rtol=0, atol=1e-6)  # five float32 values of size 1 summed
-    else:
-        np.testing.assert_array_equal(pooled.numpy(), expected)
-
-
-def test_mean_of_half_precision_is_taken_in_float32() -> None:
-    rows = torch.full((1, 4096, 1), 1.0009765625, dtype=torch.float16)
-    pooled = pool_rows(rows, Selection.from_mask(None, (1, 4096), CPU), "mean")
-    assert pooled.dtype == torch.float16
-    assert pooled.item() == 1.0009765625  # a float16 sum would stick at 2,048
-
-
-def test_mean_of_double_precision_stays_double() -> None:
-    rows = torch.tensor([[[1.0], [1.0 + 2**-40]]], dtype=torch.float64)
-    pooled = pool_rows(rows, Selection.from_mask(None, (1, 2), CPU), "mean")
-    assert pooled.item() == 1.0 + 2**-41
-
-
-@pytest.mark.parametrize("mask", [MASKS["left"], MASKS["holes"]], ids=["left", "holes"])
-def test_callable_pool_sees_only_the_real_rows_of_each_example(value: Tensor, mask: Any) -> None:
-    seen: list[Tensor] = []
-
-    def total(rows: Tensor) -> Tensor:
-        seen.append(rows)
-        return torch.cat([rows.sum(0), rows.sum(0)])
-
-    pooled = pool_rows(value, _select(mask), total)
-    assert pooled.shape == (4, 6)
-    for rows, sequence, kept in zip(seen, value, torch.tensor(mask).bool(), strict=True):
-        assert torch.equal(rows, sequence[kept])
-
-
-def test_callable_pool_that_gives_no_vector_is_refused(value: Tensor) -> None:
-    selection = Selection.from_mask(None, (4, 5), CPU)
-    with pytest.raises(
-        CaptureError, match=r"the pool callable gave \(5, 3\): it must turn \[T, D\] rows into one vect"
-    ):
-        pool_rows(value, selection, lambda rows: rows)
-    with pytest.raises(CaptureError, match=r"the pool callable gave float: it must turn"):
-        pool_rows(value, selection, lambda rows: rows.sum().item())  # type: ignore[arg-type, return-value]
-
-
-def test_pool_of_no_sequences_is_empty() -> None:
-    pooled = pool_rows(torch.empty(0, 5, 3), Selection.from_mask(None, (0, 5), CPU), "mean")
-    assert pooled.shape == (0, 3)
-
-
-@pytest.mark.parametrize("shape", [(4, 5), (4, 6, 3), (4, 5, 3, 2)])
-def test_pool_of_a_value_without_rows_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(CaptureError, match=r"has no row per token to pool\."):
-        pool_rows(torch.zeros(shape), Selection.from_mask(None, (4, 5), CPU), "mean")
-
-
-@pytest.mark.parametrize("pool", [*select.POOLS, None, torch.sum])
-def test_known_pools_pass(pool: Any) -> None:
-    check_pool(pool)
-
-
-@pytest.mark.parametrize("pool", ["median", "", 3])
-def test_unknown_pool_is_refused(pool: Any) -> None:
-    with pytest.raises(
-        OptionError, match=r"no pool .*: use cls, mean, max, last, a callable on \[T, D\] rows, or None"
-    ):
-        check_pool(pool)
-
-
 # casts
 
 
@@ -293,3 +202,38 @@ def test_part_of_a_target_is_a_view_of_it() -> None:
     assert target.scale is not None
     assert target.scale.tolist() == [0, 0, 1, 1, 1, 1]
     assert target.part(0, 3).values.shape == (3, 2)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+def test_rows_do_not_depend_on_how_a_value_lies_in_memory(mask: Any, dtype: torch.dtype) -> None:
+    selection, kept = _select(mask), torch.tensor(mask).bool()
+    whole = torch.randn(5, 6, 8, generator=torch.Generator().manual_seed(3))
+    values = {
+        "transposed": whole[:, :4, :3].transpose(0, 1),
+        "inside another": whole[1:, 1:, 2:5],
+        "repeated": whole[:1, :5, :3].expand(4, 5, 3),
+        "of another width": whole[:4, :5, :7].contiguous(),
+        "of several dimensions": whole[:4, :5].unflatten(2, (2, 4)),
+    }
+    if dtype == torch.int8:  # whose scales are of vectors
+        del values["of several dimensions"]
+    for name, value in values.items():  # with one selection, which remembers how values lie
+        out = torch.empty(10 + int(kept.sum()), *value.shape[2:], dtype=dtype)[10:]
+        scale, expected_scale = (torch.empty(out.shape[:-1]) if dtype == torch.int8 else None for _ in range(2))
+        write_rows(Target(out, scale), value, selection)
+        expected = torch.empty_like(out)
+        cast_into(Target(expected, expected_scale), value[kept])
+        assert torch.equal(out, expected), name
+        if scale is not None and expected_scale is not None:
+            assert torch.equal(scale, expected_scale), name
+
+
+def test_a_value_of_no_such_rows_is_refused_after_one_that_fits(value: Tensor) -> None:
+    selection = _select(MASKS["right"])
+    out = torch.empty(selection.num_rows, 3)
+    write_rows(Target(out), value, selection)
+    with pytest.raises(CaptureError, match=r"it must be \(4, 5, 3\)"):
+        write_rows(Target(out), value[:, :4], selection)
+    with pytest.raises(CaptureError, match=r"it must be \(4, 5, 2\)"):
+        write_rows(Target(out[:, :2].contiguous()), value, selection)

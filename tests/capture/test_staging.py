@@ -291,6 +291,59 @@ def test_a_buffer_is_made_only_where_none_is_free() -> None:
     assert len(made) == 2
 
 
+def _make_filled_pool(dtype: torch.dtype = torch.float32, room: int = 40) -> tuple[BufferPool, HostBuffer, HostBuffer]:
+    """Two buffers in use: the first was filled to its end, the second has just been made."""
+    pool = BufferPool(lambda: HostBuffer([_site(dtype)], Room(room, 8), pinned=False), 2)
+    first, second = pool.acquire(_pass), pool.acquire(_pass)
+    first.touch(Room(room, 8))
+    return pool, first, second
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_unit_goes_on_in_memory_that_was_touched_before(dtype: torch.dtype) -> None:
+    pool, first, second = _make_filled_pool(dtype)
+    rows = torch.arange(27.0).view(9, 3)
+    cast_into(second.target(0, 0, 9), rows)
+    expected = second.target(0, 0, 9)
+    assert pool.take_warmer(second, Room(9, 2)) is None  # the writer has the first one still
+    pool.release(first)
+    assert pool.take_warmer(second, Room(9, 2)) is first
+    got = first.target(0, 0, 9)
+    assert torch.equal(got.values, expected.values)
+    assert got.scale is expected.scale is None or torch.equal(got.scale, expected.scale)  # type: ignore[arg-type]
+
+
+def test_a_unit_stays_where_moving_it_would_save_little() -> None:
+    pool, first, second = _make_filled_pool()
+    pool.release(first)
+    assert pool.take_warmer(second, Room(10, 2)) is None
+    # and later too, when less of it is used: its memory was touched
+    assert pool.take_warmer(second, Room(1, 1)) is None
+
+
+def test_a_unit_does_not_move_to_a_smaller_buffer() -> None:
+    pool, first, second = _make_filled_pool()
+    second.grow(Room(41, 8))
+    pool.release(first)
+    assert pool.take_warmer(second, Room(1, 1)) is None
+
+
+def test_a_move_that_is_cut_short_gives_the_buffer_back() -> None:
+    pool, first, second = _make_filled_pool()
+    pool.release(first)
+    second._values[0] = torch.ones(9, 2)  # not what the first one takes
+    with pytest.raises(RuntimeError, match="must match"):
+        pool.take_warmer(second, Room(9, 2))
+    assert pool.acquire(_pass) is first
+
+
+def test_of_two_free_buffers_the_one_that_was_filled_is_taken() -> None:
+    pool, first, second = _make_filled_pool()
+    pool.release(first)
+    pool.release(second)
+    assert pool.acquire(_pass) is first
+
+
 def test_a_large_buffer_begins_with_zeros_and_takes_values() -> None:
     rows = 1 << 20
     target = HostBuffer([_site(width=4)], Room(rows, 1), pinned=False).target(0, 0, rows)

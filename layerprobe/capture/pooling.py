@@ -1,0 +1,78 @@
+"""From rows to a vector for each text: cls, mean, max, last, or a function of the user's.
+
+Done where the values are, before anything is copied. Must never know where vectors go.
+
+Letters: B sequences, S padded positions, T rows, N examples, D width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from layerprobe.capture.select import Selection
+from layerprobe.errors import CaptureError, OptionError
+
+__all__ = ["POOLS", "Pool", "check_pool", "pool_rows"]
+
+Pool = str | Callable[[Tensor], Tensor] | None
+
+POOLS = ("cls", "mean", "max", "last")
+
+
+def check_pool(pool: object) -> None:
+    """Refuse a pool that does not exist.
+
+    Raises:
+        OptionError: neither a known name nor callable.
+    """
+    if pool is not None and pool not in POOLS and not callable(pool):
+        raise OptionError(
+            f"no pool {pool!r}: use {', '.join(POOLS)}, a callable on [T, D] rows, or None for every row."
+        )
+
+
+def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
+    """Reduce the real tokens of each sequence to one vector.
+
+    Args:
+        value_BSD: `[B, S, D]`.
+        selection: Which tokens are real; special tokens count.
+        pool: `cls` first real token, `last` last one, `mean`, `max`, or a callable from `[T, D]` to one vector.
+
+    Returns:
+        `[N, D]` in the dtype of the values (means are taken in float32 at least). A sequence without tokens gives NaN.
+
+    Raises:
+        CaptureError: the values have no row per token, or the callable does not give one vector.
+    """
+    if value_BSD.ndim != 3 or tuple(value_BSD.shape[:2]) != (selection.num_sequences, selection.num_positions):
+        raise CaptureError(f"a value of shape {tuple(value_BSD.shape)} has no row per token to pool.")
+    if selection.runs is not None:
+        parts = [_pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs]
+    else:
+        assert selection.index is not None
+        rows = value_BSD.flatten(0, 1).index_select(0, selection.index)
+        parts = [_pool_block(example[None], pool) for example in rows.split(list(selection.lengths))]
+    return torch.cat(parts) if parts else value_BSD.new_empty(0, value_BSD.shape[2])
+
+
+def _pool_block(block: Tensor, pool: Pool) -> Tensor:
+    """Pool sequences of one length, `[k, t, D]`, to `[k, D]`."""
+    if callable(pool):
+        vectors = [pool(rows) for rows in block]
+        for vector in vectors:
+            if not isinstance(vector, Tensor) or vector.ndim != 1:
+                got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+                raise CaptureError(f"the pool callable gave {got}: it must turn [T, D] rows into one vector.")
+        return torch.stack(vectors)
+    if block.shape[1] == 0:
+        return block.new_full((block.shape[0], block.shape[2]), float("nan"))
+    if pool == "cls":
+        return block[:, 0]
+    if pool == "last":
+        return block[:, -1]
+    if pool == "max":
+        return block.amax(dim=1)
+    precision = torch.float64 if block.dtype == torch.float64 else torch.float32
+    return block.mean(dim=1, dtype=precision).to(block.dtype)

@@ -1,0 +1,130 @@
+"""Pools against float64 numpy, over masks that an index reads and masks that rectangles do.
+
+Letters: B sequences, S padded positions, T rows, D width.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from layerprobe.capture.pooling import POOLS, check_pool, pool_rows
+from layerprobe.capture.select import Selection
+from layerprobe.errors import CaptureError, OptionError
+
+CPU = torch.device("cpu")
+MASKS = {
+    "right": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
+    "left": [[0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]],
+    "both sides": [[0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
+    "holes": [[1, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 1, 0, 0, 1], [1, 1, 0, 0, 0]],
+    "empty rows": [[0, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
+    "holes and empty rows": [[0, 0, 0, 0, 0], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
+    "nothing": [[0, 0, 0, 0, 0]] * 4,
+    "everything": [[1, 1, 1, 1, 1]] * 4,
+}
+
+
+@pytest.fixture
+def value() -> Tensor:
+    return torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(2))
+
+
+def _select(mask: Any) -> Selection:
+    return Selection.from_mask(torch.tensor(mask), (4, 5), CPU)
+
+
+def _indexed(selection: Selection, mask: Any) -> Selection:
+    """The same selection as an index, the way it goes on a device."""
+    index = torch.tensor(mask).flatten().nonzero()[:, 0]
+    return Selection(selection.lengths, selection.num_positions, None, index)
+
+
+def _pool_slowly(value: Tensor, mask: Any, pool: str) -> np.ndarray:
+    vectors = []
+    for sequence, kept in zip(value.double().numpy(), np.array(mask, dtype=bool), strict=True):
+        rows = sequence[kept]
+        if not len(rows):
+            vectors.append(np.full(rows.shape[1], np.nan))
+        else:
+            vectors.append({"cls": rows[0], "last": rows[-1], "mean": rows.mean(0), "max": rows.max(0)}[pool])
+    return np.stack(vectors)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("through_index", [False, True])
+def test_pool_agrees_with_numpy(value: Tensor, mask: Any, pool: str, through_index: bool) -> None:
+    selection = _select(mask)
+    if through_index:
+        selection = _indexed(selection, mask)
+    pooled = pool_rows(value, selection, pool)
+    assert pooled.dtype == torch.float32
+    expected = _pool_slowly(value, mask, pool)
+    if pool == "mean":
+        np.testing.assert_allclose(pooled.numpy(), expected, rtol=0, atol=1e-6)  # five float32 values of size 1 summed
+    else:
+        np.testing.assert_array_equal(pooled.numpy(), expected)
+
+
+def test_mean_of_half_precision_is_taken_in_float32() -> None:
+    rows = torch.full((1, 4096, 1), 1.0009765625, dtype=torch.float16)
+    pooled = pool_rows(rows, Selection.from_mask(None, (1, 4096), CPU), "mean")
+    assert pooled.dtype == torch.float16
+    assert pooled.item() == 1.0009765625  # a float16 sum would stick at 2,048
+
+
+def test_mean_of_double_precision_stays_double() -> None:
+    rows = torch.tensor([[[1.0], [1.0 + 2**-40]]], dtype=torch.float64)
+    pooled = pool_rows(rows, Selection.from_mask(None, (1, 2), CPU), "mean")
+    assert pooled.item() == 1.0 + 2**-41
+
+
+@pytest.mark.parametrize("mask", [MASKS["left"], MASKS["holes"]], ids=["left", "holes"])
+def test_callable_pool_sees_only_the_real_rows_of_each_example(value: Tensor, mask: Any) -> None:
+    seen: list[Tensor] = []
+
+    def total(rows: Tensor) -> Tensor:
+        seen.append(rows)
+        return torch.cat([rows.sum(0), rows.sum(0)])
+
+    pooled = pool_rows(value, _select(mask), total)
+    assert pooled.shape == (4, 6)
+    for rows, sequence, kept in zip(seen, value, torch.tensor(mask).bool(), strict=True):
+        assert torch.equal(rows, sequence[kept])
+
+
+def test_callable_pool_that_gives_no_vector_is_refused(value: Tensor) -> None:
+    selection = Selection.from_mask(None, (4, 5), CPU)
+    with pytest.raises(
+        CaptureError, match=r"the pool callable gave \(5, 3\): it must turn \[T, D\] rows into one vect"
+    ):
+        pool_rows(value, selection, lambda rows: rows)
+    with pytest.raises(CaptureError, match=r"the pool callable gave float: it must turn"):
+        pool_rows(value, selection, lambda rows: rows.sum().item())  # type: ignore[arg-type, return-value]
+
+
+def test_pool_of_no_sequences_is_empty() -> None:
+    pooled = pool_rows(torch.empty(0, 5, 3), Selection.from_mask(None, (0, 5), CPU), "mean")
+    assert pooled.shape == (0, 3)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 6, 3), (4, 5, 3, 2)])
+def test_pool_of_a_value_without_rows_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(CaptureError, match=r"has no row per token to pool\."):
+        pool_rows(torch.zeros(shape), Selection.from_mask(None, (4, 5), CPU), "mean")
+
+
+@pytest.mark.parametrize("pool", [*POOLS, None, torch.sum])
+def test_known_pools_pass(pool: Any) -> None:
+    check_pool(pool)
+
+
+@pytest.mark.parametrize("pool", ["median", "", 3])
+def test_unknown_pool_is_refused(pool: Any) -> None:
+    with pytest.raises(
+        OptionError, match=r"no pool .*: use cls, mean, max, last, a callable on \[T, D\] rows, or None"
+    ):
+        check_pool(pool)
