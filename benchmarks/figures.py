@@ -160,7 +160,7 @@ def _table(headers: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list
     return [f"| {' | '.join(map(str, row))} |" for row in cells]
 
 
-TABLES = {"storing": lay_out_storing, "floor": lay_out_floor, "growth": lay_out_growth, "peers": lay_out_peers}
+TABLES = {"floor": lay_out_floor, "storing": lay_out_storing, "growth": lay_out_growth, "peers": lay_out_peers}
 
 
 def write_tables(page: str, results: Path = RESULTS) -> str:

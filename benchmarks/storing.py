@@ -25,7 +25,6 @@ from transformers import BertConfig, BertModel
 
 import layerprobe as lp
 from layerprobe.extract.batching import Batch
-from layerprobe.extract.plan import ExtractOptions
 from layerprobe.models import LoadedModel
 from layerprobe.store.writer import ShardJob, ShardWriter
 from layerprobe.tables import format_table
@@ -66,7 +65,6 @@ def main() -> None:
     base = BertConfig(num_hidden_layers=2, intermediate_size=768) if options.quick else BertConfig()
     cases = [
         run_case("demo", demo, demo.model, texts, rounds),
-        run_case("demo", demo, demo.model, texts, rounds, batch_tokens=4096),
         run_case("random bert-base", demo, BertModel(base).eval(), texts[::10], rounds),
     ]
     for case in cases:
@@ -76,14 +74,11 @@ def main() -> None:
     emit("storing", {"texts": len(texts), "rounds": rounds}, cases, save=options.save)
 
 
-def run_case(
-    name: str, demo: LoadedModel, model: nn.Module, texts: list[str], rounds: int, batch_tokens: int | None = None
-) -> dict[str, Any]:
+def run_case(name: str, demo: LoadedModel, model: nn.Module, texts: list[str], rounds: int) -> dict[str, Any]:
     """Run all ways over the batches that a run of the demo would have, and give medians over rounds."""
     models = [copy.deepcopy(model) for _ in range(4)]
-    how = ExtractOptions(sites=SITES, dtype="float16", batch_tokens=batch_tokens)
     with tempfile.TemporaryDirectory() as place, torch.inference_mode():
-        batches, num_tokens, _ = list_batches(demo, texts, Path(place) / "plan", how)
+        batches, num_tokens, _ = list_batches(demo, texts, Path(place) / "plan")
         for one in models:
             call(one, batches[0])
         found = [run_round(models, batches, Path(place) / str(number)) for number in range(rounds)]
