@@ -264,15 +264,16 @@ class StoreSink:
                 self.end_unit()
             elif not unit.buffer.fits(wanted):
                 self._lane.fence()()  # what is on its way must land before its buffer moves
-                unit.buffer.grow(unit.used.plus(needed), unit.used)
-            elif unit.used.examples and not self._lane.pinned:
-                self._go_on_in_warm_memory(unit)
+                unit.buffer.grow(wanted, unit.used)
+            elif unit.used.examples:
+                self._go_on_in_warm_memory(unit, Room(*map(max, unit.room, wanted)))
         if self._unit is None:
             self.begin_unit(self._next_unit, self._next_example, needed)
 
-    def _go_on_in_warm_memory(self, unit: Unit) -> None:
+    def _go_on_in_warm_memory(self, unit: Unit, wanted: Room) -> None:
+        """Move the open unit to a buffer that was filled before, if one is free and that saves filling a fresh one."""
         assert self.buffers is not None
-        warm = self.buffers.take_warmer(unit.buffer, unit.used)
+        warm = self.buffers.take_warmer(unit.buffer, unit.used, wanted, lambda: self._lane.fence()())
         if warm is not None:  # released last: Ctrl-C in between must not leave it free and in use
             cold, unit.buffer = unit.buffer, warm
             self.buffers.release(cold)
@@ -333,9 +334,9 @@ class StoreSink:
         assert self._stored is not None
         if self.buffers is None:
             self.buffers = self._make_buffers(room)
-        buffer = self.buffers.acquire(self.writer.check)
+        buffer = self.buffers.acquire(room, self.writer.check)
         buffer.grow(room)
-        self._unit = Unit(number, first_example, buffer, num_truncated)
+        self._unit = Unit(number, first_example, buffer, room, num_truncated)
 
     def end_unit(self) -> None:
         """Seal the open unit and hand it to the writer."""

@@ -34,6 +34,8 @@ DTYPES: dict[str, torch.dtype] = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
+# Into these `cast_into` does more than copy.
+_NOT_PLAIN = (torch.int8, torch.float8_e4m3fn)
 # Beyond this many rectangles one gather through an index is quicker than a copy each (measured on two cores).
 _MOST_RUNS = 64
 
@@ -48,13 +50,13 @@ class Run(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """A run of a value `[B, S, ...]`, and its place among packed rows: as torch's strides and offsets."""
+    """A run of a value `[B, S, ...]`, and its place among packed rows: shape, offsets and strides as torch has them."""
 
     shape: tuple[int, ...]
-    source: int
-    row: int
-    strides: tuple[int, ...]
-    offset: int
+    value_offset: int
+    first_row: int
+    out_offset: int
+    out_strides: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,10 +173,10 @@ class Selection:
         )
 
     @cached_property
-    def _cuts(self) -> dict[Any, list[_Cut] | None]:
+    def _cuts(self) -> dict[Any, Sequence[_Cut] | None]:
         return {}
 
-    def find_cuts(self, value: Tensor, out: Tensor) -> list[_Cut] | None:
+    def find_cuts(self, value: Tensor, out: Tensor) -> Sequence[_Cut] | None:
         """Tell how the runs of a value lie in it and among packed rows; None where an index says which are real.
 
         Worked out once for all sites of a call that are alike: slicing each would take a dozen operators of torch, at
@@ -185,32 +187,41 @@ class Selection:
             out: `[T, ...]`, contiguous.
 
         Raises:
-            CaptureError: `value` does not begin with the B and S of the call, or its vectors are no such rows.
+            CaptureError: `value` does not begin with the B and S of the call, or `out` is no place for its vectors.
         """
-        key = (value.shape, strides := value.stride(), out_strides := out.stride())
-        if key in self._cuts:
-            return self._cuts[key]
+        key = (value.shape, value.stride(), out.shape, out.stride())
+        if key not in self._cuts:
+            self._cuts[key] = self._work_out_cuts(value, out)
+        return self._cuts[key]
+
+    def _work_out_cuts(self, value: Tensor, out: Tensor) -> Sequence[_Cut] | None:
         wanted = (self.num_sequences, self.num_positions, *out.shape[1:])
         if value.shape != wanted:
             raise CaptureError(
                 f"a value of shape {tuple(value.shape)} has no row per token: it must be {wanted}. "
                 "Capture this site into memory instead."
             )
+        if len(out) != self.num_rows or not out.is_contiguous():
+            raise CaptureError(
+                f"{self.num_rows} rows do not go into a place of shape {tuple(out.shape)} and strides {out.stride()}."
+            )
+        if self.runs is None:
+            return None
+        strides, out_strides = value.stride(), out.stride()
         cuts, row = [], 0
-        for run in self.runs or ():
+        for run in self.runs:
             size, length = run.last - run.first, run.stop - run.start
             cuts.append(
                 _Cut(
                     shape=(size, length, *out.shape[1:]),
-                    source=run.first * strides[0] + run.start * strides[1],
-                    row=row,
-                    strides=(length * out_strides[0], *out_strides),
-                    offset=row * out_strides[0],
+                    value_offset=run.first * strides[0] + run.start * strides[1],
+                    first_row=row,
+                    out_offset=row * out_strides[0],
+                    out_strides=(length * out_strides[0], *out_strides),
                 )
             )
             row += size * length
-        self._cuts[key] = None if self.runs is None else cuts
-        return self._cuts[key]
+        return cuts
 
     def keep(self, kept: Sequence[Tensor]) -> "Selection":
         """Keep some tokens of each example.
@@ -304,14 +315,14 @@ def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
         else:
             cast_into(target, flat.index_select(0, selection.index))
         return
-    is_plain = out.dtype not in (torch.int8, torch.float8_e4m3fn)
-    first, strides, source = out.storage_offset(), value.stride(), value.storage_offset()
+    is_plain = out.dtype not in _NOT_PLAIN
+    strides, value_start, out_start = value.stride(), value.storage_offset(), out.storage_offset()
     for cut in cuts:
-        block = value.as_strided(cut.shape, strides, source + cut.source)
-        if is_plain:  # what `cast_into` does
-            out.as_strided(cut.shape, cut.strides, first + cut.offset).copy_(block)
+        block = value.as_strided(cut.shape, strides, value_start + cut.value_offset)
+        if is_plain:
+            out.as_strided(cut.shape, cut.out_strides, out_start + cut.out_offset).copy_(block)
         else:
-            cast_into(target.part(cut.row, cut.row + cut.shape[0] * cut.shape[1], cut.shape[:2]), block)
+            cast_into(target.part(cut.first_row, cut.first_row + cut.shape[0] * cut.shape[1], cut.shape[:2]), block)
 
 
 def write_pairs(target: Target, weights_BHSS: Tensor, selection: Selection) -> None:
@@ -349,6 +360,9 @@ def cast_into(target: Target, value: Tensor) -> None:
     For int8 each vector is divided by its largest magnitude over 127, which goes to the scale.
     """
     out = target.values
+    if out.dtype not in _NOT_PLAIN:
+        out.copy_(value)
+        return
     if out.dtype == torch.int8:
         assert target.scale is not None
         vectors = value.float()
@@ -357,6 +371,6 @@ def cast_into(target: Target, value: Tensor) -> None:
         # A NaN has no int8; its vector's scale is NaN, so it reads back as NaN all the same.
         out.copy_((vectors / divisor).nan_to_num(0.0).round())
         return
-    if out.dtype == torch.float8_e4m3fn and target.overflow is not None:
+    if target.overflow is not None:
         target.overflow.add_((value.abs() > torch.finfo(out.dtype).max).sum())
     out.copy_(value)

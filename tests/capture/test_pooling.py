@@ -13,33 +13,12 @@ from torch import Tensor
 from layerprobe.capture.pooling import POOLS, check_pool, pool_rows
 from layerprobe.capture.select import Selection
 from layerprobe.errors import CaptureError, OptionError
-
-CPU = torch.device("cpu")
-MASKS = {
-    "right": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
-    "left": [[0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]],
-    "both sides": [[0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
-    "holes": [[1, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 1, 0, 0, 1], [1, 1, 0, 0, 0]],
-    "empty rows": [[0, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
-    "holes and empty rows": [[0, 0, 0, 0, 0], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
-    "nothing": [[0, 0, 0, 0, 0]] * 4,
-    "everything": [[1, 1, 1, 1, 1]] * 4,
-}
+from masks import CPU, MASKS, index, make_value, select
 
 
 @pytest.fixture
 def value() -> Tensor:
-    return torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(2))
-
-
-def _select(mask: Any) -> Selection:
-    return Selection.from_mask(torch.tensor(mask), (4, 5), CPU)
-
-
-def _indexed(selection: Selection, mask: Any) -> Selection:
-    """The same selection as an index, the way it goes on a device."""
-    index = torch.tensor(mask).flatten().nonzero()[:, 0]
-    return Selection(selection.lengths, selection.num_positions, None, index)
+    return make_value()
 
 
 def _pool_slowly(value: Tensor, mask: Any, pool: str) -> np.ndarray:
@@ -57,9 +36,9 @@ def _pool_slowly(value: Tensor, mask: Any, pool: str) -> np.ndarray:
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("through_index", [False, True])
 def test_pool_agrees_with_numpy(value: Tensor, mask: Any, pool: str, through_index: bool) -> None:
-    selection = _select(mask)
+    selection = select(mask)
     if through_index:
-        selection = _indexed(selection, mask)
+        selection = index(selection, mask)
     pooled = pool_rows(value, selection, pool)
     assert pooled.dtype == torch.float32
     expected = _pool_slowly(value, mask, pool)
@@ -90,7 +69,7 @@ def test_callable_pool_sees_only_the_real_rows_of_each_example(value: Tensor, ma
         seen.append(rows)
         return torch.cat([rows.sum(0), rows.sum(0)])
 
-    pooled = pool_rows(value, _select(mask), total)
+    pooled = pool_rows(value, select(mask), total)
     assert pooled.shape == (4, 6)
     for rows, sequence, kept in zip(seen, value, torch.tensor(mask).bool(), strict=True):
         assert torch.equal(rows, sequence[kept])

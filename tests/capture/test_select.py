@@ -19,41 +19,20 @@ from layerprobe.capture.select import (
     write_rows,
 )
 from layerprobe.errors import CaptureError, OptionError
-
-CPU = torch.device("cpu")
-MASKS = {
-    "right": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
-    "left": [[0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]],
-    "both sides": [[0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
-    "holes": [[1, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 1, 0, 0, 1], [1, 1, 0, 0, 0]],
-    "empty rows": [[0, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
-    "holes and empty rows": [[0, 0, 0, 0, 0], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
-    "nothing": [[0, 0, 0, 0, 0]] * 4,
-    "everything": [[1, 1, 1, 1, 1]] * 4,
-}
+from masks import CPU, MASKS, index, make_value, select
 
 
 @pytest.fixture
 def value() -> Tensor:
-    return torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(2))
-
-
-def _select(mask: Any) -> Selection:
-    return Selection.from_mask(torch.tensor(mask), (4, 5), CPU)
-
-
-def _indexed(selection: Selection, mask: Any) -> Selection:
-    """The same selection as an index, the way it goes on a device."""
-    index = torch.tensor(mask).flatten().nonzero()[:, 0]
-    return Selection(selection.lengths, selection.num_positions, None, index)
+    return make_value()
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
 @pytest.mark.parametrize("through_index", [False, True])
 def test_rows_are_the_real_tokens_in_order(value: Tensor, mask: Any, through_index: bool) -> None:
-    selection = _select(mask)
+    selection = select(mask)
     if through_index:
-        selection = _indexed(selection, mask)
+        selection = index(selection, mask)
     expected = [value[b, s] for b in range(4) for s in range(5) if mask[b][s]]
     assert selection.lengths == tuple(sum(row) for row in mask)
     assert selection.num_rows == len(expected)
@@ -77,13 +56,13 @@ def test_no_mask_keeps_every_token(value: Tensor) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_lengths_and_side_select_what_the_mask_would(side: str) -> None:
-    masked = _select(MASKS[side])
+    masked = select(MASKS[side])
     told = Selection.from_lengths([sum(row) for row in MASKS[side]], 5, side, CPU)
     assert (told.lengths, told.num_positions, told.runs) == (masked.lengths, masked.num_positions, masked.runs)
 
 
 def test_neighbours_of_one_length_are_one_rectangle() -> None:
-    runs = _select(MASKS["right"]).runs
+    runs = select(MASKS["right"]).runs
     assert runs is not None
     assert [(run.first, run.last, run.start, run.stop) for run in runs] == [(0, 1, 0, 5), (1, 3, 0, 2), (3, 4, 0, 1)]
 
@@ -100,7 +79,7 @@ def test_many_rectangles_become_an_index() -> None:
 
 def test_values_may_be_strided(value: Tensor) -> None:
     strided = value.transpose(0, 1).contiguous().transpose(0, 1)
-    for selection in (_select(MASKS["holes"]), _select(MASKS["left"])):
+    for selection in (select(MASKS["holes"]), select(MASKS["left"])):
         expected, out = torch.empty(selection.num_rows, 3), torch.empty(selection.num_rows, 3)
         write_rows(Target(expected), value, selection)
         write_rows(Target(out), strided, selection)
@@ -118,9 +97,6 @@ def test_value_without_a_row_per_token_is_refused(shape: tuple[int, ...]) -> Non
         CaptureError, match=r"has no row per token: it must be \(4, 5, 3\)\. Capture this site into mem"
     ):
         write_rows(Target(torch.empty(20, 3)), torch.zeros(shape), Selection.from_mask(None, (4, 5), CPU))
-
-
-# pools
 
 
 # casts
@@ -144,7 +120,7 @@ def test_unknown_dtype_is_refused(dtype: Any) -> None:
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("mask", [MASKS["left"], MASKS["holes"]], ids=["left", "holes"])
 def test_rows_are_cast_like_torch_casts(value: Tensor, name: str, mask: Any) -> None:
-    dtype, selection = DTYPES[name], _select(mask)
+    dtype, selection = DTYPES[name], select(mask)
     out = torch.empty(selection.num_rows, 3, dtype=dtype)
     write_rows(Target(out), value, selection)
     assert torch.equal(out.float(), value[torch.tensor(mask).bool()].to(dtype).float())
@@ -152,7 +128,7 @@ def test_rows_are_cast_like_torch_casts(value: Tensor, name: str, mask: Any) -> 
 
 @pytest.mark.parametrize("mask", [MASKS["left"], MASKS["holes"]], ids=["left", "holes"])
 def test_int8_rows_decode_to_half_a_step(value: Tensor, mask: Any) -> None:
-    selection = _select(mask)
+    selection = select(mask)
     out = torch.empty(selection.num_rows, 3, dtype=torch.int8)
     scale = torch.empty(selection.num_rows)
     write_rows(Target(out, scale), value, selection)
@@ -207,7 +183,7 @@ def test_part_of_a_target_is_a_view_of_it() -> None:
 @pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 def test_rows_do_not_depend_on_how_a_value_lies_in_memory(mask: Any, dtype: torch.dtype) -> None:
-    selection, kept = _select(mask), torch.tensor(mask).bool()
+    selection, kept = select(mask), torch.tensor(mask).bool()
     whole = torch.randn(5, 6, 8, generator=torch.Generator().manual_seed(3))
     values = {
         "transposed": whole[:, :4, :3].transpose(0, 1),
@@ -230,10 +206,26 @@ def test_rows_do_not_depend_on_how_a_value_lies_in_memory(mask: Any, dtype: torc
 
 
 def test_a_value_of_no_such_rows_is_refused_after_one_that_fits(value: Tensor) -> None:
-    selection = _select(MASKS["right"])
+    selection = select(MASKS["right"])
     out = torch.empty(selection.num_rows, 3)
     write_rows(Target(out), value, selection)
     with pytest.raises(CaptureError, match=r"it must be \(4, 5, 3\)"):
         write_rows(Target(out), value[:, :4], selection)
     with pytest.raises(CaptureError, match=r"it must be \(4, 5, 2\)"):
-        write_rows(Target(out[:, :2].contiguous()), value, selection)
+        write_rows(Target(out[:, :2]), value, selection)
+
+
+@pytest.mark.parametrize("through_index", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_nothing_is_written_beside_the_place_for_it(value: Tensor, dtype: torch.dtype, through_index: bool) -> None:
+    selection = select(MASKS["right"])
+    selection = index(selection, MASKS["right"]) if through_index else selection
+    count = selection.num_rows
+    whole = torch.zeros(count + 2, 6).to(dtype)
+    places = {"too few rows": whole[: count - 1, :3], "too many": whole[: count + 2, :3].contiguous()}
+    places |= {"strided": whole[:count, :3], "fewer rows": whole[: count - 1].view(-1)[: 3 * count - 3].view(-1, 3)}
+    write_rows(Target(torch.zeros(count, 3).to(dtype), torch.zeros(count)), value, selection)
+    for name, place in places.items():
+        with pytest.raises(CaptureError, match=rf"{count} rows do not go into a place"):
+            write_rows(Target(place, torch.zeros(len(place))), value, selection)
+        assert not whole.float().any(), name
