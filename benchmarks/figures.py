@@ -79,12 +79,13 @@ def lay_out_storing(document: dict[str, Any]) -> list[str]:
             way["way"],
             way["s"],
             way["ratio"],
+            case["store"]["ratio_with_writer"] if way is case["ways"][-1] else "",
             way["batch_ratio"],
         )
         for case in document["results"]
         for way in case["ways"]
     ]
-    headers = ("model", "tokens a batch", "way", "s", "ratio of the sums", "median ratio of a batch")
+    headers = ("model", "tokens a batch", "way", "s", "ratio of the sums", "with the writer", "median ratio of a batch")
     return [f"Medians of {document['settings']['rounds']} rounds, {_machine(document)}:", "", *_table(headers, rows)]
 
 

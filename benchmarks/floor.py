@@ -13,6 +13,7 @@ so that those of the main thread add up to the whole. What goes on beside it, in
 """
 
 import itertools
+import mmap
 import os
 import shutil
 import statistics
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from clocks import BESIDE, MAIN, Clocks
 from corpora import list_batches, list_docstrings
@@ -130,11 +132,12 @@ def list_rivals(demo: LoadedModel, regimes: dict[str, Regime], folder: Path) -> 
     """
     rivals: dict[str, Rival] = {}
     for name, regime in regimes.items():
-        if not name.startswith("stop"):
-            rivals[f"{name} forward"] = Rival(partial(run_forward, demo, regime.batches))
-        rivals[f"{name} whole"] = Rival(regime.run, finish=regime.end)
+        whole = Rival(regime.run, finish=regime.end)
         if name.startswith("stop"):
+            rivals[f"{name} whole"] = whole
             continue
+        rivals[f"{name} forward"] = Rival(partial(run_forward, demo, regime.batches))
+        rivals[f"{name} whole"] = whole
         is_pooled, dtype = regime.options["pool"] is not None, regime.options["dtype"]
         rivals[f"{name} copy"] = Rival(partial(copy_values, regime.batches, regime.widths, dtype, is_pooled))
         for way, write in (("disk", commit_file), ("plain disk", write_plainly)):
@@ -166,9 +169,13 @@ def copy_values(batches: list[Batch], widths: list[int], dtype: str, is_pooled: 
 
 
 def prepare_files(regime: Regime, folder: Path) -> tuple[Path, list[memoryview]]:
-    """Make the bytes of as many files as the run wrote, touched once, and a folder for them."""
+    """Make the bytes of as many files as the run wrote, touched once, and a folder for them.
+
+    They begin with a page, so that they can be written from where they lie, as what the run writes can.
+    """
     folder.mkdir()
-    block = memoryview(bytearray(b"x") * max(regime.sizes))
+    block = memoryview(mmap.mmap(-1, max(regime.sizes)))
+    np.frombuffer(block, np.uint8)[:] = ord("x")
     return folder, [block[:size] for size in regime.sizes]
 
 

@@ -2,13 +2,15 @@
 
 Each batch is run in every way before the next one is, in an order that rotates, on models of the same weights: what the
 machine does meanwhile hits all ways alike. Two bare ways show how far that goes. All layers go into a store in float16,
-fresh memory for its buffers and the closing flush included. The writer works beside all ways, as beside the next
-batches of a run; its CPU time is told, and added once more to be on the safe side.
+fresh memory for its buffers and the closing flush included. The writer works beside whichever way runs then, most often
+not the one it works for; so its CPU time is added to that one, all of it once more, in a ratio of its own.
 
     python benchmarks/storing.py [--quick] [--save] [--texts 2000] [--rounds 2]
 """
 
+import contextlib
 import copy
+import gc
 import statistics
 import tempfile
 import time
@@ -114,8 +116,12 @@ def run_round(models: list[nn.Module], batches: list[Batch], folder: Path) -> di
     }
     names = list(ways)
     taken: dict[str, list[float]] = {name: [] for name in names}
-    with WriterClock() as writer:
-        probe = lp.Probe(probed, SITES, to=folder, dtype="float16").__enter__()
+    with WriterClock() as writer, contextlib.ExitStack() as opened:
+        opened.enter_context(lp.Probe(probed, SITES, to=folder, dtype="float16"))
+        # a full collection costs a quarter of a second of whichever way it falls into
+        gc.collect()
+        gc.disable()
+        opened.callback(gc.enable)
         for number, batch in enumerate(batches):
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
@@ -123,7 +129,7 @@ def run_round(models: list[nn.Module], batches: list[Batch], folder: Path) -> di
                 ways[name](batch)
                 taken[name].append(time.perf_counter() - start)
         start = time.perf_counter()
-        probe.__exit__(None, None, None)
+        opened.close()
         close_s = time.perf_counter() - start
     result: dict[str, Any] = {
         name: {

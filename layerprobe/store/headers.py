@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -62,8 +63,9 @@ _TO_NAME = {
 }
 _FROM_NAME = {name: dtype for dtype, name in _TO_NAME.items()}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _TO_NAME}
-# Data begins at a multiple of this, so that mapped tensors are aligned for any vector unit.
-_ALIGNMENT = 64
+# The values of the sites begin at a multiple of this in the file: mapped they begin with a page, and they can be
+# written past the page cache from where they lie.
+_ALIGNMENT = 4096
 BLANK_CHECKSUM = "0" * 16
 # Offsets and places of the examples of a shard are kept as Python numbers: 16 million are a gigabyte.
 _MOST_EXAMPLES = 1 << 24
@@ -165,7 +167,8 @@ def build_header(
         "checksums": json.dumps(dict(checksums)),
     }
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    before = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in takewhile(_is_places, shapes))
+    text += b" " * (-(8 + len(text) + before) % _ALIGNMENT)
     try:
         _check_counts(header)
         if len(text) > SMALL.num_bytes:
@@ -176,6 +179,11 @@ def build_header(
         ) from error
     own = checksum(text)
     return struct.pack("<Q", len(text)) + text.replace(BLANK_CHECKSUM.encode(), own.encode(), 1)
+
+
+def _is_places(entry: "tuple[str, torch.dtype, Sequence[int]]") -> bool:
+    """Whether a tensor is of those that come before all values: ordinals, offsets, ids."""
+    return entry[1] == torch.int64
 
 
 def parse_header(text: bytes) -> ShardHeader:

@@ -1,6 +1,7 @@
 """Files that are written past the page cache, and where that cannot be: the same bytes, whole or not at all."""
 
 import errno
+import mmap
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from faults import FaultySystem, fail
+from faults import FaultySystem, Step, fail
 from layerprobe.errors import SpaceError, StoreError
 from layerprobe.store import durable
 from layerprobe.store.durable import commit_file, commit_folder, make_folder, reserve_file
@@ -44,16 +45,108 @@ def test_file_holds_its_pieces_one_after_the_other(tmp_path: Path, sizes: list[i
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-def test_large_file_goes_past_the_page_cache_where_it_can(tmp_path: Path) -> None:
-    descriptor = durable._open(tmp_path / "file", is_direct=True)
-    try:
-        if not durable._is_direct(descriptor):
-            pytest.skip("this file system has no direct writes")
-        durable._write_direct(descriptor, _pieces([BOUNCE + 5000]))
-        assert not durable._is_direct(descriptor)  # the last bytes fill no block
-    finally:
-        os.close(descriptor)
-    assert (tmp_path / "file").read_bytes() == _pieces([BOUNCE + 5000])[0]
+class Written:
+    """Sees from which addresses a file was written, and how much past the page cache."""
+
+    def __init__(self) -> None:
+        self.addresses: set[int] = set()
+        self.num_direct = 0
+
+    def __call__(self, step: Step) -> None:
+        if step.name == "write" and len(step.arguments[1]):
+            self.addresses.add(np.frombuffer(step.arguments[1], np.uint8).ctypes.data)
+            if durable._is_direct(step.arguments[0]):
+                self.num_direct += len(step.arguments[1])
+
+
+@pytest.fixture
+def needs_direct(tmp_path: Path) -> None:
+    descriptor = durable._open(tmp_path / "probe", is_direct=True)
+    is_direct = durable._is_direct(descriptor)
+    os.close(descriptor)
+    os.unlink(tmp_path / "probe")
+    if not is_direct:
+        pytest.skip("this file system has no direct writes")
+
+
+def _place(sizes: list[int], shifts: list[int]) -> list[memoryview]:
+    """Lay pieces into memory, each at an address past a multiple of 4,096 that is given."""
+    pieces = []
+    for size, shift in zip(sizes, shifts, strict=True):
+        memory = memoryview(mmap.mmap(-1, size + shift + 1))[shift : shift + size]
+        memory[:] = np.random.default_rng(size).bytes(size)
+        pieces.append(memory)
+    return pieces
+
+
+@pytest.mark.usefixtures("needs_direct")
+@pytest.mark.parametrize(
+    ("sizes", "shifts", "in_place"),
+    [
+        # what fills a block first is taken off the large piece, whose own bytes then begin where a block does
+        ([4096, 2 * BOUNCE, 5000], [8, 0, 8], [0, 1, 0]),
+        ([100, BOUNCE + 512, 2 * BOUNCE], [0, 612, 0], [0, 1, 0]),
+        ([100, BOUNCE], [0, 100], [0, 1]),
+        ([100, BOUNCE], [0, 0], [0, 0]),
+        ([BOUNCE, BOUNCE + 1], [1, 0], [0, 1]),
+        ([BOUNCE // 2, BOUNCE], [512, 1024], [1, 1]),
+    ],
+)
+def test_large_pieces_are_written_from_where_they_lie_if_they_lie_as_blocks_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], shifts: list[int], in_place: list[int]
+) -> None:
+    written = Written()
+    monkeypatch.setattr(durable, "os", FaultySystem(written))
+    pieces = _place(sizes, shifts)
+    commit_file(tmp_path / "file", pieces)
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    assert written.num_direct == sum(sizes) - sum(sizes) % 4096
+    for piece, is_there in zip(pieces, in_place, strict=True):
+        start = np.frombuffer(piece, np.uint8).ctypes.data
+        assert any(start <= address < start + len(piece) for address in written.addresses) == is_there
+
+
+@pytest.mark.usefixtures("needs_direct")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EFAULT])
+@pytest.mark.parametrize("nth", [0, 1])
+def test_a_disk_that_refuses_an_address_is_written_through_the_bounce(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, nth: int
+) -> None:
+    pieces = _place([4096, BOUNCE, BOUNCE, 77], [0, 512, 512, 0])
+    refused = []
+
+    def refuse(step: Step) -> None:
+        if step.name == "write" and durable._is_direct(step.arguments[0]):
+            address = np.frombuffer(step.arguments[1], np.uint8).ctypes.data
+            if address % 4096:
+                refused.append(address)
+                if len(refused) > nth:
+                    raise OSError(number, os.strerror(number))
+        written(step)
+
+    written = Written()
+    monkeypatch.setattr(durable, "os", FaultySystem(refuse))
+    commit_file(tmp_path / "file", pieces)
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    # refused once, then not asked again; and still past the page cache
+    assert len(refused) == nth + 1 and written.num_direct == 4096 + 2 * BOUNCE
+
+
+@pytest.mark.usefixtures("needs_direct")
+@pytest.mark.parametrize("most", [4096, 3 * 4096, 5000, 100_001])
+def test_a_system_that_writes_less_than_asked_is_asked_for_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    class Short(FaultySystem):
+        def write(self, descriptor: int, data: memoryview) -> int:
+            return os.write(descriptor, data[: most if len(data) > most else len(data)])
+
+    pieces = _place([4096 + 8, BOUNCE // 2, BOUNCE + 7], [0, 8, 0])
+    # a short write leaves whole sectors of a direct file, whatever it was asked for
+    most -= most % 512
+    monkeypatch.setattr(durable, "os", Short())
+    commit_file(tmp_path / "file", pieces)
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")
