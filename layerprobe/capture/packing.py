@@ -265,18 +265,8 @@ class StoreSink:
             elif not unit.buffer.fits(wanted):
                 self._lane.fence()()  # what is on its way must land before its buffer moves
                 unit.buffer.grow(wanted, unit.used)
-            elif unit.used.examples:
-                self._go_on_in_warm_memory(unit, Room(*map(max, unit.room, wanted)))
         if self._unit is None:
             self.begin_unit(self._next_unit, self._next_example, needed)
-
-    def _go_on_in_warm_memory(self, unit: Unit, wanted: Room) -> None:
-        """Move the open unit to a buffer that was filled before, if one is free and that saves filling a fresh one."""
-        assert self.buffers is not None
-        warm = self.buffers.take_warmer(unit.buffer, unit.used, wanted, lambda: self._lane.fence()())
-        if warm is not None:  # released last: Ctrl-C in between must not leave it free and in use
-            cold, unit.buffer = unit.buffer, warm
-            self.buffers.release(cold)
 
     def _put(self, pending: _Pending, index: int, value: Tensor) -> None:
         assert self._stored is not None and self._unit is not None
@@ -334,9 +324,9 @@ class StoreSink:
         assert self._stored is not None
         if self.buffers is None:
             self.buffers = self._make_buffers(room)
-        buffer = self.buffers.acquire(room, self.writer.check)
+        buffer = self.buffers.acquire(self.writer.check)
         buffer.grow(room)
-        self._unit = Unit(number, first_example, buffer, room, num_truncated)
+        self._unit = Unit(number, first_example, buffer, num_truncated)
 
     def end_unit(self) -> None:
         """Seal the open unit and hand it to the writer."""
@@ -354,7 +344,6 @@ class StoreSink:
             num_truncated=unit.num_truncated,
             nonfinite=clipped,
         )
-        unit.buffer.touch(unit.used)
         release = partial(self.buffers.release, unit.buffer)
         try:
             self.writer.submit(ShardJob(header, list_tensors(unit, stored), self._lane.fence(), release))

@@ -42,8 +42,6 @@ Produce = Callable[[Target], None]
 # From here on memory is asked for in large pages.
 _LARGE_BYTES = 2 << 20
 _LOOK_AGAIN_S = 1.0
-# A unit moves to another buffer where that saves touching several times as much as it copies.
-_LEAST_GAIN = 4
 # Of sites, in the order in which `Room` counts what they take.
 _KINDS = ("token", "example", "attention")
 
@@ -75,10 +73,7 @@ class HostBuffer:
         room: How much of each kind at first; grows.
         pinned: Whether the memory is page-locked, so that CUDA can copy into it while it computes.
 
-    `touched_bytes` is how much memory the system has given for it.
-
-    Cost: address space at once; memory as it is filled, on Linux in pages of 2 MiB, or at once where that is pinned or
-    the site takes less than a page.
+    Cost: address space at once; memory as it is filled, on Linux in pages of 2 MiB.
     """
 
     def __init__(self, sites: Sequence[StoredSite], room: Room, pinned: bool) -> None:
@@ -88,7 +83,6 @@ class HostBuffer:
         self.room = room
         self._values = [self._allocate(site, room.of(site.kind)) for site in sites]
         self._scales = [self._allocate_scale(site, room.of(site.kind)) for site in sites]
-        self.touched_bytes = self._count_touched(NO_ROOM)
 
     def target(self, index: int, start: int, stop: int, overflow: Tensor | None = None) -> Target:
         """Give vectors `[start, stop)` of a site; of attention weights, flat, those of pairs `[start, stop)`."""
@@ -121,23 +115,6 @@ class HostBuffer:
             scale = self._scales[index] = self._allocate_scale(site, extent)
             if scale is not None and kept.scale is not None:
                 scale[: len(kept.scale)].copy_(kept.scale)
-        self.touched_bytes = self._count_touched(used)
-
-    def touch(self, used: Room) -> None:
-        """Take note of how far it is filled."""
-        self.touched_bytes = max(self.touched_bytes, self._count_touched(used))
-
-    def _count_touched(self, used: Room) -> int:
-        given = [used if _is_lazy(values.nbytes, self._pinned) else self.room for values in self._values]
-        return sum(site.bytes_per_vector * room.of(site.kind) for site, room in zip(self._sites, given, strict=True))
-
-    def take_over(self, other: "HostBuffer", used: Room) -> None:
-        """Copy what is used of another buffer; there is room for it."""
-        for index, site in enumerate(self._sites):
-            mine, theirs = (buffer.target(index, 0, used.of(site.kind)) for buffer in (self, other))
-            mine.values.copy_(theirs.values)
-            if mine.scale is not None and theirs.scale is not None:
-                mine.scale.copy_(theirs.scale)
 
     def _allocate(self, site: StoredSite, extent: int) -> Tensor:
         shape = (extent * site.width,) if site.kind == "attention" else (extent, site.width)
@@ -147,16 +124,11 @@ class HostBuffer:
         return _allocate((extent,), torch.float32, self._pinned) if site.dtype == torch.int8 else None
 
 
-def _is_lazy(num_bytes: int, pinned: bool) -> bool:
-    """Whether so much memory is given by the system page by page, as it is filled."""
-    return not pinned and num_bytes >= _LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
-
-
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
     """Make a tensor outside inference mode, where one could not be written from another mode."""
     with torch.inference_mode(False):
         num_bytes = math.prod(shape) * dtype.itemsize
-        if not _is_lazy(num_bytes, pinned):
+        if pinned or num_bytes < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.zeros(shape, dtype=dtype, pin_memory=pinned)
         # Filling fresh memory page by page costs the forward more than the copy itself: 4 KiB ones are made one by one.
         # Private, because shared memory, which an anonymous mapping is unless told otherwise, has no larger ones.
@@ -183,11 +155,10 @@ class BufferPool:
         self._changed = threading.Condition()
         self.stalled_s = 0.0
 
-    def acquire(self, room: Room, check: Callable[[], None]) -> HostBuffer:
-        """Take a free buffer, waiting for one if need be: one that fits if there is one, and of those the most filled.
+    def acquire(self, check: Callable[[], None]) -> HostBuffer:
+        """Take a free buffer, waiting for one if need be.
 
         Args:
-            room: What is wanted of it; it may have less.
             check: Raises if no buffer will ever come free; called before waiting, at each change and now and then.
         """
         start = time.perf_counter()
@@ -200,51 +171,15 @@ class BufferPool:
                 # not for ever: a writer that dies gives no buffer back
                 self._changed.wait(_LOOK_AGAIN_S)
                 check()
-            buffer = max(self._free, key=lambda free: (free.fits(room), free.touched_bytes))
-            self._free.remove(buffer)
+            buffer = self._free.pop()
         self.stalled_s += time.perf_counter() - start
         return buffer
-
-    def take_warmer(
-        self, buffer: HostBuffer, used: Room, wanted: Room, settle: Callable[[], None]
-    ) -> HostBuffer | None:
-        """Take a free buffer whose memory the system has given, to go on in where that of `buffer` is not touched yet.
-
-        Fresh memory can cost a forward more than all copies of the run. Where a shard is written in less than a quarter
-        of the time in which the next one is made, one buffer and a part of another are all that is ever touched.
-
-        Args:
-            buffer: In use; to be released once its unit has moved.
-            used: What is in it, or on its way there.
-            wanted: What the unit needs in all.
-            settle: Returns once all of that has arrived; called before anything is moved.
-
-        Returns:
-            One that holds the same, or None where moving would save little.
-        """
-        with self._changed:
-            buffer.touch(used)
-            warm = max((free for free in self._free if free.fits(wanted)), key=_touched, default=buffer)
-            if warm.touched_bytes <= _LEAST_GAIN * buffer.touched_bytes:
-                return None
-            self._free.remove(warm)
-        try:
-            settle()
-            warm.take_over(buffer, used)
-        except BaseException:
-            self.release(warm)
-            raise
-        return warm
 
     def release(self, buffer: HostBuffer) -> None:
         """Give a buffer back."""
         with self._changed:
             self._free.append(buffer)
             self._changed.notify_all()
-
-
-def _touched(buffer: HostBuffer) -> int:
-    return buffer.touched_bytes
 
 
 class Lane(Protocol):

@@ -66,12 +66,11 @@ class AnnouncedBatch:
 
 @dataclass(eq=False)
 class Unit:
-    """An open unit: its buffer, the room it was thought to need, and what has been finished in it."""
+    """An open unit: its buffer and what has been finished in it."""
 
     number: int
     first_example: int
     buffer: HostBuffer
-    room: Room
     num_truncated: int = 0
     used: Room = NO_ROOM
     ordinals: list[int] = field(default_factory=list)

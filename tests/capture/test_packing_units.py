@@ -11,11 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import layerprobe as lp
-from delays import DelayedStreams
-from layerprobe.capture import packing, staging
 from layerprobe.capture import probe as probe_module
 from layerprobe.capture.packing import StoreSink
-from layerprobe.capture.staging import Room, StagedLane
+from layerprobe.capture.staging import Room
 from layerprobe.capture.units import AnnouncedBatch, encode_record
 from layerprobe.errors import CaptureError, NonFiniteError, StoreError
 from layerprobe.store.writer import ShardWriter, StoredSite
@@ -57,50 +55,6 @@ def test_announced_batches_go_where_they_are_told(tiny_bert: Any, tmp_path: Path
         rows = shard.get_tensor("layers.2")
     hidden = tiny_bert(ids, mask).last_hidden_state[mask.bool()]
     assert torch.equal(rows, torch.cat([hidden, hidden]))
-
-
-@pytest.mark.parametrize("is_delayed", [False, True])
-def test_a_unit_that_moves_to_another_buffer_keeps_its_rows(
-    tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_delayed: bool
-) -> None:
-    monkeypatch.setattr(staging, "_LARGE_BYTES", 1)  # the memory of small buffers is given as it is filled, too
-    if is_delayed:
-        monkeypatch.setattr(packing, "make_lane", lambda device: StagedLane(device, DelayedStreams(), pinned=False))
-    has_moved_on = threading.Event()
-
-    def hold(commit: Any) -> int:
-        assert has_moved_on.wait(30)
-        return commit()
-
-    sink, _writer = _announced_sink(tiny_bert, tmp_path, shard_bytes=1 << 13, attempt=hold)
-    calls = [torch.randint(1, 100, shape) for shape in ((5, 8), (1, 4), (3, 4))]
-    places: list[Any] = []
-    with torch.no_grad(), lp.Probe(tiny_bert, "layers.2", to=sink):
-
-        def run(ids: torch.Tensor, first: int) -> None:
-            size, length = ids.shape
-            sink.announce(AnnouncedBatch(range(first, first + size), [length] * size, length, "right", ids.flatten()))
-            tiny_bert(ids)
-            places.append(sink._unit and sink._unit.buffer)
-
-        sink.begin_unit(0, 0, Room(40, 5))
-        run(calls[0], 0)
-        sink.end_unit()
-        sink.begin_unit(1, 5, Room(16, 4))
-        run(calls[1], 5)
-        has_moved_on.set()
-        buffers = sink.buffers
-        assert buffers is not None
-        with buffers._changed:
-            assert buffers._changed.wait_for(lambda: places[0] in buffers._free, 30)
-        run(calls[2], 6)
-        sink.end_unit()
-    assert places[2] is places[0] is not places[1]
-    assert sorted(map(id, buffers._free)) == sorted(map(id, places[:2]))
-    for number, parts in enumerate((calls[:1], calls[1:])):
-        hidden = [tiny_bert(ids).last_hidden_state.flatten(0, 1) for ids in parts]
-        rows = load_file(tmp_path / f"shard-{number:06d}.safetensors")["layers.2"]
-        assert torch.equal(rows, torch.cat(hidden))
 
 
 def test_unit_that_is_not_ended_is_not_written(tiny_bert: Any, tmp_path: Path) -> None:

@@ -15,11 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import layerprobe as lp
-from delays import DelayedStreams
-from layerprobe.capture import packing, probe, staging
+from layerprobe.capture import packing, probe
 from layerprobe.capture.select import Target, cast_into
 from layerprobe.capture.staging import (
-    NO_ROOM,
     BufferPool,
     DirectLane,
     HostBuffer,
@@ -33,6 +31,36 @@ from layerprobe.errors import StoreError
 from layerprobe.store.writer import ShardWriter, StoredSite
 
 CPU = torch.device("cpu")
+
+
+class DelayedStreams:
+    """Queue every copy; do it, and those before it, when its event is waited for or held."""
+
+    def __init__(self, holds: bool = True) -> None:
+        self.num_copies = 0
+        self._queue: list[tuple[int, Tensor, Tensor]] = []
+        self._holds = holds
+        self._lock = threading.Lock()
+
+    def record(self) -> str:
+        return "made"
+
+    def hold(self, event: int) -> None:
+        if self._holds:
+            self.wait(event)
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> int:
+        assert after == "made"
+        with self._lock:
+            self.num_copies += 1
+            self._queue.append((self.num_copies, target, source))
+            return self.num_copies
+
+    def wait(self, event: int) -> None:
+        with self._lock, torch.no_grad():
+            while self._queue and self._queue[0][0] <= event:
+                _, target, source = self._queue.pop(0)
+                target.copy_(source)
 
 
 def _site(
@@ -256,120 +284,11 @@ def test_a_buffer_is_made_only_where_none_is_free() -> None:
         return made[-1]
 
     pool = BufferPool(make, 2)
-    first = pool.acquire(NO_ROOM, _pass)
+    first = pool.acquire(_pass)
     pool.release(first)
-    assert pool.acquire(NO_ROOM, _pass) is first
-    assert pool.acquire(NO_ROOM, _pass) is not first
+    assert pool.acquire(_pass) is first
+    assert pool.acquire(_pass) is not first
     assert len(made) == 2
-
-
-@pytest.fixture
-def lazy_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small buffers too are given by the system as they are filled."""
-    monkeypatch.setattr(staging, "_LARGE_BYTES", 1)
-
-
-def _make_filled_pool(
-    dtype: torch.dtype = torch.float32, room: int = 40, pinned: bool = False
-) -> tuple[BufferPool, HostBuffer, HostBuffer]:
-    """Two buffers in use: the first was filled to its end, the second has just been made."""
-    sites = [_site(dtype), _site(dtype, "example", "pooler", 5), _site(torch.float16, "attention", "weights", 2)]
-    made = Room(room, 8, 3 * room)
-    pool = BufferPool(lambda: HostBuffer(sites, made, pinned), 2)
-    first, second = pool.acquire(NO_ROOM, _pass), pool.acquire(NO_ROOM, _pass)
-    first.touch(made)
-    return pool, first, second
-
-
-@pytest.mark.usefixtures("lazy_memory")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_a_unit_goes_on_in_memory_that_was_touched_before(dtype: torch.dtype) -> None:
-    pool, first, second = _make_filled_pool(dtype)
-    used, all_of_it = Room(9, 2, 20), Room(40, 8, 60)
-    expected = [second.target(index, 0, count) for index, count in enumerate(used)]
-    for target in expected:
-        cast_into(target, torch.arange(1.0, target.values.numel() + 1).view(target.values.shape))
-    # the writer has the first one still
-    assert pool.take_warmer(second, used, all_of_it, _pass) is None
-    pool.release(first)
-    assert pool.take_warmer(second, used, all_of_it, _pass) is first
-    for index, (count, target) in enumerate(zip(used, expected, strict=True)):
-        got = first.target(index, 0, count)
-        assert got.values.any() and torch.equal(got.values, target.values)
-        assert got.scale is target.scale is None or torch.equal(got.scale, target.scale)  # type: ignore[arg-type]
-    assert pool.take_warmer(second, used, all_of_it, _pass) is None  # it is in use now
-
-
-@pytest.mark.usefixtures("lazy_memory")
-def test_a_unit_moves_only_once_all_of_it_has_arrived() -> None:
-    pool, first, second = _make_filled_pool()
-    pool.release(first)
-    rows = torch.ones(4, 3)
-    assert pool.take_warmer(second, Room(4, 1), Room(9, 2), lambda: cast_into(second.target(0, 0, 4), rows)) is first
-    assert torch.equal(first.target(0, 0, 4).values, rows)
-
-
-@pytest.mark.usefixtures("lazy_memory")
-def test_a_unit_stays_where_moving_it_would_save_little() -> None:
-    pool, first, second = _make_filled_pool()
-    pool.release(first)
-    assert pool.take_warmer(second, Room(20, 2), Room(40, 8), _pass) is None
-    # and later too, when less of it is used: its memory was touched
-    assert pool.take_warmer(second, Room(1, 1), Room(40, 8), _pass) is None
-
-
-NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.mark.parametrize("pinned", [False, pytest.param(True, marks=NEEDS_CUDA)])
-def test_a_unit_stays_where_all_memory_was_given_at_once(pinned: bool) -> None:
-    pool, first, second = _make_filled_pool(pinned=pinned)
-    assert second.touched_bytes == first.touched_bytes > 0
-    pool.release(first)
-
-    def settle() -> None:
-        raise AssertionError("a lane was waited for and nothing moved")
-
-    assert pool.take_warmer(second, Room(1, 1), Room(40, 8), settle) is None
-
-
-@pytest.mark.usefixtures("lazy_memory")
-def test_a_unit_moves_to_a_smaller_buffer_if_it_fits_all_the_same() -> None:
-    pool, first, second = _make_filled_pool()
-    second.grow(Room(41, 8, 120))
-    pool.release(first)
-    assert pool.take_warmer(second, Room(1, 1), Room(41, 8), _pass) is None
-    assert pool.take_warmer(second, Room(1, 1), Room(40, 8), _pass) is first
-
-
-@pytest.mark.usefixtures("lazy_memory")
-def test_a_buffer_that_has_grown_is_fresh_memory() -> None:
-    pool, first, second = _make_filled_pool()
-    first.grow(Room(41, 9, 121), NO_ROOM)
-    assert first.touched_bytes == 0
-    pool.release(first)
-    assert pool.take_warmer(second, Room(1, 1), Room(40, 8), _pass) is None
-
-
-@pytest.mark.usefixtures("lazy_memory")
-def test_a_move_that_is_cut_short_gives_the_buffer_back() -> None:
-    pool, first, second = _make_filled_pool()
-    pool.release(first)
-    second._values[0] = torch.ones(9, 2)  # not what the first one takes
-    with pytest.raises(RuntimeError, match="must match"):
-        pool.take_warmer(second, Room(9, 2), Room(40, 8), _pass)
-    assert pool.acquire(NO_ROOM, _pass) is first
-
-
-@pytest.mark.usefixtures("lazy_memory")
-def test_of_two_free_buffers_the_one_that_was_filled_is_taken_if_it_fits() -> None:
-    pool, first, second = _make_filled_pool()
-    second.grow(Room(41, 8))
-    for room, expected in ((Room(40, 8), first), (Room(41, 8), second), (Room(42, 8), first)):
-        for buffer in (first, second):
-            pool.release(buffer)
-        assert pool.acquire(room, _pass) is expected
-        pool.acquire(NO_ROOM, _pass)
 
 
 def test_a_large_buffer_begins_with_zeros_and_takes_values() -> None:
@@ -382,10 +301,10 @@ def test_a_large_buffer_begins_with_zeros_and_takes_values() -> None:
 
 def test_caller_waits_for_a_buffer_and_the_wait_is_counted() -> None:
     pool = BufferPool(_make_buffer, 1)
-    buffer = pool.acquire(NO_ROOM, _pass)
+    buffer = pool.acquire(_pass)
     stalled_before, asked, got = pool.stalled_s, threading.Event(), []
     # `check` runs under the pool's lock, which is free again only once the caller waits
-    thread = threading.Thread(target=lambda: got.append(pool.acquire(NO_ROOM, asked.set)))
+    thread = threading.Thread(target=lambda: got.append(pool.acquire(asked.set)))
     thread.start()
     assert asked.wait(30)
     pool.release(buffer)
@@ -396,7 +315,7 @@ def test_caller_waits_for_a_buffer_and_the_wait_is_counted() -> None:
 
 def test_failure_of_the_writer_is_raised_in_the_caller_that_waits() -> None:
     pool = BufferPool(_make_buffer, 1)
-    buffer = pool.acquire(NO_ROOM, _pass)
+    buffer = pool.acquire(_pass)
     asked, failed, raised = threading.Event(), threading.Event(), []
 
     def check() -> None:
@@ -406,7 +325,7 @@ def test_failure_of_the_writer_is_raised_in_the_caller_that_waits() -> None:
 
     def wait() -> None:
         with pytest.raises(StoreError, match="the writer stopped") as caught:
-            pool.acquire(NO_ROOM, check)
+            pool.acquire(check)
         raised.append(caught.value)
 
     thread = threading.Thread(target=wait)
@@ -448,5 +367,5 @@ def test_a_buffer_that_cannot_be_made_is_asked_for_again() -> None:
 
     pool = BufferPool(make, 1)
     with pytest.raises(MemoryError):
-        pool.acquire(NO_ROOM, _pass)
-    assert pool.acquire(NO_ROOM, _pass) is not None
+        pool.acquire(_pass)
+    assert pool.acquire(_pass) is not None

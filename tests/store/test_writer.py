@@ -228,12 +228,12 @@ def test_a_thread_that_dies_between_two_jobs_is_told_and_nobody_waits_for_it(tmp
     writer = ShardWriter(tmp_path)
     writer.start()
     buffers: BufferPool = BufferPool(lambda: HostBuffer([], NO_ROOM, False), 1)
-    buffers.acquire(NO_ROOM, writer.check)
+    buffers.acquire(writer.check)
     first = make_job(0)
     # what is raised as a job is left ends the thread, and the buffer is never given back
     writer.submit(ShardJob(first.header, first.tensors, first.wait_ready, partial(sys.exit, "gone")))
     with pytest.raises(StoreError, match=r"the writer stopped: gone\. What was committed before stays readable"):
-        buffers.acquire(NO_ROOM, writer.check)
+        buffers.acquire(writer.check)
     writer.close()
     assert [header.unit for header in writer.committed] == [0] and check_shards(tmp_path) == 1
 
