@@ -4,6 +4,7 @@ Each batch is run in every way before the next one is, in an order that rotates,
 machine does meanwhile hits all ways alike. Two bare ways show how far that goes. All layers go into a store in float16,
 fresh memory for its buffers and the closing flush included. The writer works beside whichever way runs then, most often
 not the one it works for; so its CPU time is added to that one, all of it once more, in a ratio of its own.
+Python's garbage collector is off during the loop: it would fall upon whichever way runs just then.
 
     python benchmarks/storing.py [--quick] [--save] [--texts 2000] [--rounds 2]
 """

@@ -301,7 +301,7 @@ def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
         selection: Which tokens are real.
 
     Raises:
-        CaptureError: `value` does not begin with the B and S of the call.
+        CaptureError: `value` does not begin with the B and S of the call, or its rows do not go into a row of `target`.
 
     Cost: one pass over the rows with no memory of its own; two for masks with holes, for int8 and for float8.
     """

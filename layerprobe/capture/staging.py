@@ -39,8 +39,8 @@ __all__ = [
 
 Produce = Callable[[Target], None]
 
-# From here on memory is asked for in large pages.
-_LARGE_BYTES = 2 << 20
+# From here on memory is asked for in large pages, which the disk also takes as they lie: `durable` bounces less.
+_LARGE_BYTES = 1 << 20
 _LOOK_AGAIN_S = 1.0
 # Of sites, in the order in which `Room` counts what they take.
 _KINDS = ("token", "example", "attention")

@@ -162,11 +162,11 @@ def list_shapes(
         shapes.append((site.name, site.dtype, shape))
         if site.dtype == torch.int8:
             shapes.append((site.name + SCALE_SUFFIX, torch.float32, (count,)))
-    return sorted(shapes, key=lambda named: -named[1].itemsize)
+    return sorted(shapes, key=lambda named: _file_order(named[0], named[1]))
 
 
 def list_tensors(unit: Unit, stored: Sequence[StoredSite]) -> list[tuple[str, Tensor]]:
-    """Put the tensors of a shard in file order: widest dtype first, so that each is aligned."""
+    """Put the tensors of a shard in file order: widest dtype first, so that each is aligned, and records last."""
     lengths = torch.tensor([0, *unit.lengths], dtype=torch.int64)
     tensors = [
         ("example", torch.tensor(unit.ordinals, dtype=torch.int64)),
@@ -184,4 +184,9 @@ def list_tensors(unit: Unit, stored: Sequence[StoredSite]) -> list[tuple[str, Te
         tensors.append((site.name, target.values))
         if target.scale is not None:
             tensors.append((site.name + SCALE_SUFFIX, target.scale))
-    return sorted(tensors, key=lambda named: -named[1].dtype.itemsize)
+    return sorted(tensors, key=lambda named: _file_order(named[0], named[1].dtype))
+
+
+def _file_order(name: str, dtype: torch.dtype) -> tuple[int, bool]:
+    # records last: of any length, they would leave the values of bytes behind them where no block begins
+    return -dtype.itemsize, name == "records"

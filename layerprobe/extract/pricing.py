@@ -8,6 +8,7 @@ Hides how the sample is taken. Must never write into the store itself.
 
 import itertools
 import math
+import mmap
 import shutil
 import tempfile
 import time
@@ -184,7 +185,9 @@ def _cut(records: Iterator[Record]) -> Iterator[list[dict[str, Any]]]:
 
 def _measure_disk(folder: Path) -> DiskPace:
     """Write what does not compress, as a shard is written, until it is on the disk."""
-    data = np.random.default_rng(0).bytes(_DISK_BYTES // 8) * 8
+    # at the start of a page, as the buffers that shards are written from
+    data = memoryview(mmap.mmap(-1, _DISK_BYTES))
+    data[:] = np.random.default_rng(0).bytes(_DISK_BYTES // 8) * 8
     free = shutil.disk_usage(folder).free
     path = folder / "disk"
     start = time.perf_counter()

@@ -49,8 +49,8 @@ def commit_file(path: Path, pieces: "Sequence[bytes | memoryview]") -> None:
         SpaceError: the disk is full, or a quota used up.
         StoreError: the system refused.
 
-    Cost: no copy of a piece of a megabyte or more that has, where a block of the file begins, an address that is a
-    multiple of 512; the others are copied once, through 4 MiB.
+    Cost: no copy of a piece of a megabyte or more whose address, less its offset in the file, is a multiple of 512; the
+    others are copied once, through 4 MiB.
     """
     partial = path.with_name(path.name + ".tmp")
     size = sum(len(piece) for piece in pieces)
@@ -182,7 +182,7 @@ class _DirectFile:
         lead = -self._filled % _BLOCK_BYTES
         if len(rest) >= _LEAST_IN_PLACE and self._writes_in_place and _begins_sector(rest[lead:]):
             self._bounce(rest[:lead])
-            self._flush()
+            self._empty_bounce()
             rest = rest[lead:]
             whole = len(rest) - len(rest) % _BLOCK_BYTES
             refused = self._write_blocks(rest[:whole])
@@ -194,9 +194,9 @@ class _DirectFile:
     def end(self) -> None:
         """Write what is left, the last, incomplete block the usual way."""
         whole = self._filled - self._filled % _BLOCK_BYTES
-        left = bytes(self._room[whole : self._filled])
+        left = self._room[whole : self._filled]
         self._filled = whole
-        self._flush()
+        self._empty_bounce()
         _end_direct(self._descriptor)
         _write_all(self._descriptor, left)
 
@@ -208,9 +208,9 @@ class _DirectFile:
             np.copyto(room, np.frombuffer(rest[:count], np.uint8))
             rest, self._filled = rest[count:], self._filled + count
             if self._filled == _BOUNCE_BYTES:
-                self._flush()
+                self._empty_bounce()
 
-    def _flush(self) -> None:
+    def _empty_bounce(self) -> None:
         if refused := self._write_blocks(self._room[: self._filled]):
             # Some file systems refuse only when written to; the usual way tells whether that was all.
             _end_direct(self._descriptor)

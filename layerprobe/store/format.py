@@ -147,7 +147,8 @@ def bound_shard(header: ShardHeader, shapes: "Sequence[tuple[str, torch.dtype, S
         shapes: Name, dtype and shape of each tensor.
 
     Returns:
-        The bytes at most: exact but for the digits of what is not finite, which are known last.
+        The bytes at most: exact but for the digits of what is not finite, which are known last and may take one more
+        block of padding.
     """
     worst = replace(header, nonfinite={name: _MOST_NONFINITE for name, _, _ in shapes})
     head = build_header(worst, shapes, dict.fromkeys((name for name, _, _ in shapes), BLANK_CHECKSUM))

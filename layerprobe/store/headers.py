@@ -63,8 +63,8 @@ _TO_NAME = {
 }
 _FROM_NAME = {name: dtype for dtype, name in _TO_NAME.items()}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _TO_NAME}
-# The values of the sites begin at a multiple of this in the file: mapped they begin with a page, and they can be
-# written past the page cache from where they lie.
+# The values of the first site begin at a multiple of this in the file: mapped they begin with a page, and they can
+# be written past the page cache from where they lie.
 _ALIGNMENT = 4096
 BLANK_CHECKSUM = "0" * 16
 # Offsets and places of the examples of a shard are kept as Python numbers: 16 million are a gigabyte.
@@ -167,7 +167,7 @@ def build_header(
         "checksums": json.dumps(dict(checksums)),
     }
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
-    before = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in takewhile(_is_places, shapes))
+    before = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in takewhile(_is_before_values, shapes))
     text += b" " * (-(8 + len(text) + before) % _ALIGNMENT)
     try:
         _check_counts(header)
@@ -181,9 +181,10 @@ def build_header(
     return struct.pack("<Q", len(text)) + text.replace(BLANK_CHECKSUM.encode(), own.encode(), 1)
 
 
-def _is_places(entry: "tuple[str, torch.dtype, Sequence[int]]") -> bool:
-    """Whether a tensor is of those that come before all values: ordinals, offsets, ids."""
-    return entry[1] == torch.int64
+def _is_before_values(entry: "tuple[str, torch.dtype, Sequence[int]]") -> bool:
+    """Whether a tensor is of those that come before all values: ordinals, offsets, ids, scales of int8."""
+    name, dtype, _ = entry
+    return dtype == torch.int64 or name.endswith(SCALE_SUFFIX)
 
 
 def parse_header(text: bytes) -> ShardHeader:

@@ -46,27 +46,37 @@ def test_file_holds_its_pieces_one_after_the_other(tmp_path: Path, sizes: list[i
 
 
 class Written:
-    """Sees from which addresses a file was written, and how much past the page cache."""
+    """Sees where in memory each write begins, and once it is made how much went past the page cache."""
 
     def __init__(self) -> None:
         self.addresses: set[int] = set()
         self.num_direct = 0
 
-    def __call__(self, step: Step) -> None:
+    def before(self, step: Step) -> None:
         if step.name == "write" and len(step.arguments[1]):
-            self.addresses.add(np.frombuffer(step.arguments[1], np.uint8).ctypes.data)
-            if durable._is_direct(step.arguments[0]):
-                self.num_direct += len(step.arguments[1])
+            self.addresses.add(_address(step.arguments[1]))
+
+    def after(self, step: Step) -> None:
+        if step.name == "write" and durable._is_direct(step.arguments[0]):
+            self.num_direct += len(step.arguments[1])
+
+
+def _address(piece: "bytes | memoryview") -> int:
+    return np.frombuffer(piece, np.uint8).ctypes.data
 
 
 @pytest.fixture
 def needs_direct(tmp_path: Path) -> None:
     descriptor = durable._open(tmp_path / "probe", is_direct=True)
-    is_direct = durable._is_direct(descriptor)
-    os.close(descriptor)
-    os.unlink(tmp_path / "probe")
-    if not is_direct:
-        pytest.skip("this file system has no direct writes")
+    try:
+        if not durable._is_direct(descriptor):
+            pytest.skip("this file system has no direct writes")
+        os.write(descriptor, _place([4096], [512])[0])
+    except OSError:
+        pytest.skip("this disk wants more of an address than a sector")
+    finally:
+        os.close(descriptor)
+        os.unlink(tmp_path / "probe")
 
 
 def _place(sizes: list[int], shifts: list[int]) -> list[memoryview]:
@@ -96,13 +106,13 @@ def test_large_pieces_are_written_from_where_they_lie_if_they_lie_as_blocks_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], shifts: list[int], in_place: list[int]
 ) -> None:
     written = Written()
-    monkeypatch.setattr(durable, "os", FaultySystem(written))
+    monkeypatch.setattr(durable, "os", FaultySystem(written.before, written.after))
     pieces = _place(sizes, shifts)
     commit_file(tmp_path / "file", pieces)
     assert (tmp_path / "file").read_bytes() == b"".join(pieces)
     assert written.num_direct == sum(sizes) - sum(sizes) % 4096
     for piece, is_there in zip(pieces, in_place, strict=True):
-        start = np.frombuffer(piece, np.uint8).ctypes.data
+        start = _address(piece)
         assert any(start <= address < start + len(piece) for address in written.addresses) == is_there
 
 
@@ -117,15 +127,14 @@ def test_a_disk_that_refuses_an_address_is_written_through_the_bounce(
 
     def refuse(step: Step) -> None:
         if step.name == "write" and durable._is_direct(step.arguments[0]):
-            address = np.frombuffer(step.arguments[1], np.uint8).ctypes.data
+            address = _address(step.arguments[1])
             if address % 4096:
                 refused.append(address)
                 if len(refused) > nth:
                     raise OSError(number, os.strerror(number))
-        written(step)
 
     written = Written()
-    monkeypatch.setattr(durable, "os", FaultySystem(refuse))
+    monkeypatch.setattr(durable, "os", FaultySystem(refuse, written.after))
     commit_file(tmp_path / "file", pieces)
     assert (tmp_path / "file").read_bytes() == b"".join(pieces)
     # refused once, then not asked again; and still past the page cache
@@ -147,6 +156,31 @@ def test_a_system_that_writes_less_than_asked_is_asked_for_the_rest(
     monkeypatch.setattr(durable, "os", Short())
     commit_file(tmp_path / "file", pieces)
     assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+
+
+@pytest.mark.usefixtures("needs_direct")
+@pytest.mark.parametrize("nth", [0, 1, 7])
+def test_a_piece_refused_half_written_goes_on_through_the_bounce(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    class Stubborn(FaultySystem):
+        """Writes a few blocks a call, and from the nth of them on none from an address past a block's."""
+
+        num_taken = 0
+
+        def write(self, descriptor: int, data: memoryview) -> int:
+            if durable._is_direct(descriptor) and _address(data) % 4096:
+                if self.num_taken == nth:
+                    raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+                self.num_taken += 1
+            return os.write(descriptor, data[: 3 * 4096])
+
+    system = Stubborn()
+    monkeypatch.setattr(durable, "os", system)
+    pieces = _place([4096, BOUNCE + 100, BOUNCE, 77], [0, 512, 0, 0])
+    commit_file(tmp_path / "file", pieces)
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    assert system.num_taken == nth
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")
@@ -195,8 +229,9 @@ SIZES = [0, 10, 4096, 5000, BOUNCE - 1, BOUNCE + 4095, 3 * BOUNCE]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("spare", [0, 1, 100_000])
-def test_a_file_is_written_into_the_space_reserved_for_it(tmp_path: Path, size: int, spare: int) -> None:
-    pieces = _pieces([size])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_file_is_written_into_the_space_reserved_for_it(tmp_path: Path, size: int, spare: int, shift: int) -> None:
+    pieces = _place([size], [shift])
     reserve_file(tmp_path / "file", size + spare)
     reserved = (tmp_path / "file.tmp").stat()
     commit_file(tmp_path / "file", pieces)
@@ -227,7 +262,7 @@ def test_what_is_missing_is_told_in_bytes_and_nothing_is_left(small_disk: Path) 
         reserve_file(small_disk / "file", free + 5)
     assert not list(small_disk.iterdir()) and shutil.disk_usage(small_disk).free == free
     with pytest.raises(SpaceError, match=r"file: cannot be written \(No space left on device\): it takes"):
-        commit_file(small_disk / "file", _pieces([free, 4096]))
+        commit_file(small_disk / "file", _place([free, 4096], [0, 0]))
     assert not (small_disk / "file").exists()
 
 
@@ -255,11 +290,11 @@ def test_a_refusal_of_the_system_names_its_cause_and_how_to_go_on(
 ) -> None:
     commit_file(tmp_path / "before", [b"kept"])
     monkeypatch.setattr(durable, "os", FaultySystem(fail(call, number)))
-    for size in (9, BOUNCE + 9):
+    for pieces in (*map(_pieces, ([9], [BOUNCE + 9])), _place([BOUNCE + 9], [0])):
         with pytest.raises(
             StoreError, match=rf"file: cannot be written \({re.escape(os.strerror(number))}\)"
         ) as caught:
-            commit_file(tmp_path / "file", _pieces([size]))
+            commit_file(tmp_path / "file", pieces)
         assert type(caught.value) is kind and "hat was committed before stays readable" in str(caught.value)
         assert not (tmp_path / "file").exists()
     assert (tmp_path / "before").read_bytes() == b"kept"

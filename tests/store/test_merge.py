@@ -13,6 +13,7 @@ import pytest
 import layerprobe as lp
 from layerprobe.errors import FormatError, LockError, OptionError, PlanError, SpaceError, StoreError
 from layerprobe.models import LoadedModel
+from layerprobe.store.format import commit_shard
 from layerprobe.store.lock import StoreLock
 from layerprobe.store.verify import verify
 
@@ -114,8 +115,6 @@ def test_another_plan_is_refused_with_the_fields_that_differ(
 def test_two_versions_of_a_unit_are_refused_before_anything_is_written(
     whole: Path, part: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from layerprobe.store.format import commit_shard
-
     other = part("other", 0, 1)
     store: Any = lp.open(other)
     mapped = list(store.iter_shards())[1]
@@ -127,6 +126,21 @@ def test_two_versions_of_a_unit_are_refused_before_anything_is_written(
     ):
         lp.merge(tmp_path / "out", [other, whole])
     assert not (tmp_path / "out").exists()
+
+
+def test_copies_that_differ_in_padding_alone_are_alike(
+    whole: Path, part: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = part("other", 0, 1)
+    store: Any = lp.open(other)
+    mapped = list(store.iter_shards())[1]
+    tensors = [(name, mapped.tensor(name).clone()) for name in mapped.header.tensors]
+    monkeypatch.setattr("layerprobe.store.headers._ALIGNMENT", 64)
+    commit_shard(other, mapped.header, tensors)
+    assert (other / shard(1)).stat().st_size < (whole / shard(1)).stat().st_size
+    report = lp.merge(tmp_path / "out", [whole, other])
+    assert report.is_complete and report.num_alike == 2
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 @pytest.mark.parametrize("damage", ["header", "data", "cut"])
