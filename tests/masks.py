@@ -26,7 +26,8 @@ def make_value() -> Tensor:
 
 
 def select(mask: Any) -> Selection:
-    return Selection.from_mask(torch.tensor(mask), (4, 5), CPU)
+    given = torch.tensor(mask)
+    return Selection.from_mask(given, (given.shape[0], given.shape[1]), CPU)
 
 
 def index(selection: Selection, mask: Any) -> Selection:

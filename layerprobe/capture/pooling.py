@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from layerprobe.capture.select import Selection
 from layerprobe.errors import CaptureError, OptionError
@@ -52,9 +53,30 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
         parts = [_pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs]
     else:
         assert selection.index is not None
+        # the backward of a mean of many has none of its own
+        if pool in ("cls", "last") or (pool == "mean" and not value_BSD.requires_grad):
+            return _pool_at_once(value_BSD.flatten(0, 1), selection.index, selection, pool)
         rows = value_BSD.flatten(0, 1).index_select(0, selection.index)
         parts = [_pool_block(example[None], pool) for example in rows.split(list(selection.lengths))]
     return torch.cat(parts) if parts else value_BSD.new_empty(0, value_BSD.shape[2])
+
+
+def _pool_at_once(flat: Tensor, index: Tensor, selection: Selection, pool: Pool) -> Tensor:
+    """Pool every sequence by as many operators as one takes: on a GPU each is a launch, and here they are small."""
+    if not len(index):
+        return flat.new_full((len(selection.lengths), flat.shape[1]), float("nan"))
+    starts, stops = selection.bounds
+    if pool == "mean":
+        table = flat
+        if flat.dtype not in (torch.float32, torch.float64):
+            table, index = flat.index_select(0, index).float(), torch.arange(len(index), device=index.device)
+        vectors = embedding_bag(index, table, starts, mode="mean").to(flat.dtype)
+    else:
+        places = starts.clamp(max=len(index) - 1) if pool == "cls" else (stops - 1).clamp(min=0)
+        vectors = flat.index_select(0, index[places])
+    if 0 in selection.lengths:
+        vectors = vectors.masked_fill((starts == stops)[:, None], float("nan"))
+    return vectors
 
 
 def _pool_block(block: Tensor, pool: Pool) -> Tensor:

@@ -10,6 +10,7 @@ Letters: B sequences, S padded positions, T rows (real tokens), N examples (= B)
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -161,6 +162,14 @@ class Selection:
         index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
         index = index.to(device, non_blocking=True)
         return cls(lengths, num_positions, None, index, sequences, tuple(spans), device)
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Where among the rows those of each example begin and end, `[N]` each, int64, on the model's device."""
+        bounds = torch.tensor([0, *accumulate(self.lengths)])
+        if self.index is not None:
+            bounds = bounds.to(self.index.device, non_blocking=True)
+        return bounds[:-1], bounds[1:]
 
     @cached_property
     def distinct(self) -> "Selection":

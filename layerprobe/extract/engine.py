@@ -38,6 +38,9 @@ from layerprobe.store.writer import ShardWriter
 
 __all__ = ["UnitEngine", "check_units", "ending_waits", "tokenize_missing"]
 
+# A run that writes so much tries first which way its disk takes it better.
+_PROBED_BYTES = 1 << 30
+
 
 class UnitEngine(AbstractContextManager["UnitEngine"]):
     """Run units of a plan, one after the other, into its store.
@@ -63,7 +66,13 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         self._shapes = Shapes(plan.batch_tokens, plan.rule.max_length) if is_replayed else None
         self.report = report
         num_writers = min(plan.options.writers, plan.num_units)
-        self._writer = ShardWriter(plan.place, plan.options.nonfinite, keeper.attempt, num_writers)
+        self._writer = ShardWriter(
+            plan.place,
+            plan.options.nonfinite,
+            keeper.attempt,
+            num_writers,
+            probes_disk=plan.num_units * plan.rule.shard_bytes >= _PROBED_BYTES,
+        )
         self._sink = StoreSink(
             plan.place,
             self._writer,

@@ -10,7 +10,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -69,9 +69,11 @@ class LocalPlace:
 
     Args:
         folder: Need not exist yet.
+        is_direct: Whether large files go past the page cache, where the file system lets them.
     """
 
     folder: Path
+    is_direct: bool = field(default=True, compare=False)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -126,7 +128,7 @@ class LocalPlace:
         path = self.folder / file
         if path.parent != self.folder:
             make_folder(path.parent)
-        commit_file(path, pieces)
+        commit_file(path, pieces, self.is_direct)
 
     def remove(self, file: str) -> None:
         try:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import LayerProbeError, NonFiniteError, StoreError
-from layerprobe.store.durable import make_folder
+from layerprobe.store.durable import is_direct_better, make_folder
 from layerprobe.store.format import (
     FORMAT_VERSION,
     INDEX_FILE,
@@ -32,7 +32,7 @@ from layerprobe.store.format import (
 )
 from layerprobe.store.guard import MOST_SHARDS, MOST_SITES
 from layerprobe.store.lock import LOCK_FILE, StoreLock
-from layerprobe.store.places import Place, find_place
+from layerprobe.store.places import LocalPlace, Place, find_place
 
 __all__ = [
     "NONFINITE_POLICIES",
@@ -206,6 +206,8 @@ class ShardWriter:
         nonfinite: `warn` counts values that are not finite, `error` refuses the shard that holds some.
         attempt: Calls the function it is given, which commits a shard; may call it again on a full disk.
         num_threads: Shards that are written at once. Several are committed in the order in which they end.
+        probes_disk: Whether to try, before the first shard, if a folder's disk is better written past the page cache:
+            worth its while where there is much to write.
     """
 
     def __init__(
@@ -214,10 +216,12 @@ class ShardWriter:
         nonfinite: str = "warn",
         attempt: Callable[[Callable[[], int]], int] = _do,
         num_threads: int = 1,
+        probes_disk: bool = False,
     ) -> None:
         self.place = find_place(where)
         self.num_threads = num_threads
         self._attempt = attempt
+        self._probes_disk = probes_disk
         self.committed: list[ShardHeader] = []
         self.num_bytes = 0
         self._nonfinite = nonfinite
@@ -233,7 +237,8 @@ class ShardWriter:
             StoreError: the system gives no more of them; none is left then.
         """
         for number in range(self.num_threads):
-            thread = threading.Thread(target=self._run, name="layerprobe-writer", daemon=True)
+            probes = self._probes_disk and not number
+            thread = threading.Thread(target=self._run, args=(probes,), name="layerprobe-writer", daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:
@@ -269,8 +274,10 @@ class ShardWriter:
             self._threads[-1].join()
             self._threads.pop()
 
-    def _run(self) -> None:
+    def _run(self, probes_disk: bool) -> None:
         try:
+            if probes_disk and (folder := self.place.folder) is not None:
+                self.place = LocalPlace(folder, is_direct_better(folder))
             while (job := self._jobs.get()) is not None:
                 self._take(job)
         except BaseException as error:

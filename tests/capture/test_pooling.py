@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerprobe.capture.pooling import POOLS, check_pool, pool_rows
 from layerprobe.capture.select import Selection
@@ -48,9 +49,44 @@ def test_pool_agrees_with_numpy(value: Tensor, mask: Any, pool: str, through_ind
         np.testing.assert_array_equal(pooled.numpy(), expected)
 
 
-def test_mean_of_half_precision_is_taken_in_float32() -> None:
+@pytest.mark.parametrize("pool", ["cls", "mean", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_many_operators_pool_many_texts_as_few(pool: str, dtype: torch.dtype) -> None:
+    class Count(TorchDispatchMode):
+        num_calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Count.num_calls += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for num_texts in (2, 60):
+        mask = (torch.arange(9) <= torch.arange(num_texts)[:, None] % 9).int()
+        value = torch.randn(num_texts, 9, 4).to(dtype)
+        selection = index(select(mask.tolist()), mask.tolist())
+        Count.num_calls = 0
+        with Count():
+            pooled = pool_rows(value, selection, pool)
+        counts.append(Count.num_calls)
+        expected = torch.from_numpy(_pool_slowly(value, mask.tolist(), pool))
+        torch.testing.assert_close(pooled, expected.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 0, atol=1e-6)
+    assert counts[0] == counts[1] < 20
+
+
+def test_pooling_by_an_index_passes_gradients_twice() -> None:
+    value = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    mask = [[1, 0, 1], [1, 1, 1]]
+    selection = index(select(mask), mask)
+    assert torch.autograd.gradgradcheck(lambda given: pool_rows(given, selection, "mean"), value)
+
+
+@pytest.mark.parametrize("through_index", [False, True])
+def test_mean_of_half_precision_is_taken_in_float32(through_index: bool) -> None:
     rows = torch.full((1, 4096, 1), 1.0009765625, dtype=torch.float16)
-    pooled = pool_rows(rows, Selection.from_mask(None, (1, 4096), CPU), "mean")
+    selection = Selection.from_mask(None, (1, 4096), CPU)
+    if through_index:
+        selection = index(selection, [[1] * 4096])
+    pooled = pool_rows(rows, selection, "mean")
     assert pooled.dtype == torch.float16
     assert pooled.item() == 1.0009765625  # a float16 sum would stick at 2,048
 

@@ -13,7 +13,7 @@ import torch
 import layerprobe as lp
 from faults import FaultySystem, Step, check_shards, fail
 from layerprobe.errors import SpaceError
-from layerprobe.extract import space
+from layerprobe.extract import engine, space
 from layerprobe.extract.plan import ExtractOptions, plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.extract.space import RoomKeeper
@@ -95,6 +95,23 @@ def test_a_count_of_what_is_not_finite_fits_into_what_is_reserved(
     monkeypatch.setattr(durable, "os", FaultySystem(look))
     store = lp.extract(model, texts, tmp_path / "acts", tokenizer=tiny.tokenizer, shard_size=10_000)
     assert store.index is not None and len(store.index["nonfinite"]) == len(store.sites) and not too_small
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_long_run_tries_the_disk_and_a_short_one_does_not(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_long: bool
+) -> None:
+    tried: list[Path] = []
+
+    def probe(folder: Path) -> bool:
+        tried.append(folder)
+        return False
+
+    monkeypatch.setattr(writer, "is_direct_better", probe)
+    if is_long:
+        monkeypatch.setattr(engine, "_PROBED_BYTES", 50_000)
+    store = lp.extract(tiny, texts, tmp_path / "acts", shard_size=10_000)
+    assert store.is_complete and tried == ([tmp_path / "acts"] if is_long else [])
 
 
 def test_a_full_disk_stops_before_the_unit_is_computed_and_the_same_call_goes_on(

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import pytest
 from faults import FaultySystem, Step, fail
 from layerprobe.errors import SpaceError, StoreError
 from layerprobe.store import durable
-from layerprobe.store.durable import commit_file, commit_folder, make_folder, reserve_file
+from layerprobe.store.durable import commit_file, commit_folder, is_direct_better, make_folder, reserve_file
+from layerprobe.store.places import LocalPlace
 
 BOUNCE = 4 << 20
 
@@ -181,6 +183,49 @@ def test_a_piece_refused_half_written_goes_on_through_the_bounce(
     commit_file(tmp_path / "file", pieces)
     assert (tmp_path / "file").read_bytes() == b"".join(pieces)
     assert system.num_taken == nth
+
+
+@pytest.mark.usefixtures("needs_direct")
+@pytest.mark.parametrize("slow", ["direct", "plain", None])
+def test_the_better_way_to_a_disk_is_found_by_trying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str | None
+) -> None:
+    class Slow(FaultySystem):
+        num_bytes = 0
+
+        def write(self, descriptor: int, data: memoryview) -> int:
+            self.num_bytes += len(data)
+            if slow == ("direct" if durable._is_direct(descriptor) else "plain"):
+                time.sleep(0.2)
+            return os.write(descriptor, data)
+
+    system = Slow()
+    monkeypatch.setattr(durable, "os", system)
+    monkeypatch.setattr(durable, "_WORTH_OF_NO_COPY", 1.5 if slow else 1e9)
+    monkeypatch.setattr(durable, "_PROBE_BYTES", 1 << 20)
+    assert is_direct_better(tmp_path) == (slow != "direct")
+    assert system.num_bytes == 6 << 20 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync"])
+def test_what_keeps_a_disk_from_being_tried_is_no_error_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(durable, "os", FaultySystem(fail(call, errno.ENOSPC)))
+    assert is_direct_better(tmp_path) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("needs_direct")
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_a_large_file_goes_through_the_page_cache_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_direct: bool
+) -> None:
+    written = Written()
+    monkeypatch.setattr(durable, "os", FaultySystem(written.before, written.after))
+    pieces = _place([BOUNCE + 100], [0])
+    LocalPlace(tmp_path, is_direct).commit("file", pieces)
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    assert written.num_direct == (BOUNCE if is_direct else 0)
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")

@@ -18,6 +18,7 @@ from torch import Tensor
 from faults import check_shards
 from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer
 from layerprobe.errors import LockError, NonFiniteError, StoreError
+from layerprobe.store.durable import commit_file
 from layerprobe.store.format import ShardHeader, read_header
 from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_place, commit_index
 
@@ -51,6 +52,31 @@ def test_shards_are_committed_in_order_and_buffers_given_back(tmp_path: Path) ->
     assert writer.num_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert [read_header(tmp_path / header.file).unit for header in writer.committed] == list(range(5))
     assert not [thread for thread in threading.enumerate() if thread.name == "layerprobe-writer"]
+
+
+@pytest.mark.parametrize("is_better", [True, False])
+def test_a_disk_is_tried_once_before_the_first_shard_and_written_the_better_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_better: bool
+) -> None:
+    said: list[object] = []
+
+    def probe(folder: Path) -> bool:
+        said.append(folder)
+        return is_better
+
+    def commit(path: Path, pieces: Any, is_direct: bool) -> None:
+        said.append(is_direct)
+        commit_file(path, pieces, is_direct)
+
+    monkeypatch.setattr("layerprobe.store.writer.is_direct_better", probe)
+    monkeypatch.setattr("layerprobe.store.places.commit_file", commit)
+    writer = ShardWriter(tmp_path, probes_disk=True)
+    write_all(writer, *map(make_job, range(3)))
+    writer.check()
+    assert said == [tmp_path, *[is_better] * 3] and check_shards(tmp_path) == 3
+    said.clear()
+    write_all(ShardWriter(tmp_path, num_threads=3, probes_disk=True))
+    assert said == [tmp_path]
 
 
 def test_several_writers_commit_side_by_side(tmp_path: Path) -> None:
