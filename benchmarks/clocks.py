@@ -1,7 +1,11 @@
 """Clocks around the parts of an extraction, from outside: the library knows nothing of them.
 
 A part's clock stands still while another part's runs within it, in the same thread, so that the parts of the main
-thread add up to what the whole took.
+thread add up to what the whole took. Of the writer's thread it is the CPU time that counts, without what it waits for
+the disk; a tokenizer works in threads of its own too, so of that it is the seconds.
+
+A twin is a bare model that is called with every batch of the run, before it or after it in turns: what the machine does
+meanwhile, and what other threads take of the cores, hits both alike. Its time is of no part of the run.
 """
 
 import functools
@@ -13,14 +17,16 @@ from typing import Any
 
 from layerprobe.capture.packing import StoreSink
 from layerprobe.extract import engine, run
+from layerprobe.extract.batching import Batch
 from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.store.writer import ShardWriter
 
-__all__ = ["BESIDE", "MAIN", "Clocks"]
+__all__ = ["BESIDE", "MAIN", "TWIN", "Clocks"]
 
 MAIN = ("forward", "hooks", "plan", "batches", "records", "room", "wait for a buffer", "last flush", "open", "rest")
-BESIDE = ("tokenise", "writer thread")
+BESIDE = ("tokenise", "writer")
+TWIN = "twin"
 _WATCHED: tuple[tuple[Any, str, str], ...] = (
     (run, "plan_extraction", "plan"),
     (run, "open_store", "open"),
@@ -34,15 +40,21 @@ _WATCHED: tuple[tuple[Any, str, str], ...] = (
     (StoreSink, "begin_unit", "wait for a buffer"),
     (ShardWriter, "close", "last flush"),
     (engine, "tokenize", "tokenise"),
-    (ShardWriter, "_write", "writer thread"),
+    (ShardWriter, "_write", "writer"),
 )
 
 
 class Clocks(AbstractContextManager[dict[str, float]]):
-    """Put the clocks on; gives the seconds of each part, whole once the block has ended."""
+    """Put the clocks on; gives the seconds of each part, and of the twin, whole once the block has ended.
 
-    def __init__(self) -> None:
-        self._taken: dict[str, float] = dict.fromkeys((*MAIN, *BESIDE), 0.0)
+    Args:
+        twin: Calls a bare model with a batch.
+    """
+
+    def __init__(self, twin: Callable[[Batch], object]) -> None:
+        self._twin = twin
+        self._num_calls = 0
+        self._taken: dict[str, float] = dict.fromkeys((*MAIN, *BESIDE, TWIN), 0.0)
         self._originals: list[tuple[Any, str, Any]] = []
         self._stacks = threading.local()
         self._start = 0.0
@@ -53,6 +65,8 @@ class Clocks(AbstractContextManager[dict[str, float]]):
             self._originals.append((owner, attribute, original))
             watch = self._watch_steps if attribute == "cut_batches" else self._watch
             setattr(owner, attribute, watch(original, part))
+        # around the clock of the run's own forward, so that the twin's time is not of it
+        ModelCaller.call = self._double(ModelCaller.call)
         self._start = time.perf_counter()
         return self._taken
 
@@ -60,18 +74,33 @@ class Clocks(AbstractContextManager[dict[str, float]]):
         whole = time.perf_counter() - self._start
         for owner, attribute, original in self._originals:
             setattr(owner, attribute, original)
-        self._taken["rest"] = whole - sum(self._taken[part] for part in MAIN)
+        self._taken["rest"] = whole - sum(self._taken[part] for part in (*MAIN, TWIN))
 
     def _watch(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        clock = time.thread_time if part == "writer" else time.perf_counter
+
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._begin()
+            self._begin(clock)
             try:
                 return function(*args, **kwargs)
             finally:
-                self._end(part)
+                self._end(clock, part)
 
         return timed
+
+    def _double(self, call: Callable[..., None]) -> Callable[..., None]:
+        """Have the twin called with every batch too."""
+        twin = self._watch(self._twin, TWIN)
+
+        @functools.wraps(call)
+        def doubled(caller: ModelCaller, batch: Batch, *args: Any) -> None:
+            self._num_calls += 1
+            steps = [lambda: call(caller, batch, *args), lambda: twin(batch)]
+            for step in steps if self._num_calls % 2 else reversed(steps):
+                step()
+
+        return doubled
 
     def _watch_steps(self, function: Callable[..., Iterator[Any]], part: str) -> Callable[..., Iterator[Any]]:
         """Watch a generator: what it does from one value to the next."""
@@ -85,14 +114,14 @@ class Clocks(AbstractContextManager[dict[str, float]]):
 
         return timed
 
-    def _begin(self) -> None:
+    def _begin(self, clock: Callable[[], float]) -> None:
         stack = self._stacks.__dict__.setdefault("within", [])
-        stack.append([time.perf_counter(), 0.0])
+        stack.append([clock(), 0.0])
 
-    def _end(self, part: str) -> None:
+    def _end(self, clock: Callable[[], float], part: str) -> None:
         stack = self._stacks.within
         start, within = stack.pop()
-        took = time.perf_counter() - start
+        took = clock() - start
         self._taken[part] += took - within
         if stack:
             stack[-1][1] += took

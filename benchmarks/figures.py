@@ -23,7 +23,7 @@ def lay_out_floor(document: dict[str, Any]) -> list[str]:
     """Give the bounds of each regime, where its time goes, and the runs that end early."""
     regimes, settings = document["results"]["regimes"], document["settings"]
     return [
-        f"{settings['texts']:,} docstrings, {settings['tokens']:,} tokens, medians of {settings['rounds']} rounds, "
+        f"{settings['texts']:,} docstrings, {settings['tokens']:,} tokens, {_rounds(document)}, "
         f"{_machine(document)}, in seconds:",
         "",
         *_table(
@@ -36,7 +36,7 @@ def lay_out_floor(document: dict[str, Any]) -> list[str]:
                 "disk",
                 "whole",
                 "over the floor",
-                "CPU over the forward",
+                "with the threads",
             ),
             [
                 (
@@ -45,13 +45,13 @@ def lay_out_floor(document: dict[str, Any]) -> list[str]:
                     round(100 * found["padding"], 2),
                     *(found[f"{way}_s"] for way in ("forward", "copy", "disk", "whole")),
                     found["ratio"],
-                    found["cpu_ratio"],
+                    found["most_ratio"],
                 )
                 for found in regimes
             ],
         ),
         "",
-        "Where the time goes; what is last goes on beside the rest:",
+        "Where the time goes; the last two are beside the rest, of the writer it is CPU time:",
         "",
         *_table(
             ("sites, rows, dtype", *regimes[0]["parts_s"]),
@@ -76,17 +76,27 @@ def lay_out_storing(document: dict[str, Any]) -> list[str]:
         (
             case["model"],
             f"{case['tokens'] / case['batches']:.0f}",
+            way["pass"],
             way["way"],
             way["s"],
             way["ratio"],
-            case["store"]["ratio_with_writer"] if way is case["ways"][-1] else "",
+            way["ratio_with_writer"] or "",
             way["batch_ratio"],
         )
         for case in document["results"]
         for way in case["ways"]
     ]
-    headers = ("model", "tokens a batch", "way", "s", "ratio of the sums", "with the writer", "median ratio of a batch")
-    return [f"Medians of {document['settings']['rounds']} rounds, {_machine(document)}:", "", *_table(headers, rows)]
+    headers = (
+        "model",
+        "tokens a batch",
+        "pass",
+        "way",
+        "s",
+        "ratio of the sums",
+        "with the writer",
+        "median of a batch",
+    )
+    return [f"{_rounds(document).capitalize()}, {_machine(document)}:", "", *_table(headers, rows)]
 
 
 def lay_out_growth(document: dict[str, Any]) -> list[str]:
@@ -121,7 +131,7 @@ def lay_out_growth(document: dict[str, Any]) -> list[str]:
         for axis, points in document["results"].items()
         for found in points
     ]
-    return [f"Medians of {document['settings']['rounds']} rounds, {_machine(document)}:", "", *_table(headers, rows)]
+    return [f"{_rounds(document).capitalize()}, {_machine(document)}:", "", *_table(headers, rows)]
 
 
 def lay_out_peers(document: dict[str, Any]) -> list[str]:
@@ -142,7 +152,7 @@ def lay_out_peers(document: dict[str, Any]) -> list[str]:
     ]
     named = ", ".join(f"{package} {version}" for package, version in settings["versions"].items())
     lines = [
-        f"{settings['texts']:,} docstrings, {settings['tokens']:,} tokens, medians of {settings['rounds']} rounds, "
+        f"{settings['texts']:,} docstrings, {settings['tokens']:,} tokens, {_rounds(document)}, "
         f"{_machine(document)}" + (f"; {named}" if named else "") + ":",
         "",
         *_table(headers, rows),
@@ -150,6 +160,11 @@ def lay_out_peers(document: dict[str, Any]) -> list[str]:
     for way, reason in found["missing"].items():
         lines += ["", f"{way} is left out: `{reason}`."]
     return lines
+
+
+def _rounds(document: dict[str, Any]) -> str:
+    rounds = document["settings"]["rounds"]
+    return "one round" if rounds == 1 else f"medians of {rounds} rounds"
 
 
 def _machine(document: dict[str, Any]) -> str:

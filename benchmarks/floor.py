@@ -3,8 +3,13 @@
 Nothing can be faster than the slowest of the three: the forward over the run's own batches, copying and casting the
 values of the asked sites once, and writing their bytes to disk as shards are written, flushed. Where a row takes many
 bytes a shard holds few texts, and its batches are smaller: that costs a forward too, and is told beside it. The plain
-way to write is timed beside that one and is no bound. All of them and the whole run take turns, for one site and for
-more, as rows and pooled, in float32 and in float16; so do runs that end at a layer, against the run of the last one.
+way to write is timed beside that one and is no bound. For one site and for more, as rows and pooled, in float32 and in
+float16; and for runs that end at a layer, against the run of the last one.
+
+The forward is timed within the run: a bare model of the same weights is called with each batch before the run calls
+its own, or after it, in turns, since minutes apart a shared machine is another. Its time is taken off the whole. The
+threads of the run, which tokenise and write, work beside the one as beside the other: so there is a second ratio with
+all of their CPU time on top of the whole, a part of which it has already. The truth lies between the two.
 
 Clocks around the parts of each run say where its time goes. A part does not count what another part within it takes,
 so that those of the main thread add up to the whole. What goes on beside it, in threads of its own, comes after.
@@ -12,22 +17,25 @@ so that those of the main thread add up to the whole. What goes on beside it, in
     python benchmarks/floor.py [--quick] [--save] [--texts 2000] [--seconds 480]
 """
 
+import copy
 import itertools
 import mmap
 import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from clocks import BESIDE, MAIN, Clocks
+from clocks import BESIDE, MAIN, TWIN, Clocks
 from corpora import list_batches, list_docstrings
 from harness import Rival, Timings, emit, interleave, make_parser
-from torch import Tensor
+from torch import Tensor, nn
 
 import layerprobe as lp
 from layerprobe.extract.batching import Batch
@@ -42,14 +50,18 @@ SITE_SETS = {
     "all + ffn.act": ["embeddings", "layers.*", "layers.*.ffn.act"],
 }
 BOUNDS = ("forward", "copy", "disk")
+ROWS_OF_LAST = "last, rows, float16"
 
 
 class Regime:
-    """One way to run over the texts: its sites, pool and dtype, and what its last run left."""
+    """One way to run over the texts, its sites, pool and dtype: the clocks of its runs, and what the last one left."""
 
-    def __init__(self, name: str, demo: LoadedModel, texts: list[str], folder: Path, **options: Any) -> None:
+    def __init__(
+        self, name: str, demo: LoadedModel, twin: nn.Module, texts: list[str], folder: Path, **options: Any
+    ) -> None:
         self.name = name
         self.options = options
+        self._twin = twin
         self.clocks: list[dict[str, float]] = []
         self.sizes: list[int] = []
         self.batches, self.num_tokens, _ = list_batches(demo, texts, folder, ExtractOptions(**options))
@@ -68,8 +80,8 @@ class Regime:
         return [site.width or 0 for site in lp.sites(self._demo.model, self.options["sites"])]
 
     def run(self, _: object = None) -> None:
-        """Do the whole job, with clocks on."""
-        with Clocks() as taken:
+        """Do the whole job, with clocks on, and the bare model beside."""
+        with Clocks(self._call_twin) as taken:
             lp.extract(
                 self._demo.model,
                 self._texts,
@@ -80,10 +92,17 @@ class Regime:
             )
         self.clocks.append(taken)
 
+    def _call_twin(self, batch: Batch) -> None:
+        self._twin(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+
     def end(self, _: object = None) -> None:
         """Note what the run left, and remove it."""
         self.sizes = [path.stat().st_size for path in sorted(self._folder.glob("shard-*"))]
         shutil.rmtree(self._folder)
+
+    def middle(self, of: Callable[[dict[str, float]], float]) -> float:
+        """Give the median over the runs of what is worked out from the clocks of one."""
+        return statistics.median(map(of, self.clocks))
 
 
 def main() -> None:
@@ -93,26 +112,30 @@ def main() -> None:
     options = parser.parse_args()
     num_texts, seconds = (48, 0.0) if options.quick else (options.texts, options.seconds)
     demo = lp.load_model("demo", "cpu")
+    twin = copy.deepcopy(demo.model)
     docstrings = list_docstrings()
     texts = docstrings[:: max(1, len(docstrings) // num_texts)][:num_texts]
     with tempfile.TemporaryDirectory() as place, torch.inference_mode():
         folder = Path(place)
-        regimes = {name: Regime(name, demo, texts, folder / "acts", **how) for name, how in list_regimes().items()}
+        regimes = {
+            name: Regime(name, demo, twin, texts, folder / "acts", **how) for name, how in list_regimes().items()
+        }
         layers = len(lp.sites(demo.model, "layers.*"))
         for layer in range(0, layers, 2):
             name = f"stop at layer {layer}"
-            regimes[name] = Regime(name, demo, texts, folder / "acts", sites=[f"layers.{layer}"], dtype="float16")
-        Regime("warm", demo, texts[:8], folder / "warm", sites=SITE_SETS["all"], dtype="float16").run()
-        rivals = list_rivals(demo, regimes, folder)
+            regimes[name] = Regime(name, demo, twin, texts, folder / "acts", sites=[f"layers.{layer}"], dtype="float16")
+        Regime("warm", demo, twin, texts[:8], folder / "warm", sites=SITE_SETS["all"], dtype="float16").run()
+        rivals = list_rivals(regimes, folder)
         timings = interleave(rivals, seconds=seconds, least_rounds=1, warm_rounds=0)
     results = [lay_out(regime, timings) for name, regime in regimes.items() if not name.startswith("stop")]
+    last = regimes[ROWS_OF_LAST]
     stops = [
-        lay_out_stop(timings, layer, layers) for layer in range(layers) if f"stop at layer {layer} whole" in timings
+        lay_out_stop(regimes[name], last, layer, layers)
+        for layer in range(layers)
+        if (name := f"stop at layer {layer}") in regimes
     ]
     print_tables(results, stops)
-    whole = regimes["all, rows, float16"]
-    rounds = len(timings[f"{whole.name} forward"].wall_s)
-    settings = {"texts": len(texts), "tokens": whole.num_tokens, "rounds": rounds, "seconds": seconds}
+    settings = {"texts": len(texts), "tokens": last.num_tokens, "rounds": len(last.clocks), "seconds": seconds}
     emit("floor", settings, {"regimes": results, "stops": stops}, save=options.save)
 
 
@@ -125,19 +148,13 @@ def list_regimes() -> dict[str, dict[str, Any]]:
     }
 
 
-def list_rivals(demo: LoadedModel, regimes: dict[str, Regime], folder: Path) -> dict[str, Rival]:
-    """Give of each regime the forward, the whole, which tells the sizes, the copies and both ways to write.
-
-    The forward stands next to the whole, also where regimes share batches: minutes apart the machine is another.
-    """
+def list_rivals(regimes: dict[str, Regime], folder: Path) -> dict[str, Rival]:
+    """Give of each regime the whole, which tells the sizes, the copies and both ways to write."""
     rivals: dict[str, Rival] = {}
     for name, regime in regimes.items():
-        whole = Rival(regime.run, finish=regime.end)
+        rivals[f"{name} whole"] = Rival(regime.run, finish=regime.end)
         if name.startswith("stop"):
-            rivals[f"{name} whole"] = whole
             continue
-        rivals[f"{name} forward"] = Rival(partial(run_forward, demo, regime.batches))
-        rivals[f"{name} whole"] = whole
         is_pooled, dtype = regime.options["pool"] is not None, regime.options["dtype"]
         rivals[f"{name} copy"] = Rival(partial(copy_values, regime.batches, regime.widths, dtype, is_pooled))
         for way, write in (("disk", commit_file), ("plain disk", write_plainly)):
@@ -147,11 +164,6 @@ def list_rivals(demo: LoadedModel, regimes: dict[str, Regime], folder: Path) -> 
                 finish=lambda prepared: shutil.rmtree(prepared[0]),
             )
     return rivals
-
-
-def run_forward(demo: LoadedModel, batches: list[Batch], _: object = None) -> None:
-    for batch in batches:
-        demo.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
 
 
 def copy_values(batches: list[Batch], widths: list[int], dtype: str, is_pooled: bool, _: object = None) -> None:
@@ -196,10 +208,16 @@ def write_plainly(path: Path, pieces: list[memoryview]) -> None:
 
 def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
     """Give the medians of a regime, its ratio to the slowest of its bounds, and where its time went."""
-    ways = {way: timings[f"{regime.name} {way}"] for way in ("forward", "copy", "disk", "plain disk", "whole")}
-    seconds = {way: statistics.median(timing.wall_s) for way, timing in ways.items()}
+    seconds = {
+        "forward": regime.middle(itemgetter(TWIN)),
+        **{way: statistics.median(timings[f"{regime.name} {way}"].wall_s) for way in ("copy", "disk", "plain disk")},
+        "whole": regime.middle(whole_of),
+    }
     floor = max(BOUNDS, key=lambda way: seconds[way])
-    against = ways["whole"].summary(ways[floor])
+
+    def over_floor(clocks: dict[str, float], extra: float = 0.0) -> float:
+        return (whole_of(clocks) + extra) / (clocks[TWIN] if floor == "forward" else seconds[floor])
+
     num_bytes = sum(regime.sizes)
     return {
         "regime": regime.name,
@@ -210,17 +228,22 @@ def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
         "disk_gb_per_s": round(num_bytes / 1e9 / seconds["disk"], 3),
         "plain_disk_gb_per_s": round(num_bytes / 1e9 / seconds["plain disk"], 3),
         "floor": floor,
-        "ratio": against["wall_ratio"],
-        "cpu_ratio": ways["whole"].summary(ways["forward"])["cpu_ratio"],
-        "parts_s": {part: round(statistics.median(one[part] for one in regime.clocks), 3) for part in (*MAIN, *BESIDE)},
+        "ratio": round(regime.middle(over_floor), 3),
+        "most_ratio": round(regime.middle(lambda one: over_floor(one, sum(one[part] for part in BESIDE))), 3),
+        "parts_s": {part: round(regime.middle(itemgetter(part)), 3) for part in (*MAIN, *BESIDE)},
     }
 
 
-def lay_out_stop(timings: dict[str, Timings], layer: int, layers: int) -> dict[str, Any]:
-    """Hold a run that ends at a layer against the run of the last one."""
-    against = timings[f"stop at layer {layer} whole"].summary(timings["last, rows, float16 whole"])
+def whole_of(clocks: dict[str, float]) -> float:
+    """Give what a run took, without the bare forward beside it."""
+    return sum(clocks[part] for part in MAIN)
+
+
+def lay_out_stop(regime: Regime, last: Regime, layer: int, layers: int) -> dict[str, Any]:
+    """Hold a run that ends at a layer against the run of the last one, each by the whole forward within it."""
+    share, whole = (one.middle(lambda clocks: whole_of(clocks) / clocks[TWIN]) for one in (regime, last))
     most = round((layer + 1) / layers + 0.05, 3)
-    return {"layer": layer, "layers": layers, "ratio": against["wall_ratio"], "most": most}
+    return {"layer": layer, "layers": layers, "ratio": round(share / whole, 3), "most": most}
 
 
 def print_tables(results: list[dict[str, Any]], stops: list[dict[str, Any]]) -> None:
@@ -236,7 +259,7 @@ def print_tables(results: list[dict[str, Any]], stops: list[dict[str, Any]]) -> 
         "whole_s",
         "floor",
         "ratio",
-        "cpu_ratio",
+        "most_ratio",
     )
     print(format_table(tuple(map(_name, names)), [tuple(found[name] for name in names) for found in results]))
     print("\nwhere the time of a run goes, in seconds; the last two beside the others:")
