@@ -96,9 +96,9 @@ def is_direct_better(folder: Path) -> bool:
 
     Cost: 96 MiB on the disk, and 16 MiB of memory meanwhile.
     """
-    # what neither a disk nor a file system can make smaller
     block = memoryview(mmap.mmap(-1, _PROBE_BYTES))
-    block[:] = np.random.default_rng(0).bytes(_PROBE_BYTES)
+    # what neither a disk nor a file system can make much smaller
+    np.random.default_rng(0).random(out=np.frombuffer(block, np.float64))
     best = {True: math.inf, False: math.inf}
     try:
         for _ in range(_NUM_PROBES):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,16 @@ def test_what_keeps_a_disk_from_being_tried_is_no_error_yet(
 ) -> None:
     monkeypatch.setattr(durable, "os", FaultySystem(fail(call, errno.ENOSPC)))
     assert is_direct_better(tmp_path) and not list(tmp_path.iterdir())
+
+
+def test_trying_a_disk_takes_no_memory_beside_the_block_it_writes(tmp_path: Path) -> None:
+    tracemalloc.start()  # which sees what numpy and Python allocate, and no map
+    try:
+        is_direct_better(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @pytest.mark.usefixtures("needs_direct")
