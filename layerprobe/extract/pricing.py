@@ -8,7 +8,6 @@ Hides how the sample is taken. Must never write into the store itself.
 
 import itertools
 import math
-import mmap
 import shutil
 import tempfile
 import time
@@ -17,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from layerprobe.errors import InputError, OptionError
 from layerprobe.extract.inputs import Record, open_source
 from layerprobe.extract.network import find_model
@@ -26,7 +23,7 @@ from layerprobe.extract.plan import ExtractOptions, plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import find_device
-from layerprobe.store.durable import commit_file
+from layerprobe.store.durable import commit_file, make_noise
 from layerprobe.store.places import find_place
 from layerprobe.tables import format_bytes, format_table
 
@@ -185,9 +182,7 @@ def _cut(records: Iterator[Record]) -> Iterator[list[dict[str, Any]]]:
 
 def _measure_disk(folder: Path) -> DiskPace:
     """Write what does not compress, as a shard is written, until it is on the disk."""
-    # at the start of a page, as the buffers that shards are written from
-    data = memoryview(mmap.mmap(-1, _DISK_BYTES))
-    data[:] = np.random.default_rng(0).bytes(_DISK_BYTES // 8) * 8
+    data = make_noise(_DISK_BYTES)
     free = shutil.disk_usage(folder).free
     path = folder / "disk"
     start = time.perf_counter()

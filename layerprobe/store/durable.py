@@ -33,6 +33,7 @@ __all__ = [
     "flush_folder",
     "is_direct_better",
     "make_folder",
+    "make_noise",
     "reserve_file",
     "tell_failure",
 ]
@@ -96,9 +97,7 @@ def is_direct_better(folder: Path) -> bool:
 
     Cost: 96 MiB on the disk, and 16 MiB of memory meanwhile.
     """
-    block = memoryview(mmap.mmap(-1, _PROBE_BYTES))
-    # what neither a disk nor a file system can make much smaller
-    np.random.default_rng(0).random(out=np.frombuffer(block, np.float64))
+    block = make_noise(_PROBE_BYTES)
     best = {True: math.inf, False: math.inf}
     try:
         for _ in range(_NUM_PROBES):
@@ -107,6 +106,13 @@ def is_direct_better(folder: Path) -> bool:
     except OSError:
         return True
     return best[True] <= _WORTH_OF_NO_COPY * best[False]
+
+
+def make_noise(num_bytes: int) -> memoryview:
+    """Make so many bytes, a multiple of 8 from the start of a page on, that no disk can store in much less."""
+    block = memoryview(mmap.mmap(-1, num_bytes))
+    np.random.default_rng(0).random(out=np.frombuffer(block, np.float64))
+    return block
 
 
 def _time_write(folder: Path, block: memoryview, is_direct: bool) -> float:
