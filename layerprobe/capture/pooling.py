@@ -20,6 +20,9 @@ Pool = str | Callable[[Tensor], Tensor] | None
 
 POOLS = ("cls", "mean", "max", "last")
 
+# Where every torch that we take has the mean of many at once; on mps it came with 2.10.
+_MEANS_AT_ONCE = ("cpu", "cuda")
+
 
 def check_pool(pool: object) -> None:
     """Refuse a pool that does not exist.
@@ -54,7 +57,8 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
     else:
         assert selection.index is not None
         # the backward of a mean of many has none of its own
-        if pool in ("cls", "last") or (pool == "mean" and not value_BSD.requires_grad):
+        has_mean = value_BSD.device.type in _MEANS_AT_ONCE and not value_BSD.requires_grad
+        if pool in ("cls", "last") or (pool == "mean" and has_mean):
             return _pool_at_once(value_BSD.flatten(0, 1), selection.index, selection, pool)
         rows = value_BSD.flatten(0, 1).index_select(0, selection.index)
         parts = [_pool_block(example[None], pool) for example in rows.split(list(selection.lengths))]

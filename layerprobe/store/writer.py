@@ -276,8 +276,8 @@ class ShardWriter:
 
     def _run(self, probes_disk: bool) -> None:
         try:
-            if probes_disk and (folder := self.place.folder) is not None:
-                self.place = LocalPlace(folder, is_direct_better(folder))
+            if probes_disk and isinstance(self.place, LocalPlace):
+                self.place = replace(self.place, is_direct=is_direct_better(self.place.folder))
             while (job := self._jobs.get()) is not None:
                 self._take(job)
         except BaseException as error:

@@ -73,6 +73,23 @@ def test_as_many_operators_pool_many_texts_as_few(pool: str, dtype: torch.dtype)
     assert counts[0] == counts[1] < 20
 
 
+def test_mean_needs_no_operator_that_some_devices_lack(value: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lack(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "embedding_bag" in str(func):
+                raise NotImplementedError(func)
+            return func(*args, **(kwargs or {}))
+
+    mask = MASKS["holes"]
+    selection = index(select(mask), mask)
+    with Lack():
+        with pytest.raises(NotImplementedError):
+            pool_rows(value, selection, "mean")
+        monkeypatch.setattr("layerprobe.capture.pooling._MEANS_AT_ONCE", ())
+        pooled = pool_rows(value, selection, "mean")
+    np.testing.assert_allclose(pooled.numpy(), _pool_slowly(value, mask, "mean"), rtol=0, atol=1e-6)
+
+
 def test_pooling_by_an_index_passes_gradients_twice() -> None:
     value = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     mask = [[1, 0, 1], [1, 1, 1]]
