@@ -19,11 +19,13 @@ import transformers
 from torch import Tensor
 
 __all__ = [
-    "FAMILIES", "IS_V5", "PLAIN", "REFUSED", "Family",
+    "CACHE", "FAMILIES", "IS_V5", "PLAIN", "REFUSED", "Family",
     "build", "is_known", "list_heads", "make_batch", "make_config",
 ]  # fmt: skip
 
 IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
+# What a model's argument for a key-value cache is called, and the field of its output.
+CACHE = "cache" if "cache" in inspect.signature(transformers.BertModel.forward).parameters else "past_key_values"
 VOCABULARY = 100
 PADDING = 1
 

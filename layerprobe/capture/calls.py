@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from layerprobe.sites.resolve import Site
+from layerprobe.sites.stacks import find_cache
 from layerprobe.sites.weights import EagerTwin
 
 __all__ = ["Call", "Context", "Sink", "Source", "is_sink", "read_context"]
@@ -142,6 +143,5 @@ def read_context(given: Mapping[str, Any]) -> Context:
     input_ids = given.get("input_ids")
     tokens = input_ids if input_ids is not None else given.get("inputs_embeds")
     shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) else None
-    cache = given.get("past_key_values")
-    count: Any = getattr(cache, "get_seq_length", None)
+    count: Any = getattr(find_cache(given), "get_seq_length", None)
     return Context(input_ids, given.get("attention_mask"), shape, int(count()) if count else 0)

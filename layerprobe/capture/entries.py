@@ -21,7 +21,7 @@ from layerprobe.capture.frames import ROOT, Frames
 from layerprobe.capture.hooks import HookSet
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import ModelMap
-from layerprobe.sites.stacks import calls_forward
+from layerprobe.sites.stacks import calls_forward, find_cache
 
 __all__ = ["watch_calls"]
 
@@ -69,7 +69,7 @@ def _make_base_entry(number: int, base: nn.Module, owner: str, frames: Frames, p
             return
         given = {**dict(zip(parameters, args, strict=False)), **kwargs} if args else kwargs
         if torch.compiler.is_compiling():
-            cached = given.get("past_key_values") is not None
+            cached = find_cache(given) is not None
             ids, mask, embeds = (given.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds"))
             port.enter(number, ids, mask, embeds, cached)
         elif module is not base:

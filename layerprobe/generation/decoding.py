@@ -6,6 +6,7 @@ The mask is made from the store, always; there is no way to leave it out. What i
 Hides how the kinds of decoders want their context. Must never know of shards or hooks.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,9 @@ def _run(decoder: Any, outputs: EncoderOutputs, has_encoder: bool, options: dict
         start = torch.full((len(outputs.states), 1), options["bos_token_id"], device=outputs.states.device)
         # the cache that generate makes for a decoder has no room for what cross attention keeps
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        cached = {} if options.get("use_cache") is False else {"past_key_values": cache}
+        # as transformers called it before 5.24
+        name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+        cached = {} if options.get("use_cache") is False else {name: cache}
         context = outputs.cross_inputs()
         return decoder.generate(start, attention_mask=torch.ones_like(start), **context, **cached, **options)[:, 1:]
     except (ValueError, TypeError, NotImplementedError) as error:

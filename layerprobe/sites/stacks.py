@@ -4,7 +4,7 @@ Looks under DDP, FSDP, torch.compile, PEFT and SentenceTransformer, finds the ba
 layers. Hides how wrappers and task models nest. Must never touch hooks or run the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from layerprobe.errors import ArchitectureError
 from layerprobe.sites.anatomy import REFUSED, Anatomy, find_anatomy
 
-__all__ = ["Stack", "calls_forward", "config_of", "find_device", "find_stacks", "has_module", "unwrap"]
+__all__ = ["Stack", "calls_forward", "config_of", "find_cache", "find_device", "find_stacks", "has_module", "unwrap"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,12 @@ def has_module(module: Any, path: str) -> bool:
         return isinstance(module.get_submodule(path), nn.Module)
     except AttributeError:
         return False
+
+
+def find_cache(given: Mapping[str, Any]) -> Any:
+    """Find the key-value cache among the named arguments of a call, or None. transformers renamed it in 5.24."""
+    cache = given.get("cache")
+    return given.get("past_key_values") if cache is None else cache
 
 
 def find_device(model: nn.Module) -> torch.device:

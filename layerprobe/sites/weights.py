@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from layerprobe.errors import CaptureError
+from layerprobe.sites.stacks import find_cache
 
 __all__ = ["EagerTwin"]
 
@@ -89,7 +90,7 @@ class EagerTwin:
 
     def _again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
         asked = dict(zip(self._parameters, args, strict=False)) | dict(kwargs)
-        if asked.get("past_key_values") is not None:
+        if find_cache(asked) is not None:
             raise CaptureError(f"{self._name}: the call fills a key-value cache. Call the model with use_cache=False.")
         if any(name.startswith("cu_seq") and value is not None for name, value in kwargs.items()):
             raise CaptureError(f"{self._name}: the batch is packed, several sequences in a row. {_LOAD_EAGER}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import layerprobe as lp
+from families import CACHE
 from layerprobe.errors import CaptureError, OptionError
 
 LENGTHS = (5, 7, 16, 9, 33)
@@ -431,9 +432,9 @@ def test_positions_of_a_compiled_decoder_with_a_cache_are_not_guessed(make_bert:
     compiled = _compile(model, fullgraph=False)
     with torch.no_grad(), lp.Probe(compiled, "layers.*") as probe:
         compiled(**batch, use_cache=False)
-        cache = compiled(**batch, past_key_values=DynamicCache(config=model.config)).past_key_values
+        cache = compiled(**batch, **{CACHE: DynamicCache(config=model.config)})[CACHE]
         mask = torch.ones(3, 6, dtype=torch.int64)
-        compiled(input_ids=batch["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+        compiled(input_ids=batch["input_ids"][:, :1], attention_mask=mask, **{CACHE: cache})
     assert probe.calls[0].positions == range(5)
     for call in probe.calls[1:]:
         with pytest.raises(CaptureError, match=r"positions are not known: the model was compiled and called with a"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import layerprobe as lp
-from families import FAMILIES, build, is_known, make_batch
+from families import CACHE, FAMILIES, build, is_known, make_batch
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.anatomy import find_anatomy
 from oracles import TOLERANCE, end_layer, mix_heads
@@ -88,15 +88,17 @@ def test_decoder_called_without_a_source_says_which_sites_it_did_not_make() -> N
 # key-value caches
 
 
-def test_cached_steps_give_the_rows_of_the_whole_text() -> None:
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", dict.fromkeys([CACHE, "past_key_values"]))
+def test_cached_steps_give_the_rows_of_the_whole_text(name: str) -> None:
     model = build("bert", "BertLMHeadModel", is_decoder=True)
     ids = make_batch(num_padded=0)["input_ids"]
     with torch.no_grad(), lp.Probe(model, ["embeddings", "layers.*"]) as whole:
         model(input_ids=ids, use_cache=False)
     with torch.no_grad(), lp.Probe(model, ["embeddings", "layers.*"]) as steps:
-        past = model(input_ids=ids[:, :7], use_cache=True).past_key_values
+        past = model(input_ids=ids[:, :7], use_cache=True)[CACHE]
         for position in range(7, 11):
-            past = model(input_ids=ids[:, position : position + 1], past_key_values=past).past_key_values
+            past = model(input_ids=ids[:, position : position + 1], **{name: past})[CACHE]
     assert [call.positions for call in steps.calls] == [range(7), *(range(i, i + 1) for i in range(7, 11))]
     for site in whole.calls[0]:
         joined = torch.cat([call[site] for call in steps.calls], dim=1)  # type: ignore[arg-type]
