@@ -88,6 +88,7 @@ ORDER = (
     "layerprobe.capture.recompute",
     "layerprobe.capture.attention",
     "layerprobe.capture.registry",
+    "layerprobe.capture.target",
     "layerprobe.capture.select",
     "layerprobe.capture.pooling",
     "layerprobe.capture.staging",

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from layerprobe.capture.calls import Call, Context
 from layerprobe.capture.pooling import Pool, pool_rows
-from layerprobe.capture.select import Selection, Target, cast_into, write_pairs, write_rows
+from layerprobe.capture.select import Selection, cast_into, write_pairs, write_rows
 from layerprobe.capture.sinks import is_per_token, select_call
 from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
+from layerprobe.capture.target import Target
 from layerprobe.capture.units import (
     AnnouncedBatch,
     Unit,
@@ -259,8 +260,7 @@ class StoreSink:
         if unit is not None:
             # not by the buffer's own room: one that has grown would take more, and the two take turns as they come free
             wanted = unit.used.plus(needed)
-            is_full = any(wanted.of(site.kind) > self._room.of(site.kind) for site in self._stored or ())
-            if batch is None and unit.used.examples and is_full:
+            if batch is None and unit.used.examples and not self._room.holds(wanted, unit.buffer.kinds):
                 self.end_unit()
             elif not unit.buffer.fits(wanted):
                 self._lane.fence()()  # what is on its way must land before its buffer moves

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError
 
 __all__ = [
     "DTYPES",
     "Selection",
-    "Target",
     "cast_into",
     "resolve_dtype",
     "write_pairs",
@@ -185,7 +185,7 @@ class Selection:
     def _cuts(self) -> dict[Any, Sequence[_Cut] | None]:
         return {}
 
-    def find_cuts(self, value: Tensor, out: Tensor) -> Sequence[_Cut] | None:
+    def find_cuts(self, value: Tensor, target: Target) -> Sequence[_Cut] | None:
         """Tell how the runs of a value lie in it and among packed rows; None where an index says which are real.
 
         Worked out once for all sites of a call that are alike: slicing each would take a dozen operators of torch, at
@@ -193,36 +193,38 @@ class Selection:
 
         Args:
             value: `[B, S, ...]`.
-            out: `[T, ...]`, contiguous.
+            target: Of `[T, ...]`, contiguous.
 
         Raises:
-            CaptureError: `value` does not begin with the B and S of the call, or `out` is no place for its vectors.
+            CaptureError: `value` does not begin with the B and S of the call, or `target` is no place for its vectors.
         """
-        key = (value.shape, value.stride(), out.shape, out.stride())
+        whole = target.whole
+        key = (value.shape, value.stride(), target.count, whole.shape, whole.stride())
         if key not in self._cuts:
-            self._cuts[key] = self._work_out_cuts(value, out)
+            self._cuts[key] = self._work_out_cuts(value, whole, target.count)
         return self._cuts[key]
 
-    def _work_out_cuts(self, value: Tensor, out: Tensor) -> Sequence[_Cut] | None:
-        wanted = (self.num_sequences, self.num_positions, *out.shape[1:])
+    def _work_out_cuts(self, value: Tensor, whole: Tensor, count: int) -> Sequence[_Cut] | None:
+        wanted = (self.num_sequences, self.num_positions, *whole.shape[1:])
         if value.shape != wanted:
             raise CaptureError(
                 f"a value of shape {tuple(value.shape)} has no row per token: it must be {wanted}. "
                 "Capture this site into memory instead."
             )
-        if len(out) != self.num_rows or not out.is_contiguous():
+        if count != self.num_rows or not whole.is_contiguous():
             raise CaptureError(
-                f"{self.num_rows} rows do not go into a place of shape {tuple(out.shape)} and strides {out.stride()}."
+                f"{self.num_rows} rows do not go into a place for {count}, of shape {tuple(whole.shape)} and strides "
+                f"{whole.stride()}."
             )
         if self.runs is None:
             return None
-        strides, out_strides = value.stride(), out.stride()
+        strides, out_strides = value.stride(), whole.stride()
         cuts, row = [], 0
         for run in self.runs:
             size, length = run.last - run.first, run.stop - run.start
             cuts.append(
                 _Cut(
-                    shape=(size, length, *out.shape[1:]),
+                    shape=(size, length, *whole.shape[1:]),
                     value_offset=run.first * strides[0] + run.start * strides[1],
                     first_row=row,
                     out_offset=row * out_strides[0],
@@ -280,32 +282,11 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     raise OptionError(f"no dtype {str(dtype)!r}: use {', '.join(DTYPES)}, or None for the model's own.")
 
 
-class Target(NamedTuple):
-    """Where the vectors of one site go.
-
-    Args:
-        values: `[T, ...]` or `[N, ...]`, written.
-        scale: One float32 per vector, written, when `values` is int8.
-        overflow: Zero-dimensional int64, raised by the number of values beyond the range of float8, which that cast
-            would clip in silence. (Every other overflow leaves an infinity behind and is counted on its way to disk.)
-    """
-
-    values: Tensor
-    scale: Tensor | None = None
-    overflow: Tensor | None = None
-
-    def part(self, start: int, stop: int, shape: tuple[int, ...] | None = None) -> "Target":
-        """Give vectors `[start, stop)`, with their first dimension unfolded to `shape`."""
-        shape = (stop - start,) if shape is None else shape
-        values = self.values[start:stop].view(*shape, *self.values.shape[1:])
-        return Target(values, None if self.scale is None else self.scale[start:stop].view(shape), self.overflow)
-
-
 def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
     """Gather the real tokens of a batch into `target`, cast on the way.
 
     Args:
-        target: Holds `[T, ...]` values.
+        target: For `[T, ...]`.
         value: `[B, S, ...]`.
         selection: Which tokens are real.
 
@@ -314,31 +295,33 @@ def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
 
     Cost: one pass over the rows with no memory of its own; two for masks with holes, for int8 and for float8.
     """
-    out = target.values
-    cuts = selection.find_cuts(value, out)
+    whole = target.whole
+    cuts = selection.find_cuts(value, target)
     if cuts is None:
         assert selection.index is not None
-        flat = value.reshape(selection.num_sequences * selection.num_positions, *out.shape[1:])
-        if flat.dtype == out.dtype:
-            torch.index_select(flat, 0, selection.index, out=out)
+        flat = value.reshape(selection.num_sequences * selection.num_positions, *whole.shape[1:])
+        if flat.dtype == whole.dtype:
+            torch.index_select(flat, 0, selection.index, out=target.values)
         else:
             cast_into(target, flat.index_select(0, selection.index))
         return
-    is_plain = out.dtype not in _NOT_PLAIN
-    strides, value_start, out_start = value.stride(), value.storage_offset(), out.storage_offset()
+    strides, value_start = value.stride(), value.storage_offset()
+    if whole.dtype in _NOT_PLAIN:
+        for cut in cuts:
+            block = value.as_strided(cut.shape, strides, value_start + cut.value_offset)
+            cast_into(target.part(cut.first_row, cut.first_row + cut.shape[0] * cut.shape[1], cut.shape[:2]), block)
+        return
+    start = whole.storage_offset() + target.start * whole.stride(0)
     for cut in cuts:
         block = value.as_strided(cut.shape, strides, value_start + cut.value_offset)
-        if is_plain:
-            out.as_strided(cut.shape, cut.out_strides, out_start + cut.out_offset).copy_(block)
-        else:
-            cast_into(target.part(cut.first_row, cut.first_row + cut.shape[0] * cut.shape[1], cut.shape[:2]), block)
+        whole.as_strided(cut.shape, cut.out_strides, start + cut.out_offset).copy_(block)
 
 
 def write_pairs(target: Target, weights_BHSS: Tensor, selection: Selection) -> None:
     """Write the attention among real tokens, flat, `[H, len, len]` per example.
 
     Args:
-        target: Holds `H * num_pairs` values.
+        target: For `H * num_pairs` values.
         weights_BHSS: Attention probabilities.
         selection: Which tokens are real.
 
@@ -373,10 +356,11 @@ def cast_into(target: Target, value: Tensor) -> None:
         out.copy_(value)
         return
     if out.dtype == torch.int8:
-        assert target.scale is not None
+        scale = target.scale
+        assert scale is not None
         vectors = value.float()
-        target.scale.copy_(vectors.abs().amax(dim=-1) / 127)
-        divisor = torch.where(target.scale > 0, target.scale, torch.ones_like(target.scale))[..., None]
+        scale.copy_(vectors.abs().amax(dim=-1) / 127)
+        divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None]
         # A NaN has no int8; its vector's scale is NaN, so it reads back as NaN all the same.
         out.copy_((vectors / divisor).nan_to_num(0.0).round())
         return

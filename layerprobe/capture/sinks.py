@@ -16,7 +16,8 @@ from torch import Tensor
 
 from layerprobe.capture.calls import Call, Context, Source
 from layerprobe.capture.pooling import Pool, pool_rows
-from layerprobe.capture.select import Selection, Target, cast_into
+from layerprobe.capture.select import Selection, cast_into
+from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.grammar import expand_patterns
 from layerprobe.sites.resolve import Site

@@ -11,7 +11,7 @@ import math
 import mmap
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from layerprobe.capture.select import Target
+from layerprobe.capture.target import Target
 from layerprobe.store.writer import StoredSite
 
 __all__ = [
@@ -41,8 +41,6 @@ Produce = Callable[[Target], None]
 # From here on memory begins with a page, so that the disk takes it as it lies: `durable` bounces what is smaller.
 _PAGED_BYTES = 1 << 20
 _LOOK_AGAIN_S = 1.0
-# Of sites, in the order in which `Room` counts what they take.
-_KINDS = ("token", "example", "attention")
 
 
 class Room(NamedTuple):
@@ -54,11 +52,15 @@ class Room(NamedTuple):
 
     def of(self, kind: str) -> int:
         """Vectors (or pairs) of sites of one kind."""
-        return self[_KINDS.index(kind)]
+        return self.rows if kind == "token" else self.examples if kind == "example" else self.pairs
 
     def plus(self, other: "Room") -> "Room":
         """Add two rooms, field by field."""
         return Room(self.rows + other.rows, self.examples + other.examples, self.pairs + other.pairs)
+
+    def holds(self, wanted: "Room", kinds: Iterable[str]) -> bool:
+        """Whether so much goes in of these kinds of sites."""
+        return all(wanted.of(kind) <= self.of(kind) for kind in kinds)
 
 
 NO_ROOM = Room(0, 0)
@@ -78,21 +80,21 @@ class HostBuffer:
     def __init__(self, sites: Sequence[StoredSite], room: Room, pinned: bool) -> None:
         self._sites = sites
         self._pinned = pinned
-        self._kinds = {site.kind for site in sites}
+        self.kinds = {site.kind for site in sites}
+        # attention lies flat
+        self._flat_widths = [site.width if site.kind == "attention" else 1 for site in sites]
         self.room = room
         self._values = [self._allocate(site, room.of(site.kind)) for site in sites]
         self._scales = [self._allocate_scale(site, room.of(site.kind)) for site in sites]
 
     def target(self, index: int, start: int, stop: int, overflow: Tensor | None = None) -> Target:
         """Give vectors `[start, stop)` of a site; of attention weights, flat, those of pairs `[start, stop)`."""
-        site, scale = self._sites[index], self._scales[index]
-        if site.kind == "attention":
-            return Target(self._values[index][start * site.width : stop * site.width])
-        return Target(self._values[index][start:stop], None if scale is None else scale[start:stop], overflow)
+        width = self._flat_widths[index]
+        return Target(self._values[index], self._scales[index], overflow, start * width, stop * width)
 
     def fits(self, wanted: Room) -> bool:
         """Whether there is room for so much."""
-        return all(wanted.of(kind) <= self.room.of(kind) for kind in self._kinds)
+        return self.room.holds(wanted, self.kinds)
 
     def grow(self, wanted: Room, used: Room = NO_ROOM) -> None:
         """Make room for more, keeping what is used."""
@@ -106,14 +108,14 @@ class HostBuffer:
                 continue
             # One site at a time, so that only one is ever held twice; not even that where nothing is used.
             kept = self.target(index, 0, used.of(site.kind))
-            if not len(kept.values):
-                kept = Target(torch.empty_like(kept.values), None)
-                self._values[index], self._scales[index] = kept.values, None
+            if not kept.count:
+                kept = Target(torch.empty_like(kept.values))
+                self._values[index], self._scales[index] = kept.whole, None
             self._values[index] = self._allocate(site, extent)
-            self._values[index][: len(kept.values)].copy_(kept.values)
+            self._values[index][: kept.count].copy_(kept.values)
             scale = self._scales[index] = self._allocate_scale(site, extent)
             if scale is not None and kept.scale is not None:
-                scale[: len(kept.scale)].copy_(kept.scale)
+                scale[: kept.count].copy_(kept.scale)
 
     def _allocate(self, site: StoredSite, extent: int) -> Tensor:
         shape = (extent * site.width,) if site.kind == "attention" else (extent, site.width)
@@ -297,19 +299,19 @@ class StagedLane:
         stage = stages[-1]
         if stage.copied is not None:
             self._streams.hold(stage.copied)
-        count = len(target.values)
+        count = target.count
         if len(stage.values) < count:
             if stage.copied is not None:
                 self._streams.wait(stage.copied)
             stage = stages[-1] = self._make_stage(target)
-        scale = None if stage.scale is None else stage.scale[:count]
-        produce(Target(stage.values[:count], scale, target.overflow))
+        staged = Target(stage.values, stage.scale, target.overflow, 0, count)
+        produce(staged)
         made = self._streams.record()
-        if scale is not None:
-            assert target.scale is not None
-            self._streams.copy(target.scale, scale, made)
+        if target.scale is not None:
+            assert staged.scale is not None
+            self._streams.copy(target.scale, staged.scale, made)
         # copies run in the order given, so the last one's event stands for both
-        stage.copied = self._last = self._streams.copy(target.values, stage.values[:count], made)
+        stage.copied = self._last = self._streams.copy(target.values, staged.values, made)
 
     def fence(self) -> Callable[[], None]:
         return partial(self._streams.wait, self._last) if self._last is not None else _nothing_to_wait_for

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.calls import Call
-from layerprobe.capture.select import Selection, Target, write_rows
+from layerprobe.capture.select import Selection, write_rows
 from layerprobe.capture.sinks import select_call
+from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.resolve import Site
 from layerprobe.tables import format_table

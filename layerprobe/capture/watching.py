@@ -20,8 +20,9 @@ from layerprobe.capture.calls import Context, read_context
 from layerprobe.capture.compiled import forget_compiled_graphs, has_compiled
 from layerprobe.capture.hooks import HookSet
 from layerprobe.capture.readings import Readings, Taken, require_uncompiled
-from layerprobe.capture.select import Target, write_rows
+from layerprobe.capture.select import write_rows
 from layerprobe.capture.sinks import select_call
+from layerprobe.capture.target import Target
 from layerprobe.capture.vitals import Vitals
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import map_model

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from layerprobe.capture.pooling import POOLS
 from layerprobe.capture.probe import Probe
-from layerprobe.capture.select import Target, cast_into
+from layerprobe.capture.select import cast_into
+from layerprobe.capture.target import Target
 from layerprobe.errors import OptionError, PlanError, StoreError
 from layerprobe.extract.batching import tokenize
 from layerprobe.extract.forward import PRECISIONS, compute_in

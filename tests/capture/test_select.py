@@ -13,11 +13,11 @@ from torch import Tensor
 from layerprobe.capture.select import (
     DTYPES,
     Selection,
-    Target,
     cast_into,
     resolve_dtype,
     write_rows,
 )
+from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError
 from masks import CPU, MASKS, index, make_value, select
 
@@ -178,6 +178,40 @@ def test_part_of_a_target_is_a_view_of_it() -> None:
     assert target.scale is not None
     assert target.scale.tolist() == [0, 0, 1, 1, 1, 1]
     assert target.part(0, 3).values.shape == (3, 2)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_rows_go_to_their_stretch_of_a_buffer_and_nowhere_else(value: Tensor, mask: Any, dtype: torch.dtype) -> None:
+    selection = select(mask)
+    count = selection.num_rows
+    buffer, scales = torch.zeros(3 * count, 3).to(dtype), torch.zeros(3 * count)
+    alone, its_scale = torch.zeros(count, 3).to(dtype), torch.zeros(count)
+    write_rows(Target(alone, its_scale), value, selection)
+    for start in (count, 2 * count):  # one selection for both
+        buffer.zero_()
+        scales.zero_()
+        target = Target(buffer, scales, None, start, start + count)
+        write_rows(target, value, selection)
+        assert torch.equal(target.values.float(), alone.float())
+        assert target.scale is not None
+        assert torch.equal(target.scale, its_scale)
+        beside = torch.ones(len(buffer), dtype=torch.bool)
+        beside[start : start + count] = False
+        assert not buffer[beside].float().any()
+        assert not scales[beside].any()
+
+
+def test_a_stretch_that_ends_beyond_its_buffer_is_refused(value: Tensor) -> None:
+    selection = select(MASKS["right"])
+    count = selection.num_rows
+    buffer = torch.zeros(2 * count, 3)
+    inside = buffer[: 2 * count - 1]  # whose memory goes on
+    write_rows(Target(inside, start=0, stop=count), value, selection)
+    buffer.zero_()
+    with pytest.raises(CaptureError, match=rf"{count} rows do not go into a place for {count - 1}, of shape"):
+        write_rows(Target(inside, start=count, stop=2 * count), value, selection)
+    assert not buffer.any()
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.capture import packing, probe
-from layerprobe.capture.select import Target, cast_into
+from layerprobe.capture.select import cast_into
 from layerprobe.capture.staging import (
     BufferPool,
     DirectLane,
@@ -26,6 +26,7 @@ from layerprobe.capture.staging import (
     StagedLane,
     make_lane,
 )
+from layerprobe.capture.target import Target
 from layerprobe.capture.units import AnnouncedBatch
 from layerprobe.errors import StoreError
 from layerprobe.store.writer import ShardWriter, StoredSite
