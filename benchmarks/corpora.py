@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.extract.batching import Batch, cut_batches, tokenize
-from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.models import LoadedModel
 
 __all__ = ["SITES", "list_batches", "list_docstrings", "list_paragraphs", "shuffle"]

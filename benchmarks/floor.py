@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import layerprobe as lp
 from layerprobe.extract.batching import Batch
-from layerprobe.extract.plan import ExtractOptions
+from layerprobe.extract.options import ExtractOptions
 from layerprobe.models import LoadedModel
 from layerprobe.store.durable import commit_file
 from layerprobe.tables import format_table

@@ -34,7 +34,8 @@ from transformers import BertConfig, BertModel
 import layerprobe as lp
 from layerprobe.extract.batching import cut_batches
 from layerprobe.extract.engine import tokenize_missing
-from layerprobe.extract.plan import ExtractOptions, Plan, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.models import find_demo_model, load_tokenizer
 from layerprobe.tables import format_bytes, format_table
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.calls import Call, Context
+from layerprobe.capture.casting import cast_into
 from layerprobe.capture.pooling import Pool, pool_rows
-from layerprobe.capture.select import Selection, cast_into, write_pairs, write_rows
+from layerprobe.capture.select import Selection, write_pairs, write_rows
 from layerprobe.capture.sinks import is_per_token, select_call
 from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
 from layerprobe.capture.target import Target
@@ -245,11 +246,7 @@ class StoreSink:
         """Work out the rows of a call and make room for them."""
         batch = pending.batch
         if batch is not None:
-            pending.selection = Selection.from_lengths(
-                batch.lengths, batch.num_positions, batch.padding_side, value.device, batch.sequences
-            )
-            if batch.kept is not None:
-                pending.selection = pending.selection.keep(batch.kept)
+            pending.selection = batch.select(value.device)
             pending.input_ids = batch.input_ids
         else:
             context = call.context(0)

@@ -6,6 +6,7 @@ Letters: B sequences, S padded positions, T rows, N examples, D width.
 """
 
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -52,7 +53,15 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
     """
     if value_BSD.ndim != 3 or tuple(value_BSD.shape[:2]) != (selection.num_sequences, selection.num_positions):
         raise CaptureError(f"a value of shape {tuple(value_BSD.shape)} has no row per token to pool.")
-    if selection.runs is not None:
+    if selection.is_flat and selection.index is None:
+        # texts of one length lie behind one another: sorted by length, as they are, they are few blocks
+        groups = [(length, len(list(equal))) for length, equal in groupby(selection.lengths)]
+        blocks = value_BSD[0].split([length * count for length, count in groups])
+        parts = [
+            _pool_block(block.unflatten(0, (count, length)), pool)
+            for block, (length, count) in zip(blocks, groups, strict=True)
+        ]
+    elif selection.runs is not None:
         parts = [_pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs]
     else:
         assert selection.index is not None

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.capture.calls import Sink, is_sink
+from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.pooling import Pool, check_pool
 from layerprobe.capture.registry import ProbeRegistry
-from layerprobe.capture.select import resolve_dtype
 from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink
 from layerprobe.capture.stage import Stage
 from layerprobe.capture.staged import StageSink

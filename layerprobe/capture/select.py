@@ -1,4 +1,4 @@
-"""From a padded batch to the rows that count: mask and cast.
+"""From a batch to the rows that count.
 
 A `Selection` is worked out once per call from the attention mask and then used for every site. Batches made by a
 tokenizer are padded on one side, so their rows are a few rectangles, each copied and cast in one pass; any other mask
@@ -16,27 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layerprobe.capture.casting import NOT_PLAIN, cast_into
 from layerprobe.capture.target import Target
-from layerprobe.errors import CaptureError, OptionError
+from layerprobe.errors import CaptureError
 
-__all__ = [
-    "DTYPES",
-    "Selection",
-    "cast_into",
-    "resolve_dtype",
-    "write_pairs",
-    "write_rows",
-]
+__all__ = ["Selection", "write_pairs", "write_rows"]
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-    "int8": torch.int8,
-}
-# Into these `cast_into` does more than copy.
-_NOT_PLAIN = (torch.int8, torch.float8_e4m3fn)
 # Beyond this many rectangles one gather through an index is quicker than a copy each (measured on two cores).
 _MOST_RUNS = 64
 
@@ -72,6 +57,7 @@ class Selection:
         sequences: For each example the sequence that it is, where several are one; None where each has its own.
         spans: For each example where it begins and ends, where that is all there is to its mask.
         device: The model's.
+        is_flat: Whether all examples lie behind one another in one sequence, without padding.
     """
 
     lengths: tuple[int, ...]
@@ -81,10 +67,16 @@ class Selection:
     sequences: tuple[int, ...] | None = None
     spans: tuple[tuple[int, int], ...] = ()
     device: torch.device | None = None
+    is_flat: bool = False
 
     @cached_property
     def num_sequences(self) -> int:
         """B."""
+        return 1 if self.is_flat else self.num_distinct
+
+    @cached_property
+    def num_distinct(self) -> int:
+        """How many texts there are, of those that are the same one."""
         return len(self.lengths) if self.sequences is None else 1 + max(self.sequences, default=-1)
 
     @cached_property
@@ -109,6 +101,29 @@ class Selection:
         """Describe a batch padded on one side, without looking at a mask."""
         spans = [(0, n) if padding_side == "right" else (num_positions - n, num_positions) for n in lengths]
         return cls._from_spans(spans, num_positions, device, None if sequences is None else tuple(sequences))
+
+    @classmethod
+    def from_flat(
+        cls, lengths: Sequence[int], device: torch.device, sequences: Sequence[int] | None = None
+    ) -> "Selection":
+        """Describe texts that lie behind one another in one sequence, each once.
+
+        Args:
+            lengths: Tokens of each example.
+            device: Where the model's values live.
+            sequences: For each example which of the texts it is, where several are one.
+        """
+        own = dict(enumerate(lengths)) if sequences is None else dict(zip(sequences, lengths, strict=True))
+        starts = dict(zip(own, accumulate(own.values(), initial=0), strict=False))
+        numbers = range(len(lengths)) if sequences is None else sequences
+        spans = [(starts[number], starts[number] + own[number]) for number in numbers]
+        runs: list[Run] = []
+        for start, stop in spans:
+            if runs and runs[-1].stop == start:
+                start = runs.pop().start
+            runs.append(Run(0, 1, start, stop))
+        several = None if sequences is None else tuple(sequences)
+        return cls._from_runs(runs, spans, [0] * len(spans), sum(own.values()), device, several, is_flat=True)
 
     @classmethod
     def from_mask(cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> "Selection":
@@ -148,20 +163,35 @@ class Selection:
         device: torch.device,
         sequences: tuple[int, ...] | None = None,
     ) -> "Selection":
-        lengths = tuple(stop - start for start, stop in spans)
-        placed = list(zip(sequences or range(len(spans)), spans, strict=True))
+        numbers = sequences or range(len(spans))
         runs: list[Run] = []
-        for sequence, (start, stop) in placed:
+        for sequence, (start, stop) in zip(numbers, spans, strict=True):
             if runs and (runs[-1].last, runs[-1].start, runs[-1].stop) == (sequence, start, stop):
                 runs[-1] = Run(runs[-1].first, sequence + 1, start, stop)
             else:
                 runs.append(Run(sequence, sequence + 1, start, stop))
+        return cls._from_runs(runs, spans, numbers, num_positions, device, sequences)
+
+    @classmethod
+    def _from_runs(
+        cls,
+        runs: Sequence[Run],
+        spans: Sequence[tuple[int, int]],
+        rows: Sequence[int],
+        num_positions: int,
+        device: torch.device,
+        sequences: tuple[int, ...] | None,
+        is_flat: bool = False,
+    ) -> "Selection":
+        """Keep the runs where they are few, else an index; `rows`: for each example the row of the batch it lies in."""
+        lengths = tuple(stop - start for start, stop in spans)
         if len(runs) <= _MOST_RUNS and device.type == "cpu":
-            return cls(lengths, num_positions, tuple(runs), None, sequences, tuple(spans), device)
-        rows = [torch.arange(b * num_positions + start, b * num_positions + stop) for b, (start, stop) in placed]
-        index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
+            return cls(lengths, num_positions, tuple(runs), None, sequences, tuple(spans), device, is_flat)
+        placed = zip(rows, spans, strict=True)
+        positions = [torch.arange(b * num_positions + start, b * num_positions + stop) for b, (start, stop) in placed]
+        index = torch.cat(positions) if positions else torch.empty(0, dtype=torch.long)
         index = index.to(device, non_blocking=True)
-        return cls(lengths, num_positions, None, index, sequences, tuple(spans), device)
+        return cls(lengths, num_positions, None, index, sequences, tuple(spans), device, is_flat)
 
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -176,10 +206,11 @@ class Selection:
         """Each sequence once."""
         if self.sequences is None:
             return self
-        first = [self.sequences.index(number) for number in range(self.num_sequences)]
-        return Selection._from_spans(
-            [self.spans[place] for place in first], self.num_positions, self.device or torch.device("cpu")
-        )
+        first = [self.sequences.index(number) for number in range(self.num_distinct)]
+        device = self.device or torch.device("cpu")
+        if self.is_flat:
+            return Selection.from_flat([self.lengths[place] for place in first], device)
+        return Selection._from_spans([self.spans[place] for place in first], self.num_positions, device)
 
     @cached_property
     def _cuts(self) -> dict[Any, Sequence[_Cut] | None]:
@@ -240,7 +271,7 @@ class Selection:
         Args:
             kept: int64, their positions among its real tokens, rising. `spans` must be known.
         """
-        numbers = self.sequences or tuple(range(len(self.lengths)))
+        numbers = (0,) * len(kept) if self.is_flat else self.sequences or tuple(range(len(self.lengths)))
         firsts = [number * self.num_positions + start for number, (start, _) in zip(numbers, self.spans, strict=True)]
         rows = [first + those for first, those in zip(firsts, kept, strict=True)]
         index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
@@ -264,22 +295,9 @@ class Selection:
 
     def repeat_vectors(self, vectors: Tensor) -> Tensor:
         """Give each example its vector, of one per sequence; of another count they are given back as they are."""
-        if self.sequences is None or len(vectors) != self.num_sequences:
+        if self.sequences is None or len(vectors) != self.num_distinct:
             return vectors
         return vectors.index_select(0, torch.tensor(self.sequences, device=vectors.device))
-
-
-def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Find a storage dtype by name; None means as the model made it.
-
-    Raises:
-        OptionError: layerprobe does not store this dtype.
-    """
-    if dtype is None or dtype in DTYPES.values():
-        return dtype if isinstance(dtype, torch.dtype) else None
-    if dtype in DTYPES:
-        return DTYPES[str(dtype)]
-    raise OptionError(f"no dtype {str(dtype)!r}: use {', '.join(DTYPES)}, or None for the model's own.")
 
 
 def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
@@ -306,7 +324,7 @@ def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
             cast_into(target, flat.index_select(0, selection.index))
         return
     strides, value_start = value.stride(), value.storage_offset()
-    if whole.dtype in _NOT_PLAIN:
+    if whole.dtype in NOT_PLAIN:
         for cut in cuts:
             block = value.as_strided(cut.shape, strides, value_start + cut.value_offset)
             cast_into(target.part(cut.first_row, cut.first_row + cut.shape[0] * cut.shape[1], cut.shape[:2]), block)
@@ -344,26 +362,3 @@ def write_pairs(target: Target, weights_BHSS: Tensor, selection: Selection) -> N
     for block in blocks:
         cast_into(target.part(start, start + block.numel(), tuple(block.shape)), block)
         start += block.numel()
-
-
-def cast_into(target: Target, value: Tensor) -> None:
-    """Copy `value` into `target`, of the same shape, and cast it.
-
-    For int8 each vector is divided by its largest magnitude over 127, which goes to the scale.
-    """
-    out = target.values
-    if out.dtype not in _NOT_PLAIN:
-        out.copy_(value)
-        return
-    if out.dtype == torch.int8:
-        scale = target.scale
-        assert scale is not None
-        vectors = value.float()
-        scale.copy_(vectors.abs().amax(dim=-1) / 127)
-        divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None]
-        # A NaN has no int8; its vector's scale is NaN, so it reads back as NaN all the same.
-        out.copy_((vectors / divisor).nan_to_num(0.0).round())
-        return
-    if target.overflow is not None:
-        target.overflow.add_((value.abs() > torch.finfo(out.dtype).max).sum())
-    out.copy_(value)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.calls import Call, Context, Source
+from layerprobe.capture.casting import cast_into
 from layerprobe.capture.pooling import Pool, pool_rows
-from layerprobe.capture.select import Selection, cast_into
+from layerprobe.capture.select import Selection
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.grammar import expand_patterns

@@ -51,6 +51,7 @@ class AnnouncedBatch:
         sequences: For each example its sequence in the batch, where texts that are the same share one; else None.
         kept: For each example the positions of its rows that are kept, rising, among its real tokens; None for all.
         num_filling: Last sequences of the batch that are of no example.
+        is_flat: Whether the examples lie behind one another in one sequence, each of `sequences` once.
     """
 
     ordinals: Sequence[int]
@@ -62,6 +63,17 @@ class AnnouncedBatch:
     sequences: Sequence[int] | None = None
     kept: Sequence[Tensor] | None = None
     num_filling: int = 0
+    is_flat: bool = False
+
+    def select(self, device: torch.device) -> Selection:
+        """Tell where its rows are in what the model makes there."""
+        if self.is_flat:
+            selection = Selection.from_flat(self.lengths, device, self.sequences)
+        else:
+            selection = Selection.from_lengths(
+                self.lengths, self.num_positions, self.padding_side, device, self.sequences
+            )
+        return selection if self.kept is None else selection.keep(self.kept)
 
 
 @dataclass(eq=False)

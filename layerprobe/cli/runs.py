@@ -57,6 +57,12 @@ def extract(
         int | None, typer.Option(help="Longest text in tokens; the model's limit if not given.")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per batch; tried out on long runs.")] = None,
+    padding_free: Annotated[
+        bool | None,
+        typer.Option(
+            "--padding-free/--padding", help="Texts behind one another or side by side; the first where it can be."
+        ),
+    ] = None,
     shard_size: Annotated[str, typer.Option(help="What a shard should hold: 64MB, 1GiB.")] = "128MiB",
     nonfinite: Annotated[
         str, typer.Option(help="warn or error at values that are not finite or overflow the dtype.")
@@ -103,7 +109,8 @@ def extract(
     Example: layerprobe extract demo texts.txt -o acts --dtype float16
     """
     from layerprobe.extract.forward import CUDA_GRAPHS
-    from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, plan_extraction
+    from layerprobe.extract.options import DEFAULT_SITES, ExtractOptions
+    from layerprobe.extract.plan import plan_extraction
     from layerprobe.extract.run import run_extraction
 
     options = ExtractOptions(
@@ -113,6 +120,7 @@ def extract(
         field=field,
         max_length=max_length,
         batch_tokens=batch_tokens,
+        padding_free=padding_free,
         shard_bytes=_parse_size(shard_size),
         nonfinite=nonfinite,
         keep=keep,

@@ -61,7 +61,7 @@ def stats(
 
     from layerprobe.capture.statistics import format_said
     from layerprobe.capture.topk import TopK
-    from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions
+    from layerprobe.extract.options import DEFAULT_SITES, ExtractOptions
     from layerprobe.extract.stream import stream_texts
     from layerprobe.models import load_model
     from layerprobe.sites.resolve import map_model

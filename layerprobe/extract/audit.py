@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from layerprobe.capture.casting import cast_into
 from layerprobe.capture.pooling import POOLS
 from layerprobe.capture.probe import Probe
-from layerprobe.capture.select import cast_into
 from layerprobe.capture.target import Target
 from layerprobe.errors import OptionError, PlanError, StoreError
 from layerprobe.extract.batching import tokenize
-from layerprobe.extract.forward import PRECISIONS, compute_in
+from layerprobe.extract.forward import PRECISIONS, REORDERED, compute_in
 from layerprobe.models import LoadedModel, describe_model, evaluating, load_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.checks import TOKENIZER_FILE, check_tokenizer
@@ -35,9 +35,6 @@ from layerprobe.tables import format_count
 
 __all__ = ["AuditProblem", "AuditReport", "audit"]
 
-# What sums in another order may change, as a share of the largest magnitude that the site has in the example: of the
-# dtype that the model computes in. About ten times the most that was seen with models of 12 layers.
-_REORDERED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # TF32, which a GPU may multiply float32 in, keeps as many bits as float16.
 _REORDERED_TF32 = 2e-2
 _MODEL_FIELDS = ("class", "config_hash", "weights_hash")
@@ -305,4 +302,4 @@ def _share_reordered(made: Tensor, precision: str | None) -> float:
     allows = made.dtype == torch.float32 and made.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     if precision == "tf32" or allows:
         return _REORDERED_TF32
-    return max(_REORDERED[made.dtype], _REORDERED[PRECISIONS[precision]] if precision is not None else 0.0)
+    return max(REORDERED[made.dtype], REORDERED[PRECISIONS[precision]] if precision is not None else 0.0)

@@ -6,8 +6,10 @@ keeps batches even. Must never know of models or files.
 Letters: B sequences, S padded positions, T rows.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,17 @@ from torch import Tensor
 
 from layerprobe.capture.staging import Room
 
-__all__ = ["BATCH_COST_TOKENS", "SHAPE_STEPS", "Batch", "Shapes", "TokenizedUnit", "cut_batches", "tokenize"]
+__all__ = [
+    "BATCH_COST_TOKENS",
+    "SHAPE_STEPS",
+    "Batch",
+    "FlatBatch",
+    "Shapes",
+    "TokenizedUnit",
+    "cut_batches",
+    "cut_flat_batches",
+    "tokenize",
+]
 
 # What one more batch costs, in tokens: less than it measures for MiniLM on two cores (36), to keep padding under 2 %.
 BATCH_COST_TOKENS = 16
@@ -67,6 +79,16 @@ class Batch:
     attention_mask: Tensor
 
     @property
+    def arguments(self) -> dict[str, Tensor]:
+        """What the model is called with."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @property
+    def num_sequences(self) -> int:
+        """Texts that are computed, and rows of no text."""
+        return len(self.input_ids)
+
+    @property
     def num_padding(self) -> int:
         """Positions that are of no text."""
         return self.input_ids.numel() - sum(dict(zip(self.sequences, self.lengths, strict=True)).values())
@@ -89,6 +111,54 @@ class Batch:
             [sequence - start for sequence in self.sequences[first:last]],
             self.input_ids[start:stop],
             self.attention_mask[start:stop],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FlatBatch:
+    """Texts that go through the model behind one another, in one sequence with no padding.
+
+    Args:
+        members: Places of the texts in the unit.
+        lengths: Tokens of each.
+        sequences: For each which of the texts of the sequence it is; texts of the same ids are there once.
+        input_ids: `[1, T]` int64.
+    """
+
+    members: list[int]
+    lengths: list[int]
+    sequences: list[int]
+    input_ids: Tensor
+
+    @cached_property
+    def own_lengths(self) -> list[int]:
+        """Tokens of each text of the sequence, in order."""
+        return list(dict(zip(self.sequences, self.lengths, strict=True)).values())
+
+    @property
+    def num_sequences(self) -> int:
+        """Texts that are computed."""
+        return len(self.own_lengths)
+
+    @property
+    def num_padding(self) -> int:
+        """None: every position is of a text."""
+        return 0
+
+    @property
+    def num_filling(self) -> int:
+        """None: every row is of a text."""
+        return 0
+
+    def halves(self) -> "tuple[FlatBatch, FlatBatch]":
+        """Cut in two, in the same order; at least two texts."""
+        middle = len(self.own_lengths) // 2
+        first = sum(sequence < middle for sequence in self.sequences)
+        place = sum(self.own_lengths[:middle])
+        sequences = [sequence - middle for sequence in self.sequences[first:]]
+        return (
+            FlatBatch(self.members[:first], self.lengths[:first], self.sequences[:first], self.input_ids[:, :place]),
+            FlatBatch(self.members[first:], self.lengths[first:], sequences, self.input_ids[:, place:]),
         )
 
 
@@ -188,18 +258,54 @@ def cut_batches(
 
     Cost: for each text a look at as many as fit into a batch with it, in numpy.
     """
+    texts = _sort_texts(unit, joins_equal)
+    cuts = _choose_cuts([len(ids) for ids, _ in texts], batch_tokens, shapes)
+    start = 0
+    while start < len(texts):
+        end, shape = cuts[start]
+        yield _pad(texts[start:end], pad_id, padding_side, shape)
+        start = end
+
+
+def cut_flat_batches(unit: TokenizedUnit, batch_tokens: int, pad_id: int) -> Iterator[Batch | FlatBatch]:
+    """Cut a unit into batches of at most `batch_tokens` tokens without padding, longest texts first.
+
+    As `cut_batches`, but every batch is about as large as the others: there is no padding for the cut to save. Texts of
+    one length lie together, which attention can take at once. Where all that is left are texts of no tokens, they come
+    as a padded batch, since a model wants a position.
+    """
+    texts = _sort_texts(unit, joins_equal=True)
+    num_tokens = sum(len(ids) for ids, _ in texts)
+    enough = math.ceil(num_tokens / max(1, math.ceil(num_tokens / batch_tokens)))
+    start = 0
+    while start < len(texts):
+        end, size = start, 0
+        while end < len(texts) and (not size or (size < enough and size + len(texts[end][0]) <= batch_tokens)):
+            size += len(texts[end][0])
+            end += 1
+        chosen = texts[start:end]
+        yield _lay(chosen) if size else _pad(chosen, pad_id, "right", (len(chosen), 1))
+        start = end
+
+
+def _sort_texts(unit: TokenizedUnit, joins_equal: bool) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Give the ids of each text and the places of the texts that have them, longest first."""
     same: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for member, ids in enumerate(unit.ids):
         same.setdefault((tuple(ids), 0 if joins_equal else member), []).append(member)
-    sequences = sorted(same, key=lambda key: -len(key[0]))
-    lengths = [len(ids) for ids, _ in sequences]
-    cuts = _choose_cuts(lengths, batch_tokens, shapes)
-    start = 0
-    while start < len(sequences):
-        end, shape = cuts[start]
-        chosen = sequences[start:end]
-        yield _pad([ids for ids, _ in chosen], [same[key] for key in chosen], pad_id, padding_side, shape)
-        start = end
+    return sorted(((ids, members) for (ids, _), members in same.items()), key=lambda text: -len(text[0]))
+
+
+def _number(texts: Sequence[tuple[tuple[int, ...], list[int]]]) -> tuple[list[int], list[int], list[int]]:
+    """Give places in the unit, lengths, and which text each is; the texts in the order in which they are given."""
+    members = [member for _, places in texts for member in places]
+    numbers = [number for number, (_, places) in enumerate(texts) for _ in places]
+    return members, [len(texts[number][0]) for number in numbers], numbers
+
+
+def _lay(texts: Sequence[tuple[tuple[int, ...], list[int]]]) -> FlatBatch:
+    input_ids = torch.tensor([[one for ids, _ in texts for one in ids]], dtype=torch.int64)
+    return FlatBatch(*_number(texts), input_ids)
 
 
 def _choose_cuts(lengths: Sequence[int], batch_tokens: int, shapes: Shapes | None) -> list[tuple[int, tuple[int, int]]]:
@@ -235,22 +341,16 @@ def _fill_up(heights: Sequence[int]) -> np.ndarray:
 
 
 def _pad(
-    sequences: Sequence[tuple[int, ...]],
-    members: Sequence[list[int]],
-    pad_id: int,
-    padding_side: str,
-    shape: tuple[int, int],
+    texts: Sequence[tuple[tuple[int, ...], list[int]]], pad_id: int, padding_side: str, shape: tuple[int, int]
 ) -> Batch:
-    lengths = [len(ids) for ids in sequences]
     num_rows, longest = shape
     input_ids = torch.full((num_rows, longest), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros((num_rows, longest), dtype=torch.int64)
     positions = torch.arange(longest)
-    of_text = (positions if padding_side == "right" else longest - 1 - positions) < torch.tensor(lengths)[:, None]
-    attention_mask[: len(sequences)] = of_text
-    input_ids[: len(sequences)][of_text] = torch.tensor([one for ids in sequences for one in ids], dtype=torch.int64)
+    lengths = torch.tensor([len(ids) for ids, _ in texts])
+    of_text = (positions if padding_side == "right" else longest - 1 - positions) < lengths[:, None]
+    attention_mask[: len(texts)] = of_text
+    input_ids[: len(texts)][of_text] = torch.tensor([one for ids, _ in texts for one in ids], dtype=torch.int64)
     # attention over nothing at all is not a number
-    attention_mask[len(sequences) :, 0 if padding_side == "right" else -1] = 1
-    rows = [row for row, those in enumerate(members) for _ in those]
-    flat = [member for those in members for member in those]
-    return Batch(flat, [lengths[row] for row in rows], rows, input_ids, attention_mask)
+    attention_mask[len(texts) :, 0 if padding_side == "right" else -1] = 1
+    return Batch(*_number(texts), input_ids, attention_mask)

@@ -8,12 +8,14 @@ Hides how much fits. Must never know of stores.
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from layerprobe.extract.batching import Batch
+from layerprobe.extract.batching import Batch, FlatBatch
+from layerprobe.extract.flat import FlatForm, laying
 
 __all__ = ["ModelCaller"]
 
@@ -24,17 +26,19 @@ class ModelCaller:
     Args:
         model: Called with ids and mask.
         device: Where it is.
+        form: How the model takes flat batches, where there are some.
 
     `num_halved` counts the batches that did not fit; `most_tokens` is what is tried at once by now, None for any.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, form: FlatForm | None = None) -> None:
         self._model = model
         self._device = device
+        self._form = form
         self.num_halved = 0
         self.most_tokens: int | None = None
 
-    def call(self, batch: Batch, announce: Callable[[Batch], None]) -> None:
+    def call(self, batch: Batch | FlatBatch, announce: Callable[[Any], None]) -> None:
         """Send a batch through the model.
 
         Args:
@@ -45,7 +49,7 @@ class ModelCaller:
             torch.OutOfMemoryError: a single text does not fit.
         """
         num_tokens = batch.input_ids.numel()
-        is_one = len(batch.input_ids) < 2
+        is_one = batch.num_sequences < 2
         if is_one or self.most_tokens is None or num_tokens <= self.most_tokens:
             if self._try(batch, announce, may_fail=not is_one):
                 return
@@ -58,13 +62,17 @@ class ModelCaller:
             if half.members:
                 self.call(half, announce)
 
-    def _try(self, batch: Batch, announce: Callable[[Batch], None], may_fail: bool) -> bool:
+    def _try(self, batch: Batch | FlatBatch, announce: Callable[[Any], None], may_fail: bool) -> bool:
         announce(batch)
+        if isinstance(batch, FlatBatch):
+            assert self._form is not None
+            arguments = self._form.arguments(batch)
+        else:
+            arguments = batch.arguments
+        placed = {name: value.to(self._device, non_blocking=True) for name, value in arguments.items()}
         try:
-            self._model(
-                input_ids=batch.input_ids.to(self._device, non_blocking=True),
-                attention_mask=batch.attention_mask.to(self._device, non_blocking=True),
-            )
+            with laying(batch):
+                self._model(**placed)
         except torch.OutOfMemoryError:
             if may_fail:
                 return False

@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 
+from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.probe import Probe
-from layerprobe.capture.select import resolve_dtype
 from layerprobe.capture.staging import Room
 from layerprobe.capture.units import AnnouncedBatch, encode_record
 from layerprobe.errors import InputError, SpaceError
-from layerprobe.extract.batching import Batch, Shapes, TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.batching import Batch, FlatBatch, Shapes, TokenizedUnit, cut_batches, cut_flat_batches, tokenize
 from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.cores import using_cores
 from layerprobe.extract.cutting import Unit
+from layerprobe.extract.flat import FlatForm, attending_flat
 from layerprobe.extract.forward import CUDA_GRAPHS, compile_network, compute_in
 from layerprobe.extract.inputs import InputDigest, Record
 from layerprobe.extract.plan import Plan
@@ -86,7 +87,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             packs_in_graphs=not is_replayed,
         )
         model = compile_network(plan.model, plan.options.compile)
-        self._caller = ModelCaller(model, plan.device)
+        self._caller = ModelCaller(model, plan.device, FlatForm.of(plan.model) if plan.is_flat else None)
         self._probe = Probe(model, [site.name for site in plan.sites], to=self._sink, stop=can_end_early(model))
         self._open = contextlib.ExitStack()
 
@@ -102,6 +103,8 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             entering.enter_context(evaluating(self._plan.model))
             entering.enter_context(torch.inference_mode())
             entering.enter_context(compute_in(self._plan.model, self._plan.precision))
+            if self._plan.is_flat:
+                entering.enter_context(attending_flat(self._plan.model))
             entering.enter_context(self._probe)
             self._open = entering.pop_all()
         return self
@@ -128,20 +131,26 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         records = [encode_record(_make_record(record)) for record in unit.records]
         self._keeper.reserve(header, self._plan.stored, room, sum(map(len, records)), rows is not None)
         self._sink.begin_unit(unit.number, unit.first_example, room, num_truncated)
-        pad_id, side = self._plan.tokenizer.pad_token_id or 0, self._plan.tokenizer.padding_side
-        for batch in cut_batches(tokenized, self._plan.batch_tokens, pad_id, side, shapes=self._shapes):
+        side = self._plan.tokenizer.padding_side
+        for batch in self._cut(tokenized):
             self._caller.call(
                 batch, lambda part: self._sink.announce(_announce(unit, tokenized, records, part, side, rows))
             )
             self.report.num_computed += batch.input_ids.numel()
             self.report.num_padding += batch.num_padding
-            self.report.num_repeated += len(batch.members) - len(batch.input_ids) + batch.num_filling
+            self.report.num_repeated += len(batch.members) - batch.num_sequences + batch.num_filling
             self.report.num_tokens += sum(batch.lengths)
             self.report.num_examples += len(batch.members)
             self._count()
             self._advance(len(batch.members))
         self._sink.end_unit()
         self.report.num_truncated += num_truncated
+
+    def _cut(self, tokenized: TokenizedUnit) -> Iterator[Batch | FlatBatch]:
+        pad_id, budget = self._plan.tokenizer.pad_token_id or 0, self._plan.batch_tokens
+        if self._plan.is_flat:
+            return cut_flat_batches(tokenized, budget, pad_id)
+        return cut_batches(tokenized, budget, pad_id, self._plan.tokenizer.padding_side, shapes=self._shapes)
 
     def _count(self) -> None:
         """Take over what others count."""
@@ -191,13 +200,17 @@ def _announce(
     unit: Unit,
     tokenized: TokenizedUnit,
     records: Sequence[bytes],
-    batch: Batch,
+    batch: Batch | FlatBatch,
     padding_side: str,
     rows: KeptRows | None,
 ) -> AnnouncedBatch:
     kept = None if rows is None else [rows.of(member) for member in batch.members]
-    ids = [token_id for member in batch.members for token_id in tokenized.ids[member]]
-    input_ids = torch.tensor(ids, dtype=torch.int64)
+    has_copies = len(batch.sequences) > batch.num_sequences - batch.num_filling
+    if isinstance(batch, FlatBatch) and not has_copies:
+        input_ids = batch.input_ids[0]
+    else:
+        ids = [token_id for member in batch.members for token_id in tokenized.ids[member]]
+        input_ids = torch.tensor(ids, dtype=torch.int64)
     if kept is not None:
         parts = zip(input_ids.split(batch.lengths), kept, strict=True)
         input_ids = torch.cat([own[positions] for own, positions in parts])
@@ -208,9 +221,10 @@ def _announce(
         padding_side=padding_side,
         input_ids=input_ids,
         records=[records[member] for member in batch.members],
-        sequences=batch.sequences if len(batch.sequences) > len(batch.input_ids) - batch.num_filling else None,
+        sequences=batch.sequences if has_copies else None,
         kept=kept,
         num_filling=batch.num_filling,
+        is_flat=isinstance(batch, FlatBatch),
     )
 
 

@@ -17,94 +17,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerprobe.capture.pooling import Pool, check_pool
-from layerprobe.capture.probe import DEFAULT_SHARD_BYTES, Probe, describe_pool
-from layerprobe.capture.select import resolve_dtype
+from layerprobe.capture.casting import resolve_dtype
+from layerprobe.capture.probe import Probe, describe_pool
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, SpaceError
 from layerprobe.extract.batching import BATCH_COST_TOKENS, SHAPE_STEPS, TokenizedUnit, tokenize
 from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
-from layerprobe.extract.forward import CUDA_GRAPHS, check_device, check_forward, compute_in, find_precision
+from layerprobe.extract.flat import refuse_flat
+from layerprobe.extract.forward import CUDA_GRAPHS, check_device, compute_in, find_precision
 from layerprobe.extract.inputs import TextSource, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
-from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run, recall_batch_tokens
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run, recall_batches
 from layerprobe.extract.thinning import find_kept
-from layerprobe.extract.warmup import LEAST_TOKENS, find_batch_tokens
+from layerprobe.extract.warmup import LEAST_TOKENS, choose_batch_tokens, find_batch_tokens
 from layerprobe.models import LoadedModel, describe_model, describe_tokenizer
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.format import ShardHeader, fingerprint_of
 from layerprobe.store.guard import MOST_SHARDS
-from layerprobe.store.kept import check_kept
 from layerprobe.store.places import Place, find_place, need_folder
-from layerprobe.store.writer import NONFINITE_POLICIES, StoredSite
+from layerprobe.store.writer import StoredSite
 from layerprobe.tables import format_bytes, format_count
 from layerprobe.version import __version__
 
-__all__ = ["DEFAULT_SITES", "ExtractOptions", "Plan", "choose_batch_tokens", "plan_extraction"]
+__all__ = ["Plan", "plan_extraction"]
 
-DEFAULT_SITES = ("embeddings", "layers.*")
-# Measured on two cores, 1,024 padded tokens a batch keep MiniLM's values in the caches and padding small.
-_CPU_BATCH_TOKENS = 1024
-_GPU_BATCH_TOKENS = 16384
+_TRIED_TOKENS = 8
 _SAMPLE_EXAMPLES = 2000
 _BYTES_PER_TOKEN = 4.0
-
-
-@dataclass(frozen=True)
-class ExtractOptions:
-    """What to extract and how; checked when made.
-
-    Args:
-        sites: Patterns.
-        dtype: Stored dtype by name, or None for the model's own.
-        pool: As for `Probe`.
-        field: Which field of a record holds the text.
-        max_length: Longest text in tokens; None for the model's own limit.
-        batch_tokens: Padded tokens per batch; None chooses by device, and tries for long runs.
-        shard_bytes: What a shard should hold.
-        nonfinite: `warn` counts values that are not finite, `error` stops at them.
-        keep: Share of the rows to keep.
-        tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` or `nonspecial`.
-        precision: What the forward computes in, by name; None for the dtype of the weights.
-        compile: Whether to compile the model for the run, or torch's backend to do so, or `reduce-overhead`.
-        writers: Shards written at once, each from a buffer of its own.
-
-    Raises:
-        OptionError: a value that does not exist.
-    """
-
-    sites: Sequence[str] = DEFAULT_SITES
-    dtype: str | torch.dtype | None = None
-    pool: Pool = None
-    field: str = "text"
-    max_length: int | None = None
-    batch_tokens: int | None = None
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-    nonfinite: str = "warn"
-    keep: float = 1.0
-    tokens: str = "all"
-    precision: str | None = None
-    compile: bool | str = False
-    writers: int = 1
-
-    def __post_init__(self) -> None:
-        resolve_dtype(self.dtype)
-        check_pool(self.pool)
-        check_kept(self.tokens, self.keep)
-        check_forward(self.precision, self.compile)
-        if self.nonfinite not in NONFINITE_POLICIES:
-            raise OptionError(f"no policy {self.nonfinite!r} for values that are not finite: use warn or error.")
-        sizes = {
-            "max_length": self.max_length,
-            "batch_tokens": self.batch_tokens,
-            "shard_size": self.shard_bytes,
-            "writers": self.writers,
-        }
-        for name, value in sizes.items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise OptionError(f"{name} is {value!r}: it must be a whole number of at least 1.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +105,11 @@ class Plan:
     def precision(self) -> str | None:
         """What the forward computes in, where that is not the dtype of the weights."""
         return self.description["plan"].get("precision")
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether texts go through the model behind one another, without padding."""
+        return bool(self.description["plan"].get("padding_free"))
 
     @property
     def missing_bytes(self) -> int:
@@ -269,9 +216,10 @@ def plan_extraction(
     is_exact = survey.num_examples <= len(sample)
     num_tokens = sampled.num_tokens if is_exact else survey.num_tokens
     value_bytes = sum(rule.cost(len(ids)) for ids in sampled.ids) if is_exact else survey.value_bytes
-    batch_tokens, description = _choose_budget(
+    batch_tokens, description = _choose_batches(
         place,
         options,
+        _may_be_flat(model, sites, options, sampled.ids[0][:_TRIED_TOKENS]),
         partial(_describe, model, tokenizer, stored, options, rule, survey, name),
         partial(_find_budget, model, sites, options, sampled, survey),
     )
@@ -318,24 +266,37 @@ def _find_source(
     return *gather_crew(names, model, texts, to, options.field, given), names[0]
 
 
-def choose_batch_tokens(device: torch.device) -> int:
-    """Choose the padded tokens of a batch where nothing is asked for, and nothing is tried."""
-    return _CPU_BATCH_TOKENS if device.type == "cpu" else _GPU_BATCH_TOKENS
-
-
-def _choose_budget(
-    place: Place, options: ExtractOptions, describe: Callable[[int], dict[str, Any]], find: Callable[[], int]
+def _choose_batches(
+    place: Place,
+    options: ExtractOptions,
+    may_be_flat: bool,
+    describe: Callable[[int, bool], dict[str, Any]],
+    find: Callable[[], int],
 ) -> tuple[int, dict[str, Any]]:
-    """Choose the padded tokens of a batch: those asked for, those of the same run so far, or those found now."""
-    if options.batch_tokens is not None:
-        return options.batch_tokens, describe(options.batch_tokens)
-    if recalled := recall_batch_tokens(place):
-        batch_tokens, fingerprint = recalled
-        description = describe(batch_tokens)
-        if description["fingerprint"] == fingerprint:
-            return batch_tokens, description
-    batch_tokens = find()
-    return batch_tokens, describe(batch_tokens)
+    """Choose a batch's tokens, and whether it has padding: as asked for, as in the same run so far, or as found now."""
+    if recalled := recall_batches(place):
+        batch_tokens, is_flat = options.batch_tokens or recalled.batch_tokens, recalled.is_flat
+        if is_flat <= may_be_flat and options.padding_free in (None, is_flat):
+            description = describe(batch_tokens, is_flat)
+            if description["fingerprint"] == recalled.fingerprint:
+                return batch_tokens, description
+    batch_tokens = options.batch_tokens or find()
+    return batch_tokens, describe(batch_tokens, may_be_flat)
+
+
+def _may_be_flat(model: nn.Module, sites: tuple[Site, ...], options: ExtractOptions, ids: Sequence[int]) -> bool:
+    """Whether the batches of a run can do without padding.
+
+    Raises:
+        OptionError: they cannot, and are asked to.
+    """
+    if options.padding_free is False:
+        return False
+    precision = find_precision(model, options.precision)
+    reason = refuse_flat(model, sites, ids, precision, is_compiled=bool(options.compile))
+    if reason is not None and options.padding_free:
+        raise OptionError(f"padding_free=True: {reason}. Leave it out.")
+    return reason is None
 
 
 def _find_budget(
@@ -371,6 +332,7 @@ def _describe(
     survey: Survey,
     name: str,
     batch_tokens: int,
+    is_flat: bool,
 ) -> dict[str, Any]:
     """Say what the run is; what changes the bytes of its shards is in the fingerprint, and nothing else."""
     own = {**describe_model(model), **({"id": name} if name else {})}
@@ -384,7 +346,7 @@ def _describe(
         "plan": {
             "max_length": rule.max_length,
             "batch_tokens": batch_tokens,
-            "batch_cost_tokens": BATCH_COST_TOKENS,
+            **({"padding_free": True} if is_flat else {"batch_cost_tokens": BATCH_COST_TOKENS}),
             "shard_bytes": rule.shard_bytes,
             "text_bytes_per_token": rule.text_bytes_per_token,
             "units": len(survey.digests),

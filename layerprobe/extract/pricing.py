@@ -19,7 +19,8 @@ from typing import Any
 from layerprobe.errors import InputError, OptionError
 from layerprobe.extract.inputs import Record, open_source
 from layerprobe.extract.network import find_model
-from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import find_device

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
 from layerprobe.store.format import (
@@ -26,7 +26,7 @@ from layerprobe.store.lock import LOCK_FILE, refuse_held
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.progress import PROGRESS_FILE
 
-__all__ = ["check_finite", "check_folder", "check_place", "find_done", "holds_same_run", "recall_batch_tokens"]
+__all__ = ["check_finite", "check_folder", "check_place", "find_done", "holds_same_run", "recall_batches"]
 
 _NUM_REQUESTS = 8
 
@@ -105,14 +105,23 @@ def holds_same_run(place: Place, description: Mapping[str, Any]) -> bool:
     return found == {"format": FORMAT_VERSION, **json.loads(json.dumps(description))}
 
 
-def recall_batch_tokens(place: Place) -> tuple[int, object] | None:
-    """Tell the budget of batches of the run in a place, and that run's fingerprint; None where there is none."""
+class RecalledBatches(NamedTuple):
+    """What the batches of a run are like, and its fingerprint."""
+
+    batch_tokens: int
+    is_flat: bool
+    fingerprint: object
+
+
+def recall_batches(place: Place) -> RecalledBatches | None:
+    """Tell what the batches of the run in a place are like; None where there is none."""
     try:
         found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else {}
-        batch_tokens = found["plan"]["batch_tokens"]
-    except (FormatError, KeyError, TypeError):
+        batch_tokens, is_flat = found["plan"]["batch_tokens"], found["plan"].get("padding_free") is True
+    except (AttributeError, FormatError, KeyError, TypeError):
         return None
-    return (batch_tokens, found.get("fingerprint")) if type(batch_tokens) is int and batch_tokens > 0 else None
+    is_budget = type(batch_tokens) is int and batch_tokens > 0
+    return RecalledBatches(batch_tokens, is_flat, found.get("fingerprint")) if is_budget else None
 
 
 def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:

@@ -24,7 +24,8 @@ from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.crew import run_crew
 from layerprobe.extract.engine import UnitEngine, check_units, ending_waits, tokenize_missing
 from layerprobe.extract.folder import hold_store
-from layerprobe.extract.plan import DEFAULT_SITES, ExtractOptions, Plan, plan_extraction
+from layerprobe.extract.options import DEFAULT_SITES, ExtractOptions
+from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.resume import find_done
 from layerprobe.extract.space import RoomKeeper
@@ -58,6 +59,7 @@ def extract(
     field: str = ...,
     max_length: int | None = ...,
     batch_tokens: int | None = ...,
+    padding_free: bool | None = ...,
     shard_size: int = ...,
     nonfinite: str = ...,
     keep: float = ...,
@@ -97,6 +99,7 @@ def extract(
     field: str = "text",
     max_length: int | None = None,
     batch_tokens: int | None = None,
+    padding_free: bool | None = None,
     shard_size: int = DEFAULT_SHARD_BYTES,
     nonfinite: str = "warn",
     keep: float = 1.0,
@@ -128,6 +131,9 @@ def extract(
             counted.
         batch_tokens: Padded tokens per batch; None for 1,024 on a CPU and 16,384 elsewhere, or more
             where a million tokens make it worth trying and it is faster.
+        padding_free: Whether texts go through the model behind one another in one sequence, each attending to itself
+            alone, instead of side by side with padding: faster, and the same rows but for their last digits. None for
+            where model, sites and device are known to allow it, which a trial at the start confirms.
         shard_size: Bytes of a shard, and of each of the buffers, which are one more than `writers`.
         nonfinite: `warn` counts values that are not finite, `error` stops at them.
         keep: Share of the rows to keep, above 0: a draw without a seed, by example and position. The reader knows the
@@ -174,6 +180,7 @@ def extract(
         field=field,
         max_length=max_length,
         batch_tokens=batch_tokens,
+        padding_free=padding_free,
         shard_bytes=shard_size,
         nonfinite=nonfinite,
         keep=keep,
@@ -188,6 +195,7 @@ def extract(
         stored |= {"nonfinite": nonfinite != "warn", "shard_size": shard_size != DEFAULT_SHARD_BYTES}
         stored |= {"keep": keep != 1, "tokens": tokens != "all", "precision": precision, "compile": compile}
         stored |= {"devices": devices is not None, "writers": writers != 1}
+        stored |= {"padding_free": padding_free is not None}
         given = [name for name, value in stored.items() if value]
         if given:
             raise OptionError(f"extract into a {type(to).__name__}: {given[0]} concerns stores. Leave it out.")

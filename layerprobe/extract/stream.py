@@ -27,8 +27,9 @@ from layerprobe.extract.cores import using_cores
 from layerprobe.extract.cutting import Unit
 from layerprobe.extract.inputs import Record, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
-from layerprobe.extract.plan import ExtractOptions, choose_batch_tokens
+from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.reports import StreamReport
+from layerprobe.extract.warmup import choose_batch_tokens
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.stacks import find_device
 

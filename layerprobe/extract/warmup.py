@@ -19,14 +19,22 @@ from layerprobe.extract.forward import compute_in
 from layerprobe.models import evaluating
 from layerprobe.sites.stacks import find_device
 
-__all__ = ["LEAST_TOKENS", "climb", "find_batch_tokens"]
+__all__ = ["LEAST_TOKENS", "choose_batch_tokens", "climb", "find_batch_tokens"]
 
 # Shorter runs would not win back what looking takes.
 LEAST_TOKENS = 1_000_000
+# Measured on two cores, 1,024 tokens a batch keep MiniLM's values in the caches and padding small.
+_CPU_BATCH_TOKENS = 1024
+_GPU_BATCH_TOKENS = 16384
 _MOST_DOUBLINGS = 6
 _NUM_TRIES = 3
 # Less is as likely chance as gain, and a smaller budget pads less.
 _LEAST_GAIN = 0.05
+
+
+def choose_batch_tokens(device: torch.device) -> int:
+    """Choose the tokens of a batch where nothing is asked for, and nothing is tried."""
+    return _CPU_BATCH_TOKENS if device.type == "cpu" else _GPU_BATCH_TOKENS
 
 
 def find_batch_tokens(

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-from layerprobe.capture.select import resolve_dtype
+from layerprobe.capture.casting import resolve_dtype
 from layerprobe.errors import LayerProbeError, ModelError
 from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.cutting import Unit, UnitRule
 from layerprobe.extract.engine import UnitEngine, check_units, ending_waits, tokenize_missing
 from layerprobe.extract.inputs import TextSource, open_source
-from layerprobe.extract.plan import ExtractOptions, Plan
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import Plan
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.thinning import find_kept

@@ -52,6 +52,8 @@ class Anatomy:
         heads: Names under which task models keep the module that makes the logits; the first that exists counts.
         cross: Name that stands for the first segment of the attention paths in a decoder's cross attention, or None.
         first_call: Whether query, key and value are made by the first of several calls of their modules.
+        flat: Whether `extract` may give it texts behind one another in one sequence: attention by the interface of
+            transformers and over whole texts, positions as they are passed, and nothing else from token to token.
 
     Example:
         >>> import layerprobe as lp
@@ -73,9 +75,10 @@ class Anatomy:
     heads: tuple[str, ...] = ("cls", "classifier", "qa_outputs")
     cross: str | None = None
     first_call: bool = False
+    flat: bool = False
 
 
-_BERT = Anatomy(cross="crossattention")
+_BERT = Anatomy(cross="crossattention", flat=True)
 _ROBERTA = replace(_BERT, heads=("lm_head", "classifier", "qa_outputs"))
 _LLAMA_LIKE = Anatomy(
     layers="layers",

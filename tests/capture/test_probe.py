@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 import layerprobe as lp
+from layerprobe.capture.casting import DTYPES
 from layerprobe.capture.probe import describe_pool
-from layerprobe.capture.select import DTYPES
 from layerprobe.errors import CaptureError, OptionError, SiteError
 
 ALL = ["*", "layers.*", "layers.*.*", "layers.*.*.*"]

@@ -10,13 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerprobe.capture.select import (
-    DTYPES,
-    Selection,
-    cast_into,
-    resolve_dtype,
-    write_rows,
-)
+from layerprobe.capture.casting import DTYPES, cast_into, resolve_dtype
+from layerprobe.capture.select import Selection, write_rows
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError
 from masks import CPU, MASKS, index, make_value, select

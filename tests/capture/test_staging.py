@@ -16,7 +16,7 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.capture import packing, probe
-from layerprobe.capture.select import cast_into
+from layerprobe.capture.casting import cast_into
 from layerprobe.capture.staging import (
     BufferPool,
     DirectLane,

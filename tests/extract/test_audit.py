@@ -13,6 +13,7 @@ import layerprobe
 from layerprobe.errors import FormatError, OptionError, PlanError, StoreError
 from layerprobe.extract import audit as audit_module
 from layerprobe.extract.audit import AuditReport, audit
+from layerprobe.extract.forward import REORDERED
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import commit_shard, read_header
 from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo
@@ -168,7 +169,7 @@ def test_values_that_are_not_finite_must_be_where_they_were(tiny: LoadedModel, m
 
 def test_the_tolerance_is_a_step_of_the_dtype_and_a_share_of_the_largest() -> None:
     made = torch.tensor([[8.0, 1.0, 0.0]])
-    allowed = 8 * audit_module._REORDERED[torch.float32] + 2**-23
+    allowed = 8 * REORDERED[torch.float32] + 2**-23
     for off, is_right in ((0.9, True), (1.1, False)):
         stored = made + torch.tensor([[0, off * allowed, 0]])
         assert (audit_module._measure(stored, made) <= 1) is is_right

@@ -16,7 +16,8 @@ import pytest
 import layerprobe as lp
 from layerprobe.errors import CaptureError, NonFiniteError, OptionError
 from layerprobe.extract import crew
-from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 

@@ -17,7 +17,8 @@ import pytest
 import layerprobe as lp
 from faults import CALLS, FaultySystem, ForgetfulDisk, Step, check_shards, fail
 from layerprobe.errors import FormatError, LayerProbeError, LockError, PlanError, StoreError
-from layerprobe.extract.plan import ExtractOptions, Plan, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.store import durable, lock

@@ -15,7 +15,8 @@ from layerprobe.extract.audit import audit
 from layerprobe.extract.batching import Shapes
 from layerprobe.extract.engine import UnitEngine
 from layerprobe.extract.forward import compute_in
-from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.models import LoadedModel
 
 extract: Any = layerprobe.extract

@@ -15,7 +15,8 @@ from transformers import CanineTokenizer
 from layerprobe.errors import ArchitectureError, InputError, ModelError, OptionError, SiteError, SpaceError, StoreError
 from layerprobe.extract.cutting import Unit, UnitRule
 from layerprobe.extract.inputs import Record
-from layerprobe.extract.plan import ExtractOptions, Plan, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 

@@ -7,7 +7,7 @@ import pytest
 
 import layerprobe
 from layerprobe.errors import InputError, OptionError
-from layerprobe.extract.plan import ExtractOptions
+from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.pricing import DiskPace, Price, SamplePace, price_extraction
 from layerprobe.models import LoadedModel
 

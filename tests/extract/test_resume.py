@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import layerprobe
 from layerprobe.errors import FormatError, InputError, NonFiniteError, PlanError, StoreError
-from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.resume import check_folder
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel

@@ -15,7 +15,8 @@ import torch
 
 import layerprobe
 from layerprobe.errors import NonFiniteError, StoreError
-from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel

@@ -14,7 +14,8 @@ import layerprobe as lp
 from faults import FaultySystem, Step, check_shards, fail
 from layerprobe.errors import SpaceError
 from layerprobe.extract import engine, space
-from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.errors import InputError, OptionError
-from layerprobe.extract.plan import ExtractOptions
+from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.stream import stream_texts
 from layerprobe.models import LoadedModel
 

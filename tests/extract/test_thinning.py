@@ -11,7 +11,8 @@ import torch
 import layerprobe
 from layerprobe.errors import FormatError, OptionError, PlanError
 from layerprobe.extract.audit import audit
-from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import commit_shard, read_header
 from layerprobe.store.kept import draw

@@ -9,7 +9,8 @@ import torch
 import layerprobe
 from layerprobe.errors import PlanError
 from layerprobe.extract import plan as planning
-from layerprobe.extract.plan import ExtractOptions, plan_extraction
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.extract.warmup import climb, find_batch_tokens
 from layerprobe.models import LoadedModel

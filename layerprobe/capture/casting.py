@@ -1,0 +1,58 @@
+"""The dtypes that are stored, and how values are brought to them.
+
+Must never know which rows are real or where they go.
+"""
+
+import torch
+from torch import Tensor
+
+from layerprobe.capture.target import Target
+from layerprobe.errors import OptionError
+
+__all__ = ["DTYPES", "NOT_PLAIN", "cast_into", "resolve_dtype"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+# Into these `cast_into` does more than copy.
+NOT_PLAIN = (torch.int8, torch.float8_e4m3fn)
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Find a storage dtype by name; None means as the model made it.
+
+    Raises:
+        OptionError: layerprobe does not store this dtype.
+    """
+    if dtype is None or dtype in DTYPES.values():
+        return dtype if isinstance(dtype, torch.dtype) else None
+    if dtype in DTYPES:
+        return DTYPES[str(dtype)]
+    raise OptionError(f"no dtype {str(dtype)!r}: use {', '.join(DTYPES)}, or None for the model's own.")
+
+
+def cast_into(target: Target, value: Tensor) -> None:
+    """Copy `value` into `target`, of the same shape, and cast it.
+
+    For int8 each vector is divided by its largest magnitude over 127, which goes to the scale.
+    """
+    out = target.values
+    if out.dtype not in NOT_PLAIN:
+        out.copy_(value)
+        return
+    if out.dtype == torch.int8:
+        scale = target.scale
+        assert scale is not None
+        vectors = value.float()
+        scale.copy_(vectors.abs().amax(dim=-1) / 127)
+        divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None]
+        # A NaN has no int8; its vector's scale is NaN, so it reads back as NaN all the same.
+        out.copy_((vectors / divisor).nan_to_num(0.0).round())
+        return
+    if target.overflow is not None:
+        target.overflow.add_((value.abs() > torch.finfo(out.dtype).max).sum())
+    out.copy_(value)

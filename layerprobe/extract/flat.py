@@ -1,0 +1,314 @@
+"""Texts behind one another in one sequence, so that no position is padding.
+
+In an encoder nothing but attention goes from token to token. So a model may be given the texts of a batch as one
+sequence, with each token's own position, if attention is kept within the texts. transformers lets a function of ours
+stand for a model's attention; while `attending_flat` is open the model's config names it, and a call that no
+`laying` belongs to goes the model's own way, whoever makes it.
+
+Hides which models that is right for, and tries it on two short texts before a run is planned so. Must never know of
+stores.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from layerprobe.capture.probe import Probe
+from layerprobe.errors import ArchitectureError
+from layerprobe.extract.batching import FlatBatch
+from layerprobe.extract.forward import PRECISIONS, REORDERED, compute_in
+from layerprobe.models import evaluating
+from layerprobe.sites.resolve import ModelMap, Site, map_model
+from layerprobe.sites.stacks import find_device
+
+__all__ = ["FlatForm", "attending_flat", "laying", "refuse_flat"]
+
+_NAME = "layerprobe_flat"
+# What attention may be asked for beside its operands, and what we do not do.
+_NOT_TAKEN = ("position_bias", "sliding_window", "softcap", "s_aux")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """How texts lie in the sequence: their lengths, in order."""
+
+    lengths: Sequence[int]
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, int, int]]:
+        """Texts of one length that follow each other: where they begin, how many they are, how long."""
+        groups = [(length, len(list(equal))) for length, equal in groupby(self.lengths) if length]
+        starts = accumulate((length * count for length, count in groups), initial=0)
+        return [(start, count, length) for start, (length, count) in zip(starts, groups, strict=False)]
+
+    @cached_property
+    def _bounds(self) -> Tensor:
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+
+    def bounds(self, device: torch.device) -> Tensor:
+        """Where texts begin and end, int32, as kernels for texts of many lengths take it."""
+        if self._bounds.device != device:
+            vars(self)["_bounds"] = self._bounds.to(device, non_blocking=True)
+        return self._bounds
+
+
+class _Laid(threading.local):
+    """What the calls of this thread are given: None where it is no flat batch."""
+
+    layout: _Layout | None = None
+
+
+_laid = _Laid()
+
+
+@dataclass(frozen=True)
+class FlatForm:
+    """How a model takes a flat batch.
+
+    Args:
+        padding_id: Of RoBERTa's kin, whose positions count from behind it and leave out tokens that have it; or None.
+        takes_types: Whether it takes token types, which then are said to be 0: its own zeros are as long as a text.
+    """
+
+    padding_id: int | None
+    takes_types: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "FlatForm":
+        """Find how this model does."""
+        table = getattr(getattr(map_model(model).base, "embeddings", None), "position_embeddings", None)
+        padding_id = table.padding_idx if isinstance(table, nn.Embedding) else None
+        return cls(padding_id, "token_type_ids" in inspect.signature(model.forward).parameters)
+
+    def arguments(self, batch: FlatBatch) -> dict[str, Tensor]:
+        """Give what to call the model with, on the CPU; `[1, T]` int64 each."""
+        lengths = np.array(batch.own_lengths)
+        starts = np.cumsum(lengths) - lengths
+        ids = batch.input_ids[0].numpy()
+        if self.padding_id is None:
+            positions = np.arange(len(ids)) - np.repeat(starts, lengths)
+        else:
+            counted = ids != self.padding_id
+            before = np.concatenate(([0], np.cumsum(counted)))
+            positions = (before[1:] - np.repeat(before[starts], lengths)) * counted + self.padding_id
+        arguments = {"input_ids": batch.input_ids, "position_ids": torch.from_numpy(positions)[None]}
+        if self.takes_types:
+            arguments["token_type_ids"] = torch.zeros_like(batch.input_ids)
+        return arguments
+
+
+@contextlib.contextmanager
+def laying(batch: object) -> Iterator[None]:
+    """Let the calls of this thread be of a flat batch while this is open; of any other batch it changes nothing."""
+    if not isinstance(batch, FlatBatch):
+        yield
+        return
+    _laid.layout = _Layout(batch.own_lengths)
+    try:
+        yield
+    finally:
+        _laid.layout = None
+
+
+@contextlib.contextmanager
+def attending_flat(model: nn.Module) -> Iterator[None]:
+    """Let a model attend within the texts of flat batches while this is open."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(_NAME, _attend)
+    AttentionMaskInterface.register(_NAME, _make_mask)
+    configs = _configs_of(map_model(model).base)
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = _NAME
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+def refuse_flat(
+    model: nn.Module, sites: Sequence[Site], ids: Sequence[int], precision: str | None, is_compiled: bool
+) -> str | None:
+    """Say why a run cannot go without padding; None where it can.
+
+    Args:
+        model: Run on two short texts, alone and as one batch, if nothing else speaks against it.
+        sites: Those of the run, whose rows are compared.
+        ids: Of some text.
+        precision: From `find_precision`.
+        is_compiled: Whether the run compiles the model.
+
+    Cost: three forwards of a short text.
+    """
+    if is_compiled:
+        return "a compiled model would be compiled again for every batch"
+    mapped = map_model(model)
+    reason = _refuse_model(mapped) or _refuse_kernel(mapped, precision) or _refuse_sites(sites)
+    if reason is not None:
+        return reason
+    try:
+        gives_same = _gives_same_rows(mapped.model, sites, list(ids) or [0], precision)
+    except Exception as error:  # whatever a model says of such a call, it does not take it
+        return f"{type(mapped.base).__name__} does not take such a batch ({error})"
+    return None if gives_same else f"{type(mapped.base).__name__} gives other rows then"
+
+
+def _refuse_model(mapped: ModelMap) -> str | None:
+    base, kinds = mapped.base, (type(mapped.model), type(mapped.base))
+    anatomy = mapped.stacks[0].anatomy
+    if len(mapped.stacks) > 1 or anatomy is None or not anatomy.flat or base.config.is_decoder:
+        return f"of {base.config.model_type!r} it is not known to give the same rows"
+    if not all(kind.__module__.startswith("transformers.") for kind in kinds):
+        return f"{kinds[0].__name__} is no class of transformers, and may do more than that"
+    if any(
+        "forward" in vars(module) or any(vars(module)[name] for name in _HOOKS) for module in mapped.model.modules()
+    ):
+        return "hooks or edits on the model would see another batch"
+    if base.config._attn_implementation != "sdpa":
+        return f"its attention is {base.config._attn_implementation!r}, not 'sdpa'"
+    if "position_ids" not in inspect.signature(mapped.model.forward).parameters:
+        return f"{kinds[0].__name__} takes no position_ids"
+    return None
+
+
+def _refuse_kernel(mapped: ModelMap, precision: str | None) -> str | None:
+    device = find_device(mapped.model)
+    if device.type == "cpu":
+        return None
+    dtype = _dtype_of(mapped.model, precision)
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return f"no kernel for texts of many lengths on {device.type} in {str(dtype).removeprefix('torch.')}"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no attention for texts of many lengths"
+    return None
+
+
+def _refuse_sites(sites: Sequence[Site]) -> str | None:
+    for site in sites:
+        if site.kind != "token" or site.name.startswith("module:"):
+            return f"{site.name!r} is not of tokens alone"
+    return None
+
+
+def _gives_same_rows(model: nn.Module, sites: Sequence[Site], ids: list[int], precision: str | None) -> bool:
+    """Whether two texts behind one another give the rows that each gives alone, as far as sums in another order do."""
+    device = find_device(model)
+    texts = [ids, ids[::-1][: max(1, len(ids) - 1)]]
+    flat = FlatBatch(
+        [0, 1], [len(text) for text in texts], [0, 1], torch.tensor([[one for text in texts for one in text]])
+    )
+    names = [site.name for site in sites]
+    with evaluating(model), torch.inference_mode(), compute_in(model, precision), Probe(model, names) as probe:
+        for text in texts:
+            alone = torch.tensor([text], device=device)
+            model(input_ids=alone, attention_mask=torch.ones_like(alone))
+        with attending_flat(model), laying(flat):
+            model(**{name: value.to(device) for name, value in FlatForm.of(model).arguments(flat).items()})
+    allowed = REORDERED[_dtype_of(model, precision)]
+    for name in names:
+        first, second, both = (cast(Tensor, call[name]) for call in probe.calls)
+        apart = torch.cat([first, second], dim=1)
+        if both.shape != apart.shape or not (both - apart).abs().max() <= allowed * apart.abs().max():
+            return False
+    return True
+
+
+def _dtype_of(model: nn.Module, precision: str | None) -> torch.dtype:
+    """What a model computes in."""
+    if precision is not None:
+        return PRECISIONS[precision]
+    return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+
+
+def _configs_of(base: nn.Module) -> list[Any]:
+    found = {id(config): config for config in (getattr(module, "config", None) for module in base.modules())}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
+def _make_mask(*args: Any, **kwargs: Any) -> Any:
+    """Stand for the mask that goes with a model's attention: a flat batch has none."""
+    from transformers.masking_utils import sdpa_mask
+
+    return None if _laid.layout is not None else sdpa_mask(*args, **kwargs)
+
+
+def _attend(
+    module: nn.Module, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Stand for a model's attention: within the texts of a flat batch, else as `sdpa` does it.
+
+    Returns:
+        `[B, T, H, d]`, and no weights.
+    """
+    layout = _laid.layout
+    if layout is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query_BHTd, key_BHTd, value_BHTd, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+    asked = [name for name in _NOT_TAKEN if others.get(name) is not None]
+    if attention_mask is not None or asked or others.get("is_causal", getattr(module, "is_causal", False)):
+        raise ArchitectureError(
+            f"{type(module).__name__} attends by {asked[0] if asked else 'a mask'}: that goes with padding only. "
+            "Pass padding_free=False."
+        )
+    if query_BHTd.is_cuda:
+        return _attend_by_kernel(query_BHTd, key_BHTd, value_BHTd, scaling, layout), None
+    return _attend_by_length(query_BHTd, key_BHTd, value_BHTd, scaling, dropout, layout), None
+
+
+def _attend_by_length(
+    query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, scaling: float | None, dropout: float, layout: _Layout
+) -> Tensor:
+    """Attend within texts, those of one length at once."""
+    num_heads, num_tokens = query_BHTd.shape[1:3]
+    has_groups = key_BHTd.shape[1] != num_heads
+    context = query_BHTd.new_empty(1, num_tokens, num_heads, value_BHTd.shape[3])
+    for start, count, length in layout.blocks:
+        # one operator for each view, in place of four: there are some for every block of every layer
+        blocks = [
+            one.as_strided(
+                (count, one.shape[1], length, one.shape[3]),
+                (length * one.stride(2), one.stride(1), one.stride(2), one.stride(3)),
+                one.storage_offset() + start * one.stride(2),
+            )
+            for one in (query_BHTd, key_BHTd, value_BHTd)
+        ]
+        mixed = nn.functional.scaled_dot_product_attention(
+            *blocks, dropout_p=dropout, scale=scaling, enable_gqa=has_groups
+        )
+        context[0, start : start + count * length].view(count, length, num_heads, -1).copy_(mixed.transpose(1, 2))
+    return context
+
+
+def _attend_by_kernel(
+    query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, scaling: float | None, layout: _Layout
+) -> Tensor:
+    """Attend within texts of any lengths by the kernel that a GPU has for that."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    packed = [one[0].transpose(0, 1).contiguous() for one in (query_BHTd, key_BHTd, value_BHTd)]
+    bounds, longest = layout.bounds(query_BHTd.device), max(layout.lengths)
+    # the first torch that has it knows no other scale than the usual one
+    usual = scaling is None or scaling == query_BHTd.shape[3] ** -0.5
+    more: dict[str, Any] = {} if usual else {"scale": scaling}
+    query_THd, key_THd, value_THd = packed
+    context = varlen_attn(query_THd, key_THd, value_THd, bounds, bounds, longest, longest, **more)
+    assert isinstance(context, Tensor)
+    return context[None]
