@@ -17,8 +17,10 @@ from typing import Any
 
 from layerprobe.capture.packing import StoreSink
 from layerprobe.extract import engine, run
-from layerprobe.extract.batching import Batch
+from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.calling import ModelCaller
+from layerprobe.extract.engine import UnitEngine
+from layerprobe.extract.flat import FlatForm
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.store.writer import ShardWriter
 
@@ -32,7 +34,8 @@ _WATCHED: tuple[tuple[Any, str, str], ...] = (
     (run, "open_store", "open"),
     (ModelCaller, "call", "forward"),
     (StoreSink, "receive", "hooks"),
-    (engine, "cut_batches", "batches"),
+    (UnitEngine, "_cut", "batches"),
+    (FlatForm, "arguments", "batches"),
     (engine, "_announce", "records"),
     (engine, "encode_record", "records"),
     (StoreSink, "announce", "records"),
@@ -51,7 +54,7 @@ class Clocks(AbstractContextManager[dict[str, float]]):
         twin: Calls a bare model with a batch.
     """
 
-    def __init__(self, twin: Callable[[Batch], object]) -> None:
+    def __init__(self, twin: Callable[[Batch | FlatBatch], object]) -> None:
         self._twin = twin
         self._num_calls = 0
         self._taken: dict[str, float] = dict.fromkeys((*MAIN, *BESIDE, TWIN), 0.0)
@@ -63,7 +66,7 @@ class Clocks(AbstractContextManager[dict[str, float]]):
         for owner, attribute, part in _WATCHED:
             original = getattr(owner, attribute)
             self._originals.append((owner, attribute, original))
-            watch = self._watch_steps if attribute == "cut_batches" else self._watch
+            watch = self._watch_steps if attribute == "_cut" else self._watch
             setattr(owner, attribute, watch(original, part))
         # around the clock of the run's own forward, so that the twin's time is not of it
         ModelCaller.call = self._double(ModelCaller.call)
@@ -94,7 +97,7 @@ class Clocks(AbstractContextManager[dict[str, float]]):
         twin = self._watch(self._twin, TWIN)
 
         @functools.wraps(call)
-        def doubled(caller: ModelCaller, batch: Batch, *args: Any) -> None:
+        def doubled(caller: ModelCaller, batch: Batch | FlatBatch, *args: Any) -> None:
             self._num_calls += 1
             steps = [lambda: call(caller, batch, *args), lambda: twin(batch)]
             for step in steps if self._num_calls % 2 else reversed(steps):

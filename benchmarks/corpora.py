@@ -6,16 +6,28 @@ Docstrings of the standard library, in the order of its files, and their paragra
 import ast
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layerprobe.extract.batching import Batch, cut_batches, tokenize
+from torch import nn
+
+from layerprobe.extract.batching import Batch, FlatBatch, cut_batches, cut_flat_batches, tokenize
+from layerprobe.extract.flat import FlatForm, laying
 from layerprobe.extract.options import ExtractOptions
-from layerprobe.extract.plan import plan_extraction
+from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.models import LoadedModel
 
-__all__ = ["SITES", "list_batches", "list_docstrings", "list_paragraphs", "shuffle"]
+__all__ = [
+    "SITES",
+    "cut_plan",
+    "list_batches",
+    "list_docstrings",
+    "list_paragraphs",
+    "make_caller",
+    "shuffle",
+]
 
 SITES = ["embeddings", "layers.*"]
 PARAGRAPH_TOKENS = (5, 256)
@@ -60,17 +72,37 @@ def shuffle(texts: list[str]) -> list[str]:
 def list_batches(
     demo: LoadedModel, texts: list[str], folder: Path, options: ExtractOptions | None = None
 ) -> tuple[list[Batch], int, int]:
-    """Make the very batches that layerprobe makes, the count of real tokens, and the longest text it takes.
+    """Make padded batches as layerprobe makes them, the count of real tokens, and the longest text it takes.
 
     Args:
         options: Of the run; None for every layer in float16.
     """
-    options = options or ExtractOptions(sites=SITES, dtype="float16")
+    options = replace(options or ExtractOptions(sites=SITES, dtype="float16"), padding_free=False)
     plan = plan_extraction(demo.model, texts, folder, options, tokenizer=demo.tokenizer)
-    pad_id, side = demo.tokenizer.pad_token_id, demo.tokenizer.padding_side
-    batches, num_tokens = [], 0
+    batches = list(cut_plan(plan))
+    assert all(isinstance(batch, Batch) for batch in batches)
+    return batches, sum(sum(batch.lengths) for batch in batches), plan.rule.max_length  # type: ignore[return-value]
+
+
+def cut_plan(plan: Plan) -> Iterator[Batch | FlatBatch]:
+    """Make the very batches that a run would have."""
+    pad_id, side = plan.tokenizer.pad_token_id or 0, plan.tokenizer.padding_side
     for unit in plan.units():
-        tokenized = tokenize(demo.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
-        batches += cut_batches(tokenized, plan.batch_tokens, pad_id, side)
-        num_tokens += tokenized.num_tokens
-    return batches, num_tokens, plan.rule.max_length
+        tokenized = tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
+        if plan.is_flat:
+            yield from cut_flat_batches(tokenized, plan.batch_tokens, pad_id)
+        else:
+            yield from cut_batches(tokenized, plan.batch_tokens, pad_id, side)
+
+
+def make_caller(model: nn.Module) -> Callable[[Batch | FlatBatch], None]:
+    """Give what calls a model with a batch of a run; with one that has no padding, while `attending_flat` is open."""
+    # as it is now: clocks may be put on it
+    form, make_arguments = FlatForm.of(model), FlatForm.arguments
+
+    def call(batch: Batch | FlatBatch) -> None:
+        arguments = make_arguments(form, batch) if isinstance(batch, FlatBatch) else batch.arguments
+        with laying(batch):
+            model(**arguments)
+
+    return call

@@ -1,15 +1,15 @@
 """How close does a run come to the floor: the forward alone, the copies alone, the disk alone, and the whole?
 
 Nothing can be faster than the slowest of the three: the forward over the run's own batches, copying and casting the
-values of the asked sites once, and writing their bytes to disk as shards are written, flushed. Where a row takes many
-bytes a shard holds few texts, and its batches are smaller: that costs a forward too, and is told beside it. The plain
-way to write is timed beside that one and is no bound. For one site and for more, as rows and pooled, in float32 and in
-float16; and for runs that end at a layer, against the run of the last one.
+values of the asked sites once, and writing their bytes to disk as shards are written, flushed. Two more times stand
+beside them and are no bounds: the plain way to write, and the forward over padded batches as `padding_free=False` cuts
+them, which is how a model is called that nobody has taught to do without. For one site and for more, as rows and
+pooled, in float32 and in float16; and for runs that end at a layer, against the run of the last one.
 
-The forward is timed within the run: a bare model of the same weights is called with each batch before the run calls
-its own, or after it, in turns, since minutes apart a shared machine is another. Its time is taken off the whole. The
-threads of the run, which tokenise and write, work beside the one as beside the other: so there is a second ratio with
-all of their CPU time on top of the whole, a part of which it has already. The truth lies between the two.
+The forward is timed within the run: a bare model of the same weights is called with each batch of the run before the
+run calls its own, or after it, in turns, since minutes apart a shared machine is another. Its time is taken off the
+whole. The threads of the run, which tokenise and write, work beside the one as beside the other: so there is a second
+ratio with all of their CPU time on top of the whole, a part of which it has already. The truth lies between the two.
 
 Clocks around the parts of each run say where its time goes. A part does not count what another part within it takes,
 so that those of the main thread add up to the whole. What goes on beside it, in threads of its own, comes after.
@@ -33,13 +33,15 @@ from typing import Any
 import numpy as np
 import torch
 from clocks import BESIDE, MAIN, TWIN, Clocks
-from corpora import list_batches, list_docstrings
+from corpora import cut_plan, list_batches, list_docstrings, make_caller
 from harness import Rival, Timings, emit, interleave, make_parser
 from torch import Tensor, nn
 
 import layerprobe as lp
-from layerprobe.extract.batching import Batch
+from layerprobe.extract.batching import Batch, FlatBatch
+from layerprobe.extract.flat import attending_flat
 from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.store.durable import commit_file
 from layerprobe.tables import format_table
@@ -50,6 +52,7 @@ SITE_SETS = {
     "all + ffn.act": ["embeddings", "layers.*", "layers.*.ffn.act"],
 }
 BOUNDS = ("forward", "copy", "disk")
+OTHERS = ("copy", "disk", "plain disk", "padded forward")
 ROWS_OF_LAST = "last, rows, float16"
 
 
@@ -61,10 +64,12 @@ class Regime:
     ) -> None:
         self.name = name
         self.options = options
-        self._twin = twin
         self.clocks: list[dict[str, float]] = []
         self.sizes: list[int] = []
-        self.batches, self.num_tokens, _ = list_batches(demo, texts, folder, ExtractOptions(**options))
+        asked = ExtractOptions(**options)
+        self.batches = list(cut_plan(plan_extraction(demo.model, texts, folder, asked, tokenizer=demo.tokenizer)))
+        self.padded, self.num_tokens, _ = list_batches(demo, texts, folder, asked)
+        self._call_twin = make_caller(twin)
         self._demo = demo
         self._texts = texts
         self._folder = folder
@@ -92,8 +97,10 @@ class Regime:
             )
         self.clocks.append(taken)
 
-    def _call_twin(self, batch: Batch) -> None:
-        self._twin(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    def run_padded(self, _: object = None) -> None:
+        """Call the bare model with the texts in padded batches, as a run would cut them that has padding."""
+        for batch in self.padded:
+            self._call_twin(batch)
 
     def end(self, _: object = None) -> None:
         """Note what the run left, and remove it."""
@@ -108,6 +115,7 @@ class Regime:
 def main() -> None:
     parser = make_parser("How close a run comes to the floor.")
     parser.add_argument("--texts", type=int, default=2000)
+    parser.add_argument("--regime", help="only regimes whose name begins so, and no early ends")
     parser.add_argument("--seconds", type=float, default=480.0, help="begin no further round after; at least one")
     options = parser.parse_args()
     num_texts, seconds = (48, 0.0) if options.quick else (options.texts, options.seconds)
@@ -115,20 +123,22 @@ def main() -> None:
     twin = copy.deepcopy(demo.model)
     docstrings = list_docstrings()
     texts = docstrings[:: max(1, len(docstrings) // num_texts)][:num_texts]
-    with tempfile.TemporaryDirectory() as place, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as place, torch.inference_mode(), attending_flat(twin):
         folder = Path(place)
         regimes = {
-            name: Regime(name, demo, twin, texts, folder / "acts", **how) for name, how in list_regimes().items()
+            name: Regime(name, demo, twin, texts, folder / "acts", **how)
+            for name, how in list_regimes().items()
+            if name.startswith(options.regime or "")
         }
         layers = len(lp.sites(demo.model, "layers.*"))
-        for layer in range(0, layers, 2):
+        for layer in range(0, 0 if options.regime else layers, 2):
             name = f"stop at layer {layer}"
             regimes[name] = Regime(name, demo, twin, texts, folder / "acts", sites=[f"layers.{layer}"], dtype="float16")
         Regime("warm", demo, twin, texts[:8], folder / "warm", sites=SITE_SETS["all"], dtype="float16").run()
         rivals = list_rivals(regimes, folder)
         timings = interleave(rivals, seconds=seconds, least_rounds=1, warm_rounds=0)
     results = [lay_out(regime, timings) for name, regime in regimes.items() if not name.startswith("stop")]
-    last = regimes[ROWS_OF_LAST]
+    last = regimes.get(ROWS_OF_LAST) or next(iter(regimes.values()))
     stops = [
         lay_out_stop(regimes[name], last, layer, layers)
         for layer in range(layers)
@@ -155,6 +165,7 @@ def list_rivals(regimes: dict[str, Regime], folder: Path) -> dict[str, Rival]:
         rivals[f"{name} whole"] = Rival(regime.run, finish=regime.end)
         if name.startswith("stop"):
             continue
+        rivals[f"{name} padded forward"] = Rival(regime.run_padded)
         is_pooled, dtype = regime.options["pool"] is not None, regime.options["dtype"]
         rivals[f"{name} copy"] = Rival(partial(copy_values, regime.batches, regime.widths, dtype, is_pooled))
         for way, write in (("disk", commit_file), ("plain disk", write_plainly)):
@@ -166,9 +177,11 @@ def list_rivals(regimes: dict[str, Regime], folder: Path) -> dict[str, Rival]:
     return rivals
 
 
-def copy_values(batches: list[Batch], widths: list[int], dtype: str, is_pooled: bool, _: object = None) -> None:
+def copy_values(
+    batches: list[Batch | FlatBatch], widths: list[int], dtype: str, is_pooled: bool, _: object = None
+) -> None:
     """Read and cast as many values as the run does, out of tensors of the size of a batch; sum what is pooled."""
-    largest = max(batch.input_ids.numel() for batch in batches)
+    largest = max(sum(batch.lengths) for batch in batches)
     source = torch.ones(largest * max(widths))
     target = torch.empty_like(source, dtype=getattr(torch, dtype))
     for batch in batches:
@@ -210,7 +223,7 @@ def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
     """Give the medians of a regime, its ratio to the slowest of its bounds, and where its time went."""
     seconds = {
         "forward": regime.middle(itemgetter(TWIN)),
-        **{way: statistics.median(timings[f"{regime.name} {way}"].wall_s) for way in ("copy", "disk", "plain disk")},
+        **{way: statistics.median(timings[f"{regime.name} {way}"].wall_s) for way in OTHERS},
         "whole": regime.middle(whole_of),
     }
     floor = max(BOUNDS, key=lambda way: seconds[way])
@@ -228,6 +241,7 @@ def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
         "disk_gb_per_s": round(num_bytes / 1e9 / seconds["disk"], 3),
         "plain_disk_gb_per_s": round(num_bytes / 1e9 / seconds["plain disk"], 3),
         "floor": floor,
+        "over_padded": round(seconds["whole"] / seconds["padded forward"], 3),
         "ratio": round(regime.middle(over_floor), 3),
         "most_ratio": round(regime.middle(lambda one: over_floor(one, sum(one[part] for part in BESIDE))), 3),
         "parts_s": {part: round(regime.middle(itemgetter(part)), 3) for part in (*MAIN, *BESIDE)},
@@ -252,6 +266,7 @@ def print_tables(results: list[dict[str, Any]], stops: list[dict[str, Any]]) -> 
         "regime",
         "batches",
         "padding",
+        "padded_forward_s",
         "forward_s",
         "copy_s",
         "disk_s",
@@ -260,6 +275,7 @@ def print_tables(results: list[dict[str, Any]], stops: list[dict[str, Any]]) -> 
         "floor",
         "ratio",
         "most_ratio",
+        "over_padded",
     )
     print(format_table(tuple(map(_name, names)), [tuple(found[name] for name in names) for found in results]))
     print("\nwhere the time of a run goes, in seconds; the last two beside the others:")

@@ -56,7 +56,9 @@ def extract(
     max_length: Annotated[
         int | None, typer.Option(help="Longest text in tokens; the model's limit if not given.")
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per batch; tried out on long runs.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per batch, padding included; tried out on long runs.")
+    ] = None,
     padding_free: Annotated[
         bool | None,
         typer.Option(

@@ -20,6 +20,7 @@ from layerprobe.capture.staging import Room
 
 __all__ = [
     "BATCH_COST_TOKENS",
+    "NO_TEXTS",
     "SHAPE_STEPS",
     "Batch",
     "FlatBatch",
@@ -55,10 +56,17 @@ class TokenizedUnit:
         """T of the whole unit."""
         return sum(map(len, self.ids))
 
+    def part(self, start: int, stop: int) -> "TokenizedUnit":
+        """Give texts `[start, stop)`."""
+        return TokenizedUnit(self.ids[start:stop], self.truncated[start:stop])
+
     @property
     def room(self) -> Room:
         """What the unit takes in a buffer."""
         return Room(self.num_tokens, len(self.ids), sum(len(ids) ** 2 for ids in self.ids))
+
+
+NO_TEXTS = TokenizedUnit([], [])
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +201,7 @@ class Shapes:
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenizedUnit:
     """Turn texts into ids, special tokens included, cut to `max_length`."""
     if not texts:
-        return TokenizedUnit([], [])
+        return NO_TEXTS
     if _is_plain(tokenizer):
         from transformers.tokenization_utils_base import TruncationStrategy
         from transformers.utils.generic import PaddingStrategy

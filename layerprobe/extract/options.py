@@ -31,7 +31,7 @@ class ExtractOptions:
         pool: As for `Probe`.
         field: Which field of a record holds the text.
         max_length: Longest text in tokens; None for the model's own limit.
-        batch_tokens: Padded tokens per batch; None chooses by device, and tries for long runs.
+        batch_tokens: Tokens per batch, padding included; None chooses by device, and tries for long runs.
         padding_free: Whether texts go through the model behind one another, without padding; None where they can.
         shard_bytes: What a shard should hold.
         nonfinite: `warn` counts values that are not finite, `error` stops at them.

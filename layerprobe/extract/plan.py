@@ -21,7 +21,7 @@ from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.probe import Probe, describe_pool
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, SpaceError
-from layerprobe.extract.batching import BATCH_COST_TOKENS, SHAPE_STEPS, TokenizedUnit, tokenize
+from layerprobe.extract.batching import BATCH_COST_TOKENS, NO_TEXTS, SHAPE_STEPS, TokenizedUnit, tokenize
 from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
 from layerprobe.extract.flat import refuse_flat
@@ -54,6 +54,7 @@ class Plan:
     """A run that is ready to go. `print(plan)` says what it will do.
 
     Its `digests` are those of the input up to the end of each unit: by them a unit is known before it is written.
+    `first` are the ids of the first texts, which the plan was made from.
     """
 
     place: Place
@@ -76,6 +77,7 @@ class Plan:
     overwrite: bool
     wait_for_space: bool = False
     crew: Crew | None = None
+    first: TokenizedUnit = NO_TEXTS
 
     @property
     def fingerprint(self) -> str:
@@ -233,7 +235,7 @@ def plan_extraction(
     plan = Plan(
         place, model, tokenizer, source, options, sites, stored, rule, batch_tokens, survey.num_examples,
         survey.digests, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite, wait_for_space,
-        crew,
+        crew, sampled,
     )  # fmt: skip
     free_bytes = plan.free_bytes
     if free_bytes is not None and plan.missing_bytes > free_bytes and not wait_for_space:
@@ -271,7 +273,7 @@ def _choose_batches(
     options: ExtractOptions,
     may_be_flat: bool,
     describe: Callable[[int, bool], dict[str, Any]],
-    find: Callable[[], int],
+    find: Callable[[bool], int],
 ) -> tuple[int, dict[str, Any]]:
     """Choose a batch's tokens, and whether it has padding: as asked for, as in the same run so far, or as found now."""
     if recalled := recall_batches(place):
@@ -280,7 +282,7 @@ def _choose_batches(
             description = describe(batch_tokens, is_flat)
             if description["fingerprint"] == recalled.fingerprint:
                 return batch_tokens, description
-    batch_tokens = options.batch_tokens or find()
+    batch_tokens = options.batch_tokens or find(may_be_flat)
     return batch_tokens, describe(batch_tokens, may_be_flat)
 
 
@@ -300,9 +302,14 @@ def _may_be_flat(model: nn.Module, sites: tuple[Site, ...], options: ExtractOpti
 
 
 def _find_budget(
-    model: nn.Module, sites: Sequence[Site], options: ExtractOptions, sampled: TokenizedUnit, survey: Survey
+    model: nn.Module,
+    sites: Sequence[Site],
+    options: ExtractOptions,
+    sampled: TokenizedUnit,
+    survey: Survey,
+    is_flat: bool,
 ) -> int:
-    usual = choose_batch_tokens(find_device(model))
+    usual = choose_batch_tokens(find_device(model), is_flat)
     if survey.num_tokens < LEAST_TOKENS or options.compile == CUDA_GRAPHS:  # tries would not see what graphs fill up
         return usual
     precision = find_precision(model, options.precision)
