@@ -35,6 +35,7 @@ ORDER = (
     "layerprobe.store.format",
     "layerprobe.store.shards",
     "layerprobe.store.ranges",
+    "layerprobe.store.scanning",
     "layerprobe.store.writer",
     "layerprobe.store.checks",
     "layerprobe.store.identity",

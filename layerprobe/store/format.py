@@ -116,13 +116,19 @@ def _view_bytes(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def commit_shard(folder: Path | Place, header: ShardHeader, tensors: Sequence[tuple[str, Tensor]]) -> int:
+def commit_shard(
+    folder: Path | Place,
+    header: ShardHeader,
+    tensors: Sequence[tuple[str, Tensor]],
+    checksums: Mapping[str, str] | None = None,
+) -> int:
     """Write one shard and make it permanent.
 
     Args:
         folder: The store.
         header: Counts; its `checksums` and `tensors` are worked out here.
         tensors: Contiguous CPU tensors in file order, widest dtype first so that each is aligned.
+        checksums: Of each tensor, where they are known; None to work them out.
 
     Returns:
         Size of the file in bytes.
@@ -130,10 +136,10 @@ def commit_shard(folder: Path | Place, header: ShardHeader, tensors: Sequence[tu
     Raises:
         StoreError: the system refused to write; nothing is left but perhaps a `.tmp` file.
 
-    Cost: no copy of the data in memory; one pass for checksums, one sequential write.
+    Cost: no copy of the data in memory; one pass where checksums are not known, one sequential write.
     """
     views = [(name, tensor, _view_bytes(tensor)) for name, tensor in tensors]
-    sums = {name: checksum(view) for name, _, view in views}
+    sums = {name: checksum(view) for name, _, view in views} if checksums is None else checksums
     head = build_header(header, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors], sums)
     find_place(folder).commit(header.file, [head, *(view for _, _, view in views)])
     return len(head) + sum(len(view) for _, _, view in views)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from layerprobe.store.format import (
 from layerprobe.store.guard import MOST_SHARDS, MOST_SITES
 from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.places import LocalPlace, Place, find_place
+from layerprobe.store.scanning import scan_tensor
 
 __all__ = [
     "NONFINITE_POLICIES",
@@ -45,16 +45,6 @@ __all__ = [
 ]
 
 NONFINITE_POLICIES = ("warn", "error")
-
-# For each float dtype a whole number of its size, and from which on its bits without the sign are no finite value.
-_SPECIAL = {
-    torch.float64: ("i8", 0x7FF0000000000000),
-    torch.float32: ("i4", 0x7F800000),
-    torch.float16: ("i2", 0x7C00),
-    torch.bfloat16: ("i2", 0x7F80),
-    torch.float8_e4m3fn: ("i1", 0x7F),
-}
-_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -296,9 +286,10 @@ class ShardWriter:
 
     def _write(self, job: ShardJob) -> None:
         job.wait_ready()
-        counts = dict(job.header.nonfinite)
+        counts, checksums = dict(job.header.nonfinite), {}
         for name, tensor in job.tensors:
-            if lost := _count_nonfinite(tensor):
+            checksums[name], lost = scan_tensor(tensor)
+            if lost:
                 site = name.removesuffix(SCALE_SUFFIX)
                 counts[site] = counts.get(site, 0) + lost
         if counts and self._nonfinite == "error":
@@ -308,34 +299,12 @@ class ShardWriter:
                 "Store a wider dtype (float32, bfloat16), or pass nonfinite='warn' to keep and count them."
             )
         header = replace(job.header, nonfinite=counts)
-        num_bytes = self._attempt(lambda: self._commit(header, job.tensors))
+        num_bytes = self._attempt(lambda: self._commit(header, job.tensors, checksums))
         with self._counting:
             self.num_bytes += num_bytes
             self.committed.append(header)
 
-    def _commit(self, header: ShardHeader, tensors: Sequence[tuple[str, Tensor]]) -> int:
+    def _commit(self, header: ShardHeader, tensors: Sequence[tuple[str, Tensor]], checksums: Mapping[str, str]) -> int:
         # another writer may have failed while this one waited for room
         self.check()
-        return commit_shard(self.place, header, tensors)
-
-
-def _count_nonfinite(tensor: Tensor) -> int:
-    """Count NaN and infinite values: those whose exponent is all ones.
-
-    In numpy and not in torch, whose own threads would take turns with those of the forward pass.
-
-    Cost: one pass in pieces that stay in the cache, no memory; a second over a piece where there is something to count.
-    """
-    if tensor.dtype not in _SPECIAL:
-        return 0
-    whole, special = _SPECIAL[tensor.dtype]
-    bits = tensor.view(-1).view(torch.uint8).numpy().view(whole)
-    # as a signed number the largest positive value tells, as an unsigned one the largest with the sign bit set
-    unsigned = np.dtype(whole.replace("i", "u"))
-    largest = np.iinfo(whole).max
-    count = 0
-    for start in range(0, len(bits), _PIECE):
-        piece = bits[start : start + _PIECE]
-        if piece.max() >= special or piece.view(unsigned).max() > largest + special:
-            count += int(np.count_nonzero((piece & largest) >= special))
-    return count
+        return commit_shard(self.place, header, tensors, checksums)
