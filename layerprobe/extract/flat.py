@@ -170,7 +170,7 @@ def refuse_flat(
 def _refuse_model(mapped: ModelMap) -> str | None:
     base, kinds = mapped.base, (type(mapped.model), type(mapped.base))
     anatomy = mapped.stacks[0].anatomy
-    if len(mapped.stacks) > 1 or anatomy is None or not anatomy.flat or base.config.is_decoder:
+    if len(mapped.stacks) > 1 or anatomy is None or not anatomy.flat or getattr(base.config, "is_decoder", False):
         return f"of {base.config.model_type!r} it is not known to give the same rows"
     if not all(kind.__module__.startswith("transformers.") for kind in kinds):
         return f"{kinds[0].__name__} is no class of transformers, and may do more than that"

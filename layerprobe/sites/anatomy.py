@@ -91,15 +91,16 @@ _LLAMA_LIKE = Anatomy(
     down="mlp.down_proj",
     pooler=None,
     heads=("lm_head", "cls", "decoder", "classifier", "qa_outputs"),
+    flat=True,
 )
 
 
 _ROWS: dict[str, Anatomy] = {
     "bert": _BERT,
     "ernie": _BERT,
-    "layoutlm": replace(_BERT, cross=None),
+    "layoutlm": replace(_BERT, cross=None, flat=False),
     "bert-generation": replace(_BERT, pooler=None, heads=("lm_head",)),
-    "megatron-bert": replace(_BERT, norm="encoder.ln"),
+    "megatron-bert": replace(_BERT, norm="encoder.ln", flat=False),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "xlm-roberta-xl": replace(_ROBERTA, norm="encoder.LayerNorm"),
@@ -107,7 +108,8 @@ _ROWS: dict[str, Anatomy] = {
     "data2vec-text": _ROBERTA,
     "roberta-prelayernorm": replace(_ROBERTA, norm="LayerNorm"),
     "xmod": replace(_ROBERTA, norm="encoder.LayerNorm"),
-    "esm": replace(_ROBERTA, norm="encoder.emb_layer_norm_after"),
+    # scales the embeddings of a text by how much of it is masked
+    "esm": replace(_ROBERTA, norm="encoder.emb_layer_norm_after", flat=False),
     "electra": replace(
         _BERT,
         embeddings=("embeddings_project", "embeddings"),
@@ -115,7 +117,7 @@ _ROWS: dict[str, Anatomy] = {
         # the discriminator drops the last dimension of what its last projection makes
         heads=("generator_lm_head", "discriminator_predictions.dense_prediction", "classifier", "qa_outputs"),
     ),
-    "roformer": replace(_BERT, embeddings=("embeddings_project", "embeddings"), pooler=None),
+    "roformer": replace(_BERT, embeddings=("embeddings_project", "embeddings"), pooler=None, flat=False),
     "convbert": Anatomy(
         embeddings=("embeddings_project", "embeddings"),
         pooler=None,
@@ -159,6 +161,7 @@ _ROWS: dict[str, Anatomy] = {
         down="ffn.lin2",
         pooler=None,
         heads=("vocab_projector", "classifier", "qa_outputs"),
+        flat=True,
     ),
     "albert": Anatomy(
         embeddings=("encoder.embedding_hidden_mapping_in",),
@@ -171,6 +174,7 @@ _ROWS: dict[str, Anatomy] = {
         down="ffn_output",
         pooler="pooler_activation",
         heads=("predictions", "classifier", "qa_outputs"),
+        flat=True,
     ),
     "modernbert": Anatomy(
         layers="layers",

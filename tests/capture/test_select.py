@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerprobe.capture import select as select_module
 from layerprobe.capture.casting import DTYPES, cast_into, resolve_dtype
+from layerprobe.capture.pooling import pool_rows
 from layerprobe.capture.select import Selection, write_rows
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError
@@ -70,6 +72,40 @@ def test_many_rectangles_become_an_index() -> None:
     out = torch.empty(sum(lengths), 2)
     write_rows(Target(out), value, selection)
     assert torch.equal(out, torch.cat([value[b, :length] for b, length in enumerate(lengths)]))
+
+
+@pytest.mark.parametrize("sequences", [None, [0, 0, 1, 2, 2, 2, 3]])
+@pytest.mark.parametrize("through_index", [False, True])
+@pytest.mark.parametrize("kept", [None, [[0], [1, 2], [], [0], [0], [0], []]])
+def test_rows_of_a_flat_batch_are_those_of_each_text(
+    monkeypatch: pytest.MonkeyPatch, sequences: list[int] | None, through_index: bool, kept: list[list[int]] | None
+) -> None:
+    if through_index:
+        monkeypatch.setattr(select_module, "_MOST_RUNS", 0)
+    lengths = [3, 3, 2, 1, 1, 1, 0]
+    numbers = list(range(7)) if sequences is None else sequences
+    own = dict(zip(numbers, lengths, strict=True))
+    value = torch.randn(1, sum(own.values()), 5)
+    parts = dict(zip(own, value[0].split(list(own.values())), strict=True))
+    selection = Selection.from_flat(lengths, CPU, sequences)
+    assert (selection.runs is None) == through_index
+    rows = [parts[number] for number in numbers]
+    if kept is not None:
+        selection = selection.keep([torch.tensor(places, dtype=torch.int64) for places in kept])
+        rows = [own_rows[places] for own_rows, places in zip(rows, kept, strict=True)]
+    assert (selection.num_sequences, selection.lengths) == (1, tuple(map(len, rows)))
+    out = torch.zeros(selection.num_rows, 5)
+    write_rows(Target(out), value, selection)
+    assert torch.equal(out, torch.cat(rows))
+    for pool in ("mean", "cls", "max") if kept is None else ():
+        vectors = selection.repeat_vectors(pool_rows(value, selection.distinct, pool))
+        alone = [pool_rows(one[None], Selection.from_mask(None, (1, len(one)), CPU), pool) for one in rows]
+        torch.testing.assert_close(vectors, torch.cat(alone), equal_nan=True)  # many means at once add in another order
+
+
+def test_neighbours_in_a_flat_batch_are_copied_at_once() -> None:
+    assert Selection.from_flat([4, 3, 3, 1], CPU).runs == ((0, 1, 0, 11),)
+    assert Selection.from_flat([4, 4, 3], CPU, [0, 0, 1]).runs == ((0, 1, 0, 4), (0, 1, 0, 7))
 
 
 def test_values_may_be_strided(value: Tensor) -> None:

@@ -76,10 +76,10 @@ def test_several_writers_make_the_same_bytes_and_go_on_where_one_was(
     before = contents(whole)
     meeting = threading.Barrier(3, timeout=60)
 
-    def meet(place: Any, header: ShardHeader, tensors: Any) -> int:
+    def meet(place: Any, header: ShardHeader, *given: Any) -> int:
         if header.unit < 3:
             meeting.wait()  # three are under way at once, or none ends
-        return commit_shard(place, header, tensors)
+        return commit_shard(place, header, *given)
 
     with monkeypatch.context() as patched:
         patched.setattr(writing, "commit_shard", meet)

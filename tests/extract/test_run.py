@@ -300,7 +300,7 @@ def test_a_batch_that_does_not_fit_is_run_in_halves_with_the_same_rows(
     """The budget is halved, which is said, and no later batch of that size is tried again; rows and order stay."""
     texts = ["the quick brown fox", "a dog", "the fox", "a dog", "lazy", "the lazy dog", "", "brown"] * 6
     texts = [text + " ." * (number // 8) for number, text in enumerate(texts)]
-    options = ExtractOptions(shard_bytes=25_000)
+    options = ExtractOptions(shard_bytes=25_000, padding_free=False)
     whole = plan_extraction(tiny.model, texts, tmp_path / "whole", options, tokenizer=tiny.tokenizer)
     asked: list[tuple[int, bool]] = []
     refuses = False

@@ -142,10 +142,11 @@ def test_a_full_disk_stops_before_the_unit_is_computed_and_the_same_call_goes_on
     assert lp.open(plan.folder).is_complete
     # no batch went through the model for nothing
     computed_again, computed = computed, 0
+    undisturbed = plan_extraction(tiny, texts, tmp_path / "whole", OPTIONS)
     handle = tiny.model.register_forward_pre_hook(count)
-    run_extraction(plan_extraction(tiny, texts, tmp_path / "whole", OPTIONS))
+    run_extraction(undisturbed)
     handle.remove()
-    assert at_once < computed_again == computed - 1  # the plan of the undisturbed run looked at its sites once
+    assert at_once < computed_again == computed
     assert contents(plan.folder) == contents(tmp_path / "whole")
 
 

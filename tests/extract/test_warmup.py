@@ -68,7 +68,7 @@ def test_a_long_run_tries_once_and_one_that_goes_on_keeps_what_was_found(
     def plan(**changes: Any) -> Any:
         return plan_extraction(tiny, texts, tmp_path / "acts", options, **changes)
 
-    assert plan().batch_tokens == 1024
+    assert plan().batch_tokens == 2048
     monkeypatch.setattr(planning, "LEAST_TOKENS", 1)
     first = plan()
     assert first.batch_tokens == 96
