@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpora import SITES, list_batches, list_docstrings, list_paragraphs, shuffle
+from corpora import SITES, cut_plan, list_batches, list_docstrings, list_paragraphs, shuffle
 from harness import Rival, emit, interleave, make_parser
 
 import layerprobe as lp
 from layerprobe.extract.batching import Batch
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.tables import format_bytes, format_table
 
@@ -63,6 +65,8 @@ def run_corpus(demo: LoadedModel, texts: list[str], folder: Path, rounds: int) -
     start = time.perf_counter()
     batches, num_tokens, max_length = list_batches(demo, texts, folder / "plan")
     tokenize_s = time.perf_counter() - start
+    asked = ExtractOptions(sites=SITES, dtype="float16")
+    plan = plan_extraction(demo.model, texts, folder / "plan", asked, tokenizer=demo.tokenizer)
     rivals = {
         "loop": Rival(partial(run_loop, demo, texts, max_length, loop), prepare=partial(_make_empty, loop)),
         "bare": Rival(partial(run_bare, demo, batches)),
@@ -76,7 +80,7 @@ def run_corpus(demo: LoadedModel, texts: list[str], folder: Path, rounds: int) -
         "loop": sum(_load(path)["input_ids"].numel() for path in loop.iterdir()),
         "bare": sum(batch.input_ids.numel() for batch in batches),
     }
-    computed["layerprobe"] = computed["bare"]
+    computed["layerprobe"] = sum(batch.input_ids.numel() for batch in cut_plan(plan))
     worst = compare(loop, store)
     shutil.rmtree(folder)
     return {

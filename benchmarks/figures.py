@@ -30,22 +30,23 @@ def lay_out_floor(document: dict[str, Any]) -> list[str]:
             (
                 "sites, rows, dtype",
                 "batches",
-                "padding, %",
+                "forward, padded",
                 "forward",
                 "copy",
                 "disk",
                 "whole",
                 "over the floor",
                 "with the threads",
+                "over the padded forward",
             ),
             [
                 (
                     found["regime"],
                     found["batches"],
-                    round(100 * found["padding"], 2),
-                    *(found[f"{way}_s"] for way in ("forward", "copy", "disk", "whole")),
+                    *(found[f"{way}_s"] for way in ("padded_forward", "forward", "copy", "disk", "whole")),
                     found["ratio"],
                     found["most_ratio"],
+                    found["over_padded"],
                 )
                 for found in regimes
             ],

@@ -12,6 +12,7 @@ batch is held at 1,024 tokens; a long run would look for a larger one.
     python benchmarks/growth.py [--quick] [--save] [--seconds 420]
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -26,14 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpora import list_docstrings
+from corpora import cut_plan, list_docstrings, make_caller
 from harness import emit, make_parser, read_peak
 from torch import nn
 from transformers import BertConfig, BertModel
 
 import layerprobe as lp
-from layerprobe.extract.batching import cut_batches
-from layerprobe.extract.engine import tokenize_missing
+from layerprobe.extract.flat import attending_flat
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.models import find_demo_model, load_tokenizer
@@ -230,23 +230,20 @@ def measure_run(run: Callable[[Path], None], folder: Path, before: int) -> dict[
 
 def time_forward(model: nn.Module, plan: Plan) -> float:
     """Time the bare forward over batches of the run, in microseconds per token."""
-    batches = []
-    tokens = 0
-    for unit in plan.units():
-        tokenized = tokenize_missing(plan, unit)
-        assert tokenized is not None
-        for batch in cut_batches(tokenized, plan.batch_tokens, plan.tokenizer.pad_token_id, "right"):
-            if tokens < _FORWARD_TOKENS:
-                batches.append(batch)
-                tokens += sum(batch.lengths)
+    batches, tokens = [], 0
+    for batch in cut_plan(plan):
+        batches.append(batch)
+        tokens += sum(batch.lengths)
         if tokens >= _FORWARD_TOKENS:
             break
+    call = make_caller(model)
 
     def forward() -> None:
         for batch in batches:
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            call(batch)
 
-    return 1e6 * _time(forward) / tokens
+    with attending_flat(model) if plan.is_flat else contextlib.nullcontext():
+        return 1e6 * _time(forward) / tokens
 
 
 def _time(work: Callable[[], object]) -> float:

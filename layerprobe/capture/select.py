@@ -4,7 +4,7 @@ A `Selection` is worked out once per call from the attention mask and then used 
 tokenizer are padded on one side, so their rows are a few rectangles, each copied and cast in one pass; any other mask
 falls back to an index. Must never know where rows go.
 
-Letters: B sequences, S padded positions, T rows (real tokens), N examples (= B), D width.
+Letters: B sequences, S padded positions, T rows (real tokens), D width.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,8 @@ class Selection:
         num_positions: S.
         runs: Rectangles that hold all real tokens, in order, or None.
         index: Flat positions of the real tokens on the model's device, used where `runs` is None.
-        sequences: For each example the sequence that it is, where several are one; None where each has its own.
+        sequences: For each example which text it is, counted in the order of the batch, where several are one; None
+            where each has its own.
         spans: For each example where it begins and ends, where that is all there is to its mask.
         device: The model's.
         is_flat: Whether all examples lie behind one another in one sequence, without padding.
@@ -271,13 +272,14 @@ class Selection:
         Args:
             kept: int64, their positions among its real tokens, rising. `spans` must be known.
         """
-        numbers = (0,) * len(kept) if self.is_flat else self.sequences or tuple(range(len(self.lengths)))
-        firsts = [number * self.num_positions + start for number, (start, _) in zip(numbers, self.spans, strict=True)]
+        numbers = self.sequences or tuple(range(len(self.lengths)))
+        rows_of = (0,) * len(kept) if self.is_flat else numbers
+        firsts = [row * self.num_positions + start for row, (start, _) in zip(rows_of, self.spans, strict=True)]
         rows = [first + those for first, those in zip(firsts, kept, strict=True)]
         index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
         index = index.to(self.device or "cpu", non_blocking=True)
         lengths = tuple(map(len, kept))
-        return Selection(lengths, self.num_positions, None, index, numbers, self.spans, self.device)
+        return Selection(lengths, self.num_positions, None, index, numbers, self.spans, self.device, self.is_flat)
 
     def repeat_rows(self, rows_TD: Tensor) -> Tensor:
         """Give each example its rows, of rows that hold each sequence once.

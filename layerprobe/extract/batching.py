@@ -279,10 +279,11 @@ def cut_flat_batches(unit: TokenizedUnit, batch_tokens: int, pad_id: int) -> Ite
     """Cut a unit into batches of at most `batch_tokens` tokens without padding, longest texts first.
 
     As `cut_batches`, but every batch is about as large as the others: there is no padding for the cut to save. Texts of
-    one length lie together, which attention can take at once. Where all that is left are texts of no tokens, they come
-    as a padded batch, since a model wants a position.
+    one length lie together, which attention can take at once. A text of no tokens comes last, as a padded batch, since
+    a model wants a position.
     """
-    texts = _sort_texts(unit, joins_equal=True)
+    sorted_texts = _sort_texts(unit, joins_equal=True)
+    texts = [text for text in sorted_texts if text[0]]
     num_tokens = sum(len(ids) for ids, _ in texts)
     enough = math.ceil(num_tokens / max(1, math.ceil(num_tokens / batch_tokens)))
     start = 0
@@ -291,9 +292,10 @@ def cut_flat_batches(unit: TokenizedUnit, batch_tokens: int, pad_id: int) -> Ite
         while end < len(texts) and (not size or (size < enough and size + len(texts[end][0]) <= batch_tokens)):
             size += len(texts[end][0])
             end += 1
-        chosen = texts[start:end]
-        yield _lay(chosen) if size else _pad(chosen, pad_id, "right", (len(chosen), 1))
+        yield _lay(texts[start:end])
         start = end
+    if len(sorted_texts) > len(texts):
+        yield _pad(sorted_texts[-1:], pad_id, "right", (1, 1))
 
 
 def _sort_texts(unit: TokenizedUnit, joins_equal: bool) -> list[tuple[tuple[int, ...], list[int]]]:

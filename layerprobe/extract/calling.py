@@ -24,7 +24,7 @@ class ModelCaller:
     """Call a model with batches, or with as much of each as its device has shown to have memory for.
 
     Args:
-        model: Called with ids and mask.
+        model: Called with what a batch has for it.
         device: Where it is.
         form: How the model takes flat batches, where there are some.
 
@@ -64,9 +64,11 @@ class ModelCaller:
 
     def _try(self, batch: Batch | FlatBatch, announce: Callable[[Any], None], may_fail: bool) -> bool:
         announce(batch)
+        form = self._form if isinstance(batch, FlatBatch) else None
         if isinstance(batch, FlatBatch):
-            assert self._form is not None
-            arguments = self._form.arguments(batch)
+            assert form is not None
+            form.check()
+            arguments = form.arguments(batch)
         else:
             arguments = batch.arguments
         placed = {name: value.to(self._device, non_blocking=True) for name, value in arguments.items()}
@@ -77,6 +79,8 @@ class ModelCaller:
             if may_fail:
                 return False
             raise
+        if form is not None:
+            form.check()
         return True
 
 

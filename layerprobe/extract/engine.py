@@ -176,10 +176,11 @@ def tokenize_missing(plan: Plan, unit: Unit) -> TokenizedUnit | None:
     """Give the ids of a unit, or None where it is done already."""
     if unit.number in plan.done:
         return None
-    end = unit.first_example + len(unit.records)
-    if end <= len(plan.first.ids):  # the unit is known to be as it was then
-        return plan.first.part(unit.first_example, end)
-    return tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
+    texts = [record.text for record in unit.records]
+    start, end = unit.first_example, unit.first_example + len(texts)
+    if end <= len(plan.first_texts) and tuple(texts) == plan.first_texts[start:end]:
+        return plan.first.part(start, end)
+    return tokenize(plan.tokenizer, texts, plan.rule.max_length)
 
 
 def check_units(plan: Plan) -> Iterator[Unit]:

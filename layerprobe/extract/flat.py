@@ -3,7 +3,7 @@
 In an encoder nothing but attention goes from token to token. So a model may be given the texts of a batch as one
 sequence, with each token's own position, if attention is kept within the texts. transformers lets a function of ours
 stand for a model's attention; while `attending_flat` is open the model's config names it, and a call that no
-`laying` belongs to goes the model's own way, whoever makes it.
+`laying` belongs to goes the model's own way, whoever makes it. Several runs may be open on one config.
 
 Hides which models that is right for, and tries it on two short texts before a run is planned so. Must never know of
 stores.
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.capture.probe import Probe
-from layerprobe.errors import ArchitectureError
+from layerprobe.errors import ArchitectureError, CaptureError
 from layerprobe.extract.batching import FlatBatch
 from layerprobe.extract.forward import PRECISIONS, REORDERED, compute_in
 from layerprobe.models import evaluating
@@ -63,6 +63,11 @@ class _Layout:
         return self._bounds
 
 
+# Configs that name our function now, by identity: what they named before, and how many runs are open on them.
+_held: dict[int, tuple[Any, str, int]] = {}
+_holding = threading.Lock()
+
+
 class _Laid(threading.local):
     """What the calls of this thread are given: None where it is no flat batch."""
 
@@ -79,17 +84,34 @@ class FlatForm:
     Args:
         padding_id: Of RoBERTa's kin, whose positions count from behind it and leave out tokens that have it; or None.
         takes_types: Whether it takes token types, which then are said to be 0: its own zeros are as long as a text.
+        configs: Where it says by which attention.
     """
 
     padding_id: int | None
     takes_types: bool
+    configs: tuple[Any, ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> "FlatForm":
         """Find how this model does."""
-        table = getattr(getattr(map_model(model).base, "embeddings", None), "position_embeddings", None)
+        base = map_model(model).base
+        table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
         padding_id = table.padding_idx if isinstance(table, nn.Embedding) else None
-        return cls(padding_id, "token_type_ids" in inspect.signature(model.forward).parameters)
+        takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        return cls(padding_id, takes_types, tuple(_configs_of(base)))
+
+    def check(self) -> None:
+        """Make sure that attention is still kept within texts.
+
+        Raises:
+            CaptureError: something has set the model's attention anew.
+        """
+        changed = [config._attn_implementation for config in self.configs if config._attn_implementation != _NAME]
+        if changed:
+            raise CaptureError(
+                f"the model's attention was set to {changed[0]!r} while a run was under way: its texts would see each "
+                "other. Set it before, or run a copy of the model."
+            )
 
     def arguments(self, batch: FlatBatch) -> dict[str, Tensor]:
         """Give what to call the model with, on the CPU; `[1, T]` int64 each."""
@@ -114,11 +136,11 @@ def laying(batch: object) -> Iterator[None]:
     if not isinstance(batch, FlatBatch):
         yield
         return
-    _laid.layout = _Layout(batch.own_lengths)
+    before, _laid.layout = _laid.layout, _Layout(batch.own_lengths)
     try:
         yield
     finally:
-        _laid.layout = None
+        _laid.layout = before
 
 
 @contextlib.contextmanager
@@ -130,14 +152,21 @@ def attending_flat(model: nn.Module) -> Iterator[None]:
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, _make_mask)
     configs = _configs_of(map_model(model).base)
-    before = [config._attn_implementation for config in configs]
     try:
-        for config in configs:
-            config._attn_implementation = _NAME
+        with _holding:
+            for config in configs:
+                _, name, count = _held.get(id(config), (config, config._attn_implementation, 0))
+                _held[id(config)] = config, name, count + 1
+                config._attn_implementation = _NAME
         yield
     finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
+        with _holding:
+            for config in configs:
+                _, name, count = _held.pop(id(config))
+                if count > 1:
+                    _held[id(config)] = config, name, count - 1
+                else:
+                    config._attn_implementation = name
 
 
 def refuse_flat(
@@ -148,7 +177,7 @@ def refuse_flat(
     Args:
         model: Run on two short texts, alone and as one batch, if nothing else speaks against it.
         sites: Those of the run, whose rows are compared.
-        ids: Of some text.
+        ids: Some tokens, of which the texts are made; three at least tell.
         precision: From `find_precision`.
         is_compiled: Whether the run compiles the model.
 
@@ -157,14 +186,19 @@ def refuse_flat(
     if is_compiled:
         return "a compiled model would be compiled again for every batch"
     mapped = map_model(model)
+    if mapped.model is not model:
+        return f"{type(model).__name__} around {type(mapped.model).__name__} may do more than pass texts on"
     reason = _refuse_model(mapped) or _refuse_kernel(mapped, precision) or _refuse_sites(sites)
     if reason is not None:
         return reason
     try:
-        gives_same = _gives_same_rows(mapped.model, sites, list(ids) or [0], precision)
+        gives_same = _gives_same_rows(model, sites, list(ids) or [0], precision)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a model says of such a call, it does not take it
-        return f"{type(mapped.base).__name__} does not take such a batch ({error})"
-    return None if gives_same else f"{type(mapped.base).__name__} gives other rows then"
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        return f"{type(model).__name__} does not take such a batch ({said})"
+    return None if gives_same else f"{type(model).__name__} gives other rows then"
 
 
 def _refuse_model(mapped: ModelMap) -> str | None:
@@ -178,8 +212,13 @@ def _refuse_model(mapped: ModelMap) -> str | None:
         "forward" in vars(module) or any(vars(module)[name] for name in _HOOKS) for module in mapped.model.modules()
     ):
         return "hooks or edits on the model would see another batch"
-    if base.config._attn_implementation != "sdpa":
-        return f"its attention is {base.config._attn_implementation!r}, not 'sdpa'"
+    if any(module._compiled_call_impl is not None for module in mapped.model.modules()):
+        return "a compiled model would be compiled again for every batch"
+    if getattr(base.config, "chunk_size_feed_forward", 0):
+        return "chunk_size_feed_forward would cut a batch into as many chunks as it has tokens"
+    _, attention, _ = _held.get(id(base.config), (None, base.config._attn_implementation, 0))
+    if attention != "sdpa":
+        return f"its attention is {attention!r}, not 'sdpa'"
     if "position_ids" not in inspect.signature(mapped.model.forward).parameters:
         return f"{kinds[0].__name__} takes no position_ids"
     return None
@@ -207,7 +246,7 @@ def _refuse_sites(sites: Sequence[Site]) -> str | None:
 def _gives_same_rows(model: nn.Module, sites: Sequence[Site], ids: list[int], precision: str | None) -> bool:
     """Whether two texts behind one another give the rows that each gives alone, as far as sums in another order do."""
     device = find_device(model)
-    texts = [ids, ids[::-1][: max(1, len(ids) - 1)]]
+    texts = [ids, ids[::-1][: max(1, len(ids) // 2)]]
     flat = FlatBatch(
         [0, 1], [len(text) for text in texts], [0, 1], torch.tensor([[one for text in texts for one in text]])
     )
@@ -261,6 +300,11 @@ def _attend(
 
         return sdpa_attention_forward(
             module, query_BHTd, key_BHTd, value_BHTd, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+    if query_BHTd.shape[0] != 1 or query_BHTd.shape[2] != sum(layout.lengths):
+        raise CaptureError(
+            f"{type(module).__name__} attends over {tuple(query_BHTd.shape)}, which is no batch of the run: a sink "
+            "or pool calls a model of the same config. Pass padding_free=False."
         )
     asked = [name for name in _NOT_TAKEN if others.get(name) is not None]
     if attention_mask is not None or asked or others.get("is_causal", getattr(module, "is_causal", False)):

@@ -65,7 +65,7 @@ class ExtractOptions:
         check_pool(self.pool)
         check_kept(self.tokens, self.keep)
         check_forward(self.precision, self.compile)
-        if self.padding_free not in (None, True, False):
+        if self.padding_free is not None and type(self.padding_free) is not bool:
             raise OptionError(f"padding_free is {self.padding_free!r}: use True, False, or None for where it can be.")
         if self.nonfinite not in NONFINITE_POLICIES:
             raise OptionError(f"no policy {self.nonfinite!r} for values that are not finite: use warn or error.")

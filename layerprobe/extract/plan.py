@@ -20,7 +20,7 @@ from torch import nn
 from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.probe import Probe, describe_pool
 from layerprobe.capture.units import check_storable, measure_site
-from layerprobe.errors import InputError, OptionError, SpaceError
+from layerprobe.errors import InputError, OptionError, PlanError, SpaceError
 from layerprobe.extract.batching import BATCH_COST_TOKENS, NO_TEXTS, SHAPE_STEPS, TokenizedUnit, tokenize
 from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
@@ -54,7 +54,7 @@ class Plan:
     """A run that is ready to go. `print(plan)` says what it will do.
 
     Its `digests` are those of the input up to the end of each unit: by them a unit is known before it is written.
-    `first` are the ids of the first texts, which the plan was made from.
+    `first_texts` are those that the plan was made from, `first` their ids.
     """
 
     place: Place
@@ -77,6 +77,7 @@ class Plan:
     overwrite: bool
     wait_for_space: bool = False
     crew: Crew | None = None
+    first_texts: tuple[str, ...] = ()
     first: TokenizedUnit = NO_TEXTS
 
     @property
@@ -221,7 +222,7 @@ def plan_extraction(
     batch_tokens, description = _choose_batches(
         place,
         options,
-        _may_be_flat(model, sites, options, sampled.ids[0][:_TRIED_TOKENS]),
+        _why_not_flat(model, sites, options, sampled),
         partial(_describe, model, tokenizer, stored, options, rule, survey, name),
         partial(_find_budget, model, sites, options, sampled, survey),
     )
@@ -235,7 +236,7 @@ def plan_extraction(
     plan = Plan(
         place, model, tokenizer, source, options, sites, stored, rule, batch_tokens, survey.num_examples,
         survey.digests, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite, wait_for_space,
-        crew, sampled,
+        crew, tuple(record.text for record in sample), sampled,
     )  # fmt: skip
     free_bytes = plan.free_bytes
     if free_bytes is not None and plan.missing_bytes > free_bytes and not wait_for_space:
@@ -271,34 +272,47 @@ def _find_source(
 def _choose_batches(
     place: Place,
     options: ExtractOptions,
-    may_be_flat: bool,
+    why_not_flat: str | None,
     describe: Callable[[int, bool], dict[str, Any]],
     find: Callable[[bool], int],
 ) -> tuple[int, dict[str, Any]]:
-    """Choose a batch's tokens, and whether it has padding: as asked for, as in the same run so far, or as found now."""
-    if recalled := recall_batches(place):
-        batch_tokens, is_flat = options.batch_tokens or recalled.batch_tokens, recalled.is_flat
-        if is_flat <= may_be_flat and options.padding_free in (None, is_flat):
-            description = describe(batch_tokens, is_flat)
-            if description["fingerprint"] == recalled.fingerprint:
-                return batch_tokens, description
-    batch_tokens = options.batch_tokens or find(may_be_flat)
-    return batch_tokens, describe(batch_tokens, may_be_flat)
-
-
-def _may_be_flat(model: nn.Module, sites: tuple[Site, ...], options: ExtractOptions, ids: Sequence[int]) -> bool:
-    """Whether the batches of a run can do without padding.
+    """Choose a batch's tokens, and whether it has padding: as asked for, as in the same run so far, or as found now.
 
     Raises:
-        OptionError: they cannot, and are asked to.
+        PlanError: the same run has none so far, and cannot go on so.
+    """
+    if recalled := recall_batches(place):
+        batch_tokens = options.batch_tokens or recalled.batch_tokens
+        if options.padding_free in (None, recalled.is_flat):
+            description = describe(batch_tokens, recalled.is_flat)
+            if description["fingerprint"] == recalled.fingerprint:
+                if recalled.is_flat and why_not_flat is not None:
+                    raise PlanError(
+                        f"{place}: was begun without padding and cannot go on so: {why_not_flat}. Go on as it was "
+                        "begun, choose another folder, or pass --overwrite to replace it."
+                    )
+                return batch_tokens, description
+    is_flat = why_not_flat is None
+    batch_tokens = options.batch_tokens or find(is_flat)
+    return batch_tokens, describe(batch_tokens, is_flat)
+
+
+def _why_not_flat(
+    model: nn.Module, sites: tuple[Site, ...], options: ExtractOptions, sampled: TokenizedUnit
+) -> str | None:
+    """Say why the batches of a run have padding; None where they have none.
+
+    Raises:
+        OptionError: they cannot do without, and are asked to.
     """
     if options.padding_free is False:
-        return False
+        return "padding_free=False"
+    ids = list(itertools.islice(itertools.chain.from_iterable(sampled.ids), _TRIED_TOKENS))
     precision = find_precision(model, options.precision)
     reason = refuse_flat(model, sites, ids, precision, is_compiled=bool(options.compile))
     if reason is not None and options.padding_free:
         raise OptionError(f"padding_free=True: {reason}. Leave it out.")
-    return reason is None
+    return reason
 
 
 def _find_budget(

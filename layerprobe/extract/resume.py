@@ -26,7 +26,15 @@ from layerprobe.store.lock import LOCK_FILE, refuse_held
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.progress import PROGRESS_FILE
 
-__all__ = ["check_finite", "check_folder", "check_place", "find_done", "holds_same_run", "recall_batches"]
+__all__ = [
+    "RecalledBatches",
+    "check_finite",
+    "check_folder",
+    "check_place",
+    "find_done",
+    "holds_same_run",
+    "recall_batches",
+]
 
 _NUM_REQUESTS = 8
 

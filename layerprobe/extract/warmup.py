@@ -43,7 +43,7 @@ def choose_batch_tokens(device: torch.device, is_flat: bool = False) -> int:
 def find_batch_tokens(
     model: nn.Module, sites: Sequence[str], ids: Sequence[Sequence[int]], first: int, precision: str | None
 ) -> int:
-    """Find how many padded tokens a batch should have.
+    """Find how many tokens a batch should have, padding included.
 
     Args:
         model: Run a few times, in eval mode, and left as it was.

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import layerprobe as lp
 from families import FAMILIES, IS_V5, PADDING, VOCABULARY, build, is_known
-from layerprobe.errors import ArchitectureError, OptionError, PlanError
+from layerprobe.errors import ArchitectureError, CaptureError, OptionError, PlanError
 from layerprobe.extract import flat as flat_module
+from layerprobe.extract import plan as planning
 from layerprobe.extract.batching import Batch, FlatBatch, TokenizedUnit, cut_flat_batches
 from layerprobe.extract.flat import FlatForm, attending_flat, laying, refuse_flat
 from layerprobe.extract.forward import REORDERED
@@ -156,7 +157,66 @@ def test_attention_that_is_asked_for_more_says_so(make_bert: Any) -> None:
             model(**arguments, sliding_window=2)
 
 
+@needs_v5
+def test_two_runs_on_one_config_do_not_end_each_other(make_bert: Any) -> None:
+    from transformers import BertModel
+
+    first = make_bert()
+    second = BertModel(first.config).eval()
+    texts = draw_texts([7, 4, 4])
+    expected = run_flat(second, ["layers.2"], texts)["layers.2"]
+    outer, inner = attending_flat(first), attending_flat(second)
+    batch = make_flat(texts)
+    with inner:
+        # the one that began first ends first
+        with outer:
+            pass
+        assert reason_of(second) is None  # a run may be planned meanwhile
+        with laying(batch), lp.Probe(second, "layers.2") as probe, torch.inference_mode():
+            second(**FlatForm.of(second).arguments(batch))
+        assert torch.equal(probe["layers.2"], expected)  # type: ignore[arg-type]
+    assert first.config._attn_implementation == "sdpa"
+
+
+@needs_v5
+def test_attention_that_is_set_anew_under_way_ends_the_run(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
+    config: Any = tiny.model.config
+
+    def set_anew(rows: Tensor) -> Tensor:
+        config._attn_implementation = "sdpa"
+        return rows[0]
+
+    with pytest.raises(CaptureError, match="was set to 'sdpa' while a run was under way: its texts would see each"):
+        extract(tiny, texts, tmp_path / "acts", pool=set_anew, padding_free=True)
+    assert config._attn_implementation == "sdpa" and not list((tmp_path / "acts").glob("shard-*"))
+
+
+@needs_v5
+def test_a_model_called_within_a_call_of_the_same_config_says_so(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    def call(rows: Tensor) -> Tensor:
+        return tiny.model(input_ids=torch.tensor([[5, 6]])).last_hidden_state[0, 0]
+
+    with pytest.raises(CaptureError, match="which is no batch of the run: a sink or pool calls a model"):
+        extract(tiny, texts, tmp_path / "acts", pool=call, sites=["layers.0"], padding_free=True)
+
+
 # which models, sites and devices
+
+
+class _Wrapper(nn.Module):
+    """As those of PEFT, and of users who know how layerprobe looks under them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self) -> nn.Module:
+        return self.model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)
 
 
 class _Mixing(nn.LayerNorm):
@@ -181,10 +241,15 @@ def test_what_would_see_another_batch_is_refused_with_its_reason(make_bert: Any)
     hooked, wrapped, moved = make_bert(), make_bert(), make_bert()
     hooked.encoder.layer[0].register_forward_hook(lambda *_: None)
     wrapped.pooler.forward = wrapped.pooler.forward
+    compiled = make_bert()
+    compiled.encoder.layer[0].compile(backend="eager")
     refused = {
         "hooks or edits": reason_of(hooked),
         "hooks or edits on": reason_of(wrapped),
         "compiled again": reason_of(moved, is_compiled=True),
+        "a compiled model would": reason_of(compiled),
+        "_Wrapper around BertModel": reason_of(_Wrapper(moved)),
+        "chunk_size_feed_forward": reason_of(make_bert(chunk_size_feed_forward=1)),
         "Own is no class of transformers": reason_of(Own(moved.config).eval()),
         "'eager', not 'sdpa'": reason_of(build("bert", attention="eager")),
         "'bert' it is not known": reason_of(build("bert", is_decoder=True)),
@@ -283,11 +348,12 @@ def test_every_text_is_in_one_batch_under_the_budget(lengths: list[int], budget:
     assert laid == sorted(laid, reverse=True)
     for batch in batches:
         assert batch.lengths == [len(ids[member]) for member in batch.members]
-        if isinstance(batch, Batch):  # texts of no tokens, and nothing else left
-            assert not any(batch.lengths) and batch.input_ids.numel() == batch.num_padding == batch.num_sequences
+        if isinstance(batch, Batch):  # the text of no tokens
+            assert not any(batch.lengths) and batch.input_ids.numel() == batch.num_padding == batch.num_sequences == 1
             continue
+        assert all(batch.lengths)
         assert batch.num_padding == batch.num_filling == 0
-        assert batch.input_ids.numel() <= budget or batch.num_sequences == 1 or sum(map(bool, batch.own_lengths)) == 1
+        assert batch.input_ids.numel() <= budget or batch.num_sequences == 1
         assert len({tuple(ids[member]) for member in batch.members}) == batch.num_sequences
         parts = batch.input_ids[0].split(batch.own_lengths)
         for member, sequence in zip(batch.members, batch.sequences, strict=True):
@@ -386,7 +452,7 @@ def test_a_run_goes_on_as_it_began(tiny: LoadedModel, texts: list[str], tmp_path
             extract(tiny, texts, folder, shard_size=10_000, padding_free=not began)
     with (
         tiny.model.register_forward_hook(lambda *_: None),
-        pytest.raises(PlanError, match=r"plan\.padding_free: True there, None here"),
+        pytest.raises(PlanError, match="was begun without padding and cannot go on so: hooks or edits on the model"),
     ):
         extract(tiny, texts, tmp_path / "True", shard_size=10_000)
 
@@ -415,6 +481,38 @@ def test_a_batch_that_does_not_fit_is_cut_between_texts(
         torch.testing.assert_close(halved[site][ordinal], whole[site][ordinal], atol=1e-5, rtol=1e-5)
 
 
+@needs_v5
+def test_the_trial_is_made_of_several_tokens_however_short_the_first_text_is(
+    make_bert: Any, tiny: LoadedModel, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    model = make_bert(vocab_size=len(tokenizer))
+    for layer in model.encoder.layer:
+        layer.output.LayerNorm.__class__ = _Mixing
+    with pytest.raises(OptionError, match="gives other rows then"):
+        extract(model, ["fox", "the dog over"], tmp_path / "acts", tokenizer=tokenizer, padding_free=True)
+
+
+def test_ids_of_the_plan_serve_no_other_text(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that changes between the passes of a plan is another input, whose own ids are stored."""
+    path = tmp_path / "texts.txt"
+    path.write_text("the fox\na dog\n", encoding="utf-8")
+    survey = planning.survey_input
+
+    def rewrite(*given: Any) -> Any:
+        path.write_text("the dog\na fox\n", encoding="utf-8")
+        return survey(*given)
+
+    monkeypatch.setattr(planning, "survey_input", rewrite)
+    store = extract(tiny, path, tmp_path / "acts")
+    assert [store.example(ordinal).text for ordinal in range(2)] == ["the dog", "a fox"]
+    assert store.example(0).tokens == ["[CLS]", "the", "dog", "[SEP]"]
+    assert lp.audit(tmp_path / "acts", tiny).ok
+
+
 def test_a_run_that_cannot_do_without_padding_is_refused_only_where_asked(
     tiny: LoadedModel, texts: list[str], tmp_path: Path
 ) -> None:
@@ -423,8 +521,9 @@ def test_a_run_that_cannot_do_without_padding_is_refused_only_where_asked(
         extract(tiny, texts, tmp_path / "acts", sites=sites, padding_free=True)
     assert not (tmp_path / "acts").exists()
     assert extract(tiny, texts, tmp_path / "acts", sites=sites).is_complete
-    with pytest.raises(OptionError, match="padding_free is 'yes': use True, False, or None"):
-        extract(tiny, texts, tmp_path / "acts", padding_free="yes")
+    for value in ("yes", 0, 1):
+        with pytest.raises(OptionError, match=f"padding_free is {value!r}: use True, False, or None"):
+            extract(tiny, texts, tmp_path / "acts", padding_free=value)
     with pytest.raises(OptionError, match="padding_free concerns stores"):
         extract(tiny, texts, lp.Moments(), padding_free=True)
 
