@@ -37,6 +37,8 @@ _NAME = "layerprobe_flat"
 # What attention may be asked for beside its operands, and what we do not do.
 _NOT_TAKEN = ("position_bias", "sliding_window", "softcap", "s_aux")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# transformers leaves hooks on a model that was once asked for `output_hidden_states`; until it is again they do nothing.
+_IDLE_HOOKS = "transformers.utils.output_capturing"
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,9 +210,7 @@ def _refuse_model(mapped: ModelMap) -> str | None:
         return f"of {base.config.model_type!r} it is not known to give the same rows"
     if not all(kind.__module__.startswith("transformers.") for kind in kinds):
         return f"{kinds[0].__name__} is no class of transformers, and may do more than that"
-    if any(
-        "forward" in vars(module) or any(vars(module)[name] for name in _HOOKS) for module in mapped.model.modules()
-    ):
+    if any(map(_is_changed, mapped.model.modules())):
         return "hooks or edits on the model would see another batch"
     if any(module._compiled_call_impl is not None for module in mapped.model.modules()):
         return "a compiled model would be compiled again for every batch"
@@ -222,6 +222,12 @@ def _refuse_model(mapped: ModelMap) -> str | None:
     if "position_ids" not in inspect.signature(mapped.model.forward).parameters:
         return f"{kinds[0].__name__} takes no position_ids"
     return None
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether somebody has put something on a module that sees or makes values."""
+    hooks = (hook for name in _HOOKS for hook in vars(module)[name].values())
+    return "forward" in vars(module) or any(getattr(hook, "__module__", None) != _IDLE_HOOKS for hook in hooks)
 
 
 def _refuse_kernel(mapped: ModelMap, precision: str | None) -> str | None:

@@ -267,6 +267,14 @@ def test_what_would_see_another_batch_is_refused_with_its_reason(make_bert: Any)
 
 
 @needs_v5
+def test_a_model_that_was_asked_for_its_hidden_states_once_is_taken_all_the_same(make_bert: Any) -> None:
+    model = make_bert()
+    model(input_ids=torch.tensor([IDS]), output_hidden_states=True, output_attentions=True)
+    assert any(module._forward_hooks for module in model.modules())  # transformers' own, left for good
+    assert reason_of(model) is None
+
+
+@needs_v5
 def test_a_model_that_lets_tokens_see_each_other_is_found_out_by_the_trial(make_bert: Any) -> None:
     model = make_bert()
     for layer in model.encoder.layer:
