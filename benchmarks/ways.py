@@ -2,7 +2,7 @@
 
 A way is made for a job: what it loads and wraps is not timed. It then runs into a folder, from texts to files, and can
 read back what it wrote, to be held against layerprobe's rows. Each does what the library's own pages show. Those that
-take batches get layerprobe's, sorted by length; the others batch as they do.
+take batches get layerprobe's padded ones, sorted by length; the others batch as they do.
 
 Must never know of clocks.
 """

@@ -53,25 +53,24 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
     """
     if value_BSD.ndim != 3 or tuple(value_BSD.shape[:2]) != (selection.num_sequences, selection.num_positions):
         raise CaptureError(f"a value of shape {tuple(value_BSD.shape)} has no row per token to pool.")
-    if selection.is_flat and selection.index is None:
-        # texts of one length lie behind one another: sorted by length, as they are, they are few blocks
-        groups = [(length, len(list(equal))) for length, equal in groupby(selection.lengths)]
-        blocks = value_BSD[0].split([length * count for length, count in groups])
-        parts = [
-            _pool_block(block.unflatten(0, (count, length)), pool)
-            for block, (length, count) in zip(blocks, groups, strict=True)
-        ]
-    elif selection.runs is not None:
+    if selection.runs is not None and not selection.is_flat:
         parts = [_pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs]
-    else:
-        assert selection.index is not None
-        # the backward of a mean of many has none of its own
-        has_mean = value_BSD.device.type in _MEANS_AT_ONCE and not value_BSD.requires_grad
-        if pool in ("cls", "last") or (pool == "mean" and has_mean):
-            return _pool_at_once(value_BSD.flatten(0, 1), selection.index, selection, pool)
-        rows = value_BSD.flatten(0, 1).index_select(0, selection.index)
-        parts = [_pool_block(example[None], pool) for example in rows.split(list(selection.lengths))]
-    return torch.cat(parts) if parts else value_BSD.new_empty(0, value_BSD.shape[2])
+        return torch.cat(parts) if parts else value_BSD.new_empty(0, value_BSD.shape[2])
+    index, flat = selection.index, value_BSD.flatten(0, 1)
+    # the backward of a mean of many has none of its own
+    has_mean = value_BSD.device.type in _MEANS_AT_ONCE and not value_BSD.requires_grad
+    if pool in ("cls", "last") or (pool == "mean" and has_mean):
+        index = torch.arange(len(flat)) if index is None else index
+        return _pool_at_once(flat, index, selection, pool)
+    rows = flat if index is None else flat.index_select(0, index)
+    # texts of one length that follow each other are a block
+    groups = [(length, len(list(equal))) for length, equal in groupby(selection.lengths)]
+    blocks = rows.split([length * count for length, count in groups])
+    parts = [
+        _pool_block(block.unflatten(0, (count, length)), pool)
+        for block, (length, count) in zip(blocks, groups, strict=True)
+    ]
+    return torch.cat(parts) if parts else flat.new_empty(0, flat.shape[1])
 
 
 def _pool_at_once(flat: Tensor, index: Tensor, selection: Selection, pool: Pool) -> Tensor:

@@ -37,7 +37,7 @@ _NAME = "layerprobe_flat"
 # What attention may be asked for beside its operands, and what we do not do.
 _NOT_TAKEN = ("position_bias", "sliding_window", "softcap", "s_aux")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# transformers leaves hooks on a model that was once asked for `output_hidden_states`; until then again they do nothing.
+# transformers leaves hooks on a model once asked for `output_hidden_states`; they do nothing until it is asked again.
 _IDLE_HOOKS = "transformers.utils.output_capturing"
 
 
