@@ -153,22 +153,27 @@ def attending_flat(model: nn.Module) -> Iterator[None]:
 
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, _make_mask)
-    configs = _configs_of(map_model(model).base)
+    with contextlib.ExitStack() as held:
+        for config in _configs_of(map_model(model).base):
+            held.enter_context(_holding_config(config))
+        yield
+
+
+@contextlib.contextmanager
+def _holding_config(config: Any) -> Iterator[None]:
+    with _holding:
+        _, name, count = _held.get(id(config), (config, config._attn_implementation, 0))
+        _held[id(config)] = config, name, count + 1
+        config._attn_implementation = _NAME
     try:
-        with _holding:
-            for config in configs:
-                _, name, count = _held.get(id(config), (config, config._attn_implementation, 0))
-                _held[id(config)] = config, name, count + 1
-                config._attn_implementation = _NAME
         yield
     finally:
         with _holding:
-            for config in configs:
-                _, name, count = _held.pop(id(config))
-                if count > 1:
-                    _held[id(config)] = config, name, count - 1
-                else:
-                    config._attn_implementation = name
+            _, name, count = _held.pop(id(config))
+            if count > 1:
+                _held[id(config)] = config, name, count - 1
+            else:
+                config._attn_implementation = name
 
 
 def refuse_flat(
