@@ -66,6 +66,8 @@ def started(
         stdout=pipe,
         stderr=pipe,
         text=True,
+        # as many threads as here: with more of them the last digits differ
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
         try:
             yield process

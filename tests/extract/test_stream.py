@@ -24,8 +24,8 @@ SITES = ["embeddings", "layers.*", "layers.1.ffn.act"]
 
 
 def list_rows(tiny: LoadedModel, texts: list[str], site: str, batch_tokens: int = 1024) -> np.ndarray:
-    """Every row of a site in float64, out of a store."""
-    options = {"sites": site, "batch_tokens": batch_tokens}
+    """Every row of a site in float64, out of a store of the batches that a sink gets: with padding."""
+    options = {"sites": site, "batch_tokens": batch_tokens, "padding_free": False}
     store = extract(tiny, texts, "memory://stream-rows", overwrite=True, **options)
     return torch.cat([store[site][number] for number in range(len(texts))]).double().numpy()
 
