@@ -17,15 +17,16 @@ from layerprobe.errors import OptionError
 from layerprobe.sites.resolve import ModelMap
 from layerprobe.sites.stacks import calls_forward, unwrap
 
-__all__ = ["can_end_early", "end_early", "require_an_end"]
+__all__ = ["can_end_early", "end_early", "is_compiled_in_place", "require_an_end"]
 
 
 def can_end_early(given: nn.Module) -> bool:
     """Whether `stop` goes with a model as the user has it."""
-    return not _is_compiled_in_place(unwrap(given)) and not calls_forward(given)
+    return not is_compiled_in_place(unwrap(given)) and not calls_forward(given)
 
 
-def _is_compiled_in_place(root: nn.Module) -> bool:
+def is_compiled_in_place(root: nn.Module) -> bool:
+    """Whether a part of a model was compiled where it stands, as `module.compile()` does."""
     return any(part._compiled_call_impl is not None for part in root.modules())
 
 
@@ -36,7 +37,7 @@ def require_an_end(given: nn.Module, root: nn.Module) -> None:
         given: What the user passed.
         root: The model in it.
     """
-    if _is_compiled_in_place(root):
+    if is_compiled_in_place(root):
         raise OptionError("stop=True does not go with model.compile(): use torch.compile(model), or leave it out.")
     if calls_forward(given):
         raise OptionError("stop=True leaves a SentenceTransformer nothing to pool: pass and call model[0].auto_model.")

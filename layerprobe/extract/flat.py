@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerprobe.capture.early import is_compiled_in_place
 from layerprobe.capture.probe import Probe
 from layerprobe.errors import ArchitectureError, CaptureError
 from layerprobe.extract.batching import FlatBatch
-from layerprobe.extract.forward import PRECISIONS, REORDERED, compute_in
+from layerprobe.extract.forward import REORDERED, compute_in, find_dtype
+from layerprobe.extract.network import find_position_padding
 from layerprobe.models import evaluating
 from layerprobe.sites.resolve import ModelMap, Site, map_model
 from layerprobe.sites.stacks import find_device
@@ -97,10 +99,8 @@ class FlatForm:
     def of(cls, model: nn.Module) -> "FlatForm":
         """Find how this model does."""
         base = map_model(model).base
-        table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
-        padding_id = table.padding_idx if isinstance(table, nn.Embedding) else None
         takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
-        return cls(padding_id, takes_types, tuple(_configs_of(base)))
+        return cls(find_position_padding(base), takes_types, tuple(_configs_of(base)))
 
     def check(self) -> None:
         """Make sure that attention is still kept within texts.
@@ -217,7 +217,7 @@ def _refuse_model(mapped: ModelMap) -> str | None:
         return f"{kinds[0].__name__} is no class of transformers, and may do more than that"
     if any(map(_is_changed, mapped.model.modules())):
         return "hooks or edits on the model would see another batch"
-    if any(module._compiled_call_impl is not None for module in mapped.model.modules()):
+    if is_compiled_in_place(mapped.model):
         return "a compiled model would be compiled again for every batch"
     if getattr(base.config, "chunk_size_feed_forward", 0):
         return "chunk_size_feed_forward would cut a batch into as many chunks as it has tokens"
@@ -239,7 +239,7 @@ def _refuse_kernel(mapped: ModelMap, precision: str | None) -> str | None:
     device = find_device(mapped.model)
     if device.type == "cpu":
         return None
-    dtype = _dtype_of(mapped.model, precision)
+    dtype = find_dtype(mapped.model, precision)
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return f"no kernel for texts of many lengths on {device.type} in {str(dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
@@ -268,20 +268,13 @@ def _gives_same_rows(model: nn.Module, sites: Sequence[Site], ids: list[int], pr
             model(input_ids=alone, attention_mask=torch.ones_like(alone))
         with attending_flat(model), laying(flat):
             model(**{name: value.to(device) for name, value in FlatForm.of(model).arguments(flat).items()})
-    allowed = REORDERED[_dtype_of(model, precision)]
+    allowed = REORDERED[find_dtype(model, precision)]
     for name in names:
         first, second, both = (cast(Tensor, call[name]) for call in probe.calls)
         apart = torch.cat([first, second], dim=1)
         if both.shape != apart.shape or not (both - apart).abs().max() <= allowed * apart.abs().max():
             return False
     return True
-
-
-def _dtype_of(model: nn.Module, precision: str | None) -> torch.dtype:
-    """What a model computes in."""
-    if precision is not None:
-        return PRECISIONS[precision]
-    return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
 
 
 def _configs_of(base: nn.Module) -> list[Any]:

@@ -25,6 +25,7 @@ __all__ = [
     "check_forward",
     "compile_network",
     "compute_in",
+    "find_dtype",
     "find_precision",
 ]
 
@@ -73,7 +74,7 @@ def find_precision(model: nn.Module, precision: str | None) -> str | None:
     Raises:
         OptionError: the weights have fewer digits than that, or the device does not compute so.
     """
-    weights = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+    weights = find_dtype(model, None)
     if precision == _TF32 and find_device(model).type != "cuda":
         raise OptionError(f"precision='tf32' on {find_device(model)}: CUDA devices compute so. Leave it out here.")
     if precision is None or (PRECISIONS[precision] == weights and precision != _TF32):
@@ -84,6 +85,13 @@ def find_precision(model: nn.Module, precision: str | None) -> str | None:
             "float32. Load the model in float32, or leave precision out."
         )
     return precision
+
+
+def find_dtype(model: nn.Module, precision: str | None) -> torch.dtype:
+    """Find the dtype that a model computes in: that of a precision from `find_precision`, or of its weights."""
+    if precision is not None:
+        return PRECISIONS[precision]
+    return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
 
 
 def compute_in(model: nn.Module, precision: str | None) -> AbstractContextManager[object]:

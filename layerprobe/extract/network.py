@@ -14,7 +14,7 @@ from layerprobe.models import LoadedModel, check_tokenizer, load_model, load_tok
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import calls_forward, find_device, unwrap
 
-__all__ = ["choose_max_length", "find_max_length", "find_model", "make_random_batch"]
+__all__ = ["choose_max_length", "find_max_length", "find_model", "find_position_padding", "make_random_batch"]
 
 
 def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | None) -> tuple[nn.Module, Any]:
@@ -52,12 +52,16 @@ def find_max_length(model: nn.Module, tokenizer: Any) -> int:
     base: Any = map_model(model).base
     limit = min(getattr(tokenizer, "model_max_length", None) or 1 << 30, 1 << 30)
     positions = getattr(base.config, "max_position_embeddings", None)
-    table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     if positions:
-        # RoBERTa's kin count positions from behind the padding id
-        reserved = table.padding_idx + 1 if isinstance(table, nn.Embedding) and table.padding_idx is not None else 0
-        limit = min(limit, positions - reserved)
+        padding_id = find_position_padding(base)
+        limit = min(limit, positions - (0 if padding_id is None else padding_id + 1))
     return limit
+
+
+def find_position_padding(base: nn.Module) -> int | None:
+    """Find the padding id behind which a base model's positions begin, as those of RoBERTa's kin do, or None."""
+    table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
+    return table.padding_idx if isinstance(table, nn.Embedding) else None
 
 
 def choose_max_length(model: nn.Module, tokenizer: Any, asked: int | None) -> int:
