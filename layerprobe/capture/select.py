@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from layerprobe.capture.casting import NOT_PLAIN, cast_into
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError
 
-__all__ = ["Selection", "write_pairs", "write_rows"]
+__all__ = ["Run", "Selection", "copy_runs", "write_pairs", "write_rows"]
 
 # Beyond this many rectangles one gather through an index is quicker than a copy each (measured on two cores).
 _MOST_RUNS = 64
@@ -33,16 +33,6 @@ class Run(NamedTuple):
     last: int
     start: int
     stop: int
-
-
-class _Cut(NamedTuple):
-    """A run of a value `[B, S, ...]`, and its place among packed rows: shape, offsets and strides as torch has them."""
-
-    shape: tuple[int, ...]
-    value_offset: int
-    first_row: int
-    out_offset: int
-    out_strides: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,59 +203,6 @@ class Selection:
             return Selection.from_flat([self.lengths[place] for place in first], device)
         return Selection._from_spans([self.spans[place] for place in first], self.num_positions, device)
 
-    @cached_property
-    def _cuts(self) -> dict[Any, Sequence[_Cut] | None]:
-        return {}
-
-    def find_cuts(self, value: Tensor, target: Target) -> Sequence[_Cut] | None:
-        """Tell how the runs of a value lie in it and among packed rows; None where an index says which are real.
-
-        Worked out once for all sites of a call that are alike: slicing each would take a dozen operators of torch, at
-        each site of each batch.
-
-        Args:
-            value: `[B, S, ...]`.
-            target: Of `[T, ...]`, contiguous.
-
-        Raises:
-            CaptureError: `value` does not begin with the B and S of the call, or `target` is no place for its vectors.
-        """
-        whole = target.whole
-        key = (value.shape, value.stride(), target.count, whole.shape, whole.stride())
-        if key not in self._cuts:
-            self._cuts[key] = self._work_out_cuts(value, whole, target.count)
-        return self._cuts[key]
-
-    def _work_out_cuts(self, value: Tensor, whole: Tensor, count: int) -> Sequence[_Cut] | None:
-        wanted = (self.num_sequences, self.num_positions, *whole.shape[1:])
-        if value.shape != wanted:
-            raise CaptureError(
-                f"a value of shape {tuple(value.shape)} has no row per token: it must be {wanted}. "
-                "Capture this site into memory instead."
-            )
-        if count != self.num_rows or not whole.is_contiguous():
-            raise CaptureError(
-                f"{self.num_rows} rows do not go into a place for {count}, of shape {tuple(whole.shape)} and strides "
-                f"{whole.stride()}."
-            )
-        if self.runs is None:
-            return None
-        strides, out_strides = value.stride(), whole.stride()
-        cuts, row = [], 0
-        for run in self.runs:
-            size, length = run.last - run.first, run.stop - run.start
-            cuts.append(
-                _Cut(
-                    shape=(size, length, *whole.shape[1:]),
-                    value_offset=run.first * strides[0] + run.start * strides[1],
-                    first_row=row,
-                    out_offset=row * out_strides[0],
-                    out_strides=(length * out_strides[0], *out_strides),
-                )
-            )
-            row += size * length
-        return cuts
-
     def keep(self, kept: Sequence[Tensor]) -> "Selection":
         """Keep some tokens of each example.
 
@@ -316,25 +253,53 @@ def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
     Cost: one pass over the rows with no memory of its own; two for masks with holes, for int8 and for float8.
     """
     whole = target.whole
-    cuts = selection.find_cuts(value, target)
-    if cuts is None:
+    wanted = (selection.num_sequences, selection.num_positions, *whole.shape[1:])
+    if value.shape != wanted:
+        raise CaptureError(
+            f"a value of shape {tuple(value.shape)} has no row per token: it must be {wanted}. "
+            "Capture this site into memory instead."
+        )
+    if target.count != selection.num_rows or not whole.is_contiguous():
+        raise CaptureError(
+            f"{selection.num_rows} rows do not go into a place for {target.count}, of shape {tuple(whole.shape)} and "
+            f"strides {whole.stride()}."
+        )
+    if selection.runs is None:
         assert selection.index is not None
         flat = value.reshape(selection.num_sequences * selection.num_positions, *whole.shape[1:])
         if flat.dtype == whole.dtype:
             torch.index_select(flat, 0, selection.index, out=target.values)
         else:
             cast_into(target, flat.index_select(0, selection.index))
-        return
-    strides, value_start = value.stride(), value.storage_offset()
-    if whole.dtype in NOT_PLAIN:
-        for cut in cuts:
-            block = value.as_strided(cut.shape, strides, value_start + cut.value_offset)
-            cast_into(target.part(cut.first_row, cut.first_row + cut.shape[0] * cut.shape[1], cut.shape[:2]), block)
-        return
-    start = whole.storage_offset() + target.start * whole.stride(0)
-    for cut in cuts:
-        block = value.as_strided(cut.shape, strides, value_start + cut.value_offset)
-        whole.as_strided(cut.shape, cut.out_strides, start + cut.out_offset).copy_(block)
+    elif whole.dtype in NOT_PLAIN:
+        row = 0
+        for first, last, start, stop in selection.runs:
+            block = value[first:last, start:stop]
+            cast_into(target.part(row, row + len(block) * (stop - start), block.shape[:2]), block)
+            row += len(block) * (stop - start)
+    else:
+        copy_runs(whole, target.start, value, selection.runs)
+
+
+def copy_runs(whole: Tensor, row: int, value: Tensor, runs: Sequence[Run]) -> None:
+    """Copy the runs of a value behind one another into rows from `row` on, cast on the way.
+
+    Args:
+        whole: `[R, ...]`, contiguous.
+        row: The first of the rows.
+        value: `[B, S, ...]`.
+        runs: Of it.
+    """
+    # Run at every site of every batch: two views and a copy for each run. Slices would take a dozen operators of torch.
+    strides, offset, trailing = value.stride(), value.storage_offset(), value.shape[2:]
+    out_strides = whole.stride()
+    size, out_offset = out_strides[0], whole.storage_offset() + row * out_strides[0]
+    for first, last, start, stop in runs:
+        length = stop - start
+        shape = (last - first, length, *trailing)
+        block = value.as_strided(shape, strides, offset + first * strides[0] + start * strides[1])
+        whole.as_strided(shape, (length * size, *out_strides), out_offset).copy_(block)
+        out_offset += (last - first) * length * size
 
 
 def write_pairs(target: Target, weights_BHSS: Tensor, selection: Selection) -> None:

@@ -84,13 +84,13 @@ class HostBuffer:
         # attention lies flat
         self._flat_widths = [site.width if site.kind == "attention" else 1 for site in sites]
         self.room = room
-        self._values = [self._allocate(site, room.of(site.kind)) for site in sites]
+        self.values = [self._allocate(site, room.of(site.kind)) for site in sites]
         self._scales = [self._allocate_scale(site, room.of(site.kind)) for site in sites]
 
     def target(self, index: int, start: int, stop: int, overflow: Tensor | None = None) -> Target:
         """Give vectors `[start, stop)` of a site; of attention weights, flat, those of pairs `[start, stop)`."""
         width = self._flat_widths[index]
-        return Target(self._values[index], self._scales[index], overflow, start * width, stop * width)
+        return Target(self.values[index], self._scales[index], overflow, start * width, stop * width)
 
     def fits(self, wanted: Room) -> bool:
         """Whether there is room for so much."""
@@ -110,9 +110,9 @@ class HostBuffer:
             kept = self.target(index, 0, used.of(site.kind))
             if not kept.count:
                 kept = Target(torch.empty_like(kept.values))
-                self._values[index], self._scales[index] = kept.whole, None
-            self._values[index] = self._allocate(site, extent)
-            self._values[index][: kept.count].copy_(kept.values)
+                self.values[index], self._scales[index] = kept.whole, None
+            self.values[index] = self._allocate(site, extent)
+            self.values[index][: kept.count].copy_(kept.values)
             scale = self._scales[index] = self._allocate_scale(site, extent)
             if scale is not None and kept.scale is not None:
                 scale[: kept.count].copy_(kept.scale)
@@ -185,6 +185,8 @@ class Lane(Protocol):
     """The way of values from the model's device into a host buffer."""
 
     pinned: bool
+    # whether a value may as well be written to the host buffer by whoever has it
+    is_direct: bool
 
     def put(self, key: int, target: Target, produce: Produce) -> None:
         """Let `produce` make the values of site `key` for a piece of a host buffer."""
@@ -202,6 +204,7 @@ class DirectLane:
     """On the CPU: values are made in the host buffer itself."""
 
     pinned = False
+    is_direct = True
 
     def put(self, key: int, target: Target, produce: Produce) -> None:
         produce(target)
@@ -282,6 +285,8 @@ class StagedLane:
     Each site has two stages that take turns, so the model may make the next batch's values while the last ones are
     still on their way.
     """
+
+    is_direct = False
 
     def __init__(self, device: torch.device, streams: Streams, pinned: bool = True) -> None:
         self.pinned = pinned

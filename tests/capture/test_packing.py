@@ -107,6 +107,14 @@ def test_call_without_a_mask_keeps_every_token(tiny_bert: Any, tmp_path: Path) -
     _same(_read(tmp_path / "acts"), _expect(tiny_bert, [{"input_ids": input_ids, "attention_mask": torch.ones(2, 5)}]))
 
 
+def test_ids_of_half_the_width_are_stored_as_all_ids_are(tiny_bert: Any, tmp_path: Path) -> None:
+    batches = _batches(6)[2::3]  # whose masks have holes
+    with lp.Probe(tiny_bert, SITES, to=tmp_path / "acts"):
+        for batch in batches:
+            tiny_bert(input_ids=batch["input_ids"].int(), attention_mask=batch["attention_mask"])
+    _same(_read(tmp_path / "acts"), _expect(tiny_bert, batches))
+
+
 def test_embeddings_as_input_have_no_ids(tiny_bert: Any, tmp_path: Path, batch: Any) -> None:
     embeds = tiny_bert.embeddings.word_embeddings(batch["input_ids"])
     with lp.Probe(tiny_bert, SITES, to=tmp_path / "acts"):
