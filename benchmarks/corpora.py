@@ -86,13 +86,13 @@ def list_batches(
 
 def cut_plan(plan: Plan) -> Iterator[Batch | FlatBatch]:
     """Make the very batches that a run would have."""
-    pad_id, side = plan.tokenizer.pad_token_id or 0, plan.tokenizer.padding_side
+    pad_id = plan.tokenizer.pad_token_id or 0
     for unit in plan.units():
         tokenized = tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
         if plan.is_flat:
             yield from cut_flat_batches(tokenized, plan.batch_tokens, pad_id)
         else:
-            yield from cut_batches(tokenized, plan.batch_tokens, pad_id, side)
+            yield from cut_batches(tokenized, plan.batch_tokens, pad_id)
 
 
 def make_caller(model: nn.Module) -> Callable[[Batch | FlatBatch], None]:

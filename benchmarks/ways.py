@@ -80,7 +80,7 @@ class Way:
 def list_batches(job: Job, texts: list[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Give layerprobe's batches of texts, and which texts are in each row."""
     tokenized = tokenize(job.demo.tokenizer, texts, LONGEST)
-    for batch in cut_batches(tokenized, BATCH_TOKENS, job.demo.tokenizer.pad_token_id, "right"):
+    for batch in cut_batches(tokenized, BATCH_TOKENS, job.demo.tokenizer.pad_token_id):
         first = dict(zip(reversed(batch.sequences), reversed(batch.members), strict=True))
         members = [first[row] for row in range(len(batch.input_ids))]
         yield members, {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}

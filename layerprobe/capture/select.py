@@ -85,12 +85,11 @@ class Selection:
         cls,
         lengths: Sequence[int],
         num_positions: int,
-        padding_side: str,
         device: torch.device,
         sequences: Sequence[int] | None = None,
     ) -> "Selection":
-        """Describe a batch padded on one side, without looking at a mask."""
-        spans = [(0, n) if padding_side == "right" else (num_positions - n, num_positions) for n in lengths]
+        """Describe a batch padded on the right, without looking at a mask."""
+        spans = [(0, length) for length in lengths]
         return cls._from_spans(spans, num_positions, device, None if sequences is None else tuple(sequences))
 
     @classmethod

@@ -45,7 +45,6 @@ class AnnouncedBatch:
         ordinals: Of its examples.
         lengths: Real tokens of each.
         num_positions: S.
-        padding_side: `left` or `right`.
         input_ids: int64 `[T]` on the CPU, without padding; of the rows that are kept.
         records: What travels with each example, from `encode_record`, or None.
         sequences: For each example its sequence in the batch, where texts that are the same share one; else None.
@@ -57,7 +56,6 @@ class AnnouncedBatch:
     ordinals: Sequence[int]
     lengths: Sequence[int]
     num_positions: int
-    padding_side: str
     input_ids: Tensor
     records: Sequence[bytes] | None = None
     sequences: Sequence[int] | None = None
@@ -70,9 +68,7 @@ class AnnouncedBatch:
         if self.is_flat:
             selection = Selection.from_flat(self.lengths, device, self.sequences)
         else:
-            selection = Selection.from_lengths(
-                self.lengths, self.num_positions, self.padding_side, device, self.sequences
-            )
+            selection = Selection.from_lengths(self.lengths, self.num_positions, device, self.sequences)
         return selection if self.kept is None else selection.keep(self.kept)
 
 
@@ -114,7 +110,7 @@ def measure_site(
         )
     width = value.shape[2] if per_token else value.shape[1]
     if callable(pool) and per_token:
-        every_token = Selection.from_lengths([value.shape[1]], value.shape[1], "right", value.device)
+        every_token = Selection.from_lengths([value.shape[1]], value.shape[1], value.device)
         width = pool_rows(value[:1].detach(), every_token, pool).shape[1]
     kind = "token" if per_token and pool is None else "example"
     return StoredSite(site.name, kind, dtype or value.dtype, width)

@@ -251,7 +251,6 @@ def cut_batches(
     unit: TokenizedUnit,
     batch_tokens: int,
     pad_id: int,
-    padding_side: str,
     *,
     joins_equal: bool = True,
     shapes: Shapes | None = None,
@@ -271,7 +270,7 @@ def cut_batches(
     start = 0
     while start < len(texts):
         end, shape = cuts[start]
-        yield _pad(texts[start:end], pad_id, padding_side, shape)
+        yield _pad(texts[start:end], pad_id, shape)
         start = end
 
 
@@ -295,7 +294,7 @@ def cut_flat_batches(unit: TokenizedUnit, batch_tokens: int, pad_id: int) -> Ite
         yield _lay(texts[start:end])
         start = end
     if len(sorted_texts) > len(texts):
-        yield _pad(sorted_texts[-1:], pad_id, "right", (1, 1))
+        yield _pad(sorted_texts[-1:], pad_id, (1, 1))
 
 
 def _sort_texts(unit: TokenizedUnit, joins_equal: bool) -> list[tuple[tuple[int, ...], list[int]]]:
@@ -350,17 +349,17 @@ def _fill_up(heights: Sequence[int]) -> np.ndarray:
     return rising[np.searchsorted(rising, np.arange(1, heights[0] + 1))]
 
 
-def _pad(
-    texts: Sequence[tuple[tuple[int, ...], list[int]]], pad_id: int, padding_side: str, shape: tuple[int, int]
-) -> Batch:
+def _pad(texts: Sequence[tuple[tuple[int, ...], list[int]]], pad_id: int, shape: tuple[int, int]) -> Batch:
+    """Lay texts side by side, padded on the right whatever side their tokenizer pads.
+
+    On the left, padding would move them to other positions than each has alone, and a class token away from the first.
+    """
     num_rows, longest = shape
     input_ids = torch.full((num_rows, longest), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros((num_rows, longest), dtype=torch.int64)
-    positions = torch.arange(longest)
-    lengths = torch.tensor([len(ids) for ids, _ in texts])
-    of_text = (positions if padding_side == "right" else longest - 1 - positions) < lengths[:, None]
+    of_text = torch.arange(longest) < torch.tensor([len(ids) for ids, _ in texts])[:, None]
     attention_mask[: len(texts)] = of_text
     input_ids[: len(texts)][of_text] = torch.tensor([one for ids, _ in texts for one in ids], dtype=torch.int64)
     # attention over nothing at all is not a number
-    attention_mask[len(texts) :, 0 if padding_side == "right" else -1] = 1
+    attention_mask[len(texts) :, 0] = 1
     return Batch(*_number(texts), input_ids, attention_mask)

@@ -86,7 +86,7 @@ class Classifier:
         device, probe = find_device(network), self.probe
         sites = list(dict.fromkeys(probe.feature.sites))
         with evaluating(network), torch.no_grad():
-            for batch in cut_batches(unit, _BATCH_TOKENS, tokenizer.pad_token_id or 0, tokenizer.padding_side):
+            for batch in cut_batches(unit, _BATCH_TOKENS, tokenizer.pad_token_id or 0):
                 mask = batch.attention_mask.bool()
                 with Probe(network, sites, stop=True) as taken:
                     network(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))

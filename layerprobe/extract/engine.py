@@ -131,11 +131,8 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         records = [encode_record(_make_record(record)) for record in unit.records]
         self._keeper.reserve(header, self._plan.stored, room, sum(map(len, records)), rows is not None)
         self._sink.begin_unit(unit.number, unit.first_example, room, num_truncated)
-        side = self._plan.tokenizer.padding_side
         for batch in self._cut(tokenized):
-            self._caller.call(
-                batch, lambda part: self._sink.announce(_announce(unit, tokenized, records, part, side, rows))
-            )
+            self._caller.call(batch, lambda part: self._sink.announce(_announce(unit, tokenized, records, part, rows)))
             self.report.num_computed += batch.input_ids.numel()
             self.report.num_padding += batch.num_padding
             self.report.num_repeated += len(batch.members) - batch.num_sequences + batch.num_filling
@@ -150,7 +147,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         pad_id, budget = self._plan.tokenizer.pad_token_id or 0, self._plan.batch_tokens
         if self._plan.is_flat:
             return cut_flat_batches(tokenized, budget, pad_id)
-        return cut_batches(tokenized, budget, pad_id, self._plan.tokenizer.padding_side, shapes=self._shapes)
+        return cut_batches(tokenized, budget, pad_id, shapes=self._shapes)
 
     def _count(self) -> None:
         """Take over what others count."""
@@ -205,7 +202,6 @@ def _announce(
     tokenized: TokenizedUnit,
     records: Sequence[bytes],
     batch: Batch | FlatBatch,
-    padding_side: str,
     rows: KeptRows | None,
 ) -> AnnouncedBatch:
     kept = None if rows is None else [rows.of(member) for member in batch.members]
@@ -222,7 +218,6 @@ def _announce(
         ordinals=[unit.first_example + member for member in batch.members],
         lengths=batch.lengths,
         num_positions=batch.input_ids.shape[1],
-        padding_side=padding_side,
         input_ids=input_ids,
         records=[records[member] for member in batch.members],
         sequences=batch.sequences if has_copies else None,

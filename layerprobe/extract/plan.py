@@ -368,6 +368,8 @@ def _describe(
             "max_length": rule.max_length,
             "batch_tokens": batch_tokens,
             **({"padding_free": True} if is_flat else {"batch_cost_tokens": BATCH_COST_TOKENS}),
+            # older versions padded on the left then, which gives models with absolute positions other rows
+            **({"padding_side": "right"} if not is_flat and tokenizer.padding_side != "right" else {}),
             "shard_bytes": rule.shard_bytes,
             "text_bytes_per_token": rule.text_bytes_per_token,
             "units": len(survey.digests),

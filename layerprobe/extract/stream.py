@@ -80,9 +80,7 @@ def stream_texts(
         for unit, tokenized in tokenize_ahead(_cut_chunks(iter(source)), read):
             assert tokenized is not None
             # the sink counts a text as often as it comes
-            for batch in cut_batches(
-                tokenized, batch_tokens, tokenizer.pad_token_id or 0, tokenizer.padding_side, joins_equal=False
-            ):
+            for batch in cut_batches(tokenized, batch_tokens, tokenizer.pad_token_id or 0, joins_equal=False):
                 first = unit.first_example
                 caller.call(batch, lambda part, first=first: announce([first + m for m in part.members]))
                 report.num_computed += batch.input_ids.numel()

@@ -151,7 +151,7 @@ def _run(
     """Give each text's number, ids, the positions that are asked for, and its rows."""
     device = find_device(model)
     unit = tokenize(tokenizer, texts, length)
-    for batch in cut_batches(unit, _BATCH_TOKENS, tokenizer.pad_token_id or 0, tokenizer.padding_side):
+    for batch in cut_batches(unit, _BATCH_TOKENS, tokenizer.pad_token_id or 0):
         real, ids_BS = batch.attention_mask.bool(), batch.input_ids.clone()
         wanted = real & ~torch.isin(ids_BS, torch.tensor(sorted(special)))
         if mask:

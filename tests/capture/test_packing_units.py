@@ -37,13 +37,13 @@ def _announced_sink(model: Any, folder: Path, shard_bytes: int = 1, **options: A
 def test_announced_batches_go_where_they_are_told(tiny_bert: Any, tmp_path: Path) -> None:
     sink, writer = _announced_sink(tiny_bert, tmp_path)
     ids = torch.randint(1, 100, (2, 4))
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     with torch.no_grad(), lp.Probe(tiny_bert, "layers.2", to=sink, stop=True):
         sink.begin_unit(4, 10, Room(0, 0), num_truncated=1)
         for ordinals in ([11, 10], [13, 12]):  # the second outgrows the buffer
             real_ids = ids.flatten()[mask.flatten().bool()]
             records = [encode_record({"text": f"text {ordinal}"}) for ordinal in ordinals]
-            sink.announce(AnnouncedBatch(ordinals, [4, 2], 4, "left", real_ids, records))
+            sink.announce(AnnouncedBatch(ordinals, [4, 2], 4, real_ids, records))
             tiny_bert(ids, mask)
         sink.end_unit()
     assert [(header.unit, header.num_examples, header.num_truncated) for header in writer.committed] == [(4, 4, 1)]
@@ -78,7 +78,7 @@ def test_failed_writer_does_not_keep_another_thread_waiting(tiny_bert: Any, tmp_
     def run() -> None:
         with torch.no_grad(), lp.Probe(tiny_bert, "layers.2", to=sink):
             sink.begin_unit(0, 0, Room(1, 1))
-            sink.announce(AnnouncedBatch([0], [1], 1, "right", torch.tensor([1])))
+            sink.announce(AnnouncedBatch([0], [1], 1, torch.tensor([1])))
             tiny_bert(torch.tensor([[1]]))
             sink.end_unit()
             writer.close()  # so that the failure is known before the next calls

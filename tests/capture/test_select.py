@@ -51,10 +51,9 @@ def test_no_mask_keeps_every_token(value: Tensor) -> None:
     assert torch.equal(out, value.flatten(0, 1))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_lengths_and_side_select_what_the_mask_would(side: str) -> None:
-    masked = select(MASKS[side])
-    told = Selection.from_lengths([sum(row) for row in MASKS[side]], 5, side, CPU)
+def test_lengths_select_what_the_mask_would() -> None:
+    masked = select(MASKS["right"])
+    told = Selection.from_lengths([sum(row) for row in MASKS["right"]], 5, CPU)
     assert (told.lengths, told.num_positions, told.runs) == (masked.lengths, masked.num_positions, masked.runs)
 
 
@@ -66,7 +65,7 @@ def test_neighbours_of_one_length_are_one_rectangle() -> None:
 
 def test_many_rectangles_become_an_index() -> None:
     lengths = [1 + number % 7 for number in range(100)]
-    selection = Selection.from_lengths(lengths, 7, "right", CPU)
+    selection = Selection.from_lengths(lengths, 7, CPU)
     assert selection.runs is None
     value = torch.randn(100, 7, 2)
     out = torch.empty(sum(lengths), 2)

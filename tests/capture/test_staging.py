@@ -205,7 +205,7 @@ def test_buffer_that_grows_waits_for_what_is_on_its_way(
         sink.begin_unit(0, 0, Room(1, 1))  # too small for any of them
         for number, ids in enumerate(batches):
             ordinals, lengths = [2 * number, 2 * number + 1], [ids.shape[1]] * 2
-            sink.announce(AnnouncedBatch(ordinals, lengths, ids.shape[1], "right", ids.flatten()))
+            sink.announce(AnnouncedBatch(ordinals, lengths, ids.shape[1], ids.flatten()))
             tiny_bert(ids)
         sink.end_unit()
     with torch.no_grad():

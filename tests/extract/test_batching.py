@@ -120,12 +120,10 @@ LENGTHS = st.lists(st.integers(0, 30), max_size=40)
 TEXTS = st.lists(st.lists(st.integers(1, 3), max_size=30), max_size=40)
 
 
-@given(texts=TEXTS, budget=st.integers(1, 100), side=st.sampled_from(["left", "right"]))
-def test_each_text_is_in_one_batch_under_the_budget_longest_first(
-    texts: list[list[int]], budget: int, side: str
-) -> None:
+@given(texts=TEXTS, budget=st.integers(1, 100))
+def test_each_text_is_in_one_batch_under_the_budget_longest_first(texts: list[list[int]], budget: int) -> None:
     unit = TokenizedUnit(texts, [False] * len(texts))
-    batches = list(cut_batches(unit, budget, 0, side))
+    batches = list(cut_batches(unit, budget, 0))
     members = [member for batch in batches for member in batch.members]
     assert sorted(members) == list(range(len(texts)))
     assert sum(len(batch.input_ids) for batch in batches) == len({tuple(ids) for ids in texts})
@@ -139,16 +137,13 @@ def test_each_text_is_in_one_batch_under_the_budget_longest_first(
             kept = batch.attention_mask[row].bool()
             assert batch.input_ids[row][kept].tolist() == unit.ids[member] and length == len(unit.ids[member])
             assert not batch.input_ids[row][~kept].any()
-            edge = kept if side == "right" else kept.flip(0)
-            assert torch.equal(edge, torch.arange(len(edge)) < length)
+            assert torch.equal(kept, torch.arange(len(kept)) < length)
 
 
-@given(texts=TEXTS, budget=st.integers(1, 200), side=st.sampled_from(["left", "right"]))
-def test_batches_of_given_shapes_hold_every_text_once_and_are_filled_up(
-    texts: list[list[int]], budget: int, side: str
-) -> None:
+@given(texts=TEXTS, budget=st.integers(1, 200))
+def test_batches_of_given_shapes_hold_every_text_once_and_are_filled_up(texts: list[list[int]], budget: int) -> None:
     shapes = Shapes(budget, longest=30)
-    batches = list(cut_batches(TokenizedUnit(texts, [False] * len(texts)), budget, 9, side, shapes=shapes))
+    batches = list(cut_batches(TokenizedUnit(texts, [False] * len(texts)), budget, 9, shapes=shapes))
     assert sorted(member for batch in batches for member in batch.members) == list(range(len(texts)))
     for batch in batches:
         longest, (height, width) = max(batch.lengths), batch.input_ids.shape
@@ -187,14 +182,14 @@ def test_the_cut_into_given_shapes_computes_least(lengths: list[int], budget: in
         most = max(shapes.heights(shapes.width(rest[0]))) if rest else 0
         return min((cost(rest[:n]) + least(rest[n:]) for n in range(1, min(most, len(rest)) + 1)), default=0)
 
-    made = list(cut_batches(_unit_of(lengths), budget, 0, "right", joins_equal=False, shapes=shapes))
+    made = list(cut_batches(_unit_of(lengths), budget, 0, joins_equal=False, shapes=shapes))
     assert sum(batch.input_ids.numel() + BATCH_COST_TOKENS for batch in made) == least(sorted(lengths, reverse=True))
 
 
 @pytest.mark.parametrize("num_texts", [300, 1000])
 def test_given_shapes_compute_little_more_where_a_shard_holds_few_batches(demo: LoadedModel, num_texts: int) -> None:
     unit, shapes = tokenize(demo.tokenizer, _list_docstrings()[:num_texts], 256), Shapes(16384, 256)
-    made = list(cut_batches(unit, shapes.batch_tokens, 0, "right", shapes=shapes))
+    made = list(cut_batches(unit, shapes.batch_tokens, 0, shapes=shapes))
     assert unit.num_tokens < 4 * shapes.batch_tokens
     computed = sum(batch.input_ids.numel() for batch in made)
     assert computed < 1.2 * sum(len(ids) for ids in {tuple(ids) for ids in unit.ids})
@@ -209,7 +204,7 @@ def _unit_of(lengths: list[int]) -> TokenizedUnit:
 def test_the_cut_is_a_function_of_the_unit(lengths: list[int]) -> None:
     def cut() -> list[Any]:
         unit = _unit_of(lengths)
-        return [batch.members for batch in cut_batches(unit, 40, 0, "right")]
+        return [batch.members for batch in cut_batches(unit, 40, 0)]
 
     assert cut() == cut()
 
@@ -232,14 +227,14 @@ def _least_cost(lengths: list[int], budget: int) -> int:
 @given(lengths=st.lists(st.integers(1, 60), max_size=9), budget=st.integers(1, 200))
 def test_no_other_cut_computes_less(lengths: list[int], budget: int) -> None:
     unit = _unit_of(lengths)
-    made = [batch.lengths for batch in cut_batches(unit, budget, 0, "right")]
+    made = [batch.lengths for batch in cut_batches(unit, budget, 0)]
     assert _cost(made) == _least_cost(sorted(lengths, reverse=True), budget)
 
 
 def test_padding_of_texts_of_all_lengths_is_under_two_percent() -> None:
     lengths = [int(2 + 400 / (1 + number)) + number % 90 for number in range(1500)]
     unit = _unit_of(lengths)
-    computed = sum(batch.input_ids.numel() for batch in cut_batches(unit, 1024, 0, "right"))
+    computed = sum(batch.input_ids.numel() for batch in cut_batches(unit, 1024, 0))
     assert computed <= sum(lengths) / 0.98
 
 
@@ -256,7 +251,7 @@ def test_padding_of_real_texts_is_under_two_percent(demo: LoadedModel) -> None:
     texts = _list_docstrings()
     assert len(texts) > 1000
     unit = tokenize(demo.tokenizer, texts, 256)
-    batches = list(cut_batches(unit, 1024, 0, "right"))
+    batches = list(cut_batches(unit, 1024, 0))
     computed = sum(batch.input_ids.numel() for batch in batches)
     padding = sum(int((batch.attention_mask == 0).sum()) for batch in batches)
     assert padding == sum(batch.num_padding for batch in batches)

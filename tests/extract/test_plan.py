@@ -19,6 +19,7 @@ from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
+from layerprobe.store.reader import open_store
 
 
 def plan(tiny: LoadedModel, texts: Any, folder: Path, **options: Any) -> Plan:
@@ -212,3 +213,35 @@ def test_overwrite_counts_the_space_that_it_frees(
 def test_a_size_that_is_none_is_refused_by_the_name_of_its_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=f"{message}: it must be a whole number of at least 1"):
         ExtractOptions(**options)
+
+
+@pytest.fixture
+def pads_left(tiny: LoadedModel) -> Iterator[LoadedModel]:
+    """The tiny model, whose positions are absolute, with a tokenizer that pads on the left."""
+    side = tiny.tokenizer.padding_side
+    tiny.tokenizer.padding_side = "left"
+    yield tiny
+    tiny.tokenizer.padding_side = side
+
+
+def test_rows_are_those_of_each_text_alone_whatever_side_the_tokenizer_pads(
+    pads_left: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    made = plan(pads_left, texts, tmp_path / "acts", sites=["layers.*", "pooler"], padding_free=False)
+    # an older version padded on the left, and would go on with the other rows that this gives
+    assert made.description["plan"]["padding_side"] == "right"
+    run_extraction(made)
+    store = open_store(tmp_path / "acts")
+    for ordinal in range(len(texts)):
+        ids = store.example(ordinal).input_ids[None]
+        with torch.inference_mode():
+            alone = pads_left.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert torch.allclose(store["layers.2"][ordinal], alone.last_hidden_state[0], atol=1e-5)
+        assert torch.allclose(store["pooler"][ordinal], alone.pooler_output[0], atol=1e-5)
+
+
+def test_a_plan_of_a_tokenizer_that_pads_on_the_right_says_no_side(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    for padding_free in (None, False):
+        assert "padding_side" not in plan(tiny, texts, tmp_path, padding_free=padding_free).description["plan"]
