@@ -1,13 +1,15 @@
-"""What do hooks into a store cost? On the very batches of a run, against the bare forward and `output_hidden_states`.
+"""What do hooks into a store cost? On the same batches, against the bare forward and `output_hidden_states`.
 
-Each batch is run in every way before the next one is, in an order that rotates, on models of the same weights: what the
-machine does meanwhile hits all ways alike. Two bare ways show how far that goes. All layers go into a store in float16,
-twice over all batches: in the first pass the system has to find the memory of the store's buffers, in the second, as in
-nearly all of a long run, it has been used before. The closing flush is counted into the second. The writer works beside
-whichever way runs then, most often not the one it works for; so its CPU time is added to that one, all of it once more,
-in a ratio of its own. Python's garbage collector is off during the loop: it would fall upon whichever way runs then.
+On the very batches of a run, which have no padding, and on padded ones, as a loop of one's own makes them. Each batch
+is run in every way before the next one is, in an order that rotates, on models of the same weights: what the machine
+does meanwhile hits all ways alike. Two bare ways show how far that goes. All layers go into a store in float16, twice
+over all batches, each round into a new one: in the first pass the system has to find the memory of the store's buffers,
+in the second, as in nearly all of a long run, it has been used before. The closing flush is counted into the second.
+The writer works beside whichever way runs then, most often not the one it works for; so its CPU time is added to that
+one, all of it once more, in a ratio of its own. Python's garbage collector is off during the loop: it would fall upon
+whichever way runs then.
 
-    python benchmarks/storing.py [--quick] [--save] [--texts 2000] [--rounds 1]
+    python benchmarks/storing.py [--quick] [--save] [--texts 2000] [--rounds 3]
 """
 
 import contextlib
@@ -16,20 +18,22 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from corpora import SITES, list_batches, list_docstrings
+from corpora import SITES, cut_plan, list_batches, list_docstrings, make_caller
 from harness import emit, make_parser
 from torch import nn
 from transformers import BertConfig, BertModel
 
 import layerprobe as lp
-from layerprobe.extract.batching import Batch
+from layerprobe.extract.batching import Batch, FlatBatch
+from layerprobe.extract.flat import attending_flat
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.store.writer import ShardJob, ShardWriter
 from layerprobe.tables import format_table
@@ -61,7 +65,7 @@ class WriterClock:
 def main() -> None:
     parser = make_parser("What hooks into a store cost.")
     parser.add_argument("--texts", type=int, default=2000, help="a tenth of them for bert-base")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     num_texts, rounds = (48, 1) if options.quick else (options.texts, options.rounds)
     demo = lp.load_model("demo", "cpu")
@@ -69,9 +73,14 @@ def main() -> None:
     texts = docstrings[:: max(1, len(docstrings) // num_texts)][:num_texts]
     torch.manual_seed(0)
     base = BertConfig(num_hidden_layers=2, intermediate_size=768) if options.quick else BertConfig()
+    with tempfile.TemporaryDirectory() as place:
+        flat = list_flat_batches(demo, texts, Path(place))
+        padded, fewer = (list_batches(demo, some, Path(place))[0] for some in (texts, texts[::10]))
+    bert = BertModel(base).eval()
     cases = [
-        run_case("demo", demo, demo.model, texts, rounds),
-        run_case("random bert-base", demo, BertModel(base).eval(), texts[::10], rounds),
+        run_case("demo, batches of a run", demo.model, flat, rounds),
+        run_case("demo, padded batches", demo.model, padded, rounds),
+        run_case("random bert-base, padded batches", bert, fewer, rounds),
     ]
     for case in cases:
         print(f"\n{case['model']}, {case['tokens']:,} tokens in {case['batches']} batches:")
@@ -80,13 +89,21 @@ def main() -> None:
     emit("storing", {"texts": len(texts), "rounds": rounds}, cases, save=options.save)
 
 
-def run_case(name: str, demo: LoadedModel, model: nn.Module, texts: list[str], rounds: int) -> dict[str, Any]:
-    """Run all ways over the batches that a run of the demo would have, and give medians over rounds."""
+def list_flat_batches(demo: LoadedModel, texts: list[str], folder: Path) -> list[Batch | FlatBatch]:
+    """Make the batches that a run of the demo has, without padding."""
+    options = ExtractOptions(sites=SITES, dtype="float16", padding_free=True)
+    return list(cut_plan(plan_extraction(demo.model, texts, folder, options, tokenizer=demo.tokenizer)))
+
+
+def run_case(name: str, model: nn.Module, batches: Sequence[Batch | FlatBatch], rounds: int) -> dict[str, Any]:
+    """Run all ways over the batches, and give medians over rounds."""
     models = [copy.deepcopy(model) for _ in range(4)]
-    with tempfile.TemporaryDirectory() as place, torch.inference_mode():
-        batches, num_tokens, _ = list_batches(demo, texts, Path(place) / "plan")
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as opened:
+        opened.enter_context(torch.inference_mode())
         for one in models:
-            call(one, batches[0])
+            if any(isinstance(batch, FlatBatch) for batch in batches):
+                opened.enter_context(attending_flat(one))
+            make_caller(one)(batches[0])
         found = [run_round(models, batches, Path(place) / str(number)) for number in range(rounds)]
 
     def middle(of: Callable[[dict[str, Any]], float], key: tuple[str, str]) -> float:
@@ -103,17 +120,20 @@ def run_case(name: str, demo: LoadedModel, model: nn.Module, texts: list[str], r
         }
         for key in found[0]
     ]
+    num_tokens = sum(sum(batch.lengths) for batch in batches)
     return {"model": name, "tokens": num_tokens, "batches": len(batches), "ways": ways}
 
 
-def run_round(models: list[nn.Module], batches: list[Batch], folder: Path) -> dict[tuple[str, str], dict[str, float]]:
+def run_round(
+    models: list[nn.Module], batches: Sequence[Batch | FlatBatch], folder: Path
+) -> dict[tuple[str, str], dict[str, float]]:
     """Run every batch in every way, into a new store, twice; give seconds and ratios of each pass and way."""
     bare, again, asked, probed = models
-    ways: dict[str, Callable[[Batch], object]] = {
-        "bare": partial(call, bare),
-        "bare, again": partial(call, again),
-        "output_hidden_states": partial(call, asked, output_hidden_states=True),
-        STORE: partial(call, probed),
+    ways = {
+        "bare": make_caller(bare),
+        "bare, again": make_caller(again),
+        "output_hidden_states": make_caller(asked, output_hidden_states=True),
+        STORE: make_caller(probed),
     }
     names = list(ways)
     taken: dict[tuple[str, str], list[float]] = {(turn, name): [] for turn in PASSES for name in names}
@@ -148,10 +168,6 @@ def run_round(models: list[nn.Module], batches: list[Batch], folder: Path) -> di
             "ratio_with_writer": (seconds + writer_s[turn]) / sum(base),
         }
     return result
-
-
-def call(model: nn.Module, batch: Batch, **options: Any) -> None:
-    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
 
 
 if __name__ == "__main__":
