@@ -1,8 +1,8 @@
 """How the forward of a run is computed: in which precision, and compiled or not.
 
 Neither touches the model: precision is torch's autocast around the calls, which casts the operands of what gains by
-it, or for tf32 a setting while they run, and a compiled model is a wrapper that the run calls. Both change values in
-their last digits, so both belong to the plan.
+it, or how far float32 products are rounded while they run, and a compiled model is a wrapper that the run calls. Both
+change values in their last digits, so both belong to the plan.
 
 Must never know of files.
 """
@@ -10,6 +10,7 @@ Must never know of files.
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,22 +97,36 @@ def find_dtype(model: nn.Module, precision: str | None) -> torch.dtype:
 
 def compute_in(model: nn.Module, precision: str | None) -> AbstractContextManager[object]:
     """Compute a model's calls of this thread in a precision, from `find_precision`, while this is open."""
-    if precision is None:
-        return contextlib.nullcontext()
-    if precision == _TF32:
-        return _rounding_products()
+    if precision in (None, _TF32):
+        return _setting_products("highest" if precision is None else "high")
     return torch.autocast(find_device(model).type, dtype=PRECISIONS[precision])
 
 
 @contextlib.contextmanager
-def _rounding_products() -> Iterator[None]:
-    """Let CUDA round the operands of float32 products; the setting is the process's, and put back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+def _setting_products(level: str) -> Iterator[None]:
+    """Say how far the operands of float32 products may be rounded; the setting is the process's, and put back.
+
+    Not at all unless a run asks for it: what the rest of a program has set is no part of the plan, so a run that goes
+    on in another program would compute other rows.
+    """
+    # torch has the setting under an old name and, from 2.9 on, under new ones, by which its kernels go; where they
+    # differ it refuses to tell the old one, which then is most often what it begins with
+    places: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    places = [place for place in places if hasattr(place, "fp32_precision")]
+    settings = [place.fp32_precision for place in places]
+    before = "highest"
+    with contextlib.suppress(RuntimeError):
+        before = torch.get_float32_matmul_precision()
+    if before == level == "highest" and set(settings) <= {"none", "ieee"}:
+        yield  # as it is unless a program says otherwise: then runs in several threads do not meet here
+        return
+    torch.set_float32_matmul_precision(level)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        for place, setting in zip(places, settings, strict=True):
+            place.fp32_precision = setting
 
 
 def compile_network(model: nn.Module, backend: bool | str) -> nn.Module:

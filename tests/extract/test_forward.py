@@ -1,5 +1,6 @@
 """Runs in another precision, and compiled: the values of torch's own autocast, and a model left as it was."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,43 @@ def test_tf32_is_a_setting_for_the_length_of_a_run() -> None:
     with pytest.raises(KeyError):
         fail_inside()
     assert torch.get_float32_matmul_precision() == before
+
+
+SETTINGS = {
+    "as torch begins": "pass",
+    "the old name": "torch.set_float32_matmul_precision('high')",
+    "the old name of cuBLAS": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "a new name": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "another new name": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "the new name of all": "torch.backends.fp32_precision = 'tf32'",
+}
+
+
+@pytest.mark.parametrize("said", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("precision", [None, "tf32"])
+def test_products_are_rounded_as_the_plan_says_whatever_a_program_has_set(said: str, precision: str | None) -> None:
+    """Else a run would not be that of its plan. In a process of its own: torch keeps no way back to how it begins."""
+    if "fp32_precision" in said and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 has the new names")
+    code = f"""
+import torch
+from layerprobe.extract.forward import compute_in
+
+def look():
+    new = [getattr(one, "fp32_precision", "") for one in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
+    try:
+        return [*new, torch.get_float32_matmul_precision()]
+    except RuntimeError:  # old and new names differ
+        return [*new, "mixed"]
+
+{said}
+before = look()
+with compute_in(torch.nn.Linear(1, 1), {precision!r}):
+    print(torch.get_float32_matmul_precision())
+assert look() == before, (look(), before)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == ("highest" if precision is None else "high")
 
 
 def test_an_audit_elsewhere_gives_tf32_the_room_of_as_many_bits() -> None:
