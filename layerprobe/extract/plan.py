@@ -222,6 +222,7 @@ def plan_extraction(
     batch_tokens, description = _choose_batches(
         place,
         options,
+        overwrite,
         _why_not_flat(model, sites, options, sampled),
         partial(_describe, model, tokenizer, stored, options, rule, survey, name),
         partial(_find_budget, model, sites, options, sampled, survey),
@@ -272,6 +273,7 @@ def _find_source(
 def _choose_batches(
     place: Place,
     options: ExtractOptions,
+    overwrite: bool,
     why_not_flat: str | None,
     describe: Callable[[int, bool], dict[str, Any]],
     find: Callable[[bool], int],
@@ -291,6 +293,8 @@ def _choose_batches(
                         f"{place}: was begun without padding and cannot go on so: {why_not_flat}. Go on as it was "
                         "begun, choose another folder, or pass --overwrite to replace it."
                     )
+                return batch_tokens, description
+            if not overwrite:  # which `find_done` refuses, and says what differs: not what would be tried anew
                 return batch_tokens, description
     is_flat = why_not_flat is None
     batch_tokens = options.batch_tokens or find(is_flat)
