@@ -148,6 +148,10 @@ class StoreSink:
             self._made_folder = folder if is_new else None
         self.writer.start()
 
+    def shrink(self) -> None:
+        """Give back what is kept of the device's memory between calls, where it has run out."""
+        self._lane.shrink()
+
     def close(self, error: BaseException | None) -> None:
         try:
             self._close(error)
@@ -276,7 +280,7 @@ class StoreSink:
             self.begin_unit(self._next_unit, self._next_example, needed)
         if self._lane.is_direct and not (batch is not None and batch.num_filling):
             pending.shape = pending.selection.num_sequences, pending.selection.num_positions
-            pending.runs = pending.selection.runs
+            pending.runs = pending.selection.runs if pending.selection.index is None else None
 
     def _put(self, pending: _Pending, index: int, value: Tensor) -> None:
         assert self._stored is not None and self._unit is not None

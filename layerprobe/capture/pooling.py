@@ -53,14 +53,15 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
     """
     if value_BSD.ndim != 3 or tuple(value_BSD.shape[:2]) != (selection.num_sequences, selection.num_positions):
         raise CaptureError(f"a value of shape {tuple(value_BSD.shape)} has no row per token to pool.")
-    if selection.runs is not None and not selection.is_flat:
+    if selection.index is None and not selection.is_flat:
+        assert selection.runs is not None
         parts = [_pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs]
         return torch.cat(parts) if parts else value_BSD.new_empty(0, value_BSD.shape[2])
     index, flat = selection.index, value_BSD.flatten(0, 1)
     # the backward of a mean of many has none of its own
     has_mean = value_BSD.device.type in _MEANS_AT_ONCE and not value_BSD.requires_grad
     if pool in ("cls", "last") or (pool == "mean" and has_mean):
-        index = torch.arange(len(flat)) if index is None else index
+        index = torch.arange(len(flat), device=flat.device) if index is None else index
         return _pool_at_once(flat, index, selection, pool)
     rows = flat if index is None else flat.index_select(0, index)
     # texts of one length that follow each other are a block

@@ -13,17 +13,20 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from layerprobe.capture.casting import NOT_PLAIN, cast_into
+from layerprobe.capture.staging import send
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError
 
 __all__ = ["Run", "Selection", "copy_runs", "write_pairs", "write_rows"]
 
-# Beyond this many rectangles one gather through an index is quicker than a copy each (measured on two cores).
-_MOST_RUNS = 64
+# Beyond this many rectangles one gather through an index is quicker than a copy each: measured on two cores; on CUDA,
+# where a copy is a launch, a guess that no GPU has tried.
+_MOST_RUNS = {"cpu": 64, "cuda": 4}
 
 
 class Run(NamedTuple):
@@ -42,8 +45,9 @@ class Selection:
     Args:
         lengths: Real tokens of each example.
         num_positions: S.
-        runs: Rectangles that hold all real tokens, in order, or None.
-        index: Flat positions of the real tokens on the model's device, used where `runs` is None.
+        runs: Rectangles that hold all real tokens, in order; None where a mask has holes, or only some are kept.
+        index: Flat positions of the real tokens on the model's device, where rows are gathered by it and not run by
+            run: there are many runs, or none.
         sequences: For each example which text it is, counted in the order of the batch, where several are one; None
             where each has its own.
         spans: For each example where it begins and ends, where that is all there is to its mask.
@@ -173,22 +177,23 @@ class Selection:
         sequences: tuple[int, ...] | None,
         is_flat: bool = False,
     ) -> "Selection":
-        """Keep the runs where they are few, else an index; `rows`: for each example the row of the batch it lies in."""
+        """Add an index where the runs are many; `rows`: for each example the row of the batch it lies in."""
         lengths = tuple(stop - start for start, stop in spans)
-        if len(runs) <= _MOST_RUNS and device.type == "cpu":
-            return cls(lengths, num_positions, tuple(runs), None, sequences, tuple(spans), device, is_flat)
-        placed = zip(rows, spans, strict=True)
-        positions = [torch.arange(b * num_positions + start, b * num_positions + stop) for b, (start, stop) in placed]
-        index = torch.cat(positions) if positions else torch.empty(0, dtype=torch.long)
-        index = index.to(device, non_blocking=True)
-        return cls(lengths, num_positions, None, index, sequences, tuple(spans), device, is_flat)
+        index = None
+        if len(runs) > _MOST_RUNS.get(device.type, 0):
+            firsts = [row * num_positions + start for row, (start, _) in zip(rows, spans, strict=True)]
+            index = send(_count_on(firsts, lengths), device)
+        return cls(lengths, num_positions, tuple(runs), index, sequences, tuple(spans), device, is_flat)
+
+    @property
+    def _place(self) -> torch.device:
+        """The model's device."""
+        return self.device or (torch.device("cpu") if self.index is None else self.index.device)
 
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Where among the rows those of each example begin and end, `[N]` each, int64, on the model's device."""
-        bounds = torch.tensor([0, *accumulate(self.lengths)])
-        if self.index is not None:
-            bounds = bounds.to(self.index.device, non_blocking=True)
+        bounds = send(torch.tensor([0, *accumulate(self.lengths)]), self._place)
         return bounds[:-1], bounds[1:]
 
     @cached_property
@@ -197,10 +202,9 @@ class Selection:
         if self.sequences is None:
             return self
         first = [self.sequences.index(number) for number in range(self.num_distinct)]
-        device = self.device or torch.device("cpu")
         if self.is_flat:
-            return Selection.from_flat([self.lengths[place] for place in first], device)
-        return Selection._from_spans([self.spans[place] for place in first], self.num_positions, device)
+            return Selection.from_flat([self.lengths[place] for place in first], self._place)
+        return Selection._from_spans([self.spans[place] for place in first], self.num_positions, self._place)
 
     def keep(self, kept: Sequence[Tensor]) -> "Selection":
         """Keep some tokens of each example.
@@ -213,7 +217,7 @@ class Selection:
         firsts = [row * self.num_positions + start for row, (start, _) in zip(rows_of, self.spans, strict=True)]
         rows = [first + those for first, those in zip(firsts, kept, strict=True)]
         index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
-        index = index.to(self.device or "cpu", non_blocking=True)
+        index = send(index, self._place)
         lengths = tuple(map(len, kept))
         return Selection(lengths, self.num_positions, None, index, numbers, self.spans, self.device, self.is_flat)
 
@@ -225,17 +229,34 @@ class Selection:
         """
         if self.sequences is None:
             return rows_TD
-        starts = torch.tensor([0, *self.distinct.lengths]).cumsum(0)
-        if len(rows_TD) != starts[-1]:
-            raise CaptureError(f"{len(rows_TD)} rows were made for {int(starts[-1])} tokens.")
-        index = [torch.arange(int(starts[number]), int(starts[number + 1])) for number in self.sequences]
-        return rows_TD.index_select(0, torch.cat(index).to(rows_TD.device))
+        if len(rows_TD) != self.distinct.num_rows:
+            raise CaptureError(f"{len(rows_TD)} rows were made for {self.distinct.num_rows} tokens.")
+        return rows_TD.index_select(0, self._repeated_rows)
 
     def repeat_vectors(self, vectors: Tensor) -> Tensor:
         """Give each example its vector, of one per sequence; of another count they are given back as they are."""
         if self.sequences is None or len(vectors) != self.num_distinct:
             return vectors
-        return vectors.index_select(0, torch.tensor(self.sequences, device=vectors.device))
+        return vectors.index_select(0, self._repeated)
+
+    # for all sites of a call: sending them to a GPU at each would wait for it at each
+
+    @cached_property
+    def _repeated(self) -> Tensor:
+        return send(torch.tensor(self.sequences), self._place)
+
+    @cached_property
+    def _repeated_rows(self) -> Tensor:
+        assert self.sequences is not None
+        starts = list(accumulate(self.distinct.lengths, initial=0))
+        return send(_count_on([starts[number] for number in self.sequences], self.lengths), self._place)
+
+
+def _count_on(firsts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Count on from each of `firsts`, as far as its length, int64: by numpy, whose small operators cost less."""
+    stops = np.cumsum(lengths, dtype=np.int64)
+    offsets = np.array(firsts, dtype=np.int64) - (stops - np.array(lengths, dtype=np.int64))
+    return torch.from_numpy(np.arange(stops[-1] if len(stops) else 0) + np.repeat(offsets, lengths))
 
 
 def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
@@ -263,14 +284,15 @@ def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
             f"{selection.num_rows} rows do not go into a place for {target.count}, of shape {tuple(whole.shape)} and "
             f"strides {whole.stride()}."
         )
-    if selection.runs is None:
-        assert selection.index is not None
+    if selection.index is not None:
         flat = value.reshape(selection.num_sequences * selection.num_positions, *whole.shape[1:])
         if flat.dtype == whole.dtype:
             torch.index_select(flat, 0, selection.index, out=target.values)
         else:
             cast_into(target, flat.index_select(0, selection.index))
-    elif whole.dtype in NOT_PLAIN:
+        return
+    assert selection.runs is not None
+    if whole.dtype in NOT_PLAIN:
         row = 0
         for first, last, start, stop in selection.runs:
             block = value[first:last, start:stop]

@@ -34,6 +34,7 @@ __all__ = [
     "StagedLane",
     "Streams",
     "make_lane",
+    "send",
 ]
 
 Produce = Callable[[Target], None]
@@ -41,6 +42,12 @@ Produce = Callable[[Target], None]
 # From here on memory begins with a page, so that the disk takes it as it lies: `durable` bounces what is smaller.
 _PAGED_BYTES = 1 << 20
 _LOOK_AGAIN_S = 1.0
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device; to CUDA without waiting for what that has yet to do."""
+    # from memory that is not pinned, CUDA copies when the model's stream is empty, and the host waits for that
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Room(NamedTuple):
@@ -195,6 +202,9 @@ class Lane(Protocol):
         """Give a function that waits until all that was put so far has arrived."""
         ...
 
+    def shrink(self) -> None:
+        """Give back the device's memory, where it has run out."""
+
 
 def _nothing_to_wait_for() -> None:
     return None
@@ -211,6 +221,9 @@ class DirectLane:
 
     def fence(self) -> Callable[[], None]:
         return _nothing_to_wait_for
+
+    def shrink(self) -> None:
+        return None
 
 
 class Streams(Protocol):
@@ -308,7 +321,10 @@ class StagedLane:
         if len(stage.values) < count:
             if stage.copied is not None:
                 self._streams.wait(stage.copied)
-            stage = stages[-1] = self._make_stage(target)
+            # the old one's memory is free before the new one is made
+            del stage, stages[-1]
+            stage = self._make_stage(target)
+            stages.append(stage)
         staged = Target(stage.values, stage.scale, target.overflow, 0, count)
         produce(staged)
         made = self._streams.record()
@@ -321,10 +337,16 @@ class StagedLane:
     def fence(self) -> Callable[[], None]:
         return partial(self._streams.wait, self._last) if self._last is not None else _nothing_to_wait_for
 
+    def shrink(self) -> None:
+        self.fence()()
+        self._stages.clear()
+
     def _make_stage(self, target: Target) -> _Stage:
+        # a little larger than asked for: batches differ, and one that does not fit costs a wait
+        count = target.count + target.count // 8
         with torch.inference_mode(False):
-            values = torch.empty_like(target.values, device=self._device)
-            scale = None if target.scale is None else torch.empty_like(target.scale, device=self._device)
+            values = torch.empty(count, *target.whole.shape[1:], dtype=target.whole.dtype, device=self._device)
+            scale = None if target.scales is None else torch.empty(count, dtype=torch.float32, device=self._device)
         return _Stage(values, scale)
 
 

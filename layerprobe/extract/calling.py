@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from layerprobe.capture.staging import send
 from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.flat import FlatForm, laying
 
@@ -27,11 +28,19 @@ class ModelCaller:
         model: Called with what a batch has for it.
         device: Where it is.
         form: How the model takes flat batches, where there are some.
+        shrink: Gives back what others keep of the device's memory, when it has run out.
 
     `num_halved` counts the batches that did not fit; `most_tokens` is what is tried at once by now, None for any.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, form: FlatForm | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        form: FlatForm | None = None,
+        shrink: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._shrink = shrink
         self._model = model
         self._device = device
         self._form = form
@@ -56,6 +65,7 @@ class ModelCaller:
             self.num_halved += 1
             self.most_tokens = max(1, num_tokens // 2)
             # outside of `_try`, whose frames would keep the failed forward's tensors alive
+            self._shrink()
             torch.cuda.empty_cache()
             _say(f"{self._device}: no memory for {num_tokens:,} tokens at once, going on with {self.most_tokens:,}.")
         for half in batch.halves():
@@ -64,24 +74,26 @@ class ModelCaller:
 
     def _try(self, batch: Batch | FlatBatch, announce: Callable[[Any], None], may_fail: bool) -> bool:
         announce(batch)
-        form = self._form if isinstance(batch, FlatBatch) else None
         if isinstance(batch, FlatBatch):
-            assert form is not None
-            form.check()
-            arguments = form.arguments(batch)
+            assert self._form is not None
+            arguments, check = self._form.arguments(batch), self._form.check
         else:
-            arguments = batch.arguments
-        placed = {name: value.to(self._device, non_blocking=True) for name, value in arguments.items()}
+            arguments, check = batch.arguments, _nothing_to_check
+        check()
         try:
+            placed = {name: send(value, self._device) for name, value in arguments.items()}
             with laying(batch):
                 self._model(**placed)
         except torch.OutOfMemoryError:
             if may_fail:
                 return False
             raise
-        if form is not None:
-            form.check()
+        check()
         return True
+
+
+def _nothing_to_check() -> None:
+    return None
 
 
 def _say(text: str) -> None:

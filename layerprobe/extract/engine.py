@@ -87,7 +87,8 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             packs_in_graphs=not is_replayed,
         )
         model = compile_network(plan.model, plan.options.compile)
-        self._caller = ModelCaller(model, plan.device, FlatForm.of(plan.model) if plan.is_flat else None)
+        form = FlatForm.of(plan.model) if plan.is_flat else None
+        self._caller = ModelCaller(model, plan.device, form, self._sink.shrink)
         self._probe = Probe(model, [site.name for site in plan.sites], to=self._sink, stop=can_end_early(model))
         self._open = contextlib.ExitStack()
 

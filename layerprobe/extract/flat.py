@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from layerprobe.capture.early import is_compiled_in_place
 from layerprobe.capture.probe import Probe
+from layerprobe.capture.staging import send
 from layerprobe.errors import ArchitectureError, CaptureError
 from layerprobe.extract.batching import FlatBatch
 from layerprobe.extract.forward import REORDERED, compute_in, find_dtype
@@ -63,7 +64,7 @@ class _Layout:
     def bounds(self, device: torch.device) -> Tensor:
         """Where texts begin and end, int32, as kernels for texts of many lengths take it."""
         if self._bounds.device != device:
-            vars(self)["_bounds"] = self._bounds.to(device, non_blocking=True)
+            vars(self)["_bounds"] = send(self._bounds, device)
         return self._bounds
 
 
@@ -351,11 +352,15 @@ def _attend_by_kernel(
     """Attend within texts of any lengths by the kernel that a GPU has for that."""
     from torch.nn.attention.varlen import varlen_attn
 
-    packed = [one[0].transpose(0, 1).contiguous() for one in (query_BHTd, key_BHTd, value_BHTd)]
+    # autocast, which knows the usual kernels, leaves rotated queries and keys in float32
+    packed = [one[0].transpose(0, 1).to(value_BHTd.dtype).contiguous() for one in (query_BHTd, key_BHTd, value_BHTd)]
     bounds, longest = layout.bounds(query_BHTd.device), max(layout.lengths)
-    # the first torch that has it knows no other scale than the usual one
-    usual = scaling is None or scaling == query_BHTd.shape[3] ** -0.5
-    more: dict[str, Any] = {} if usual else {"scale": scaling}
+    # said only where they are not as usual: the first torch that has the kernel knows neither
+    more: dict[str, Any] = {}
+    if scaling is not None and scaling != query_BHTd.shape[3] ** -0.5:
+        more["scale"] = scaling
+    if key_BHTd.shape[1] != query_BHTd.shape[1]:
+        more["enable_gqa"] = True
     query_THd, key_THd, value_THd = packed
     context = varlen_attn(query_THd, key_THd, value_THd, bounds, bounds, longest, longest, **more)
     assert isinstance(context, Tensor)

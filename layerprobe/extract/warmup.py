@@ -95,6 +95,11 @@ def climb(measure: Callable[[int], float], first: int, most: int) -> int:
 def _time(model: nn.Module, input_ids: torch.Tensor) -> float:
     start = time.perf_counter()
     model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-    # what was queued on a device counts
-    torch.get_device_module(input_ids.device).synchronize()
+    _wait_for(input_ids.device)
     return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    """Wait for all that was queued on a device."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

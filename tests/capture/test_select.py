@@ -66,7 +66,8 @@ def test_neighbours_of_one_length_are_one_rectangle() -> None:
 def test_many_rectangles_become_an_index() -> None:
     lengths = [1 + number % 7 for number in range(100)]
     selection = Selection.from_lengths(lengths, 7, CPU)
-    assert selection.runs is None
+    assert selection.index is not None
+    assert selection.index.tolist() == [7 * b + place for b, length in enumerate(lengths) for place in range(length)]
     value = torch.randn(100, 7, 2)
     out = torch.empty(sum(lengths), 2)
     write_rows(Target(out), value, selection)
@@ -80,14 +81,14 @@ def test_rows_of_a_flat_batch_are_those_of_each_text(
     monkeypatch: pytest.MonkeyPatch, sequences: list[int] | None, through_index: bool, kept: list[list[int]] | None
 ) -> None:
     if through_index:
-        monkeypatch.setattr(select_module, "_MOST_RUNS", 0)
+        monkeypatch.setattr(select_module, "_MOST_RUNS", {})
     lengths = [3, 3, 2, 1, 1, 1, 0]
     numbers = list(range(7)) if sequences is None else sequences
     own = dict(zip(numbers, lengths, strict=True))
     value = torch.randn(1, sum(own.values()), 5)
     parts = dict(zip(own, value[0].split(list(own.values())), strict=True))
     selection = Selection.from_flat(lengths, CPU, sequences)
-    assert (selection.runs is None) == through_index
+    assert (selection.index is not None) == through_index
     rows = [parts[number] for number in numbers]
     if kept is not None:
         selection = selection.keep([torch.tensor(places, dtype=torch.int64) for places in kept])
@@ -100,6 +101,21 @@ def test_rows_of_a_flat_batch_are_those_of_each_text(
         vectors = selection.repeat_vectors(pool_rows(value, selection.distinct, pool))
         alone = [pool_rows(one[None], Selection.from_mask(None, (1, len(one)), CPU), pool) for one in rows]
         torch.testing.assert_close(vectors, torch.cat(alone), equal_nan=True)  # many means at once add in another order
+
+
+def test_what_tells_repeated_texts_is_made_once_for_all_sites() -> None:
+    """On a GPU, sending it anew for each site would wait for the model at each."""
+    lengths, sequences = [3, 3, 2, 2, 1], [0, 0, 1, 1, 2]
+    selection = Selection.from_flat(lengths, CPU, sequences)
+    rows, vectors = torch.arange(6), torch.tensor([7.0, 8.0, 9.0])
+    assert selection.repeat_rows(rows).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4, 5]
+    assert selection.repeat_vectors(vectors).tolist() == [7, 7, 8, 8, 9]
+    made = vars(selection)["_repeated"], vars(selection)["_repeated_rows"]
+    selection.repeat_rows(rows)
+    selection.repeat_vectors(vectors)
+    assert vars(selection)["_repeated"] is made[0] and vars(selection)["_repeated_rows"] is made[1]
+    with pytest.raises(CaptureError, match="5 rows were made for 6 tokens"):
+        selection.repeat_rows(rows[:5])
 
 
 def test_neighbours_in_a_flat_batch_are_copied_at_once() -> None:

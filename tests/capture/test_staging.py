@@ -4,8 +4,11 @@
 stage reused or a buffer handed on too early shows as wrong data.
 """
 
+import gc
 import re
 import threading
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from layerprobe.capture.staging import (
     Room,
     StagedLane,
     make_lane,
+    send,
 )
 from layerprobe.capture.target import Target
 from layerprobe.capture.units import AnnouncedBatch
@@ -121,6 +125,65 @@ def test_lane_keeps_two_stages_per_site_and_no_more() -> None:
         lane.put(0, buffer.target(0, 0, 4), lambda target: made.append(target.values.data_ptr()))
     assert len(set(made)) == 2
     assert made[::2] == made[:1] * 5
+
+
+def test_stage_that_is_too_small_is_gone_before_a_larger_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both at once might not fit."""
+    lane, buffer = StagedLane(CPU, DelayedStreams(), pinned=False), HostBuffer([_site()], Room(80, 8), pinned=False)
+    alive: list[weakref.ref[Tensor]] = []
+    made: list[int] = []
+    make_stage = StagedLane._make_stage
+
+    def watch(lane: StagedLane, target: Target) -> Any:
+        gc.collect()
+        made.append(sum(one() is not None for one in alive))
+        stage = make_stage(lane, target)
+        alive.append(weakref.ref(stage.values))
+        return stage
+
+    monkeypatch.setattr(StagedLane, "_make_stage", watch)
+    for count in (4, 4, 40, 40):
+        lane.put(0, buffer.target(0, 0, count), partial(cast_into, value=torch.ones(count, 3)))
+    assert made == [0, 1, 1, 1]
+    lane.fence()()
+    assert torch.equal(buffer.target(0, 0, 40).values, torch.ones(40, 3))
+
+
+def test_stage_has_room_for_batches_that_are_a_little_larger() -> None:
+    lane, buffer = StagedLane(CPU, DelayedStreams(), pinned=False), HostBuffer([_site()], Room(80, 8), pinned=False)
+    places: list[int] = []
+    for count in (40, 40, 45, 41):
+        lane.put(0, buffer.target(0, 0, count), lambda target: places.append(target.values.data_ptr()))
+    assert places[2:] == places[:2]
+
+
+def test_lane_gives_back_its_stages_once_their_values_have_arrived() -> None:
+    lane, buffer = StagedLane(CPU, DelayedStreams(), pinned=False), HostBuffer([_site()], Room(40, 8), pinned=False)
+    kept: list[weakref.ref[Tensor]] = []
+
+    def produce(target: Target) -> None:
+        target.values.fill_(2.0)
+        kept.append(weakref.ref(target.whole))
+
+    lane.put(0, buffer.target(0, 0, 4), produce)
+    lane.shrink()
+    gc.collect()
+    assert kept[0]() is None
+    assert torch.equal(buffer.target(0, 0, 4).values, torch.full((4, 3), 2.0))
+    lane.put(0, buffer.target(0, 4, 8), produce)  # and goes on
+    lane.fence()()
+    assert torch.equal(buffer.target(0, 0, 8).values, torch.full((8, 3), 2.0))
+
+
+def test_what_is_sent_to_cuda_is_pinned_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From memory that is not, CUDA copies when the model's stream is empty. No GPU has run it."""
+    seen: list[Any] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: (seen.append("pinned"), self)[1])
+    monkeypatch.setattr(Tensor, "to", lambda self, *place, **how: (seen.append((place, how)), self)[1])
+    tensor = torch.ones(2)
+    for device in (torch.device("cuda", 1), CPU):
+        assert send(tensor, device) is tensor
+    assert seen == ["pinned", ((torch.device("cuda", 1),), {"non_blocking": True}), ((CPU,), {"non_blocking": True})]
 
 
 def test_fence_before_anything_was_put_waits_for_nothing() -> None:

@@ -322,25 +322,42 @@ def test_the_kernel_for_many_lengths_is_given_each_text_where_it_lies(monkeypatc
         query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **more: Any
     ) -> Tensor:
         assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and (max_q, max_k) == (5, 5)
-        assert all(one.is_contiguous() and one.shape == (14, heads, width) for one in (query, key, value))
+        assert all(one.is_contiguous() and one.shape[::2] == (14, width) for one in (query, key, value))
         seen.append(more)
         mixed = []
         for start, stop in itertools.pairwise(cu_q.tolist()):
             parts = (one[start:stop].transpose(0, 1).double() for one in (query, key, value))
-            query_HTd, key_HTd, value_HTd = parts
+            query_HTd, *others = parts
+            key_HTd, value_HTd = (one.repeat_interleave(heads // len(one), 0) for one in others)
             scores = query_HTd @ key_HTd.mT * more.get("scale", width**-0.5)
             mixed.append((scores.softmax(-1) @ value_HTd).transpose(0, 1))
         return torch.cat(mixed).to(query.dtype)
 
     monkeypatch.setattr(varlen, "varlen_attn", attend)
     layout = flat_module._Layout(lengths)
-    query, key, value = (torch.randn(1, heads, 14, width) for _ in range(3))
-    for scaling in (None, width**-0.5, 0.5):
+    query = torch.randn(1, heads, 14, width)
+    for scaling, key_heads in ((None, heads), (width**-0.5, heads), (0.5, heads), (None, 2)):
+        key, value = (torch.randn(1, key_heads, 14, width) for _ in range(2))
         by_kernel = flat_module._attend_by_kernel(query, key, value, scaling, layout)
         by_length = flat_module._attend_by_length(query, key, value, scaling, 0.0, layout)
         assert by_kernel.shape == by_length.shape == (1, 14, heads, width)
         torch.testing.assert_close(by_kernel, by_length, atol=1e-6, rtol=1e-5)  # float32 against float64
-    assert seen == [{}, {}, {"scale": 0.5}]
+    assert seen == [{}, {}, {"scale": 0.5}, {"enable_gqa": True}]
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("scaling", [None, 0.5])
+def test_the_kernel_for_many_lengths_takes_what_it_is_given(key_heads: int, scaling: float | None) -> None:
+    """By its own checks, on tensors of no memory, which need no GPU."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    query, key, value = (
+        torch.empty(1, heads, 14, 8, dtype=torch.float16, device="meta") for heads in (4, key_heads, key_heads)
+    )
+    layout = flat_module._Layout([5, 5, 3, 1])
+    # autocast leaves what a rotary embedding makes in float32
+    for rotated in (lambda one: one, torch.Tensor.float):
+        mixed = flat_module._attend_by_kernel(rotated(query), rotated(key), value, scaling, layout)
+        assert mixed.shape == (1, 14, 4, 8) and mixed.dtype == torch.float16
 
 
 # batches

@@ -14,6 +14,7 @@ import safetensors
 import torch
 
 import layerprobe
+from layerprobe.capture.packing import StoreSink
 from layerprobe.errors import NonFiniteError, StoreError
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
@@ -295,9 +296,11 @@ def test_texts_of_the_same_tokens_are_computed_once_and_stored_for_each(
 
 
 def test_a_batch_that_does_not_fit_is_run_in_halves_with_the_same_rows(
-    tiny: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The budget is halved, which is said, and no later batch of that size is tried again; rows and order stay."""
+    shrunk: list[StoreSink] = []
+    monkeypatch.setattr(StoreSink, "shrink", lambda sink: shrunk.append(sink))
     texts = ["the quick brown fox", "a dog", "the fox", "a dog", "lazy", "the lazy dog", "", "brown"] * 6
     texts = [text + " ." * (number // 8) for number, text in enumerate(texts)]
     options = ExtractOptions(shard_bytes=25_000, padding_free=False)
@@ -322,6 +325,8 @@ def test_a_batch_that_does_not_fit_is_run_in_halves_with_the_same_rows(
     refused = [num_tokens for num_tokens, too_large in asked if too_large]
     # each refusal halves what is tried, so there are fewer than batches that are too large
     assert report.num_halved == len(refused) < tried_whole
+    # what lies on the device between calls is given back first
+    assert len(shrunk) == report.num_halved
     assert all(later <= earlier // 2 for earlier, later in itertools.pairwise(refused))
     assert f"{len(refused)} batches halved for want of memory" in str(report)
     said = capsys.readouterr().err.splitlines()

@@ -9,6 +9,7 @@ import torch
 import layerprobe
 from layerprobe.errors import PlanError
 from layerprobe.extract import plan as planning
+from layerprobe.extract import warmup
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.run import run_extraction
@@ -85,10 +86,20 @@ def test_a_long_run_tries_once_and_one_that_goes_on_keeps_what_was_found(
     options = ExtractOptions(compile="reduce-overhead")  # tries would not see what is filled up
     assert plan(overwrite=True).batch_tokens == 1024
     options = ExtractOptions(shard_bytes=10_000, dtype="bfloat16")
-    with pytest.raises(PlanError, match="dtype"):
+    with pytest.raises(PlanError, match="dtype") as raised:
         plan()
+    assert "batch_tokens" not in str(raised.value) and next(found) == 24  # nothing is tried for what is refused
     assert run_extraction(again).is_complete
     assert len(layerprobe.open(tmp_path / "acts")) == len(texts)
+
+
+def test_a_try_waits_for_the_device_that_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the current one, which on a machine of several is the first. No GPU has run it."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for device in ("cpu", "cuda:1"):
+        warmup._wait_for(torch.device(device))
+    assert waited == [torch.device("cuda:1")]
 
 
 def test_a_first_budget_that_does_not_fit_is_left_to_the_run(tiny: LoadedModel) -> None:
