@@ -360,6 +360,25 @@ def test_the_kernel_for_many_lengths_takes_what_it_is_given(key_heads: int, scal
         assert mixed.shape == (1, 14, 4, 8) and mixed.dtype == torch.float16
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_the_kernel_for_many_lengths_gives_the_rows_of_padded_batches(
+    tiny_model_folder: Path, texts: list[str], tmp_path: Path, precision: str | None
+) -> None:
+    pytest.importorskip("torch.nn.attention.varlen")
+    loaded = lp.load_model(str(tiny_model_folder), "cuda")
+    if precision is None:
+        loaded.model.half()
+    flat, padded = (
+        lp.extract(loaded, texts, tmp_path / str(is_flat), sites="layers.*", padding_free=is_flat, precision=precision)
+        for is_flat in (True, False)
+    )
+    for site, ordinal in itertools.product(flat.sites, range(len(texts))):
+        rows, expected = (store[site][ordinal].float() for store in (flat, padded))
+        torch.testing.assert_close(rows, expected, rtol=2e-2, atol=2e-2)  # eight bits of mantissa, three layers
+
+
 # batches
 
 

@@ -93,13 +93,18 @@ def test_a_long_run_tries_once_and_one_that_goes_on_keeps_what_was_found(
     assert len(layerprobe.open(tmp_path / "acts")) == len(texts)
 
 
-def test_a_try_waits_for_the_device_that_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for the current one, which on a machine of several is the first. No GPU has run it."""
-    waited: list[torch.device] = []
-    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
-    for device in ("cpu", "cuda:1"):
-        warmup._wait_for(torch.device(device))
-    assert waited == [torch.device("cuda:1")]
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_try_waits_for_the_device_that_it_ran_on() -> None:
+    """Not for the current one, which is the first."""
+    device = torch.device("cuda:1")
+    large, done = torch.ones(8192, 8192, device=device), torch.cuda.Event()
+    for _ in range(20):
+        large = large @ large
+    done.record(torch.cuda.current_stream(device))
+    assert not done.query()
+    warmup._wait_for(device)
+    assert done.query()
 
 
 def test_a_first_budget_that_does_not_fit_is_left_to_the_run(tiny: LoadedModel) -> None:
