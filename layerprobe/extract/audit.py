@@ -35,7 +35,7 @@ from layerprobe.tables import format_count
 
 __all__ = ["AuditProblem", "AuditReport", "audit"]
 
-# TF32, which a GPU may multiply float32 in, keeps as many bits as float16.
+# TF32, which a GPU multiplies float32 in where it is told to, keeps as many bits as float16.
 _REORDERED_TF32 = 2e-2
 _MODEL_FIELDS = ("class", "config_hash", "weights_hash")
 
@@ -299,7 +299,6 @@ def _measure(stored: Tensor | ScaledRows, made: Tensor, precision: str | None = 
 
 
 def _share_reordered(made: Tensor, precision: str | None) -> float:
-    allows = made.dtype == torch.float32 and made.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    if precision == "tf32" or allows:
+    if precision == "tf32":
         return _REORDERED_TF32
     return max(REORDERED[made.dtype], REORDERED[PRECISIONS[precision]] if precision is not None else 0.0)

@@ -8,8 +8,8 @@ Must never know of files.
 """
 
 import contextlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,13 +72,19 @@ def check_device(device: torch.device, backend: bool | str) -> None:
 def find_precision(model: nn.Module, precision: str | None) -> str | None:
     """Find the precision to compute in, where it is not that of the weights.
 
+    Args:
+        model: Its weights and its device decide what there is.
+        precision: As asked for; None for what the program around has set: its autocast, or rounded float32 products.
+
     Raises:
         OptionError: the weights have fewer digits than that, or the device does not compute so.
     """
     weights = find_dtype(model, None)
     if precision == _TF32 and find_device(model).type != "cuda":
         raise OptionError(f"precision='tf32' on {find_device(model)}: CUDA devices compute so. Leave it out here.")
-    if precision is None or (PRECISIONS[precision] == weights and precision != _TF32):
+    if precision is None:
+        return _find_ambient(model)
+    if PRECISIONS[precision] == weights and precision != _TF32:
         return None
     if weights != torch.float32:
         raise OptionError(
@@ -95,38 +101,105 @@ def find_dtype(model: nn.Module, precision: str | None) -> torch.dtype:
     return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
 
 
-def compute_in(model: nn.Module, precision: str | None) -> AbstractContextManager[object]:
-    """Compute a model's calls of this thread in a precision, from `find_precision`, while this is open."""
-    if precision in (None, _TF32):
-        return _setting_products("highest" if precision is None else "high")
-    return torch.autocast(find_device(model).type, dtype=PRECISIONS[precision])
-
-
 @contextlib.contextmanager
-def _setting_products(level: str) -> Iterator[None]:
-    """Say how far the operands of float32 products may be rounded; the setting is the process's, and put back.
+def compute_in(model: nn.Module, precision: str | None) -> Iterator[None]:
+    """Compute a model's calls in a precision, from `find_precision`, while this is open, whatever a program has set.
 
-    Not at all unless a run asks for it: what the rest of a program has set is no part of the plan, so a run that goes
-    on in another program would compute other rows.
+    Autocast is this thread's, the rounding of float32 products the whole process's.
+
+    Raises:
+        OptionError: a run of this process is under way that needs the rounding to be otherwise.
     """
-    # torch has the setting under an old name and, from 2.9 on, under new ones, by which its kernels go; where they
-    # differ it refuses to tell the old one, which then is most often what it begins with
-    places: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    places = [place for place in places if hasattr(place, "fp32_precision")]
-    settings = [place.fp32_precision for place in places]
-    before = "highest"
-    with contextlib.suppress(RuntimeError):
-        before = torch.get_float32_matmul_precision()
-    if before == level == "highest" and set(settings) <= {"none", "ieee"}:
-        yield  # as it is unless a program says otherwise: then runs in several threads do not meet here
+    kind = find_device(model).type
+    if precision not in (None, _TF32):
+        with torch.autocast(kind, dtype=PRECISIONS[precision]):
+            yield
         return
-    torch.set_float32_matmul_precision(level)
-    try:
+    with contextlib.ExitStack() as computing:
+        if _has_autocast(kind):
+            computing.enter_context(torch.autocast(kind, enabled=False))
+        _products.set(is_rounded=precision == _TF32)
+        computing.callback(_products.release)
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        for place, setting in zip(places, settings, strict=True):
-            place.fp32_precision = setting
+
+
+def _find_ambient(model: nn.Module) -> str | None:
+    """Find the precision that the program around has set, where it is not that of the weights."""
+    kind, weights = find_device(model).type, find_dtype(model, None)
+    if _has_autocast(kind):
+        names = {dtype: name for name, dtype in PRECISIONS.items() if name != _TF32}
+        dtype = torch.get_autocast_dtype(kind)
+        return None if dtype == weights else names.get(dtype)
+    return _TF32 if kind == "cuda" and weights == torch.float32 and _products.are_rounded() else None
+
+
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+class _Products:
+    """How far float32 products are rounded: set by the first run that needs it so, put back by the last.
+
+    torch has the setting under an old name and, from 2.9 on, under new ones, by which its kernels go.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_open = 0
+        self._is_rounded = False
+        self._was_rounded = False
+        self._put_back: Callable[[], None] = lambda: None
+
+    def are_rounded(self) -> bool:
+        """Whether the program around lets CUDA round them."""
+        with self._lock:
+            return self._was_rounded if self._num_open else self._look()
+
+    def set(self, is_rounded: bool) -> None:
+        with self._lock:
+            if self._num_open and is_rounded != self._is_rounded:
+                raise OptionError(
+                    f"precision={_TF32 if is_rounded else None!r}: a run of this process computes otherwise now, and "
+                    "the setting is the process's. Wait for its end, or use another process."
+                )
+            if not self._num_open:
+                self._is_rounded, self._was_rounded = is_rounded, self._look()
+                self._put_back = self._change(is_rounded)
+            self._num_open += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._num_open -= 1
+            if not self._num_open:
+                self._put_back()
+
+    def _look(self) -> bool:
+        setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+        return bool(torch.backends.cuda.matmul.allow_tf32) if setting is None else setting == _TF32
+
+    def _change(self, is_rounded: bool) -> Callable[[], None]:
+        """Set it, and give what puts it back; nothing is touched where it is so."""
+        parent = getattr(torch.backends, "fp32_precision", None)
+        places: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+        settings = [(place, place.fp32_precision) for place in places if hasattr(place, "fp32_precision")]
+        before = "highest"
+        with contextlib.suppress(RuntimeError):  # raised where old and new names differ: the old one is not as it began
+            before = torch.get_float32_matmul_precision()
+        is_plain = before == "highest" and all(setting in ("none", "ieee") for _, setting in settings)
+        if not is_rounded and is_plain:
+            return lambda: None
+        torch.set_float32_matmul_precision("high" if is_rounded else "highest")
+
+        def put_back() -> None:
+            torch.set_float32_matmul_precision(before)
+            for place, setting in settings:
+                # what comes from above is not told from what is said here, but goes on coming from there
+                place.fp32_precision = "none" if setting == parent else setting
+
+        return put_back
+
+
+_products = _Products()
 
 
 def compile_network(model: nn.Module, backend: bool | str) -> nn.Module:

@@ -1,5 +1,7 @@
 """Runs in another precision, and compiled: the values of torch's own autocast, and a model left as it was."""
 
+import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -208,9 +210,47 @@ before = look()
 with compute_in(torch.nn.Linear(1, 1), {precision!r}):
     print(torch.get_float32_matmul_precision())
 assert look() == before, (look(), before)
+if {said!r}.startswith("torch.backends.fp32"):  # what came from there still does
+    torch.backends.fp32_precision = "ieee"
+    assert look()[:2] == ["ieee", "ieee"], look()
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == ("highest" if precision is None else "high")
+
+
+def test_the_rounding_of_products_is_put_back_by_the_last_of_several_runs() -> None:
+    network = torch.nn.Linear(1, 1)
+    before = torch.get_float32_matmul_precision()
+    first, second = (compute_in(network, "tf32") for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "high"
+    with pytest.raises(OptionError, match="precision=None: a run of this process computes otherwise now"):
+        compute_in(network, None).__enter__()
+    second.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == before
+    with compute_in(network, None), compute_in(network, None):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_run_under_autocast_is_that_of_its_precision(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
+    """Else the plan would say float32 of rows that are not, and a run from another program go on with others."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        around = extract(tiny, texts, tmp_path / "around", sites="layers.*")
+        exact = extract(tiny, texts, tmp_path / "exact", sites="layers.*", precision="float32")
+    asked = extract(tiny, texts, tmp_path / "asked", sites="layers.*", precision="bfloat16")
+    plain = extract(tiny, texts, tmp_path / "plain", sites="layers.*")
+    said = {
+        store: json.loads((store.folder / "store.json").read_text())["fingerprint"]
+        for store in (around, exact, asked, plain)
+    }
+    assert said[around] == said[asked] != said[plain] == said[exact]
+    for site, ordinal in itertools.product(plain.sites, range(len(texts))):
+        assert torch.equal(around[site][ordinal], asked[site][ordinal])
+        assert torch.equal(exact[site][ordinal], plain[site][ordinal])
+    with pytest.raises(PlanError, match=r"plan\.precision: 'bfloat16' there, None here"):
+        extract(tiny, texts, tmp_path / "around", sites="layers.*")
 
 
 def test_an_audit_elsewhere_gives_tf32_the_room_of_as_many_bits() -> None:
