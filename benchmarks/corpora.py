@@ -95,19 +95,20 @@ def cut_plan(plan: Plan) -> Iterator[Batch | FlatBatch]:
             yield from cut_batches(tokenized, plan.batch_tokens, pad_id)
 
 
-def make_caller(model: nn.Module, **options: Any) -> Callable[[Batch | FlatBatch], None]:
+def make_caller(model: nn.Module, asks_states: bool = False) -> Callable[[Batch | FlatBatch], None]:
     """Give what calls a model with a batch of a run; with one that has no padding, while `attending_flat` is open.
 
     Args:
         model: The model.
-        options: Passed to it with every batch.
+        asks_states: Whether to ask it for `output_hidden_states`.
     """
     # as it is now: clocks may be put on it
     form, make_arguments = FlatForm.of(model), FlatForm.arguments
+    states = {"output_hidden_states": True} if asks_states else {}
 
     def call(batch: Batch | FlatBatch) -> None:
         arguments = make_arguments(form, batch) if isinstance(batch, FlatBatch) else batch.arguments
         with laying(batch):
-            model(**arguments, **options)
+            model(**arguments, **states)
 
     return call

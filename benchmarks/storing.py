@@ -1,12 +1,12 @@
 """What do hooks into a store cost? On the same batches, against the bare forward and `output_hidden_states`.
 
-On the very batches of a run, which have no padding, and on padded ones, as a loop of one's own makes them. Each batch
-is run in every way before the next one is, in an order that rotates, on models of the same weights: what the machine
-does meanwhile hits all ways alike. Two bare ways show how far that goes. All layers go into a store in float16, twice
-over all batches, each round into a new one: in the first pass the system has to find the memory of the store's buffers,
-in the second, as in nearly all of a long run, it has been used before. The closing flush is counted into the second.
-The writer works beside whichever way runs then, most often not the one it works for; so its CPU time is added to that
-one, all of it once more, in a ratio of its own. Python's garbage collector is off during the loop: it would fall upon
+On the very batches of a run, which have no padding, and on those that it has with `--padding`. Each batch is run in
+every way before the next one is, in an order that rotates, on models of the same weights: what the machine does
+meanwhile hits all ways alike. Two bare ways show how far that goes. All layers go into a store in float16, twice over
+all batches, each round into a new one: in the first pass the system has to find the memory of the store's buffers, in
+the second, as in nearly all of a long run, it has been used before. The closing flush is counted into the second. The
+writer works beside whichever way runs then, most often not the one it works for; so its CPU time is added to that one,
+all of it once more, in a ratio of its own. Python's garbage collector is off during the loop: it would fall upon
 whichever way runs then.
 
     python benchmarks/storing.py [--quick] [--save] [--texts 2000] [--rounds 3]
@@ -132,7 +132,7 @@ def run_round(
     ways = {
         "bare": make_caller(bare),
         "bare, again": make_caller(again),
-        "output_hidden_states": make_caller(asked, output_hidden_states=True),
+        "output_hidden_states": make_caller(asked, asks_states=True),
         STORE: make_caller(probed),
     }
     names = list(ways)

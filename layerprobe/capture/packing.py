@@ -384,6 +384,10 @@ def _real_ids(context: Context, selection: Selection) -> Tensor:
         return torch.full((selection.num_rows,), -1, dtype=torch.int64)
     # by numpy, whose small operators cost a fifth of torch's
     ids_BS = context.input_ids.cpu().numpy()
+    if ids_BS.shape != (selection.num_sequences, selection.num_positions):
+        raise CaptureError(
+            f"input_ids have shape {ids_BS.shape}: a store takes [batch, positions]. Capture into memory instead."
+        )
     if selection.runs is None:
         assert selection.index is not None
         ids_T = ids_BS.reshape(-1)[selection.index.cpu().numpy()]

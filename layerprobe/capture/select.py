@@ -18,15 +18,11 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.casting import NOT_PLAIN, cast_into
-from layerprobe.capture.staging import send
+from layerprobe.capture.staging import MOST_COPIES, send
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError
 
 __all__ = ["Run", "Selection", "copy_runs", "write_pairs", "write_rows"]
-
-# Beyond this many rectangles one gather through an index is quicker than a copy each: measured on two cores; on CUDA,
-# where a copy is a launch, a guess that no GPU has tried.
-_MOST_RUNS = {"cpu": 64, "cuda": 4}
 
 
 class Run(NamedTuple):
@@ -147,7 +143,7 @@ class Selection:
         lengths = [row.count(1) for row in rows] if num_positions else [0] * num_sequences
         if all(stop - start == length for (start, stop), length in zip(spans, lengths, strict=True)):
             return cls._from_spans(spans, num_positions, device)
-        return cls(tuple(lengths), num_positions, None, kept.flatten().nonzero()[:, 0].to(device))
+        return cls(tuple(lengths), num_positions, None, send(kept.flatten().nonzero()[:, 0], device))
 
     @classmethod
     def _from_spans(
@@ -180,7 +176,7 @@ class Selection:
         """Add an index where the runs are many; `rows`: for each example the row of the batch it lies in."""
         lengths = tuple(stop - start for start, stop in spans)
         index = None
-        if len(runs) > _MOST_RUNS.get(device.type, 0):
+        if len(runs) > MOST_COPIES.get(device.type, 0):
             firsts = [row * num_positions + start for row, (start, _) in zip(rows, spans, strict=True)]
             index = send(_count_on(firsts, lengths), device)
         return cls(lengths, num_positions, tuple(runs), index, sequences, tuple(spans), device, is_flat)
@@ -231,15 +227,15 @@ class Selection:
             return rows_TD
         if len(rows_TD) != self.distinct.num_rows:
             raise CaptureError(f"{len(rows_TD)} rows were made for {self.distinct.num_rows} tokens.")
-        return rows_TD.index_select(0, self._repeated_rows)
+        return rows_TD.index_select(0, self._repeated_rows.to(rows_TD.device))
 
     def repeat_vectors(self, vectors: Tensor) -> Tensor:
         """Give each example its vector, of one per sequence; of another count they are given back as they are."""
         if self.sequences is None or len(vectors) != self.num_distinct:
             return vectors
-        return vectors.index_select(0, self._repeated)
+        return vectors.index_select(0, self._repeated.to(vectors.device))
 
-    # for all sites of a call: sending them to a GPU at each would wait for it at each
+    # for all sites of a call on the model's first device: sending them to a GPU at each would wait for it at each
 
     @cached_property
     def _repeated(self) -> Tensor:
@@ -270,7 +266,8 @@ def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
     Raises:
         CaptureError: `value` does not begin with the B and S of the call, or its rows do not go into a row of `target`.
 
-    Cost: one pass over the rows with no memory of its own; two for masks with holes, for int8 and for float8.
+    Cost: one pass over the rows with no memory of its own; two where an index gathers what is also cast, for int8 and
+    for float8.
     """
     whole = target.whole
     wanted = (selection.num_sequences, selection.num_positions, *whole.shape[1:])

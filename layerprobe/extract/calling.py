@@ -55,18 +55,21 @@ class ModelCaller:
             announce: Told of what is sent, before each call.
 
         Raises:
-            torch.OutOfMemoryError: a single text does not fit.
+            torch.OutOfMemoryError: a single text does not fit, nor once all else is given back.
         """
         num_tokens = batch.input_ids.numel()
         is_one = batch.num_sequences < 2
         if is_one or self.most_tokens is None or num_tokens <= self.most_tokens:
-            if self._try(batch, announce, may_fail=not is_one):
+            if self._try(batch, announce, may_fail=True):
                 return
-            self.num_halved += 1
-            self.most_tokens = max(1, num_tokens // 2)
             # outside of `_try`, whose frames would keep the failed forward's tensors alive
             self._shrink()
             torch.cuda.empty_cache()
+            if is_one:
+                self._try(batch, announce, may_fail=False)
+                return
+            self.num_halved += 1
+            self.most_tokens = max(1, num_tokens // 2)
             _say(f"{self._device}: no memory for {num_tokens:,} tokens at once, going on with {self.most_tokens:,}.")
         for half in batch.halves():
             if half.members:

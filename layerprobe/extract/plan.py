@@ -285,8 +285,9 @@ def _choose_batches(
     """
     if recalled := recall_batches(place):
         batch_tokens = options.batch_tokens or recalled.batch_tokens
-        if options.padding_free in (None, recalled.is_flat):
-            description = describe(batch_tokens, recalled.is_flat)
+        asked = recalled.is_flat if options.padding_free is None else options.padding_free
+        if asked == recalled.is_flat or not overwrite:
+            description = describe(batch_tokens, asked)
             if description["fingerprint"] == recalled.fingerprint:
                 if recalled.is_flat and why_not_flat is not None:
                     raise PlanError(

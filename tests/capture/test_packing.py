@@ -13,7 +13,10 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.capture import probe as probe_module
+from layerprobe.capture.calls import Context
+from layerprobe.capture.packing import _real_ids
 from layerprobe.capture.probe import describe_pool
+from layerprobe.capture.select import Selection
 from layerprobe.errors import CaptureError, StoreError
 
 SITES = ["embeddings", "layers.1.ffn.act", "layers.2", "pooler"]
@@ -113,6 +116,33 @@ def test_ids_of_half_the_width_are_stored_as_all_ids_are(tiny_bert: Any, tmp_pat
         for batch in batches:
             tiny_bert(input_ids=batch["input_ids"].int(), attention_mask=batch["attention_mask"])
     _same(_read(tmp_path / "acts"), _expect(tiny_bert, batches))
+
+
+def test_value_of_fewer_positions_than_the_call_is_refused(tiny_bert: Any, tmp_path: Path, batch: Any) -> None:
+    """In a later call: the first one's values are held against how they are to lie."""
+    shortens = False
+
+    def shorten(module: Any, args: Any, output: Any) -> Any:
+        if not shortens:
+            return None
+        # a tuple before transformers 5
+        return (output[0][:, :-1], *output[1:]) if isinstance(output, tuple) else output[:, :-1]
+
+    handle = tiny_bert.encoder.layer[2].register_forward_hook(shorten)
+    with lp.Probe(tiny_bert, ["layers.1", "layers.2"], to=tmp_path / "acts"):
+        tiny_bert(**batch)
+        shortens = True
+        with pytest.raises(CaptureError, match="has no row per token"):
+            tiny_bert(**batch)
+    handle.remove()
+    assert len(lp.open(tmp_path / "acts")) == len(batch["input_ids"])
+
+
+def test_ids_of_more_than_two_dimensions_are_refused() -> None:
+    ids, shape = torch.ones(2, 3, 4, dtype=torch.int64), (2, 3)
+    selection = Selection.from_mask(None, shape, torch.device("cpu"))
+    with pytest.raises(CaptureError, match=r"input_ids have shape \(2, 3, 4\)"):
+        _real_ids(Context(ids, None, shape), selection)
 
 
 def test_embeddings_as_input_have_no_ids(tiny_bert: Any, tmp_path: Path, batch: Any) -> None:

@@ -81,7 +81,7 @@ def test_rows_of_a_flat_batch_are_those_of_each_text(
     monkeypatch: pytest.MonkeyPatch, sequences: list[int] | None, through_index: bool, kept: list[list[int]] | None
 ) -> None:
     if through_index:
-        monkeypatch.setattr(select_module, "_MOST_RUNS", {})
+        monkeypatch.setattr(select_module, "MOST_COPIES", {})
     lengths = [3, 3, 2, 1, 1, 1, 0]
     numbers = list(range(7)) if sequences is None else sequences
     own = dict(zip(numbers, lengths, strict=True))
@@ -274,7 +274,7 @@ def test_rows_do_not_depend_on_how_a_value_lies_in_memory(mask: Any, dtype: torc
     }
     if dtype == torch.int8:  # whose scales are of vectors
         del values["of several dimensions"]
-    for name, value in values.items():  # with one selection, which remembers how values lie
+    for name, value in values.items():
         out = torch.empty(10 + int(kept.sum()), *value.shape[2:], dtype=dtype)[10:]
         scale, expected_scale = (torch.empty(out.shape[:-1]) if dtype == torch.int8 else None for _ in range(2))
         write_rows(Target(out, scale), value, selection)

@@ -175,9 +175,16 @@ def test_lane_gives_back_its_stages_once_their_values_have_arrived() -> None:
     assert torch.equal(buffer.target(0, 0, 8).values, torch.full((8, 3), 2.0))
 
 
-def test_what_is_sent_to_where_it_is_stays_there() -> None:
-    tensor = torch.ones(2)
-    assert send(tensor, CPU) is tensor
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_sent_does_not_wait_for_the_model() -> None:
+    large, done = torch.ones(8192, 8192, device="cuda"), torch.cuda.Event()
+    for _ in range(20):
+        large = large @ large
+    done.record()
+    sent = send(torch.arange(1 << 16), torch.device("cuda"))
+    assert not done.query()
+    assert torch.equal(sent.cpu(), torch.arange(1 << 16))
 
 
 def test_fence_before_anything_was_put_waits_for_nothing() -> None:

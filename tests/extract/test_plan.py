@@ -1,5 +1,6 @@
 """A plan says what a run will do and refuses what cannot be done, before anything is written."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CanineTokenizer
 
-from layerprobe.errors import ArchitectureError, InputError, ModelError, OptionError, SiteError, SpaceError, StoreError
+from layerprobe.errors import (
+    ArchitectureError,
+    InputError,
+    ModelError,
+    OptionError,
+    PlanError,
+    SiteError,
+    SpaceError,
+    StoreError,
+)
 from layerprobe.extract.cutting import Unit, UnitRule
 from layerprobe.extract.inputs import Record
 from layerprobe.extract.options import ExtractOptions
@@ -238,6 +248,17 @@ def test_rows_are_those_of_each_text_alone_whatever_side_the_tokenizer_pads(
             alone = pads_left.model(input_ids=ids, attention_mask=torch.ones_like(ids))
         assert torch.allclose(store["layers.2"][ordinal], alone.last_hidden_state[0], atol=1e-5)
         assert torch.allclose(store["pooler"][ordinal], alone.pooler_output[0], atol=1e-5)
+
+
+def test_a_run_that_an_older_version_padded_on_the_left_is_refused(
+    pads_left: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    run_extraction(plan(pads_left, texts, tmp_path / "acts", padding_free=False))
+    said = json.loads((tmp_path / "acts" / "store.json").read_text())
+    del said["plan"]["padding_side"]
+    (tmp_path / "acts" / "store.json").write_text(json.dumps({**said, "fingerprint": "0" * 32}))
+    with pytest.raises(PlanError, match=r"\(plan\.padding_side: None there, 'right' here\)"):
+        plan(pads_left, texts, tmp_path / "acts", padding_free=False)
 
 
 def test_a_plan_of_a_tokenizer_that_pads_on_the_right_says_no_side(

@@ -366,6 +366,19 @@ def test_a_run_ends_each_forward_after_the_last_asked_site(
     assert [count > 0 for count in counts] == [layer < finished for layer in range(3)]
 
 
+def test_a_text_that_fits_once_all_else_is_given_back_goes_through(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrunk: list[StoreSink] = []
+    monkeypatch.setattr(StoreSink, "shrink", lambda sink: shrunk.append(sink))
+    plan = plan_extraction(tiny.model, ["the fox"], tmp_path / "acts", tokenizer=tiny.tokenizer)
+    handle = tiny.model.register_forward_pre_hook(lambda *_: None if shrunk else _refuse_memory())
+    report = run_extraction(plan)
+    handle.remove()
+    assert report.is_complete and len(shrunk) == 1 and not report.num_halved
+    assert len(layerprobe.open(tmp_path / "acts")) == 1
+
+
 def test_a_text_that_does_not_fit_alone_is_an_error_of_torch(tiny: LoadedModel, tmp_path: Path) -> None:
     plan = plan_extraction(tiny.model, ["the fox", "a dog"], tmp_path / "acts", tokenizer=tiny.tokenizer)
     handle = tiny.model.register_forward_pre_hook(lambda *_: _refuse_memory())
