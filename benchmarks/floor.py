@@ -236,7 +236,7 @@ def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
         "regime": regime.name,
         "bytes": num_bytes,
         "batches": len(regime.batches),
-        "padding": round(1 - regime.num_tokens / regime.num_computed, 4),
+        "padding": round(sum(batch.num_padding for batch in regime.batches) / regime.num_computed, 4),
         **{f"{way.replace(' ', '_')}_s": round(took, 3) for way, took in seconds.items()},
         "disk_gb_per_s": round(num_bytes / 1e9 / seconds["disk"], 3),
         "plain_disk_gb_per_s": round(num_bytes / 1e9 / seconds["plain disk"], 3),
