@@ -52,8 +52,7 @@ class _Pending:
     batch: AnnouncedBatch | None = None
     selection: Selection | None = None
     room: Room = NO_ROOM
-    # of values `[B, S, D]` that are copied to the buffer as they lie, where that is all that is done to them
-    shape: tuple[int, int] = (0, 0)
+    # of values that are copied to the buffer as they lie, where that is all that is done to them
     runs: Sequence[Run] | None = None
     values: dict[int, Tensor] | None = None
     # sites whose values a compiled graph has gathered and cast already
@@ -207,11 +206,12 @@ class StoreSink:
             return
         if pending.selection is None:
             self._reserve(pending, call, value)
-        stored, unit = self._stored[index], self._unit
+        stored, unit, selection = self._stored[index], self._unit, pending.selection
+        assert unit is not None and selection is not None
         is_plain = stored.kind == "token" and stored.dtype not in NOT_PLAIN
-        if is_plain and pending.runs is not None and value.shape == (*pending.shape, stored.width):
+        wanted = (selection.num_sequences, selection.num_positions, stored.width)
+        if is_plain and pending.runs is not None and value.shape == wanted:
             # most values of most runs: `_put` would do the same in a dozen small steps
-            assert unit is not None
             copy_runs(unit.buffer.values[index], unit.used.rows, value, pending.runs)
         else:
             self._put(pending, index, value)
@@ -279,7 +279,6 @@ class StoreSink:
         if self._unit is None:
             self.begin_unit(self._next_unit, self._next_example, needed)
         if self._lane.is_direct and not (batch is not None and batch.num_filling):
-            pending.shape = pending.selection.num_sequences, pending.selection.num_positions
             pending.runs = pending.selection.runs if pending.selection.index is None else None
 
     def _put(self, pending: _Pending, index: int, value: Tensor) -> None:

@@ -24,6 +24,8 @@ from layerprobe.errors import CaptureError
 
 __all__ = ["Run", "Selection", "copy_runs", "write_pairs", "write_rows"]
 
+_CPU = torch.device("cpu")
+
 
 class Run(NamedTuple):
     """A rectangle of real tokens: sequences `[first, last)` at positions `[start, stop)`."""
@@ -57,7 +59,7 @@ class Selection:
     index: Tensor | None = None
     sequences: tuple[int, ...] | None = None
     spans: tuple[tuple[int, int], ...] = ()
-    device: torch.device | None = None
+    device: torch.device = _CPU
     is_flat: bool = False
 
     @cached_property
@@ -143,7 +145,8 @@ class Selection:
         lengths = [row.count(1) for row in rows] if num_positions else [0] * num_sequences
         if all(stop - start == length for (start, stop), length in zip(spans, lengths, strict=True)):
             return cls._from_spans(spans, num_positions, device)
-        return cls(tuple(lengths), num_positions, None, send(kept.flatten().nonzero()[:, 0], device))
+        index = send(kept.flatten().nonzero()[:, 0], device)
+        return cls(tuple(lengths), num_positions, None, index, device=device)
 
     @classmethod
     def _from_spans(
@@ -181,15 +184,10 @@ class Selection:
             index = send(_count_on(firsts, lengths), device)
         return cls(lengths, num_positions, tuple(runs), index, sequences, tuple(spans), device, is_flat)
 
-    @property
-    def _place(self) -> torch.device:
-        """The model's device."""
-        return self.device or (torch.device("cpu") if self.index is None else self.index.device)
-
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Where among the rows those of each example begin and end, `[N]` each, int64, on the model's device."""
-        bounds = send(torch.tensor([0, *accumulate(self.lengths)]), self._place)
+        bounds = send(torch.tensor([0, *accumulate(self.lengths)]), self.device)
         return bounds[:-1], bounds[1:]
 
     @cached_property
@@ -199,8 +197,8 @@ class Selection:
             return self
         first = [self.sequences.index(number) for number in range(self.num_distinct)]
         if self.is_flat:
-            return Selection.from_flat([self.lengths[place] for place in first], self._place)
-        return Selection._from_spans([self.spans[place] for place in first], self.num_positions, self._place)
+            return Selection.from_flat([self.lengths[place] for place in first], self.device)
+        return Selection._from_spans([self.spans[place] for place in first], self.num_positions, self.device)
 
     def keep(self, kept: Sequence[Tensor]) -> "Selection":
         """Keep some tokens of each example.
@@ -213,7 +211,7 @@ class Selection:
         firsts = [row * self.num_positions + start for row, (start, _) in zip(rows_of, self.spans, strict=True)]
         rows = [first + those for first, those in zip(firsts, kept, strict=True)]
         index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
-        index = send(index, self._place)
+        index = send(index, self.device)
         lengths = tuple(map(len, kept))
         return Selection(lengths, self.num_positions, None, index, numbers, self.spans, self.device, self.is_flat)
 
@@ -239,13 +237,13 @@ class Selection:
 
     @cached_property
     def _repeated(self) -> Tensor:
-        return send(torch.tensor(self.sequences), self._place)
+        return send(torch.tensor(self.sequences), self.device)
 
     @cached_property
     def _repeated_rows(self) -> Tensor:
         assert self.sequences is not None
         starts = list(accumulate(self.distinct.lengths, initial=0))
-        return send(_count_on([starts[number] for number in self.sequences], self.lengths), self._place)
+        return send(_count_on([starts[number] for number in self.sequences], self.lengths), self.device)
 
 
 def _count_on(firsts: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -111,15 +111,14 @@ def compute_in(model: nn.Module, precision: str | None) -> Iterator[None]:
         OptionError: a run of this process is under way that needs the rounding to be otherwise.
     """
     kind = find_device(model).type
-    if precision not in (None, _TF32):
-        with torch.autocast(kind, dtype=PRECISIONS[precision]):
-            yield
-        return
     with contextlib.ExitStack() as computing:
-        if _has_autocast(kind):
-            computing.enter_context(torch.autocast(kind, enabled=False))
-        _products.set(is_rounded=precision == _TF32)
-        computing.callback(_products.release)
+        if precision not in (None, _TF32):
+            computing.enter_context(torch.autocast(kind, dtype=PRECISIONS[precision]))
+        else:
+            if _has_autocast(kind):
+                computing.enter_context(torch.autocast(kind, enabled=False))
+            _products.set(is_rounded=precision == _TF32)
+            computing.callback(_products.release)
         yield
 
 

@@ -286,17 +286,16 @@ def _choose_batches(
     if recalled := recall_batches(place):
         batch_tokens = options.batch_tokens or recalled.batch_tokens
         asked = recalled.is_flat if options.padding_free is None else options.padding_free
-        if asked == recalled.is_flat or not overwrite:
-            description = describe(batch_tokens, asked)
-            if description["fingerprint"] == recalled.fingerprint:
-                if recalled.is_flat and why_not_flat is not None:
-                    raise PlanError(
-                        f"{place}: was begun without padding and cannot go on so: {why_not_flat}. Go on as it was "
-                        "begun, choose another folder, or pass --overwrite to replace it."
-                    )
-                return batch_tokens, description
-            if not overwrite:  # which `find_done` refuses, and says what differs: not what would be tried anew
-                return batch_tokens, description
+        description = describe(batch_tokens, asked)
+        is_same = description["fingerprint"] == recalled.fingerprint
+        if is_same and recalled.is_flat and why_not_flat is not None:
+            raise PlanError(
+                f"{place}: was begun without padding and cannot go on so: {why_not_flat}. Go on as it was begun, "
+                "choose another folder, or pass --overwrite to replace it."
+            )
+        # another run, not to be replaced, is refused by `find_done`, which says what differs: nothing is tried for it
+        if is_same or not overwrite:
+            return batch_tokens, description
     is_flat = why_not_flat is None
     batch_tokens = options.batch_tokens or find(is_flat)
     return batch_tokens, describe(batch_tokens, is_flat)
