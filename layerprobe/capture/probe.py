@@ -24,7 +24,7 @@ from layerprobe.capture.staged import StageSink
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import describe_model
 from layerprobe.sites.resolve import Site
-from layerprobe.sites.stacks import find_device, unwrap
+from layerprobe.sites.stacks import need_one_device, unwrap
 from layerprobe.store.format import checksum
 from layerprobe.store.places import find_place
 from layerprobe.store.writer import ShardWriter
@@ -237,7 +237,7 @@ def _open_store_sink(model: nn.Module, to: str | Path, pool: Pool, dtype: torch.
         ShardWriter(place),
         pool=pool,
         dtype=dtype,
-        device=find_device(model),
+        device=need_one_device(model),
         shard_bytes=DEFAULT_SHARD_BYTES,
         description=description,
     )

@@ -34,7 +34,7 @@ from layerprobe.extract.thinning import find_kept
 from layerprobe.extract.warmup import LEAST_TOKENS, choose_batch_tokens, find_batch_tokens
 from layerprobe.models import LoadedModel, describe_model, describe_tokenizer
 from layerprobe.sites.resolve import Site, map_model
-from layerprobe.sites.stacks import find_device
+from layerprobe.sites.stacks import find_device, need_one_device
 from layerprobe.store.format import ShardHeader, fingerprint_of
 from layerprobe.store.guard import MOST_SHARDS
 from layerprobe.store.places import Place, find_place, need_folder
@@ -192,7 +192,7 @@ def plan_extraction(
         raise InputError(f"{source.name}: holds no texts. Give at least one.")
     name = model.name if isinstance(model, LoadedModel) else model if isinstance(model, str) else ""
     model, tokenizer = find_model(model, tokenizer, device)
-    check_device(find_device(model), options.compile)
+    check_device(need_one_device(model), options.compile)
     sites = map_model(model).select(list(options.sites) if not isinstance(options.sites, str) else options.sites)
     max_length = choose_max_length(model, tokenizer, options.max_length)
     stored = _measure_sites(model, tokenizer, sites, options)

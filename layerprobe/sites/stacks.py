@@ -11,10 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerprobe.errors import ArchitectureError
+from layerprobe.errors import ArchitectureError, OptionError
 from layerprobe.sites.anatomy import REFUSED, Anatomy, find_anatomy
 
-__all__ = ["Stack", "calls_forward", "config_of", "find_cache", "find_device", "find_stacks", "has_module", "unwrap"]
+__all__ = [
+    "Stack",
+    "calls_forward",
+    "config_of",
+    "find_cache",
+    "find_device",
+    "find_stacks",
+    "has_module",
+    "need_one_device",
+    "unwrap",
+]
 
 
 @dataclass(frozen=True)
@@ -137,3 +147,21 @@ def find_device(model: nn.Module) -> torch.device:
         places = (getattr(hook, "execution_device", None) for hook in hooks)
         device = torch.device(next((place for place in places if place is not None), "cpu"))
     return device
+
+
+def need_one_device(model: nn.Module) -> torch.device:
+    """Find where the model makes its values, for those who collect them in one place.
+
+    Raises:
+        OptionError: accelerate has spread it over several.
+    """
+    root = unwrap(model)
+    placed = getattr(root, "hf_device_map", None) or {}
+    # `0` and `cuda:0` are one device; what lies on the CPU or on disk is computed on it all the same
+    devices = sorted({str(place).rpartition(":")[2] for place in placed.values()} - {"cpu", "disk"})
+    if len(devices) > 1:
+        raise OptionError(
+            f"{type(root).__name__} is spread over the devices {', '.join(devices)}: a store takes values of one. "
+            "Load it onto one, or capture into memory."
+        )
+    return find_device(model)

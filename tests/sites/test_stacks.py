@@ -189,3 +189,21 @@ def test_modules_are_named_without_what_wraps_them(make_bert: Any) -> None:
     call = probe.calls[0]
     assert list(call) == list(expected.calls[0])
     assert all(torch.equal(probe[site], expected[site]) for site in call)
+
+
+@pytest.mark.parametrize("encoder, is_refused", [(1, True), ("cuda:1", True), (0, False), ("cuda:0", False), ("cpu", False)])
+def test_a_model_that_is_spread_over_devices_fills_no_store(
+    make_bert: Any, batch: Any, tmp_path: Path, encoder: Any, is_refused: bool
+) -> None:
+    model = make_bert("BertModel")
+    # what accelerate leaves on a model: places by module; weights on the CPU or on disk are computed on the GPU
+    model.hf_device_map = {"embeddings": 0, "encoder": encoder, "pooler": "disk"}
+    if not is_refused:
+        with lp.Probe(model, "layers.0", to=tmp_path / "acts"):
+            model(**batch)
+        return
+    with pytest.raises(OptionError, match=r"BertModel is spread over the devices 0, 1: a store takes"):
+        lp.Probe(model, "layers.0", to=tmp_path / "acts")
+    with lp.Probe(model, "layers.0") as probe:
+        model(**batch)
+    assert probe["layers.0"] is not None and not list(tmp_path.iterdir())
