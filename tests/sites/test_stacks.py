@@ -191,7 +191,9 @@ def test_modules_are_named_without_what_wraps_them(make_bert: Any) -> None:
     assert all(torch.equal(probe[site], expected[site]) for site in call)
 
 
-@pytest.mark.parametrize("encoder, is_refused", [(1, True), ("cuda:1", True), (0, False), ("cuda:0", False), ("cpu", False)])
+@pytest.mark.parametrize(
+    ("encoder", "is_refused"), [(1, True), ("cuda:1", True), (0, False), ("cuda:0", False), ("cpu", False)]
+)
 def test_a_model_that_is_spread_over_devices_fills_no_store(
     make_bert: Any, batch: Any, tmp_path: Path, encoder: Any, is_refused: bool
 ) -> None:
