@@ -100,7 +100,7 @@ def gather_crew(
     weakref.finalize(crew, shutil.rmtree, path.parent, ignore_errors=True)
     with open(path, "w", encoding="ascii") as file:
         for record in source:
-            file.write(json.dumps({**record.fields, field: record.text}, default=str) + "\n")
+            file.write(json.dumps({**record.fields, field: record.text}) + "\n")
     return crew, TextSource(source.name, lambda: _read(path, field))
 
 

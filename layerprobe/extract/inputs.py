@@ -1,12 +1,13 @@
 """Texts from wherever they are: lists, files, folders, standard input.
 
 A source can be gone through more than once and always gives the same records in the same order; that is what makes a
-run resumable. Every error names the file and the line.
+run resumable. What else a record holds is what JSON says of it. Every error names the file and the line.
 
 Hides file formats. Must never know of tokens or models.
 """
 
 import csv
+import datetime
 import json
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import torch
 import xxhash
 
 from layerprobe.errors import InputError
@@ -25,7 +28,10 @@ _MOST_FIELD_CHARACTERS = (1 << 31) - 1
 _SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
 # made once: json.dumps makes one for each record
-_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str).encode
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+# What JSON says as it is, and the kinds of numpy's dtypes whose `tolist` gives that.
+_PLAIN = (str, int, float, bool, type(None))
+_PLAIN_KINDS = "biufU"
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,9 @@ def open_source(texts: Any, field: str = "text") -> TextSource:
     Args:
         texts: A path to a `.txt` (a text per line), `.jsonl`, `.csv` or `.parquet` file, a folder of them, `-` for
             standard input (a text per line), or in Python a list of strings or of mappings. A single string is a path.
-        field: Which field of a record holds the text; the others travel with the example.
+        field: Which field of a record holds the text; the others travel with the example as JSON. Arrays and tensors
+            become lists, their scalars numbers, dates and times their ISO text; what else JSON has no word for is
+            refused when its record comes.
 
     Raises:
         InputError: missing, of an unknown kind, or not texts.
@@ -183,7 +191,7 @@ def _iterate_list(records: Any, field: str) -> Iterator[Record]:
         if isinstance(record, str):
             yield Record(record)
         elif isinstance(record, Mapping):
-            yield _split_record(record, field, f"text {number}")
+            yield _keep_plain(_split_record(record, field, f"text {number}"), f"text {number}")
         else:
             raise InputError(f"text {number} is {type(record).__name__}, not a text: give strings or mappings.")
 
@@ -196,6 +204,59 @@ def _split_record(record: Mapping[str, Any], field: str, where: str) -> Record:
     if not isinstance(text, str):
         raise InputError(f"{where}: field {field!r} is {type(text).__name__}, not a text.")
     return Record(text, {key: value for key, value in record.items() if key != field})
+
+
+def _keep_plain(record: Record, where: str) -> Record:
+    """Turn the fields of a record into what JSON says of them.
+
+    Raises:
+        InputError: it has no word for one.
+    """
+    try:
+        return Record(record.text, _make_plain(record.fields, "", where))
+    except RecursionError as error:
+        raise InputError(
+            f"{where}: its fields are nested too deeply, which cannot be kept as JSON. Leave them out."
+        ) from error
+
+
+def _make_plain(value: Any, name: str, where: str) -> Any:
+    if type(value) in _PLAIN:
+        return value
+    dtype = ""
+    if isinstance(value, (np.ndarray, np.generic)):
+        if value.dtype.kind in _PLAIN_KINDS:
+            return value.tolist()
+        if value.dtype.kind == "O":
+            return _make_plain(value.tolist(), name, where)
+        dtype = f" of {value.dtype}"
+    elif isinstance(value, torch.Tensor):
+        if not value.is_complex():
+            return value.tolist()
+        dtype = f" of {value.dtype}"
+    elif isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    elif isinstance(value, Mapping):
+        _check_names(value, name, where)
+        return {key: _make_plain(inner, f"{name}.{key}" if name else key, where) for key, inner in value.items()}
+    elif isinstance(value, (list, tuple)):
+        return [_make_plain(inner, f"{name}[{place}]", where) for place, inner in enumerate(value)]
+    elif isinstance(value, _PLAIN):  # a subclass, which JSON takes for what it is derived from
+        return value
+    raise InputError(
+        f"{where}: field {name!r} is {type(value).__name__}{dtype}, which cannot be kept as JSON. "
+        "Give a text, a number, a list or a mapping of them, or leave it out."
+    )
+
+
+def _check_names(fields: Mapping[Any, Any], name: str, where: str) -> None:
+    for key in fields:
+        if not isinstance(key, str):
+            inside = f" in {name!r}" if name else ""
+            raise InputError(
+                f"{where}: a field{inside} is named {key!r}, which is {type(key).__name__} and cannot be kept as JSON. "
+                "Name it by a text, or leave it out."
+            )
 
 
 def _decode_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
@@ -272,7 +333,8 @@ def _read_parquet(path: Path, field: str) -> Iterator[Record]:
         row = 0
         for batch in file.iter_batches(batch_size=1024):
             for record in batch.to_pylist():
-                yield _split_record(record, field, f"{path}, row {row}")
+                where = f"{path}, row {row}"
+                yield _keep_plain(_split_record(record, field, where), where)
                 row += 1
     except (ArrowException, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: is not parquet ({str(error).splitlines()[0]}).") from error

@@ -11,11 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import layerprobe as lp
 from layerprobe.errors import CaptureError, NonFiniteError, OptionError
 from layerprobe.extract import crew
+from layerprobe.extract.devices import gather_crew
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.run import run_extraction
@@ -154,6 +156,12 @@ def test_what_cannot_be_shared_is_refused_before_anything_starts(
             call()
     assert not folder.exists()
     assert extract(name, ["a"], folder, devices="cpu").is_complete
+
+
+def test_texts_that_are_in_no_file_are_told_to_others_with_their_fields(tmp_path: Path) -> None:
+    records = [{"text": "a", "o": np.int64(3), "tags": ("x", None)}]
+    _, source = gather_crew(("cpu", "cpu"), "demo", records, tmp_path / "acts", "text", {})
+    assert [record.fields for record in source] == [{"o": 3, "tags": ["x", None]}]
 
 
 @contextlib.contextmanager

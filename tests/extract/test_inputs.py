@@ -1,12 +1,17 @@
 """Every kind of input gives the same records each time, and every bad one says where it is bad."""
 
+import datetime
+import decimal
 import io
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from layerprobe.errors import InputError
 from layerprobe.extract.inputs import InputDigest, Record, check_text, open_source
@@ -195,3 +200,82 @@ def test_a_digest_tells_texts_fields_and_order() -> None:
 def test_half_a_character_is_refused_with_its_place() -> None:
     with pytest.raises(InputError, match=r"texts, text 3: holds half a character \('\\ud800' at 2\)"):
         check_text("ab\ud800", "texts", 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (np.int64(3), 3),
+        (np.float32(0.5), 0.5),
+        (np.float64(0.5), 0.5),
+        (np.bool_(True), True),
+        (np.str_("a"), "a"),
+        (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        (np.array(["a", "b"]), ["a", "b"]),
+        (np.array([{"n": np.int8(1)}, None], dtype=object), [{"n": 1}, None]),
+        (np.array(3), 3),
+        (torch.tensor(3), 3),
+        (torch.tensor([True, False]), [True, False]),
+        (torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True), 0.5),
+        ([np.int64(1), (np.float32(2), "x")], [1, [2.0, "x"]]),
+        (types.MappingProxyType({"n": np.int64(1)}), {"n": 1}),
+        (datetime.date(2024, 2, 29), "2024-02-29"),
+        (datetime.datetime(2024, 2, 29, 12, 30), "2024-02-29T12:30:00"),
+        (None, None),
+    ],
+    ids=repr,
+)
+def test_fields_given_in_python_are_what_json_says_of_them(value: Any, plain: Any) -> None:
+    (record,) = read_twice([{"text": "a", "x": value}])
+    assert record.fields == {"x": plain} and json.dumps(record.fields) == json.dumps({"x": plain})
+
+
+def test_subclasses_of_texts_and_numbers_stay_what_they_are() -> None:
+    (record,) = read_twice([{"text": "a", "x": type("Own", (int,), {})(3), "y": float("inf")}])
+    assert json.dumps(record.fields) == '{"x": 3, "y": Infinity}'
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"x": object()},
+            r"text 1: field 'x' is object, which cannot be kept as JSON\. Give a text, a number.*leave it out",
+        ),
+        ({"x": b"a"}, "field 'x' is bytes"),
+        ({"x": {1}}, "field 'x' is set"),
+        ({"x": 1j}, "field 'x' is complex"),
+        ({"x": decimal.Decimal("0.1")}, "field 'x' is Decimal"),
+        ({"x": {"y": [0, {"z": b"a"}]}}, r"field 'x\.y\[1\]\.z' is bytes"),
+        ({"x": np.array([b"a"])}, r"field 'x' is ndarray of \|S1, which"),
+        ({"x": np.complex64(1)}, "field 'x' is complex64 of complex64"),
+        ({"x": np.datetime64("2024-02-29T12", "ns")}, r"field 'x' is datetime64 of datetime64\[ns\]"),
+        ({"x": torch.tensor(1j)}, r"field 'x' is Tensor of torch\.complex64"),
+        ({"x": np.array([[1], b"a"], dtype=object)}, r"field 'x\[1\]' is bytes"),
+        ({3: "a"}, "text 1: a field is named 3, which is int and cannot be kept as JSON. Name it by a text"),
+        ({"b": 1, 3: "a"}, "a field is named 3, which is int"),
+        ({"x": {None: 1}}, "a field in 'x' is named None, which is NoneType"),
+    ],
+)
+def test_fields_that_cannot_be_kept_as_json_are_refused(fields: dict[Any, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        texts_of([{"text": "a", "x": 1}, {"text": "b", **fields}])
+
+
+def test_a_field_that_holds_itself_is_refused() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(InputError, match="text 0: its fields are nested too deeply, which cannot be kept as JSON"):
+        texts_of([{"text": "a", "x": endless}])
+
+
+def test_parquet_keeps_dates_as_texts_and_refuses_what_is_no_json(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    day = datetime.date(2024, 2, 29)
+    parquet.write_table(pyarrow.table({"text": ["a"], "day": [day]}), tmp_path / "a.parquet")
+    assert read_twice(tmp_path / "a.parquet")[0].fields == {"day": "2024-02-29"}
+    parquet.write_table(pyarrow.table({"text": ["a"], "raw": [b"a"]}), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"b\.parquet, row 0: field 'raw' is bytes, which cannot be kept as JSON"):
+        texts_of(tmp_path / "b.parquet")

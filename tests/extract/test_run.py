@@ -15,7 +15,7 @@ import torch
 
 import layerprobe
 from layerprobe.capture.packing import StoreSink
-from layerprobe.errors import NonFiniteError, StoreError
+from layerprobe.errors import InputError, NonFiniteError, StoreError
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.reports import RunReport
@@ -146,6 +146,18 @@ def test_other_fields_travel_with_the_example(tiny: LoadedModel, tmp_path: Path)
     store = extract(tiny, records, tmp_path / "acts")
     assert [example.text for example in store] == ["the dog", ""]
     assert [example.fields for example in store] == [{"id": 7, "tags": ["中"]}, {"id": None, "tags": {}}]
+
+
+def test_fields_of_numpy_are_found_as_the_numbers_they_are(tiny: LoadedModel, tmp_path: Path) -> None:
+    records = [
+        {"text": "the dog", "o": np.int64(3), "is_odd": np.bool_(True)},
+        {"text": "fox", "o": 4, "is_odd": False},
+    ]
+    store = extract(tiny, records, tmp_path / "acts")
+    assert list(store.where(o=3)) == list(store.where(is_odd=True)) == [0]
+    with pytest.raises(InputError, match="text 0: field 'o' is object, which cannot be kept as JSON"):
+        extract(tiny, [{"text": "a", "o": object()}], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_text_without_any_token_keeps_its_place(tiny: LoadedModel, tmp_path: Path) -> None:
