@@ -11,26 +11,32 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layerprobe.errors import InputError, OptionError
-from layerprobe.extract.inputs import Record, open_source
+from layerprobe.errors import InputError, OptionError, SpaceError
+from layerprobe.extract.inputs import TextSource, open_source
 from layerprobe.extract.network import find_model
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
+from layerprobe.extract.resume import check_place
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import find_device
-from layerprobe.store.durable import commit_file, make_noise
+from layerprobe.store.durable import commit_file, make_noise, tell_failure
 from layerprobe.store.places import find_place
-from layerprobe.tables import format_bytes, format_table
+from layerprobe.tables import format_bytes, format_count, format_table
 
 __all__ = ["DiskPace", "Price", "SamplePace", "price_extraction"]
 
-_CHUNK_EXAMPLES = 2048
+# Texts of the first chunk, and of the largest: what lies on the disk meanwhile is theirs.
+_FIRST_EXAMPLES = 8
+_MOST_EXAMPLES = 2048
+_GROWTH = 8
+_MUCH_LARGER = 4
+# No chunk is begun for less than this share of the time.
+_LEAST_LEFT = 0.05
 _DISK_BYTES = 128 << 20
 _UNITS_OF_TIME = (("years", 365 * 86400.0), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
 
@@ -44,6 +50,10 @@ class SamplePace:
     num_bytes: int
     seconds: float
     stalled_s: float
+
+    def plus(self, other: "SamplePace") -> "SamplePace":
+        """Add another sample."""
+        return SamplePace(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,9 @@ class Price:
             ("disk", _format_time(self.disk_s), f"{disk_rate} alone"),
             ("in all", _format_time(self.seconds), f"bound by the {self.bound}"),
         ]
-        measured = f"{sample.num_examples:,} texts in {sample.seconds:.1f} s, stalled {sample.stalled_s:.2f} s"
+        measured = (
+            f"{format_count(sample.num_examples, 'text')} in {sample.seconds:.1f} s, stalled {sample.stalled_s:.2f} s"
+        )
         return f"{format_table(('', 'cost', 'measured'), rows)}\n\nfrom a sample of {measured}"
 
 
@@ -136,49 +148,74 @@ def price_extraction(
         model, texts, options, device: As for the run.
         to: Where its store would lie, in a local folder; nothing is left there.
         num_examples: Texts of the run that is asked about.
-        seconds: How long to measure; it ends earlier where the input does, later where 2,048 texts take longer.
+        seconds: How long to measure, about; it ends earlier where the input does, later where eight texts take longer.
 
     Raises:
         OptionError: a number that cannot be, or no local folder.
         InputError: the input holds no texts.
+        StoreError: a store cannot be written there.
+        SpaceError: the disk has no room for the sample.
         LayerProbeError: whatever the run would raise.
     """
     if num_examples < 1 or not math.isfinite(seconds) or seconds <= 0:
         raise OptionError(f"a plan of {num_examples} texts from {seconds:g} s: both must be above 0.")
-    folder = find_place(to).folder
+    place = find_place(to)
+    folder = place.folder
     if folder is None:
         raise OptionError(f"{to}: only what a local disk costs can be measured. Give a local folder with -o.")
+    check_place(place)
     parent = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
     source = open_source(texts, options.field)
     network, tokenizer = find_model(model, None, device)
     loaded = replace(model, model=network) if isinstance(model, LoadedModel) else network
-    sample = SamplePace(0, 0, 0, 0.0, 0.0)
-    with tempfile.TemporaryDirectory(prefix="layerprobe-plan-", dir=parent) as scratch:
-        for number, records in enumerate(_cut(iter(source))):
-            plan = plan_extraction(
-                loaded, records, Path(scratch) / str(number), replace(options, field="text"), tokenizer=tokenizer
-            )
-            report = run_extraction(plan)
-            sample = SamplePace(
-                sample.num_examples + report.num_examples,
-                sample.num_tokens + report.num_tokens,
-                sample.num_bytes + sum(file.stat().st_size for file in plan.folder.glob("shard-*")),
-                sample.seconds + report.seconds,
-                sample.stalled_s + report.stalled_s,
-            )
-            for file in plan.folder.glob("shard-*"):
-                file.unlink()
-            if sample.seconds >= seconds:
-                break
-        disk = _measure_disk(Path(scratch))
+    try:
+        made = tempfile.TemporaryDirectory(prefix="layerprobe-plan-", dir=parent)
+    except OSError as error:
+        raise tell_failure(folder, error) from error
+    with made as scratch:
+        try:
+            sample = _measure_sample(loaded, tokenizer, source, Path(scratch), replace(options, field="text"), seconds)
+            disk = _measure_disk(Path(scratch))
+        except SpaceError as error:
+            raise SpaceError(
+                f"{to}: the disk has {format_bytes(shutil.disk_usage(parent).free)} free, too little for the sample "
+                "that a plan measures there. Make room, give another disk with -o, or ask for fewer sites, a smaller "
+                "dtype or a pool."
+            ) from error
     if not sample.num_examples:
         raise InputError(f"{source.name}: holds no texts. Give at least one.")
     return Price(num_examples, sample, disk, str(find_device(network)))
 
 
-def _cut(records: Iterator[Record]) -> Iterator[list[dict[str, Any]]]:
-    while chunk := [{**record.fields, "text": record.text} for record in itertools.islice(records, _CHUNK_EXAMPLES)]:
-        yield chunk
+def _measure_sample(
+    model: Any, tokenizer: Any, source: TextSource, scratch: Path, options: ExtractOptions, seconds: float
+) -> SamplePace:
+    """Run chunks of texts, each as a run of its own, for about so many seconds.
+
+    A small one tells the pace, and is forgotten for a much larger one that begins with the same texts: it measures the
+    first calls of a model, and the files of a store, more than anything else.
+    """
+    sample, spent_s, size, records = SamplePace(0, 0, 0, 0.0, 0.0), 0.0, _FIRST_EXAMPLES, iter(source)
+    for number in itertools.count():
+        chunk = [{**one.fields, "text": one.text} for one in itertools.islice(records, size)]
+        if not chunk:
+            break
+        plan = plan_extraction(model, chunk, scratch / str(number), options, tokenizer=tokenizer)
+        report = run_extraction(plan)
+        shards = list(plan.folder.glob("shard-*"))
+        num_bytes = sum(file.stat().st_size for file in shards)
+        for file in shards:
+            file.unlink()
+        run_s = max(report.seconds, 1e-9)
+        sample = sample.plus(SamplePace(report.num_examples, report.num_tokens, num_bytes, run_s, report.stalled_s))
+        spent_s += run_s
+        left_s = seconds - spent_s
+        if len(chunk) < size or left_s < _LEAST_LEFT * seconds:
+            break
+        size = max(1, min(int(left_s * len(chunk) / run_s), _GROWTH * len(chunk), _MOST_EXAMPLES))
+        if size >= _MUCH_LARGER * sample.num_examples:
+            sample, records = SamplePace(0, 0, 0, 0.0, 0.0), iter(source)
+    return sample
 
 
 def _measure_disk(folder: Path) -> DiskPace:

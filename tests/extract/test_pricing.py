@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 
 import layerprobe
-from layerprobe.errors import InputError, OptionError
+from layerprobe.errors import InputError, OptionError, SpaceError, StoreError
+from layerprobe.extract import pricing
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.pricing import DiskPace, Price, SamplePace, price_extraction
+from layerprobe.extract.reports import RunReport
+from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 
 extract: Any = layerprobe.extract
@@ -40,9 +43,64 @@ def test_a_sample_that_is_the_whole_input_counts_what_the_run_counts(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["acts", "whole"]
 
 
+def test_one_text_is_one(tiny: LoadedModel, tmp_path: Path) -> None:
+    assert "from a sample of 1 text in " in str(price_extraction(tiny, ["a"], tmp_path / "a", ExtractOptions(), 10))
+
+
 def test_a_sample_ends_where_its_time_does(tiny: LoadedModel, tmp_path: Path) -> None:
     price = price_extraction(tiny, ["the fox"] * 5000, tmp_path / "acts", ExtractOptions(pool="cls"), 10**12, 1e-6)
-    assert price.sample.num_examples == 2048 and price.num_tokens == 10**12 * price.sample.num_tokens // 2048
+    assert price.sample.num_examples == 8 and price.num_tokens == 10**12 * price.sample.num_tokens // 8
+
+
+def test_chunks_grow_to_fill_the_time_and_the_small_ones_are_forgotten(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def run(plan: Any) -> RunReport:
+        report = run_extraction(plan)
+        sizes.append(report.num_examples)
+        report.seconds = report.num_examples / 100  # a hundred texts a second
+        return report
+
+    monkeypatch.setattr(pricing, "run_extraction", run)
+    price = price_extraction(tiny, ["the fox"] * 5000, tmp_path / "acts", ExtractOptions(pool="cls"), 10**6, 20.0)
+    assert sizes == [8, 64, 512, 1416] and sum(sizes) / 100 == 20
+    assert price.sample.num_examples == 512 + 1416 and price.sample.seconds == pytest.approx(19.28)  # a sum of floats
+    sizes.clear()
+    price = price_extraction(tiny, ["the fox"] * 100, tmp_path / "acts", ExtractOptions(pool="cls"), 10**6, 0.7)
+    assert sizes == [8, 62] and price.sample.num_examples == 62
+    sizes.clear()
+    price = price_extraction(tiny, ["the fox"] * 20, tmp_path / "acts", ExtractOptions(pool="cls"), 10**6, 20.0)
+    assert sizes == [8, 20] and price.sample.num_examples == 20
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_a_run_would_refuse_is_refused(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file.txt").write_text("mine")
+    for place, message in (("file.txt/x", "file.txt is not a folder"), ("file.txt", "is a file, not a folder")):
+        with pytest.raises(StoreError, match=message):
+            price_extraction(tiny, ["a"], tmp_path / place, ExtractOptions(), 10)
+    with pytest.raises(StoreError, match=r"is not a store: it holds 'file\.txt'"):
+        price_extraction(tiny, ["a"], tmp_path, ExtractOptions(), 10)
+    if not Path("/proc/self").exists():
+        return
+    # where nobody makes files, not even root
+    with pytest.raises(StoreError, match=r"/proc/acts: cannot be written"):
+        price_extraction(tiny, ["a"], "/proc/acts", ExtractOptions(), 10)
+
+
+def test_a_disk_too_full_for_a_sample_is_named_as_it_was_given(
+    tiny: LoadedModel, texts: list[str], small_disk: Path
+) -> None:
+    with pytest.raises(SpaceError) as caught:
+        price_extraction(tiny, texts * 200, small_disk / "acts", ExtractOptions(), 10)
+    said = str(caught.value)
+    assert said.startswith(f"{small_disk / 'acts'}: the disk has ") and "another disk with -o" in said
+    assert "layerprobe-plan" not in said and "--wait-for-space" not in said
+    assert not list(small_disk.iterdir())
 
 
 @pytest.mark.parametrize(("count", "seconds"), [(0, 1.0), (10, 0.0), (10, float("nan"))])
