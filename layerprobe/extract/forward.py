@@ -22,12 +22,13 @@ __all__ = [
     "CUDA_GRAPHS",
     "PRECISIONS",
     "REORDERED",
+    "check_backend",
     "check_device",
-    "check_forward",
     "compile_network",
     "compute_in",
     "find_dtype",
     "find_precision",
+    "resolve_precision",
 ]
 
 # torch's name for a compiled model whose kernels a GPU replays as a graph, one for each shape of a batch
@@ -38,16 +39,33 @@ _TF32 = "tf32"
 # that the model computes in. About ten times the most that was seen with models of 12 layers.
 REORDERED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def check_forward(precision: object, backend: object) -> None:
-    """Refuse a precision that does not exist, or a backend that torch does not have.
+def resolve_precision(precision: object) -> str | None:
+    """Give the name of a precision as stores say it; None for that of the weights.
+
+    Raises:
+        OptionError: there is no such precision.
+    """
+    if precision is None:
+        return None
+    name = _SHORT_NAMES.get(precision, precision) if isinstance(precision, str) else ""
+    if name not in PRECISIONS:
+        shorts = {long: f" (or {short})" for short, long in _SHORT_NAMES.items()}
+        known = ", ".join(long + shorts.get(long, "") for long in PRECISIONS)
+        raise OptionError(
+            f"no precision {str(precision)!r}: use {known}, or leave it out to compute in that of the weights."
+        )
+    return name
+
+
+def check_backend(backend: object) -> None:
+    """Refuse a backend that torch does not have.
 
     Raises:
         OptionError: there is none.
     """
-    if precision is not None and precision not in PRECISIONS:
-        raise OptionError(f"no precision {precision!r}: use {', '.join(PRECISIONS)}, or None for that of the weights.")
     if isinstance(backend, bool) or backend == CUDA_GRAPHS:
         return
     known = torch.compiler.list_backends(exclude_tags=())

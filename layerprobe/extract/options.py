@@ -12,7 +12,7 @@ from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.pooling import Pool, check_pool
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
 from layerprobe.errors import OptionError
-from layerprobe.extract.forward import check_forward
+from layerprobe.extract.forward import check_backend, resolve_precision
 from layerprobe.store.kept import check_kept
 from layerprobe.store.writer import NONFINITE_POLICIES
 
@@ -64,7 +64,9 @@ class ExtractOptions:
         resolve_dtype(self.dtype)
         check_pool(self.pool)
         check_kept(self.tokens, self.keep)
-        check_forward(self.precision, self.compile)
+        check_backend(self.compile)
+        # by one name, since it is part of what the run is
+        object.__setattr__(self, "precision", resolve_precision(self.precision))
         if self.padding_free is not None and type(self.padding_free) is not bool:
             raise OptionError(f"padding_free is {self.padding_free!r}: use True, False, or None for where it can be.")
         if self.nonfinite not in NONFINITE_POLICIES:

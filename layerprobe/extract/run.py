@@ -140,8 +140,9 @@ def extract(
             positions of those that are kept.
         tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` (those that the tokenizer puts around a
             text), or `nonspecial`.
-        precision: What the forward computes in: `bfloat16` or `float16` by autocast, `tf32` on CUDA; None for what the
-            program around has set for torch, most often nothing, and so the dtype of the weights, as `float32` says.
+        precision: What the forward computes in: `bfloat16` or `float16` by autocast, `tf32` on CUDA (`bf16`, `fp16` and
+            `fp32` are short names); None for what the program around has set for torch, most often nothing, and so the
+            dtype of the weights, as `float32` says.
         compile: True to compile the model for the run, or the name of torch's backend; the model itself stays as it is.
             `reduce-overhead`, torch's name for it, also replays CUDA graphs, one for each of a few shapes that batches
             are then padded to.

@@ -70,6 +70,15 @@ def test_precision_and_compile_belong_to_the_plan_where_they_change_values(
         extract(tiny, texts, tmp_path / "acts")
 
 
+@pytest.mark.parametrize(("short", "name"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_a_short_name_of_a_precision_is_the_same_run(tiny: LoadedModel, tmp_path: Path, short: str, name: str) -> None:
+    store = extract(tiny, [TEXT], tmp_path / "acts", precision=short)
+    assert store.description["plan"].get("precision") == (name if name != "float32" else None)
+    plan = plan_extraction(tiny, [TEXT], tmp_path / "acts", ExtractOptions(precision=name))
+    assert plan.fingerprint == store.fingerprint and len(plan.done) == plan.num_units
+    assert audit(tmp_path / "acts", tiny, num_examples=1).ok
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"sites": "layers.0"}, {"keep": 0.5}])
 def test_a_compiled_run_gives_the_rows_of_a_plain_one(
@@ -147,8 +156,12 @@ def test_cuda_graphs_are_refused_where_nothing_replays_them(tiny: LoadedModel, t
 
 
 def test_what_does_not_exist_is_refused(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="no precision 'half': use float32, tf32, bfloat16, float16"):
-        extract(tiny, texts, tmp_path / "acts", precision="half")
+    accepted = (
+        r"use float32 \(or fp32\), tf32, bfloat16 \(or bf16\), float16 \(or fp16\), or leave it out to compute in"
+    )
+    for precision in ("half", "", torch.bfloat16, ["bf16"]):
+        with pytest.raises(OptionError, match=rf"no precision .*: {accepted}"):
+            extract(tiny, texts, tmp_path / "acts", precision=precision)
     with pytest.raises(OptionError, match="compile='quick': no such backend"):
         extract(tiny, texts, tmp_path / "acts", compile="quick")
 
