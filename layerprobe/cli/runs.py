@@ -4,19 +4,25 @@ Parse and call; compute nothing. `main` gives each its name and place.
 """
 
 import re
+from decimal import Decimal
 from typing import Annotated
 
 import typer
 
 from layerprobe.cli.allocator import keep_freed_memory
-from layerprobe.cli.signals import TERMINATED, Terminator
+from layerprobe.cli.signals import TERMINATED, Terminator, leaving_on_sigterm
 from layerprobe.errors import OptionError, SpaceError
 
 __all__ = ["extract", "sites"]
 
 _MODEL_HELP = "A hub id, a folder, or 'demo' (real MiniLM weights from the demo extra)."
 _SITES_HELP = "A site pattern such as 'layers.*', 'layers.-4:' or 'layers.0,5.ffn.act'; repeat for several."
+_PRECISION_HELP = (
+    "What the forward computes in: float32, bfloat16, float16, or on CUDA tf32; or fp32, bf16, fp16. "
+    "The weights' dtype if not given."
+)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\Z", re.IGNORECASE)
+_COUNT = re.compile(r"\d+(?:_\d+)*(?:\.\d+)?(?:[eE]\+?\d{1,2})?\Z")
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
@@ -39,7 +45,9 @@ def extract(
     texts: Annotated[
         str,
         typer.Argument(
-            metavar="INPUT", help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, or '-'."
+            metavar="INPUT",
+            help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, or '-': standard input, "
+            "plain text, a text per line.",
         ),
     ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder of the store, or a URL: s3://b/acts.")],
@@ -57,7 +65,10 @@ def extract(
         int | None, typer.Option(help="Longest text in tokens; the model's limit if not given.")
     ] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens per batch, padding included; tried out on long runs.")
+        int | None,
+        typer.Option(
+            help="Tokens per batch, padding included; a longer text has one of its own. Tried out on long runs."
+        ),
     ] = None,
     padding_free: Annotated[
         bool | None,
@@ -71,11 +82,12 @@ def extract(
     ] = "warn",
     keep: Annotated[float, typer.Option(help="Share of the rows to keep: 0.05. A draw without a seed.")] = 1.0,
     tokens: Annotated[
-        str, typer.Option(help="Which tokens to keep rows of: all, first, cls, special or nonspecial.")
+        str,
+        typer.Option(
+            help="Which tokens to keep rows of: all, first, cls, special (one typed in the text too) or nonspecial."
+        ),
     ] = "all",
-    precision: Annotated[
-        str | None, typer.Option(help="What the forward computes in: bfloat16, float16, tf32 (CUDA); the weights'.")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(help=_PRECISION_HELP)] = None,
     compiles: Annotated[bool, typer.Option("--compile", help="Compile the model for the run.")] = False,
     replays: Annotated[
         bool,
@@ -95,15 +107,17 @@ def extract(
         bool, typer.Option("--wait-for-space", help="On a full disk wait for room instead of stopping.")
     ] = False,
     grace: Annotated[
-        float,
-        typer.Option(min=0, metavar="SECONDS", help="After SIGTERM, time for the shard under way to be finished."),
-    ] = 30,
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="After SIGTERM, time for the shard under way to be finished; 30."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     price: Annotated[
-        int | None,
-        typer.Option("--plan", metavar="N", help="Measure a sample, say what N texts would cost, and stop."),
+        str | None,
+        typer.Option("--plan", metavar="N", help="Measure a sample, say what N texts (1e9) would cost, and stop."),
     ] = None,
-    price_seconds: Annotated[float, typer.Option("--plan-seconds", help="How long --plan measures.")] = 60,
+    price_seconds: Annotated[
+        float | None, typer.Option("--plan-seconds", metavar="SECONDS", help="How long --plan measures, about; 60.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Extract sites for every text into a store; the same command again goes on where it was stopped.
@@ -131,16 +145,32 @@ def extract(
         compile=CUDA_GRAPHS if replays else compiles,
         writers=writers,
     )
+    if price is None and price_seconds is not None:
+        raise OptionError(f"--plan-seconds {price_seconds:g} without --plan: nothing is measured. Add --plan N.")
     keep_freed_memory()
     if price is not None:
+        given = {
+            "--dry-run": dry_run,
+            "--overwrite": overwrite,
+            "--wait-for-space": wait_for_space,
+            "--grace": grace is not None,
+            "--quiet": quiet,
+        }
+        useless = [name for name, is_given in given.items() if is_given]
+        if useless:
+            raise OptionError(f"{', '.join(useless)} with --plan: it prints a cost and writes no store. Leave it out.")
         if devices is not None:
             raise OptionError(f"--plan with --devices {devices}: one device is measured. Use --device.")
         from layerprobe.extract.pricing import price_extraction
 
-        typer.echo(str(price_extraction(model, texts, out, options, price, price_seconds, device=device)))
+        seconds = 60.0 if price_seconds is None else price_seconds
+        with leaving_on_sigterm():
+            typer.echo(str(price_extraction(model, texts, out, options, _parse_count(price), seconds, device=device)))
         return
+    if out.startswith("memory://"):
+        raise OptionError(f"-o {out}: that is this process's memory, gone when the command ends. Give a folder.")
     stopped = f"stopped: whole shards are kept in {out}. Run the same command again to go on."
-    with Terminator(out, grace) as terminator:
+    with Terminator(out, 30.0 if grace is None else grace) as terminator:
         plan = plan_extraction(
             model,
             texts,
@@ -174,6 +204,14 @@ def extract(
         typer.echo(str(report))
     elif report.nonfinite:
         typer.echo(str(report), err=True)
+
+
+def _parse_count(text: str) -> int:
+    match = _COUNT.match(text.strip())
+    count = Decimal(match.group()) if match else Decimal("0.5")
+    if count != count.to_integral_value():
+        raise OptionError(f"--plan {text!r}: it is a number of texts: write 1000000000, 1_000_000_000 or 1e9.")
+    return int(count)
 
 
 def _parse_size(text: str) -> int:

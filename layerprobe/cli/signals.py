@@ -7,11 +7,12 @@ for nothing, not even for a disk that hangs. Only the command line listens; the 
 import os
 import signal
 import threading
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["TERMINATED", "Terminator"]
+__all__ = ["TERMINATED", "Terminator", "leaving_on_sigterm"]
 
 TERMINATED = 128 + signal.SIGTERM
 _STDERR = 2
@@ -61,6 +62,24 @@ class Terminator(AbstractContextManager["Terminator"]):
     def _end_at_once(self) -> NoReturn:
         _say(f"terminated: {self._what} keeps its whole shards. Run the same command again to go on.")
         os._exit(TERMINATED)
+
+
+@contextmanager
+def leaving_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what is under way as Ctrl-C does, with exit code 143: for what has files to take away, not to keep.
+
+    A second one ends the process at once.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(text: str) -> None:

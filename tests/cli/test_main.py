@@ -17,6 +17,7 @@ import torch
 import layerprobe
 from layerprobe.cli import main as cli
 from layerprobe.errors import StoreError
+from layerprobe.extract.plan import plan_extraction
 from layerprobe.store.lock import StoreLock
 from layerprobe.store.places import find_place
 
@@ -170,7 +171,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_looked_fo
         refused(run(*command, tmp_path / "acts"), f"another run is writing there (process {os.getpid()} on ")
     place = find_place("memory://taken")
     place.commit("notes.txt", [b"mine"])
-    refused(run(*command, "memory://taken"), "memory://taken: is not a store: it holds 'notes.txt'")
+    with pytest.raises(StoreError, match=r"memory://taken: is not a store: it holds 'notes\.txt'"):
+        plan_extraction("./nowhere", str(source), "memory://taken")
 
 
 def test_debug_shows_the_traceback_wherever_it_stands(

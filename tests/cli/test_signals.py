@@ -142,6 +142,25 @@ def test_before_there_is_a_shard_nothing_is_waited_for(tiny_model_folder: Path, 
     assert not (tmp_path / "acts").exists()
 
 
+def test_a_plan_takes_away_what_it_made(tiny_model_folder: Path, source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "acts"
+    command = [sys.executable, "-c", COMMAND, str(folder), "plan", "extract", str(tiny_model_folder), str(source)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*command, "-o", str(folder), "--device", "cpu", "--plan", "1e6"],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+    ) as process:
+        assert read_line(process.stdout) == "computing"
+        assert list(tmp_path.glob("layerprobe-plan-*"))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143
+        assert process.stderr is not None and process.stderr.read() == ""
+    assert list(tmp_path.iterdir()) == [source]
+
+
 @pytest.mark.slow
 def test_a_wait_for_room_is_ended(tiny_model_folder: Path, source: Path, small_disk: Path) -> None:
     with open(small_disk / "filler", "wb") as filler:
