@@ -15,7 +15,9 @@ __all__ = ["check", "diff", "plot", "report"]
 Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
 Patterns = Annotated[
     list[str] | None,
-    typer.Option("--site", "-s", metavar="PATTERN", help="Stored sites such as 'layers.*'; repeat for several."),
+    typer.Option(
+        "--sites", "--site", "-s", metavar="PATTERN", help="Stored sites such as 'layers.*'; repeat for several."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Of all draws.")]
 MaxRows = Annotated[int | None, typer.Option(metavar="ROWS", help="About how many rows to take, at random; all.")]

@@ -32,7 +32,9 @@ def classify(
     ] = False,
     patterns: Annotated[
         list[str] | None,
-        typer.Option("--site", "-s", metavar="PATTERN", help="Stored sites such as 'layers.*'; repeat for several."),
+        typer.Option(
+            "--sites", "--site", "-s", metavar="PATTERN", help="Stored sites such as 'layers.*'; repeat for several."
+        ),
     ] = None,
     max_examples: Annotated[int | None, typer.Option(help="The most to take, at random; 50,000.")] = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,

@@ -6,6 +6,7 @@ stand in the other files of this folder.
 
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -71,7 +72,7 @@ def main() -> None:
         status = app(arguments or ["--help"], prog_name="layerprobe", standalone_mode=False)
     except LayerProbeError as error:
         if "--debug" in sys.argv[1:]:
-            raise
+            traceback.print_exc()
         print(f"layerprobe: {' '.join(str(error).splitlines())}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
@@ -88,5 +89,7 @@ def _report_usage(error: Exception) -> int:
     if not hasattr(error, "format_message"):
         raise error
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
-    print(f"layerprobe: {message}. Try 'layerprobe --help'.", file=sys.stderr)
+    # of the command that was meant, as far as it came
+    command = getattr(getattr(error, "ctx", None), "command_path", "layerprobe")
+    print(f"layerprobe: {message}. Try '{command} --help'.", file=sys.stderr)
     return 2

@@ -66,7 +66,7 @@ class Terminator(AbstractContextManager["Terminator"]):
 
 @contextmanager
 def leaving_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end what is under way as Ctrl-C does, with exit code 143: for what has files to take away, not to keep.
+    """Let SIGTERM end what is under way as Ctrl-C does, with exit code 143: it has files to take away, none to keep.
 
     A second one ends the process at once.
     """

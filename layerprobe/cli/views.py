@@ -25,13 +25,14 @@ def describe_store(store: Store) -> str:
     lines = [
         f"store     {store.place}: {state}",
         f"model     {brief(model.get('id') or '(unnamed)')} ({brief(model.get('class'))})",
-        f"holds     {len(store):,} examples, {store.num_tokens:,} tokens, "
+        f"holds     {format_count(len(store), 'example')}, {format_count(store.num_tokens, 'token')}, "
         f"{format_count(store.num_shards, 'shard')}, {format_bytes(sum(sizes.values()))}",
         f"pool      {store.pool or 'none: a row per real token'}",
     ]
     index = store.index or {}
     if index.get("truncated"):
-        lines.append(f"cut       {index['truncated']:,} texts were longer than the maximum length")
+        were = "text was" if index["truncated"] == 1 else "texts were"
+        lines.append(f"cut       {index['truncated']:,} {were} longer than the maximum length")
     if index.get("nonfinite"):
         counts = ", ".join(f"{count:,} at {brief(site)}" for site, count in index["nonfinite"].items())
         lines.append(f"nonfinite {counts}")
@@ -54,8 +55,8 @@ def describe_status(status: StoreStatus) -> str:
     }[status.state]
     lines = [
         f"store     {status.folder}: {state}",
-        f"done      {_format_part(status.num_units_done, status.num_units, 'shards')}, "
-        f"{_format_part(status.num_examples_done, status.num_examples, 'examples')}",
+        f"done      {_format_part(status.num_units_done, status.num_units, 'shard')}, "
+        f"{_format_part(status.num_examples_done, status.num_examples, 'example')}",
     ]
     if status.process is not None:
         alive = {True: "alive", False: "gone", None: "cannot be asked from here"}[status.is_alive]
@@ -73,7 +74,7 @@ def describe_status(status: StoreStatus) -> str:
 
 
 def _format_part(done: int, whole: int | None, noun: str) -> str:
-    return f"{done:,} {noun}" if whole is None else f"{done:,} of {whole:,} {noun}"
+    return format_count(done, noun) if whole is None else f"{done:,} of {format_count(whole, noun)}"
 
 
 def _format_time(seconds: float | None) -> str:
@@ -92,7 +93,7 @@ def describe_example(example: Example) -> str:
     pooled = {name: value for name, value in example.sites.items() if name not in per_token}
     tokens = [_shorten(token) for token in example.tokens or [""] * len(example.input_ids)]
     norms = [value.float().norm(dim=1).tolist() for value in per_token.values()]
-    head = [f"example {example.index}: {len(example.input_ids)} tokens"]
+    head = [f"example {example.index}: {format_count(len(example.input_ids), 'token')}"]
     if example.text is not None:
         head.append(f"text    {_shorten(example.text)}")
     head.extend(f"{_shorten(name):<7} {_shorten(str(value))}" for name, value in example.fields.items())

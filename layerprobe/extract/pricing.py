@@ -158,7 +158,7 @@ def price_extraction(
         LayerProbeError: whatever the run would raise.
     """
     if num_examples < 1 or not math.isfinite(seconds) or seconds <= 0:
-        raise OptionError(f"a plan of {num_examples} texts from {seconds:g} s: both must be above 0.")
+        raise OptionError(f"a plan of {format_count(num_examples, 'text')} from {seconds:g} s: both must be above 0.")
     place = find_place(to)
     folder = place.folder
     if folder is None:

@@ -6,7 +6,7 @@ One for a run into a store and one for a run into a sink. Must never know how a 
 from collections import Counter
 from dataclasses import dataclass, field
 
-from layerprobe.tables import format_bytes
+from layerprobe.tables import format_bytes, format_count
 
 __all__ = ["RunReport", "StreamReport"]
 
@@ -53,7 +53,7 @@ class RunReport:
             return "nothing to do: every shard is there already"
         seconds = max(self.seconds, 1e-9)
         line = (
-            f"{self.num_examples:,} examples, {self.num_tokens:,} tokens in {self.seconds:.1f} s: "
+            f"{format_count(self.num_examples, 'example')}, {format_count(self.num_tokens, 'token')} in {self.seconds:.1f} s: "
             f"{self.num_tokens / seconds:,.0f} tokens/s, {format_bytes(self.num_bytes / seconds)}/s, "
             f"{format_bytes(self.num_bytes)} written, padding {self.padding:.1%}, "
             f"{self.num_truncated:,} truncated, stalled {self.stalled_s:.2f} s"
@@ -90,7 +90,7 @@ class StreamReport:
 
     def __str__(self) -> str:
         line = (
-            f"{self.num_examples:,} examples, {self.num_tokens:,} tokens in {self.seconds:.1f} s: "
+            f"{format_count(self.num_examples, 'example')}, {format_count(self.num_tokens, 'token')} in {self.seconds:.1f} s: "
             f"{self.num_tokens / max(self.seconds, 1e-9):,.0f} tokens/s, "
             f"padding {self.num_padding / max(1, self.num_computed):.1%}, {self.num_truncated:,} truncated"
         )

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import layerprobe
-from layerprobe.cli import main as cli
 from layerprobe.errors import StoreError
 from layerprobe.extract.plan import plan_extraction
 from layerprobe.store.lock import StoreLock
@@ -175,13 +174,35 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_looked_fo
         plan_extraction("./nowhere", str(source), "memory://taken")
 
 
-def test_debug_shows_the_traceback_wherever_it_stands(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_debug_shows_the_traceback_wherever_it_stands_and_keeps_the_exit_code(run: Run, tmp_path: Path) -> None:
+    for arguments in (["--debug", "info", tmp_path], ["info", tmp_path, "--debug"]):
+        code, _, said = run(*arguments)
+        assert code == 2 and said.startswith("Traceback (most recent call last):") and "StoreError: " in said
+        assert said.splitlines()[-1].startswith(f"layerprobe: {tmp_path}: is not a store")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["extract", "demo", "a.txt", "-o", "b", "--keep", "much"], "layerprobe extract"),
+        (["info"], "layerprobe info"),
+        (["fit-decoder", "--depth", "3"], "layerprobe fit-decoder"),
+        (["explode"], "layerprobe"),
+        (["--loud", "info"], "layerprobe"),
+    ],
+)
+def test_a_mistake_in_a_command_points_to_the_help_of_that_command(
+    run: Run, arguments: list[str], command: str
 ) -> None:
-    for arguments in (["--debug", "info", str(tmp_path)], ["info", str(tmp_path), "--debug"]):
-        monkeypatch.setattr(sys, "argv", ["layerprobe", *arguments])
-        with pytest.raises(StoreError, match="is not a store"):
-            cli.main()
+    code, _, said = run(*arguments)
+    assert code == 2 and said.endswith(f". Try '{command} --help'.\n") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["check", "classify", "diff", "plot", "report"])
+def test_sites_of_a_store_have_either_spelling(run: Run, command: str, tmp_path: Path) -> None:
+    for option in ("--site", "--sites", "-s"):
+        code, _, said = run(command, tmp_path / "none", option, "layers.0", "-o", tmp_path / "out.html")
+        assert code == 2 and "No such option" not in said
 
 
 @pytest.mark.parametrize("command", ["sites", "extract", "info", "show", "status", "verify"])

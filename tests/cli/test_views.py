@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 import layerprobe
-from layerprobe.cli.views import describe_example, describe_store
+from layerprobe.cli.views import describe_example, describe_status, describe_store
 from layerprobe.models import load_model
+from layerprobe.store.progress import read_status
 
 extract: Any = layerprobe.extract
 
@@ -27,7 +28,7 @@ def test_a_store_is_told_by_state_model_counts_and_sites(folder: Path, tiny_mode
     assert said[1] == f"model     {tiny_model_folder} (BertModel)"
     assert said[2] == f"holds     3 examples, 78 tokens, 3 shards, {size / 1000:.1f} kB"
     assert said[3] == "pool      none: a row per real token"
-    assert said[4] == "cut       1 texts were longer than the maximum length"
+    assert said[4] == "cut       1 text was longer than the maximum length"
     assert [line.split() for line in said[-4:]] == [
         [site, "token", "float32", "32"] for site in ("embeddings", "layers.0", "layers.1", "layers.2")
     ]
@@ -71,3 +72,10 @@ def test_a_pooled_example_shows_one_norm_per_site(tiny_model_folder: Path, tmp_p
         assert f"norm of {site}: {store[site][0].norm().item():.2f}" in said
     assert said.endswith("[CLS] the dog [SEP]")
     assert "pool      mean" in describe_store(store)
+
+
+def test_one_of_a_thing_is_not_told_as_several(tiny_model_folder: Path, tmp_path: Path) -> None:
+    store: Any = extract(load_model(str(tiny_model_folder), "cpu"), ["the"], tmp_path / "acts", tokens="first")
+    assert "holds     1 example, 1 token, 1 shard," in describe_store(store)
+    assert describe_example(store.example(0)).startswith("example 0: 1 token\n")
+    assert "done      1 of 1 shard, 1 of 1 example" in describe_status(read_status(tmp_path / "acts"))
