@@ -46,16 +46,17 @@ class LoadedModel:
     tokenizer: Any
 
 
-def load_model(name: str, device: str | torch.device | None = None) -> LoadedModel:
+def load_model(name: str | Path, device: str | int | torch.device | None = None) -> LoadedModel:
     """Load a model and its tokenizer by name.
 
     Args:
         name: `demo`, a folder with a config.json, or a hub id.
-        device: Where to put the model; None for a CUDA device if there is one, else the CPU.
+        device: Where to put the model, a number counting GPUs as torch does; None for a CUDA device if there is one,
+            else the CPU.
 
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
-        OptionError: there is no such device.
+        OptionError: the name is no text, or there is no such device.
 
     Example:
         >>> import layerprobe as lp
@@ -63,6 +64,9 @@ def load_model(name: str, device: str | torch.device | None = None) -> LoadedMod
         >>> type(demo.model).__name__, demo.model.training, demo.tokenizer.is_fast
         ('BertModel', False, True)
     """
+    if not isinstance(name, (str, Path)):
+        raise OptionError(f"no model {name!r}: its name is a text. Use a folder, a hub id or 'demo'.")
+    name = str(name)
     source = str(find_demo_model()) if name == "demo" else name
     if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError(f"no model {name!r}: the folder does not exist. Use a folder, a hub id or 'demo'.")
@@ -85,15 +89,18 @@ def load_model(name: str, device: str | torch.device | None = None) -> LoadedMod
     return LoadedModel(name, model, load_tokenizer(source))
 
 
-def _find_device(device: str | torch.device | None) -> torch.device:
+def _find_device(device: str | int | torch.device | None) -> torch.device:
     """Find a device by name, and make sure that it is there."""
+    asked = repr(str(device)) if isinstance(device, torch.device) else repr(device)
+    if isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
+        raise OptionError(f"no device {asked} here: it is {type(device).__name__}. Use 'cpu', 'cuda' or 'cuda:1'.")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(
-            f"no device {str(device)!r} here: {_first_line(error)} Use 'cpu', 'cuda' or 'cuda:1'."
-        ) from error
+        raise OptionError(f"no device {asked} here: {_first_line(error)} Use 'cpu', 'cuda' or 'cuda:1'.") from error
     return found
 
 

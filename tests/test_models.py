@@ -147,6 +147,35 @@ def test_code_of_a_tokenizer_is_not_run(trap: Path) -> None:
     assert not trap.exists()
 
 
+@pytest.mark.parametrize("device", ["", True, 1.5, b"cpu", 99])
+def test_what_names_no_device_is_refused(folder: Path, device: Any) -> None:
+    with pytest.raises(
+        OptionError, match=rf"no device {device!r} here: .*\. Use 'cpu', 'cuda' or 'cuda:1'\."
+    ) as caught:
+        lp.load_model(str(folder), device)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_is_the_gpu_that_torch_counts_so(folder: Path) -> None:
+    if torch.cuda.is_available():
+        assert lp.load_model(str(folder), 0).model.device == torch.device("cuda:0")
+        return
+    with pytest.raises(OptionError, match=r"no device 0 here: .* Use 'cpu', 'cuda' or 'cuda:1'\."):
+        lp.load_model(str(folder), 0)
+
+
+@pytest.mark.parametrize("name", [3, None, b"demo"])
+def test_what_is_no_name_of_a_model_is_refused(name: Any) -> None:
+    with pytest.raises(OptionError, match=r"no model .*: its name is a text\. Use a folder, a hub id or 'demo'\."):
+        lp.load_model(name)
+
+
+def test_a_folder_may_be_a_path(folder: Path) -> None:
+    assert lp.load_model(folder, "cpu").name == str(folder)
+    with pytest.raises(ModelError, match="the folder does not exist"):
+        lp.load_model(folder / "none" / "none")
+
+
 def test_device_that_is_not_there_is_refused(folder: Path) -> None:
     with pytest.raises(OptionError, match=r"no device 'abacus' here: .* Use 'cpu', 'cuda' or 'cuda:1'\."):
         lp.load_model(str(folder), "abacus")
