@@ -22,7 +22,7 @@ def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str
 
     Raises:
         ModelError: there is no such model, nothing tells which tokenizer it was trained with, or that is no fast one.
-        OptionError: a device for a model that has one already.
+        OptionError: it is no model and no name, or a device for a model that has one already.
     """
     network, tokenizer = _find_pair(model, tokenizer, device)
     check_tokenizer(tokenizer)
@@ -30,6 +30,11 @@ def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str
 
 
 def _find_pair(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | None) -> tuple[nn.Module, Any]:
+    if not isinstance(model, (str, LoadedModel, nn.Module)):
+        what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        raise OptionError(
+            f"model is {what}: give a model, what load_model gave, or a name: a hub id, a folder or 'demo'."
+        )
     if isinstance(model, str):
         loaded = load_model(model, device)
         return loaded.model, tokenizer or loaded.tokenizer

@@ -3,20 +3,23 @@
 Must never look at a model, an input or a folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from layerprobe.capture.calls import is_sink
 from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.pooling import Pool, check_pool
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
 from layerprobe.errors import OptionError
 from layerprobe.extract.forward import check_backend, resolve_precision
+from layerprobe.store.guard import brief
 from layerprobe.store.kept import check_kept
+from layerprobe.store.places import names_place
 from layerprobe.store.writer import NONFINITE_POLICIES
 
-__all__ = ["DEFAULT_SITES", "ExtractOptions"]
+__all__ = ["DEFAULT_SITES", "ExtractOptions", "check_call"]
 
 DEFAULT_SITES = ("embeddings", "layers.*")
 
@@ -26,7 +29,7 @@ class ExtractOptions:
     """What to extract and how; checked when made.
 
     Args:
-        sites: Patterns.
+        sites: A pattern, or several.
         dtype: Stored dtype by name, or None for the model's own.
         pool: As for `Probe`.
         field: Which field of a record holds the text.
@@ -45,7 +48,7 @@ class ExtractOptions:
         OptionError: a value that does not exist.
     """
 
-    sites: Sequence[str] = DEFAULT_SITES
+    sites: str | Sequence[str] = DEFAULT_SITES
     dtype: str | torch.dtype | None = None
     pool: Pool = None
     field: str = "text"
@@ -61,6 +64,9 @@ class ExtractOptions:
     writers: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", _list_patterns(self.sites))
+        if not isinstance(self.field, str):
+            raise OptionError(f"field is {self.field!r}: it must be the name of a field, a text such as 'text'.")
         resolve_dtype(self.dtype)
         check_pool(self.pool)
         check_kept(self.tokens, self.keep)
@@ -80,3 +86,39 @@ class ExtractOptions:
         for name, value in sizes.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise OptionError(f"{name} is {value!r}: it must be a whole number of at least 1.")
+
+
+def _list_patterns(sites: object) -> tuple[str, ...]:
+    if isinstance(sites, str):
+        return (sites,)
+    if not isinstance(sites, Iterable) or isinstance(sites, (Mapping, bytes)):
+        raise OptionError(f"sites is {brief(repr(sites))}: give a pattern such as 'layers.*', or a list of them.")
+    patterns = tuple(sites)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            meant = f"layers.{pattern}" if type(pattern) is int else "layers.*"
+            raise OptionError(
+                f"sites holds {brief(repr(pattern))}, which is {type(pattern).__name__}: "
+                f"a pattern is a text such as {meant!r}."
+            )
+    return patterns
+
+
+def check_call(to: object, overwrite: object, wait_for_space: object, progress: object) -> None:
+    """Refuse what a call of `extract` says beside its options, where it is of another type than asked for.
+
+    Raises:
+        OptionError: `to` is neither a place nor a sink, or a value is neither True nor False.
+    """
+    if isinstance(to, type):
+        raise OptionError(
+            f"to is the class {to.__name__}: give one that is made, such as {to.__name__}(), a path or a URL."
+        )
+    if not (is_sink(to) or names_place(to)):
+        what = "a function: functions go with layerprobe.Probe. Give" if callable(to) else f"{brief(repr(to))}: give"
+        raise OptionError(f"to is {what} a path, a URL such as s3://bucket/acts, or a sink such as Moments().")
+    for name, value in (("overwrite", overwrite), ("wait_for_space", wait_for_space)):
+        if not isinstance(value, bool):
+            raise OptionError(f"{name} is {value!r}: use True or False.")
+    if not isinstance(progress, bool | None):
+        raise OptionError(f"progress is {progress!r}: use True or False, or None for only on a terminal.")

@@ -24,7 +24,7 @@ from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.crew import run_crew
 from layerprobe.extract.engine import UnitEngine, check_units, ending_waits, tokenize_missing
 from layerprobe.extract.folder import hold_store
-from layerprobe.extract.options import DEFAULT_SITES, ExtractOptions
+from layerprobe.extract.options import DEFAULT_SITES, ExtractOptions, check_call
 from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.resume import find_done
@@ -174,8 +174,9 @@ def extract(
         >>> store.sites[:2], store["layers.5"].pooled().shape
         (['embeddings', 'layers.0'], torch.Size([2, 384]))
     """
+    check_call(to, overwrite, wait_for_space, progress)
     options = ExtractOptions(
-        sites=[sites] if isinstance(sites, str) else list(sites),
+        sites=sites,
         dtype=dtype,
         pool=pool,
         field=field,
@@ -238,13 +239,26 @@ def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | N
         LockError, NonFiniteError, StoreError: as `extract`.
     """
     stop = stop or threading.Event()
-    keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop)
-    with hold_store(plan, keeper) as (plan, lock), ProgressFile(plan.place.folder) as told:
-        return _run_plan(plan, keeper, stop, progress, told, lock)
+    report, told = RunReport(), ProgressFile(plan.place.folder)
+
+    def count_wait(seconds: float, is_waiting: bool) -> None:
+        report.waited_s += seconds
+        report.num_waiting = int(is_waiting)
+        told.tick()
+
+    keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop, count_wait)
+    with hold_store(plan, keeper) as (plan, lock), told:
+        return _run_plan(plan, keeper, stop, progress, told, lock, report)
 
 
 def _run_plan(
-    plan: Plan, keeper: RoomKeeper, stop: threading.Event, progress: bool, told: ProgressFile, lock: int | None
+    plan: Plan,
+    keeper: RoomKeeper,
+    stop: threading.Event,
+    progress: bool,
+    told: ProgressFile,
+    lock: int | None,
+    report: RunReport,
 ) -> RunReport:
     start = time.perf_counter()
     # a log file wants a line now and then, and none of a short run
@@ -265,7 +279,6 @@ def _run_plan(
 
         bar.set_postfix_str(_describe_pace(report, time.perf_counter() - start), False)
 
-    report = RunReport()
     told.begin(lambda: _measure(plan, report))
     run_units = _run_here if plan.crew is None else partial(_run_elsewhere, lock)
     with bar:
@@ -327,6 +340,8 @@ def _measure(plan: Plan, report: RunReport) -> Done:
         # an input that grows under way ends as an error, but not here
         missing_bytes=max(0, round(plan.num_bytes * (1 - examples / plan.num_examples))),
         stalled_s=report.stalled_s,
+        waited_s=report.waited_s,
+        is_waiting=report.num_waiting > 0,
     )
 
 

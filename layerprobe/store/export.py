@@ -118,6 +118,8 @@ def export(
     """
     if to not in FORMATS:
         raise OptionError(f"no format {to!r}: use {', '.join(FORMATS)}.")
+    if not isinstance(overwrite, bool):
+        raise OptionError(f"overwrite is {overwrite!r}: use True or False.")
     if rows is not None and to in _PACKED:
         raise OptionError(f"rows={rows!r} goes with a table: {to} holds packed rows with the offsets of examples.")
     if to in _MODULES:

@@ -117,7 +117,7 @@ def merge(
         What was done, what was damaged and which units are missing. `index.json` is written only when none is.
 
     Raises:
-        OptionError: no folder is given.
+        OptionError: no folder is given, or a value of the wrong type.
         PlanError: a folder holds another plan, with the fields that differ; or two folders hold other values of the
             same unit. Nothing is written then.
         LockError: a run is writing into `out`.
@@ -135,6 +135,8 @@ def merge(
     """
     if isinstance(folders, (str, Path)) or not folders:
         raise OptionError(f"folders is {folders!r}: give a list of at least one store.")
+    if not isinstance(link, bool):
+        raise OptionError(f"link is {link!r}: use True or False.")
     target = need_folder(find_place(out))
     sources = list(dict.fromkeys(need_folder(find_place(folder)) for folder in folders))
     if not (target / STORE_FILE).exists():

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from layerprobe.errors import FormatError, StoreError
+from layerprobe.errors import FormatError, OptionError, StoreError
 from layerprobe.store.durable import commit_file, make_folder
-from layerprobe.store.guard import NO_LINKS, exists_inside, open_inside
+from layerprobe.store.guard import NO_LINKS, brief, exists_inside, open_inside
 from layerprobe.store.remote import RemotePlace, is_url
 
-__all__ = ["LocalPlace", "Place", "find_place", "need_folder"]
+__all__ = ["LocalPlace", "Place", "find_place", "names_place", "need_folder"]
 
 
 class Place(Protocol):
@@ -137,12 +137,21 @@ class LocalPlace:
             raise _refuse(self.folder / file, "removed", error) from error
 
 
+def names_place(where: object) -> bool:
+    """Whether a value is a path or a URL, or a place itself."""
+    is_place = not isinstance(where, type) and all(hasattr(where, name) for name in ("label", "list_files", "commit"))
+    return is_place or isinstance(where, (str, Path))
+
+
 def find_place(where: "str | Path | Place") -> Place:
     """Find the place that a path or a URL names; a place is itself.
 
     Raises:
-        OptionError: stores do not lie under such a URL, or what it takes is not installed.
+        OptionError: it names none, stores do not lie under such a URL, or what it takes is not installed.
     """
+    # an empty text, which a shell makes of what is not set, would be the folder of the program
+    if where == "" or not names_place(where):
+        raise OptionError(f"{brief(repr(where))} names no store: give a path, or a URL such as s3://bucket/acts.")
     if not isinstance(where, (str, Path)):
         return where
     return RemotePlace(str(where)) if is_url(where) else LocalPlace(Path(where))

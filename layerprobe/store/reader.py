@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError, SiteError
+from layerprobe.errors import FormatError, OptionError, SiteError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import Columns, match_sites, open_dataset
 from layerprobe.store.difference import Difference, pair_depth
@@ -379,7 +379,7 @@ def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:
             range, which no checksum covers; whole tensors are compared.
 
     Raises:
-        OptionError: stores do not lie under such a URL, or what it takes is not installed.
+        OptionError: it names no place, stores do not lie under such a URL, or what it takes is not installed.
         StoreError: there is no store there.
         FormatError: a file of it is damaged.
 
@@ -390,6 +390,8 @@ def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:
         >>> store.is_complete, len(store), store["layers.5"][1].shape
         (True, 2, torch.Size([5, 384]))
     """
+    if not isinstance(check, bool):
+        raise OptionError(f"check is {check!r}: use True or False.")
     place = find_place(folder)
     need_store(place)
     return Store(place, check)

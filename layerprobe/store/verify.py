@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from layerprobe.errors import FormatError, StoreError
+from layerprobe.errors import FormatError, OptionError, StoreError
 from layerprobe.store.checks import TOKENIZER_FILE, Wanted, check_shard, check_tokenizer, load_description, tell
 from layerprobe.store.durable import flush_folder
 from layerprobe.store.format import (
@@ -117,6 +117,7 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
         progress: Whether to show a bar on stderr; None for only on a terminal.
 
     Raises:
+        OptionError: `folder` names no place, or `repair` is neither True nor False.
         StoreError: there is no store there; or `repair` on a store with damage that a `Probe` has filled, which no run
             can make again.
         LockError: `repair` while a run is writing there.
@@ -131,6 +132,8 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
         >>> lp.verify(folder).ok
         True
     """
+    if not isinstance(repair, bool):
+        raise OptionError(f"repair is {repair!r}: use True or False.")
     place = find_place(folder)
     need_store(place)
     with ExitStack() as held:

@@ -181,6 +181,7 @@ def test_sites_of_modules_are_chosen_by_their_names() -> None:
     ("options", "message"),
     [
         ({"to": "csv"}, "no format 'csv': use parquet, arrow, npz, zarr"),
+        ({"overwrite": "no"}, "overwrite is 'no': use True or False"),
         ({"rows": "words"}, "rows is 'words': use 'examples' or 'tokens'"),
         ({"to": "npz", "rows": "tokens"}, "rows='tokens' goes with a table: npz holds packed rows"),
         ({"rows": "tokens", "sites": "layers.1.attention.weights"}, "has no value per token.*kind 'attention'"),

@@ -200,6 +200,9 @@ def test_what_cannot_be_merged_is_refused(
         lp.merge(tmp_path / "out", [])
     with pytest.raises(OptionError, match="give a list of at least one store"):
         lp.merge(tmp_path / "out", str(whole))
+    link: Any = "no"
+    with pytest.raises(OptionError, match="link is 'no': use True or False"):
+        lp.merge(tmp_path / "out", [whole], link=link)
     with pytest.raises(StoreError, match="none: does not exist"):
         lp.merge(tmp_path / "out", [tmp_path / "none"])
     (tmp_path / "mine").mkdir()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import layerprobe
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.store.places import LocalPlace, Place, find_place, need_folder
 from layerprobe.store.remote import Patience, RemotePlace
@@ -111,6 +112,19 @@ def test_paths_are_folders_urls_are_not_and_a_place_is_itself(tmp_path: Path) ->
 def test_other_urls_are_refused(url: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         find_place(url)
+
+
+@pytest.mark.parametrize("where", [None, 3, True, b"acts", print, LocalPlace, ["acts"]])
+def test_what_names_no_place_is_refused(where: Any) -> None:
+    for find in (find_place, layerprobe.open):
+        with pytest.raises(OptionError, match=r"names no store: give a path, or a URL such as s3://bucket/acts\."):
+            find(where)
+
+
+def test_no_name_at_all_is_not_the_folder_of_the_program() -> None:
+    with pytest.raises(OptionError, match=r"'' names no store: give a path"):
+        find_place("")
+    assert find_place(".") == LocalPlace(Path("."))
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,12 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
         open_store(tmp_path / "nothing")
 
 
+def test_whether_to_check_is_true_or_false(write_store: WriteStore) -> None:
+    folder, check = write_store().folder, "no"
+    with pytest.raises(OptionError, match="check is 'no': use True or False"):
+        layerprobe.open(folder, check=check)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

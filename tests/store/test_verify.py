@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import layerprobe
-from layerprobe.errors import LockError, StoreError
+from layerprobe.errors import LockError, OptionError, StoreError
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import commit_shard, read_header
 from layerprobe.store.lock import StoreLock
@@ -54,6 +54,14 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     said = json.loads(path.read_text(encoding="utf-8"))
     change(said)
     path.write_text(json.dumps(said), encoding="utf-8")
+
+
+def test_whether_to_repair_is_true_or_false(store: Path) -> None:
+    repair: Any = "no"
+    (store / "shard-000000.safetensors").write_bytes(b"")
+    with pytest.raises(OptionError, match="repair is 'no': use True or False"):
+        verify(store, repair=repair)
+    assert (store / "shard-000000.safetensors").exists()
 
 
 def only_problem(folder: Path, file: str, what: str) -> None:

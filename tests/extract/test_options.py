@@ -1,0 +1,85 @@
+"""Arguments of another type than asked for are refused in words, before anything is done."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import layerprobe as lp
+from layerprobe.errors import OptionError, SiteError
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.models import LoadedModel
+
+extract: Any = lp.extract
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sites": 3}, "sites is 3: give a pattern such as 'layers.*', or a list of them"),
+        ({"sites": None}, "sites is None: give a pattern"),
+        ({"sites": b"layers.1"}, "sites is b'layers.1': give a pattern"),
+        ({"sites": {"layers.1": 1}}, "sites is {'layers.1': 1}: give a pattern"),
+        ({"sites": ["layers.1", 3]}, "sites holds 3, which is int: a pattern is a text such as 'layers.3'."),
+        ({"sites": [None]}, "sites holds None, which is NoneType: a pattern is a text such as 'layers.*'."),
+        ({"field": 3}, "field is 3: it must be the name of a field, a text such as 'text'"),
+        ({"field": None}, "field is None"),
+        ({"overwrite": "no"}, "overwrite is 'no': use True or False."),
+        ({"overwrite": 1}, "overwrite is 1: use True or False."),
+        ({"wait_for_space": "yes"}, "wait_for_space is 'yes': use True or False."),
+        ({"progress": "no"}, "progress is 'no': use True or False, or None for only on a terminal."),
+        ({"padding_free": "no"}, "padding_free is 'no': use True, False, or None"),
+        ({"compile": 1}, "compile=1: no such backend. Use True, False"),
+        ({"device": True}, "no device True here"),
+    ],
+)
+def test_options_of_another_type_are_refused(
+    tiny_model_folder: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    extract(str(tiny_model_folder), ["a"], tmp_path / "acts", device="cpu", sites="layers.0")
+    before = sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "acts").rglob("*"))
+    with pytest.raises(OptionError, match=re.escape(message)):
+        extract(str(tiny_model_folder), ["b"], tmp_path / "acts", **{"device": "cpu", **options})
+    assert sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "acts").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        (None, "to is None: give a path, a URL such as s3://bucket/acts, or a sink such as Moments()."),
+        (5, "to is 5: give a path"),
+        (["acts"], "to is ['acts']: give a path"),
+        (b"acts", "to is b'acts': give a path"),
+        ("", "'' names no store"),
+        (len, "to is a function: functions go with layerprobe.Probe. Give a path, a URL"),
+        (lp.Moments, "to is the class Moments: give one that is made, such as Moments(), a path or a URL."),
+        (Path, "to is the class Path: give one that is made"),
+    ],
+)
+def test_what_is_no_place_and_no_sink_is_refused(tiny: LoadedModel, to: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        extract(tiny, ["a"], to)
+
+
+@pytest.mark.parametrize("model", [3, None, ["demo"]])
+def test_what_is_no_model_is_refused(tmp_path: Path, model: Any) -> None:
+    for to in (tmp_path / "acts", lp.Moments()):
+        with pytest.raises(OptionError, match=r"model is .*: give a model, what load_model gave, or a name"):
+            extract(model, ["a"], to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_class_of_models_is_refused(tmp_path: Path, tiny: LoadedModel) -> None:
+    with pytest.raises(OptionError, match=r"model is the class BertModel: give a model"):
+        extract(type(tiny.model), ["a"], tmp_path / "acts")
+
+
+@pytest.mark.parametrize("sites", ["layers.1", ["layers.1"], ("layers.1",), {"layers.1"}])
+def test_sites_may_be_one_pattern_or_several(sites: Any) -> None:
+    assert list(ExtractOptions(sites=sites).sites) == ["layers.1"]
+
+
+def test_no_pattern_at_all_is_refused(tiny: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(SiteError, match="no site asked of BertModel"):
+        extract(tiny, ["a"], tmp_path / "acts", sites=[])
