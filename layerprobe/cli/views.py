@@ -67,6 +67,10 @@ def describe_status(status: StoreStatus) -> str:
             f"stalled {status.stalled:.0%} of the time"
         )
         lines.append(f"left      {_format_time(status.remaining_s)}, {format_bytes(status.missing_bytes or 0)}")
+    if status.is_waiting:
+        lines.append(f"room      waiting for it on the disk, {_format_time(status.waited_s)} so far")
+    elif status.waited_s:
+        lines.append(f"room      waited {_format_time(status.waited_s)} for it on the disk")
     if status.free_bytes is not None and status.state not in ("complete", "damaged"):
         full = "" if status.full_s is None else f"; full in {_format_time(status.full_s)} at this pace"
         lines.append(f"disk      {format_bytes(status.free_bytes)} free{full}")

@@ -25,6 +25,8 @@ class RunReport:
         num_truncated: Texts cut to the maximum length.
         seconds: From the first text to the index.
         stalled_s: Time the forward waited for a buffer to be written.
+        waited_s: Time any thread waited for room on the disk; of several processes the sum.
+        num_waiting: Processes of the run in which one does so now.
         nonfinite: Values that are not finite, by site.
         is_complete: Whether the store is; False where the run was asked to stop.
     """
@@ -40,6 +42,8 @@ class RunReport:
     num_truncated: int = 0
     seconds: float = 0.0
     stalled_s: float = 0.0
+    waited_s: float = 0.0
+    num_waiting: int = 0
     nonfinite: Counter[str] = field(default_factory=Counter)
     is_complete: bool = True
 
@@ -53,11 +57,14 @@ class RunReport:
             return "nothing to do: every shard is there already"
         seconds = max(self.seconds, 1e-9)
         line = (
-            f"{format_count(self.num_examples, 'example')}, {format_count(self.num_tokens, 'token')} in {self.seconds:.1f} s: "
+            f"{format_count(self.num_examples, 'example')}, {format_count(self.num_tokens, 'token')} "
+            f"in {self.seconds:.1f} s: "
             f"{self.num_tokens / seconds:,.0f} tokens/s, {format_bytes(self.num_bytes / seconds)}/s, "
             f"{format_bytes(self.num_bytes)} written, padding {self.padding:.1%}, "
             f"{self.num_truncated:,} truncated, stalled {self.stalled_s:.2f} s"
         )
+        if self.waited_s:
+            line += f", waited {self.waited_s:.2f} s for room on the disk"
         if self.num_halved:
             line += f", {self.num_halved:,} batches halved for want of memory: ask for fewer tokens with batch_tokens"
         if self.num_repeated:
@@ -90,7 +97,8 @@ class StreamReport:
 
     def __str__(self) -> str:
         line = (
-            f"{format_count(self.num_examples, 'example')}, {format_count(self.num_tokens, 'token')} in {self.seconds:.1f} s: "
+            f"{format_count(self.num_examples, 'example')}, {format_count(self.num_tokens, 'token')} "
+            f"in {self.seconds:.1f} s: "
             f"{self.num_tokens / max(self.seconds, 1e-9):,.0f} tokens/s, "
             f"padding {self.num_padding / max(1, self.num_computed):.1%}, {self.num_truncated:,} truncated"
         )

@@ -1,11 +1,12 @@
 """Room on the disk: kept for a unit before it is computed, waited for where that was asked.
 
-A full disk stops a run between two units, or pauses it there, and loses nothing. Hides how long to wait and what to say
-meanwhile. Must never know of models.
+A full disk stops a run between two units, or pauses it there, and loses nothing. Hides how long to wait, what to say
+meanwhile, and that several threads may wait at once. Must never know of models.
 """
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +23,8 @@ from layerprobe.store.writer import StoredSite
 __all__ = ["RoomKeeper"]
 
 _FIRST_WAIT_S = 1.0
-_LONGEST_WAIT_S = 60.0
+# A run on another machine is taken for silent after a minute: it is heard of twice in one.
+_LONGEST_WAIT_S = 30.0
 
 _T = TypeVar("_T")
 
@@ -34,12 +36,24 @@ class RoomKeeper:
         folder: The store; None where it is not in a folder, so that no room can be kept.
         waits: Whether to wait for room instead of stopping.
         stop: Set by another thread, or a signal, to end a wait.
+        tell: Called when a wait begins and ends and now and then meanwhile, by one thread at a time: with the seconds
+            waited since the last call, those of several threads counted once, and whether anyone still waits.
     """
 
-    def __init__(self, folder: Path | None, waits: bool, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        waits: bool,
+        stop: threading.Event,
+        tell: Callable[[float, bool], None] | None = None,
+    ) -> None:
         self._folder = folder
         self._waits = waits
         self._stop = stop
+        self._tell = tell
+        self._turn = threading.Lock()
+        self._num_waiting = 0
+        self._told = 0.0
 
     def reserve(
         self,
@@ -73,20 +87,36 @@ class RoomKeeper:
             SpaceError: there is none, and nobody waits for it, or no longer.
         """
         delay_s, has_said = _FIRST_WAIT_S, False
-        while True:
-            try:
-                result = action()
-            except SpaceError as error:
-                if not self._waits or self._stop.is_set():
-                    raise SpaceError(f"{error} With --wait-for-space it waits for room.") from error
-                if not has_said:
-                    has_said = _say(f"{error} Waiting for room.")
-                self._stop.wait(delay_s)
-                delay_s = min(2 * delay_s, _LONGEST_WAIT_S)
-            else:
-                if has_said:
-                    _say("there is room again: going on.")
-                return result
+        try:
+            while True:
+                try:
+                    result = action()
+                except SpaceError as error:
+                    if not self._waits or self._stop.is_set():
+                        raise SpaceError(f"{error} With --wait-for-space it waits for room.") from error
+                    if not has_said:
+                        has_said = _say(f"{error} Waiting for room.")
+                        self._count(1)
+                    self._stop.wait(delay_s)
+                    self._count(0)
+                    delay_s = min(2 * delay_s, _LONGEST_WAIT_S)
+                else:
+                    if has_said:
+                        _say("there is room again: going on.")
+                    return result
+        finally:
+            if has_said:
+                self._count(-1)
+
+    def _count(self, change: int) -> None:
+        """Count a thread that begins or ends to wait, and tell how long any has waited since the last time."""
+        with self._turn:
+            now = time.monotonic()
+            waited_s = now - self._told if self._num_waiting else 0.0
+            self._num_waiting += change
+            self._told = now
+            if self._tell is not None:
+                self._tell(waited_s, self._num_waiting > 0)
 
 
 def _say(text: str) -> bool:

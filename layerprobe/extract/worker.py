@@ -157,13 +157,18 @@ def _pick(units: Iterator[Unit], pipe: _Pipe) -> Iterator[Unit]:
 
 def _work(job: dict[str, Any], pipe: _Pipe, stop: threading.Event) -> None:
     plan = _rebuild_plan(job)
-    keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop)
     report = RunReport()
 
     def tell(_: int = 0, **more: Any) -> None:
         counts = {name: value for name, value in vars(report).items() if type(value) in (int, float)}
         pipe.say(counts=counts, **more)
 
+    def count_wait(seconds: float, is_waiting: bool) -> None:
+        report.waited_s += seconds
+        report.num_waiting = int(is_waiting)
+        tell()
+
+    keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop, count_wait)
     engine = UnitEngine(plan, keeper, report, tell, job["share"])
     with engine, ending_waits(stop):
         for unit, tokenized in tokenize_ahead(_pick(check_units(plan), pipe), partial(tokenize_missing, plan)):

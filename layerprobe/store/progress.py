@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ class Done:
         tokens, num_bytes: By this run alone; bytes that are committed.
         missing_bytes: Estimate of what is still to be written.
         stalled_s: How long the forward has waited for the disk.
+        waited_s: How long the run has waited for room on the disk.
+        is_waiting: Whether it does so now.
     """
 
     units: int
@@ -64,6 +67,8 @@ class Done:
     num_bytes: int
     missing_bytes: int
     stalled_s: float
+    waited_s: float = 0.0
+    is_waiting: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class StoreStatus:
         process: Who runs it, or ran it.
         is_alive: Whether that process is; None where it cannot be asked.
         heard_s: Seconds since it last wrote how far it is.
+        waited_s: How long the run has waited for room on the disk by now; None unless it runs.
+        is_waiting: Whether it waits for room now; None unless it runs.
     """
 
     folder: str
@@ -106,6 +113,8 @@ class StoreStatus:
     process: str | None = None
     is_alive: bool | None = None
     heard_s: float | None = None
+    waited_s: float | None = None
+    is_waiting: bool | None = None
 
 
 class ProgressFile(AbstractContextManager["ProgressFile"]):
@@ -114,7 +123,8 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
     Args:
         folder: The store; None where it is not in a folder, and then nothing is written.
 
-    Leaving the block removes the file if the store is complete, and else says in it that the run has ended, and why.
+    Any thread may tick. Leaving the block removes the file if the store is complete, and else says in it that the run
+    has ended, and why.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -122,6 +132,8 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
         self._measure: Callable[[], Done] | None = None
         self._paces: deque[tuple[float, Done]] = deque()
         self._next = 0.0
+        self._turn = threading.Lock()
+        self._is_there = False
         self._about = {**_describe_process(os.getpid()), "started": round(time.time(), 3)}
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -146,6 +158,10 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
             self._write("running")
 
     def _write(self, state: str, reason: str | None = None) -> None:
+        with self._turn:
+            self._write_alone(state, reason)
+
+    def _write_alone(self, state: str, reason: str | None) -> None:
         if self._path is None or self._measure is None:
             return
         now, done = time.monotonic(), self._measure()
@@ -163,14 +179,28 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
         }
         updated = round(time.time(), 3)
         said = {"state": state, "reason": reason, **self._about, "updated": updated, **asdict(done), "pace": pace}
-        partial = self._path.with_name(PROGRESS_FILE + ".tmp")
+        partial, data = self._path.with_name(PROGRESS_FILE + ".tmp"), json.dumps(said, indent=1).encode()
         try:
-            partial.write_text(json.dumps(said, indent=1), encoding="utf-8")
+            partial.write_bytes(data)
             os.replace(partial, self._path)
+            self._is_there = True
         except OSError:
             # a disk that is full has to keep what it has left for shards
             with suppress(OSError):
                 partial.unlink()
+            if self._is_there:
+                with suppress(OSError):
+                    _write_over(self._path, data)
+
+
+def _write_over(path: Path, data: bytes) -> None:
+    """Write into the block that a small file has already: on a disk without room a run that waits can still say so."""
+    descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        # at once and of the same length, with blanks behind it: whoever reads it meanwhile finds JSON
+        os.write(descriptor, data.ljust(os.fstat(descriptor).st_size))
+    finally:
+        os.close(descriptor)
 
 
 def read_status(folder: str | Path) -> StoreStatus:
@@ -254,6 +284,8 @@ def _judge(place: Place, shards: list[str], said: Mapping[str, Any], free: int |
         remaining_s=left * seconds / pace["examples"] if pace["examples"] else None,
         missing_bytes=said["missing_bytes"],
         full_s=free * seconds / pace["num_bytes"] if pace["num_bytes"] and free is not None else None,
+        waited_s=said.get("waited_s", 0.0),
+        is_waiting=said.get("is_waiting", False),
     )  # fmt: skip
 
 
@@ -270,6 +302,9 @@ def _read_progress(place: Place) -> Mapping[str, Any] | None:
             and all(type(said[key]) is int and said[key] >= 0 for key in _COUNTS)
             and all(_is_amount(said["pace"][key]) for key in _PACE)
             and _is_amount(said["updated"])
+            # these two are not in what older versions wrote
+            and _is_amount(said.get("waited_s", 0))
+            and type(said.get("is_waiting", False)) is bool
             and {"host", "space", "process_start", "reason"} <= said.keys()
         )
     except (StoreError, KeyError, TypeError):

@@ -1,5 +1,6 @@
 """How stores and examples are laid out."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import layerprobe
 from layerprobe.cli.views import describe_example, describe_status, describe_store
 from layerprobe.models import load_model
-from layerprobe.store.progress import read_status
+from layerprobe.store.progress import StoreStatus, read_status
 
 extract: Any = layerprobe.extract
 
@@ -72,6 +73,13 @@ def test_a_pooled_example_shows_one_norm_per_site(tiny_model_folder: Path, tmp_p
         assert f"norm of {site}: {store[site][0].norm().item():.2f}" in said
     assert said.endswith("[CLS] the dog [SEP]")
     assert "pool      mean" in describe_store(store)
+
+
+def test_a_wait_for_room_is_told_while_it_lasts_and_after() -> None:
+    status = StoreStatus("acts", "running", 1, 2, 3, 4, waited_s=7300.0, is_waiting=True)
+    assert "room      waiting for it on the disk, 2.0 h so far" in describe_status(status)
+    assert "room      waited 2.0 h for it on the disk" in describe_status(replace(status, is_waiting=False))
+    assert "room" not in describe_status(replace(status, is_waiting=False, waited_s=0.0))
 
 
 def test_one_of_a_thing_is_not_told_as_several(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 import layerprobe as lp
 from faults import FaultySystem, Step, check_shards, fail
+from layerprobe.cli.views import describe_status
 from layerprobe.errors import SpaceError
 from layerprobe.extract import engine, space
 from layerprobe.extract.options import ExtractOptions
@@ -19,7 +20,8 @@ from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel
-from layerprobe.store import durable, writer
+from layerprobe.store import durable, progress, writer
+from layerprobe.store.progress import StoreStatus, read_status
 
 OPTIONS = ExtractOptions(shard_bytes=10_000)
 
@@ -173,6 +175,7 @@ def test_a_run_that_waits_says_so_once_and_goes_on_when_there_is_room(
     report = run_extraction(plan, stop=Waits())
     said = capsys.readouterr().err
     assert report.is_complete and looks == 3
+    assert report.waited_s > 0 and report.num_waiting == 0 and " for room on the disk" in str(report)
     assert said.count("Waiting for room.") == 1 and said.count("there is room again: going on.") == 1
     lp.extract(tiny, texts, tmp_path / "whole", shard_size=10_000)
     assert contents(plan.folder) == contents(tmp_path / "whole")
@@ -252,7 +255,7 @@ def test_a_wait_ends_when_it_is_told_to(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
 
 
-def test_waits_grow_longer_up_to_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
+def test_waits_grow_longer_up_to_half_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
     waited: list[float] = []
 
     class Waits(threading.Event):
@@ -267,11 +270,77 @@ def test_waits_grow_longer_up_to_a_minute(capsys: pytest.CaptureFixture[str]) ->
         return 5
 
     assert RoomKeeper(None, True, Waits()).attempt(attempt) == 5
-    assert waited == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert waited == [1, 2, 4, 8, 16, 30, 30, 30, 30]
     assert capsys.readouterr().err.splitlines() == [
         "layerprobe: no room. Waiting for room.",
         "layerprobe: there is room again: going on.",
     ]
+
+
+def test_a_wait_is_told_and_that_of_two_threads_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, told = [100.0], list[tuple[float, bool]]()
+    monkeypatch.setattr(space.time, "monotonic", lambda: clock[0])
+
+    class Waits(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            clock[0] += 5
+            return False
+
+    keeper = RoomKeeper(None, True, Waits(), lambda seconds, is_waiting: told.append((seconds, is_waiting)))
+    tries = 0
+
+    def attempt() -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 2:
+            # as another thread would, which also finds room at its second try
+            keeper.attempt(attempt)
+        elif tries < 4:
+            raise SpaceError("no room.")
+
+    keeper.attempt(attempt)
+    assert told == [(0, True), (5, True), (0, True), (5, True), (0, True), (0, False)]
+    assert tries == 4
+
+
+def test_a_wait_that_is_given_up_is_over(tmp_path: Path) -> None:
+    stop, told = threading.Event(), list[bool]()
+
+    class Waits(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            self.set()
+            return True
+
+    def attempt() -> None:
+        raise SpaceError("no room.")
+
+    with pytest.raises(SpaceError, match="no room"):
+        RoomKeeper(tmp_path, True, Waits(), lambda _, is_waiting: told.append(is_waiting)).attempt(attempt)
+    assert told == [True, True, False] and not stop.is_set()
+
+
+def test_status_says_that_a_run_waits_for_room(
+    tiny: LoadedModel, texts: list[str], small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filler, seen, clock = fill(small_disk, 50_000), list[StoreStatus](), [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    plan = plan_extraction(tiny, texts, small_disk / "acts", OPTIONS, wait_for_space=True)
+
+    class Waits(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert shutil.disk_usage(small_disk).free == 0  # not one byte is left to say it with
+            clock[0] += timeout or 0
+            seen.append(read_status(plan.folder))
+            if len(seen) == 3:
+                filler.unlink()
+            return self.is_set()
+
+    report = run_extraction(plan, stop=Waits())
+    assert report.is_complete and report.waited_s == 1 + 2 + 4
+    assert [status.waited_s for status in seen[1:]] == [1, 3]
+    for status in seen[1:]:
+        assert status.state == "running" and status.is_waiting
+    assert "room      waiting for it on the disk, 3 s so far" in describe_status(seen[-1])
 
 
 def test_a_run_that_fails_waits_for_no_room(

@@ -125,17 +125,14 @@ def test_a_run_that_fails_or_is_asked_to_stop_says_so(tmp_path: Path) -> None:
 def test_a_failed_run_is_stopped_and_the_next_one_completes(
     tiny: LoadedModel, texts: list[str], tmp_path: Path
 ) -> None:
-    folder, calls = tmp_path / "acts", []
+    folder = tmp_path / "acts"
 
     def fail_late(*_: Any) -> None:
-        calls.append(0)
         if folder.exists() and len(list(folder.glob("shard-*.safetensors"))) >= 2:
             raise RuntimeError("out of luck")
 
-    handle = tiny.model.register_forward_hook(fail_late)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError), layerprobe.Probe(tiny.model, "layers.0", to=fail_late):
         extract(tiny, texts, folder, shard_size=SHARD_BYTES)
-    handle.remove()
     status = read_status(folder)
     assert (status.state, status.reason) == ("stopped", "RuntimeError: out of luck")
     held = [read_header(path).num_examples for path in folder.glob("shard-*.safetensors")]
@@ -205,7 +202,17 @@ def test_a_progress_file_that_is_none_is_as_if_it_were_not_there(tmp_path: Path,
     assert (status.num_units_done, status.num_examples_done) == (0, 0)
 
 
-@pytest.mark.parametrize("fields", [{"pace": {"seconds": -1}}, {"pid": 10**30}, {"updated": "now"}, {"units": 1.5}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pace": {"seconds": -1}},
+        {"pid": 10**30},
+        {"updated": "now"},
+        {"units": 1.5},
+        {"waited_s": -1},
+        {"is_waiting": 1},
+    ],
+)
 def test_fields_that_cannot_be_are_not_believed(tmp_path: Path, fields: dict[str, Any]) -> None:
     folder = begun(tmp_path / "acts")
     with ProgressFile(folder) as told:
@@ -222,6 +229,17 @@ def test_a_full_disk_stops_nothing_and_leaves_nothing(small_disk: Path) -> None:
     with ProgressFile(folder) as told:
         told.begin(lambda: done(1))
     assert [file.name for file in folder.iterdir()] == ["store.json"]
+
+
+def test_a_run_of_an_older_version_says_nothing_of_room(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "acts")
+    with ProgressFile(folder) as told:
+        told.begin(lambda: done(1))
+        path = folder / "progress.json"
+        said = json.loads(path.read_text())
+        assert said.pop("waited_s") == 0 and said.pop("is_waiting") is False
+        path.write_text(json.dumps(said))
+        assert read_status(folder).state == "running" and not read_status(folder).is_waiting
 
 
 def test_nothing_is_written_where_there_is_no_folder() -> None:
