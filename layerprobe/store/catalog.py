@@ -6,6 +6,7 @@ what it saw when it was opened; it can be pickled, and then its paths travel and
 Hides files, names of shards and the limit on open files. Must never know of sites' meaning, models or hooks.
 """
 
+import contextlib
 import operator
 from bisect import bisect_right
 from collections import OrderedDict, defaultdict
@@ -119,15 +120,17 @@ class Catalog:
 
         Raises:
             FormatError: a file cannot hold what the index says.
-            StoreError: a file is not there.
+            MissingExample: a file is not there.
 
         Cost: the first time one look at each file's size in a folder; none elsewhere.
         """
         if self.place.folder is None or self.index is None or self._is_weighed:
             return
         for info in self.shards:
+            with self._naming_lost(info):
+                size = self.place.size(info.file)
             # an ordinal and an offset for each example, an id for each token
-            if self.place.size(info.file) < 16 * info.num_examples + 8 * info.num_tokens:
+            if size < 16 * info.num_examples + 8 * info.num_tokens:
                 raise FormatError(f"{self.place.label(info.file)}: does not hold the examples that {INDEX_FILE} says.")
         self._is_weighed = True
 
@@ -181,6 +184,7 @@ class Catalog:
 
         Raises:
             FormatError: it is damaged.
+            MissingExample: it is gone.
             StoreError: it cannot be read, or the store was closed.
         """
         found = self._open.get(number)
@@ -215,18 +219,35 @@ class Catalog:
     def _make_shard(self, number: int) -> Shard:
         info = self.shards[number]
         shard: Shard
-        if self.place.folder is not None:
-            shard = MappedShard(
-                self.place.folder / info.file, info, self.fingerprint, self.check, self._checked[number]
-            )
-        else:
-            shard = RangedShard(self.place, info, self.fingerprint, self.check, self._cache)
+        with self._naming_lost(info):
+            if self.place.folder is not None:
+                shard = MappedShard(
+                    self.place.folder / info.file, info, self.fingerprint, self.check, self._checked[number]
+                )
+            else:
+                shard = RangedShard(self.place, info, self.fingerprint, self.check, self._cache)
         for site in self.sites.values():
             self._check_site(shard, site)
         if (POSITIONS in shard.header.tensors) != (self.kept is not None):
             there = "has no" if self.kept is not None else "has"
             raise FormatError(f"{self.place.label(info.file)}: {there} {POSITIONS!r}; {STORE_FILE} says otherwise.")
         return shard
+
+    @contextlib.contextmanager
+    def _naming_lost(self, info: ShardInfo) -> Iterator[None]:
+        """Say of a shard that is not there which examples are missing with it."""
+        try:
+            yield
+        except StoreError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            last = info.first_example + info.num_examples - 1
+            # what a probe was told no run makes again
+            again = ", or run the same extraction again to make it anew" if self.description.get("plan") else ""
+            raise MissingExample(
+                f"{self.place.label(info.file)}: is gone, and with it examples {info.first_example} to {last} of "
+                f"{self.place}. Copy it back{again}."
+            ) from error
 
     def need_every_row(self, what: str, instead: str) -> None:
         """Refuse what is wrong on a part of the rows.

@@ -6,7 +6,7 @@ seen when it was opened, and each worker maps the shards itself. What they give 
 Must never know how shards or orders are made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ class ExampleDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.store)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # left to itself Python takes an IndexError, which an example that is gone is too, for the end
+        return (self[place] for place in range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         ordinal = self.store.ordinal_at(index)

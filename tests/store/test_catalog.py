@@ -11,8 +11,11 @@ import pytest
 import torch
 
 import layerprobe
-from layerprobe.errors import FormatError, StoreError
+from elsewhere import copy_store
+from layerprobe.errors import FormatError, MissingExample, StoreError
+from layerprobe.models import LoadedModel
 from layerprobe.store.format import checksum, read_header
+from layerprobe.store.remote import RemotePlace
 
 WriteStore = Callable[..., Any]
 SECOND = "shard-000001.safetensors"
@@ -50,8 +53,31 @@ def test_ten_thousand_shards_open_without_one_being_touched(write_store: WriteSt
     is_on[0] = False
     opened = [name for name in touched if "shard-" in name]
     assert opened and {Path(name).name for name in opened} == {"shard-000000.safetensors"}
-    with pytest.raises(StoreError, match=r"shard-009999\.safetensors: cannot be read"):
+    with pytest.raises(
+        MissingExample, match=r"shard-009999\.safetensors: is gone, and with it examples 19998 to 19999"
+    ):
         store["layers.0"][-1]
+
+
+def test_a_shard_that_is_gone_elsewhere_too_is_named_with_its_examples(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    store = layerprobe.extract(tiny, texts, tmp_path / "acts", sites="layers.0", shard_size=4_000)
+    place = RemotePlace(f"memory://{tmp_path.name}-lost/acts")
+    copy_store(store, place)
+    for where in (store.place, place):
+        where.remove(SECOND)
+        opened: Any = layerprobe.open(where)
+        assert opened.is_complete and len(opened) == len(texts)
+        first = opened.iter_shards().__next__().header.num_examples
+        message = (
+            rf"{SECOND}: is gone, and with it examples {first} to \d+ of .* run the same extraction again to make it"
+        )
+        for read in (lambda: opened["layers.0"][first], lambda: opened["layers.0"].pooled(), lambda: list(opened)):  # noqa: B023
+            with pytest.raises(MissingExample, match=message):
+                read()
+    layerprobe.extract(tiny, texts, tmp_path / "acts", sites="layers.0", shard_size=4_000)
+    assert len(list(layerprobe.open(tmp_path / "acts"))) == len(texts)
 
 
 def test_a_tensor_is_compared_once_however_often_its_shard_is_mapped(

@@ -54,6 +54,13 @@ def test_items_of_a_store_with_gaps_are_those_that_are_there(write_store: WriteS
             data[place]
 
 
+def test_an_item_that_is_gone_is_not_the_end(write_store: WriteStore) -> None:
+    written = write_store(SHARDS)
+    (written.folder / "shard-000001.safetensors").unlink()
+    with pytest.raises(MissingExample, match=r"shard-000001\.safetensors: is gone"):
+        list(lp.ExampleDataset(lp.open(written.folder)))
+
+
 def test_sites_that_are_not_stored_are_refused(write_store: WriteStore) -> None:
     store = lp.open(write_store().folder)
     for make in (lp.ExampleDataset, lp.RowDataset):

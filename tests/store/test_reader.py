@@ -304,8 +304,24 @@ def test_a_damaged_shard_is_an_error_that_names_it(write_store: WriteStore, dama
 def test_a_shard_that_is_gone_is_an_error_that_names_it(write_store: WriteStore) -> None:
     written = write_store()
     (written.folder / SECOND).unlink()
-    with pytest.raises(StoreError, match=f"{SECOND}: cannot be read"):
-        open_store(written.folder).example(4)
+    store = open_store(written.folder)
+    assert torch.equal(store["layers.0"][2], written.rows[2])
+    message = (
+        f"{SECOND}: is gone, and with it examples 3 to 4 of .*store"
+        r"\. Copy it back\."
+    )
+    for read in (
+        lambda: store.example(4),
+        lambda: store["layers.0"][3],
+        lambda: store["layers.0"][2:],
+        lambda: store["layers.0"].pooled(),
+        lambda: list(store["layers.0"].rows(4)),
+        lambda: list(store),
+        lambda: store.where(token_id=1),
+    ):
+        with pytest.raises(MissingExample, match=message) as caught:
+            read()
+        assert isinstance(caught.value.__cause__, OSError)
 
 
 def test_a_shard_that_holds_a_site_otherwise_than_described_is_refused(write_store: WriteStore) -> None:
