@@ -17,6 +17,9 @@ class RunReport:
 
     Args:
         num_examples, num_tokens, num_bytes: Written by this run.
+        value_bytes: Of the values that the model handed over at the sites, padding included, before pool, choice and
+            cast; None where that does not follow from the plan: attention weights, modules by their own name, and
+            autocast with another dtype to store.
         num_units: Shards that this run has committed.
         num_computed: Tokens that went through the model, padding included.
         num_padding: Those of them that are padding.
@@ -34,6 +37,7 @@ class RunReport:
     num_examples: int = 0
     num_tokens: int = 0
     num_bytes: int = 0
+    value_bytes: int | None = None
     num_units: int = 0
     num_computed: int = 0
     num_padding: int = 0
@@ -59,7 +63,9 @@ class RunReport:
         line = (
             f"{format_count(self.num_examples, 'example')}, {format_count(self.num_tokens, 'token')} "
             f"in {self.seconds:.1f} s: "
-            f"{self.num_tokens / seconds:,.0f} tokens/s, {format_bytes(self.num_bytes / seconds)}/s, "
+            f"{self.num_tokens / seconds:,.0f} tokens/s, "
+            + ("" if self.value_bytes is None else f"{format_bytes(self.value_bytes / seconds)}/s in, ")
+            + f"{format_bytes(self.num_bytes / seconds)}/s out, "
             f"{format_bytes(self.num_bytes)} written, padding {self.padding:.1%}, "
             f"{self.num_truncated:,} truncated, stalled {self.stalled_s:.2f} s"
         )

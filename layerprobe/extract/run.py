@@ -24,6 +24,7 @@ from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.crew import run_crew
 from layerprobe.extract.engine import UnitEngine, check_units, ending_waits, tokenize_missing
 from layerprobe.extract.folder import hold_store
+from layerprobe.extract.forward import find_dtype
 from layerprobe.extract.options import DEFAULT_SITES, ExtractOptions, check_call
 from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.reports import RunReport
@@ -288,6 +289,7 @@ def _run_plan(
         keeper.attempt(lambda: commit_index(plan.place, headers))
     for header in committed:
         report.nonfinite.update(header.nonfinite)
+    report.value_bytes = _count_value_bytes(plan, report)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -343,6 +345,21 @@ def _measure(plan: Plan, report: RunReport) -> Done:
         waited_s=report.waited_s,
         is_waiting=report.num_waiting > 0,
     )
+
+
+def _count_value_bytes(plan: Plan, report: RunReport) -> int | None:
+    """Work out how many bytes of values the model has handed over; None where the plan does not tell their size."""
+    is_autocast = plan.precision not in (None, "tf32")
+    if is_autocast and plan.options.dtype is not None:
+        return None
+    size = 0
+    for site, stored in zip(plan.sites, plan.stored, strict=True):
+        count = {"token": report.num_computed, "example": report.num_examples - report.num_repeated}.get(site.kind)
+        if count is None or site.width is None:
+            return None
+        dtype = stored.dtype if plan.options.dtype is None else find_dtype(plan.model, None)
+        size += count * site.width * dtype.itemsize
+    return size
 
 
 def _describe_pace(report: RunReport, seconds: float) -> str:

@@ -202,6 +202,53 @@ def broken_model(make_bert: Any, tokenizer: Any, value: float) -> Any:
     return model
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": "float16"},
+        {"dtype": "int8", "keep": 0.5},
+        {"pool": "mean"},
+        {"padding_free": False},
+        {"precision": "bfloat16"},
+        {"sites": ["layers.1.ffn.act", "pooler"], "dtype": "float16"},
+    ],
+)
+def test_the_values_that_a_model_hands_over_are_counted(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    plan = plan_extraction(tiny, texts, tmp_path / "acts", ExtractOptions(**options))
+    seen: list[int] = []
+    modules = dict(tiny.model.named_modules())
+    handles = []
+    for site in plan.sites:
+        module = modules[site.module]
+        if site.takes == "output":
+            handles.append(module.register_forward_hook(lambda _, __, value: seen.append(_find(value).nbytes)))
+        else:
+            handles.append(module.register_forward_pre_hook(lambda _, args: seen.append(args[0].nbytes)))
+    try:
+        report = run_extraction(plan)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert report.value_bytes == sum(seen) > 0
+
+
+def _find(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else value[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"sites": ["layers.0.attention.weights"]}, {"precision": "bfloat16", "dtype": "float16"}]
+)
+def test_values_whose_size_the_plan_does_not_say_are_not_guessed(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    report = run_extraction(plan_extraction(tiny, texts, tmp_path / "acts", ExtractOptions(**options)))
+    assert report.value_bytes is None and "B/s in" not in str(report) and "B/s out" in str(report)
+
+
 @pytest.mark.parametrize(("dtype", "value"), [("float16", 1e5), ("float8_e4m3fn", 1e4), ("float32", float("inf"))])
 def test_values_that_do_not_fit_are_counted_per_site_and_reported(
     tiny: LoadedModel, make_bert: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, value: float
@@ -234,7 +281,8 @@ def test_the_report_counts_what_was_done(tiny: LoadedModel, texts: list[str], tm
         "12 examples",
         f"{sum(lengths)} tokens",
         "tokens/s",
-        "B/s",
+        "B/s in",
+        "B/s out",
         "written",
         "padding",
         "1 truncated",
