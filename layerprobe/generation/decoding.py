@@ -120,7 +120,7 @@ def list_examples(store: Store, examples: Any) -> list[int]:
     if examples is None:
         found = list(store.ordinals())
     elif isinstance(examples, slice):
-        found = list(store.ordinals())[examples]
+        found = list(store[store.sites[0]].catalog.slice_ordinals(examples))
     else:
         asked = np.atleast_1d(np.asarray(examples))
         if asked.size and (asked.dtype.kind not in "iu" or asked.ndim > 1):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from layerprobe.errors import FormatError, MissingExample, OptionError, StoreError
+from layerprobe.store.checks import read_totals
 from layerprobe.store.format import (
     FORMAT_VERSION,
     INDEX_FILE,
@@ -38,6 +39,8 @@ __all__ = ["MOST_OPEN_SHARDS", "Catalog"]
 
 # A mapping holds a file descriptor; a process may have about a thousand.
 MOST_OPEN_SHARDS = 256
+# Of a run that does not say how many examples it has.
+_NO_END = 1 << 63
 
 
 class Catalog:
@@ -152,6 +155,33 @@ class Catalog:
             raise MissingExample(f"no example at place {place} of {self.place}: {self.num_examples} are there.")
         number = bisect_right(self._places, wanted) - 1
         return self.shards[number].first_example + wanted - self._places[number]
+
+    def slice_ordinals(self, wanted: slice) -> range:
+        """Give the ordinals that a slice means.
+
+        A bound that is left out, or negative, counts to the last example that is there, as a negative ordinal does; any
+        other is cut at the end of the run, and where that is not known, not at all.
+
+        Raises:
+            OptionError: a bound is no whole number, or the step is 0.
+            MissingExample: one is not there yet.
+        """
+        whole_end = self.end if self.is_complete else max(self.end, read_totals(self.description)[1] or _NO_END)
+        try:
+            there, whole = wanted.indices(self.end), wanted.indices(whole_end)
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"{self.place} is sliced by ordinals, not by {wanted}: bounds are whole numbers, and the step is not 0."
+            ) from error
+        start, stop = (
+            at_end if bound is not None and bound >= 0 else at_last
+            for bound, at_end, at_last in zip((wanted.start, wanted.stop), whole, there, strict=False)
+        )
+        ordinals = range(start, stop, there[2])
+        if not self.is_complete:
+            for ordinal in ordinals:
+                self.locate(ordinal)
+        return ordinals
 
     def find(self, ordinal: int) -> tuple[Shard, int]:
         """Find and open the shard of an example; otherwise as `locate`."""

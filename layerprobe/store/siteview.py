@@ -1,7 +1,7 @@
 """One site of a store: its values example by example, pooled, or row by row.
 
 What indexing gives is a view of the mapped file, not a copy. An index is an ordinal of the input, a slice one of
-ordinals; on a store with gaps both say what is missing, and iterating gives what is there.
+ordinals; on a store that is not complete both say what is missing, and iterating gives what is there.
 
 Hides how kinds and dtypes lie in a shard. Must never know of models or hooks.
 """
@@ -35,7 +35,8 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
     `view[17]` is `[T, D]` for a site with a row per token, `[D]` for a pooled one, `[H, T, T]` for attention weights: a
     view of the mapped file in the stored dtype (int8 comes as `ScaledRows`); a slice or a list of ordinals gives a
-    list of them.
+    list of them. Of a slice, bounds that are left out or negative are those of what is there; what others take in and
+    is not there yet is a `MissingExample`.
     """
 
     def __init__(self, catalog: Catalog, site: str) -> None:
@@ -55,7 +56,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[ordinal] for ordinal in range(*index.indices(self.catalog.end))]
+            return [self[ordinal] for ordinal in self.catalog.slice_ordinals(index)]
         if isinstance(index, bool) or (type(index) is not int and np.ndim(index) > 0):
             ordinals = np.asarray(index)
             if ordinals.size and ordinals.dtype.kind not in "iu":

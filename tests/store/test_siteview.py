@@ -1,5 +1,6 @@
 """A site's view: arrays of numpy, pooling in pieces, and what indices and slices mean."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,36 @@ def test_a_slice_means_ordinals_and_says_what_is_missing(write_store: WriteStore
             view[gap]
     there = [written.rows[ordinal] for ordinal in (0, 1, 2, 5, 6)]
     assert all(map(torch.equal, view, there)) and all(map(torch.equal, reversed(view), there[::-1]))
+
+
+@pytest.mark.parametrize("num_examples", [9, None])
+def test_a_slice_beyond_what_is_there_yet_is_missing_and_not_cut(
+    write_store: WriteStore, num_examples: int | None
+) -> None:
+    written = write_store(((3, 0, 5), (1, 4), (2, 2)), complete=False)
+    path = written.folder / "store.json"
+    if num_examples is not None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "input": {"examples": num_examples}}))
+    view = open_store(written.folder)["layers.0"]
+    for beyond in (slice(5, 9), slice(7, 9), slice(0, 100), slice(8, None, -1), slice(100, 6, -1), slice(7, 8)):
+        with pytest.raises(
+            MissingExample, match=r"no example [78]|no example 100 in .* yet: the run is not complete, 7"
+        ):
+            view[beyond]
+    # left out or negative, a bound is that of what is there
+    for index in (slice(None), slice(5, None), slice(-2, None), slice(None, -2), slice(None, None, -1), slice(3, 3)):
+        found = view[index]
+        assert len(found) == len(written.rows[index]) and all(map(torch.equal, found, written.rows[index]))
+    if num_examples is not None:
+        # beyond the run there is nothing to miss
+        assert view[9:20] == view[50:60] == [] == view[5:3]
+        with pytest.raises(MissingExample, match="no example 7 "):
+            view[5:20]
+
+
+@pytest.mark.parametrize("index", [slice("a", None), slice(0, 1.5), slice(0, 4, 0), slice(None, None, "b")])
+def test_bounds_that_are_no_whole_numbers_are_refused(write_store: WriteStore, index: slice) -> None:
+    for complete, name in ((True, "whole"), (False, "part")):
+        view = open_store(write_store(complete=complete, name=name).folder)["layers.0"]
+        with pytest.raises(OptionError, match=r"is sliced by ordinals, not by slice\(.*\): bounds are whole numbers"):
+            view[index]
