@@ -151,6 +151,20 @@ def test_every_guarantee_names_tests_that_exist() -> None:
             assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
 
 
+def test_the_architecture_names_every_file_that_knows_of_cuda() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    gpu = page.partition("## The GPU")[2].partition("## ")[0]
+    package = ROOT / "layerprobe"
+    sources = {str(path.relative_to(package)): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    # not in a comment, and not `torch.cuda.Event` as a type alone
+    knowing = {name for name, source in sources.items() if re.search(r"^[^#\n]*\btorch\.cuda\.\w+\(", source, re.M)}
+    assert set(re.findall(r"`(\w[\w/]*\.py)`", gpu)) == knowing
+    hidden = re.compile(r"cuda\.(?:Stream|stream|current_stream)\(|pin_memory|wait_event")
+    assert {name for name, source in sources.items() if hidden.search(source)} - {"cost/machine.py"} == {
+        "capture/staging.py"
+    }
+
+
 def test_every_mode_names_tests_that_exist() -> None:
     page = (ROOT / "docs" / "modes.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| mode")]
