@@ -58,10 +58,18 @@ class RowOptions:
     epoch: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.shuffle, bool):
+            raise OptionError(f"shuffle is {self.shuffle!r}: use True or False.")
         for name, least in (("batch_size", 1), ("seed", 0), ("world", 1), ("epoch", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
                 raise OptionError(f"{name} is {value!r}: it must be a whole number of at least {least}.")
+        # an epoch is a number of the caller's loop, mixed or not; a seed is asked for where rows are to be mixed
+        if self.seed and not self.shuffle:
+            raise OptionError(
+                f"seed is {self.seed} and shuffle is False: without shuffle=True rows come as they lie. "
+                "Pass shuffle=True, or leave out the seed."
+            )
         if isinstance(self.rank, bool) or self.rank not in range(self.world):
             raise OptionError(f"rank is {self.rank!r}: of world={self.world} ranks it must be 0 to {self.world - 1}.")
 

@@ -68,8 +68,8 @@ def test_pooled_and_rows_are_the_local_ones(local: Any, place: RemotePlace) -> N
     store = lp.open(place)
     assert torch.equal(store["layers.1"].pooled("max"), local["layers.1"].pooled("max"))
     for shuffle in (False, True):
-        ours = list(local["layers.2"].rows(7, shuffle=shuffle, seed=3))
-        theirs = list(store["layers.2"].rows(7, shuffle=shuffle, seed=3))
+        ours = list(local["layers.2"].rows(7, shuffle=shuffle, seed=3 if shuffle else 0))
+        theirs = list(store["layers.2"].rows(7, shuffle=shuffle, seed=3 if shuffle else 0))
         assert all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs)
 
 

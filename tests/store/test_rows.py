@@ -217,6 +217,12 @@ def test_a_pickled_iterator_goes_on(numbered: Any) -> None:
         ({"batch_size": 2.0}, "batch_size is 2.0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": None}, "seed is None"),
+        (
+            {"seed": 4},
+            r"seed is 4 and shuffle is False: without shuffle=True rows come as they lie\. Pass shuffle=True",
+        ),
+        ({"shuffle": "yes"}, "shuffle is 'yes': use True or False"),
+        ({"shuffle": 1, "seed": 4}, "shuffle is 1: use True or False"),
         ({"world": 0}, "world is 0"),
         ({"rank": 2, "world": 2}, "rank is 2: of world=2 ranks it must be 0 to 1"),
         ({"rank": -1}, "rank is -1"),
@@ -226,6 +232,12 @@ def test_options_that_cannot_be_are_refused(numbered: Any, options: dict[str, An
     for make in (numbered.rows, numbered["float32"].rows):
         with pytest.raises(OptionError, match=message):
             make(**options)
+
+
+def test_a_set_of_rows_that_ignores_its_seed_is_refused(numbered: Any) -> None:
+    for make in (layerprobe.RowDataset, lambda store, **how: store.difference("float32", "float32").rows(**how)):
+        with pytest.raises(OptionError, match="seed is 4 and shuffle is False"):
+            make(numbered, seed=4)
 
 
 def test_sites_that_have_no_rows_in_common_are_refused(numbered: Any) -> None:
