@@ -8,6 +8,7 @@ Hides files, names of shards and the limit on open files. Must never know of sit
 
 import contextlib
 import operator
+import re
 from bisect import bisect_right
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from layerprobe.errors import FormatError, MissingExample, OptionError, StoreError
+from layerprobe.errors import FormatError, MissingExample, OptionError, SiteError, StoreError
 from layerprobe.store.checks import read_totals
 from layerprobe.store.format import (
     FORMAT_VERSION,
@@ -39,6 +40,7 @@ __all__ = ["MOST_OPEN_SHARDS", "Catalog"]
 
 # A mapping holds a file descriptor; a process may have about a thousand.
 MOST_OPEN_SHARDS = 256
+_NEGATIVE = re.compile(r"(?:\A|\.)layers\.-\d")
 # Of a run that does not say how many examples it has.
 _NO_END = 1 << 63
 
@@ -278,6 +280,25 @@ class Catalog:
                 f"{self.place.label(info.file)}: is gone, and with it examples {info.first_example} to {last} of "
                 f"{self.place}. Copy it back{again}."
             ) from error
+
+    def need_site(self, name: object) -> StoredSite:
+        """Give a stored site by its name.
+
+        Raises:
+            SiteError: it is not stored; the message says which are.
+        """
+        if isinstance(name, str) and name in self.sites:
+            return self.sites[name]
+        if type(name) is int:
+            why = f"sites are named by texts. Examples are read by store.example({name}). It"
+        elif not isinstance(name, str):
+            why = "sites are named by texts, one at a time. It"
+        elif _NEGATIVE.search(name):
+            why = "negatives count the layers of a model, and a store does not say how many that has. It"
+        else:
+            why = "it"
+        held = ", ".join(self.sites) or "none"
+        raise SiteError(f"no site {brief(repr(name))} in {self.place}: {why} holds {held}.")
 
     def need_every_row(self, what: str, instead: str) -> None:
         """Refuse what is wrong on a part of the rows.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError, OptionError, SiteError
+from layerprobe.errors import FormatError, OptionError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import Columns, match_sites, open_dataset
 from layerprobe.store.difference import Difference, pair_depth
@@ -155,11 +155,9 @@ class Store:
         return f"Store({str(self.place)!r}, {len(self)} examples, {len(self.sites)} sites, {state})"
 
     def __getitem__(self, site: str) -> SiteView:
-        view = self._views.get(site)
+        view = self._views.get(site) if isinstance(site, str) else None
         if view is None:
-            if site not in self._catalog.sites:
-                raise SiteError(f"no site {site!r} in {self.place}: it holds {', '.join(self.sites)}.")
-            view = self._views[site] = SiteView(self._catalog, site)
+            view = self._views[site] = SiteView(self._catalog, self._catalog.need_site(site).name)
         return view
 
     @property

@@ -92,10 +92,7 @@ def choose_sites(catalog: Catalog, sites: str | Sequence[str] | None) -> tuple[S
         chosen = by_kind["token"] or by_kind["example"]
     else:
         names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
-        for name in names:
-            if name not in catalog.sites:
-                raise SiteError(f"no site {name!r} in {catalog.place}: it holds {', '.join(catalog.sites)}.")
-        chosen = [catalog.sites[name] for name in names]
+        chosen = [catalog.need_site(name) for name in names]
     if not chosen:
         raise SiteError(f"no site to take rows of in {catalog.place}: it holds {', '.join(catalog.sites) or 'none'}.")
     for site in chosen:

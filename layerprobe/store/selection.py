@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.errors import OptionError, SiteError
+from layerprobe.errors import OptionError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.records import RECORD_TENSORS, has_records, read_record
 from layerprobe.store.rows import take_rows
@@ -130,9 +130,7 @@ class Selection:
         return out
 
     def _check(self, site: str, pieces: str) -> StoredSite:
-        stored = self.catalog.sites.get(site)
-        if stored is None:
-            raise SiteError(f"no site {site!r} in {self.catalog.place}: it holds {', '.join(self.catalog.sites)}.")
+        stored = self.catalog.need_site(site)
         if stored.kind == "attention":
             raise OptionError(f"{site!r} is one matrix per head and has no rows: read it by example.")
         if stored.kind == "example" and self.positions is not None:

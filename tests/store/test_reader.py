@@ -212,6 +212,29 @@ def test_a_site_that_is_not_stored_is_named_with_those_that_are(write_store: Wri
         open_store(write_store().folder)["layers.1"]
 
 
+@pytest.mark.parametrize(
+    ("site", "why"),
+    [
+        ("layers.-1", r"negatives count the layers of a model, and a store does not say how many that has"),
+        ("layers.-2.ffn.act", r"negatives count the layers of a model"),
+        ("encoder.layers.-1", r"negatives count the layers of a model"),
+        (3, r"sites are named by texts\. Examples are read by store\.example\(3\)"),
+        (["layers.0"], r"sites are named by texts, one at a time"),
+        (None, r"sites are named by texts, one at a time"),
+    ],
+)
+def test_what_cannot_name_a_site_of_a_store_is_refused_with_those_that_are(
+    write_store: WriteStore, site: Any, why: str
+) -> None:
+    store = open_store(write_store().folder)
+    calls: list[Callable[[], Any]] = [lambda: store[site], lambda: store.where(id=0).rows(site)]
+    if isinstance(site, str):
+        calls += [lambda: store.rows(sites=site), lambda: store.difference("layers.0", site)]
+    for call in calls:
+        with pytest.raises(SiteError, match=rf"no site .* in .*: {why}.* It holds layers\.0, pooler\."):
+            call()
+
+
 def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"is not a store: it has no store\.json"):
         open_store(tmp_path)
