@@ -28,6 +28,7 @@ except ImportError:  # Windows, where files are written the usual way
     fcntl = None
 
 __all__ = [
+    "TRIAL_PREFIX",
     "commit_file",
     "commit_folder",
     "flush_folder",
@@ -44,7 +45,8 @@ _BLOCK_BYTES = 4096
 _SECTOR_BYTES = 512
 # A write of its own costs more than the copy of less than this.
 _LEAST_IN_PLACE = 1 << 20
-# What a probe writes at once, and how often each way.
+# What a trial of a disk writes at once, and how often each way; the name of its file goes on with a number.
+TRIAL_PREFIX = "probe-"
 _PROBE_BYTES = 16 << 20
 _NUM_PROBES = 3
 # A copy into the page cache is taken from the forward pass: the disk may take so much longer without it.
@@ -77,7 +79,7 @@ def commit_file(path: Path, pieces: "Sequence[bytes | memoryview]", is_direct: b
             _write_pieces(descriptor, pieces)
             # what was reserved, or left by a run that ended here, may be longer
             os.ftruncate(descriptor, size)
-            os.fsync(descriptor)
+            _sync(descriptor)
         finally:
             os.close(descriptor)
         os.replace(partial, path)
@@ -116,13 +118,13 @@ def make_noise(num_bytes: int) -> memoryview:
 
 
 def _time_write(folder: Path, block: memoryview, is_direct: bool) -> float:
-    path = folder / f"probe-{os.getpid()}.tmp"
+    path = folder / f"{TRIAL_PREFIX}{os.getpid()}.tmp"
     descriptor = _open(path, is_direct)
     try:
         os.unlink(path)
         start = time.perf_counter()
         _write_pieces(descriptor, [block])
-        os.fsync(descriptor)
+        _sync(descriptor)
         return time.perf_counter() - start
     finally:
         os.close(descriptor)
@@ -196,7 +198,7 @@ def tell_failure(path: Path, error: OSError, size: int = 0) -> StoreError:
 
 def _open(path: Path, is_direct: bool) -> int:
     # no O_TRUNC: it would give back what was reserved
-    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     if is_direct and _DIRECT:
         try:
             return os.open(path, flags | _DIRECT, 0o666)
@@ -337,8 +339,19 @@ def flush_folder(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only what may be written
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    """Wait until a file is on the disk: on macOS `fsync` alone ends at the drive's own cache."""
+    full_sync = getattr(fcntl, "F_FULLFSYNC", None)
+    if fcntl is not None and full_sync is not None:
+        with contextlib.suppress(OSError):  # not every file system has it
+            fcntl.fcntl(descriptor, full_sync)
+            return
+    os.fsync(descriptor)

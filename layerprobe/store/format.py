@@ -21,6 +21,7 @@ import xxhash
 from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
+from layerprobe.store.durable import TRIAL_PREFIX
 from layerprobe.store.guard import LARGE, SMALL, JsonBounds, brief, open_inside, parse_json, read_inside
 from layerprobe.store.headers import (
     BLANK_CHECKSUM,
@@ -82,7 +83,9 @@ def is_leftover(name: str) -> bool:
     """Whether a name in a store's folder is what a run or a merge leaves that ended midway; the next one removes it."""
     final = name.removesuffix(".tmp")
     own = (STORE_FILE, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FOLDER)
-    return name == STAGE_FOLDER or (name != final and (final in own or parse_shard_name(final) is not None))
+    is_trial = final.startswith(TRIAL_PREFIX) and final.removeprefix(TRIAL_PREFIX).isdigit()
+    is_own = final in own or parse_shard_name(final) is not None or is_trial
+    return name == STAGE_FOLDER or (name != final and is_own)
 
 
 def need_store(place: Place) -> None:
@@ -140,7 +143,8 @@ def commit_shard(
     """
     views = [(name, tensor, _view_bytes(tensor)) for name, tensor in tensors]
     sums = {name: checksum(view) for name, _, view in views} if checksums is None else checksums
-    head = build_header(header, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors], sums)
+    shapes = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors]
+    head = build_header(header, shapes, sums)
     find_place(folder).commit(header.file, [head, *(view for _, _, view in views)])
     return len(head) + sum(len(view) for _, _, view in views)
 

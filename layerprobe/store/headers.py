@@ -32,10 +32,12 @@ __all__ = [
     "TensorEntry",
     "build_header",
     "check_description",
+    "check_shapes",
     "check_site",
     "check_sites",
     "check_stored",
     "checksum",
+    "lay_out",
     "parse_header",
     "parse_shard_name",
     "shard_name",
@@ -135,6 +137,17 @@ def checksum(data: "bytes | memoryview") -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
+def lay_out(shapes: "Sequence[tuple[str, torch.dtype, Sequence[int]]]") -> dict[str, TensorEntry]:
+    """Lay tensors back to back, by name, dtype and shape; offsets count from the end of the header."""
+    entries: dict[str, TensorEntry] = {}
+    position = 0
+    for name, dtype, shape in shapes:
+        stop = position + dtype.itemsize * math.prod(shape)
+        entries[name] = TensorEntry(dtype, tuple(shape), position, stop)
+        position = stop
+    return entries
+
+
 def build_header(
     header: ShardHeader, shapes: "Sequence[tuple[str, torch.dtype, Sequence[int]]]", checksums: Mapping[str, str]
 ) -> bytes:
@@ -148,12 +161,10 @@ def build_header(
     Raises:
         StoreError: it is larger than a reader would take.
     """
-    entries: dict[str, Any] = {}
-    position = 0
-    for name, dtype, shape in shapes:
-        offsets = [position, position + dtype.itemsize * math.prod(shape)]
-        entries[name] = {"dtype": _TO_NAME[dtype], "shape": list(shape), "data_offsets": offsets}
-        position = offsets[1]
+    entries = {
+        name: {"dtype": _TO_NAME[one.dtype], "shape": list(one.shape), "data_offsets": [one.start, one.stop]}
+        for name, one in lay_out(shapes).items()
+    }
     metadata = {
         "format": f"layerprobe/{FORMAT_VERSION}",
         "header_checksum": BLANK_CHECKSUM,
@@ -223,7 +234,7 @@ def parse_header(text: bytes) -> ShardHeader:
         raise ValueError("checksums and tensors do not name the same")
     if not all(_DIGEST.match(digest) for digest in checksums.values()):
         raise ValueError("a checksum is not of 16 hexadecimal digits")
-    _check_shapes(header)
+    check_shapes(header)
     return header
 
 
@@ -249,8 +260,12 @@ def _check_places(tensors: Mapping[str, TensorEntry]) -> None:
         position = entry.stop
 
 
-def _check_shapes(header: ShardHeader) -> None:
-    """Hold the tensors that every shard has, and those of its records, to its counts."""
+def check_shapes(header: ShardHeader) -> None:
+    """Hold the tensors that every shard has, and those of its records, to its counts.
+
+    Raises:
+        ValueError, KeyError: they do not fit, or one is missing.
+    """
     count = header.num_examples
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "example": (torch.int64, (count,)),

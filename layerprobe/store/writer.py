@@ -30,6 +30,7 @@ from layerprobe.store.format import (
     commit_shard,
 )
 from layerprobe.store.guard import MOST_SHARDS, MOST_SITES
+from layerprobe.store.headers import check_shapes, lay_out
 from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.places import LocalPlace, Place, find_place
 from layerprobe.store.scanning import scan_tensor
@@ -218,7 +219,7 @@ class ShardWriter:
         self._jobs: queue.Queue[ShardJob | None] = queue.Queue()
         self._error: BaseException | None = None
         self._counting = threading.Lock()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[tuple[threading.Thread, threading.Event]] = []
 
     def start(self) -> None:
         """Start the threads.
@@ -227,14 +228,14 @@ class ShardWriter:
             StoreError: the system gives no more of them; none is left then.
         """
         for number in range(self.num_threads):
-            probes = self._probes_disk and not number
-            thread = threading.Thread(target=self._run, args=(probes,), name="layerprobe-writer", daemon=True)
+            probes, ended = self._probes_disk and not number, threading.Event()
+            thread = threading.Thread(target=self._run, args=(probes, ended), name="layerprobe-writer", daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:
                 self.close()
                 raise StoreError(f"{self.place}: no thread for writer {number + 1}. Ask for fewer writers.") from error
-            self._threads.append(thread)
+            self._threads.append((thread, ended))
 
     def submit(self, job: ShardJob) -> None:
         """Hand over a full buffer; returns at once.
@@ -257,14 +258,26 @@ class ShardWriter:
             ) from self._error
 
     def close(self) -> None:
-        """Wait for the shards handed over, and end the threads. Does not raise; `check` does."""
+        """Wait for the shards handed over, and end the threads. Raises nothing of theirs; `check` does.
+
+        Ctrl-C while it waits gives up the shards that are not on disk yet, and is raised once no thread can write any
+        more: the caller gives the place to others then.
+        """
         for _ in self._threads:
             self._jobs.put(None)
+        cut: BaseException | None = None
+        # not by `join`: one that Ctrl-C has cut short takes the thread for ended
+        while running := [ended for _, ended in self._threads if not ended.is_set()]:
+            try:
+                running[0].wait()
+            except BaseException as error:
+                cut = self._error = error
         while self._threads:
-            self._threads[-1].join()
-            self._threads.pop()
+            self._threads.pop()[0].join()
+        if cut is not None:
+            raise cut
 
-    def _run(self, probes_disk: bool) -> None:
+    def _run(self, probes_disk: bool, ended: threading.Event) -> None:
         try:
             if probes_disk and isinstance(self.place, LocalPlace):
                 self.place = replace(self.place, is_direct=is_direct_better(self.place.folder))
@@ -273,6 +286,8 @@ class ShardWriter:
         except BaseException as error:
             # what ends the thread between two jobs is told like any failure; `check` is how the others learn of it
             self._error = self._error or error
+        finally:
+            ended.set()
 
     def _take(self, job: ShardJob) -> None:
         try:
@@ -285,6 +300,11 @@ class ShardWriter:
             job.release()
 
     def _write(self, job: ShardJob) -> None:
+        shapes = [(name, tensor.dtype, tensor.shape) for name, tensor in job.tensors]
+        try:
+            check_shapes(replace(job.header, tensors=lay_out(shapes)))
+        except (KeyError, ValueError) as error:
+            raise StoreError(f"{job.header.file}: not written, since nobody could read it: {error}.") from error
         job.wait_ready()
         counts, checksums = dict(job.header.nonfinite), {}
         for name, tensor in job.tensors:

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,43 @@ def test_an_unexpected_failure_names_the_folder_and_keeps_its_cause(tmp_path: Pa
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert released == [0, 1]
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_the_last_shards_are_waited_for_leaves_no_thread_that_writes(tmp_path: Path) -> None:
+    """The lock of the folder is given back next: a shard that came after would be in another run's way."""
+
+    closing, own = threading.Event(), threading.get_ident()
+
+    def interrupt() -> None:
+        closing.wait()
+        time.sleep(0.3)
+        signal.pthread_kill(own, signal.SIGINT)
+        time.sleep(0.3)
+
+    released: list[int] = []
+    job = make_job(0, released=released)
+    writer = ShardWriter(tmp_path)
+    writer.start()
+    writer.submit(ShardJob(job.header, job.tensors, interrupt, job.release))
+    writer.submit(make_job(1, released=released))
+    with pytest.raises(KeyboardInterrupt):
+        closing.set()
+        writer.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "layerprobe-writer"]
+    assert released == [0, 1] and not list(tmp_path.iterdir()) and not writer.committed
+
+
+@pytest.mark.parametrize("changes", [{"num_examples": 2}, {"num_tokens": 3}])
+def test_a_shard_that_nobody_could_read_is_not_written(tmp_path: Path, changes: dict[str, int]) -> None:
+    released: list[int] = []
+    job = make_job(0, released=released)
+    writer = ShardWriter(tmp_path)
+    write_all(writer, replace(job, header=replace(job.header, **changes)))
+    with pytest.raises(
+        StoreError, match=r"not written, since nobody could read it: '(example|input_ids)' is torch\.int64"
+    ):
+        writer.check()
+    assert released == [0] and not list(tmp_path.iterdir())
 
 
 NAN, INF = float("nan"), float("inf")
