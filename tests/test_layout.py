@@ -94,6 +94,7 @@ ORDER = (
     "layerprobe.capture.staging",
     "layerprobe.capture.select",
     "layerprobe.capture.pooling",
+    "layerprobe.capture.identity",
     "layerprobe.capture.sinks",
     "layerprobe.capture.stage",
     "layerprobe.capture.staged",

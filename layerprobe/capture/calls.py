@@ -55,6 +55,7 @@ class Call:
             calling `receive`.
         places: By stack, what a compiled graph has asked: where the real tokens are in `[B * S]`.
         is_orphan: The probe was closed by another thread while this call was running.
+        is_running: Asked from any thread whether it still runs; one that Ctrl-C cut short does not.
         sources: Set by a sink that follows gradients: for sites whose value is cut or joined, what it is made of.
     """
 
@@ -71,6 +72,7 @@ class Call:
     places: dict[int, Tensor] = field(default_factory=dict)
     sources: dict[int, Source] | None = None
     is_orphan: bool = False
+    is_running: Callable[[], bool] = lambda: True
 
     def context(self, index: int) -> Context:
         """Give what the stack of a site was called with; for what follows all stacks, the last one's."""

@@ -69,6 +69,8 @@ def _wrap(frames: Frames, number: int | None, inner: Callable[..., Any]) -> Call
         try:
             return inner(*args, **kwargs)
         except Stop:
+            if not frames.is_of_thread():  # another probe's, which has put this around the model too
+                raise
             if number is None:
                 frames.close_top()
             elif not frames.is_outermost(number):

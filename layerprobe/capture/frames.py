@@ -7,6 +7,7 @@ Ctrl-C left behind is found and abandoned when the next one opens.
 Hides threads, nesting and interruption. Must never know of hooks or values.
 """
 
+import functools
 import sys
 import threading
 from collections.abc import Sequence
@@ -64,13 +65,19 @@ class Frames:
         self.by_thread: dict[int, list[_Frame]] = {}
         # Hooks go on and come off one by one; calls that other threads make meanwhile are not this probe's.
         self.is_open = False
+        # the only thread whose calls are followed; None for every one
+        self.thread: int | None = None
 
     def _bits(self, stack: int | None) -> int:
         return sum(1 << index for index, site in enumerate(self._sites) if site.stack == stack)
 
+    def is_of_thread(self) -> bool:
+        """Whether the calls of this thread are among those to be followed."""
+        return self.thread is None or self.thread == threading.get_ident()
+
     def enter_root(self, runner: FrameType | None) -> None:
         """Take note that the task model was called."""
-        if not self.is_open:
+        if not self.is_open or not self.is_of_thread():
             return
         frames = self.by_thread.setdefault(threading.get_ident(), [])
         self._drop_interrupted(frames)
@@ -78,7 +85,7 @@ class Frames:
 
     def enter_base(self, number: int, context: Context, runner: FrameType | None) -> None:
         """Take note that the base of a stack was called."""
-        if not self.is_open:
+        if not self.is_open or not self.is_of_thread():
             return
         ident = threading.get_ident()
         frames = self.by_thread.get(ident)
@@ -104,6 +111,7 @@ class Frames:
         follows = 0 if is_alone else self._after
         ahead = 0 if frame.owner == number else self._later[number]
         call = Call(self._stacks, {number: context}, expected=self._of_stack[number] | follows, ahead=ahead)
+        call.is_running = functools.partial(_is_running_in, ident, frame.runner)
         self._sink.begin(call)
         frame.call = call
 
@@ -190,9 +198,10 @@ class Frames:
         call, frame.call = frame.call, None
         if call is None:
             return
-        if call.seen == call.expected and (completed or frame.is_stopped):
+        if call.expected and call.seen == call.expected and (completed or frame.is_stopped):
             self._sink.finish(call)
             return
+        # one of which nothing was asked, as of an encoder alone for a site of the decoder, is none for the sink
         self._sink.abandon(call)
         if completed and self.is_open and call.seen != call.expected:
             missing = [self._sites[index].name for index in call.made if not call.seen >> index & 1]
@@ -203,7 +212,15 @@ class Frames:
 
 
 def _is_running(runner: FrameType | None) -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while runner is not None and frame is not None and frame is not runner:
-        frame = frame.f_back
-    return frame is not None
+    return _is_on_stack(runner, sys._getframe(1))
+
+
+def _is_running_in(ident: int, runner: FrameType | None) -> bool:
+    """Whether a thread still runs a frame; asked from another one."""
+    return _is_on_stack(runner, sys._current_frames().get(ident))
+
+
+def _is_on_stack(runner: FrameType | None, top: FrameType | None) -> bool:
+    while runner is not None and top is not None and top is not runner:
+        top = top.f_back
+    return top is not None

@@ -8,13 +8,16 @@ Hides torch's handles and how an override of `forward` is stacked on others. Mus
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["HookSet", "Reader", "Stop"]
+__all__ = ["EDIT", "HookSet", "Reader", "Stop", "list_edits", "list_strange"]
+
+# Attribute of a hook that edits values: what it does to them.
+EDIT = "layerprobe_edit"
 
 # Where torch keeps the forward hooks of a module, by the number of their handle.
 _HOOKS = (
@@ -36,7 +39,9 @@ class Stop(BaseException):
 class Reader(Protocol):
     """A probe on a model that others may be on too."""
 
-    wants_stop: bool
+    def wants_stop(self) -> bool:
+        """Whether the call of this thread should end once nobody waits for a value."""
+        ...
 
     def is_waiting(self) -> bool:
         """Whether the call of this thread has yet to make a value for it."""
@@ -82,7 +87,7 @@ class HookSet:
         """Whether a probe on the base model wants to end the forward and none still waits for a value."""
         readers = self._joined[0].readers if self._joined is not None else ()
         for reader in readers:
-            if reader.wants_stop:
+            if reader.wants_stop():
                 break
         else:
             return False
@@ -108,6 +113,27 @@ class HookSet:
                 handle.remove()
                 guests.hooks.discard(handle.id)
                 guests.leave()
+
+
+def list_edits(module: nn.Module) -> list[Any]:
+    """List what edits do to the values of one module."""
+    hooks = [hook for name in ("_forward_pre_hooks", "_forward_hooks") for hook in vars(module)[name].values()]
+    return [getattr(hook, EDIT) for hook in hooks if hasattr(hook, EDIT)]
+
+
+def list_strange(module: nn.Module) -> Iterator[Any]:
+    """Go through what neither a probe nor an edit has put on one module: hooks, and a method in place of `forward`.
+
+    A method of accelerate's, which brings weights that lie elsewhere, is none of it.
+    """
+    guests = vars(module).get("__getstate__")
+    guests = guests if isinstance(guests, _Guests) else _Guests(module)
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        yield from (hook for number, hook in vars(module)[name].items() if number not in guests.hooks)
+    override = guests.overrides.get("forward")
+    forward = vars(module).get("forward") if override is None else override.before
+    if forward is not None and "_hf_hook" not in vars(module):
+        yield forward
 
 
 class _Guests:
@@ -148,9 +174,9 @@ class _Override:
         self.makes: list[Make] = []
         self._attributes = module.__dict__
         self._name = name
-        self._before = self._attributes.get(name)
+        self.before = self._attributes.get(name)
         self._method: Method = getattr(module, name)
-        self._top = self._before
+        self._top = self.before
 
     def add(self, make: Make) -> None:
         self.makes.append(make)
@@ -163,7 +189,7 @@ class _Override:
     def leave_out(self, attributes: dict[str, Any]) -> None:
         """Put back among the attributes what was there before."""
         if attributes.get(self._name) is self._top:
-            _set_or_delete(attributes, self._name, self._before)
+            _set_or_delete(attributes, self._name, self.before)
 
     def _stack(self) -> None:
         if self._attributes.get(self._name) is not self._top:
@@ -171,7 +197,7 @@ class _Override:
         method = self._method
         for make in self.makes:
             method = make(method)
-        self._top = method if self.makes else self._before
+        self._top = method if self.makes else self.before
         _set_or_delete(self._attributes, self._name, self._top)
 
 

@@ -16,14 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.capture.calls import Call, Context
+from layerprobe.capture.calls import Call
 from layerprobe.capture.casting import NOT_PLAIN, cast_into
 from layerprobe.capture.pooling import Pool, pool_rows
-from layerprobe.capture.select import Run, Selection, copy_runs, write_pairs, write_rows
+from layerprobe.capture.select import Run, Selection, copy_runs, take_ids, write_pairs, write_rows
 from layerprobe.capture.sinks import is_per_token, select_call
 from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
 from layerprobe.capture.units import (
@@ -43,12 +42,15 @@ from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_pla
 
 __all__ = ["StoreSink"]
 
+_LOOK_AGAIN_S = 1.0
+
 
 @dataclass(eq=False)
 class _Pending:
     """The call under way: where its rows go."""
 
     thread: int
+    call: Call
     batch: AnnouncedBatch | None = None
     selection: Selection | None = None
     room: Room = NO_ROOM
@@ -145,7 +147,11 @@ class StoreSink:
             is_new = folder is not None and not folder.exists()
             self._lock = claim_place(self.place)
             self._made_folder = folder if is_new else None
-        self.writer.start()
+        try:
+            self.writer.start()
+        except BaseException:
+            self._let_go()
+            raise
 
     def shrink(self) -> None:
         """Give back what is kept of the device's memory between calls, where it has run out."""
@@ -155,18 +161,23 @@ class StoreSink:
         try:
             self._close(error)
         finally:
-            if self._lock is not None:
-                self._lock.release()
-            # a store of no call says nothing: not even how wide its sites are
-            if self._made_folder is not None and self._stored is None:
-                with contextlib.suppress(OSError):
-                    self._made_folder.rmdir()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Let others have the place."""
+        if self._lock is not None:
+            self._lock.release()
+        # a store of no call says nothing: not even how wide its sites are
+        if self._made_folder is not None and self._stored is None:
+            with contextlib.suppress(OSError):
+                self._made_folder.rmdir()
 
     def _close(self, error: BaseException | None) -> None:
         try:
             # Without a description the caller decides what is whole; a unit it has not ended is not.
-            if self._unit is not None and self._unit.used.examples and self._description is not None:
-                self.end_unit()
+            with self._turn:  # a call of another thread may just be adding its rows
+                if self._unit is not None and self._unit.used.examples and self._description is not None:
+                    self.end_unit()
         finally:
             self.writer.close()
         if error is None:
@@ -182,11 +193,16 @@ class StoreSink:
 
     def begin(self, call: Call) -> None:
         self.writer.check()  # before the turn is taken: after a failure nobody would give it back
-        pending = _Pending(threading.get_ident(), self._announced)
+        if self._description is None and self._announced is None:
+            raise CaptureError(
+                "the model was called once more than the run has called it: by a sink, a pool or a hook, or by the "
+                "model itself. Let them use a model of their own."
+            )
+        pending = _Pending(threading.get_ident(), call, self._announced)
         with self._turn:
-            while self._pending is not None and self._pending.thread != pending.thread:
-                self._turn.wait()
-            # One left over from this thread was cut short, by Ctrl-C say; its rows are overwritten.
+            while (other := self._pending) is not None and other.thread != pending.thread and other.call.is_running():
+                self._turn.wait(_LOOK_AGAIN_S)
+            # One left over was cut short, by Ctrl-C say, and its rows are overwritten.
             self._pending = call.state = pending
         self._announced = None
 
@@ -226,7 +242,9 @@ class StoreSink:
         try:
             if pending.values is not None:
                 self._establish(pending, call)
-            self._commit_call(pending)
+            with self._turn:
+                if pending is self._pending:  # else another thread has closed the probe meanwhile
+                    self._commit_call(pending)
         finally:
             self._end_turn(pending)
 
@@ -265,7 +283,7 @@ class StoreSink:
         else:
             context = call.context(0)
             pending.selection = select_call(context, value)
-            pending.input_ids = _real_ids(context, pending.selection)
+            pending.input_ids = take_ids(context.input_ids, pending.selection)
         needed = pending.room = room_for(pending.selection)
         unit = self._unit
         if unit is not None:
@@ -370,27 +388,8 @@ class StoreSink:
         size: dict[str, int] = {"token": 0, "example": 0, "attention": 0}
         for site in self._stored:
             size[site.kind] += site.bytes_per_vector
-        pairs_per_row = first.pairs / max(1, first.rows)
+        pairs_per_row = max(1.0, first.pairs / max(1, first.rows))  # each token is a pair with itself
         # Texts average more than one token, so a vector per row is more than enough for vectors per example.
         rows = int(self._shard_bytes / (size["token"] + size["example"] + size["attention"] * pairs_per_row))
         room = self._room = Room(*map(max, first, Room(rows, rows, int(rows * pairs_per_row))))
         return BufferPool(partial(HostBuffer, self._stored, room, self._lane.pinned), self.writer.num_threads + 1)
-
-
-def _real_ids(context: Context, selection: Selection) -> Tensor:
-    """Take the ids of the real tokens, to the CPU; -1 where the model was called with embeddings."""
-    if context.input_ids is None:
-        return torch.full((selection.num_rows,), -1, dtype=torch.int64)
-    # by numpy, whose small operators cost a fifth of torch's
-    ids_BS = context.input_ids.cpu().numpy()
-    if ids_BS.shape != (selection.num_sequences, selection.num_positions):
-        raise CaptureError(
-            f"input_ids have shape {ids_BS.shape}: a store takes [batch, positions]. Capture into memory instead."
-        )
-    if selection.runs is None:
-        assert selection.index is not None
-        ids_T = ids_BS.reshape(-1)[selection.index.cpu().numpy()]
-    else:
-        runs = [ids_BS[first:last, start:stop].reshape(-1) for first, last, start, stop in selection.runs]
-        ids_T = np.concatenate(runs) if runs else ids_BS[:0].reshape(-1)
-    return torch.from_numpy(ids_T.astype(np.int64, copy=False))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from layerprobe.capture.calls import Sink, is_sink
 from layerprobe.capture.casting import resolve_dtype
+from layerprobe.capture.identity import describe_pool
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.pooling import Pool, check_pool
 from layerprobe.capture.registry import ProbeRegistry
@@ -25,12 +26,11 @@ from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import describe_model
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import need_one_device, unwrap
-from layerprobe.store.format import checksum
 from layerprobe.store.places import find_place
 from layerprobe.store.writer import ShardWriter
 from layerprobe.version import __version__
 
-__all__ = ["DEFAULT_SHARD_BYTES", "Probe", "describe_pool"]
+__all__ = ["DEFAULT_SHARD_BYTES", "Probe"]
 
 DEFAULT_SHARD_BYTES = 128 << 20
 
@@ -57,6 +57,8 @@ class Probe(AbstractContextManager["Probe"]):
         stop: End each forward after the last asked site. The model's call then returns None.
         gradients: Keep values with their history, so that a loss can be made of them, and in `probe.gradients` what the
             last `backward` sends to each site; memory only.
+        this_thread: Take the calls of the thread that enters the block alone, and leave those of other threads as they
+            are; by default those of every thread are taken.
 
     Raises:
         SiteError: a pattern matches nothing.
@@ -87,6 +89,7 @@ class Probe(AbstractContextManager["Probe"]):
         dtype: str | torch.dtype | None = None,
         stop: bool = False,
         gradients: bool = False,
+        this_thread: bool = False,
     ) -> None:
         check_pool(pool)
         stored_dtype = resolve_dtype(dtype)
@@ -95,9 +98,9 @@ class Probe(AbstractContextManager["Probe"]):
         if gradients and stop:
             raise OptionError("a forward that stop=True ends early has no output to call backward on: leave out one.")
         if isinstance(to, Stage):
-            _check_staged(model, pool, stop)
+            _check_staged(model, pool, stop, this_thread)
         self._sink = self._choose_sink(model, to, pool, stored_dtype, gradients)
-        registry = ProbeRegistry(model, sites, self._sink, stop=stop)
+        registry = ProbeRegistry(model, sites, self._sink, stop=stop, this_thread=this_thread)
         if isinstance(self._sink, MemorySink):
             self._sink.num_layers = registry.num_layers
         if isinstance(to, Stage):
@@ -190,37 +193,20 @@ class Probe(AbstractContextManager["Probe"]):
         return self._sink
 
 
-def _check_staged(model: nn.Module, pool: Pool, stop: bool) -> None:
+def _check_staged(model: nn.Module, pool: Pool, stop: bool, this_thread: bool) -> None:
     """Refuse what a stage does not do.
 
     Raises:
-        OptionError: a pool, or an early end of a compiled model.
+        OptionError: a pool, one thread alone, or an early end of a compiled model.
     """
     if pool is not None:
         raise OptionError(f"pool={pool!r} and a stage: a stage holds rows as they are. Leave out pool, or use memory.")
+    if this_thread:
+        raise OptionError("this_thread=True and a stage: a compiled model fills a stage from any thread. Leave it out.")
     if stop and "_orig_mod" in model._modules:
         raise OptionError(
             "stop=True, a stage and a compiled model: nothing in the graph asks whether to go on. Leave out one."
         )
-
-
-def describe_pool(pool: Pool) -> str | None:
-    """Name a pool for `store.json`: a callable by its name and by what tells it from another of that name.
-
-    What has an address in it (an object among its constants or attributes) is another at each start, and a run with it
-    is not gone on with: rather that than the vectors of another function.
-    """
-    if pool is None or isinstance(pool, str):
-        return pool
-    name = f"{getattr(pool, '__module__', '?')}.{getattr(pool, '__qualname__', type(pool).__qualname__)}"
-    code = getattr(pool, "__code__", None)
-    if code is None:
-        content = repr((pool, getattr(pool, "__dict__", None)))
-    else:
-        cells = [cell.cell_contents for cell in getattr(pool, "__closure__", None) or ()]
-        defaults = (getattr(pool, "__defaults__", None), getattr(pool, "__kwdefaults__", None))
-        content = repr((code.co_code, code.co_consts, code.co_names, defaults, cells))
-    return f"{name}#{checksum(content.encode())}"
 
 
 def _open_store_sink(model: nn.Module, to: str | Path, pool: Pool, dtype: torch.dtype | None) -> StoreSink:

@@ -53,6 +53,7 @@ class ProbeRegistry:
         sites: One pattern or several.
         sink: What takes the values.
         stop: End the forward after the last asked site; the model's call then returns None.
+        this_thread: Take the calls of the thread that attaches the hooks, and leave those of all others alone.
 
     Raises:
         ArchitectureError: the model is not supported.
@@ -72,7 +73,15 @@ class ProbeRegistry:
         ['layers.0', 'layers.1']
     """
 
-    def __init__(self, model: nn.Module, sites: str | Sequence[str], sink: Sink, *, stop: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: str | Sequence[str],
+        sink: Sink,
+        *,
+        stop: bool = False,
+        this_thread: bool = False,
+    ) -> None:
         mapped = map_model(model)
         self.sites: tuple[Site, ...] = mapped.select(sites)
         self._mapped: ModelMap = mapped
@@ -80,7 +89,8 @@ class ProbeRegistry:
         self._root = mapped.model
         self._given = model
         self._sink = sink
-        self.wants_stop = stop
+        self._stops = stop
+        self._this_thread = this_thread
         if stop:
             require_an_end(model, self._root)
         self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner)
@@ -119,11 +129,12 @@ class ProbeRegistry:
             if getattr(self._sink, "keeps_gradients", False):
                 watch_second_runs(self._hooks, self._root, self._frames)
             self._hooks.join(self._mapped.base, self)
-            if self.wants_stop:
+            if self._stops:
                 end_early(self._hooks, self._given, self._mapped, self._frames)
         except BaseException:
             self.detach()
             raise
+        self._frames.thread = threading.get_ident() if self._this_thread else None
         self._frames.is_open = True
         if has_graphs:
             forget_compiled_graphs()
@@ -336,6 +347,10 @@ class ProbeRegistry:
         return first
 
     # early end
+
+    def wants_stop(self) -> bool:
+        """Whether the call of this thread should end once nobody waits for a value."""
+        return self._stops and self._frames.is_of_thread()
 
     def is_waiting(self) -> bool:
         """Whether the call of this thread has yet to make a site."""

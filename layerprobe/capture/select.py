@@ -22,7 +22,7 @@ from layerprobe.capture.staging import MOST_COPIES, send
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError
 
-__all__ = ["Run", "Selection", "copy_runs", "write_pairs", "write_rows"]
+__all__ = ["Run", "Selection", "copy_runs", "take_ids", "write_pairs", "write_rows"]
 
 _CPU = torch.device("cpu")
 
@@ -345,3 +345,26 @@ def write_pairs(target: Target, weights_BHSS: Tensor, selection: Selection) -> N
     for block in blocks:
         cast_into(target.part(start, start + block.numel(), tuple(block.shape)), block)
         start += block.numel()
+
+
+def take_ids(input_ids: Tensor | None, selection: Selection) -> Tensor:
+    """Take the ids of the real tokens, to the CPU; -1 where the model was called with embeddings.
+
+    Raises:
+        CaptureError: they are not of `[B, S]`.
+    """
+    if input_ids is None:
+        return torch.full((selection.num_rows,), -1, dtype=torch.int64)
+    # by numpy, whose small operators cost a fifth of torch's
+    ids_BS = input_ids.cpu().numpy()
+    if ids_BS.shape != (selection.num_sequences, selection.num_positions):
+        raise CaptureError(
+            f"input_ids have shape {ids_BS.shape}: a store takes [batch, positions]. Capture into memory instead."
+        )
+    if selection.runs is None:
+        assert selection.index is not None
+        ids_T = ids_BS.reshape(-1)[selection.index.cpu().numpy()]
+    else:
+        runs = [ids_BS[first:last, start:stop].reshape(-1) for first, last, start, stop in selection.runs]
+        ids_T = np.concatenate(runs) if runs else ids_BS[:0].reshape(-1)
+    return torch.from_numpy(ids_T.astype(np.int64, copy=False))

@@ -169,7 +169,7 @@ def shape_value(value: Tensor, context: Context, site: Site, pool: Pool, dtype: 
         return value
     with torch.inference_mode(False):
         out = torch.empty(value.shape, dtype=dtype, device=value.device)
-        scale = torch.empty(value.shape[:-1], device=value.device) if dtype == torch.int8 else None
+        scale = torch.empty(value.shape[:-1], dtype=torch.float32, device=value.device) if dtype == torch.int8 else None
     cast_into(Target(out, scale), value)
     return out if scale is None else ScaledRows(out, scale)
 

@@ -111,10 +111,9 @@ class HostBuffer:
         """Make room for more, keeping what is used."""
         if self.fits(wanted):
             return
-        old = self.room
-        self.room = Room(*map(max, wanted, old))
+        old, room = self.room, Room(*map(max, wanted, self.room))
         for index, site in enumerate(self._sites):
-            extent = self.room.of(site.kind)
+            extent = room.of(site.kind)
             if extent == old.of(site.kind):
                 continue
             # One site at a time, so that only one is ever held twice; not even that where nothing is used.
@@ -127,6 +126,7 @@ class HostBuffer:
             scale = self._scales[index] = self._allocate_scale(site, extent)
             if scale is not None and kept.scale is not None:
                 scale[: kept.count].copy_(kept.scale)
+        self.room = room
 
     def _allocate(self, site: StoredSite, extent: int) -> Tensor:
         shape = (extent * site.width,) if site.kind == "attention" else (extent, site.width)

@@ -21,7 +21,7 @@ from layerprobe.capture.calls import Call, read_context
 from layerprobe.capture.compiled import Port, forget_compiled_graphs, has_compiled
 from layerprobe.capture.entries import watch_calls
 from layerprobe.capture.frames import ROOT, Frames
-from layerprobe.capture.hooks import HookSet
+from layerprobe.capture.hooks import EDIT, HookSet
 from layerprobe.capture.recompute import watch_second_runs
 from layerprobe.capture.values import find_tensor, put_part, put_tensor, take_part
 from layerprobe.edit.edits import Edit
@@ -33,8 +33,6 @@ from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device
 
 __all__ = ["Editor", "edit"]
-
-_MARK = "is_layerprobe_edit"
 
 
 def edit(model: nn.Module, edits: Mapping[str, Edit | Sequence[Edit]], *, tokenizer: Any = None) -> "Editor":
@@ -157,7 +155,7 @@ class Editor(AbstractContextManager["Editor"]):
             handle = point.module.register_forward_hook(hook, prepend=True)
             beside = point.module._forward_hooks
         self._hooks.keep(point.module, handle)
-        earlier = [number for number, other in beside.items() if hasattr(other, _MARK) and number != handle.id]
+        earlier = [number for number, other in beside.items() if hasattr(other, EDIT) and number != handle.id]
         for number in reversed(earlier):
             beside.move_to_end(number, last=False)
 
@@ -167,7 +165,7 @@ class Editor(AbstractContextManager["Editor"]):
             made = self._change(point, held)
             return None if made is held else put_tensor(output, held, made)
 
-        setattr(edit_output, _MARK, True)
+        setattr(edit_output, EDIT, point.slots)
         return edit_output
 
     def _make_input_hook(self, point: Point) -> Callable[..., Any]:
@@ -181,7 +179,7 @@ class Editor(AbstractContextManager["Editor"]):
                 return None
             return ((made, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: made})
 
-        setattr(edit_input, _MARK, True)
+        setattr(edit_input, EDIT, point.slots)
         return edit_input
 
     def _require_values(self, point: Point, value: Any) -> Tensor:

@@ -91,7 +91,7 @@ def patching(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise OptionError(f"patching: batch_size={batch_size!r}: give a whole number from 1 on.")
     names = [site.name for site in sweep.sites]
-    with torch.no_grad(), Probe(model, names) as probe:
+    with torch.no_grad(), Probe(model, names, this_thread=True) as probe:
         clean_metric = sweep.measure(model(**clean), 1)
     values = {name: probe[name] for name in names}
     if method == "exact":
@@ -259,7 +259,8 @@ def _attribute(sweep: _Sweep, values: Mapping[str, Tensor]) -> tuple[Tensor, Ten
         def add(name: str) -> Edit:
             return replace(lambda value: value + nothing[name], where="all")
 
-        with edit(sweep.model, {name: add(name) for name in names}), Probe(sweep.model, names) as probe:
+        adding = edit(sweep.model, {name: add(name) for name in names})
+        with adding, Probe(sweep.model, names, this_thread=True) as probe:
             measured = sweep.measure(sweep.model(**sweep.corrupt), 1)
         gradients = torch.autograd.grad(measured.sum(), [nothing[name] for name in names], allow_unused=True)
     effects = []

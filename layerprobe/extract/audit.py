@@ -248,7 +248,7 @@ def _compare(
 ) -> Iterator[tuple[str, str | None, float, int]]:
     """Run an example by itself; for each site give what is wrong, the share of the tolerance, and how many values."""
     device = find_device(network)
-    with Probe(network, store.sites, pool=store.pool, stop=True) as probe:
+    with Probe(network, store.sites, pool=store.pool, stop=True, this_thread=True) as probe:
         input_ids = torch.tensor([ids], device=device)
         network(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
     made = {site: probe[site][0] for site in store.sites}
@@ -276,7 +276,7 @@ def _measure(stored: Tensor | ScaledRows, made: Tensor, precision: str | None = 
     dtype = stored.values.dtype if isinstance(stored, ScaledRows) else stored.dtype
     target = Target(
         torch.empty(made.shape, dtype=dtype),
-        torch.empty(made.shape[:-1]) if dtype == torch.int8 else None,
+        torch.empty(made.shape[:-1], dtype=torch.float32) if dtype == torch.int8 else None,
     )
     cast_into(target, made.cpu())
     repeated = target.values.double()

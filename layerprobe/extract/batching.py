@@ -7,6 +7,7 @@ Letters: B sequences, S padded positions, T rows.
 """
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,8 @@ BATCH_COST_TOKENS = 16
 SHAPE_STEPS = (8, 4, 6)
 # Where a tokenizer puts truncation and padding into its backend; what it has of its own beside may do more than that.
 _OF_BACKEND = "set_truncation_and_padding"
+# Where texts are cut is the tokenizer's own state, and two runs may share one.
+_cutting = threading.Lock()
 _OF_CALLS = {
     "__call__", "_call_one", "_switch_to_input_mode", "_convert_encoding", "_get_padding_truncation_strategies",
     _OF_BACKEND,
@@ -202,6 +205,11 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
     """Turn texts into ids, special tokens included, cut to `max_length`."""
     if not texts:
         return NO_TEXTS
+    with _cutting:
+        return _tokenize(tokenizer, texts, max_length)
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenizedUnit:
     if _is_plain(tokenizer):
         from transformers.tokenization_utils_base import TruncationStrategy
         from transformers.utils.generic import PaddingStrategy

@@ -88,7 +88,7 @@ class Classifier:
         with evaluating(network), torch.no_grad():
             for batch in cut_batches(unit, _BATCH_TOKENS, tokenizer.pad_token_id or 0):
                 mask = batch.attention_mask.bool()
-                with Probe(network, sites, stop=True) as taken:
+                with Probe(network, sites, stop=True, this_thread=True) as taken:
                     network(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
                 values = {site: taken[site].float().cpu() for site in sites}
                 for member, sequence in zip(batch.members, batch.sequences, strict=True):

@@ -89,7 +89,8 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         model = compile_network(plan.model, plan.options.compile)
         form = FlatForm.of(plan.model) if plan.is_flat else None
         self._caller = ModelCaller(model, plan.device, form, self._sink.shrink)
-        self._probe = Probe(model, [site.name for site in plan.sites], to=self._sink, stop=can_end_early(model))
+        names, stops = [site.name for site in plan.sites], can_end_early(model)
+        self._probe = Probe(model, names, to=self._sink, stop=stops, this_thread=True)
         self._open = contextlib.ExitStack()
 
     @property

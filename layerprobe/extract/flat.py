@@ -34,7 +34,7 @@ from layerprobe.models import evaluating
 from layerprobe.sites.resolve import ModelMap, Site, map_model
 from layerprobe.sites.stacks import find_device
 
-__all__ = ["FlatForm", "attending_flat", "laying", "refuse_flat"]
+__all__ = ["FlatForm", "attending_flat", "find_attention", "laying", "refuse_flat"]
 
 _NAME = "layerprobe_flat"
 # What attention may be asked for beside its operands, and what we do not do.
@@ -209,6 +209,12 @@ def refuse_flat(
     return None if gives_same else f"{type(model).__name__} gives other rows then"
 
 
+def find_attention(mapped: ModelMap) -> str:
+    """Find by what a model attends, whether or not it does so within texts for the moment."""
+    config = mapped.base.config
+    return _held.get(id(config), (None, getattr(config, "_attn_implementation", None) or "eager", 0))[1]
+
+
 def _refuse_model(mapped: ModelMap) -> str | None:
     base, kinds = mapped.base, (type(mapped.model), type(mapped.base))
     anatomy = mapped.stacks[0].anatomy
@@ -222,8 +228,7 @@ def _refuse_model(mapped: ModelMap) -> str | None:
         return "a compiled model would be compiled again for every batch"
     if getattr(base.config, "chunk_size_feed_forward", 0):
         return "chunk_size_feed_forward would cut a batch into as many chunks as it has tokens"
-    _, attention, _ = _held.get(id(base.config), (None, base.config._attn_implementation, 0))
-    if attention != "sdpa":
+    if (attention := find_attention(mapped)) != "sdpa":
         return f"its attention is {attention!r}, not 'sdpa'"
     if "position_ids" not in inspect.signature(mapped.model.forward).parameters:
         return f"{kinds[0].__name__} takes no position_ids"
@@ -263,7 +268,12 @@ def _gives_same_rows(model: nn.Module, sites: Sequence[Site], ids: list[int], pr
         [0, 1], [len(text) for text in texts], [0, 1], torch.tensor([[one for text in texts for one in text]])
     )
     names = [site.name for site in sites]
-    with evaluating(model), torch.inference_mode(), compute_in(model, precision), Probe(model, names) as probe:
+    with (
+        evaluating(model),
+        torch.inference_mode(),
+        compute_in(model, precision),
+        Probe(model, names, this_thread=True) as probe,
+    ):
         for text in texts:
             alone = torch.tensor([text], device=device)
             model(input_ids=alone, attention_mask=torch.ones_like(alone))

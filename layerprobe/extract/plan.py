@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from layerprobe.capture.casting import resolve_dtype
-from layerprobe.capture.probe import Probe, describe_pool
+from layerprobe.capture.identity import describe_changes, describe_pool
+from layerprobe.capture.probe import Probe
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, PlanError, SpaceError
 from layerprobe.extract.batching import BATCH_COST_TOKENS, NO_TEXTS, SHAPE_STEPS, TokenizedUnit, tokenize
 from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
-from layerprobe.extract.flat import refuse_flat
+from layerprobe.extract.flat import find_attention, refuse_flat
 from layerprobe.extract.forward import CUDA_GRAPHS, check_device, compute_in, find_precision
 from layerprobe.extract.inputs import TextSource, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
@@ -32,7 +33,7 @@ from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run, recall_batches
 from layerprobe.extract.thinning import find_kept
 from layerprobe.extract.warmup import LEAST_TOKENS, choose_batch_tokens, find_batch_tokens
-from layerprobe.models import LoadedModel, describe_model, describe_tokenizer
+from layerprobe.models import LoadedModel, describe_model, describe_tokenizer, evaluating
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device, need_one_device
 from layerprobe.store.format import ShardHeader, fingerprint_of
@@ -288,13 +289,14 @@ def _choose_batches(
         asked = recalled.is_flat if options.padding_free is None else options.padding_free
         description = describe(batch_tokens, asked)
         is_same = description["fingerprint"] == recalled.fingerprint
-        if is_same and recalled.is_flat and why_not_flat is not None:
+        can_go_on = is_same and (why_not_flat is None or not recalled.is_flat)
+        if is_same and not can_go_on and not overwrite:
             raise PlanError(
                 f"{place}: was begun without padding and cannot go on so: {why_not_flat}. Go on as it was begun, "
                 "choose another folder, or pass --overwrite to replace it."
             )
         # another run, not to be replaced, is refused by `find_done`, which says what differs: nothing is tried for it
-        if is_same or not overwrite:
+        if can_go_on or not overwrite:
             return batch_tokens, description
     is_flat = why_not_flat is None
     batch_tokens = options.batch_tokens or find(is_flat)
@@ -343,7 +345,8 @@ def _measure_sites(
     ids = tokenizer("layer probe", return_tensors="pt", truncation=True, max_length=options.max_length or 8)
     device = find_device(model)
     computing = compute_in(model, find_precision(model, options.precision))
-    with torch.inference_mode(), computing, Probe(model, [site.name for site in sites]) as probe:
+    names = [site.name for site in sites]
+    with evaluating(model), torch.inference_mode(), computing, Probe(model, names, this_thread=True) as probe:
         model(**{name: ids[name].to(device) for name in ("input_ids", "attention_mask")})
     return tuple(measure_site(site, probe[site.name], options.pool, dtype) for site in sites)
 
@@ -362,6 +365,7 @@ def _describe(
     """Say what the run is; what changes the bytes of its shards is in the fingerprint, and nothing else."""
     own = {**describe_model(model), **({"id": name} if name else {})}
     precision = find_precision(model, options.precision)
+    attention, changes = find_attention(map_model(model)), describe_changes(model)
     identity = {
         "input": {"hash": survey.digests[-1].hex(), "examples": survey.num_examples},
         "model": {key: own[key] for key in ("class", "config_hash", "weights_hash")},
@@ -378,6 +382,9 @@ def _describe(
             "text_bytes_per_token": rule.text_bytes_per_token,
             "units": len(survey.digests),
             **({"kept": rule.kept.describe()} if rule.kept is not None else {}),
+            # these four only where they are not as usual
+            **({"attention": attention} if attention != "sdpa" else {}),
+            **({"changes": changes} if changes else {}),
             **({"precision": precision} if precision is not None else {}),
             **({"compile": options.compile} if options.compile else {}),
             **({"shape_steps": SHAPE_STEPS} if options.compile == CUDA_GRAPHS else {}),

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +161,8 @@ def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[in
         if header is None:
             num_damaged += 1
         elif header.fingerprint == description["fingerprint"]:
-            done[header.unit] = header
+            # where its tensors lie is nobody's business here, and is most of what a header holds
+            done[header.unit] = replace(header, checksums={}, tensors={})
     return done, num_damaged
 
 

@@ -60,7 +60,7 @@ def stream_texts(
         raise InputError(f"{source.name}: holds no texts. Give at least one.")
     network, tokenizer = find_model(model, tokenizer, device)
     max_length = choose_max_length(network, tokenizer, options.max_length)
-    probe = Probe(network, list(options.sites), to=sink, stop=can_end_early(network))
+    probe = Probe(network, list(options.sites), to=sink, stop=can_end_early(network), this_thread=True)
     on_device = find_device(network)
     batch_tokens = options.batch_tokens or choose_batch_tokens(on_device)
     announce: Callable[[Sequence[int]], None] = getattr(sink, "announce", lambda _: None)

@@ -62,7 +62,7 @@ def find_batch_tokens(
         return min(_time(model, batch) for _ in range(_NUM_TRIES)) / batch.numel()
 
     # a callable that keeps nothing: values go through the hooks, and their memory is free again after each site
-    probe = Probe(model, list(sites), to=lambda *_: None, stop=can_end_early(model))
+    probe = Probe(model, list(sites), to=lambda *_: None, stop=can_end_early(model), this_thread=True)
     with evaluating(model), torch.inference_mode(), compute_in(model, precision), using_cores(), probe:
         try:
             measure(first)

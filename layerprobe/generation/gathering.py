@@ -160,7 +160,7 @@ def _run(
             drawn[~wanted] = torch.inf
             wanted &= (drawn < mask) | (drawn == drawn.min(1, keepdim=True).values)
             ids_BS[wanted] = tokenizer.mask_token_id
-        with Probe(model, sites, stop=True) as probe:
+        with Probe(model, sites, stop=True, this_thread=True) as probe:
             model(input_ids=ids_BS.to(device), attention_mask=batch.attention_mask.to(device))
         values = {site: probe[site] for site in sites}
         for member, sequence in zip(batch.members, batch.sequences, strict=True):

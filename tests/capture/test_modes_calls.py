@@ -1,6 +1,6 @@
 """Many calls: generation, probes within probes, the model called from a sink, an early end with others about."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -70,6 +70,19 @@ def test_generation_of_a_pair_calls_the_encoder_once(pair: Any) -> None:
         made = pair.generate(ids, **options)
     assert torch.equal(made, expected)
     assert [list(call) for call in probe.calls] == [["encoder.layers.2"], *[["decoder.layers.2"]] * 3]
+
+
+def test_encoder_alone_is_no_call_for_sites_of_the_decoder(pair: Any, tmp_path: Any) -> None:
+    ids, options = torch.randint(2, 100, (2, 5)), {"max_new_tokens": 3, "min_new_tokens": 3, "use_cache": False}
+    pair.generation_config.decoder_start_token_id, pair.generation_config.pad_token_id = 1, 0
+    with lp.Probe(pair, "decoder.layers.*") as probe:
+        pair.generate(ids, **options)
+    assert [call.positions for call in probe.calls] == [range(1), range(2), range(3)]
+    with lp.Probe(pair, "decoder.layers.*", to=tmp_path / "acts"):
+        pair.generate(ids, **options)
+    rows: list[Any] = [row for call in probe.calls for row in cast(Tensor, call["decoder.layers.1"])]
+    stored: Any = lp.open(tmp_path / "acts")["decoder.layers.1"]
+    assert all(torch.equal(one, other) for one, other in zip(stored, rows, strict=True))
 
 
 def test_early_end_of_a_pair_waits_for_the_decoder(pair: Any) -> None:

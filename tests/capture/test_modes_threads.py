@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import layerprobe as lp
-from layerprobe.errors import ArchitectureError, CaptureError
+from layerprobe.errors import ArchitectureError, CaptureError, OptionError
 from traces import list_hooks, look_at
 
 SITES = ["embeddings", "layers.*", "layers.*.attention.query"]
@@ -205,3 +205,107 @@ def test_replica_of_a_probed_model_is_refused(tiny_bert: Any, batch: Any) -> Non
             replica(**batch)
         tiny_bert(**batch)
     assert len(probe.calls) == 1
+
+
+def test_a_probe_of_one_thread_leaves_the_calls_of_others_alone(make_bert: Any) -> None:
+    model, inputs = make_bert("BertForMaskedLM"), make_inputs()
+    expected = [call(model, ids).logits for ids in inputs]
+    made: list[Any] = []
+
+    def work() -> None:
+        with lp.Probe(model, "layers.0", stop=True, this_thread=True) as own:
+            assert call(model, inputs[1]) is None
+        made.extend(
+            [torch.equal(call(model, ids).logits, logits) for ids, logits in zip(inputs, expected, strict=True)]
+        )
+        made.append(torch.equal(own["layers.0"], probe["layers.0"]))
+
+    with lp.Probe(model, "layers.0", stop=True, this_thread=True) as probe:
+        assert call(model, inputs[1]) is None
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert made == [True] * (NUM_CALLS + 1) and len(probe.calls) == 1
+
+
+def test_a_stage_takes_no_one_thread(make_bert: Any) -> None:
+    with pytest.raises(OptionError, match="this_thread=True and a stage"):
+        lp.Probe(make_bert(), "layers.0", to=lp.Stage(16), this_thread=True)
+
+
+def serve(model: Any, others: list[Any]) -> Callable[..., None]:
+    """Give a hook that has another thread call the model, in the midst of a call of this one."""
+    own = threading.get_ident()
+
+    def hook(*_: Any) -> None:
+        if threading.get_ident() == own:
+            thread = threading.Thread(target=lambda: others.append(call(model, torch.tensor([[2, 3, 4]]))))
+            thread.start()
+            thread.join()
+
+    return hook
+
+
+@pytest.mark.parametrize("moment", ["before", "within"])
+@pytest.mark.parametrize("to", ["store", "sink"])
+def test_a_run_takes_none_of_what_other_threads_call(
+    tiny: Any, texts: list[str], tmp_path: Path, moment: str, to: str
+) -> None:
+    model, others = tiny.model, []
+    alone = call(model, torch.tensor([[2, 3, 4]]))
+
+    def run(folder: str) -> Any:
+        if to == "sink":
+            return lp.extract(tiny, texts, lp.Moments(), sites="layers.1")
+        return lp.extract(tiny, texts, tmp_path / folder, sites="layers.1", padding_free=False)
+
+    expected = run("alone")
+    place = model if moment == "before" else model.encoder.layer[0]
+    # a hook from before the run is called before the run's own: the batch is announced, and its call not begun
+    handle = place.register_forward_pre_hook(serve(model, others))
+    try:
+        found = run("beside")
+    finally:
+        handle.remove()
+    assert others and all(torch.equal(other[0], alone[0]) for other in others)
+    if to == "store":
+        pairs = zip(found["layers.1"], expected["layers.1"], strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+        assert lp.verify(found.folder).ok
+    else:
+        assert found["layers.1"].count == expected["layers.1"].count
+        assert torch.equal(found["layers.1"].mean, expected["layers.1"].mean)
+
+
+def test_two_runs_of_one_model_at_once(tiny: Any, texts: list[str], tmp_path: Path) -> None:
+    def run(folder: str, site: str) -> None:
+        lp.extract(tiny, texts * 4, tmp_path / folder, sites=site, shard_size=10_000, padding_free=False)
+
+    run("first", "layers.0")
+    run("second", "layers.2")
+    jobs: list[Any] = [lambda: run("first beside", "layers.0"), lambda: run("second beside", "layers.2")]
+    run_in_threads(2, jobs)
+    for folder in ("first", "second"):
+        pairs = zip(*(sorted((tmp_path / name).glob("shard-*")) for name in (folder, f"{folder} beside")), strict=True)
+        assert all(one.read_bytes() == other.read_bytes() for one, other in pairs)
+
+
+def test_a_call_that_was_cut_short_keeps_no_other_thread_waiting(make_bert: Any, batch: Any, tmp_path: Path) -> None:
+    model = make_bert()
+
+    class Cut(BaseException):
+        """As Ctrl-C is: torch tells hooks nothing of it."""
+
+    def cut(*_: Any) -> None:
+        raise Cut
+
+    handle = model.encoder.layer[1].register_forward_hook(cut)
+    with lp.Probe(model, "layers.0", to=tmp_path / "acts"):
+        with pytest.raises(Cut):
+            model(**batch)
+        handle.remove()
+        thread = threading.Thread(target=lambda: model(**batch), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+    assert len(lp.open(tmp_path / "acts")) == len(batch["input_ids"])

@@ -13,10 +13,8 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.capture import probe as probe_module
-from layerprobe.capture.calls import Context
-from layerprobe.capture.packing import _real_ids
-from layerprobe.capture.probe import describe_pool
-from layerprobe.capture.select import Selection
+from layerprobe.capture.identity import describe_pool
+from layerprobe.capture.select import Selection, take_ids
 from layerprobe.errors import CaptureError, StoreError
 
 SITES = ["embeddings", "layers.1.ffn.act", "layers.2", "pooler"]
@@ -139,10 +137,10 @@ def test_value_of_fewer_positions_than_the_call_is_refused(tiny_bert: Any, tmp_p
 
 
 def test_ids_of_more_than_two_dimensions_are_refused() -> None:
-    ids, shape = torch.ones(2, 3, 4, dtype=torch.int64), (2, 3)
-    selection = Selection.from_mask(None, shape, torch.device("cpu"))
+    ids = torch.ones(2, 3, 4, dtype=torch.int64)
+    selection = Selection.from_mask(None, (2, 3), torch.device("cpu"))
     with pytest.raises(CaptureError, match=r"input_ids have shape \(2, 3, 4\)"):
-        _real_ids(Context(ids, None, shape), selection)
+        take_ids(ids, selection)
 
 
 def test_embeddings_as_input_have_no_ids(tiny_bert: Any, tmp_path: Path, batch: Any) -> None:
@@ -358,3 +356,34 @@ def test_first_call_cut_short_makes_no_empty_shard(tiny_bert: Any, tmp_path: Pat
         tiny_bert(large)
     assert lp.open(tmp_path / "acts").num_shards == 2
     assert len(_read(tmp_path / "acts")) == 31
+
+
+def test_no_thread_for_the_writer_leaves_no_lock(
+    tiny_bert: Any, batch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "layerprobe-writer":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(StoreError, match="no thread for writer 1"):
+            lp.Probe(tiny_bert, "layers.0", to=tmp_path / "a").__enter__()
+    assert not (tmp_path / "a").exists()
+    with lp.Probe(tiny_bert, "layers.0", to=tmp_path / "a"):
+        tiny_bert(**batch)
+    assert len(lp.open(tmp_path / "a")) == len(batch["input_ids"])
+
+
+def test_attention_of_texts_without_tokens(tiny_bert: Any, tmp_path: Path) -> None:
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with torch.no_grad(), lp.Probe(tiny_bert, "layers.0.attention.weights", to=tmp_path / "acts"):
+        tiny_bert(input_ids=ids, attention_mask=torch.zeros_like(ids))
+        for _ in range(3):
+            tiny_bert(input_ids=ids)
+    store = lp.open(tmp_path / "acts")
+    assert [tuple(weights.shape) for weights in store["layers.0.attention.weights"]] == [(4, 0, 0), *3 * [(4, 3, 3)]]
+    assert len(list((tmp_path / "acts").glob("shard-*"))) == 1

@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, linear
 
 import layerprobe as lp
 from layerprobe.capture.casting import DTYPES
-from layerprobe.capture.probe import describe_pool
+from layerprobe.capture.identity import describe_pool
 from layerprobe.errors import CaptureError, OptionError, SiteError
 
 ALL = ["*", "layers.*", "layers.*.*", "layers.*.*.*"]

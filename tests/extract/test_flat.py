@@ -195,11 +195,16 @@ def test_attention_that_is_set_anew_under_way_ends_the_run(tiny: LoadedModel, te
 def test_a_model_called_within_a_call_of_the_same_config_says_so(
     tiny: LoadedModel, texts: list[str], tmp_path: Path
 ) -> None:
+    other = type(tiny.model)(tiny.model.config)
+
     def call(rows: Tensor) -> Tensor:
-        return tiny.model(input_ids=torch.tensor([[5, 6]])).last_hidden_state[0, 0]
+        return other(input_ids=torch.tensor([[5, 6]])).last_hidden_state[0, 0]
 
     with pytest.raises(CaptureError, match="which is no batch of the run: a sink or pool calls a model"):
         extract(tiny, texts, tmp_path / "acts", pool=call, sites=["layers.0"], padding_free=True)
+    other = tiny.model
+    with pytest.raises(CaptureError, match="the model was called once more than the run has called it"):
+        extract(tiny, texts, tmp_path / "own", pool=call, sites=["layers.0"], padding_free=True)
 
 
 # which models, sites and devices
@@ -494,11 +499,11 @@ def test_a_run_goes_on_as_it_began(tiny: LoadedModel, texts: list[str], tmp_path
         assert {path.name: path.read_bytes() for path in folder.glob("shard-*")} == before
         with pytest.raises(PlanError, match=r"plan\.padding_free"):
             extract(tiny, texts, folder, shard_size=10_000, padding_free=not began)
-    with (
-        tiny.model.register_forward_hook(lambda *_: None),
-        pytest.raises(PlanError, match="was begun without padding and cannot go on so: hooks or edits on the model"),
-    ):
-        extract(tiny, texts, tmp_path / "True", shard_size=10_000)
+    with lp.Probe(tiny.model, "layers.0", to=lambda *_: None):
+        with pytest.raises(PlanError, match="was begun without padding and cannot go on so: hooks or edits on the"):
+            extract(tiny, texts, tmp_path / "True", shard_size=10_000)
+        store = extract(tiny, texts, tmp_path / "True", shard_size=10_000, overwrite=True)
+    assert store.is_complete and "padding_free" not in load_json(find_place(tmp_path / "True"), "store.json")["plan"]
 
 
 @needs_v5

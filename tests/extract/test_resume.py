@@ -1,6 +1,7 @@
 """Any part of a run may be lost; the same command makes exactly that part again."""
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -178,6 +179,37 @@ def test_another_input_or_model_is_refused(tiny: LoadedModel, texts: list[str], 
     other = make_bert(vocab_size=len(tiny.tokenizer), num_hidden_layers=2)
     with pytest.raises(PlanError, match=r"model\.config_hash: .*model\.weights_hash: .*sites: "):
         extract(other, texts, whole, tokenizer=tiny.tokenizer, shard_size=SHARD_BYTES)
+
+
+def test_what_was_put_on_the_model_makes_another_run(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:
+    """Edits and hooks change rows, and so does the way it attends."""
+    folder = tmp_path / "acts"
+
+    def run(scale: float, **options: Any) -> Any:
+        with layerprobe.edit(tiny.model, {"layers.0": layerprobe.scale(scale)}):
+            return extract(tiny, texts, folder, **options)
+
+    plain = extract(tiny, texts, folder, padding_free=False)
+    with pytest.raises(PlanError, match=r"plan\.changes: None there, \['encoder\.layer\.0: lp\.edit#"):
+        run(0.5)
+    row = plain["layers.1"][0].clone()
+    edited = run(0.5, overwrite=True)
+    before = contents(folder)
+    assert not torch.equal(row, edited["layers.1"][0])
+    assert run(0.5).fingerprint == edited.fingerprint and contents(folder) == before
+    with pytest.raises(PlanError, match=r"plan\.changes"):
+        run(0.25)
+    model: Any = copy.deepcopy(tiny.model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(PlanError, match=r"plan\.attention: None there, 'eager' here; plan\.changes"):
+        extract(model, texts, folder, tokenizer=tiny.tokenizer)
+
+
+def test_a_model_in_training_is_planned_in_eval_mode(make_bert: Any, tiny: LoadedModel, tmp_path: Path) -> None:
+    model = make_bert().train()
+    state = torch.random.get_rng_state()
+    store = extract(model, ["the fox"], tmp_path / "acts", tokenizer=tiny.tokenizer)
+    assert torch.equal(torch.random.get_rng_state(), state) and model.training and store.is_complete
 
 
 def test_overwrite_replaces_a_run_with_nothing_of_it_left(

@@ -1,0 +1,157 @@
+"""What tells one pool from another, and a model that something was put on from a plain one."""
+
+import functools
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import layerprobe as lp
+from layerprobe.capture.identity import describe_changes, describe_pool
+
+SCALE: Any = 1.0
+
+
+class AttentionPool(nn.Module):
+    """Weights rows by how they score."""
+
+    def __init__(self, seed: int, temperature: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.score = nn.Linear(8, 1)
+        self.temperature = temperature
+
+    def forward(self, rows_TD: torch.Tensor) -> torch.Tensor:
+        return (torch.softmax(self.score(rows_TD) / self.temperature, 0) * rows_TD).sum(0)
+
+
+class Weighted:
+    """Has no repr of its own, and slots."""
+
+    __slots__ = ("weights",)
+
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights
+
+    def __call__(self, rows_TD: torch.Tensor) -> torch.Tensor:
+        return rows_TD.mean(0)
+
+
+def scaled(rows_TD: torch.Tensor) -> torch.Tensor:
+    return rows_TD.mean(0) * SCALE
+
+
+def project(matrix: Any) -> Any:
+    return lambda rows_TD: (rows_TD @ matrix).mean(0)
+
+
+def test_content_of_a_pool_tells_it_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, other = torch.zeros(300, 16), torch.zeros(300, 16)
+    other[150, 3] = 1  # where no repr would show it
+    pools: list[Any] = [AttentionPool(1), AttentionPool(2), AttentionPool(1, 2.0), project(matrix), project(other)]
+    pools += [project(matrix.numpy()), project(other.numpy()), project(matrix.half())]
+    pools += [functools.partial(torch.sum, dim=0), functools.partial(torch.sum, dim=1), torch.sum, torch.mean]
+    pools += [Weighted([1, 2]), Weighted([1, 3]), Weighted({1: "a"}), Weighted(np.float32(1)), Weighted({1, 2})]
+    pools += [AttentionPool(1).forward, AttentionPool(2).forward]
+    assert len({describe_pool(pool) for pool in pools}) == len(pools)
+    assert describe_pool(AttentionPool(1)) == describe_pool(AttentionPool(1))
+    assert describe_pool(project(matrix)) == describe_pool(project(matrix.clone()))
+    before = describe_pool(scaled)
+    assert before == describe_pool(scaled)
+    monkeypatch.setattr(sys.modules[__name__], "SCALE", 2.0)
+    assert describe_pool(scaled) != before
+
+
+def test_what_cannot_be_told_is_like_nothing_else() -> None:
+    lock, numbers = threading.Lock(), iter([1])
+    for held in (lock, numbers, torch.Generator()):
+        pool = Weighted(held)
+        assert describe_pool(pool) != describe_pool(pool)
+    assert describe_pool(Weighted(None)) == describe_pool(Weighted(None))
+
+
+def test_pool_is_the_same_in_another_process(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+        import torch
+
+        WEIGHTS = {"a", "b", "c", "d"}
+
+        def count(name):
+            return len(name)
+
+        class Pool:
+            def __init__(self):
+                self.parts = [lambda rows: rows[0], sorted]
+
+            def __call__(self, rows):
+                return sum((part(rows) for part in self.parts if count("a") in WEIGHTS), rows[0])
+
+        def pool(rows):
+            def inner(value):
+                return [one * 2 for one in value]
+            return torch.stack(list(inner(row) for row in rows)).sum(0) * len(WEIGHTS) * count("x")
+        """)
+    )
+    code = (
+        "import mine; from layerprobe.capture.identity import describe_pool as d; print(d(mine.pool), d(mine.Pool()))"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert said[0] == said[1] and said[0].startswith("mine.pool#")
+
+
+def test_edits_and_hooks_of_others_are_changes_and_probes_are_none(make_bert: Any) -> None:
+    model = make_bert()
+    assert describe_changes(model) == []
+    with lp.Probe(model, "layers.*", stop=True), lp.Probe(model, "embeddings"):
+        assert describe_changes(model) == []
+
+    def edited(scale: float) -> list[str]:
+        with lp.edit(model, {"layers.1": lp.steer(torch.ones(32), scale)}), lp.Probe(model, "layers.1"):
+            return describe_changes(model)
+
+    (said,) = edited(2.0)
+    assert said.startswith("encoder.layer.1: lp.edit#") and edited(2.0) == [said] != edited(3.0)
+    handle = model.encoder.layer[0].register_forward_hook(lambda *_: None)
+    (hooked,) = describe_changes(model)
+    assert hooked.startswith(f"encoder.layer.0: {__name__}.test_edits")
+    handle.remove()
+    model.pooler.forward = functools.partial(nn.Identity.forward, model.pooler)
+    with lp.Probe(model, "layers.0", stop=True):
+        assert describe_changes(model) == []  # torch's own
+    model.pooler.forward = scaled
+    with lp.Probe(model, "layers.0", stop=True):
+        assert [said.partition("#")[0] for said in describe_changes(model)] == [f"pooler: {__name__}.scaled"]
+    del model.pooler.forward
+    assert describe_changes(model) == []
+
+
+def test_edits_by_functions_are_told_apart(make_bert: Any) -> None:
+    model = make_bert()
+
+    def edited(edit: Any) -> list[str]:
+        with lp.edit(model, {"layers.1": edit}):
+            return describe_changes(model)
+
+    kinds = [
+        lp.replace(lambda value: value * 2),
+        lp.replace(lambda value: value * 3),
+        lp.ablate(),
+        lp.ablate(where=0),
+        lp.scale(0.5),
+        lp.patch(torch.zeros(32)),
+        lp.patch(torch.ones(32)),
+    ]
+    told = [tuple(edited(kind)) for kind in kinds]
+    assert len(set(told)) == len(told) and all(len(one) == 1 for one in told)
+    assert [tuple(edited(kind)) for kind in kinds] == told
