@@ -6,10 +6,11 @@ A benchmark that has not been saved leaves its place empty. Must never measure.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerprobe.extract.pricing import DiskPace, Price, SamplePace
 from layerprobe.tables import format_bytes
 
 __all__ = ["PAGE", "RESULTS", "TABLES", "write_tables"]
@@ -17,6 +18,23 @@ __all__ = ["PAGE", "RESULTS", "TABLES", "write_tables"]
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 END = "<!-- end of the table -->\n"
+
+# bert-base: what a row of a site takes in float16, and its layers
+_ROW_BYTES, _NUM_LAYERS, _NUM_SITES = 2 * 768, 12, 13
+_TOKENS_PER_TEXT = 20
+_MONTH_S = 30 * 86400.0
+_ALL, _LAST, _THIRD = "every site", "`--sites layers.-1`", "`--sites layers.3`: 4 of 12 layers run"
+# tokens, what is switched on, bytes a token, layers that run
+_STEPS: tuple[tuple[int, str, float, int], ...] = (
+    (10**6, _ALL, _NUM_SITES * _ROW_BYTES, 12),
+    (10**9, _ALL, _NUM_SITES * _ROW_BYTES, 12),
+    (10**9, _LAST, _ROW_BYTES, 12),
+    (10**9, _THIRD, _ROW_BYTES, 4),
+    (10**11, f"{_ALL}, `--keep 0.001`", 0.001 * _NUM_SITES * _ROW_BYTES, 12),
+    (10**11, f"{_THIRD}, `--pool mean`", _ROW_BYTES / _TOKENS_PER_TEXT, 4),
+    (10**12, f"{_ALL}, `--keep 0.0001`", 0.0001 * _NUM_SITES * _ROW_BYTES, 12),
+    (10**12, f"{_THIRD}, `--pool mean`", _ROW_BYTES / _TOKENS_PER_TEXT, 4),
+)
 
 
 def lay_out_floor(document: dict[str, Any]) -> list[str]:
@@ -83,6 +101,7 @@ def lay_out_storing(document: dict[str, Any]) -> list[str]:
             way["ratio"],
             way["ratio_with_writer"] or "",
             way["batch_ratio"],
+            round(way["s"] / _asking_s(case, way), 4) if way["ratio_with_writer"] else "",
         )
         for case in document["results"]
         for way in case["ways"]
@@ -96,8 +115,59 @@ def lay_out_storing(document: dict[str, Any]) -> list[str]:
         "ratio of the sums",
         "with the writer",
         "median of a batch",
+        "over output_hidden_states",
     )
     return [f"{_rounds(document).capitalize()}, {_machine(document)}:", "", *_table(headers, rows)]
+
+
+def lay_out_costs(storing: dict[str, Any], floor: dict[str, Any]) -> list[str]:
+    """Give hours of the forward and of the disk, up to a trillion tokens, by the arithmetic of `extract --plan`."""
+    (case,) = (case for case in storing["results"] if case["model"].startswith("random bert-base"))
+    (bare_s,) = (way["s"] for way in case["ways"] if (way["pass"], way["way"]) == ("second", "bare"))
+    (regime,) = (found for found in floor["results"]["regimes"] if found["regime"] == "all, rows, float16")
+    disk = DiskPace(regime["bytes"], regime["disk_s"], 0)
+    rows: list[tuple[object, ...]] = []
+    for tokens, switched_on, token_bytes, num_layers in _STEPS:
+        seconds = bare_s * num_layers / _NUM_LAYERS
+        # a text of one token, since tokens are what is asked about
+        sample = SamplePace(case["tokens"], case["tokens"], round(token_bytes * case["tokens"]), seconds, 0.0)
+        price = Price(tokens, sample, disk, "cpu")
+        rows.append(
+            (
+                f"{tokens:,}",
+                switched_on,
+                format_bytes(tokens * token_bytes),
+                _time(price.forward_s),
+                _time(price.disk_s),
+                price.bound,
+                f"{max(1, -int(-price.seconds // _MONTH_S)):,}",
+                f"{disk.num_bytes / disk.seconds / token_bytes:,.0f} tokens/s",
+            )
+        )
+    headers = (
+        "tokens",
+        "switched on",
+        "bytes",
+        "forward",
+        "disk",
+        "bound by",
+        "machines, for a month",
+        "disk binds from",
+    )
+    paces = case["tokens"] / bare_s, floor["settings"]["tokens"] / regime["forward_s"]
+    return [
+        f"One machine: {_machine(storing)}. Forward: {paces[0]:,.0f} tokens/s, {case['model']} ({paces[1]:,.0f} of the "
+        f"demo); disk: {format_bytes(disk.num_bytes / disk.seconds)}/s:",
+        "",
+        *_table(headers, rows),
+    ]
+
+
+def _time(seconds: float) -> str:
+    for name, size in (("years", 365 * 86400.0), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {name}"
+    return f"{seconds:.1f} s"
 
 
 def lay_out_growth(document: dict[str, Any]) -> list[str]:
@@ -163,6 +233,12 @@ def lay_out_peers(document: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _asking_s(case: dict[str, Any], way: dict[str, Any]) -> float:
+    """Give the seconds of `output_hidden_states` in the pass of another way."""
+    (found,) = (one for one in case["ways"] if one["way"] == "output_hidden_states" and one["pass"] == way["pass"])
+    return found["s"]
+
+
 def _rounds(document: dict[str, Any]) -> str:
     rounds = document["settings"]["rounds"]
     return "one round" if rounds == 1 else f"medians of {rounds} rounds"
@@ -177,21 +253,29 @@ def _table(headers: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list
     return [f"| {' | '.join(map(str, row))} |" for row in cells]
 
 
-TABLES = {"floor": lay_out_floor, "storing": lay_out_storing, "growth": lay_out_growth, "peers": lay_out_peers}
+# by the files that they are made of
+TABLES: dict[str, Callable[..., list[str]]] = {
+    "storing.json, floor.json": lay_out_costs,
+    "floor.json": lay_out_floor,
+    "storing.json": lay_out_storing,
+    "growth.json": lay_out_growth,
+    "peers.json": lay_out_peers,
+}
 
 
 def write_tables(page: str, results: Path = RESULTS) -> str:
     """Put each table between its markers in a page."""
     for name, lay_out in TABLES.items():
-        begin = f"<!-- {name}.json: written by benchmarks/figures.py -->\n"
+        begin = f"<!-- {name}: written by benchmarks/figures.py -->\n"
         before, found, rest = page.partition(begin)
         if not found:
-            raise ValueError(f"the page has no place for {name}.json: put {begin.strip()!r} where its table goes.")
+            raise ValueError(f"the page has no place for {name}: put {begin.strip()!r} where its table goes.")
         _, ended, rest = rest.partition(END)
         if not ended:
-            raise ValueError(f"the place of {name}.json has no end: put {END.strip()!r} after its table.")
-        saved = results / f"{name}.json"
-        lines = lay_out(json.loads(saved.read_text(encoding="utf-8"))) if saved.is_file() else []
+            raise ValueError(f"the place of {name} has no end: put {END.strip()!r} after its table.")
+        saved = [results / file for file in name.split(", ")]
+        are_there = all(path.is_file() for path in saved)
+        lines = lay_out(*(json.loads(path.read_text(encoding="utf-8")) for path in saved)) if are_there else []
         body = "\n".join(["", *lines, "", ""]) if lines else ""
         page = f"{before}{begin}{body}{END}{rest}"
     return page
