@@ -10,6 +10,8 @@ __all__ = ["list_differences"]
 
 # What tells of a run and does not change a byte of it, or follows from the rest.
 _IGNORED = ("format", "layerprobe", "fingerprint", "model.id", "model.revision")
+# What follows from an option or from the input: named only where nothing else differs.
+_DERIVED = ("plan.batch_cost_tokens", "plan.kept.ids", "plan.padding_side", "plan.text_bytes_per_token", "plan.units")
 
 
 def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -20,11 +22,10 @@ def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
         wanted: What another says, or a plan.
     """
     there, here = _flatten(_condense(found)), _flatten(_condense(wanted))
-    return [
-        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted(there.keys() | here.keys())
-        if key not in _IGNORED and there.get(key) != here.get(key)
-    ]
+    keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    keys = [key for key in keys if key not in _IGNORED]
+    keys = [key for key in keys if key not in _DERIVED] or keys
+    return [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys]
 
 
 def _condense(description: Mapping[str, Any]) -> dict[str, Any]:
