@@ -26,7 +26,9 @@ def stats(
     texts: Annotated[
         str,
         typer.Argument(
-            metavar="INPUT", help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, or '-'."
+            metavar="INPUT",
+            help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, or '-': standard input, "
+            "plain text, a text per line.",
         ),
     ],
     patterns: Sites = None,

@@ -119,7 +119,8 @@ def extract(
     Args:
         model: A model, what `load_model` gave, or a name: a hub id, a folder, or `demo`. It runs in eval mode and is
             left as it was.
-        texts: A list of strings or mappings, a file (`.txt`, `.jsonl`, `.csv`, `.parquet`), a folder of them, or `-`.
+        texts: A list of strings or mappings, a file (`.txt`, `.jsonl`, `.csv`, `.parquet`), a folder of them, or `-`
+            for standard input, a text per line.
         to: Folder of the store, or a URL under `s3://`, `gs://`, `hf://` or `memory://`. One that holds part of the
             same run is gone on with. Or a sink, such as `Moments()`: what concerns stores is then refused.
         sites: Patterns.
@@ -130,8 +131,8 @@ def extract(
         field: Field of a record that holds the text; its other fields travel with the example.
         max_length: Longest text in tokens, special ones included; None for the model's limit. Longer ones are cut and
             counted.
-        batch_tokens: Tokens per batch, padding included; None for 2,048 on a CPU, 1,024 where there is padding, and
-            16,384 elsewhere, or more where a million tokens make it worth trying and it is faster.
+        batch_tokens: Tokens per batch, padding included, a longer text by itself; None for 2,048 on a CPU, 1,024 where
+            there is padding, and 16,384 elsewhere, or more where a million tokens make it worth trying and it is faster.
         padding_free: Whether texts go through the model behind one another in one sequence, each attending to itself
             alone, instead of side by side with padding: faster, and the same rows but for their last digits. None for
             where model, sites and device are known to allow it, which a trial at the start confirms.
@@ -140,7 +141,7 @@ def extract(
         keep: Share of the rows to keep, above 0: a draw without a seed, by example and position. The reader knows the
             positions of those that are kept.
         tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` (those that the tokenizer puts around a
-            text), or `nonspecial`.
+            text), or `nonspecial`. They are known by their ids: one that is typed in a text counts too.
         precision: What the forward computes in: `bfloat16` or `float16` by autocast, `tf32` on CUDA (`bf16`, `fp16` and
             `fp32` are short names); None for what the program around has set for torch, most often nothing, and so the
             dtype of the weights, as `float32` says.
