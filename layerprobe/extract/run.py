@@ -132,7 +132,7 @@ def extract(
         max_length: Longest text in tokens, special ones included; None for the model's limit. Longer ones are cut and
             counted.
         batch_tokens: Tokens per batch, padding included, a longer text by itself; None for 2,048 on a CPU, 1,024 where
-            there is padding, and 16,384 elsewhere, or more where a million tokens make it worth trying and it is faster.
+            there is padding, and 16,384 elsewhere, or more where a million tokens make a try worth it and it is faster.
         padding_free: Whether texts go through the model behind one another in one sequence, each attending to itself
             alone, instead of side by side with padding: faster, and the same rows but for their last digits. None for
             where model, sites and device are known to allow it, which a trial at the start confirms.
