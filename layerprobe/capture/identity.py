@@ -36,9 +36,11 @@ _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type(...), torch.dtype, torch.device, np.dtype,
     pathlib.PurePath, re.Pattern,
 )  # fmt: skip
-# Known by their names: what they do is the business of their versions.
-_LIBRARIES = {*sys.stdlib_module_names, "accelerate", "layerprobe", "numpy", "peft", "scipy", "torch", "transformers"}
-_LIBRARIES -= {"__main__"}
+# Their functions and classes are known by name, their hooks and modules by the config and the weights of a model.
+_OF_MODELS = {"accelerate", "layerprobe", "sentence_transformers", "torch", "transformers"}
+_NAMED = {*sys.stdlib_module_names, *_OF_MODELS, "numpy"} - {"__main__"}
+# Of a module, what is told otherwise.
+_STATE = ("_buffers", "_modules", "_parameters", "training")
 # Of a class, what says where and how it was written.
 _NOT_CONTENT = ("__doc__", "__firstlineno__", "__module__", "__qualname__", "__static_attributes__")
 
@@ -49,15 +51,22 @@ def describe_pool(pool: Pool) -> str | None:
 
 
 def describe_changes(model: nn.Module) -> list[str]:
-    """Name what may change what a model computes, beside its weights: edits, hooks, a `forward` that was put in place.
+    """Name what may change what a model computes, beside its config and its weights.
 
+    Edits, hooks, a `forward` that was put in place, and modules of the user's or of other libraries, such as adapters.
     Probes are none of it, nor are hooks of torch, transformers and accelerate, which come with the model.
     """
-    found = []
+    found, strange = [], []
     for path, module in model.named_modules():
         place = path or "the model"
         found += [f"{place}: lp.edit#{_digest_of(edit)}" for edit in list_edits(module)]
-        found += [f"{place}: {_describe(one)}" for one in list_strange(module) if _owner_of(one) not in _LIBRARIES]
+        found += [f"{place}: {_describe(one)}" for one in list_strange(module) if _owner_of(one) not in _OF_MODELS]
+        if _owner_of(type(module)) not in _OF_MODELS:
+            settings = {name: held for name, held in vars(module).items() if name not in _STATE and _is_plain(held)}
+            strange.append((path, type(module), settings))
+    if strange:
+        kinds = dict.fromkeys(f"{kind.__module__}.{kind.__qualname__}" for _, kind, _ in strange)
+        found.append(f"modules of {', '.join(kinds)}#{_digest_of(strange)}")
     return found
 
 
@@ -146,21 +155,23 @@ class _Walk:
 
     def _add_class(self, value: type) -> None:
         self._say("class", value.__module__, value.__qualname__)
-        if _top_of(value.__module__) not in _LIBRARIES:
+        if not _is_installed(_top_of(value.__module__)):
             self._add_all(value.__bases__)
             own = {name: one for name, one in sorted(vars(value).items()) if name not in _NOT_CONTENT}
             self._add_all(pair for pair in own.items() if inspect.isroutine(pair[1]) or _is_data(pair[1]))
 
     def _add_function(self, value: types.FunctionType) -> None:
         self._say("function", value.__module__, value.__qualname__)
-        if _top_of(value.__module__) in _LIBRARIES:
+        top, seen = _top_of(value.__module__), value.__globals__
+        if top in _NAMED:
             return
-        seen = value.__globals__
-        self._add_all((value.__code__, value.__defaults__, value.__kwdefaults__))
+        self._add_all((value.__defaults__, value.__kwdefaults__))
         for cell in value.__closure__ or ():
             with contextlib.suppress(ValueError):  # one that is not filled yet
                 self.add(cell.cell_contents)
-        self._add_all(seen[name] for name in sorted(set(_names_in(value.__code__))) if name in seen)
+        if not _is_installed(top):
+            self.add(value.__code__)
+            self._add_all(seen[name] for name in sorted(set(_names_in(value.__code__))) if name in seen)
 
     def _add_object(self, value: Any) -> None:
         if _holds_hidden(value):
@@ -184,6 +195,16 @@ class _Walk:
         self._digest.update(repr(words).encode())
 
 
+@functools.lru_cache
+def _is_installed(top: str) -> bool:
+    """Whether a package is a library: what it does is the business of its version."""
+    if top in _NAMED:
+        return True
+    module = sys.modules.get(top)
+    places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
+    return any({"dist-packages", "site-packages"} & {*pathlib.PurePath(place).parts} for place in places)
+
+
 def _names_in(code: types.CodeType) -> Iterator[str]:
     """List the globals that a function and those within it look up."""
     yield from (one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
@@ -199,6 +220,15 @@ def _slots_of(one: type) -> tuple[str, ...]:
 
 def _is_data(value: Any) -> bool:
     return isinstance(value, (*_PLAIN, staticmethod, classmethod, property, Tensor, np.ndarray, list, tuple))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a word, or a collection of such; not a device, where a run may go on elsewhere."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, (*value.keys(), *value.values())))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN) and not isinstance(value, torch.device)
 
 
 def _holds_hidden(value: Any) -> bool:

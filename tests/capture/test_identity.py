@@ -136,6 +136,28 @@ def test_edits_and_hooks_of_others_are_changes_and_probes_are_none(make_bert: An
     assert describe_changes(model) == []
 
 
+def test_modules_of_the_user_are_changes_by_their_code_and_settings(make_bert: Any) -> None:
+    class Louder(nn.Linear):
+        factor = 2.0
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+            return super().forward(input) * self.factor
+
+    def told(factor: float | None = None, held: Any = 0) -> list[str]:
+        model = make_bert()
+        louder = model.encoder.layer[0].output.dense = Louder(64, 32)
+        if factor is not None:
+            louder.factor = factor
+        louder.held = held
+        return describe_changes(model)
+
+    (said,) = told()
+    assert said.startswith(f"modules of {__name__}.test_modules_of") and told() == [said]
+    assert len({*told(), *told(2.0), *told(3.0), *told(held={"names": ["a"]}), *told(held={"names": ["b"]})}) == 5
+    # where a run goes on is no part of what it does
+    assert told(held=torch.device("cpu")) == told(held=torch.device("meta"))
+
+
 def test_edits_by_functions_are_told_apart(make_bert: Any) -> None:
     model = make_bert()
 
