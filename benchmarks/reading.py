@@ -7,6 +7,7 @@ pages are given back to the system first.
     python benchmarks/reading.py [--quick] [--save] [--seconds 60]
 """
 
+import gc
 import json
 import mmap
 import os
@@ -34,6 +35,7 @@ _WIDTH = 384
 _LENGTH = 128
 _ROW_BYTES = 2 * _WIDTH
 _BATCH = 4096
+_COLD_SHARDS = 4
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as place:
         folder, cold = Path(place) / "warm", Path(place) / "cold"
-        for made, count in ((folder, num_shards), (cold, 4)):
+        for made, count in ((folder, num_shards), (cold, _COLD_SHARDS)):
             made.mkdir()
             make_store(made, count, examples)
         store = lp.open(folder)
@@ -118,6 +120,35 @@ def forget(path: Path) -> None:
     os.close(descriptor)
 
 
+def read_batches(store: Store, sites: Sequence[str], shuffle: bool) -> None:
+    """Read every row of a store, batch by batch."""
+    for batch in store.rows(_BATCH, shuffle, sites=sites):
+        for values in batch.values():
+            touch(np.asarray(values))
+
+
+def read_in_order(maps: Sequence[RawShard], sites: Sequence[str]) -> None:
+    """Read the same rows, copied batch by batch, in the order of the shards."""
+    for shard in maps:
+        for first in range(0, shard.num_rows, _BATCH):
+            for site in sites:
+                touch(np.array(shard.rows(site, first, min(_BATCH, shard.num_rows - first))))
+
+
+def gather(maps: Sequence[RawShard], sites: Sequence[str]) -> None:
+    """Gather rows of the whole store at random, whose places are known: what a map alone would do."""
+    num_rows = maps[0].num_rows
+    places = np.random.default_rng(0).permutation(len(maps) * num_rows)
+    for first in range(0, len(places), _BATCH):
+        shards, rows = np.divmod(places[first : first + _BATCH], num_rows)
+        for site in sites:
+            batch = np.empty((len(rows), _WIDTH), np.float16)
+            for number, shard in enumerate(maps):
+                of_shard = shards == number
+                batch[of_shard] = shard.rows(site)[rows[of_shard]]
+            touch(batch)
+
+
 def list_warm_cases(store: Store, maps: Sequence[RawShard], examples: int) -> dict[str, dict[str, Rival]]:
     """What is in the page cache: the first rival of each case is the raw one."""
     order = random.Random(0).choices(range(len(store)), k=500)
@@ -144,30 +175,6 @@ def list_warm_cases(store: Store, maps: Sequence[RawShard], examples: int) -> di
             first = index % examples * _LENGTH
             opened[index // examples].get_slice(_SITE)[first : first + _LENGTH]
 
-    def batches(sites: Sequence[str], shuffle: bool) -> None:
-        for batch in store.rows(_BATCH, shuffle, sites=sites):
-            for values in batch.values():
-                touch(np.asarray(values))
-
-    def in_order(sites: Sequence[str]) -> None:
-        for shard in maps:
-            for first in range(0, shard.num_rows, _BATCH):
-                for site in sites:
-                    touch(np.array(shard.rows(site, first, min(_BATCH, shard.num_rows - first))))
-
-    def gathered(sites: Sequence[str]) -> None:
-        """Rows of the whole store at random, whose places are known: what a map alone would do."""
-        num_rows = maps[0].num_rows
-        places = np.random.default_rng(0).permutation(len(maps) * num_rows)
-        for first in range(0, len(places), _BATCH):
-            shards, rows = np.divmod(places[first : first + _BATCH], num_rows)
-            for site in sites:
-                batch = np.empty((len(rows), _WIDTH), np.float16)
-                for number, shard in enumerate(maps):
-                    of_shard = shards == number
-                    batch[of_shard] = shard.rows(site)[rows[of_shard]]
-                touch(batch)
-
     count = len(order)
     return {
         "random example, one layer": {
@@ -180,16 +187,16 @@ def list_warm_cases(store: Store, maps: Sequence[RawShard], examples: int) -> di
             "store.example(i)": Rival(lambda _: own_example(), count),
         },
         "rows in order, one layer": {
-            "numpy map": Rival(lambda _: in_order([_SITE])),
-            "rows()": Rival(lambda _: batches([_SITE], False)),
+            "numpy map": Rival(lambda _: read_in_order(maps, [_SITE])),
+            "rows()": Rival(lambda _: read_batches(store, [_SITE], False)),
         },
         "rows shuffled, one layer": {
-            "numpy map": Rival(lambda _: gathered([_SITE])),
-            "rows(shuffle=True)": Rival(lambda _: batches([_SITE], True)),
+            "numpy map": Rival(lambda _: gather(maps, [_SITE])),
+            "rows(shuffle=True)": Rival(lambda _: read_batches(store, [_SITE], True)),
         },
         "rows shuffled, all layers": {
-            "numpy map": Rival(lambda _: gathered(_SITES)),
-            "rows(shuffle=True)": Rival(lambda _: batches(_SITES, True)),
+            "numpy map": Rival(lambda _: gather(maps, _SITES)),
+            "rows(shuffle=True)": Rival(lambda _: read_batches(store, _SITES, True)),
         },
     }
 
@@ -210,6 +217,16 @@ def list_cold_cases(folder: Path, examples: int) -> dict[str, dict[str, Rival]]:
         store.input_ids(index)
         forget(path)
         return index, store, raw
+
+    def open_all_cold() -> tuple[Store, list[RawShard]]:
+        """Map every shard anew, the headers read, and nothing else of them in memory."""
+        gc.collect()  # what the last round has mapped would keep its pages
+        store, raw = lp.open(folder, check=False), [RawShard(path) for path in paths]
+        for first in range(0, examples * len(paths), examples):
+            store.input_ids(first)
+        for path in paths:
+            forget(path)
+        return store, raw
 
     def by_map(opened: tuple[int, Store, RawShard]) -> None:
         index, _, raw = opened
@@ -251,6 +268,14 @@ def list_cold_cases(folder: Path, examples: int) -> dict[str, dict[str, Rival]]:
             "store[site][i]": Rival(by_store, 1, open_cold),
             "pread": Rival(by_pread, 1, open_cold),
         },
+        "rows in order, one layer, cold": {
+            "numpy map": Rival(lambda opened: read_in_order(opened[1], [_SITE]), 1, open_all_cold),
+            "rows()": Rival(lambda opened: read_batches(opened[0], [_SITE], False), 1, open_all_cold),
+        },
+        "rows shuffled, one layer, cold": {
+            "numpy map": Rival(lambda opened: gather(opened[1], [_SITE]), 1, open_all_cold),
+            "rows(shuffle=True)": Rival(lambda opened: read_batches(opened[0], [_SITE], True), 1, open_all_cold),
+        },
         "a whole shard, cold": {
             "numpy map": Rival(whole_by_map, 1, open_cold),
             "store.example(i) of each": Rival(whole_by_store, 1, open_cold),
@@ -277,6 +302,8 @@ SIZES: dict[str, Callable[[Store], int]] = {
     "rows shuffled, one layer": _one_site,
     "rows shuffled, all layers": lambda store: len(_SITES) * _one_site(store),
     "random example, one layer, cold": partial(_one_site, rows=_LENGTH),
+    "rows in order, one layer, cold": lambda store: _COLD_SHARDS * _one_site(store) // len(list(store.iter_shards())),
+    "rows shuffled, one layer, cold": lambda store: _COLD_SHARDS * _one_site(store) // len(list(store.iter_shards())),
     "a whole shard, cold": lambda store: len(_SITES) * _one_site(store) // len(list(store.iter_shards())),
 }
 
