@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from layerprobe.errors import OptionError
-from layerprobe.extract.inputs import Record, TextSource, open_source
+from layerprobe.extract.inputs import HUB_PREFIX, Record, TextSource, open_source
 
 __all__ = ["Crew", "gather_crew", "name_devices"]
 
@@ -31,7 +31,7 @@ class Crew:
     Args:
         devices: One process each; a device may be named more than once.
         model: A name that each of them loads.
-        texts: A path that each of them reads.
+        texts: A path, or the name of a data set, that each of them reads.
     """
 
     devices: tuple[str, ...]
@@ -94,7 +94,8 @@ def gather_crew(
             raise OptionError(f"{asked} with this {name}: it cannot be told to another process. Leave one of them out.")
     source = open_source(texts, field)
     if isinstance(texts, (str, Path)) and str(texts) != "-":
-        return Crew(devices, model, str(Path(texts).absolute())), source
+        is_file = not str(texts).startswith(HUB_PREFIX)
+        return Crew(devices, model, str(Path(texts).absolute() if is_file else texts)), source
     path = Path(tempfile.mkdtemp(prefix="layerprobe-texts-")) / "texts.jsonl"
     crew = Crew(devices, model, str(path))
     weakref.finalize(crew, shutil.rmtree, path.parent, ignore_errors=True)

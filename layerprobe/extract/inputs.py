@@ -1,4 +1,4 @@
-"""Texts from wherever they are: lists, files, folders, standard input.
+"""Texts from wherever they are: lists, files, folders, standard input, data sets of the hub.
 
 A source can be gone through more than once and always gives the same records in the same order; that is what makes a
 run resumable. What else a record holds is what JSON says of it. Every error names the file and the line.
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,10 +23,11 @@ import xxhash
 
 from layerprobe.errors import InputError
 
-__all__ = ["InputDigest", "Record", "TextSource", "check_text", "open_source"]
+__all__ = ["HUB_PREFIX", "InputDigest", "Record", "TextSource", "check_text", "open_source"]
 
 _MOST_FIELD_CHARACTERS = (1 << 31) - 1
 _SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+HUB_PREFIX = "hf:"
 
 # made once: json.dumps makes one for each record
 _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
@@ -110,7 +112,9 @@ def open_source(texts: Any, field: str = "text") -> TextSource:
 
     Args:
         texts: A path to a `.txt` (a text per line), `.jsonl`, `.csv` or `.parquet` file, a folder of them, `-` for
-            standard input (a text per line), or in Python a list of strings or of mappings. A single string is a path.
+            standard input (a text per line), a data set of the hub (`hf:NAME`, `hf:NAME:SPLIT` or
+            `hf:NAME:CONFIG:SPLIT`; its split `train` where none is named), or in Python a list of strings or of
+            mappings. A single string is a path.
         field: Which field of a record holds the text; the others travel with the example as JSON. Arrays and tensors
             become lists, their scalars numbers, dates and times their ISO text; what else JSON has no word for is
             refused when its record comes.
@@ -134,8 +138,8 @@ def _open_path(path: str, field: str) -> TextSource:
     if path == "-":
         _refuse_field("standard input", field)
         return _spool_stdin()
-    if path.startswith("hf:"):
-        raise InputError(f"{path!r}: data sets of the hub are not read yet. Save it as .jsonl or .parquet first.")
+    if path.startswith(HUB_PREFIX):
+        return _open_dataset(path, field)
     if Path(path).is_dir():
         files = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in _SUFFIXES)
         if not files:
@@ -158,6 +162,34 @@ def _open_path(path: str, field: str) -> TextSource:
             if not file.is_file():
                 raise InputError(f"{file}: is gone. Put it back and run the same command again.")
             yield from _READERS[file.suffix.lower()](file, field)
+
+    return TextSource(path, iterate)
+
+
+def _open_dataset(path: str, field: str) -> TextSource:
+    """Load a data set of the hub, or of a folder, into the cache of `datasets`; it is read from there."""
+    name, *parts = path.removeprefix(HUB_PREFIX).split(":")
+    if not name or name.startswith("//") or len(parts) > 2 or not all(parts):
+        raise InputError(f"{path!r}: names no data set. Use hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
+    config, split = parts[0] if len(parts) == 2 else None, parts[-1] if parts else "train"
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError(f"{path}: needs an extra. Run pip install 'layerprobe[data]'.") from error
+    # older versions run a script of the data set's, if they are not told otherwise
+    runs_no_code: Any = {"trust_remote_code": False} if int(version("datasets").partition(".")[0]) < 4 else {}
+    try:
+        rows: Any = load_dataset(name, config, split=split, **runs_no_code)
+    except Exception as error:  # whatever hub, cache and file say of it
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"{path}: the data set cannot be loaded ({said}). Check its name, config and split, and the network."
+        ) from error
+
+    def iterate() -> Iterator[Record]:
+        for number, record in enumerate(rows):
+            where = f"{path}, row {number}"
+            yield _keep_plain(_split_record(record, field, where), where)
 
     return TextSource(path, iterate)
 

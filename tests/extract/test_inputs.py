@@ -141,7 +141,10 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, name: str, raw: 
     [
         ("nothing.txt", "no input 'nothing.txt': there is no such file or folder"),
         ("", "no input '': give a path, or '-' for standard input"),
-        ("hf:imdb", "'hf:imdb': data sets of the hub are not read yet"),
+        ("hf:", "'hf:': names no data set. Use hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"),
+        ("hf:imdb:", "'hf:imdb:': names no data set"),
+        ("hf://datasets/imdb", "names no data set"),
+        ("hf:a:b:c:d", "names no data set"),
         (3, "int is no input"),
         ({"text": "a"}, "dict is no input"),
         ({"a", "b"}, "set is no input"),
@@ -153,6 +156,24 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, name: str, raw: 
 def test_what_is_no_input_is_refused(texts: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         texts_of(texts)
+
+
+def test_data_sets_are_read_by_split_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    for split, rows in {"train": [("good", 1), ("bad", 0)], "test": [("fair", 1)]}.items():
+        lines = [json.dumps({"text": text, "label": label, "more": {"words": [text]}}) for text, label in rows]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    source = open_source(f"hf:{folder}")
+    expected = [Record(text, {"label": label, "more": {"words": [text]}}) for text, label in (("good", 1), ("bad", 0))]
+    assert list(source) == expected == list(source) and source.name == f"hf:{folder}"
+    assert texts_of(f"hf:{folder}:test") == ["fair"] == texts_of(f"hf:{folder}:default:test")
+    with pytest.raises(InputError, match=r"reviews:dev: the data set cannot be loaded \(.*dev.*\)\. Check its name"):
+        open_source(f"hf:{folder}:dev")
+    with pytest.raises(InputError, match=r"reviews, row 0: no field 'body'; it holds"):
+        texts_of(f"hf:{folder}", "body")
 
 
 def test_files_and_folders_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -215,8 +215,8 @@ def test_ctrl_c_while_the_last_shards_are_waited_for_leaves_no_thread_that_write
     writer.start()
     writer.submit(ShardJob(job.header, job.tensors, interrupt, job.release))
     writer.submit(make_job(1, released=released))
+    closing.set()
     with pytest.raises(KeyboardInterrupt):
-        closing.set()
         writer.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "layerprobe-writer"]
     assert released == [0, 1] and not list(tmp_path.iterdir()) and not writer.committed
