@@ -46,8 +46,8 @@ def extract(
         str,
         typer.Argument(
             metavar="INPUT",
-            help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: a "
-            "data set of the hub, or '-': standard input, plain text, a text per line.",
+            help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: "
+            "a data set of the hub, or '-': standard input, plain text, a text per line.",
         ),
     ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder of the store, or a URL: s3://b/acts.")],

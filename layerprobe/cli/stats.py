@@ -27,8 +27,8 @@ def stats(
         str,
         typer.Argument(
             metavar="INPUT",
-            help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: a "
-            "data set of the hub, or '-': standard input, plain text, a text per line.",
+            help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: "
+            "a data set of the hub, or '-': standard input, plain text, a text per line.",
         ),
     ],
     patterns: Sites = None,
