@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # made once: json.dumps makes one for each record
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,7 +89,7 @@ def audit(
     num_examples: int = 16,
     seed: int = 0,
     *,
-    device: str | None = None,
+    device: str | int | None = None,
     progress: bool | None = None,
 ) -> AuditReport:
     """Run random examples of a store through its model again, one at a time, and compare ids and every site.
@@ -178,7 +178,7 @@ def _check_auditable(store: Store) -> Mapping[str, Any]:
     return plan
 
 
-def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, device: str | None) -> nn.Module:
+def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, device: str | int | None) -> nn.Module:
     """Find the model and make sure that it is the one that the store was made with.
 
     Raises:

@@ -131,7 +131,7 @@ class Classifier:
 
 
 def load_classifier(
-    folder: str | Path, model: nn.Module | LoadedModel | str | None = None, *, device: str | None = None
+    folder: str | Path, model: nn.Module | LoadedModel | str | None = None, *, device: str | int | None = None
 ) -> Classifier:
     """Load a classifier that `classify(...).probe.save(folder)` kept, with the model that it reads.
 

@@ -94,7 +94,7 @@ def depth_profile(
     model: nn.Module | LoadedModel | str | None = None,
     max_examples: int = 5000,
     seed: int = 0,
-    device: str | None = None,
+    device: str | int | None = None,
     progress: bool | None = None,
 ) -> DepthProfile:
     """Say what each layer knows of texts without labels: their length, a word in them, the order of words.

@@ -17,7 +17,7 @@ from layerprobe.sites.stacks import calls_forward, find_device, unwrap
 __all__ = ["choose_max_length", "find_max_length", "find_model", "find_position_padding", "make_random_batch"]
 
 
-def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | None) -> tuple[nn.Module, Any]:
+def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | int | None) -> tuple[nn.Module, Any]:
     """Find a model and its tokenizer, by name or as they are given.
 
     Raises:
@@ -29,7 +29,7 @@ def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str
     return network, tokenizer
 
 
-def _find_pair(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | None) -> tuple[nn.Module, Any]:
+def _find_pair(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | int | None) -> tuple[nn.Module, Any]:
     if not isinstance(model, (str, LoadedModel, nn.Module)):
         what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
         raise OptionError(

@@ -173,7 +173,7 @@ def plan_extraction(
     options: ExtractOptions | None = None,
     *,
     tokenizer: Any = None,
-    device: str | None = None,
+    device: str | int | None = None,
     devices: str | Sequence[int | str] | None = None,
     overwrite: bool = False,
     wait_for_space: bool = False,
@@ -256,9 +256,9 @@ def _find_source(
     to: object,
     options: ExtractOptions,
     tokenizer: object,
-    device: str | None,
+    device: str | int | None,
     devices: str | Sequence[int | str] | None,
-) -> tuple[Crew | None, TextSource, str | None]:
+) -> tuple[Crew | None, TextSource, str | int | None]:
     """Open the input; where several devices are asked for, find who does the run, and plan on the first of them."""
     if devices is None:
         return None, open_source(texts, options.field), device

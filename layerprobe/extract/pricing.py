@@ -140,7 +140,7 @@ def price_extraction(
     num_examples: int,
     seconds: float = 60.0,
     *,
-    device: str | None = None,
+    device: str | int | None = None,
 ) -> Price:
     """Measure a run on the first texts of its input, and say what as many as `num_examples` would cost.
 

@@ -68,7 +68,7 @@ def extract(
     precision: str | None = ...,
     compile: bool | str = ...,
     writers: int = ...,
-    device: str | None = ...,
+    device: str | int | None = ...,
     devices: str | Sequence[int | str] | None = ...,
     overwrite: bool = ...,
     wait_for_space: bool = ...,
@@ -85,7 +85,7 @@ def extract(
     field: str = ...,
     max_length: int | None = ...,
     batch_tokens: int | None = ...,
-    device: str | None = ...,
+    device: str | int | None = ...,
     progress: bool | None = ...,
 ) -> SinkType: ...
 def extract(
@@ -108,7 +108,7 @@ def extract(
     precision: str | None = None,
     compile: bool | str = False,  # noqa: A002 - what torch calls it
     writers: int = 1,
-    device: str | None = None,
+    device: str | int | None = None,
     devices: str | Sequence[int | str] | None = None,
     overwrite: bool = False,
     wait_for_space: bool = False,
@@ -119,8 +119,9 @@ def extract(
     Args:
         model: A model, what `load_model` gave, or a name: a hub id, a folder, or `demo`. It runs in eval mode and is
             left as it was.
-        texts: A list of strings or mappings, a file (`.txt`, `.jsonl`, `.csv`, `.parquet`), a folder of them, or `-`
-            for standard input, a text per line.
+        texts: A list of strings or mappings, a file (`.txt`, `.jsonl`, `.csv`, `.parquet`), a folder of them, a data
+            set of the hub as `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`, or `-` for standard input, a text
+            per line.
         to: Folder of the store, or a URL under `s3://`, `gs://`, `hf://` or `memory://`. One that holds part of the
             same run is gone on with. Or a sink, such as `Moments()`: what concerns stores is then refused.
         sites: Patterns.
@@ -282,7 +283,9 @@ def _run_plan(
         bar.set_postfix_str(_describe_pace(report, time.perf_counter() - start), False)
 
     told.begin(lambda: _measure(plan, report))
-    run_units = _run_here if plan.crew is None else partial(_run_elsewhere, lock)
+    # no process is started where there is nothing to do
+    is_done = len(plan.done) == plan.num_units
+    run_units = _run_here if plan.crew is None or is_done else partial(_run_elsewhere, lock)
     with bar:
         committed = run_units(plan, keeper, stop, report, advance)
     if report.is_complete:

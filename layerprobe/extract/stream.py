@@ -47,7 +47,7 @@ def stream_texts(
     options: ExtractOptions,
     *,
     tokenizer: Any = None,
-    device: str | None = None,
+    device: str | int | None = None,
     progress: bool = False,
 ) -> StreamReport:
     """Send every text through the model and its sites to the sink; see `extract` for the arguments.

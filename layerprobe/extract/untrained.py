@@ -25,7 +25,7 @@ _FIELDS = ("class", "config_hash", "weights_hash")
 
 
 def find_model(
-    said: Mapping[str, Any], where: str, model: nn.Module | LoadedModel | str | None, device: str | None = None
+    said: Mapping[str, Any], where: str, model: nn.Module | LoadedModel | str | None, device: str | int | None = None
 ) -> LoadedModel:
     """Find the model that something was made with, and make sure that it is the same.
 
@@ -85,7 +85,7 @@ def extract_untrained(
     pool: str | None = None,
     model: nn.Module | LoadedModel | str | None = None,
     seed: int = 0,
-    device: str | None = None,
+    device: str | int | None = None,
 ) -> Store:
     """Extract the texts of a store through the same architecture with random weights.
 

@@ -95,6 +95,8 @@ def need_store(place: Place) -> None:
         StoreError: there is none.
     """
     if not place.exists(STORE_FILE):
+        if place.folder is not None and place.folder.is_file():
+            raise StoreError(f"{place}: is a file, not the folder of a store. Give the folder.")
         is_there = place.folder.is_dir() if place.folder is not None else bool(place.list_files())
         what = f"is not a store: it has no {STORE_FILE}" if is_there else "does not exist"
         raise StoreError(f"{place}: {what}. Make one with 'layerprobe extract MODEL INPUT -o {place}'.")

@@ -61,6 +61,22 @@ def plan_on(devices: Any, model: Path, source: Any, folder: Path, **more: Any) -
     return plan_extraction(str(model), source, folder, options, devices=devices or "cpu")
 
 
+def test_no_process_is_started_where_there_is_nothing_to_do(
+    tiny_model_folder: Path, source: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(str(tiny_model_folder), source, tmp_path / "acts", device="cpu", **OPTIONS)
+    before = contents(tmp_path / "acts")
+    assert len(before) == len(whole)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    report = run_extraction(plan_on(["cpu", "cpu"], tiny_model_folder, source, tmp_path / "acts"))
+    assert report.is_complete and not report.num_examples
+    assert contents(tmp_path / "acts").keys() == before.keys()
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_bytes_of_one(
     tiny_model_folder: Path, many: list[str], tmp_path: Path, whole: dict[str, bytes]
