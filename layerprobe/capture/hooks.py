@@ -117,23 +117,28 @@ class HookSet:
 
 def list_edits(module: nn.Module) -> list[Any]:
     """List what edits do to the values of one module."""
-    hooks = [hook for name in ("_forward_pre_hooks", "_forward_hooks") for hook in vars(module)[name].values()]
-    return [getattr(hook, EDIT) for hook in hooks if hasattr(hook, EDIT)]
+    return [getattr(hook, EDIT) for _, hook in _list_hooks(module) if hasattr(hook, EDIT)]
 
 
 def list_strange(module: nn.Module) -> Iterator[Any]:
     """Go through what neither a probe nor an edit has put on one module: hooks, and a method in place of `forward`.
 
-    A method of accelerate's, which brings weights that lie elsewhere, is none of it.
+    A method of accelerate's, which brings weights that lie elsewhere, is none of it, but the one under it may be.
     """
     guests = vars(module).get("__getstate__")
     guests = guests if isinstance(guests, _Guests) else _Guests(module)
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
-        yield from (hook for number, hook in vars(module)[name].items() if number not in guests.hooks)
+    yield from (hook for number, hook in _list_hooks(module) if number not in guests.hooks)
     override = guests.overrides.get("forward")
     forward = vars(module).get("forward") if override is None else override.before
-    if forward is not None and "_hf_hook" not in vars(module):
+    if "_hf_hook" in vars(module):
+        forward = vars(module).get("_old_forward")
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         yield forward
+
+
+def _list_hooks(module: nn.Module) -> list[tuple[int, Any]]:
+    # at once: another thread may put some on meanwhile
+    return [*vars(module)["_forward_pre_hooks"].items(), *vars(module)["_forward_hooks"].items()]
 
 
 class _Guests:

@@ -1,25 +1,26 @@
 """What tells one piece of a user's code from another: a pool, or what somebody has put on a model's modules.
 
 Two runs may be one only where both do the same, and a run may be gone on with only where that can be told in another
-process. So a function is known by its code and by all that its code sees, a tensor by its bytes, an object by its
-attributes; what holds something that cannot be told so is like nothing else, and like nothing later.
+process. So a function is known by its code and by what its code sees, a tensor by its bytes, an object by its class and
+its attributes; what holds something that cannot be told so is like nothing else, and like nothing later.
 
-Must never know of stores.
+What libraries do is the business of their versions: theirs is known by name.
 """
 
 import contextlib
 import dis
 import enum
 import functools
-import inspect
 import io
+import logging
 import pathlib
 import random
 import re
 import sys
 import types
 import uuid
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -33,36 +34,40 @@ from layerprobe.capture.pooling import Pool
 __all__ = ["describe_changes", "describe_pool"]
 
 _PLAIN = (
-    type(None), bool, int, float, complex, str, bytes, range, slice, type(...), torch.dtype, torch.device, np.dtype,
-    pathlib.PurePath, re.Pattern,
+    type(None), bool, int, float, complex, str, bytes, range, slice, type(...), torch.dtype, np.dtype,
+    pathlib.PurePath,
 )  # fmt: skip
-# Their functions and classes are known by name, their hooks and modules by the config and the weights of a model.
-_OF_MODELS = {"accelerate", "layerprobe", "sentence_transformers", "torch", "transformers"}
-_NAMED = {*sys.stdlib_module_names, *_OF_MODELS, "numpy"} - {"__main__"}
+# Their hooks and modules go with a model: its config and its weights tell of them.
+_OF_MODELS = {"accelerate", "layerprobe", "sentence_transformers", "torch", "transformers", "transformers_modules"}
 # Of a module, what is told otherwise.
 _STATE = ("_buffers", "_modules", "_parameters", "training")
-# Of a class, what says where and how it was written.
-_NOT_CONTENT = ("__doc__", "__firstlineno__", "__module__", "__qualname__", "__static_attributes__")
+_BUILT_IN = (
+    types.BuiltinFunctionType, types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType,
+    types.MethodDescriptorType, types.MethodWrapperType, types.WrapperDescriptorType,
+)  # fmt: skip
 
 
 def describe_pool(pool: Pool) -> str | None:
-    """Name a pool for `store.json`: a callable by its name and by what tells it from any other."""
+    """Name a pool: a callable by its name and by what tells it from any other."""
     return pool if pool is None or isinstance(pool, str) else _describe(pool)
 
 
 def describe_changes(model: nn.Module) -> list[str]:
     """Name what may change what a model computes, beside its config and its weights.
 
-    Edits, hooks, a `forward` that was put in place, and modules of the user's or of other libraries, such as adapters.
-    Probes are none of it, nor are hooks of torch, transformers and accelerate, which come with the model.
+    Edits, hooks, a `forward` that was put in place, and modules of the user's or of other libraries, such as adapters,
+    by their settings too: one that a call changes, such as a count of calls, makes each run another. Probes are none of
+    it, nor are hooks of torch, transformers and accelerate, which come with the model. Hooks on all modules at once,
+    and methods put into a class, are not seen.
     """
     found, strange = [], []
     for path, module in model.named_modules():
         place = path or "the model"
         found += [f"{place}: lp.edit#{_digest_of(edit)}" for edit in list_edits(module)]
         found += [f"{place}: {_describe(one)}" for one in list_strange(module) if _owner_of(one) not in _OF_MODELS]
-        if _owner_of(type(module)) not in _OF_MODELS:
-            settings = {name: held for name, held in vars(module).items() if name not in _STATE and _is_plain(held)}
+        if (owner := _owner_of(type(module))) not in _OF_MODELS:
+            counts = _is_setting if _is_installed(owner) else _is_setting_of_user
+            settings = {name: held for name, held in vars(module).items() if name not in _STATE and counts(held)}
             strange.append((path, type(module), settings))
     if strange:
         kinds = dict.fromkeys(f"{kind.__module__}.{kind.__qualname__}" for _, kind, _ in strange)
@@ -76,9 +81,7 @@ def _describe(value: Any) -> str:
 
 
 def _digest_of(value: Any) -> str:
-    digest = xxhash.xxh3_64()
-    _Walk(digest).add(value)
-    return digest.hexdigest()
+    return _Walk({}).digest_of(value)
 
 
 def _owner_of(value: Any) -> str:
@@ -92,19 +95,32 @@ def _top_of(module: str | None) -> str:
 
 
 class _Walk:
-    """Goes through all that a value is made of, each thing once, and feeds it to a digest."""
+    """Goes through all that a value is made of, each thing once, and feeds it to a digest.
 
-    def __init__(self, digest: Any) -> None:
-        self._digest = digest
-        self._seen: dict[int, int] = {}
+    Args:
+        seen: Numbers of what was met on the way here.
+    """
+
+    def __init__(self, seen: Mapping[int, int]) -> None:
+        self._digest = xxhash.xxh3_64()
+        self._seen = dict(seen)
         # what was made on the way must not give its number to another
         self._kept: list[Any] = []
+
+    def digest_of(self, value: Any) -> str:
+        try:
+            self.add(value)
+        except RecursionError:
+            self._add_hidden()
+        return self._digest.hexdigest()
 
     def add(self, value: Any) -> None:
         if isinstance(value, enum.Enum):
             self._say("enum", repr(value))
         elif isinstance(value, _PLAIN):
             self._say(type(value).__qualname__, str(value) if isinstance(value, pathlib.PurePath) else repr(value))
+        elif isinstance(value, torch.device):
+            self._say("device")  # a run may go on elsewhere
         elif id(value) in self._seen:
             self._say("again", self._seen[id(value)])
         else:
@@ -113,27 +129,17 @@ class _Walk:
             self._add_new(value)
 
     def _add_new(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            held = value.detach().cpu().contiguous()
-            self._say("tensor", value.dtype, tuple(value.shape))
-            self._digest.update(held.view(-1).view(torch.uint8).numpy() if held.numel() else b"")
-        elif isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
-            self._say("array", value.dtype, value.shape)
-            self._digest.update(value.tobytes())
-        elif isinstance(value, (list, tuple)):
-            self._say(type(value).__qualname__, len(value))
-            self._add_all(value)
-        elif isinstance(value, (set, frozenset)):
-            self._say("set", sorted(map(_digest_of, value)))
-        elif isinstance(value, Mapping):
-            self._say(type(value).__qualname__, len(value))
-            for pair in value.items():
-                self._add_all(pair)
+        if isinstance(value, (Tensor, np.ndarray, np.generic)):
+            self._add_array(value)
+        elif isinstance(value, (list, tuple, Set, Mapping)):
+            self._add_collection(value)
+        elif isinstance(value, re.Pattern):
+            self._say("pattern", value.pattern, value.flags)
         elif isinstance(value, types.CodeType):
             self._say("code", value.co_code, value.co_names, value.co_varnames, value.co_freevars)
             self._add_all(value.co_consts)
         elif isinstance(value, types.ModuleType):
-            self._say("module", value.__name__)
+            self._add_module(value)
         elif isinstance(value, type):
             self._add_class(value)
         elif isinstance(value, types.FunctionType):
@@ -146,45 +152,100 @@ class _Walk:
             self._add_all((type(value).__qualname__, value.__func__))
         elif isinstance(value, property):
             self._add_all(("property", value.fget))
-        elif inspect.isroutine(value):
+        elif isinstance(value, _BUILT_IN):
             owner = getattr(value, "__self__", None)
-            self._say("built in", getattr(value, "__module__", None), getattr(value, "__qualname__", repr(type(value))))
+            self._say("built in", getattr(value, "__module__", None), value.__qualname__)
             self._add_all(() if isinstance(owner, types.ModuleType | None) else (owner,))
         else:
             self._add_object(value)
 
+    def _add_array(self, value: Any) -> None:
+        self._say("array", value.dtype, tuple(value.shape))
+        if isinstance(value, Tensor) and value.is_meta:
+            return
+        try:
+            if isinstance(value, Tensor):
+                held = value.detach().cpu().contiguous()
+                if held.numel():
+                    self._digest.update(held.view(-1).view(torch.uint8).numpy().data)
+            elif value.dtype.hasobject:
+                self.add(value.tolist())
+            else:
+                self._digest.update(value.tobytes())
+        except (NotImplementedError, RuntimeError, TypeError):  # sparse ones, and others whose bytes are nowhere
+            self._add_hidden()
+
+    def _add_collection(self, value: Any) -> None:
+        self._add_class(type(value))
+        self._say("of", len(value))
+        if isinstance(value, Set):
+            # in whatever order: each by a digest of its own
+            self._say(sorted(_Walk(self._seen).digest_of(one) for one in value))
+        elif isinstance(value, Mapping):
+            for pair in list(value.items()):
+                self._add_all(pair)
+        else:
+            self._add_all(value)
+
+    def _add_module(self, value: types.ModuleType) -> None:
+        self._say("module", value.__name__)
+        file = getattr(value, "__file__", None)
+        if file and not _is_installed(_top_of(value.__name__)):
+            with contextlib.suppress(OSError):
+                self._digest.update(pathlib.Path(file).read_bytes())
+
     def _add_class(self, value: type) -> None:
         self._say("class", value.__module__, value.__qualname__)
-        if not _is_installed(_top_of(value.__module__)):
-            self._add_all(value.__bases__)
-            own = {name: one for name, one in sorted(vars(value).items()) if name not in _NOT_CONTENT}
-            self._add_all(pair for pair in own.items() if inspect.isroutine(pair[1]) or _is_data(pair[1]))
+        if _is_installed(_top_of(value.__module__)):
+            return
+        self._add_all(value.__bases__)
+        for name, held in sorted(vars(value).items()):
+            # methods, and what the class says in its own words; not what Python notes of how it was written
+            is_noted = name.startswith("__") and not isinstance(held, (types.FunctionType, staticmethod, classmethod))
+            if not is_noted and not name.startswith("_abc_") and not isinstance(held, _BUILT_IN):
+                self._say("attribute", name)
+                self.add(held)
 
     def _add_function(self, value: types.FunctionType) -> None:
         self._say("function", value.__module__, value.__qualname__)
-        top, seen = _top_of(value.__module__), value.__globals__
-        if top in _NAMED:
+        top, code, names = _top_of(value.__module__), value.__code__, value.__globals__
+        if top in _OF_MODELS or top in sys.stdlib_module_names - {"__main__"}:
             return
         self._add_all((value.__defaults__, value.__kwdefaults__))
         for cell in value.__closure__ or ():
             with contextlib.suppress(ValueError):  # one that is not filled yet
                 self.add(cell.cell_contents)
         if not _is_installed(top):
-            self.add(value.__code__)
-            self._add_all(seen[name] for name in sorted(set(_names_in(value.__code__))) if name in seen)
+            self.add(code)
+            self._add_all(names[name] for name in sorted(set(_names_in(code))) if name in names)
+            self._add_all(sys.modules[name] for name in sorted(set(_imports_in(code))) if name in sys.modules)
 
     def _add_object(self, value: Any) -> None:
-        if _holds_hidden(value):
-            # a generator, a lock, a file: what they do next is not written anywhere
-            self._say("like nothing else", uuid.uuid4())
+        if isinstance(value, logging.Logger):
+            self._say("logger", value.name)
+            return
+        if isinstance(value, weakref.ref):
+            self._add_all(("reference", value()))
+            return
         self._add_class(type(value))
-        slots = {name for one in type(value).__mro__ for name in _slots_of(one)} - {"__dict__", "__weakref__"}
-        own = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
-        for name in sorted(own.keys() - {"__getstate__"}):
+        own = _attributes_of(value)
+        if own is None and type(value) is not object:
+            said = repr(value)
+            if type(value).__repr__ is object.__repr__ or " at 0x" in said:
+                self._add_hidden()
+            self._say("said", said)  # a date, a ufunc, a fraction
+        if isinstance(value, (io.IOBase, random.Random)):
+            self._add_hidden()
+        for name in sorted((own or {}).keys() - {"__getstate__"}):
             self._say("attribute", name)
+            held = (own or {})[name]
             # torch keeps hooks by numbers that it counts up
-            is_hooks = isinstance(value, nn.Module) and "_hooks" in name and isinstance(own[name], dict)
-            self.add(list(own[name].values()) if is_hooks else own[name])
+            is_hooks = isinstance(value, nn.Module) and "_hooks" in name and isinstance(held, dict)
+            self.add(list(held.values()) if is_hooks else held)
+
+    def _add_hidden(self) -> None:
+        """Take in what cannot be told: of a lock, a generator or a file, what they do next is written nowhere."""
+        self._say("like nothing else", uuid.uuid4())
 
     def _add_all(self, values: Any) -> None:
         for value in values:
@@ -195,10 +256,26 @@ class _Walk:
         self._digest.update(repr(words).encode())
 
 
+def _attributes_of(value: Any) -> dict[str, Any] | None:
+    """Give the attributes of an object; None where it has no place for any, and may keep what it holds out of sight."""
+    own: dict[str, Any] = {}
+    has_slots = False
+    for one in type(value).__mro__:
+        slots = vars(one).get("__slots__")
+        has_slots |= slots is not None
+        for name in (slots,) if isinstance(slots, str) else slots or ():
+            mangled = f"_{one.__name__.lstrip('_')}{name}" if name[:2] == "__" != name[-2:] else name
+            if name not in ("__dict__", "__weakref__") and hasattr(value, mangled):
+                own[mangled] = getattr(value, mangled)
+    if hasattr(value, "__dict__"):
+        return own | vars(value)
+    return own if has_slots else None
+
+
 @functools.lru_cache
 def _is_installed(top: str) -> bool:
-    """Whether a package is a library: what it does is the business of its version."""
-    if top in _NAMED:
+    """Whether a package is a library."""
+    if top in _OF_MODELS or top == "numpy" or (top in sys.stdlib_module_names and top != "__main__"):
         return True
     module = sys.modules.get(top)
     places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
@@ -213,27 +290,22 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
             yield from _names_in(const)
 
 
-def _slots_of(one: type) -> tuple[str, ...]:
-    slots = one.__dict__.get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+def _imports_in(code: types.CodeType) -> Iterator[str]:
+    """List the modules that a function and those within it import when they run."""
+    yield from (one.argval for one in dis.get_instructions(code) if one.opname == "IMPORT_NAME" and one.argval)
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _imports_in(const)
 
 
-def _is_data(value: Any) -> bool:
-    return isinstance(value, (*_PLAIN, staticmethod, classmethod, property, Tensor, np.ndarray, list, tuple))
-
-
-def _is_plain(value: Any) -> bool:
+def _is_setting(value: Any, depth: int = 8) -> bool:
     """Whether a value is a number, a word, or a collection of such; not a device, where a run may go on elsewhere."""
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, (*value.keys(), *value.values())))
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN) and not isinstance(value, torch.device)
+    if not isinstance(value, (list, tuple, set, frozenset, Mapping)):
+        return isinstance(value, _PLAIN)
+    inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+    return depth > 0 and all(_is_setting(one, depth - 1) for one in inner)
 
 
-def _holds_hidden(value: Any) -> bool:
-    """Whether an object may hold what is not among its attributes: one of a class that is not Python's."""
-    if isinstance(value, (io.IOBase, random.Random)):
-        return True
-    has_slots = any("__slots__" in vars(one) for one in type(value).__mro__)
-    return not hasattr(value, "__dict__") and not has_slots and type(value) is not object
+def _is_setting_of_user(value: Any) -> bool:
+    """Whether a value is a setting, an array that is no weight, or a function."""
+    return _is_setting(value) or isinstance(value, (Tensor, np.ndarray, types.FunctionType, functools.partial))

@@ -175,7 +175,8 @@ class StoreSink:
     def _close(self, error: BaseException | None) -> None:
         try:
             # Without a description the caller decides what is whole; a unit it has not ended is not.
-            with self._turn:  # a call of another thread may just be adding its rows
+            with self._turn:  # a call of another thread may just be adding its rows, or come too late to
+                self._pending = None
                 if self._unit is not None and self._unit.used.examples and self._description is not None:
                     self.end_unit()
         finally:
@@ -200,8 +201,11 @@ class StoreSink:
             )
         pending = _Pending(threading.get_ident(), call, self._announced)
         with self._turn:
-            while (other := self._pending) is not None and other.thread != pending.thread and other.call.is_running():
-                self._turn.wait(_LOOK_AGAIN_S)
+            num_misses = 0
+            # asked twice: the stack of a thread that runs may change while it is looked at
+            while (other := self._pending) is not None and other.thread != pending.thread and num_misses < 2:
+                num_misses = 0 if other.call.is_running() else num_misses + 1
+                self._turn.wait(_LOOK_AGAIN_S if num_misses < 2 else 0)
             # One left over was cut short, by Ctrl-C say, and its rows are overwritten.
             self._pending = call.state = pending
         self._announced = None
@@ -240,10 +244,10 @@ class StoreSink:
     def finish(self, call: Call) -> None:
         pending: _Pending = call.state
         try:
-            if pending.values is not None:
-                self._establish(pending, call)
             with self._turn:
                 if pending is self._pending:  # else another thread has closed the probe meanwhile
+                    if pending.values is not None:
+                        self._establish(pending, call)
                     self._commit_call(pending)
         finally:
             self._end_turn(pending)

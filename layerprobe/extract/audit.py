@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from layerprobe.capture.casting import cast_into
+from layerprobe.capture.identity import describe_changes
 from layerprobe.capture.pooling import POOLS
 from layerprobe.capture.probe import Probe
 from layerprobe.capture.target import Target
@@ -205,6 +206,12 @@ def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, devic
         raise PlanError(
             f"{store.place}: was made with another model ({'; '.join(differing)}). Pass the very model "
             "it was made with (--model); a config may also differ between versions of transformers."
+        )
+    there, here = (store.description.get("plan") or {}).get("changes", []), describe_changes(network)
+    if there != here:
+        raise PlanError(
+            f"{store.place}: was made with other edits, hooks or modules on the model ({brief(str(there))} there, "
+            f"{brief(str(here))} here). Put the same on it, within whose block this is called."
         )
     return network
 

@@ -30,6 +30,7 @@ __all__ = [
     "cut_batches",
     "cut_flat_batches",
     "tokenize",
+    "tokenizing",
 ]
 
 # What one more batch costs, in tokens: less than it measures for MiniLM on two cores (36), to keep padding under 2 %.
@@ -39,7 +40,7 @@ SHAPE_STEPS = (8, 4, 6)
 # Where a tokenizer puts truncation and padding into its backend; what it has of its own beside may do more than that.
 _OF_BACKEND = "set_truncation_and_padding"
 # Where texts are cut is the tokenizer's own state, and two runs may share one.
-_cutting = threading.Lock()
+tokenizing = threading.Lock()
 _OF_CALLS = {
     "__call__", "_call_one", "_switch_to_input_mode", "_convert_encoding", "_get_padding_truncation_strategies",
     _OF_BACKEND,
@@ -205,7 +206,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
     """Turn texts into ids, special tokens included, cut to `max_length`."""
     if not texts:
         return NO_TEXTS
-    with _cutting:
+    with tokenizing:
         return _tokenize(tokenizer, texts, max_length)
 
 

@@ -19,7 +19,7 @@ from layerprobe.analysis.features import POOLS
 from layerprobe.analysis.keeping import KeptProbe, load_probe
 from layerprobe.capture.probe import Probe
 from layerprobe.errors import InputError, OptionError
-from layerprobe.extract.batching import TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.batching import TokenizedUnit, cut_batches, tokenize, tokenizing
 from layerprobe.extract.inputs import check_text
 from layerprobe.extract.untrained import find_model
 from layerprobe.models import LoadedModel, evaluating
@@ -114,9 +114,10 @@ class Classifier:
         self, texts: list[str], unit: TokenizedUnit, member: int, spans: Sequence[tuple[int, int]]
     ) -> tuple[int, int]:
         start, end = spans[member]
-        encoding = self.model.tokenizer(
-            texts[member], truncation=True, max_length=self._max_length, return_offsets_mapping=True
-        )
+        with tokenizing:
+            encoding = self.model.tokenizer(
+                texts[member], truncation=True, max_length=self._max_length, return_offsets_mapping=True
+            )
         places = encoding["offset_mapping"]
         rows = [row for row, (first, last) in enumerate(places) if first < end and last > start]
         if not rows or len(places) != len(unit.ids[member]):

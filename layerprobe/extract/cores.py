@@ -9,6 +9,7 @@ Hides where Linux says so. Must never know of models.
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,9 @@ __all__ = ["count_cores", "using_cores"]
 
 # What a user sets who knows better.
 _ASKED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# What each of those under way in this process has found.
+_open: list[int] = []
+_entering = threading.Lock()
 
 
 def count_cores(root: Path = Path("/")) -> int:
@@ -39,15 +43,20 @@ def using_cores(share: int = 1, environment: Mapping[str, str] = os.environ) -> 
         share: How many processes share the cores.
         environment: Where a number of threads that was asked for stands; then nothing is changed.
     """
-    before = torch.get_num_threads()
     most = max(1, count_cores() // share)
-    if most < before and not any(environment.get(name) for name in _ASKED):
-        torch.set_num_threads(most)
+    with _entering:
+        _open.append(torch.get_num_threads())
+        if most < _open[0] and not any(environment.get(name) for name in _ASKED):
+            torch.set_num_threads(most)
     try:
         yield
     finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
+        # the last to leave puts back what the first has found
+        with _entering:
+            before = _open[0]
+            _open.pop()
+            if not _open and torch.get_num_threads() != before:
+                torch.set_num_threads(before)
 
 
 def _find_quota(root: Path) -> float:

@@ -60,6 +60,7 @@ def run_crew(
     """
     assert plan.crew is not None
     missing = (number for number in range(plan.num_units) if number not in plan.done)
+    own_waited_s = report.waited_s
     with contextlib.ExitStack() as started:
         workers = [started.enter_context(_start(plan, device, lock)) for device in plan.crew.devices]
         pending = {worker.pipe: worker for worker in workers}
@@ -74,6 +75,7 @@ def run_crew(
                 if "counts" in said:
                     before, worker.counts = worker.counts, said["counts"]
                     _join(report, workers)
+                    report.waited_s += own_waited_s
                     advance(worker.counts["num_examples"] - before.get("num_examples", 0))
                 if said.get("done"):
                     del pending[pipe]

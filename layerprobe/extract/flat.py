@@ -34,7 +34,7 @@ from layerprobe.models import evaluating
 from layerprobe.sites.resolve import ModelMap, Site, map_model
 from layerprobe.sites.stacks import find_device
 
-__all__ = ["FlatForm", "attending_flat", "find_attention", "laying", "refuse_flat"]
+__all__ = ["FlatForm", "attending_flat", "find_unusual_attention", "laying", "refuse_flat"]
 
 _NAME = "layerprobe_flat"
 # What attention may be asked for beside its operands, and what we do not do.
@@ -209,8 +209,15 @@ def refuse_flat(
     return None if gives_same else f"{type(model).__name__} gives other rows then"
 
 
-def find_attention(mapped: ModelMap) -> str:
-    """Find by what a model attends, whether or not it does so within texts for the moment."""
+def find_unusual_attention(mapped: ModelMap) -> str | None:
+    """Find by what a model attends; None where that is what transformers chooses by itself: `sdpa` if it can."""
+    attention = _find_attention(mapped)
+    usual = "sdpa" if getattr(mapped.base, "_supports_sdpa", False) else "eager"
+    return None if attention == usual else attention
+
+
+def _find_attention(mapped: ModelMap) -> str:
+    # whether or not it attends within texts for the moment
     config = mapped.base.config
     return _held.get(id(config), (None, getattr(config, "_attn_implementation", None) or "eager", 0))[1]
 
@@ -228,7 +235,7 @@ def _refuse_model(mapped: ModelMap) -> str | None:
         return "a compiled model would be compiled again for every batch"
     if getattr(base.config, "chunk_size_feed_forward", 0):
         return "chunk_size_feed_forward would cut a batch into as many chunks as it has tokens"
-    if (attention := find_attention(mapped)) != "sdpa":
+    if (attention := _find_attention(mapped)) != "sdpa":
         return f"its attention is {attention!r}, not 'sdpa'"
     if "position_ids" not in inspect.signature(mapped.model.forward).parameters:
         return f"{kinds[0].__name__} takes no position_ids"
@@ -237,7 +244,7 @@ def _refuse_model(mapped: ModelMap) -> str | None:
 
 def _is_changed(module: nn.Module) -> bool:
     """Whether somebody has put something on a module that sees or makes values."""
-    hooks = (hook for name in _HOOKS for hook in vars(module)[name].values())
+    hooks = [hook for name in _HOOKS for hook in list(vars(module)[name].values())]
     return "forward" in vars(module) or any(getattr(hook, "__module__", None) != _IDLE_HOOKS for hook in hooks)
 
 

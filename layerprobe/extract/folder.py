@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import StoreError
+from layerprobe.extract.batching import tokenizing
 from layerprobe.extract.elsewhere import begin_remote
 from layerprobe.extract.plan import Plan
 from layerprobe.extract.resume import check_finite, find_done
@@ -108,7 +109,8 @@ def _commit_tokenizer(tokenizer: Any, folder: Path) -> None:
         _remove(partial)
     try:
         try:
-            tokenizer.save_pretrained(partial)
+            with tokenizing:
+                tokenizer.save_pretrained(partial)
         except OSError:
             raise
         except Exception as error:

@@ -8,9 +8,12 @@ Hides file formats. Must never know of tokens or models.
 
 import csv
 import datetime
+import decimal
 import json
+import re
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -116,8 +119,8 @@ def open_source(texts: Any, field: str = "text") -> TextSource:
             `hf:NAME:CONFIG:SPLIT`; its split `train` where none is named), or in Python a list of strings or of
             mappings. A single string is a path.
         field: Which field of a record holds the text; the others travel with the example as JSON. Arrays and tensors
-            become lists, their scalars numbers, dates and times their ISO text; what else JSON has no word for is
-            refused when its record comes.
+            become lists, their scalars numbers, dates and times their ISO text, decimal numbers and UUIDs text with all
+            digits; what else JSON has no word for is refused when its record comes.
 
     Raises:
         InputError: missing, of an unknown kind, or not texts.
@@ -168,7 +171,8 @@ def _open_path(path: str, field: str) -> TextSource:
 
 def _open_dataset(path: str, field: str) -> TextSource:
     """Load a data set of the hub, or of a folder, into the cache of `datasets`; it is read from there."""
-    name, *parts = path.removeprefix(HUB_PREFIX).split(":")
+    # not within brackets: a split may be cut, as in train[:1000]
+    name, *parts = re.split(r":(?![^\[]*\])", path.removeprefix(HUB_PREFIX))
     if not name or name.startswith("//") or len(parts) > 2 or not all(parts):
         raise InputError(f"{path!r}: names no data set. Use hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
     config, split = parts[0] if len(parts) == 2 else None, parts[-1] if parts else "train"
@@ -257,17 +261,21 @@ def _make_plain(value: Any, name: str, where: str) -> Any:
         return value
     dtype = ""
     if isinstance(value, (np.ndarray, np.generic)):
+        if value.dtype == np.longdouble:  # whose own `tolist` gives what JSON does not know
+            value = value.astype(np.float64)
         if value.dtype.kind in _PLAIN_KINDS:
             return value.tolist()
         if value.dtype.kind == "O":
             return _make_plain(value.tolist(), name, where)
         dtype = f" of {value.dtype}"
     elif isinstance(value, torch.Tensor):
-        if not value.is_complex():
+        if not value.is_complex() and value.layout == torch.strided and not value.is_meta:
             return value.tolist()
         dtype = f" of {value.dtype}"
     elif isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
+    elif isinstance(value, (decimal.Decimal, uuid.UUID)):
+        return str(value)
     elif isinstance(value, Mapping):
         _check_names(value, name, where)
         return {key: _make_plain(inner, f"{name}.{key}" if name else key, where) for key, inner in value.items()}
@@ -277,7 +285,7 @@ def _make_plain(value: Any, name: str, where: str) -> Any:
         return value
     raise InputError(
         f"{where}: field {name!r} is {type(value).__name__}{dtype}, which cannot be kept as JSON. "
-        "Give a text, a number, a list or a mapping of them, or leave it out."
+        "Give a text, a number, a list or a mapping of them, or leave it out; save the columns that you need anew."
     )
 
 

@@ -25,7 +25,7 @@ from layerprobe.errors import InputError, OptionError, PlanError, SpaceError
 from layerprobe.extract.batching import BATCH_COST_TOKENS, NO_TEXTS, SHAPE_STEPS, TokenizedUnit, tokenize
 from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
-from layerprobe.extract.flat import find_attention, refuse_flat
+from layerprobe.extract.flat import find_unusual_attention, refuse_flat
 from layerprobe.extract.forward import CUDA_GRAPHS, check_device, compute_in, find_precision
 from layerprobe.extract.inputs import TextSource, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
@@ -194,7 +194,7 @@ def plan_extraction(
     name = model.name if isinstance(model, LoadedModel) else model if isinstance(model, str) else ""
     model, tokenizer = find_model(model, tokenizer, device)
     check_device(need_one_device(model), options.compile)
-    sites = map_model(model).select(list(options.sites) if not isinstance(options.sites, str) else options.sites)
+    sites = map_model(model).select(options.sites)
     max_length = choose_max_length(model, tokenizer, options.max_length)
     stored = _measure_sites(model, tokenizer, sites, options)
     sample = list(itertools.islice(source, _SAMPLE_EXAMPLES))
@@ -342,12 +342,11 @@ def _measure_sites(
     """Run the model on one short text to learn the width and dtype of each site."""
     dtype = resolve_dtype(options.dtype)
     check_storable(sites, options.pool, dtype)
-    ids = tokenizer("layer probe", return_tensors="pt", truncation=True, max_length=options.max_length or 8)
-    device = find_device(model)
+    ids = torch.tensor(tokenize(tokenizer, ["layer probe"], options.max_length or 8).ids, device=find_device(model))
     computing = compute_in(model, find_precision(model, options.precision))
     names = [site.name for site in sites]
     with evaluating(model), torch.inference_mode(), computing, Probe(model, names, this_thread=True) as probe:
-        model(**{name: ids[name].to(device) for name in ("input_ids", "attention_mask")})
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return tuple(measure_site(site, probe[site.name], options.pool, dtype) for site in sites)
 
 
@@ -365,7 +364,7 @@ def _describe(
     """Say what the run is; what changes the bytes of its shards is in the fingerprint, and nothing else."""
     own = {**describe_model(model), **({"id": name} if name else {})}
     precision = find_precision(model, options.precision)
-    attention, changes = find_attention(map_model(model)), describe_changes(model)
+    attention, changes = find_unusual_attention(map_model(model)), describe_changes(model)
     identity = {
         "input": {"hash": survey.digests[-1].hex(), "examples": survey.num_examples},
         "model": {key: own[key] for key in ("class", "config_hash", "weights_hash")},
@@ -382,8 +381,8 @@ def _describe(
             "text_bytes_per_token": rule.text_bytes_per_token,
             "units": len(survey.digests),
             **({"kept": rule.kept.describe()} if rule.kept is not None else {}),
-            # these four only where they are not as usual
-            **({"attention": attention} if attention != "sdpa" else {}),
+            # the rest only where it is not as usual
+            **({"attention": attention} if attention is not None else {}),
             **({"changes": changes} if changes else {}),
             **({"precision": precision} if precision is not None else {}),
             **({"compile": options.compile} if options.compile else {}),

@@ -212,7 +212,7 @@ def _measure_sample(
         left_s = seconds - spent_s
         if len(chunk) < size or left_s < _LEAST_LEFT * seconds:
             break
-        size = max(1, min(int(left_s * len(chunk) / run_s), _GROWTH * len(chunk), _MOST_EXAMPLES))
+        size = max(1, int(min(left_s * len(chunk) / run_s, _GROWTH * len(chunk), _MOST_EXAMPLES)))
         if size >= _MUCH_LARGER * sample.num_examples:
             sample, records = SamplePace(0, 0, 0, 0.0, 0.0), iter(source)
     return sample

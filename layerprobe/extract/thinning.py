@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerprobe.errors import OptionError
+from layerprobe.extract.batching import tokenize
 from layerprobe.store.kept import Kept
 from layerprobe.store.writer import StoredSite
 
 __all__ = ["find_kept"]
+
+# More than any tokenizer puts around a text.
+_MOST_SPECIAL = 16
 
 
 def find_kept(tokens: str, keep: float, tokenizer: Any, stored: Sequence[StoredSite], pool: object) -> Kept | None:
@@ -44,7 +48,7 @@ def find_kept(tokens: str, keep: float, tokenizer: Any, stored: Sequence[StoredS
             raise OptionError("tokens='cls': the tokenizer has no such token. Use 'first'.")
         ids = (int(tokenizer.cls_token_id),)
     elif tokens in ("special", "nonspecial"):
-        ids = tuple(sorted(set(map(int, tokenizer("")["input_ids"]))))
+        ids = tuple(sorted(set(tokenize(tokenizer, [""], _MOST_SPECIAL).ids[0])))
         if not ids and tokens == "special":
             raise OptionError("tokens='special': the tokenizer puts no tokens around a text. Use another kind.")
     return Kept(tokens, float(keep), ids)

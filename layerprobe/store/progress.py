@@ -197,7 +197,8 @@ def _write_over(path: Path, data: bytes) -> None:
     """Write into the block that a small file has already: on a disk without room a run that waits can still say so."""
     descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     try:
-        # at once and of the same length, with blanks behind it: whoever reads it meanwhile finds JSON
+        # at once, with blanks behind it to the length of what was there: whoever reads it meanwhile finds JSON, or
+        # in the worst case half of each, which is taken for no progress until it is read again
         os.write(descriptor, data.ljust(os.fstat(descriptor).st_size))
     finally:
         os.close(descriptor)

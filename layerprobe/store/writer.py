@@ -230,12 +230,16 @@ class ShardWriter:
         for number in range(self.num_threads):
             probes, ended = self._probes_disk and not number, threading.Event()
             thread = threading.Thread(target=self._run, args=(probes, ended), name="layerprobe-writer", daemon=True)
+            self._threads.append((thread, ended))
             try:
                 thread.start()
-            except RuntimeError as error:
+            except BaseException as error:
+                if thread.ident is None:
+                    self._threads.pop()
                 self.close()
+                if not isinstance(error, RuntimeError):
+                    raise
                 raise StoreError(f"{self.place}: no thread for writer {number + 1}. Ask for fewer writers.") from error
-            self._threads.append((thread, ended))
 
     def submit(self, job: ShardJob) -> None:
         """Hand over a full buffer; returns at once.
@@ -263,13 +267,16 @@ class ShardWriter:
         Ctrl-C while it waits gives up the shards that are not on disk yet, and is raised once no thread can write any
         more: the caller gives the place to others then.
         """
-        for _ in self._threads:
-            self._jobs.put(None)
         cut: BaseException | None = None
-        # not by `join`: one that Ctrl-C has cut short takes the thread for ended
-        while running := [ended for _, ended in self._threads if not ended.is_set()]:
+        is_over = False
+        while not is_over:
             try:
-                running[0].wait()
+                for _ in self._threads:
+                    self._jobs.put(None)
+                # not by `join`: one that Ctrl-C has cut short takes the thread for ended
+                for _, ended in self._threads:
+                    ended.wait()
+                is_over = True
             except BaseException as error:
                 cut = self._error = error
         while self._threads:

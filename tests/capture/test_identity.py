@@ -1,12 +1,13 @@
 """What tells one pool from another, and a model that something was put on from a plain one."""
 
 import functools
+import re
 import subprocess
 import sys
 import textwrap
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_content_of_a_pool_tells_it_from_others(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_cannot_be_told_is_like_nothing_else() -> None:
     lock, numbers = threading.Lock(), iter([1])
-    for held in (lock, numbers, torch.Generator()):
+    for held in (lock, numbers, torch.Generator(), torch.zeros(2, 2).to_sparse()):
         pool = Weighted(held)
         assert describe_pool(pool) != describe_pool(pool)
     assert describe_pool(Weighted(None)) == describe_pool(Weighted(None))
@@ -80,34 +81,113 @@ def test_what_cannot_be_told_is_like_nothing_else() -> None:
 def test_pool_is_the_same_in_another_process(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         textwrap.dedent("""
+        import functools
+        import logging
+        import operator
+        from datetime import date
+
         import torch
+        from numpy import maximum
 
+        import helpers
+
+        logger = logging.getLogger(__name__)
+        logger.addHandler(logging.StreamHandler())
         WEIGHTS = {"a", "b", "c", "d"}
+        SINCE, FIRST = date(2020, 1, 2), operator.itemgetter(0)
 
+        @functools.lru_cache
         def count(name):
+            logger.info("counting")
             return len(name)
 
-        class Pool:
-            def __init__(self):
-                self.parts = [lambda rows: rows[0], sorted]
+        class Pool(torch.nn.Module):
+            KINDS = {"sum": sum, "max": maximum}
 
-            def __call__(self, rows):
-                return sum((part(rows) for part in self.parts if count("a") in WEIGHTS), rows[0])
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.over = torch.nn.GRU(4, 4)
+                self.parts = [lambda rows: FIRST(rows), sorted]
+
+            def forward(self, rows):
+                return sum((part(rows) for part in self.parts if count("a") in WEIGHTS), helpers.first(rows))
 
         def pool(rows):
+            import later
+
             def inner(value):
                 return [one * 2 for one in value]
-            return torch.stack(list(inner(row) for row in rows)).sum(0) * len(WEIGHTS) * count("x")
+
+            return torch.stack(list(inner(row) for row in rows)).sum(0) * len(WEIGHTS) * count("x") * SINCE.year
         """)
     )
-    code = (
-        "import mine; from layerprobe.capture.identity import describe_pool as d; print(d(mine.pool), d(mine.Pool()))"
-    )
-    said = [
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
-    assert said[0] == said[1] and said[0].startswith("mine.pool#")
+    (tmp_path / "helpers.py").write_text("def first(rows):\n    return rows[0]\n")
+    (tmp_path / "later.py").write_text("")
+    code = "import later, mine; from layerprobe.capture.identity import describe_pool as d; "
+    code += "print(d(mine.pool), d(mine.Pool()))"
+
+    def run() -> list[str]:
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    first = run()
+    assert first == run() and first[0].startswith("mine.pool#") and first[1].startswith("mine.Pool#")
+    (tmp_path / "helpers.py").write_text("def first(rows):\n    return rows[-1]\n")
+    assert run()[0] == first[0] and run()[1] != first[1]
+    (tmp_path / "later.py").write_text("A = 1")
+    assert run()[0] != first[0]
+
+
+def test_what_goes_round_comes_to_an_end() -> None:
+    class Node:
+        def __init__(self) -> None:
+            self.all: Any = set()
+
+        def __call__(self, rows_TD: torch.Tensor) -> torch.Tensor:
+            return rows_TD[0]
+
+    node, child, itself = Node(), Node(), Node()
+    node.all, child.all = {child}, {node}
+    itself.all = [1]
+    itself.all.append(itself.all)
+    assert describe_pool(node) == describe_pool(node) != describe_pool(itself) == describe_pool(itself)
+    deep: Any = []
+    for _ in range(20_000):
+        deep = [deep]
+    assert describe_pool(Weighted(deep)) != describe_pool(Weighted(deep))  # too deep to be told
+    while deep:  # nor can Python take it apart at once
+        deep = deep.pop()
+
+
+def test_pools_by_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Titled(dict[str, int]):
+        def __call__(self, rows_TD: torch.Tensor) -> torch.Tensor:
+            return rows_TD[0]
+
+    class Private:
+        __slots__ = ("__kept",)
+
+        def __init__(self, kept: int) -> None:
+            self.__kept = kept
+
+        def __call__(self, rows_TD: torch.Tensor) -> torch.Tensor:
+            return rows_TD[self.__kept]
+
+    class Table:
+        FACTORS: ClassVar[dict[str, int]] = {"a": 1}
+
+        def __call__(self, rows_TD: torch.Tensor) -> torch.Tensor:
+            return rows_TD[self.FACTORS["a"]]
+
+    pools: list[Any] = [Titled(a=1), Titled(a=2), Private(1), Private(2), Table(), Weighted({"a": 1})]
+    pools += [Weighted(re.compile("a" * 300)), Weighted(re.compile("a" * 299 + "b"))]
+    told = {describe_pool(pool) for pool in pools}
+    assert len(told) == len(pools) and describe_pool(Private(1)) in told
+    monkeypatch.setitem(Table.FACTORS, "a", 2)
+    assert describe_pool(Table()) not in told
+    # where a run goes on is no part of what it does
+    assert describe_pool(Weighted(torch.device("cpu"))) == describe_pool(Weighted(torch.device("meta")))
 
 
 def test_edits_and_hooks_of_others_are_changes_and_probes_are_none(make_bert: Any) -> None:
@@ -129,6 +209,11 @@ def test_edits_and_hooks_of_others_are_changes_and_probes_are_none(make_bert: An
     model.pooler.forward = functools.partial(nn.Identity.forward, model.pooler)
     with lp.Probe(model, "layers.0", stop=True):
         assert describe_changes(model) == []  # torch's own
+    model.pooler._hf_hook, model.pooler._old_forward = "accelerate's", scaled
+    assert [said.partition("#")[0] for said in describe_changes(model)] == [f"pooler: {__name__}.scaled"]
+    model.pooler._old_forward = type(model.pooler).forward.__get__(model.pooler)
+    assert describe_changes(model) == []
+    del model.pooler._hf_hook, model.pooler._old_forward
     model.pooler.forward = scaled
     with lp.Probe(model, "layers.0", stop=True):
         assert [said.partition("#")[0] for said in describe_changes(model)] == [f"pooler: {__name__}.scaled"]
@@ -153,7 +238,9 @@ def test_modules_of_the_user_are_changes_by_their_code_and_settings(make_bert: A
 
     (said,) = told()
     assert said.startswith(f"modules of {__name__}.test_modules_of") and told() == [said]
-    assert len({*told(), *told(2.0), *told(3.0), *told(held={"names": ["a"]}), *told(held={"names": ["b"]})}) == 5
+    others: list[Any] = [{"names": ["a"]}, {"names": ["b"]}, np.zeros(2), np.ones(2), torch.tensor(1), torch.tensor(2)]
+    assert len({*told(), *told(2.0), *told(3.0), *(one for held in others for one in told(held=held))}) == 9
+    assert told(held=object()) == told(held=threading.Lock())  # no settings
     # where a run goes on is no part of what it does
     assert told(held=torch.device("cpu")) == told(held=torch.device("meta"))
 

@@ -1,5 +1,6 @@
 """One model in several threads at once, and the wrapper that runs copies of it."""
 
+import copy
 import itertools
 import sys
 import threading
@@ -277,9 +278,13 @@ def test_a_run_takes_none_of_what_other_threads_call(
         assert torch.equal(found["layers.1"].mean, expected["layers.1"].mean)
 
 
-def test_two_runs_of_one_model_at_once(tiny: Any, texts: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("trains", [False, True])
+def test_two_runs_of_one_model_at_once(tiny: Any, texts: list[str], tmp_path: Path, trains: bool) -> None:
+    model = copy.deepcopy(tiny.model).train(trains)
+
     def run(folder: str, site: str) -> None:
-        lp.extract(tiny, texts * 4, tmp_path / folder, sites=site, shard_size=10_000, padding_free=False)
+        options: dict[str, Any] = {"tokenizer": tiny.tokenizer, "shard_size": 10_000, "padding_free": False}
+        lp.extract(model, texts * 4, tmp_path / folder, sites=site, **options)
 
     run("first", "layers.0")
     run("second", "layers.2")
@@ -288,6 +293,7 @@ def test_two_runs_of_one_model_at_once(tiny: Any, texts: list[str], tmp_path: Pa
     for folder in ("first", "second"):
         pairs = zip(*(sorted((tmp_path / name).glob("shard-*")) for name in (folder, f"{folder} beside")), strict=True)
         assert all(one.read_bytes() == other.read_bytes() for one, other in pairs)
+    assert model.training == trains
 
 
 def test_a_call_that_was_cut_short_keeps_no_other_thread_waiting(make_bert: Any, batch: Any, tmp_path: Path) -> None:

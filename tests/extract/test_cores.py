@@ -68,6 +68,14 @@ def test_threads_are_lowered_to_the_share_of_a_process_and_given_back() -> None:
         assert torch.get_num_threads() == 64
         with using_cores(share=10_000, environment={"OMP_NUM_THREADS": "64"}):
             assert torch.get_num_threads() == 64
+        # of two runs the one that began first ends first
+        first, second = using_cores(share=10_000, environment={}), using_cores(share=10_000, environment={})
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_num_threads() == 1
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 64
         torch.set_num_threads(1)
         with using_cores(environment={}):
             assert torch.get_num_threads() == 1

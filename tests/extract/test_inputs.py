@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import types
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,7 @@ def test_data_sets_are_read_by_split_and_config(tmp_path: Path, monkeypatch: pyt
     source = open_source(f"hf:{folder}")
     expected = [Record(text, {"label": label, "more": {"words": [text]}}) for text, label in (("good", 1), ("bad", 0))]
     assert list(source) == expected == list(source) and source.name == f"hf:{folder}"
+    assert texts_of(f"hf:{folder}:train[:1]") == ["good"] == texts_of(f"hf:{folder}:default:train[:1]")
     assert texts_of(f"hf:{folder}:test") == ["fair"] == texts_of(f"hf:{folder}:default:test")
     with pytest.raises(InputError, match=r"reviews:dev: the data set cannot be loaded \(.*dev.*\)\. Check its name"):
         open_source(f"hf:{folder}:dev")
@@ -242,6 +244,9 @@ def test_half_a_character_is_refused_with_its_place() -> None:
         (types.MappingProxyType({"n": np.int64(1)}), {"n": 1}),
         (datetime.date(2024, 2, 29), "2024-02-29"),
         (datetime.datetime(2024, 2, 29, 12, 30), "2024-02-29T12:30:00"),
+        (decimal.Decimal("0.10"), "0.10"),
+        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        (np.longdouble(0.5), 0.5),
         (None, None),
     ],
     ids=repr,
@@ -266,7 +271,7 @@ def test_subclasses_of_texts_and_numbers_stay_what_they_are() -> None:
         ({"x": b"a"}, "field 'x' is bytes"),
         ({"x": {1}}, "field 'x' is set"),
         ({"x": 1j}, "field 'x' is complex"),
-        ({"x": decimal.Decimal("0.1")}, "field 'x' is Decimal"),
+        ({"x": torch.ones(2, 2).to_sparse()}, r"field 'x' is Tensor of torch\.float32"),
         ({"x": {"y": [0, {"z": b"a"}]}}, r"field 'x\.y\[1\]\.z' is bytes"),
         ({"x": np.array([b"a"])}, r"field 'x' is ndarray of \|S1, which"),
         ({"x": np.complex64(1)}, "field 'x' is complex64 of complex64"),

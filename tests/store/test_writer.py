@@ -200,14 +200,15 @@ def test_an_unexpected_failure_names_the_folder_and_keeps_its_cause(tmp_path: Pa
 
 def test_ctrl_c_while_the_last_shards_are_waited_for_leaves_no_thread_that_writes(tmp_path: Path) -> None:
     """The lock of the folder is given back next: a shard that came after would be in another run's way."""
-
-    closing, own = threading.Event(), threading.get_ident()
+    own = threading.get_ident()
 
     def interrupt() -> None:
-        closing.wait()
-        time.sleep(0.3)
+        # once `close` has asked the thread to end, behind the second job
+        while writer._jobs.qsize() < 2:
+            time.sleep(0.01)
         signal.pthread_kill(own, signal.SIGINT)
-        time.sleep(0.3)
+        while writer._error is None:
+            time.sleep(0.01)
 
     released: list[int] = []
     job = make_job(0, released=released)
@@ -215,7 +216,6 @@ def test_ctrl_c_while_the_last_shards_are_waited_for_leaves_no_thread_that_write
     writer.start()
     writer.submit(ShardJob(job.header, job.tensors, interrupt, job.release))
     writer.submit(make_job(1, released=released))
-    closing.set()
     with pytest.raises(KeyboardInterrupt):
         writer.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "layerprobe-writer"]
