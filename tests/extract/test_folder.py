@@ -175,15 +175,14 @@ import sys
 from pathlib import Path
 import layerprobe
 loaded = layerprobe.load_model(sys.argv[1], "cpu")
-hold = sys.argv[3] == "hold"
 
 def wait(module, args, output):
-    if Path(sys.argv[2], "store.json").exists():
+    if sys.argv[3] == "hold" and Path(sys.argv[2], "store.json").exists():
         print("computing", flush=True)
         sys.stdin.read()
 
-if hold:
-    loaded.model.encoder.layer[0].register_forward_hook(wait)
+# in each of them: a hook is a part of the run
+loaded.model.encoder.layer[0].register_forward_hook(wait)
 layerprobe.extract(loaded, ["the quick brown fox"] * 9, sys.argv[2], shard_size=10_000)
 """
 
