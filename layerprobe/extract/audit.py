@@ -211,7 +211,7 @@ def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, devic
     if there != here:
         raise PlanError(
             f"{store.place}: was made with other edits, hooks or modules on the model ({brief(str(there))} there, "
-            f"{brief(str(here))} here). Put the same on it, within whose block this is called."
+            f"{brief(str(here))} here). Put the same on the model while this is called."
         )
     return network
 

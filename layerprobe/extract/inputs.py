@@ -185,7 +185,8 @@ def _open_dataset(path: str, field: str) -> TextSource:
     try:
         rows: Any = load_dataset(name, config, split=split, **runs_no_code)
     except Exception as error:  # whatever hub, cache and file say of it
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        cause = error.__cause__ or error  # the outer one says only that something went wrong
+        said = str(cause).strip().partition("\n")[0] or type(cause).__name__
         raise InputError(
             f"{path}: the data set cannot be loaded ({said}). Check its name, config and split, and the network."
         ) from error

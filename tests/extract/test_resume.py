@@ -199,6 +199,12 @@ def test_what_was_put_on_the_model_makes_another_run(tiny: LoadedModel, texts: l
     assert run(0.5).fingerprint == edited.fingerprint and contents(folder) == before
     with pytest.raises(PlanError, match=r"plan\.changes"):
         run(0.25)
+    with pytest.raises(
+        PlanError, match=r"was made with other edits, hooks or modules on the model \(.*lp\.edit#.*\[\] here"
+    ):
+        layerprobe.audit(folder, tiny)
+    with layerprobe.edit(tiny.model, {"layers.0": layerprobe.scale(0.5)}):
+        assert layerprobe.audit(folder, tiny).ok
     model: Any = copy.deepcopy(tiny.model)
     model.set_attn_implementation("eager")
     with pytest.raises(PlanError, match=r"plan\.attention: None there, 'eager' here; plan\.changes"):
