@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["EDIT", "HookSet", "Reader", "Stop", "list_edits", "list_strange"]
+__all__ = ["EDIT", "HookSet", "Reader", "Stop", "list_edits", "list_hooks", "list_strange"]
 
 # Attribute of a hook that edits values: what it does to them.
 EDIT = "layerprobe_edit"
@@ -117,7 +117,7 @@ class HookSet:
 
 def list_edits(module: nn.Module) -> list[Any]:
     """List what edits do to the values of one module."""
-    return [getattr(hook, EDIT) for _, hook in _list_hooks(module) if hasattr(hook, EDIT)]
+    return [getattr(hook, EDIT) for _, hook in list_hooks(module) if hasattr(hook, EDIT)]
 
 
 def list_strange(module: nn.Module) -> Iterator[Any]:
@@ -125,9 +125,8 @@ def list_strange(module: nn.Module) -> Iterator[Any]:
 
     A method of accelerate's, which brings weights that lie elsewhere, is none of it, but the one under it may be.
     """
-    guests = vars(module).get("__getstate__")
-    guests = guests if isinstance(guests, _Guests) else _Guests(module)
-    yield from (hook for number, hook in _list_hooks(module) if number not in guests.hooks)
+    guests = _find_guests(module) or _Guests(module)
+    yield from (hook for number, hook in list_hooks(module) if number not in guests.hooks)
     override = guests.overrides.get("forward")
     forward = vars(module).get("forward") if override is None else override.before
     if "_hf_hook" in vars(module):
@@ -136,8 +135,8 @@ def list_strange(module: nn.Module) -> Iterator[Any]:
         yield forward
 
 
-def _list_hooks(module: nn.Module) -> list[tuple[int, Any]]:
-    # at once: another thread may put some on meanwhile
+def list_hooks(module: nn.Module) -> list[tuple[int, Any]]:
+    """List the hooks of one module that see or make values, by number; another thread may put some on meanwhile."""
     return [*vars(module)["_forward_pre_hooks"].items(), *vars(module)["_forward_hooks"].items()]
 
 
@@ -206,9 +205,14 @@ class _Override:
         _set_or_delete(self._attributes, self._name, self._top)
 
 
-def _guests_of(module: nn.Module) -> _Guests:
+def _find_guests(module: nn.Module) -> _Guests | None:
     found = module.__dict__.get("__getstate__")
-    if not isinstance(found, _Guests) or found.module is not module:
+    return found if isinstance(found, _Guests) and found.module is module else None
+
+
+def _guests_of(module: nn.Module) -> _Guests:
+    found = _find_guests(module)
+    if found is None:
         found = module.__dict__["__getstate__"] = _Guests(module)
     return found
 

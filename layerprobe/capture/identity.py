@@ -20,7 +20,7 @@ import sys
 import types
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ _PLAIN = (
 )  # fmt: skip
 # Their hooks and modules go with a model: its config and its weights tell of them.
 _OF_MODELS = {"accelerate", "layerprobe", "sentence_transformers", "torch", "transformers", "transformers_modules"}
+_NAMED = {*sys.stdlib_module_names, *_OF_MODELS} - {"__main__"}
 # Of a module, what is told otherwise.
 _STATE = ("_buffers", "_modules", "_parameters", "training")
 _BUILT_IN = (
@@ -209,7 +210,7 @@ class _Walk:
     def _add_function(self, value: types.FunctionType) -> None:
         self._say("function", value.__module__, value.__qualname__)
         top, code, names = _top_of(value.__module__), value.__code__, value.__globals__
-        if top in _OF_MODELS or top in sys.stdlib_module_names - {"__main__"}:
+        if top in _NAMED:
             return
         self._add_all((value.__defaults__, value.__kwdefaults__))
         for cell in value.__closure__ or ():
@@ -217,8 +218,8 @@ class _Walk:
                 self.add(cell.cell_contents)
         if not _is_installed(top):
             self.add(code)
-            self._add_all(names[name] for name in sorted(set(_names_in(code))) if name in names)
-            self._add_all(sys.modules[name] for name in sorted(set(_imports_in(code))) if name in sys.modules)
+            self._add_all(names[name] for name in _find_operands(code, "LOAD_GLOBAL", "LOAD_NAME") if name in names)
+            self._add_all(sys.modules[name] for name in _find_operands(code, "IMPORT_NAME") if name in sys.modules)
 
     def _add_object(self, value: Any) -> None:
         if isinstance(value, logging.Logger):
@@ -236,9 +237,10 @@ class _Walk:
             self._say("said", said)  # a date, a ufunc, a fraction
         if isinstance(value, (io.IOBase, random.Random)):
             self._add_hidden()
-        for name in sorted((own or {}).keys() - {"__getstate__"}):
+        for name, held in sorted((own or {}).items()):
+            if name == "__getstate__":  # a probe's, while it is on a module
+                continue
             self._say("attribute", name)
-            held = (own or {})[name]
             # torch keeps hooks by numbers that it counts up
             is_hooks = isinstance(value, nn.Module) and "_hooks" in name and isinstance(held, dict)
             self.add(list(held.values()) if is_hooks else held)
@@ -275,27 +277,18 @@ def _attributes_of(value: Any) -> dict[str, Any] | None:
 @functools.lru_cache
 def _is_installed(top: str) -> bool:
     """Whether a package is a library."""
-    if top in _OF_MODELS or top == "numpy" or (top in sys.stdlib_module_names and top != "__main__"):
+    if top in _NAMED or top == "numpy":
         return True
     module = sys.modules.get(top)
     places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
     return any({"dist-packages", "site-packages"} & {*pathlib.PurePath(place).parts} for place in places)
 
 
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    """List the globals that a function and those within it look up."""
-    yield from (one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _names_in(const)
-
-
-def _imports_in(code: types.CodeType) -> Iterator[str]:
-    """List the modules that a function and those within it import when they run."""
-    yield from (one.argval for one in dis.get_instructions(code) if one.opname == "IMPORT_NAME" and one.argval)
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _imports_in(const)
+def _find_operands(code: types.CodeType, *operators: str) -> list[str]:
+    """List what a function and those within it name to some operators, each once, sorted: globals, imported modules."""
+    found = {one.argval for one in dis.get_instructions(code) if one.opname in operators}
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return sorted(found.union(*(_find_operands(one, *operators) for one in inner)))
 
 
 def _is_setting(value: Any, depth: int = 8) -> bool:

@@ -26,6 +26,14 @@ _COUNT = re.compile(r"\d+(?:_\d+)*(?:\.\d+)?(?:[eE]\+?\d{1,2})?\Z")
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
+Texts = Annotated[
+    str,
+    typer.Argument(
+        metavar="INPUT",
+        help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: "
+        "a data set of the hub, or '-': standard input, plain text, a text per line.",
+    ),
+]
 Sites = Annotated[list[str] | None, typer.Option("--sites", "-s", metavar="PATTERN", help=_SITES_HELP)]
 
 
@@ -42,14 +50,7 @@ def sites(model: Model, patterns: Sites = None) -> None:
 
 def extract(
     model: Model,
-    texts: Annotated[
-        str,
-        typer.Argument(
-            metavar="INPUT",
-            help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: "
-            "a data set of the hub, or '-': standard input, plain text, a text per line.",
-        ),
-    ],
+    texts: Texts,
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder of the store, or a URL: s3://b/acts.")],
     patterns: Sites = None,
     dtype: Annotated[

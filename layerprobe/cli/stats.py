@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from layerprobe.cli.allocator import keep_freed_memory
-from layerprobe.cli.runs import Model, Sites
+from layerprobe.cli.runs import Model, Sites, Texts
 from layerprobe.errors import OptionError
 
 __all__ = ["stats"]
@@ -23,14 +23,7 @@ _SINKS = ("moments", "covariance", "histogram", "topk", "cka")
 
 def stats(
     model: Model,
-    texts: Annotated[
-        str,
-        typer.Argument(
-            metavar="INPUT",
-            help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: "
-            "a data set of the hub, or '-': standard input, plain text, a text per line.",
-        ),
-    ],
+    texts: Texts,
     patterns: Sites = None,
     sink: Annotated[str, typer.Option(help="moments, covariance, histogram, topk or cka.")] = "moments",
     low: Annotated[float | None, typer.Option(help="histogram: edge of the first bin; -10.")] = None,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.capture.early import is_compiled_in_place
+from layerprobe.capture.hooks import list_hooks
 from layerprobe.capture.probe import Probe
 from layerprobe.capture.staging import send
 from layerprobe.errors import ArchitectureError, CaptureError
@@ -39,7 +40,6 @@ __all__ = ["FlatForm", "attending_flat", "find_unusual_attention", "laying", "re
 _NAME = "layerprobe_flat"
 # What attention may be asked for beside its operands, and what we do not do.
 _NOT_TAKEN = ("position_bias", "sliding_window", "softcap", "s_aux")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # transformers leaves hooks on a model once asked for `output_hidden_states`; they do nothing until it is asked again.
 _IDLE_HOOKS = "transformers.utils.output_capturing"
 
@@ -244,8 +244,8 @@ def _refuse_model(mapped: ModelMap) -> str | None:
 
 def _is_changed(module: nn.Module) -> bool:
     """Whether somebody has put something on a module that sees or makes values."""
-    hooks = [hook for name in _HOOKS for hook in list(vars(module)[name].values())]
-    return "forward" in vars(module) or any(getattr(hook, "__module__", None) != _IDLE_HOOKS for hook in hooks)
+    is_idle = (getattr(hook, "__module__", None) == _IDLE_HOOKS for _, hook in list_hooks(module))
+    return "forward" in vars(module) or not all(is_idle)
 
 
 def _refuse_kernel(mapped: ModelMap, precision: str | None) -> str | None:

@@ -193,8 +193,7 @@ def _open_dataset(path: str, field: str) -> TextSource:
 
     def iterate() -> Iterator[Record]:
         for number, record in enumerate(rows):
-            where = f"{path}, row {number}"
-            yield _keep_plain(_split_record(record, field, where), where)
+            yield _keep_plain(record, field, f"{path}, row {number}")
 
     return TextSource(path, iterate)
 
@@ -228,7 +227,7 @@ def _iterate_list(records: Any, field: str) -> Iterator[Record]:
         if isinstance(record, str):
             yield Record(record)
         elif isinstance(record, Mapping):
-            yield _keep_plain(_split_record(record, field, f"text {number}"), f"text {number}")
+            yield _keep_plain(record, field, f"text {number}")
         else:
             raise InputError(f"text {number} is {type(record).__name__}, not a text: give strings or mappings.")
 
@@ -243,12 +242,13 @@ def _split_record(record: Mapping[str, Any], field: str, where: str) -> Record:
     return Record(text, {key: value for key, value in record.items() if key != field})
 
 
-def _keep_plain(record: Record, where: str) -> Record:
-    """Turn the fields of a record into what JSON says of them.
+def _keep_plain(given: Mapping[str, Any], field: str, where: str) -> Record:
+    """Split a record whose fields may be anything, and turn them into what JSON says of them.
 
     Raises:
         InputError: it has no word for one.
     """
+    record = _split_record(given, field, where)
     try:
         return Record(record.text, _make_plain(record.fields, "", where))
     except RecursionError as error:
@@ -374,8 +374,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[Record]:
         row = 0
         for batch in file.iter_batches(batch_size=1024):
             for record in batch.to_pylist():
-                where = f"{path}, row {row}"
-                yield _keep_plain(_split_record(record, field, where), where)
+                yield _keep_plain(record, field, f"{path}, row {row}")
                 row += 1
     except (ArrowException, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: is not parquet ({str(error).splitlines()[0]}).") from error

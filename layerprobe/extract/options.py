@@ -14,7 +14,7 @@ from layerprobe.capture.pooling import Pool, check_pool
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
 from layerprobe.errors import OptionError
 from layerprobe.extract.forward import check_backend, resolve_precision
-from layerprobe.store.guard import brief
+from layerprobe.store.guard import brief, check_flag
 from layerprobe.store.kept import check_kept
 from layerprobe.store.places import names_place
 from layerprobe.store.writer import NONFINITE_POLICIES
@@ -118,7 +118,6 @@ def check_call(to: object, overwrite: object, wait_for_space: object, progress: 
         what = "a function: functions go with layerprobe.Probe. Give" if callable(to) else f"{brief(repr(to))}: give"
         raise OptionError(f"to is {what} a path, a URL such as s3://bucket/acts, or a sink such as Moments().")
     for name, value in (("overwrite", overwrite), ("wait_for_space", wait_for_space)):
-        if not isinstance(value, bool):
-            raise OptionError(f"{name} is {value!r}: use True or False.")
+        check_flag(name, value)
     if not isinstance(progress, bool | None):
         raise OptionError(f"progress is {progress!r}: use True or False, or None for only on a terminal.")

@@ -220,12 +220,14 @@ def plan_extraction(
     is_exact = survey.num_examples <= len(sample)
     num_tokens = sampled.num_tokens if is_exact else survey.num_tokens
     value_bytes = sum(rule.cost(len(ids)) for ids in sampled.ids) if is_exact else survey.value_bytes
+    # before the choice, which may ask for it twice: it reads every weight
+    described = _describe(model, tokenizer, stored, options, rule, survey, name)
     batch_tokens, description = _choose_batches(
         place,
         options,
         overwrite,
         _why_not_flat(model, sites, options, sampled),
-        partial(_describe, model, tokenizer, stored, options, rule, survey, name),
+        partial(_add_batches, described),
         partial(_find_budget, model, sites, options, sampled, survey),
     )
     # beside values and ids: an ordinal and two offsets per example; the records
@@ -358,25 +360,18 @@ def _describe(
     rule: UnitRule,
     survey: Survey,
     name: str,
-    batch_tokens: int,
-    is_flat: bool,
 ) -> dict[str, Any]:
-    """Say what the run is; what changes the bytes of its shards is in the fingerprint, and nothing else."""
-    own = {**describe_model(model), **({"id": name} if name else {})}
+    """Say what the run is, but for its batches."""
     precision = find_precision(model, options.precision)
     attention, changes = find_unusual_attention(map_model(model)), describe_changes(model)
-    identity = {
+    return {
         "input": {"hash": survey.digests[-1].hex(), "examples": survey.num_examples},
-        "model": {key: own[key] for key in ("class", "config_hash", "weights_hash")},
+        "model": {**describe_model(model), **({"id": name} if name else {})},
         "tokenizer": describe_tokenizer(tokenizer),
         "sites": {site.name: site.describe() for site in stored},
         "pool": describe_pool(options.pool),
         "plan": {
             "max_length": rule.max_length,
-            "batch_tokens": batch_tokens,
-            **({"padding_free": True} if is_flat else {"batch_cost_tokens": BATCH_COST_TOKENS}),
-            # older versions padded on the left then, which gives models with absolute positions other rows
-            **({"padding_side": "right"} if not is_flat and tokenizer.padding_side != "right" else {}),
             "shard_bytes": rule.shard_bytes,
             "text_bytes_per_token": rule.text_bytes_per_token,
             "units": len(survey.digests),
@@ -389,5 +384,15 @@ def _describe(
             **({"shape_steps": SHAPE_STEPS} if options.compile == CUDA_GRAPHS else {}),
         },
     }
-    fingerprint = fingerprint_of(identity)
-    return {"layerprobe": __version__, **identity, "model": own, "fingerprint": fingerprint}
+
+
+def _add_batches(described: dict[str, Any], batch_tokens: int, is_flat: bool) -> dict[str, Any]:
+    """Say the rest; what changes the bytes of the shards is in the fingerprint, and nothing else."""
+    padding: dict[str, Any] = {"padding_free": True} if is_flat else {"batch_cost_tokens": BATCH_COST_TOKENS}
+    if not is_flat and described["tokenizer"]["padding_side"] != "right":
+        # older versions padded on the left then, which gives models with absolute positions other rows
+        padding["padding_side"] = "right"
+    plan = {"batch_tokens": batch_tokens, **padding, **described["plan"]}
+    own = {key: described["model"][key] for key in ("class", "config_hash", "weights_hash")}
+    fingerprint = fingerprint_of({**described, "model": own, "plan": plan})
+    return {"layerprobe": __version__, **described, "plan": plan, "fingerprint": fingerprint}

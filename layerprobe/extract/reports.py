@@ -51,6 +51,11 @@ class RunReport:
     nonfinite: Counter[str] = field(default_factory=Counter)
     is_complete: bool = True
 
+    def count_wait(self, seconds: float, is_waiting: bool) -> None:
+        """Count that the disk had no room for so long; said by a `RoomKeeper`."""
+        self.waited_s += seconds
+        self.num_waiting = int(is_waiting)
+
     @property
     def padding(self) -> float:
         """Share of the computed tokens that was padding."""

@@ -245,8 +245,7 @@ def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | N
     report, told = RunReport(), ProgressFile(plan.place.folder)
 
     def count_wait(seconds: float, is_waiting: bool) -> None:
-        report.waited_s += seconds
-        report.num_waiting = int(is_waiting)
+        report.count_wait(seconds, is_waiting)
         told.tick()
 
     keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop, count_wait)

@@ -164,8 +164,7 @@ def _work(job: dict[str, Any], pipe: _Pipe, stop: threading.Event) -> None:
         pipe.say(counts=counts, **more)
 
     def count_wait(seconds: float, is_waiting: bool) -> None:
-        report.waited_s += seconds
-        report.num_waiting = int(is_waiting)
+        report.count_wait(seconds, is_waiting)
         tell()
 
     keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop, count_wait)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from layerprobe.errors import LayerProbeError, OptionError, StoreError
 from layerprobe.store.columns import Columns, column_dtype, match_sites, require, write_arrow, write_parquet
 from layerprobe.store.durable import commit_folder, flush_folder, tell_failure
+from layerprobe.store.guard import check_flag
 from layerprobe.store.headers import checksum
 from layerprobe.store.lock import StoreLock, is_abandoned
 from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_zarr
@@ -118,8 +119,7 @@ def export(
     """
     if to not in FORMATS:
         raise OptionError(f"no format {to!r}: use {', '.join(FORMATS)}.")
-    if not isinstance(overwrite, bool):
-        raise OptionError(f"overwrite is {overwrite!r}: use True or False.")
+    check_flag("overwrite", overwrite)
     if rows is not None and to in _PACKED:
         raise OptionError(f"rows={rows!r} goes with a table: {to} holds packed rows with the offsets of examples.")
     if to in _MODULES:

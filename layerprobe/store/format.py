@@ -145,8 +145,7 @@ def commit_shard(
     """
     views = [(name, tensor, _view_bytes(tensor)) for name, tensor in tensors]
     sums = {name: checksum(view) for name, _, view in views} if checksums is None else checksums
-    shapes = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors]
-    head = build_header(header, shapes, sums)
+    head = build_header(header, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors], sums)
     find_place(folder).commit(header.file, [head, *(view for _, _, view in views)])
     return len(head) + sum(len(view) for _, _, view in views)
 

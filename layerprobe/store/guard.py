@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from layerprobe.errors import FormatError
+from layerprobe.errors import FormatError, OptionError
 
 __all__ = [
     "LARGE",
@@ -32,6 +32,7 @@ __all__ = [
     "SMALL",
     "JsonBounds",
     "brief",
+    "check_flag",
     "exists_inside",
     "open_inside",
     "parse_json",
@@ -83,6 +84,16 @@ def brief(value: object) -> str:
     text = value if isinstance(value, str) else str(value)
     text = text if len(text) <= _MOST_MESSAGE else text[: _MOST_MESSAGE - 3] + "..."
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} is {value!r}: use True or False.")
 
 
 def open_inside(folder: Path, file: str) -> BinaryIO:

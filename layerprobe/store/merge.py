@@ -33,7 +33,7 @@ from layerprobe.store.format import (
     parse_shard_name,
     read_header,
 )
-from layerprobe.store.guard import open_inside
+from layerprobe.store.guard import check_flag, open_inside
 from layerprobe.store.identity import list_differences
 from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.places import LocalPlace, find_place, need_folder
@@ -135,8 +135,7 @@ def merge(
     """
     if isinstance(folders, (str, Path)) or not folders:
         raise OptionError(f"folders is {folders!r}: give a list of at least one store.")
-    if not isinstance(link, bool):
-        raise OptionError(f"link is {link!r}: use True or False.")
+    check_flag("link", link)
     target = need_folder(find_place(out))
     sources = list(dict.fromkeys(need_folder(find_place(folder)) for folder in folders))
     if not (target / STORE_FILE).exists():

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError, OptionError
+from layerprobe.errors import FormatError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import Columns, match_sites, open_dataset
 from layerprobe.store.difference import Difference, pair_depth
 from layerprobe.store.format import SCALE_SUFFIX, TOKENIZER_FOLDER, need_store
-from layerprobe.store.guard import LARGE
+from layerprobe.store.guard import LARGE, check_flag
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.kept import Kept
 from layerprobe.store.padded import EncoderOutputs, choose_layer, pad_examples
@@ -388,8 +388,7 @@ def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:
         >>> store.is_complete, len(store), store["layers.5"][1].shape
         (True, 2, torch.Size([5, 384]))
     """
-    if not isinstance(check, bool):
-        raise OptionError(f"check is {check!r}: use True or False.")
+    check_flag("check", check)
     place = find_place(folder)
     need_store(place)
     return Store(place, check)

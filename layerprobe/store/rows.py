@@ -21,6 +21,7 @@ from torch.utils.data import get_worker_info
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.catalog import MOST_OPEN_SHARDS, Catalog
 from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.guard import check_flag
 from layerprobe.store.shards import ScaledRows, Shard
 from layerprobe.store.writer import StoredSite
 
@@ -58,8 +59,7 @@ class RowOptions:
     epoch: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.shuffle, bool):
-            raise OptionError(f"shuffle is {self.shuffle!r}: use True or False.")
+        check_flag("shuffle", self.shuffle)
         for name, least in (("batch_size", 1), ("seed", 0), ("world", 1), ("epoch", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:

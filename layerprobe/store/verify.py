@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from layerprobe.errors import FormatError, OptionError, StoreError
+from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.checks import TOKENIZER_FILE, Wanted, check_shard, check_tokenizer, load_description, tell
 from layerprobe.store.durable import flush_folder
 from layerprobe.store.format import (
@@ -33,7 +33,7 @@ from layerprobe.store.format import (
     need_store,
     parse_shard_name,
 )
-from layerprobe.store.guard import brief
+from layerprobe.store.guard import brief, check_flag
 from layerprobe.store.lock import StoreLock, find_holder
 from layerprobe.store.places import Place, find_place
 from layerprobe.tables import format_bytes, format_count
@@ -132,8 +132,7 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
         >>> lp.verify(folder).ok
         True
     """
-    if not isinstance(repair, bool):
-        raise OptionError(f"repair is {repair!r}: use True or False.")
+    check_flag("repair", repair)
     place = find_place(folder)
     need_store(place)
     with ExitStack() as held:
