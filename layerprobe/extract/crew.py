@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -60,7 +60,7 @@ def run_crew(
     """
     assert plan.crew is not None
     missing = (number for number in range(plan.num_units) if number not in plan.done)
-    own = {"waited_s": report.waited_s}
+    own_waited_s = report.waited_s
     with contextlib.ExitStack() as started:
         workers = [started.enter_context(_start(plan, device, lock)) for device in plan.crew.devices]
         pending = {worker.pipe: worker for worker in workers}
@@ -74,7 +74,8 @@ def run_crew(
                     _tell(worker, {"unit": number})
                 if "counts" in said:
                     before, worker.counts = worker.counts, said["counts"]
-                    _join(report, [own, *(worker.counts for worker in workers)])
+                    _join(report, workers)
+                    report.waited_s += own_waited_s
                     advance(worker.counts["num_examples"] - before.get("num_examples", 0))
                 if said.get("done"):
                     del pending[pipe]
@@ -157,7 +158,7 @@ def _make_error(worker: _Worker, name: str | None, message: str) -> LayerProbeEr
     return found(f"{worker.device}: {message}")
 
 
-def _join(report: RunReport, counts: Sequence[Mapping[str, Any]]) -> None:
-    """Sum the counts of all processes, this one's too."""
-    for name in {name for one in counts for name in one} - {"seconds"}:
-        setattr(report, name, sum(one.get(name, 0) for one in counts))
+def _join(report: RunReport, workers: list[_Worker]) -> None:
+    """Sum the counts of all processes."""
+    for name in {name for worker in workers for name in worker.counts} - {"seconds"}:
+        setattr(report, name, sum(worker.counts.get(name, 0) for worker in workers))
