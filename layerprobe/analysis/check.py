@@ -17,16 +17,10 @@ from torch import Tensor
 from layerprobe.analysis.geometry import find_outliers, find_rogues
 from layerprobe.analysis.moments import Moments, UnitSums
 from layerprobe.analysis.results import table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import (
-    Chunk,
-    check_count,
-    choose_depth,
-    count_rows,
-    few_threads,
-    need_store,
-    sweep,
-)
+from layerprobe.analysis.sweep import Chunk, choose_depth, count_rows, need_store, sweep
+from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError
+from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store
 from layerprobe.store.writer import StoredSite
 from layerprobe.tables import format_count, format_table
@@ -301,7 +295,7 @@ def check(
         raise InputError(f"check of {store.place}: it has {count_rows(store, chosen)} rows; two are the least.")
     sums = [_SiteSums(site) for site in chosen]
 
-    with few_threads():
+    with using_few_cores():
         for what, add in (("moments", _SiteSums.add), ("cosines", _SiteSums.add_prepared)):
             for chunk in sweep(store, chosen, max_rows=max_rows, seed=seed, what=what, progress=progress, finite=False):
                 for site in sums:

@@ -20,10 +20,12 @@ from layerprobe.analysis.keeping import KeptProbe
 from layerprobe.analysis.probing import Fit, code_length, fit_best, fitting, need_sklearn
 from layerprobe.analysis.scores import score
 from layerprobe.analysis.splits import DEV, TEST, TRAIN
-from layerprobe.analysis.sweep import bar_of, check_count, choose_depth, few_threads, need_store
+from layerprobe.analysis.sweep import bar_of, choose_depth, need_store
 from layerprobe.analysis.tasks import Task, make_task
 from layerprobe.analysis.verdict import BaselineScore, Classification, Mix, SiteScore, TaskSummary, judge
+from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError
+from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store
 
 __all__ = ["MakeUntrained", "classify"]
@@ -129,7 +131,7 @@ def classify(
     options = _Options(control, mdl, seed)
     notes = list(task.notes)
 
-    with fitting(), few_threads(), bar_of(len(names), "probes", progress, "fits") as bar:
+    with fitting(), using_few_cores(), bar_of(len(names), "probes", progress, "fits") as bar:
         found, mix = _probe_sites(store, task, names, used_pool, options, notes, bar, pool == "last4", sites is None)
         guesses = {"majority": guess_majority(task.labels, task.sides), "tfidf": _guess_words(task)}
         baselines = {name: _score_guess(task, guess, seed) for name, guess in guesses.items()}

@@ -16,18 +16,10 @@ from layerprobe.analysis.geometry import count_effective_rank, count_participati
 from layerprobe.analysis.moments import check_cosine
 from layerprobe.analysis.passes import CKA_ROWS, MovePass, ShapePass
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import (
-    check_count,
-    choose_depth,
-    count_rows,
-    count_types,
-    draw_rows,
-    few_threads,
-    need_store,
-    record_of,
-    sweep,
-)
+from layerprobe.analysis.sweep import choose_depth, count_rows, count_types, draw_rows, need_store, sweep
+from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError, SiteError
+from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_count, format_table
 
@@ -284,7 +276,7 @@ def differences(
     if count_rows(store, chosen) < 2:
         raise InputError(f"differences of {store.place}: it has {count_rows(store, chosen)} rows; two are the least.")
     places = list(pairwise(range(len(names))) if pairs == "adjacent" else combinations(range(len(names)), 2))
-    with few_threads():
+    with using_few_cores():
         shape = ShapePass(chosen, sample)
         for values in draw_rows(store, chosen, max_rows=max_rows, seed=seed, progress=progress):
             shape.add(values)
@@ -359,7 +351,7 @@ def _list_examples(
     store: Store, names: Sequence[str], places: Sequence[tuple[int, int]], moves: MovePass
 ) -> tuple[ExampleMove, ...]:
     return tuple(
-        ExampleMove(names[a], names[b], ordinal, count, mean, record_of(store, ordinal).get("text"))
+        ExampleMove(names[a], names[b], ordinal, count, mean, store.record(ordinal).get("text"))
         for pair, (a, b) in enumerate(places)
         for ordinal, count, mean in moves.most_moved_examples(pair)
     )

@@ -16,12 +16,14 @@ import numpy as np
 from layerprobe.analysis.features import Feature
 from layerprobe.analysis.probing import LinearProbe
 from layerprobe.errors import FormatError, StoreError
-from layerprobe.store.guard import SMALL, brief, parse_json, read_inside
+from layerprobe.store.guard import SMALL, brief, exists_inside, parse_json, read_inside
 
 __all__ = ["KeptProbe", "load_probe"]
 
 _FORMAT = "layerprobe-probe/1"
 _SAID, _ARRAYS = "probe.json", "probe.safetensors"
+# Room for thousands of classes of the joined layers of a large model.
+_MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +86,14 @@ def load_probe(folder: str | Path) -> KeptProbe:
         FormatError: it is damaged.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     folder = Path(folder)
-    if not (folder / _SAID).is_file() or not (folder / _ARRAYS).is_file():
+    if not all(exists_inside(folder, file) for file in (_SAID, _ARRAYS)):
         raise StoreError(f"no classifier in {folder}: it has no {_SAID} and {_ARRAYS}. Keep one with probe.save().")
     try:
         said = parse_json(read_inside(folder, _SAID, SMALL.num_bytes), SMALL)
-        arrays = load_file(folder / _ARRAYS)
+        arrays = load(read_inside(folder, _ARRAYS, _MOST_BYTES))
         if said["format"] != _FORMAT:
             raise ValueError(f"format {said['format']!r} is not {_FORMAT!r}")
         feature = said["feature"]

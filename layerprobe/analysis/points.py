@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.analysis.sweep import Mappings, bar_of, record_of
+from layerprobe.analysis.sweep import Mappings, bar_of
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows
@@ -130,8 +130,8 @@ def draw_points(
     identity: list[tuple[Tensor, Tensor, Tensor]] = []
     first = 0
     if not by_rows and any(site.kind == "token" for site in sites):
-        store[sites[0].name].catalog.need_every_row("a picture of examples", "Draw rows, or extract with a pool.")
-    row_bytes, mapped = sum(site.bytes_per_vector for site in sites), Mappings(store[sites[0].name].catalog)
+        store.catalog.need_every_row("a picture of examples", "Draw rows, or extract with a pool.")
+    row_bytes, mapped = sum(site.bytes_per_vector for site in sites), Mappings(store.catalog)
     with bar_of(len(chosen), "points", progress, kind) as bar:
         for shard in store.iter_shards():
             count = shard.header.num_tokens if by_rows else shard.header.num_examples
@@ -225,12 +225,12 @@ def colour_points(store: Store, points: Points, color: str) -> Colours:
 
 def has_field(store: Store, field: str) -> bool:
     """Tell whether the first example's record has a field."""
-    return bool(len(store)) and field in record_of(store, store.ordinal_at(0)).get("fields", {})
+    return bool(len(store)) and field in store.record(store.ordinal_at(0)).get("fields", {})
 
 
 def _read_field(store: Store, points: Points, field: str) -> list[Any]:
     ordinals = points.examples.tolist()
-    fields = {ordinal: record_of(store, ordinal).get("fields", {}) for ordinal in set(ordinals)}
+    fields = {ordinal: store.record(ordinal).get("fields", {}) for ordinal in set(ordinals)}
     if not any(field in found for found in fields.values()):
         known = sorted({name for found in fields.values() for name in found})
         raise OptionError(

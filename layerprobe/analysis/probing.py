@@ -7,7 +7,6 @@ scikit-learn is imported in the functions that fit. Must never know of stores or
 """
 
 import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from layerprobe.cores import few_cores
 from layerprobe.errors import OptionError
 
 __all__ = ["STRENGTHS", "Fit", "LinearProbe", "code_length", "fit_best", "fit_probe", "fitting", "need_sklearn"]
@@ -91,7 +91,7 @@ def fitting() -> Iterator[None]:
     """Fit with half the cores, at most four: BLAS threads that wait for a busy core make a fit several times slower."""
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(max(1, min((os.cpu_count() or 1) // 2, 4))):
+    with threadpool_limits(few_cores()):
         yield
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from layerprobe.errors import StoreError
 
-__all__ = ["Number", "plain", "shorten", "table_cell", "write_csv", "write_json"]
+__all__ = ["Number", "plain", "shorten", "table_cell", "write_csv", "write_json", "write_text"]
 
 Number = float | None
 
@@ -43,7 +43,7 @@ def write_json(path: str | Path, value: Any) -> Path:
         StoreError: the file cannot be written.
     """
     text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
-    return _write(path, text + "\n")
+    return write_text(path, text + "\n")
 
 
 def write_csv(path: str | Path, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
@@ -58,7 +58,7 @@ def write_csv(path: str | Path, headers: Sequence[str], rows: Iterable[Sequence[
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(headers)
     writer.writerows([plain(cell) for cell in row] for row in rows)
-    return _write(path, text.getvalue())
+    return write_text(path, text.getvalue())
 
 
 def table_cell(value: object) -> object:
@@ -79,7 +79,12 @@ def shorten(text: str, most: int = _MOST_LETTERS) -> str:
     return line + ("..." if len(text) > most else "")
 
 
-def _write(path: str | Path, text: str) -> Path:
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
     path = Path(path)
     try:
         path.write_text(text, encoding="utf-8")

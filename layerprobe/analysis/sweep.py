@@ -6,9 +6,7 @@ stays that of one chunk, however large the store. Rows that are not finite are r
 Hides shards, dtypes and the choice of examples. Must never know of formulas.
 """
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from layerprobe.errors import NonFiniteError, OptionError, SiteError
+from layerprobe.errors import NonFiniteError, SiteError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import match_sites
 from layerprobe.store.difference import take_depth
 from layerprobe.store.reader import Store, open_store
-from layerprobe.store.records import read_record
 from layerprobe.store.rows import choose_sites, take_rows
 from layerprobe.store.shards import Shard, positions_of
 from layerprobe.store.writer import StoredSite
@@ -31,14 +28,11 @@ __all__ = [
     "Chunk",
     "Mappings",
     "bar_of",
-    "check_count",
     "choose_depth",
     "count_rows",
     "count_types",
     "draw_rows",
-    "few_threads",
     "need_store",
-    "record_of",
     "sweep",
 ]
 
@@ -113,19 +107,12 @@ def choose_depth(store: Store, patterns: str | Sequence[str] | None) -> list[Sto
         names = take_depth(store.stored_sites)
     if not names:
         raise SiteError(f"no site with rows in {store.place}: it holds {', '.join(store.sites) or 'none'}.")
-    return list(choose_sites(store[names[0]].catalog, names))
+    return list(choose_sites(store.catalog, names))
 
 
 def count_rows(store: Store, sites: Sequence[StoredSite]) -> int:
     """Count the rows of sites that were chosen together."""
     return store.num_tokens if sites[0].kind == "token" else len(store)
-
-
-def record_of(store: Store, ordinal: int) -> dict[str, Any]:
-    """Read what an example was made of, `text` and `fields` where they were kept, and nothing of any site."""
-    catalog = store[store.sites[0]].catalog
-    shard, ordinal = catalog.find(ordinal)
-    return read_record(shard, ordinal, catalog.place.label(shard.header.file))
 
 
 def bar_of(total: int, what: str, progress: bool | None, unit: str = "rows") -> "tqdm[Any]":
@@ -134,17 +121,6 @@ def bar_of(total: int, what: str, progress: bool | None, unit: str = "rows") -> 
     return tqdm(
         total=total, desc=what, unit=f" {unit}", unit_scale=unit == "rows", disable=disable, leave=False, delay=delay
     )
-
-
-@contextmanager
-def few_threads() -> Iterator[None]:
-    """Compute with half the cores, at most four: batches are small, and threads that wait for a busy core cost more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, (os.cpu_count() or 1) // 2, 4)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def sweep(
@@ -173,7 +149,7 @@ def sweep(
     """
     num_rows = count_rows(store, sites)
     share = 1.0 if max_rows is None else min(1.0, max_rows / max(1, num_rows))
-    catalog = store[sites[0].name].catalog
+    catalog = store.catalog
     names = [site.name for site in sites]
     row_bytes, mapped = sum(site.bytes_per_vector for site in sites), Mappings(catalog)
     with bar_of(round(num_rows * share), what, progress) as bar:
@@ -243,7 +219,7 @@ def draw_rows(
         NonFiniteError: as `sweep`.
     """
     names = [site.name for site in sites]
-    mapped = Mappings(store[names[0]].catalog)
+    mapped = Mappings(store.catalog)
     left = total = min(count_rows(store, sites), max_rows or count_rows(store, sites))
     with bar_of(total, "moments", progress) as bar:
         for batch in store.rows(_DRAWN_ROWS, shuffle=True, seed=seed, sites=names):
@@ -273,13 +249,3 @@ def count_types(store: Store) -> tuple[Tensor, Tensor]:
             counts[token_id] = counts.get(token_id, 0) + count
     ordered = sorted(counts)
     return torch.tensor(ordered, dtype=torch.int64), torch.tensor([counts[one] for one in ordered], dtype=torch.int64)
-
-
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuse a count that cannot be.
-
-    Raises:
-        OptionError: it is no whole number of at least `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise OptionError(f"{name} is {value!r}: it must be a whole number of at least {least}.")

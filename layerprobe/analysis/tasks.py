@@ -16,9 +16,8 @@ import numpy as np
 from layerprobe.analysis.splits import SIDES, TEST, TRAIN, split_by_field, split_by_group
 from layerprobe.errors import InputError, OptionError
 from layerprobe.store.reader import Store
-from layerprobe.store.records import read_record
 
-__all__ = ["Task", "make_task", "read_records"]
+__all__ = ["Task", "make_task"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +83,13 @@ def make_task(
         raise OptionError("split and group: both say which side an example is on. Use one of the two.")
     if not len(store):
         raise InputError(f"labels for {store.place}: it has no examples. Extract some first.")
-    for site in store.sites[:1]:
-        store[site].catalog.need_every_row("a classification", "Extract all rows, or with a pool.")
+    store.catalog.need_every_row("a classification", "Extract all rows, or with a pool.")
     ordinals = np.fromiter(store.ordinals(), dtype=np.int64)
     places, notes = np.arange(len(ordinals)), []
     if max_examples is not None and len(ordinals) > max_examples:
         places = np.sort(np.random.default_rng([seed, 0]).permutation(len(ordinals))[:max_examples])
         notes.append(f"{max_examples:,} of {len(ordinals):,} examples, drawn at random.")
-    records = read_records(store, ordinals[places])
+    records = [store.record(ordinal) for ordinal in ordinals[places].tolist()]
     name = labels if isinstance(labels, str) else "labels"
     given = _column(store, records, places, "labels", labels)
     items = _find_items(store, ordinals[places], records, given, name, span)
@@ -134,16 +132,6 @@ def make_task(
 
 
 _Item = tuple[int, Any, tuple[int, int] | None]
-
-
-def read_records(store: Store, ordinals: np.ndarray) -> list[dict[str, Any]]:
-    """Read the records of examples, `{"text": ..., "fields": {...}}`, without a look at any site."""
-    catalog = store[store.sites[0]].catalog
-    found = []
-    for ordinal in ordinals.tolist():
-        shard, _ = catalog.find(ordinal)
-        found.append(read_record(shard, ordinal, store.place.label(shard.header.file)))
-    return found
 
 
 def _column(

@@ -88,7 +88,8 @@ class Readings:
         if not isinstance(value, Tensor):
             return
         run, start = self._runs.get(point, 0), self._starts.get(point, 0)
-        if self._is_chunked(point) and value.ndim == 3 and start + value.shape[1] < (self._num_positions or 0):
+        is_chunk = self._mapped.is_chunked(self._points[point][0]) and value.ndim == 3
+        if is_chunk and start + value.shape[1] < (self._num_positions or 0):
             self._starts[point] = start + value.shape[1]
         else:
             self._starts[point], self._runs[point] = 0, run + 1
@@ -96,12 +97,6 @@ class Readings:
             if site.call_index is None or site.call_index == run:
                 part = value if site.part is None else take_part(self._mapped.model, site.part, value)
                 self._deliver(Taken(site, part, given, start))
-
-    def _is_chunked(self, point: tuple[str, str]) -> bool:
-        """Whether an FFN runs several times in one call, on a few positions each."""
-        site = self._points[point][0]
-        config = self._mapped.stacks[site.stack or 0].base.config
-        return ".ffn." in site.name and bool(getattr(config, "chunk_size_feed_forward", 0))
 
 
 def require_uncompiled(model: nn.Module, asked: str) -> None:

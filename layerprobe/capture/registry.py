@@ -153,11 +153,7 @@ class ProbeRegistry:
             grouped.setdefault((site.module, site.takes), []).append(index)
         points = []
         for key, ((path, takes), indices) in enumerate(grouped.items()):
-            site = self.sites[indices[0]]
-            config = self._mapped.stacks[site.stack or 0].base.config
-            # chunk_size_feed_forward runs the FFN several times in one call, on a few positions each
-            in_ffn = ".ffn." in site.name or site.kind == "unknown"
-            is_chunked = in_ffn and bool(getattr(config, "chunk_size_feed_forward", 0))
+            is_chunked = self._mapped.is_chunked(self.sites[indices[0]])
             points.append(_Point(key, self._root.get_submodule(path), takes, tuple(indices), is_chunked))
         return points
 

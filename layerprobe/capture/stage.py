@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.sinks import find_site
-from layerprobe.errors import CaptureError, OptionError
+from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
+from layerprobe.store.guard import check_count
 
 __all__ = ["Room", "Stage"]
 
@@ -63,8 +64,7 @@ class Stage:
     def __init__(self, max_tokens: int, *, max_examples: int | None = None) -> None:
         max_examples = max_tokens if max_examples is None else max_examples
         for name, most in (("max_tokens", max_tokens), ("max_examples", max_examples)):
-            if type(most) is not int or most < 1:
-                raise OptionError(f"{name}={most!r} of a stage: it must be a whole number of at least 1.")
+            check_count(f"{name} of a stage", most)
         self.max_tokens = max_tokens
         self.max_examples = max_examples
         self._room: Room | None = None

@@ -27,6 +27,7 @@ from layerprobe.capture.vitals import Vitals
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import calls_forward
+from layerprobe.store.guard import check_count
 
 __all__ = ["WatchCallback", "Watcher", "watch"]
 
@@ -200,7 +201,7 @@ def watch(model: nn.Module, sites: str | Sequence[str], *, every: int = 50, log:
         >>> list(seen), [name for name in seen[2] if name.startswith("layers.0/")][::4]
         ([0, 2], ['layers.0/norm', 'layers.0/gradient_norm'])
     """
-    _check_every(every)
+    check_count("every", every)
     steps = count()
 
     def choose() -> int | None:
@@ -233,7 +234,7 @@ class WatchCallback:
         return object.__new__(_join_trainer() if cls is WatchCallback else cls)
 
     def __init__(self, sites: str | Sequence[str], *, every: int = 50, log: Any) -> None:
-        _check_every(every)
+        check_count("every", every)
         _find_log(log)
         self._sites = sites
         self._every = every
@@ -292,8 +293,3 @@ def _find_log(log: Any) -> Log:
     if not callable(log):
         raise OptionError(f"log={log!r}: give a function of (step, numbers), or a writer with add_scalar.")
     return log
-
-
-def _check_every(every: int) -> None:
-    if type(every) is not int or every < 1:
-        raise OptionError(f"every is {every!r}: it must be a whole number of at least 1.")

@@ -7,33 +7,24 @@ from typing import Annotated
 
 import typer
 
+from layerprobe.cli.arguments import Json, Quiet, Seed, StoredSites, Table, Vector, Where
 from layerprobe.cli.outcomes import check_out, conclude
 from layerprobe.errors import OptionError
 
 __all__ = ["check", "diff", "plot", "report"]
 
-Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
-Patterns = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--sites", "--site", "-s", metavar="PATTERN", help="Stored sites such as 'layers.*'; repeat for several."
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Of all draws.")]
 MaxRows = Annotated[int | None, typer.Option(metavar="ROWS", help="About how many rows to take, at random; all.")]
 
 
 def diff(
     folder: Where,
-    out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
-    ] = None,
+    out: Table = None,
     all_pairs: Annotated[bool, typer.Option("--all-pairs", help="Every pair of sites, not only neighbours.")] = False,
-    patterns: Patterns = None,
+    patterns: StoredSites = None,
     cosine: Annotated[str, typer.Option(help="Of raw, centred or zscored rows.")] = "raw",
     max_rows: MaxRows = None,
     seed: Seed = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say how far rows move from layer to layer, and what shape each layer has.
 
@@ -56,14 +47,12 @@ def diff(
 
 def check(
     folder: Where,
-    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
-    out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
-    ] = None,
-    patterns: Patterns = None,
+    json: Json = None,
+    out: Table = None,
+    patterns: StoredSites = None,
     max_rows: MaxRows = None,
     seed: Seed = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what to know of a store before a cosine is taken in it: constant and outlying dimensions, rows not finite.
 
@@ -83,20 +72,20 @@ def check(
 def plot(
     folder: Where,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="A .png, .svg or .pdf to write.")],
-    patterns: Patterns = None,
+    patterns: StoredSites = None,
     color: Annotated[
         str | None, typer.Option(help="token, position, norm, or a field of the records; label if there is one.")
     ] = None,
     method: Annotated[str, typer.Option(help="pca, tsne or umap.")] = "pca",
     points: Annotated[str | None, typer.Option(help="rows or examples; what the colour belongs to.")] = None,
-    pool: Annotated[str | None, typer.Option(help="An example's vector: mean, max, cls or last of its rows.")] = None,
+    pool: Vector = None,
     shared: Annotated[bool, typer.Option("--shared", help="One PCA basis for all layers.")] = False,
     max_points: Annotated[int | None, typer.Option(help="The most to draw; 10,000, for t-SNE 2,000.")] = None,
     attention: Annotated[
         int | None, typer.Option(metavar="EXAMPLE", help="Draw this example's attention weights, head by head.")
     ] = None,
     seed: Seed = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Draw each layer's points in two components, a panel each; or an example's attention, a panel a head.
 
@@ -137,10 +126,10 @@ def plot(
 def report(
     folder: Where,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="A .html to write.")],
-    patterns: Patterns = None,
+    patterns: StoredSites = None,
     labels: Annotated[str | None, typer.Option(metavar="FIELD", help="Field of the records to classify by.")] = None,
     points: Annotated[str, typer.Option(help="examples, or rows for a point a token.")] = "examples",
-    pool: Annotated[str | None, typer.Option(help="An example's vector: mean, max, cls or last of its rows.")] = None,
+    pool: Vector = None,
     max_points: Annotated[int, typer.Option(help="The most to draw, at random.")] = 10_000,
     max_rows: Annotated[
         int, typer.Option(metavar="ROWS", help="About how many rows the curves are made of, at random.")
@@ -149,7 +138,7 @@ def report(
         list[int] | None, typer.Option(metavar="EXAMPLE", help="Show its attention weights; repeat for several.")
     ] = None,
     seed: Seed = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a store as one page that needs no network: points layer by layer, curves, heat maps, classes, attention.
 

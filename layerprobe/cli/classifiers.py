@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from layerprobe.cli.arguments import Json, Quiet, Seed, StoredSites, Table, Where
 from layerprobe.cli.outcomes import check_out, conclude
 from layerprobe.errors import OptionError
 
@@ -14,7 +15,7 @@ __all__ = ["classify"]
 
 
 def classify(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")],
+    folder: Where,
     labels: Annotated[str, typer.Option(metavar="FIELD", help="Field of the records to classify by.")] = "label",
     pool: Annotated[str, typer.Option(help="mean, cls, max, last, or last4: the last four layers together.")] = "mean",
     split: Annotated[str | None, typer.Option(metavar="FIELD", help="Says train, dev or test.")] = None,
@@ -30,20 +31,13 @@ def classify(
     profile: Annotated[
         bool, typer.Option("--profile", help="Make labels of the texts: length, a word, order.")
     ] = False,
-    patterns: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--sites", "--site", "-s", metavar="PATTERN", help="Stored sites such as 'layers.*'; repeat for several."
-        ),
-    ] = None,
+    patterns: StoredSites = None,
     max_examples: Annotated[int | None, typer.Option(help="The most to take, at random; 50,000.")] = None,
-    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
-    out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
-    ] = None,
+    json: Json = None,
+    out: Table = None,
     save: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the probe that dev chose.")] = None,
-    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    seed: Seed = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Say how well each layer's vectors tell classes apart, beside what is simpler.
 

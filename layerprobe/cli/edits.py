@@ -3,12 +3,12 @@
 Parse and call; compute nothing. `main` gives each its name and place.
 """
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from layerprobe.errors import OptionError
+from layerprobe.cli.arguments import Device, Quiet
+from layerprobe.cli.outcomes import check_out, conclude
 
 __all__ = ["patch"]
 
@@ -29,22 +29,17 @@ def patch(
     ),
     batch_size: Annotated[int, typer.Option(min=1, help="Copies per forward.")] = 32,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="A .png, .svg or .pdf picture, .csv or .json; patch.png."),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+        str, typer.Option("--out", "-o", metavar="FILE", help="A .png, .svg or .pdf picture, .csv or .json.")
+    ] = "patch.png",
+    device: Device = None,
+    quiet: Quiet = False,
 ) -> None:
     """Patch clean's values into corrupt one by one: which sites carry the answer, as a table and a picture.
 
     Example: layerprobe patch bert-base-uncased --clean 'Rome is in [MASK].' --corrupt 'Oslo is in [MASK].' \
         --answer italy
     """
-    out = out or Path("patch.png")
-    if out.suffix not in (".png", ".svg", ".pdf", ".csv", ".json"):
-        raise OptionError(f"--out {str(out)!r}: no format {out.suffix!r}: use .png, .svg, .pdf, .csv or .json.")
-    if not out.parent.is_dir():
-        raise OptionError(f"--out {str(out)!r}: the folder {str(out.parent)!r} does not exist. Make it first.")
+    check_out(out)
     from layerprobe.edit.masked import patch_masked
     from layerprobe.models import load_model
 
@@ -60,9 +55,4 @@ def patch(
         batch_size=batch_size,
         progress=False if quiet else None,
     )
-    if not quiet:
-        typer.echo(str(found))
-    writers = {".csv": found.to_csv, ".json": found.to_json}
-    writers.get(out.suffix, found.plot)(out)
-    if not quiet:
-        typer.echo(f"written to {out}")
+    conclude(found, out, quiet=quiet)

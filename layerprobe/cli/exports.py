@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
-from layerprobe.cli.stores import Where
+from layerprobe.cli.arguments import Quiet, Where
 
 __all__ = ["export", "merge", "pull", "push"]
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Hub = Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/USER/NAME")]
 
 

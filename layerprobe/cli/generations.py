@@ -7,14 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from layerprobe.cli.arguments import Device, Quiet, Seed, Table, Where
 from layerprobe.cli.outcomes import check_out, conclude
 from layerprobe.errors import OptionError
 
 __all__ = ["fit_decoder", "generate", "lens"]
-
-Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")]
 
 
 def generate(
@@ -36,7 +33,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Of the draws.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from this share of the probability.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples at one time.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    seed: Seed = 0,
     device: Device = None,
     out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv or .json to write.")] = None,
     quiet: Quiet = False,
@@ -97,11 +94,9 @@ def fit_decoder(
     epochs: Annotated[int, typer.Option(help="Passes over what they are fitted on.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 2e-3,
-    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the CPU, with half of the cores.")] = None,
-    out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
-    ] = None,
+    out: Table = None,
     quiet: Quiet = False,
 ) -> None:
     """Fit a small decoder to each layer, beside one that sees none: what each layer can say.
@@ -147,11 +142,9 @@ def lens(
     ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="The most to judge.")] = 4096,
     tokens: Annotated[bool, typer.Option("--tokens", help="Also some tokens one by one: guess and rank.")] = False,
-    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    seed: Seed = 0,
     device: Device = None,
-    out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
-    ] = None,
+    out: Table = None,
     quiet: Quiet = False,
 ) -> None:
     """Say what would be predicted from each layer: rank and probability of the true token by depth.

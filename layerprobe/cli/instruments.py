@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from layerprobe.cli.runs import Model
+from layerprobe.cli.arguments import Device, Model
 from layerprobe.errors import OptionError
 
 __all__ = ["profile"]
@@ -38,13 +38,14 @@ def profile(
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A trace of torch's profiler, with ranges named by site.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Say what each layer of a model costs: time, operations, bytes, memory.
 
     Example: layerprobe profile demo --batch 8 --length 64 --by place
     """
     from layerprobe.analysis.figures import check_suffix
+    from layerprobe.analysis.results import write_text
     from layerprobe.cost.comparison import COMPARISONS
     from layerprobe.cost.comparison import compare as compare_ways
     from layerprobe.cost.results import BY
@@ -72,7 +73,7 @@ def profile(
         document = json.loads(found.to_json())
         if compared is not None:
             document["compare"] = compared.describe()
-        json_file.write_text(json.dumps(document) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(document) + "\n")
     if out is not None:
         found.plot(out)
     if trace is not None:

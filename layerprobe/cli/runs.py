@@ -10,13 +10,12 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli.allocator import keep_freed_memory
+from layerprobe.cli.arguments import Device, Field, Model, Quiet, Sites, Texts
 from layerprobe.cli.signals import TERMINATED, Terminator, leaving_on_sigterm
 from layerprobe.errors import OptionError, SpaceError
 
 __all__ = ["extract", "sites"]
 
-_MODEL_HELP = "A hub id, a folder, or 'demo' (real MiniLM weights from the demo extra)."
-_SITES_HELP = "A site pattern such as 'layers.*', 'layers.-4:' or 'layers.0,5.ffn.act'; repeat for several."
 _PRECISION_HELP = (
     "What the forward computes in: float32, bfloat16, float16, or on CUDA tf32; or fp32, bf16, fp16. "
     "The weights' dtype if not given."
@@ -24,17 +23,6 @@ _PRECISION_HELP = (
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\Z", re.IGNORECASE)
 _COUNT = re.compile(r"\d+(?:_\d+)*(?:\.\d+)?(?:[eE]\+?\d{1,2})?\Z")
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
-Texts = Annotated[
-    str,
-    typer.Argument(
-        metavar="INPUT",
-        help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: "
-        "a data set of the hub, or '-': standard input, plain text, a text per line.",
-    ),
-]
-Sites = Annotated[list[str] | None, typer.Option("--sites", "-s", metavar="PATTERN", help=_SITES_HELP)]
 
 
 def sites(model: Model, patterns: Sites = None) -> None:
@@ -61,7 +49,7 @@ def extract(
         str | None,
         typer.Option(help="cls, mean, max or last: one vector per text, over all real tokens, special ones included."),
     ] = None,
-    field: Annotated[str, typer.Option(help="Field of a record that holds the text.")] = "text",
+    field: Field = "text",
     max_length: Annotated[
         int | None, typer.Option(help="Longest text in tokens; the model's limit if not given.")
     ] = None,
@@ -97,7 +85,7 @@ def extract(
     writers: Annotated[
         int, typer.Option(help="Shards written at once; more where `stalled` says that one is too slow.")
     ] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
+    device: Device = None,
     devices: Annotated[
         str | None, typer.Option(help="Several GPUs, '0,1': a process each, one store. Or 'cpu,cpu'.")
     ] = None,
@@ -119,7 +107,7 @@ def extract(
     price_seconds: Annotated[
         float | None, typer.Option("--plan-seconds", metavar="SECONDS", help="How long --plan measures, about; 60.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Extract sites for every text into a store; the same command again goes on where it was stopped.
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from layerprobe.cli.allocator import keep_freed_memory
-from layerprobe.cli.runs import Model, Sites, Texts
+from layerprobe.cli.arguments import Device, Field, Model, Sites, Texts
 from layerprobe.errors import OptionError
 
 __all__ = ["stats"]
@@ -40,12 +40,12 @@ def stats(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="A .safetensors file for every sum, to load and merge."),
     ] = None,
-    field: Annotated[str, typer.Option(help="Field of a record that holds the text.")] = "text",
+    field: Field = "text",
     max_length: Annotated[
         int | None, typer.Option(help="Longest text in tokens; the model's limit if not given.")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per batch; 1024 on a CPU.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")] = None,
+    device: Device = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar and no closing line.")] = False,
 ) -> None:
     """Say how the values of sites are distributed over all texts, keeping none of them.

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
+from layerprobe.cli.arguments import Where
 from layerprobe.errors import OptionError
 
 __all__ = ["info", "show", "status", "verify"]
 
 # not a Path, which would make one slash of the two in a URL
-Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
 
 
 def info(folder: Where) -> None:

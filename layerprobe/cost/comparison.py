@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerprobe.analysis.results import write_text
 from layerprobe.capture.probe import Probe
 from layerprobe.cost.results import median_ratio
 from layerprobe.errors import OptionError
@@ -73,10 +74,14 @@ class Comparison:
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Give everything as JSON, and write it where a path is given."""
+        """Give everything as JSON, and write it where a path is given.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
         text = json.dumps(self.describe()) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_text(path, text)
         return text
 
 

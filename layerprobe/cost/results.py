@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.analysis.figures import GREY, PALETTE, check_suffix, label_sites, save_figure, styled
+from layerprobe.analysis.results import write_text
 from layerprobe.cost.machine import Peaks
 from layerprobe.errors import OptionError
 from layerprobe.tables import format_bytes, format_table
@@ -182,7 +183,11 @@ class Profile:
         ]
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Give everything as JSON, every repeat too, and write it where a path is given."""
+        """Give everything as JSON, every repeat too, and write it where a path is given.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
         document = {
             "model": self.model,
             "device": self.device,
@@ -199,7 +204,7 @@ class Profile:
         }
         text = json.dumps(document) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_text(path, text)
         return text
 
     def plot(self, path: str | Path | None = None) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from layerprobe.edit.where import check_where
 from layerprobe.errors import CaptureError, OptionError
+from layerprobe.store.guard import check_count
 
 __all__ = ["Ablate", "Clamp", "Edit", "Noise", "Patch", "ProjectOut", "Replace", "Resample", "Scale", "Steer"]
 
@@ -163,7 +164,7 @@ class Resample(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_seed(self.name, self.seed)
+        check_count(f"lp.{self.name}: seed", self.seed, 0)
 
     def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
         assert extra is not None
@@ -264,7 +265,7 @@ class Noise(Edit):
         _require_number(self.name, "std", self.std)
         if isinstance(self.std, Tensor) or self.std < 0:
             raise OptionError(f"lp.noise: std={self.std!r}: give a number from 0 on.")
-        _require_seed(self.name, self.seed)
+        check_count(f"lp.{self.name}: seed", self.seed, 0)
 
     def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
         assert extra is not None
@@ -373,8 +374,3 @@ def _require_number(name: str, label: str, value: Any, most: int = 0) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not (is_tensor or is_number):
         raise OptionError(f"lp.{name}: {label}={value!r}: give a finite number{' or a tensor [D]' if most else ''}.")
-
-
-def _require_seed(name: str, seed: Any) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise OptionError(f"lp.{name}: seed={seed!r}: give a whole number from 0 on.")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerprobe.analysis.figures import check_suffix, save_figure, styled
+from layerprobe.analysis.results import write_text
 from layerprobe.errors import OptionError
 from layerprobe.tables import format_table
 
@@ -67,14 +69,24 @@ class Effects:
     __repr__ = table
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """Give the table as CSV, in full precision, and write it where a path is given."""
+        """Give the table as CSV, in full precision, and write it where a path is given.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
         out = io.StringIO()
         headers, rows = self._rows()
         csv.writer(out, lineterminator="\n").writerows([headers, *rows])
-        return _write(out.getvalue(), path)
+        if path is not None:
+            write_text(path, out.getvalue())
+        return out.getvalue()
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Give everything as JSON, and write it where a path is given."""
+        """Give everything as JSON, and write it where a path is given.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
         document = {
             "method": self.method,
             "clean": self.clean,
@@ -85,7 +97,10 @@ class Effects:
             "tokens": self.tokens,
             "effects": self.effects.tolist(),
         }
-        return _write(json.dumps(document, ensure_ascii=False) + "\n", path)
+        text = json.dumps(document, ensure_ascii=False) + "\n"
+        if path is not None:
+            write_text(path, text)
+        return text
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the effects as a heat map, the first site at the bottom, as the model runs them.
@@ -97,17 +112,18 @@ class Effects:
             The matplotlib figure.
 
         Raises:
-            OptionError: matplotlib is not installed.
+            OptionError: matplotlib is not installed, or the ending is no format of pictures.
+            StoreError: the file cannot be written.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise OptionError(
-                "a picture: matplotlib is not installed. Run pip install 'layerprobe[analysis]'."
-            ) from error
+        if path is not None:
+            check_suffix(path)
+        with styled() as make_figure:
+            return save_figure(self._draw(make_figure), path)
+
+    def _draw(self, make_figure: Any) -> Any:
         grid, columns = self._grid()
         labels = self._row_labels()
-        figure = Figure(
+        figure = make_figure(
             figsize=(2.6 + max(3.0, 0.46 * grid.shape[1]), 1.8 + max(1.6, 0.3 * grid.shape[0])), layout="constrained"
         )
         axes = figure.subplots()
@@ -125,8 +141,6 @@ class Effects:
             f"Patching clean into corrupt ({self.method})\nclean {self.clean:.3g}, corrupt {self.corrupt:.3g}"
         )
         figure.colorbar(image, ax=axes, label="change of the metric", fraction=0.04, pad=0.02)
-        if path is not None:
-            figure.savefig(Path(path), dpi=150)
         return figure
 
     def _grid(self) -> tuple[Tensor, list[str]]:
@@ -153,9 +167,3 @@ class Effects:
         rows = [[label, *row] for label, row in zip(self._row_labels(), grid.to(torch.float64).tolist(), strict=True)]
         prefix = "head " if self.heads is not None and self.positions is None else ""
         return ["site", *(prefix + column for column in columns)], rows
-
-
-def _write(text: str, path: str | Path | None) -> str:
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
-    return text

@@ -26,6 +26,7 @@ from layerprobe.edit.making import patch, replace
 from layerprobe.edit.plan import head_width, require_editable
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import ModelMap, Site, map_model
+from layerprobe.store.guard import check_count
 
 __all__ = ["patching"]
 
@@ -88,8 +89,7 @@ def patching(
     sweep = _plan(model, clean, corrupt, metric, sites, positions, heads)
     if method not in ("exact", "attribution"):
         raise OptionError(f"patching: no method {method!r}: use 'exact' or 'attribution'.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise OptionError(f"patching: batch_size={batch_size!r}: give a whole number from 1 on.")
+    check_count("patching: batch_size", batch_size)
     names = [site.name for site in sweep.sites]
     with torch.no_grad(), Probe(model, names, this_thread=True) as probe:
         clean_metric = sweep.measure(model(**clean), 1)

@@ -88,7 +88,7 @@ def plan_points(
         slot = _make_slot(mapped, names.index(site.name), site, edit, tokenizer)
         grouped.setdefault((site.module, site.takes), []).append(slot)
     points = tuple(
-        Point(key, mapped.model.get_submodule(path), takes, tuple(slots), _is_chunked(mapped, slots[0].site))
+        Point(key, mapped.model.get_submodule(path), takes, tuple(slots), mapped.is_chunked(slots[0].site))
         for key, ((path, takes), slots) in enumerate(grouped.items())
     )
     found = {site.name: site for site, _ in wanted}
@@ -138,7 +138,7 @@ def _make_slot(mapped: ModelMap, index: int, site: Site, edit: Edit, tokenizer: 
                 f"lp.{edit.name} at {site.name!r}: its {label} is on {tensor.device}, the site on {device}. "
                 f"Move it with .to({str(device)!r})."
             )
-    if edit.needs_whole and _is_chunked(mapped, site):
+    if edit.needs_whole and mapped.is_chunked(site):
         raise OptionError(
             f"lp.{edit.name} at {site.name!r}: chunk_size_feed_forward makes its value in chunks, and this edit needs "
             f"the whole. Set model.config.chunk_size_feed_forward to 0 before the model is made."
@@ -185,9 +185,3 @@ def _device_at(mapped: ModelMap, site: Site) -> torch.device:
     module = mapped.model.get_submodule(site.module)
     device = next((parameter.device for parameter in module.parameters()), None)
     return find_device(mapped.model) if device is None or device.type == "meta" else device
-
-
-def _is_chunked(mapped: ModelMap, site: Site) -> bool:
-    config = mapped.stacks[site.stack or 0].base.config
-    in_ffn = ".ffn." in site.name or site.kind == "unknown"
-    return in_ffn and bool(getattr(config, "chunk_size_feed_forward", 0))

@@ -21,15 +21,15 @@ from tqdm import tqdm
 from layerprobe.capture.casting import cast_into
 from layerprobe.capture.identity import describe_changes
 from layerprobe.capture.pooling import POOLS
-from layerprobe.capture.probe import Probe
 from layerprobe.capture.target import Target
 from layerprobe.errors import OptionError, PlanError, StoreError
 from layerprobe.extract.batching import tokenize
-from layerprobe.extract.forward import PRECISIONS, REORDERED, compute_in
-from layerprobe.models import LoadedModel, describe_model, evaluating, load_model
+from layerprobe.extract.forward import PRECISIONS, REORDERED, running
+from layerprobe.extract.looking import look
+from layerprobe.models import LoadedModel, describe_model, load_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.checks import TOKENIZER_FILE, check_tokenizer
-from layerprobe.store.guard import brief
+from layerprobe.store.guard import brief, check_count
 from layerprobe.store.reader import Example, Store, open_store
 from layerprobe.store.shards import ScaledRows
 from layerprobe.tables import format_count
@@ -115,7 +115,7 @@ def audit(
             function pooled it; it keeps no texts.
         FormatError: it is damaged.
         ModelError: the model cannot be loaded.
-        OptionError: `num_examples` is below 1, or a device without a name.
+        OptionError: `num_examples` or `seed` is no count, or a device without a name.
 
     Cost: a forward for each example; memory for one.
 
@@ -126,8 +126,8 @@ def audit(
         >>> lp.audit(folder, num_examples=2).ok
         True
     """
-    if num_examples < 1:
-        raise OptionError(f"num_examples is {num_examples}: it must be at least 1.")
+    check_count("num_examples", num_examples)
+    check_count("seed", seed, 0)
     store = open_store(folder)
     plan = _check_auditable(store)
     network = _find_model(store, model, device)
@@ -137,7 +137,7 @@ def audit(
     num_values, largest = 0, 0.0
     shows_progress = sys.stderr.isatty() if progress is None else progress
     precision = plan.get("precision")
-    with torch.inference_mode(), evaluating(network), compute_in(network, precision):
+    with running(network, precision):
         for ordinal in tqdm(chosen, unit=" examples", disable=not shows_progress, leave=False):
             example = store.example(ordinal)
             if example.text is None:
@@ -254,13 +254,9 @@ def _compare(
     store: Store, network: nn.Module, example: Example, ids: list[int], precision: str | None
 ) -> Iterator[tuple[str, str | None, float, int]]:
     """Run an example by itself; for each site give what is wrong, the share of the tolerance, and how many values."""
-    device = find_device(network)
-    with Probe(network, store.sites, pool=store.pool, stop=True, this_thread=True) as probe:
-        input_ids = torch.tensor([ids], device=device)
-        network(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-    made = {site: probe[site][0] for site in store.sites}
+    made = {site: value[0] for site, value in look(network, store.sites, torch.tensor([ids]), pool=store.pool).items()}
     if store.kept is not None:
-        rows = example.positions.to(device)
+        rows = example.positions.to(find_device(network))
         made = {site: value[rows] if store[site].kind == "token" else value for site, value in made.items()}
     for site in store.sites:
         share = _measure(example[site], made[site], precision)

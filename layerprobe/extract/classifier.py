@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from layerprobe.analysis.features import POOLS
 from layerprobe.analysis.keeping import KeptProbe, load_probe
-from layerprobe.capture.probe import Probe
 from layerprobe.errors import InputError, OptionError
 from layerprobe.extract.batching import TokenizedUnit, cut_batches, tokenize, tokenizing
+from layerprobe.extract.forward import find_precision, running
 from layerprobe.extract.inputs import check_text
+from layerprobe.extract.looking import look
+from layerprobe.extract.network import find_max_length
 from layerprobe.extract.untrained import find_model
-from layerprobe.models import LoadedModel, evaluating
-from layerprobe.sites.stacks import find_device
+from layerprobe.models import LoadedModel
 from layerprobe.store.shards import pool_packed
 
 __all__ = ["Classifier", "load_classifier"]
@@ -83,14 +84,12 @@ class Classifier:
         tokenizer, network = self.model.tokenizer, self.model.model
         unit = tokenize(tokenizer, texts, self._max_length)
         out: list[Any] = [None] * len(texts)
-        device, probe = find_device(network), self.probe
-        sites = list(dict.fromkeys(probe.feature.sites))
-        with evaluating(network), torch.no_grad():
+        sites = list(dict.fromkeys(self.probe.feature.sites))
+        with running(network, find_precision(network, None)):
             for batch in cut_batches(unit, _BATCH_TOKENS, tokenizer.pad_token_id or 0):
                 mask = batch.attention_mask.bool()
-                with Probe(network, sites, stop=True, this_thread=True) as taken:
-                    network(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
-                values = {site: taken[site].float().cpu() for site in sites}
+                made = look(network, sites, batch.input_ids, batch.attention_mask)
+                values = {site: value.float().cpu() for site, value in made.items()}
                 for member, sequence in zip(batch.members, batch.sequences, strict=True):
                     rows = [values[site][sequence] for site in sites]
                     if rows[0].ndim == 2:
@@ -126,9 +125,7 @@ class Classifier:
 
     @property
     def _max_length(self) -> int:
-        config = getattr(self.model.model, "config", None)
-        limits = (self.model.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
-        return self.probe.max_length or min(1 << 30, *(limit for limit in limits if limit))
+        return self.probe.max_length or find_max_length(self.model.model, self.model.tokenizer)
 
 
 def load_classifier(

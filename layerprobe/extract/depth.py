@@ -21,12 +21,12 @@ from layerprobe.analysis.classify import classify
 from layerprobe.analysis.figures import Curve, draw_curves
 from layerprobe.analysis.probing import need_sklearn
 from layerprobe.analysis.results import table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import check_count
 from layerprobe.analysis.verdict import Classification
 from layerprobe.errors import InputError
 from layerprobe.extract.run import extract
 from layerprobe.extract.untrained import find_model, read_texts
 from layerprobe.models import LoadedModel
+from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store, open_store
 from layerprobe.tables import format_table
 

@@ -21,18 +21,17 @@ from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.probe import Probe
 from layerprobe.capture.staging import Room
 from layerprobe.capture.units import AnnouncedBatch, encode_record
+from layerprobe.cores import using_cores
 from layerprobe.errors import InputError, SpaceError
 from layerprobe.extract.batching import Batch, FlatBatch, Shapes, TokenizedUnit, cut_batches, cut_flat_batches, tokenize
 from layerprobe.extract.calling import ModelCaller
-from layerprobe.extract.cores import using_cores
 from layerprobe.extract.cutting import Unit
 from layerprobe.extract.flat import FlatForm, attending_flat
-from layerprobe.extract.forward import CUDA_GRAPHS, compile_network, compute_in
+from layerprobe.extract.forward import CUDA_GRAPHS, compile_network, running
 from layerprobe.extract.inputs import InputDigest, Record
 from layerprobe.extract.plan import Plan
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.space import RoomKeeper
-from layerprobe.models import evaluating
 from layerprobe.store.format import ShardHeader
 from layerprobe.store.kept import KeptRows
 from layerprobe.store.writer import ShardWriter
@@ -102,9 +101,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         with self._open as entering:
             entering.callback(self._count)
             entering.enter_context(using_cores(self._share))
-            entering.enter_context(evaluating(self._plan.model))
-            entering.enter_context(torch.inference_mode())
-            entering.enter_context(compute_in(self._plan.model, self._plan.precision))
+            entering.enter_context(running(self._plan.model, self._plan.precision))
             if self._plan.is_flat:
                 entering.enter_context(attending_flat(self._plan.model))
             entering.enter_context(self._probe)

@@ -29,9 +29,9 @@ from layerprobe.capture.probe import Probe
 from layerprobe.capture.staging import send
 from layerprobe.errors import ArchitectureError, CaptureError
 from layerprobe.extract.batching import FlatBatch
-from layerprobe.extract.forward import REORDERED, compute_in, find_dtype
+from layerprobe.extract.forward import REORDERED, find_dtype, running
 from layerprobe.extract.network import find_position_padding
-from layerprobe.models import evaluating
+from layerprobe.sharing import SharedSetting
 from layerprobe.sites.resolve import ModelMap, Site, map_model
 from layerprobe.sites.stacks import find_device
 
@@ -68,9 +68,10 @@ class _Layout:
         return self._bounds
 
 
-# Configs that name our function now, by identity: what they named before, and how many runs are open on them.
-_held: dict[int, tuple[Any, str, int]] = {}
-_holding = threading.Lock()
+# By what the models of a config attend.
+_attention = SharedSetting[Any, str](
+    lambda config: config._attn_implementation, lambda config, name: setattr(config, "_attn_implementation", name)
+)
 
 
 class _Laid(threading.local):
@@ -156,25 +157,9 @@ def attending_flat(model: nn.Module) -> Iterator[None]:
     AttentionMaskInterface.register(_NAME, _make_mask)
     with contextlib.ExitStack() as held:
         for config in _configs_of(map_model(model).base):
-            held.enter_context(_holding_config(config))
+            held.enter_context(_attention.held(config))
+            config._attn_implementation = _NAME
         yield
-
-
-@contextlib.contextmanager
-def _holding_config(config: Any) -> Iterator[None]:
-    with _holding:
-        _, name, count = _held.get(id(config), (config, config._attn_implementation, 0))
-        _held[id(config)] = config, name, count + 1
-        config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        with _holding:
-            _, name, count = _held.pop(id(config))
-            if count > 1:
-                _held[id(config)] = config, name, count - 1
-            else:
-                config._attn_implementation = name
 
 
 def refuse_flat(
@@ -219,7 +204,7 @@ def find_unusual_attention(mapped: ModelMap) -> str | None:
 def _find_attention(mapped: ModelMap) -> str:
     # whether or not it attends within texts for the moment
     config = mapped.base.config
-    return _held.get(id(config), (None, getattr(config, "_attn_implementation", None) or "eager", 0))[1]
+    return (_attention.original(config) if hasattr(config, "_attn_implementation") else None) or "eager"
 
 
 def _refuse_model(mapped: ModelMap) -> str | None:
@@ -275,12 +260,7 @@ def _gives_same_rows(model: nn.Module, sites: Sequence[Site], ids: list[int], pr
         [0, 1], [len(text) for text in texts], [0, 1], torch.tensor([[one for text in texts for one in text]])
     )
     names = [site.name for site in sites]
-    with (
-        evaluating(model),
-        torch.inference_mode(),
-        compute_in(model, precision),
-        Probe(model, names, this_thread=True) as probe,
-    ):
+    with running(model, precision), Probe(model, names, this_thread=True) as probe:
         for text in texts:
             alone = torch.tensor([text], device=device)
             model(input_ids=alone, attention_mask=torch.ones_like(alone))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from layerprobe.errors import OptionError
+from layerprobe.models import evaluating
 from layerprobe.sites.stacks import find_device
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "find_dtype",
     "find_precision",
     "resolve_precision",
+    "running",
 ]
 
 # torch's name for a compiled model whose kernels a GPU replays as a graph, one for each shape of a batch
@@ -137,6 +139,17 @@ def compute_in(model: nn.Module, precision: str | None) -> Iterator[None]:
                 computing.enter_context(torch.autocast(kind, enabled=False))
             _products.set(is_rounded=precision == _TF32)
             computing.callback(_products.release)
+        yield
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, precision: str | None) -> Iterator[None]:
+    """Let a model's calls be those of a run while this is open: in eval mode, without gradients, in its precision.
+
+    Raises:
+        OptionError: as `compute_in`.
+    """
+    with evaluating(model), torch.inference_mode(), compute_in(model, precision):
         yield
 
 

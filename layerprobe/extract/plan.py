@@ -19,21 +19,21 @@ from torch import nn
 
 from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.identity import describe_changes, describe_pool
-from layerprobe.capture.probe import Probe
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, PlanError, SpaceError
 from layerprobe.extract.batching import BATCH_COST_TOKENS, NO_TEXTS, SHAPE_STEPS, TokenizedUnit, tokenize
 from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
 from layerprobe.extract.flat import find_unusual_attention, refuse_flat
-from layerprobe.extract.forward import CUDA_GRAPHS, check_device, compute_in, find_precision
+from layerprobe.extract.forward import CUDA_GRAPHS, check_device, find_precision, running
 from layerprobe.extract.inputs import TextSource, check_text, open_source
+from layerprobe.extract.looking import look
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run, recall_batches
 from layerprobe.extract.thinning import find_kept
 from layerprobe.extract.warmup import LEAST_TOKENS, choose_batch_tokens, find_batch_tokens
-from layerprobe.models import LoadedModel, describe_model, describe_tokenizer, evaluating
+from layerprobe.models import LoadedModel, describe_model, describe_tokenizer
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device, need_one_device
 from layerprobe.store.format import ShardHeader, fingerprint_of
@@ -344,12 +344,10 @@ def _measure_sites(
     """Run the model on one short text to learn the width and dtype of each site."""
     dtype = resolve_dtype(options.dtype)
     check_storable(sites, options.pool, dtype)
-    ids = torch.tensor(tokenize(tokenizer, ["layer probe"], options.max_length or 8).ids, device=find_device(model))
-    computing = compute_in(model, find_precision(model, options.precision))
-    names = [site.name for site in sites]
-    with evaluating(model), torch.inference_mode(), computing, Probe(model, names, this_thread=True) as probe:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return tuple(measure_site(site, probe[site.name], options.pool, dtype) for site in sites)
+    ids = torch.tensor(tokenize(tokenizer, ["layer probe"], options.max_length or 8).ids)
+    with running(model, find_precision(model, options.precision)):
+        made = look(model, [site.name for site in sites], ids)
+    return tuple(measure_site(site, made[site.name], options.pool, dtype) for site in sites)
 
 
 def _describe(

@@ -22,8 +22,8 @@ from layerprobe.store.format import (
     load_json,
     parse_shard_name,
 )
-from layerprobe.store.identity import list_differences
 from layerprobe.store.lock import LOCK_FILE, refuse_held
+from layerprobe.store.mismatch import list_differences
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.progress import PROGRESS_FILE
 

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from layerprobe.capture.calls import Sink
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.probe import Probe
+from layerprobe.cores import using_cores
 from layerprobe.errors import InputError
 from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.batching import TokenizedUnit, cut_batches, tokenize
 from layerprobe.extract.calling import ModelCaller
-from layerprobe.extract.cores import using_cores
 from layerprobe.extract.cutting import Unit
 from layerprobe.extract.inputs import Record, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model

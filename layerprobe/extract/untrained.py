@@ -17,7 +17,6 @@ from layerprobe.errors import InputError, ModelError
 from layerprobe.extract.run import extract
 from layerprobe.models import LoadedModel, describe_model, load_model, load_tokenizer
 from layerprobe.store.reader import Store, open_store
-from layerprobe.store.records import read_record
 
 __all__ = ["extract_untrained", "find_model", "read_texts"]
 
@@ -63,11 +62,9 @@ def read_texts(store: Store) -> list[str]:
     """
     if not store.is_complete:
         raise InputError(f"texts of {store.place}: it is not complete. Let the run go to its end.")
-    catalog = store[store.sites[0]].catalog
     texts = []
     for ordinal in store.ordinals():
-        shard, _ = catalog.find(ordinal)
-        text = read_record(shard, ordinal, store.place.label(shard.header.file)).get("text")
+        text = store.record(ordinal).get("text")
         if not isinstance(text, str):
             raise InputError(
                 f"texts of {store.place}: example {ordinal} has none. Stores of extract keep them; "

@@ -14,9 +14,8 @@ from torch import nn
 
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.probe import Probe
-from layerprobe.extract.cores import using_cores
-from layerprobe.extract.forward import compute_in
-from layerprobe.models import evaluating
+from layerprobe.cores import using_cores
+from layerprobe.extract.forward import running
 from layerprobe.sites.stacks import find_device
 
 __all__ = ["LEAST_TOKENS", "choose_batch_tokens", "climb", "find_batch_tokens"]
@@ -63,7 +62,7 @@ def find_batch_tokens(
 
     # a callable that keeps nothing: values go through the hooks, and their memory is free again after each site
     probe = Probe(model, list(sites), to=lambda *_: None, stop=can_end_early(model), this_thread=True)
-    with evaluating(model), torch.inference_mode(), compute_in(model, precision), using_cores(), probe:
+    with running(model, precision), using_cores(), probe:
         try:
             measure(first)
             return climb(measure, first, first << _MOST_DOUBLINGS)

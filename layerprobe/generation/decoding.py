@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from layerprobe.analysis.sweep import check_count, need_store
+from layerprobe.analysis.sweep import need_store
 from layerprobe.errors import ModelError, OptionError
 from layerprobe.generation.results import Generated, Generation
 from layerprobe.models import LoadedModel, evaluating, load_model
 from layerprobe.sites.stacks import find_device, unwrap
+from layerprobe.store.guard import check_count
 from layerprobe.store.padded import EncoderOutputs
 from layerprobe.store.reader import Store
 
@@ -120,13 +121,12 @@ def list_examples(store: Store, examples: Any) -> list[int]:
     if examples is None:
         found = list(store.ordinals())
     elif isinstance(examples, slice):
-        found = list(store[store.sites[0]].catalog.slice_ordinals(examples))
+        found = list(store.catalog.slice_ordinals(examples))
     else:
         asked = np.atleast_1d(np.asarray(examples))
         if asked.size and (asked.dtype.kind not in "iu" or asked.ndim > 1):
             raise OptionError(f"examples={examples!r}: they are ordinals. Use 3, [0, 3], slice(10) or None for all.")
-        catalog = store[store.sites[0]].catalog
-        found = [catalog.find(int(one))[1] for one in asked]
+        found = [store.catalog.find(int(one))[1] for one in asked]
     if not found:
         raise OptionError(f"examples={examples!r} of {store.place}: none is meant. Name one at least.")
     return found
@@ -170,9 +170,10 @@ def _check_length(decoder: Any, options: Mapping[str, Any]) -> None:
     most = getattr(config, "max_position_embeddings", None)
     for name in ("max_new_tokens", "max_length"):
         asked = options.get(name)
-        if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
-            raise OptionError(f"{name} is {asked!r}: it must be a whole number of at least 1.")
-        if asked is not None and most is not None and asked > most:
+        if asked is None:
+            continue
+        check_count(name, asked)
+        if most is not None and asked > most:
             raise OptionError(f"{name} is {asked}: {type(decoder).__name__} has {most} positions. Ask for fewer.")
 
 

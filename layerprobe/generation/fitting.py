@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from layerprobe.analysis.sweep import check_count, choose_depth, few_threads, need_store
+from layerprobe.analysis.sweep import choose_depth, need_store
+from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError
 from layerprobe.generation.narrow import END, PAD, START, UNKNOWN, DecoderShape, NarrowDecoder
 from layerprobe.generation.readout import LayerReading, Readout
 from layerprobe.generation.targets import Split, Targets, choose_types, find_targets, split_examples
+from layerprobe.store.guard import check_count
 from layerprobe.store.padded import choose_layer
 from layerprobe.store.reader import Store
 
@@ -122,7 +124,7 @@ def fit_decoder(
     decoders: dict[str, NarrowDecoder] = {}
     disable = None if progress is None else not progress
     with (
-        few_threads(),
+        using_few_cores(),
         torch.random.fork_rng(),
         tqdm(total=num_steps, unit=" steps", disable=disable, leave=False) as bar,
     ):

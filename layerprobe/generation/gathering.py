@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.analysis.sweep import bar_of, choose_depth
-from layerprobe.capture.probe import Probe
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.extract.batching import cut_batches, tokenize
+from layerprobe.extract.forward import find_precision, running
 from layerprobe.extract.inputs import open_source
+from layerprobe.extract.looking import look
 from layerprobe.extract.network import choose_max_length
-from layerprobe.models import evaluating
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.reader import Store
@@ -129,7 +129,7 @@ def gather_texts(
     pile = _Pile(sites, most, mapped.owner)
     length, maker = choose_max_length(model, tokenizer, None), np.random.default_rng([seed, 19])
     records, first = iter(open_source(texts)), 0
-    with evaluating(model), torch.inference_mode(), bar_of(most, "lens", progress) as bar:
+    with running(model, find_precision(model, None)), bar_of(most, "lens", progress) as bar:
         while pile.left and (part := [record.text for record in islice(records, _TEXTS_AHEAD)]):
             for member, ids, wanted, rows in _run(model, tokenizer, part, sites, length, mask, special, maker):
                 if pile.left:
@@ -160,9 +160,7 @@ def _run(
             drawn[~wanted] = torch.inf
             wanted &= (drawn < mask) | (drawn == drawn.min(1, keepdim=True).values)
             ids_BS[wanted] = tokenizer.mask_token_id
-        with Probe(model, sites, stop=True, this_thread=True) as probe:
-            model(input_ids=ids_BS.to(device), attention_mask=batch.attention_mask.to(device))
-        values = {site: probe[site] for site in sites}
+        values = look(model, sites, ids_BS, batch.attention_mask)
         for member, sequence in zip(batch.members, batch.sequences, strict=True):
             own = real[sequence]
             positions = wanted[sequence][own].nonzero()[:, 0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from layerprobe.analysis.sweep import check_count, few_threads
+from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError
 from layerprobe.extract.network import find_model
 from layerprobe.generation.depthlens import Lens, LensReading, LensSite
@@ -25,6 +25,7 @@ from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.format import STORE_FILE
+from layerprobe.store.guard import check_count
 from layerprobe.store.places import find_place
 from layerprobe.store.reader import Store, open_store
 
@@ -93,7 +94,7 @@ def lens(
     if getattr(network.config, "is_encoder_decoder", False):
         raise OptionError(f"lens of {mapped.owner}: it has an encoder and a decoder. Pass its encoder.")
     share = _choose_mask(mask, store is not None, has_head(network))
-    with few_threads():
+    with using_few_cores():
         if store is not None:
             special = set(getattr(tokenizer, "all_special_ids", ()))
             special |= store.vocabulary.special_ids if store.vocabulary is not None else frozenset[int]()

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from layerprobe.analysis.sweep import record_of
 from layerprobe.errors import InputError, OptionError
 from layerprobe.store.reader import Store
 
@@ -77,7 +76,7 @@ def find_targets(store: Store, targets: str | Sequence[Any] | None, max_length: 
 def _value_of(store: Store, ordinal: int, targets: str | Sequence[Any], number: int) -> Any:
     if not isinstance(targets, str):
         return targets[number]
-    record = record_of(store, ordinal)
+    record = store.record(ordinal)
     fields = {"text": record.get("text"), **record.get("fields", {})}
     if not isinstance(fields.get(targets), str):
         raise InputError(

@@ -23,8 +23,9 @@ from layerprobe.analysis.figures import GREY, PALETTE, label_sites
 from layerprobe.analysis.points import Points, choose_points, draw_points
 from layerprobe.analysis.projection import Panel, project
 from layerprobe.analysis.results import plain, shorten
-from layerprobe.analysis.sweep import bar_of, choose_depth, few_threads, record_of
+from layerprobe.analysis.sweep import bar_of, choose_depth
 from layerprobe.analysis.verdict import Classification
+from layerprobe.cores import using_few_cores
 from layerprobe.errors import NonFiniteError, OptionError, SiteError
 from layerprobe.store.reader import Store
 from layerprobe.version import __version__
@@ -64,9 +65,9 @@ def gather(
     maps = _gather_attention(store, attention)
     kind = choose_points(store, chosen, "norm", points, pool)
     drawn = draw_points(store, chosen, kind, pool=pool, max_points=max_points, seed=seed, progress=progress)
-    with few_threads(), bar_of(len(chosen), "pca", progress, "sites") as bar:
+    with using_few_cores(), bar_of(len(chosen), "pca", progress, "sites") as bar:
         panels = project(drawn.values, "pca", shared=False, seed=seed, done=bar.update)
-    records = {ordinal: record_of(store, ordinal) for ordinal in set(drawn.examples.tolist())}
+    records = {ordinal: store.record(ordinal) for ordinal in set(drawn.examples.tolist())}
     found: dict[str, Any] = {
         "about": _describe(store),
         "palette": [*PALETTE],
@@ -307,7 +308,7 @@ def _choose_maps(store: Store) -> list[int]:
 
 def _resolve(store: Store, ordinal: int) -> int:
     """Turn an ordinal that counts from the last into one from the first; an example that is not there is refused."""
-    return store[store.sites[0]].catalog.find(ordinal)[1]
+    return store.catalog.find(ordinal)[1]
 
 
 def _pack_weights(store: Store, name: str, ordinal: int) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.analysis.figures import need_package
-from layerprobe.analysis.sweep import check_count, need_store
+from layerprobe.analysis.sweep import need_store
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.report.content import gather
+from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_bytes
 

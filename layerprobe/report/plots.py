@@ -35,8 +35,10 @@ from layerprobe.analysis.points import (
 )
 from layerprobe.analysis.projection import METHODS, Panel, project
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import bar_of, check_count, choose_depth, few_threads, need_store
+from layerprobe.analysis.sweep import bar_of, choose_depth, need_store
+from layerprobe.cores import using_few_cores
 from layerprobe.errors import OptionError, SiteError
+from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_table
 
@@ -180,7 +182,7 @@ def plot(
     most = max_points or _MOST_POINTS[method]
     drawn = draw_points(store, sites, kind, pool=pool, max_points=most, seed=seed, progress=progress)
     colours = colour_points(store, drawn, color)
-    with few_threads(), bar_of(len(sites), method, progress, "sites") as bar:
+    with using_few_cores(), bar_of(len(sites), method, progress, "sites") as bar:
         panels = project(drawn.values, method, shared=shared, seed=seed, done=bar.update)
     figure = _draw_panels(panels, drawn, colours, method, shared)
     picture = Picture(

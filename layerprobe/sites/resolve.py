@@ -132,6 +132,15 @@ class ModelMap:
         names = expand_patterns(patterns, list(known), self.num_layers, self.owner, modules)
         return tuple(known.get(name) or self._module_site(name) for name in names)
 
+    def is_chunked(self, site: Site) -> bool:
+        """Whether the module of a site may run several times in one call, each time on a few positions.
+
+        `chunk_size_feed_forward` does that to what an FFN is made of, and so perhaps to a module known by its name.
+        """
+        config = self.stacks[site.stack or 0].base.config
+        in_ffn = ".ffn." in site.name or site.kind == "unknown"
+        return in_ffn and bool(getattr(config, "chunk_size_feed_forward", 0))
+
     def _module_site(self, name: str) -> Site:
         takes = "input" if name.endswith(":input") else "output"
         path = name[len(MODULE_PREFIX) :].removesuffix(":input")

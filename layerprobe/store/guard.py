@@ -32,6 +32,7 @@ __all__ = [
     "SMALL",
     "JsonBounds",
     "brief",
+    "check_count",
     "check_flag",
     "exists_inside",
     "open_inside",
@@ -94,6 +95,16 @@ def check_flag(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise OptionError(f"{name} is {value!r}: use True or False.")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse a count that cannot be.
+
+    Raises:
+        OptionError: it is no whole number of at least `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise OptionError(f"{name} is {value!r}: it must be a whole number of at least {least}.")
 
 
 def open_inside(folder: Path, file: str) -> BinaryIO:

@@ -34,8 +34,8 @@ from layerprobe.store.format import (
     read_header,
 )
 from layerprobe.store.guard import check_flag, open_inside
-from layerprobe.store.identity import list_differences
 from layerprobe.store.lock import LOCK_FILE, StoreLock
+from layerprobe.store.mismatch import list_differences
 from layerprobe.store.places import LocalPlace, find_place, need_folder
 from layerprobe.store.writer import commit_description, commit_index
 from layerprobe.tables import format_bytes, format_count

@@ -66,15 +66,16 @@ class Store:
     """An extraction on disk. Made by `layerprobe.open`.
 
     `store[site]` is a view of a site; `store.example(i)` everything about one example; `len(store)` the number of
-    examples that are there; iterating gives each of them in the order of the input.
+    examples that are there; iterating gives each of them in the order of the input. `store.catalog` is for code that
+    goes shard by shard.
     """
 
     def __init__(self, where: Path | Place, check: bool) -> None:
-        self._catalog = Catalog(find_place(where), check)
+        self.catalog = Catalog(find_place(where), check)
         self._views: dict[str, SiteView] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_catalog": self._catalog, "_views": {}}
+        return {"catalog": self.catalog, "_views": {}}
 
     def __enter__(self) -> "Store":
         return self
@@ -84,7 +85,7 @@ class Store:
 
     def close(self) -> None:
         """Let go of every mapped shard. Tensors that were read stay good; reading more is an error."""
-        self._catalog.close()
+        self.catalog.close()
 
     @property
     def folder(self) -> Path:
@@ -98,55 +99,55 @@ class Store:
     @property
     def place(self) -> Place:
         """Where the store is, folder or not; `str()` of it is its path or URL."""
-        return self._catalog.place
+        return self.catalog.place
 
     @property
     def description(self) -> dict[str, Any]:
         """What `store.json` says."""
-        return self._catalog.description
+        return self.catalog.description
 
     @property
     def index(self) -> dict[str, Any] | None:
         """What `index.json` says; None while the run is not complete."""
-        return self._catalog.index
+        return self.catalog.index
 
     @property
     def fingerprint(self) -> str:
         """What tells the run from any other."""
-        return self._catalog.fingerprint
+        return self.catalog.fingerprint
 
     @property
     def pool(self) -> str | None:
         """How the run pooled; None for a row per token."""
-        return self._catalog.pool
+        return self.catalog.pool
 
     @property
     def is_complete(self) -> bool:
         """Whether the extraction has ended; its index is written last."""
-        return self._catalog.is_complete
+        return self.catalog.is_complete
 
     @property
     def sites(self) -> list[str]:
         """Names of the sites that are stored."""
-        return list(self._catalog.sites)
+        return list(self.catalog.sites)
 
     @property
     def num_shards(self) -> int:
         """Shards that are committed."""
-        return len(self._catalog.shards)
+        return len(self.catalog.shards)
 
     @property
     def num_tokens(self) -> int:
         """Real tokens in the committed shards."""
-        return self._catalog.num_tokens
+        return self.catalog.num_tokens
 
     def __len__(self) -> int:
-        return self._catalog.num_examples
+        return self.catalog.num_examples
 
     def __iter__(self) -> Iterator[Example]:
         names = [*(name for site in self.sites for name in (site, site + SCALE_SUFFIX)), "input_ids", *RECORD_TENSORS]
-        for number, info in enumerate(self._catalog.shards):
-            self._catalog.prefetch([number, number + 1], names)
+        for number, info in enumerate(self.catalog.shards):
+            self.catalog.prefetch([number, number + 1], names)
             for ordinal in range(info.first_example, info.first_example + info.num_examples):
                 yield self.example(ordinal)
 
@@ -157,13 +158,13 @@ class Store:
     def __getitem__(self, site: str) -> SiteView:
         view = self._views.get(site) if isinstance(site, str) else None
         if view is None:
-            view = self._views[site] = SiteView(self._catalog, self._catalog.need_site(site).name)
+            view = self._views[site] = SiteView(self.catalog, self.catalog.need_site(site).name)
         return view
 
     @property
     def stored_sites(self) -> Mapping[str, StoredSite]:
         """How each site lies in the store, by name."""
-        return self._catalog.sites
+        return self.catalog.sites
 
     def difference(self, site: str, other: str) -> Difference:
         """Subtract one site from another, lazily: `store.difference("layers.5", "layers.4")[17]`.
@@ -180,7 +181,7 @@ class Store:
         Raises:
             SiteError: fewer than two such sites are stored.
         """
-        return [self.difference(*pair) for pair in pair_depth(self._catalog.sites, str(self.place))]
+        return [self.difference(*pair) for pair in pair_depth(self.catalog.sites, str(self.place))]
 
     def encoder_outputs(self, layer: int | str, examples: Any, dtype: torch.dtype = torch.float32) -> EncoderOutputs:
         """Give some examples as a decoder takes them: `model.generate(**outputs.inputs())`.
@@ -202,7 +203,7 @@ class Store:
 
     def ordinals(self) -> Iterator[int]:
         """List the ordinals of the examples that are there, rising."""
-        return self._catalog.ordinals()
+        return self.catalog.ordinals()
 
     def ordinal_at(self, place: int) -> int:
         """Give the ordinal of the k-th example that is there; k itself on a store without gaps.
@@ -210,7 +211,7 @@ class Store:
         Raises:
             MissingExample: there are not as many.
         """
-        return self._catalog.ordinal_at(place)
+        return self.catalog.ordinal_at(place)
 
     def input_ids(self, ordinal: int) -> Tensor:
         """Give an example's token ids, int64 `[T]`, special ones included: a view of the file.
@@ -218,24 +219,24 @@ class Store:
         Raises:
             MissingExample: it is not in the store, or not in it yet.
         """
-        shard, ordinal = self._catalog.find(ordinal)
+        shard, ordinal = self.catalog.find(ordinal)
         _, start, stop = shard.span(ordinal)
         return shard.part("input_ids", start, stop)
 
     def positions(self, ordinal: int) -> Tensor:
         """Give the places of an example's rows among all its tokens, int64 `[T]`; raises as `input_ids` does."""
-        shard, ordinal = self._catalog.find(ordinal)
+        shard, ordinal = self.catalog.find(ordinal)
         _, start, stop = shard.span(ordinal)
         return torch.arange(stop - start) if self.kept is None else shard.part(POSITIONS, start, stop)
 
     @property
     def kept(self) -> Kept | None:
         """Which rows were kept (`keep`, `tokens` of `extract`); None for a row per token."""
-        return self._catalog.kept
+        return self.catalog.kept
 
     def iter_shards(self) -> Iterator[Shard]:
         """Go through the shards in the order of the input."""
-        return self._catalog.iter_shards()
+        return self.catalog.iter_shards()
 
     def rows(
         self,
@@ -263,7 +264,12 @@ class Store:
             SiteError: a site is not stored.
         """
         options = RowOptions(batch_size, shuffle, seed, rank, world, epoch)
-        return RowBatches(self._catalog, choose_sites(self._catalog, sites), options, dict)
+        return RowBatches(self.catalog, choose_sites(self.catalog, sites), options, dict)
+
+    def record(self, ordinal: int) -> dict[str, Any]:
+        """Read what an example was made of, `text` and `fields` where they were kept; raises as `input_ids` does."""
+        shard, ordinal = self.catalog.find(ordinal)
+        return read_record(shard, ordinal, self.place.label(shard.header.file))
 
     def example(self, ordinal: int) -> Example:
         """Gather everything about one example: ids, tokens, text, other fields, every site.
@@ -271,13 +277,12 @@ class Store:
         Raises:
             MissingExample: it is not in the store, or not in it yet.
         """
-        shard, ordinal = self._catalog.find(ordinal)
-        input_ids = self.input_ids(ordinal)
-        record = read_record(shard, ordinal, self.place.label(shard.header.file))
-        text = record.pop("text", None)
-        sites = {site: self[site][ordinal] for site in self._catalog.sites}
+        _, ordinal = self.catalog.find(ordinal)
+        input_ids, record = self.input_ids(ordinal), self.record(ordinal)
+        text, fields = record.get("text"), record.get("fields", {})
+        sites = {site: self[site][ordinal] for site in self.catalog.sites}
         tokens = self._vocabulary.tokens(input_ids) if self._vocabulary is not None else None
-        return Example(ordinal, input_ids, self.positions(ordinal), tokens, text, record.get("fields", {}), sites)
+        return Example(ordinal, input_ids, self.positions(ordinal), tokens, text, fields, sites)
 
     def where(
         self,
@@ -313,7 +318,7 @@ class Store:
         Cost: one pass over the ids, and over the records if they are asked for; not over any site.
         """
         asked = Asked(record, token, token_id, word, id, fields)
-        return select(self._catalog, asked, lambda: self._vocabulary)
+        return select(self.catalog, asked, lambda: self._vocabulary)
 
     def to_datasets(self, sites: str | Sequence[str] | None = None, *, cache: str | Path | None = None) -> Any:
         """Give the store as a `datasets.Dataset` that maps an Arrow file: a row per example, a column per site.
@@ -330,7 +335,7 @@ class Store:
         """
         names = match_sites(sites, self.sites, str(self.place))
         columns = Columns(
-            tuple(self._catalog.sites[name] for name in names), "examples", self.id_to_tokens, self.kept is not None
+            tuple(self.catalog.sites[name] for name in names), "examples", self.id_to_tokens, self.kept is not None
         )
         return open_dataset(self.iter_shards, columns, self.fingerprint, cache)
 
@@ -341,9 +346,9 @@ class Store:
             MissingExample: it is not in the store, or not in it yet.
             OptionError: the store keeps no tokenizer or no text, or its tokenizer cuts it into other ids.
         """
-        shard, ordinal = self._catalog.find(ordinal)
-        text = read_record(shard, ordinal, self.place.label(shard.header.file)).get("text")
-        self._catalog.need_every_row("token_offsets()", "Cut the text with its tokenizer, and take positions().")
+        _, ordinal = self.catalog.find(ordinal)
+        text = self.record(ordinal).get("text")
+        self.catalog.need_every_row("token_offsets()", "Cut the text with its tokenizer, and take positions().")
         what = f"characters of example {ordinal} of {self.place}"
         return find_characters(self._vocabulary, text, self.input_ids(ordinal), what)
 

@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.catalog import MOST_OPEN_SHARDS, Catalog
 from layerprobe.store.format import SCALE_SUFFIX
-from layerprobe.store.guard import check_flag
+from layerprobe.store.guard import check_count, check_flag
 from layerprobe.store.shards import ScaledRows, Shard
 from layerprobe.store.writer import StoredSite
 
@@ -61,9 +61,7 @@ class RowOptions:
     def __post_init__(self) -> None:
         check_flag("shuffle", self.shuffle)
         for name, least in (("batch_size", 1), ("seed", 0), ("world", 1), ("epoch", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise OptionError(f"{name} is {value!r}: it must be a whole number of at least {least}.")
+            check_count(name, getattr(self, name), least)
         # an epoch is a number of the caller's loop, mixed or not; a seed is asked for where rows are to be mixed
         if self.seed and not self.shuffle:
             raise OptionError(

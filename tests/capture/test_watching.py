@@ -151,12 +151,14 @@ def test_chunks_of_a_feed_forward_are_one_value(make_bert: Any, batch: dict[str,
     plain, model = make_bert(), make_bert(**settings)
     rows, gradients = collect(plain, given)
     seen: dict[int, dict[str, float]] = {}
-    with lp.watch(model, SITES, every=1, log=seen.__setitem__):
+    by_name = "module:encoder.layer.1.intermediate"
+    with lp.watch(model, [*SITES, by_name], every=1, log=seen.__setitem__):
         train(model, given)
     site = "layers.1.ffn.act"
     # products of other shapes
     assert seen[0][f"{site}/norm"] == pytest.approx(float(rows[site].norm(dim=1).mean()), rel=1e-5)
     assert seen[0][f"{site}/gradient_norm"] == pytest.approx(float(gradients[site].norm()), rel=1e-5)
+    assert seen[0][f"{by_name}/norm"] == pytest.approx(seen[0][f"{site}/norm"], rel=1e-5)
 
 
 def test_a_trainer_logs_watched_steps(make_bert: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from families import FAMILIES, build, make_batch
 from layerprobe.cost.counting import make_flop_counter
 from layerprobe.cost.machine import check_device
 from layerprobe.cost.marks import find_points
-from layerprobe.errors import CaptureError, OptionError, SiteError
+from layerprobe.errors import CaptureError, OptionError, SiteError, StoreError
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import map_model
 
@@ -168,6 +168,8 @@ def test_tables_json_and_picture(make_bert: Callable[..., Any], batch: Batch, tm
     assert "layers.*.ffn.act" in profile.table("place") and "layers.2.ffn.act" in profile.table("site")
     document = json.loads(profile.to_json(tmp_path / "profile.json"))
     assert document == json.loads((tmp_path / "profile.json").read_text())
+    with pytest.raises(StoreError, match="cannot be written"):
+        profile.to_json(tmp_path / "nowhere" / "profile.json")
     assert [entry["name"] for entry in document["steps"]] == [cost.name for cost in profile.steps]
     assert sum(entry["flops"] for entry in document["layers"]) == document["total"]["flops"]
     assert len(document["total"]["seconds"]) == document["repeats"] == 2

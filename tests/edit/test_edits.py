@@ -197,7 +197,7 @@ def test_a_function_replaces_values_where_it_is_asked(tiny_bert: Any, batch: Any
         (lambda: loose.steer(torch.ones(3), float("nan")), "lp.steer: scale=nan: give a finite number"),
         (lambda: loose.ablate("median"), "no kind 'median': use 'zero', 'mean' or 'resample'"),
         (lambda: loose.ablate("mean", seed=1), "kind 'mean' draws nothing"),
-        (lambda: loose.ablate("resample", seed=-1), "seed=-1: give a whole number"),
+        (lambda: loose.ablate("resample", seed=-1), "seed is -1: it must be a whole number of at least 0"),
         (lambda: loose.ablate(heads=[]), r"heads=\(\): give a list of numbers"),
         (lambda: loose.ablate(heads=3), "3 is no list of heads or units"),
         (lambda: loose.ablate(heads="12"), "'12' is no list of heads or units"),

@@ -63,7 +63,7 @@ def test_command_prints_the_table_and_writes_a_picture(run: Run, folder: Path, t
     lines = printed.splitlines()
     assert lines[0].split() == ["site", "[CLS]", "the", "quick/lazy", "[MASK]", ".", "[SEP]"]
     assert [line.split()[0] for line in lines[2:6]] == ["embeddings", "layers.0", "layers.1", "layers.2"]
-    assert lines[-1] == f"written to {tmp_path / 'patch.png'}"
+    assert lines[-1] == f"wrote {tmp_path / 'patch.png'}"
     assert (tmp_path / "patch.png").read_bytes().startswith(b"\x89PNG")
     code, printed, _ = run(*asked, "--heads", "--method", "attribution", "-q", "-o", tmp_path / "heads.csv")
     assert code == 0 and printed == ""
@@ -79,8 +79,8 @@ def test_command_prints_the_table_and_writes_a_picture(run: Run, folder: Path, t
         ({"--clean": "the the quick [MASK] ."}, "clean is 7 tokens, corrupt 6"),
         ({"--clean": "[MASK] quick the ."}, "the mask is token 1 of clean, 3 of corrupt"),
         ({"--answer": "foxes"}, "the answer 'foxes' is ['fox', '##e', '##s'] to the tokenizer"),
-        ({"--out": "x.gif"}, "no format '.gif'"),
-        ({"--out": "nowhere/x.png"}, "the folder 'nowhere' does not exist"),
+        ({"--out": "x.gif"}, "'.gif' is not .csv"),
+        ({"--out": "nowhere/x.png"}, "there is no folder nowhere"),
     ],
 )
 def test_mistakes_are_one_line(run: Run, folder: Path, changes: dict[str, str], message: str) -> None:

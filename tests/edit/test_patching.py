@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import layerprobe as lp
-from layerprobe.errors import CaptureError, OptionError, SiteError
+from layerprobe.errors import CaptureError, OptionError, SiteError, StoreError
 from sizes import TINY
 from traces import look_at
 
@@ -184,7 +184,12 @@ def test_effects_print_save_and_plot(tiny_bert: Any, tiny: Any, tmp_path: Path) 
     document = json.loads(found.to_json(tmp_path / "effects.json"))
     assert torch.equal(torch.tensor(document["effects"], dtype=torch.float64), found.effects)
     assert document["sites"] == list(found.sites) and document["clean"] == found.clean
+    for write in (found.to_csv, found.to_json):
+        with pytest.raises(StoreError, match="cannot be written"):
+            write(tmp_path / "nowhere" / "effects")
     pytest.importorskip("matplotlib")
+    with pytest.raises(OptionError, match=r"effects\.xyz"):
+        found.plot(tmp_path / "effects.xyz")
     found.plot(tmp_path / "effects.png")
     assert (tmp_path / "effects.png").read_bytes().startswith(b"\x89PNG")
     (image,) = found.plot().axes[0].images
@@ -209,7 +214,7 @@ def test_effects_print_save_and_plot(tiny_bert: Any, tiny: Any, tmp_path: Path) 
         ({"positions": [6]}, OptionError, r"positions=\[6\]: the texts have 6"),
         ({"positions": []}, OptionError, r"positions=\[\]"),
         ({"method": "guess"}, OptionError, "no method 'guess': use 'exact' or 'attribution'"),
-        ({"batch_size": 0}, OptionError, "batch_size=0"),
+        ({"batch_size": 0}, OptionError, "batch_size is 0"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(tiny_bert: Any, changes: Any, error: type[Exception], message: str) -> None:

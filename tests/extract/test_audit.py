@@ -225,7 +225,7 @@ def test_what_cannot_be_repeated_is_refused(tiny: LoadedModel, tmp_path: Path) -
     extract(tiny, ["the dog"], tmp_path / "acts", pool=lambda rows: rows[0])
     with pytest.raises(StoreError, match=r"was pooled by the function '.*', which no store holds"):
         audit(tmp_path / "acts", tiny)
-    with pytest.raises(OptionError, match="num_examples is 0: it must be at least 1"):
+    with pytest.raises(OptionError, match="num_examples is 0: it must be a whole number of at least 1"):
         audit(tmp_path / "acts", tiny, 0)
     extract(tiny, ["the dog"], tmp_path / "rows")
     with pytest.raises(OptionError, match="device goes with a model's name"):
@@ -250,6 +250,20 @@ def test_the_model_is_left_as_it_was(tiny: LoadedModel, make_bert: Any, tmp_path
     assert audit(tmp_path / "acts", model).ok  # no dropout
     assert all(module.training for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_was_compiled_in_place_is_audited(tiny: LoadedModel, make_bert: Any, tmp_path: Path) -> None:
+    model = make_bert(vocab_size=len(tiny.tokenizer))
+    model.compile(backend="eager")
+    extract(model, ["the dog"], tmp_path / "acts", tokenizer=tiny.tokenizer, sites="layers.0")
+    assert audit(tmp_path / "acts", model).ok
+
+
+@pytest.mark.parametrize("given", [{"num_examples": 0}, {"num_examples": "3"}, {"seed": 1.5}])
+def test_what_is_no_count_is_refused(tiny: LoadedModel, tmp_path: Path, given: dict[str, Any]) -> None:
+    extract(tiny, ["the dog"], tmp_path / "acts")
+    with pytest.raises(OptionError, match="it must be a whole number of at least"):
+        audit(tmp_path / "acts", tiny, **given)
 
 
 def test_a_store_under_a_url_is_audited(tiny: LoadedModel, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From text to class and back: the untrained baseline, what is kept, what it predicts, the profile without labels."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,6 @@ def test_what_is_predicted_from_text_is_what_the_probe_says_of_the_store(
 
 @pytest.mark.parametrize("kind", ["joined", "averaged", "mix"])
 def test_combined_layers_are_kept_and_predict_alike(store: Store, tiny: LoadedModel, tmp_path: Path, kind: str) -> None:
-    from dataclasses import replace
-
     from layerprobe.analysis.features import Feature
     from layerprobe.analysis.probing import fit_probe
 
@@ -180,6 +179,21 @@ def test_folders_that_hold_no_classifier_are_refused(store: Store, tiny: LoadedM
     (kept / "probe.safetensors").write_bytes(data[:-8])
     with pytest.raises(FormatError, match="is not a whole classifier"):
         lp.load_classifier(kept, tiny)
+    (kept / "probe.safetensors").unlink()
+    (tmp_path / "elsewhere").write_bytes(data)
+    (kept / "probe.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FormatError, match=r"probe\.safetensors"):
+        lp.load_classifier(kept, tiny)
+
+
+def test_a_text_is_cut_where_the_model_ends(make_bert: Any, tiny: LoadedModel, tmp_path: Path) -> None:
+    """The positions of RoBERTa's kin begin behind the padding id: its table has two more than a text may have."""
+    settings = {"vocab_size": len(tiny.tokenizer), "max_position_embeddings": 20, "pad_token_id": 1}
+    model = replace(tiny, model=make_bert("RobertaModel", **settings))
+    store = lp.extract(model, make_records(), tmp_path / "acts", sites="layers.0")
+    probe = lp.classify(store).probe
+    classifier = lp.load_classifier(replace(probe, max_length=None).save(tmp_path / "kept"), model)
+    assert classifier.predict(["the quick brown fox jumps over the lazy dog " * 9])[0] in ("dog", "fox")
 
 
 def test_one_text_is_no_list_of_texts(store: Store, tiny: LoadedModel, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_a_run_goes_on_with_what_is_missing(
     part = lp.open(place)
     assert not part.is_complete and len(part) < len(local)
     with pytest.raises(MissingExample, match=r"no example \d+ in s3://.*/acts yet: the run is not complete"):
-        part["layers.0"][local._catalog.shards[1].first_example]
+        part["layers.0"][local.catalog.shards[1].first_example]
     server.clear()
     lp.extract(tiny, plain_texts, place, **OPTIONS)
     assert list_puts(server) == [SECOND, "index.json"]
@@ -172,7 +172,7 @@ def test_a_flipped_bit_is_found_where_a_whole_tensor_is_read(local: Any, place: 
         store["layers.1"].pooled()
     assert torch.equal(store["layers.2"].pooled(), local["layers.2"].pooled())
     # an example is a range, which no checksum covers; what is known to be damaged is not handed out
-    shard = local._catalog.shards[1]
+    shard = local.catalog.shards[1]
     examples = range(shard.first_example, shard.first_example + shard.num_examples)
     with pytest.raises(FormatError, match="are not those that were written"):
         store["layers.1"][examples[0]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerprobe.extract.cores import count_cores, using_cores
+from layerprobe.cores import count_cores, using_cores
 
 
 def write_quota(root: Path, files: dict[str, str]) -> Path:

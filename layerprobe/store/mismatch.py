@@ -1,6 +1,6 @@
-"""What makes two stores parts of one run: their fingerprint, and in words the fields in which two plans differ.
+"""In which fields two plans differ: what someone is told whose run is not the one that a store holds.
 
-Must never know of files.
+A field that follows from others is named only where nothing else differs. Must never know of files.
 """
 
 from collections.abc import Mapping

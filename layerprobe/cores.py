@@ -9,19 +9,25 @@ Hides where Linux says so. Must never know of models.
 import contextlib
 import math
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-__all__ = ["count_cores", "using_cores"]
+from layerprobe.sharing import SharedSetting
+
+__all__ = ["count_cores", "few_cores", "using_cores", "using_few_cores"]
 
 # What a user sets who knows better.
 _ASKED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# What each of those under way in this process has found.
-_open: list[int] = []
-_entering = threading.Lock()
+
+
+def _set_threads(_: object, count: int) -> None:
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
+_threads = SharedSetting(lambda _: torch.get_num_threads(), _set_threads)
 
 
 def count_cores(root: Path = Path("/")) -> int:
@@ -44,19 +50,23 @@ def using_cores(share: int = 1, environment: Mapping[str, str] = os.environ) -> 
         environment: Where a number of threads that was asked for stands; then nothing is changed.
     """
     most = max(1, count_cores() // share)
-    with _entering:
-        _open.append(torch.get_num_threads())
-        if most < _open[0] and not any(environment.get(name) for name in _ASKED):
+    with _threads.held(torch) as before:
+        if most < before and not any(environment.get(name) for name in _ASKED):
             torch.set_num_threads(most)
-    try:
         yield
-    finally:
-        # the last to leave puts back what the first has found
-        with _entering:
-            before = _open[0]
-            _open.pop()
-            if not _open and torch.get_num_threads() != before:
-                torch.set_num_threads(before)
+
+
+def few_cores() -> int:
+    """Count the threads of an analysis: its batches are small, and threads that wait for a busy core cost more."""
+    return max(1, min(count_cores() // 2, 4))
+
+
+@contextlib.contextmanager
+def using_few_cores() -> Iterator[None]:
+    """Compute with half of the cores, at most four, while this is open."""
+    with _threads.held(torch) as before:
+        torch.set_num_threads(min(before, few_cores()))
+        yield
 
 
 def _find_quota(root: Path) -> float:

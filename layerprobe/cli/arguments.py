@@ -1,0 +1,60 @@
+"""Arguments and options that several commands take: each is named, explained and abbreviated in one place.
+
+Must never know what a command does with them.
+"""
+
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "Device",
+    "Field",
+    "Json",
+    "Model",
+    "Quiet",
+    "Seed",
+    "Sites",
+    "StoredSites",
+    "Table",
+    "Texts",
+    "Vector",
+    "Where",
+]
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")]
+Field = Annotated[str, typer.Option(help="Field of a record that holds the text.")]
+Json = Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A hub id, a folder, or 'demo' (real MiniLM weights from the demo extra)."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Seed = Annotated[int, typer.Option(help="Of all draws.")]
+Sites = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sites", "-s", metavar="PATTERN",
+        help="A site pattern such as 'layers.*', 'layers.-4:' or 'layers.0,5.ffn.act'; repeat for several.",
+    ),
+]  # fmt: skip
+StoredSites = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sites", "--site", "-s", metavar="PATTERN", help="Stored sites such as 'layers.*'; repeat for several."
+    ),
+]
+Table = Annotated[
+    str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
+]
+Texts = Annotated[
+    str,
+    typer.Argument(
+        metavar="INPUT",
+        help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: "
+        "a data set of the hub, or '-': standard input, plain text, a text per line.",
+    ),
+]
+Vector = Annotated[str | None, typer.Option(help="An example's vector: mean, max, cls or last of its rows.")]
+# not a Path, which would make one slash of two
+Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]
