@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from layerprobe.extract.batching import Batch, FlatBatch, cut_batches, cut_flat_batches, tokenize
+from layerprobe.extract.batching import Batch, FlatBatch, cut_batches, cut_flat_batches
 from layerprobe.extract.flat import FlatForm, laying
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
+from layerprobe.extract.tokens import tokenize
 from layerprobe.models import LoadedModel
 
 __all__ = [

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import layerprobe as lp
-from layerprobe.extract.batching import cut_batches, tokenize
+from layerprobe.extract.batching import cut_batches
+from layerprobe.extract.tokens import tokenize
 from layerprobe.models import LoadedModel, find_demo_model
 
 __all__ = ["PACKAGES", "WAYS", "Job", "Way"]

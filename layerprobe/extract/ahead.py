@@ -9,8 +9,8 @@ Hides the thread. Must never know of models or stores.
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from layerprobe.extract.batching import TokenizedUnit
 from layerprobe.extract.cutting import Unit
+from layerprobe.extract.tokens import TokenizedUnit
 
 __all__ = ["tokenize_ahead"]
 

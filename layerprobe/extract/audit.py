@@ -23,9 +23,9 @@ from layerprobe.capture.identity import describe_changes
 from layerprobe.capture.pooling import POOLS
 from layerprobe.capture.target import Target
 from layerprobe.errors import OptionError, PlanError, StoreError
-from layerprobe.extract.batching import tokenize
 from layerprobe.extract.forward import PRECISIONS, REORDERED, running
 from layerprobe.extract.looking import look
+from layerprobe.extract.tokens import tokenize
 from layerprobe.models import LoadedModel, describe_model, load_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.checks import TOKENIZER_FILE, check_tokenizer
@@ -144,8 +144,9 @@ def audit(
                 raise StoreError(
                     f"{store.place}: keeps no text of example {ordinal}. Only its checksums can be checked."
                 )
-            (ids,) = tokenize(tokenizer, [example.text], plan["max_length"]).ids
-            rows = None if store.kept is None else store.kept.choose([ids], [ordinal]).positions
+            made = tokenize(tokenizer, [example.text], plan["max_length"])
+            ids = made.ids.tolist()
+            rows = None if store.kept is None else store.kept.choose(made.ids, made.offsets, [ordinal]).positions
             if rows is not None and not torch.equal(rows, example.positions):
                 problems.append(AuditProblem(ordinal, "positions", f"are not the rows that {store.kept} are"))
                 continue

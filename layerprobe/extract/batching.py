@@ -1,4 +1,4 @@
-"""From texts to length-sorted batches under a token budget.
+"""From the ids of texts to length-sorted batches under a token budget.
 
 Sorting by length inside a unit is what keeps padding small; a budget in tokens instead of a count of texts is what
 keeps batches even. Must never know of models or files.
@@ -7,70 +7,39 @@ Letters: B sequences, S padded positions, T rows.
 """
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.capture.staging import Room
+from layerprobe.extract.tokens import TokenizedUnit
 
 __all__ = [
     "BATCH_COST_TOKENS",
-    "NO_TEXTS",
     "SHAPE_STEPS",
     "Batch",
     "FlatBatch",
     "Shapes",
-    "TokenizedUnit",
     "cut_batches",
     "cut_flat_batches",
-    "tokenize",
-    "tokenizing",
 ]
 
 # What one more batch costs, in tokens: less than it measures for MiniLM on two cores (36), to keep padding under 2 %.
 BATCH_COST_TOKENS = 16
 # Lengths go up by 8, or by a quarter of a doubling where that is more; a length has at most six counts of sequences.
 SHAPE_STEPS = (8, 4, 6)
-# Where a tokenizer puts truncation and padding into its backend; what it has of its own beside may do more than that.
-_OF_BACKEND = "set_truncation_and_padding"
-# Where texts are cut is the tokenizer's own state, and two runs may share one.
-tokenizing = threading.Lock()
-_OF_CALLS = {
-    "__call__", "_call_one", "_switch_to_input_mode", "_convert_encoding", "_get_padding_truncation_strategies",
-    _OF_BACKEND,
-    *(f"{of_some}encode{of_plus}" for of_some in ("_batch_", "_", "batch_", "") for of_plus in ("_plus", "")),
-}  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class TokenizedUnit:
-    """The ids of a unit's texts, in the order of the input, and which of them were cut to the maximum length."""
+class _Text(NamedTuple):
+    """A text that is computed once: its tokens, and the places in the unit of those that have its ids."""
 
-    ids: list[list[int]]
-    truncated: list[bool]
-
-    @property
-    def num_tokens(self) -> int:
-        """T of the whole unit."""
-        return sum(map(len, self.ids))
-
-    def part(self, start: int, stop: int) -> "TokenizedUnit":
-        """Give texts `[start, stop)`."""
-        return TokenizedUnit(self.ids[start:stop], self.truncated[start:stop])
-
-    @property
-    def room(self) -> Room:
-        """What the unit takes in a buffer."""
-        return Room(self.num_tokens, len(self.ids), sum(len(ids) ** 2 for ids in self.ids))
-
-
-NO_TEXTS = TokenizedUnit([], [])
+    length: int
+    members: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,60 +171,6 @@ class Shapes:
         return sorted({max(1, most >> halvings) for halvings in range(SHAPE_STEPS[2])}, reverse=True)
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenizedUnit:
-    """Turn texts into ids, special tokens included, cut to `max_length`."""
-    if not texts:
-        return NO_TEXTS
-    with tokenizing:
-        return _tokenize(tokenizer, texts, max_length)
-
-
-def _tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenizedUnit:
-    if _is_plain(tokenizer):
-        from transformers.tokenization_utils_base import TruncationStrategy
-        from transformers.utils.generic import PaddingStrategy
-
-        # what the tokenizer's own call does, without what it does in Python for each text: that would hold up the model
-        tokenizer.set_truncation_and_padding(
-            padding_strategy=PaddingStrategy.DO_NOT_PAD,
-            truncation_strategy=TruncationStrategy.LONGEST_FIRST,
-            max_length=max_length,
-            stride=0,
-            pad_to_multiple_of=None,
-            padding_side=None,
-        )
-        backend = tokenizer.backend_tokenizer
-        if backend.encode_special_tokens != tokenizer.split_special_tokens:
-            backend.encode_special_tokens = tokenizer.split_special_tokens
-        encodings = backend.encode_batch_fast(list(texts))
-        return TokenizedUnit([one.ids for one in encodings], [bool(one.overflowing) for one in encodings])
-    encoding = tokenizer(
-        list(texts),
-        truncation=True,
-        max_length=max_length,
-        padding=False,
-        # the rest of a long text comes as further rows of the same sample: that is how a cut shows
-        return_overflowing_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
-    ids: list[list[int]] = [[] for _ in texts]
-    rows = [0] * len(texts)
-    for row, sample in zip(encoding["input_ids"], encoding["overflow_to_sample_mapping"], strict=True):
-        if not rows[sample]:
-            ids[sample] = row
-        rows[sample] += 1
-    return TokenizedUnit(ids, [count > 1 for count in rows])
-
-
-def _is_plain(tokenizer: Any) -> bool:
-    """Whether a tokenizer turns texts into ids by its backend alone, as the class it is derived from does."""
-    classes = type(tokenizer).__mro__
-    bases = [number for number, one in enumerate(classes) if _OF_BACKEND in vars(one)]
-    own = {name for one in classes[: max(bases, default=0)] for name in vars(one)} | set(vars(tokenizer))
-    return bool(bases) and not own & _OF_CALLS
-
-
 def cut_batches(
     unit: TokenizedUnit,
     batch_tokens: int,
@@ -263,23 +178,25 @@ def cut_batches(
     *,
     joins_equal: bool = True,
     shapes: Shapes | None = None,
+    batch_cost: int = BATCH_COST_TOKENS,
+    equal_lengths: bool = False,
 ) -> Iterator[Batch]:
     """Cut a unit into batches of at most `batch_tokens` padded tokens, longest texts first.
 
     Texts of the same ids are computed once, unless `joins_equal` is False. Of all cuts of the sorted texts it is the
-    one that computes least, each batch counted as some tokens more. The longest come first so that buffers and stages
-    reach their size at once. A text longer than the budget is a batch of its own. Ties keep the order of the input, so
-    the cut is a function of the unit alone. With `shapes` every batch has one of those, filled up with padding, which
-    counts as computed.
+    one that computes least, each batch counted as `batch_cost` tokens more. The longest come first so that buffers and
+    stages reach their size at once. A text longer than the budget is a batch of its own. Ties keep the order of the
+    input, so the cut is a function of the unit alone. With `shapes` every batch has one of those, filled up with
+    padding, which counts as computed. With `equal_lengths` no batch has any padding.
 
     Cost: for each text a look at as many as fit into a batch with it, in numpy.
     """
     texts = _sort_texts(unit, joins_equal)
-    cuts = _choose_cuts([len(ids) for ids, _ in texts], batch_tokens, shapes)
+    cuts = _choose_cuts([text.length for text in texts], batch_tokens, batch_cost, shapes, equal_lengths)
     start = 0
     while start < len(texts):
         end, shape = cuts[start]
-        yield _pad(texts[start:end], pad_id, shape)
+        yield _pad(unit, texts[start:end], pad_id, shape)
         start = end
 
 
@@ -291,51 +208,57 @@ def cut_flat_batches(unit: TokenizedUnit, batch_tokens: int, pad_id: int) -> Ite
     a model wants a position.
     """
     sorted_texts = _sort_texts(unit, joins_equal=True)
-    texts = [text for text in sorted_texts if text[0]]
-    num_tokens = sum(len(ids) for ids, _ in texts)
+    texts = [text for text in sorted_texts if text.length]
+    num_tokens = sum(text.length for text in texts)
     enough = math.ceil(num_tokens / max(1, math.ceil(num_tokens / batch_tokens)))
     start = 0
     while start < len(texts):
         end, size = start, 0
-        while end < len(texts) and (not size or (size < enough and size + len(texts[end][0]) <= batch_tokens)):
-            size += len(texts[end][0])
+        while end < len(texts) and (not size or (size < enough and size + texts[end].length <= batch_tokens)):
+            size += texts[end].length
             end += 1
-        yield _lay(texts[start:end])
+        yield _lay(unit, texts[start:end])
         start = end
     if len(sorted_texts) > len(texts):
-        yield _pad(sorted_texts[-1:], pad_id, (1, 1))
+        yield _pad(unit, sorted_texts[-1:], pad_id, (1, 1))
 
 
-def _sort_texts(unit: TokenizedUnit, joins_equal: bool) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Give the ids of each text and the places of the texts that have them, longest first."""
-    same: dict[tuple[tuple[int, ...], int], list[int]] = {}
-    for member, ids in enumerate(unit.ids):
-        same.setdefault((tuple(ids), 0 if joins_equal else member), []).append(member)
-    return sorted(((ids, members) for (ids, _), members in same.items()), key=lambda text: -len(text[0]))
+def _sort_texts(unit: TokenizedUnit, joins_equal: bool) -> list[_Text]:
+    """Give the texts that differ, longest first; those of one length in the order of the input."""
+    lengths, groups = unit.lengths.tolist(), [[member] for member in range(len(unit))]
+    if joins_equal:
+        ids, places = unit.ids.tobytes(), (unit.ids.itemsize * unit.offsets).tolist()
+        same: dict[bytes, list[int]] = {}
+        for member, (start, stop) in enumerate(pairwise(places)):
+            same.setdefault(ids[start:stop], []).append(member)
+        groups = list(same.values())
+    return sorted((_Text(lengths[members[0]], members) for members in groups), key=lambda text: -text.length)
 
 
-def _number(texts: Sequence[tuple[tuple[int, ...], list[int]]]) -> tuple[list[int], list[int], list[int]]:
+def _number(texts: Sequence[_Text]) -> tuple[list[int], list[int], list[int]]:
     """Give places in the unit, lengths, and which text each is; the texts in the order in which they are given."""
-    members = [member for _, places in texts for member in places]
-    numbers = [number for number, (_, places) in enumerate(texts) for _ in places]
-    return members, [len(texts[number][0]) for number in numbers], numbers
+    members = [member for text in texts for member in text.members]
+    numbers = [number for number, text in enumerate(texts) for _ in text.members]
+    return members, [texts[number].length for number in numbers], numbers
 
 
-def _lay(texts: Sequence[tuple[tuple[int, ...], list[int]]]) -> FlatBatch:
-    input_ids = torch.tensor([[one for ids, _ in texts for one in ids]], dtype=torch.int64)
-    return FlatBatch(*_number(texts), input_ids)
+def _lay(unit: TokenizedUnit, texts: Sequence[_Text]) -> FlatBatch:
+    return FlatBatch(*_number(texts), unit.gather(text.members[0] for text in texts)[None])
 
 
-def _choose_cuts(lengths: Sequence[int], batch_tokens: int, shapes: Shapes | None) -> list[tuple[int, tuple[int, int]]]:
+def _choose_cuts(
+    lengths: Sequence[int], batch_tokens: int, batch_cost: int, shapes: Shapes | None, equal_lengths: bool
+) -> list[tuple[int, tuple[int, int]]]:
     """For each text, taken as the first of a batch, find where that batch ends, and its B and S; lengths fall.
 
-    What the texts from `start` on cost at best is worked out from the last text to the first.
+    What the texts from `start` on cost at best is computed from the last text to the first.
     """
     num_texts = len(lengths)
     cuts = [(0, (0, 0))] * num_texts
     least = np.zeros(num_texts + 1, dtype=np.int64)
     counts = np.arange(1, num_texts + 1)
     filled: dict[int, np.ndarray] = {}
+    num_equal = 0
     for start in range(num_texts - 1, -1, -1):
         # A model wants at least one position, even where a tokenizer gives nothing for an empty text.
         width, heights = max(1, lengths[start]), counts
@@ -345,10 +268,13 @@ def _choose_cuts(lengths: Sequence[int], batch_tokens: int, shapes: Shapes | Non
                 filled[width] = _fill_up(shapes.heights(width))
             heights = filled[width]
         most = min(num_texts - start, max(1, batch_tokens // width))
+        if equal_lengths:
+            num_equal = num_equal + 1 if lengths[start : start + 1] == lengths[start + 1 : start + 2] else 1
+            most = min(most, num_equal)
         costs = least[start + 1 : start + most + 1] + width * heights[:most]
         best = int(costs.argmin())
         cuts[start] = start + best + 1, (int(heights[best]), width)
-        least[start] = costs[best] + BATCH_COST_TOKENS
+        least[start] = costs[best] + batch_cost
     return cuts
 
 
@@ -358,7 +284,7 @@ def _fill_up(heights: Sequence[int]) -> np.ndarray:
     return rising[np.searchsorted(rising, np.arange(1, heights[0] + 1))]
 
 
-def _pad(texts: Sequence[tuple[tuple[int, ...], list[int]]], pad_id: int, shape: tuple[int, int]) -> Batch:
+def _pad(unit: TokenizedUnit, texts: Sequence[_Text], pad_id: int, shape: tuple[int, int]) -> Batch:
     """Lay texts side by side, padded on the right whatever side their tokenizer pads.
 
     On the left, padding would move them to other positions than each has alone, and a class token away from the first.
@@ -366,9 +292,9 @@ def _pad(texts: Sequence[tuple[tuple[int, ...], list[int]]], pad_id: int, shape:
     num_rows, longest = shape
     input_ids = torch.full((num_rows, longest), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros((num_rows, longest), dtype=torch.int64)
-    of_text = torch.arange(longest) < torch.tensor([len(ids) for ids, _ in texts])[:, None]
+    of_text = torch.arange(longest) < torch.tensor([text.length for text in texts])[:, None]
     attention_mask[: len(texts)] = of_text
-    input_ids[: len(texts)][of_text] = torch.tensor([one for ids, _ in texts for one in ids], dtype=torch.int64)
+    input_ids[: len(texts)][of_text] = unit.gather(text.members[0] for text in texts)
     # attention over nothing at all is not a number
     attention_mask[len(texts) :, 0] = 1
     return Batch(*_number(texts), input_ids, attention_mask)

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from layerprobe.analysis.features import POOLS
 from layerprobe.analysis.keeping import KeptProbe, load_probe
 from layerprobe.errors import InputError, OptionError
-from layerprobe.extract.batching import TokenizedUnit, cut_batches, tokenize, tokenizing
+from layerprobe.extract.batching import cut_batches
 from layerprobe.extract.forward import find_precision, running
 from layerprobe.extract.inputs import check_text
 from layerprobe.extract.looking import look
 from layerprobe.extract.network import find_max_length
+from layerprobe.extract.padding import sees_padding
+from layerprobe.extract.tokens import TokenizedUnit, tokenize, tokenizing
 from layerprobe.extract.untrained import find_model
 from layerprobe.models import LoadedModel
 from layerprobe.store.shards import pool_packed
@@ -85,8 +87,10 @@ class Classifier:
         unit = tokenize(tokenizer, texts, self._max_length)
         out: list[Any] = [None] * len(texts)
         sites = list(dict.fromkeys(self.probe.feature.sites))
-        with running(network, find_precision(network, None)):
-            for batch in cut_batches(unit, _BATCH_TOKENS, tokenizer.pad_token_id or 0):
+        precision, pad_id = find_precision(network, None), tokenizer.pad_token_id or 0
+        with running(network, precision):
+            equal_lengths = sees_padding(network, unit, pad_id, precision)
+            for batch in cut_batches(unit, _BATCH_TOKENS, pad_id, equal_lengths=equal_lengths):
                 mask = batch.attention_mask.bool()
                 made = look(network, sites, batch.input_ids, batch.attention_mask)
                 values = {site: value.float().cpu() for site, value in made.items()}
@@ -119,7 +123,7 @@ class Classifier:
             )
         places = encoding["offset_mapping"]
         rows = [row for row, (first, last) in enumerate(places) if first < end and last > start]
-        if not rows or len(places) != len(unit.ids[member]):
+        if not rows or len(places) != len(unit[member]):
             raise InputError(f"predict: characters {start} to {end} of text {member} are in no token. Mend the span.")
         return rows[0], rows[-1] + 1
 

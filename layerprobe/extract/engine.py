@@ -23,7 +23,7 @@ from layerprobe.capture.staging import Room
 from layerprobe.capture.units import AnnouncedBatch, encode_record
 from layerprobe.cores import using_cores
 from layerprobe.errors import InputError, SpaceError
-from layerprobe.extract.batching import Batch, FlatBatch, Shapes, TokenizedUnit, cut_batches, cut_flat_batches, tokenize
+from layerprobe.extract.batching import Batch, FlatBatch, Shapes, cut_batches, cut_flat_batches
 from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.cutting import Unit
 from layerprobe.extract.flat import FlatForm, attending_flat
@@ -32,6 +32,7 @@ from layerprobe.extract.inputs import InputDigest, Record
 from layerprobe.extract.plan import Plan
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.space import RoomKeeper
+from layerprobe.extract.tokens import TokenizedUnit, tokenize
 from layerprobe.store.format import ShardHeader
 from layerprobe.store.kept import KeptRows
 from layerprobe.store.writer import ShardWriter
@@ -113,11 +114,11 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
 
     def run(self, unit: Unit, tokenized: TokenizedUnit) -> None:
         """Run one unit; its shard is committed while the next one runs, the last one's by the end of the block."""
-        num_truncated = sum(tokenized.truncated)
+        num_truncated = tokenized.num_truncated
         rows, room = None, tokenized.room
         if self._plan.rule.kept is not None:
             ordinals = range(unit.first_example, unit.first_example + len(unit.records))
-            rows = self._plan.rule.kept.choose(tokenized.ids, ordinals)
+            rows = self._plan.rule.kept.choose(tokenized.ids, tokenized.offsets, ordinals)
             room = Room(len(rows.positions), len(unit.records))
         header = ShardHeader(
             unit.number,
@@ -146,7 +147,8 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         pad_id, budget = self._plan.tokenizer.pad_token_id or 0, self._plan.batch_tokens
         if self._plan.is_flat:
             return cut_flat_batches(tokenized, budget, pad_id)
-        return cut_batches(tokenized, budget, pad_id, shapes=self._shapes)
+        cost, equal_lengths = self._plan.batch_cost, self._plan.has_equal_lengths
+        return cut_batches(tokenized, budget, pad_id, shapes=self._shapes, batch_cost=cost, equal_lengths=equal_lengths)
 
     def _count(self) -> None:
         """Take over what others count."""
@@ -208,8 +210,7 @@ def _announce(
     if isinstance(batch, FlatBatch) and not has_copies:
         input_ids = batch.input_ids[0]
     else:
-        ids = [token_id for member in batch.members for token_id in tokenized.ids[member]]
-        input_ids = torch.tensor(ids, dtype=torch.int64)
+        input_ids = tokenized.gather(batch.members)
     if kept is not None:
         parts = zip(input_ids.split(batch.lengths), kept, strict=True)
         input_ids = torch.cat([own[positions] for own, positions in parts])

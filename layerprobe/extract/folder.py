@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import StoreError
-from layerprobe.extract.batching import tokenizing
 from layerprobe.extract.elsewhere import begin_remote
 from layerprobe.extract.plan import Plan
 from layerprobe.extract.resume import check_finite, find_done
 from layerprobe.extract.space import RoomKeeper
+from layerprobe.extract.tokens import tokenizing
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, is_leftover, parse_shard_name
 from layerprobe.store.lock import StoreLock

@@ -8,9 +8,8 @@ Hides estimates and checks. Runs the model once, on one short text, to learn how
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +19,28 @@ from torch import nn
 from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.identity import describe_changes, describe_pool
 from layerprobe.capture.units import check_storable, measure_site
-from layerprobe.errors import InputError, OptionError, PlanError, SpaceError
-from layerprobe.extract.batching import BATCH_COST_TOKENS, NO_TEXTS, SHAPE_STEPS, TokenizedUnit, tokenize
+from layerprobe.errors import InputError, OptionError, SpaceError
+from layerprobe.extract.batching import BATCH_COST_TOKENS
 from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
-from layerprobe.extract.flat import find_unusual_attention, refuse_flat
-from layerprobe.extract.forward import CUDA_GRAPHS, check_device, find_precision, running
+from layerprobe.extract.flat import find_unusual_attention
+from layerprobe.extract.forward import check_device, find_precision, running
 from layerprobe.extract.inputs import TextSource, check_text, open_source
 from layerprobe.extract.looking import look
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
-from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run, recall_batches
+from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run
 from layerprobe.extract.thinning import find_kept
-from layerprobe.extract.warmup import LEAST_TOKENS, choose_batch_tokens, find_batch_tokens
+from layerprobe.extract.tokens import NO_TEXTS, TokenizedUnit, tokenize
+from layerprobe.extract.trials import Trials, choose_batches
 from layerprobe.models import LoadedModel, describe_model, describe_tokenizer
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device, need_one_device
-from layerprobe.store.format import ShardHeader, fingerprint_of
+from layerprobe.store.format import ShardHeader
 from layerprobe.store.guard import MOST_SHARDS
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.writer import StoredSite
 from layerprobe.tables import format_bytes, format_count
-from layerprobe.version import __version__
 
 __all__ = ["Plan", "plan_extraction"]
 
@@ -114,6 +113,16 @@ class Plan:
     def is_flat(self) -> bool:
         """Whether texts go through the model behind one another, without padding."""
         return bool(self.description["plan"].get("padding_free"))
+
+    @property
+    def batch_cost(self) -> int:
+        """What a padded batch counts beside its tokens, when the cut is chosen."""
+        return self.description["plan"].get("batch_cost_tokens", BATCH_COST_TOKENS)
+
+    @property
+    def has_equal_lengths(self) -> bool:
+        """Whether the texts of a padded batch have one length, so that nothing of it is padding."""
+        return bool(self.description["plan"].get("equal_lengths"))
 
     @property
     def missing_bytes(self) -> int:
@@ -201,8 +210,9 @@ def plan_extraction(
     sampled = tokenize(
         tokenizer, [check_text(record.text, source.name, n) for n, record in enumerate(sample)], max_length
     )
-    known = zip(sample, sampled.ids, sampled.truncated, strict=True)
-    whole = [(len(record.text.encode()), len(ids)) for record, ids, is_cut in known if not is_cut]
+    lengths = sampled.lengths.tolist()
+    known = zip(sample, lengths, sampled.truncated, strict=True)
+    whole = [(len(record.text.encode()), length) for record, length, is_cut in known if not is_cut]
     tokens = sum(count - 2 for _, count in whole)
     text_bytes = sum(size for size, _ in whole)
     rule = UnitRule(
@@ -219,17 +229,11 @@ def plan_extraction(
         raise OptionError(f"{num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
     is_exact = survey.num_examples <= len(sample)
     num_tokens = sampled.num_tokens if is_exact else survey.num_tokens
-    value_bytes = sum(rule.cost(len(ids)) for ids in sampled.ids) if is_exact else survey.value_bytes
+    value_bytes = sum(map(rule.cost, lengths)) if is_exact else survey.value_bytes
     # before the choice, which may ask for it twice: it reads every weight
     described = _describe(model, tokenizer, stored, options, rule, survey, name)
-    batch_tokens, description = _choose_batches(
-        place,
-        options,
-        overwrite,
-        _why_not_flat(model, sites, options, sampled),
-        partial(_add_batches, described),
-        partial(_find_budget, model, sites, options, sampled, survey),
-    )
+    trials = Trials(model, sites, options, sampled, survey.num_tokens, tokenizer.pad_token_id or 0)
+    batch_tokens, description = choose_batches(place, described, trials, overwrite)
     # beside values and ids: an ordinal and two offsets per example; the records
     num_bytes = value_bytes + 24 * survey.num_examples + survey.record_bytes
     # the same command goes on, with this option too: a job that is sent back to its queue has nothing else
@@ -273,78 +277,13 @@ def _find_source(
     return *gather_crew(names, model, texts, to, options.field, given), names[0]
 
 
-def _choose_batches(
-    place: Place,
-    options: ExtractOptions,
-    overwrite: bool,
-    why_not_flat: str | None,
-    describe: Callable[[int, bool], dict[str, Any]],
-    find: Callable[[bool], int],
-) -> tuple[int, dict[str, Any]]:
-    """Choose a batch's tokens, and whether it has padding: as asked for, as in the same run so far, or as found now.
-
-    Raises:
-        PlanError: the same run has none so far, and cannot go on so.
-    """
-    if recalled := recall_batches(place):
-        batch_tokens = options.batch_tokens or recalled.batch_tokens
-        asked = recalled.is_flat if options.padding_free is None else options.padding_free
-        description = describe(batch_tokens, asked)
-        is_same = description["fingerprint"] == recalled.fingerprint
-        can_go_on = is_same and (why_not_flat is None or not recalled.is_flat)
-        if is_same and not can_go_on and not overwrite:
-            raise PlanError(
-                f"{place}: was begun without padding and cannot go on so: {why_not_flat}. Go on as it was begun, "
-                "choose another folder, or pass --overwrite to replace it."
-            )
-        # another run, not to be replaced, is refused by `find_done`, which says what differs: nothing is tried for it
-        if can_go_on or not overwrite:
-            return batch_tokens, description
-    is_flat = why_not_flat is None
-    batch_tokens = options.batch_tokens or find(is_flat)
-    return batch_tokens, describe(batch_tokens, is_flat)
-
-
-def _why_not_flat(
-    model: nn.Module, sites: tuple[Site, ...], options: ExtractOptions, sampled: TokenizedUnit
-) -> str | None:
-    """Say why the batches of a run have padding; None where they have none.
-
-    Raises:
-        OptionError: they cannot do without, and are asked to.
-    """
-    if options.padding_free is False:
-        return "padding_free=False"
-    ids = list(itertools.islice(itertools.chain.from_iterable(sampled.ids), _TRIED_TOKENS))
-    precision = find_precision(model, options.precision)
-    reason = refuse_flat(model, sites, ids, precision, is_compiled=bool(options.compile))
-    if reason is not None and options.padding_free:
-        raise OptionError(f"padding_free=True: {reason}. Leave it out.")
-    return reason
-
-
-def _find_budget(
-    model: nn.Module,
-    sites: Sequence[Site],
-    options: ExtractOptions,
-    sampled: TokenizedUnit,
-    survey: Survey,
-    is_flat: bool,
-) -> int:
-    usual = choose_batch_tokens(find_device(model), is_flat)
-    if survey.num_tokens < LEAST_TOKENS or options.compile == CUDA_GRAPHS:  # tries would not see what graphs fill up
-        return usual
-    precision = find_precision(model, options.precision)
-    return find_batch_tokens(model, [site.name for site in sites], sampled.ids, usual, precision)
-
-
 def _measure_sites(
     model: nn.Module, tokenizer: Any, sites: tuple[Site, ...], options: ExtractOptions
 ) -> tuple[StoredSite, ...]:
     """Run the model on one short text to learn the width and dtype of each site."""
     dtype = resolve_dtype(options.dtype)
     check_storable(sites, options.pool, dtype)
-    ids = torch.tensor(tokenize(tokenizer, ["layer probe"], options.max_length or 8).ids)
+    ids = tokenize(tokenizer, ["layer probe"], options.max_length or 8).gather([0])[None]
     with running(model, find_precision(model, options.precision)):
         made = look(model, [site.name for site in sites], ids)
     return tuple(measure_site(site, made[site.name], options.pool, dtype) for site in sites)
@@ -379,18 +318,5 @@ def _describe(
             **({"changes": changes} if changes else {}),
             **({"precision": precision} if precision is not None else {}),
             **({"compile": options.compile} if options.compile else {}),
-            **({"shape_steps": SHAPE_STEPS} if options.compile == CUDA_GRAPHS else {}),
         },
     }
-
-
-def _add_batches(described: dict[str, Any], batch_tokens: int, is_flat: bool) -> dict[str, Any]:
-    """Say the rest; what changes the bytes of the shards is in the fingerprint, and nothing else."""
-    padding: dict[str, Any] = {"padding_free": True} if is_flat else {"batch_cost_tokens": BATCH_COST_TOKENS}
-    if not is_flat and described["tokenizer"]["padding_side"] != "right":
-        # older versions padded on the left then, which gives models with absolute positions other rows
-        padding["padding_side"] = "right"
-    plan = {"batch_tokens": batch_tokens, **padding, **described["plan"]}
-    own = {key: described["model"][key] for key in ("class", "config_hash", "weights_hash")}
-    fingerprint = fingerprint_of({**described, "model": own, "plan": plan})
-    return {"layerprobe": __version__, **described, "plan": plan, "fingerprint": fingerprint}

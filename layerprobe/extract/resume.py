@@ -119,6 +119,7 @@ class RecalledBatches(NamedTuple):
 
     batch_tokens: int
     is_flat: bool
+    batch_cost: int | None
     fingerprint: object
 
 
@@ -126,11 +127,21 @@ def recall_batches(place: Place) -> RecalledBatches | None:
     """Tell what the batches of the run in a place are like; None where there is none."""
     try:
         found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else {}
-        batch_tokens, is_flat = found["plan"]["batch_tokens"], found["plan"].get("padding_free") is True
+        plan = found["plan"]
+        batch_tokens, is_flat, cost = (
+            plan["batch_tokens"],
+            plan.get("padding_free") is True,
+            plan.get("batch_cost_tokens"),
+        )
     except (AttributeError, FormatError, KeyError, TypeError):
         return None
-    is_budget = type(batch_tokens) is int and batch_tokens > 0
-    return RecalledBatches(batch_tokens, is_flat, found.get("fingerprint")) if is_budget else None
+    if not _is_count(batch_tokens):
+        return None
+    return RecalledBatches(batch_tokens, is_flat, cost if _is_count(cost) else None, found.get("fingerprint"))
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:

@@ -10,9 +10,9 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -22,15 +22,18 @@ from layerprobe.capture.probe import Probe
 from layerprobe.cores import using_cores
 from layerprobe.errors import InputError
 from layerprobe.extract.ahead import tokenize_ahead
-from layerprobe.extract.batching import TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.batching import cut_batches
 from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.cutting import Unit
+from layerprobe.extract.forward import find_precision, running
 from layerprobe.extract.inputs import Record, check_text, open_source
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.padding import sees_padding
 from layerprobe.extract.reports import StreamReport
-from layerprobe.extract.warmup import choose_batch_tokens
-from layerprobe.models import LoadedModel, evaluating
+from layerprobe.extract.tokens import TokenizedUnit, tokenize
+from layerprobe.extract.warmup import choose_batch_cost, choose_batch_tokens
+from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import find_device
 
 __all__ = ["stream_texts"]
@@ -38,6 +41,8 @@ __all__ = ["stream_texts"]
 # Enough texts for a sort by length to leave little padding, and few enough to be held twice.
 _CHUNK_EXAMPLES = 4096
 _CHUNK_BYTES = 4 << 20
+# Whose tokens tell whether padding is seen.
+_TRIED_TEXTS = 8
 
 
 def stream_texts(
@@ -56,7 +61,8 @@ def stream_texts(
         InputError, ModelError, SiteError, OptionError, ArchitectureError: before any text has gone through.
     """
     source = open_source(texts, options.field)
-    if next(iter(source), None) is None:
+    first_records = list(itertools.islice(source, _TRIED_TEXTS))
+    if not first_records:
         raise InputError(f"{source.name}: holds no texts. Give at least one.")
     network, tokenizer = find_model(model, tokenizer, device)
     max_length = choose_max_length(network, tokenizer, options.max_length)
@@ -73,14 +79,25 @@ def stream_texts(
         ]
         return tokenize(tokenizer, checked, max_length)
 
+    precision, pad_id = find_precision(network, None), tokenizer.pad_token_id or 0
+    with running(network, precision):
+        equal_lengths = sees_padding(network, read(Unit(0, 0, first_records)), pad_id, precision)
+    cut = partial(
+        cut_batches,
+        batch_tokens=batch_tokens,
+        pad_id=pad_id,
+        # the sink counts a text as often as it comes
+        joins_equal=False,
+        batch_cost=choose_batch_cost(on_device),
+        equal_lengths=equal_lengths,
+    )
     start = time.perf_counter()
     interval_s = 0.1 if sys.stderr.isatty() else 10.0
     bar = tqdm(unit=" examples", disable=not progress, leave=False, mininterval=interval_s, delay=interval_s)
-    with bar, evaluating(network), torch.inference_mode(), using_cores(), probe:
+    with bar, running(network, precision), using_cores(), probe:
         for unit, tokenized in tokenize_ahead(_cut_chunks(iter(source)), read):
             assert tokenized is not None
-            # the sink counts a text as often as it comes
-            for batch in cut_batches(tokenized, batch_tokens, tokenizer.pad_token_id or 0, joins_equal=False):
+            for batch in cut(tokenized):
                 first = unit.first_example
                 caller.call(batch, lambda part, first=first: announce([first + m for m in part.members]))
                 report.num_computed += batch.input_ids.numel()
@@ -88,7 +105,7 @@ def stream_texts(
                 bar.update(len(batch.members))
             report.num_examples += len(unit.records)
             report.num_tokens += tokenized.num_tokens
-            report.num_truncated += sum(tokenized.truncated)
+            report.num_truncated += tokenized.num_truncated
     report.num_halved = caller.num_halved
     report.seconds = time.perf_counter() - start
     return report

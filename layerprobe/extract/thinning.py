@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerprobe.errors import OptionError
-from layerprobe.extract.batching import tokenize
+from layerprobe.extract.tokens import tokenize
 from layerprobe.store.kept import Kept
 from layerprobe.store.writer import StoredSite
 
@@ -48,7 +48,7 @@ def find_kept(tokens: str, keep: float, tokenizer: Any, stored: Sequence[StoredS
             raise OptionError("tokens='cls': the tokenizer has no such token. Use 'first'.")
         ids = (int(tokenizer.cls_token_id),)
     elif tokens in ("special", "nonspecial"):
-        ids = tuple(sorted(set(tokenize(tokenizer, [""], _MOST_SPECIAL).ids[0])))
+        ids = tuple(sorted(set(tokenize(tokenizer, [""], _MOST_SPECIAL).ids.tolist())))
         if not ids and tokens == "special":
             raise OptionError("tokens='special': the tokenizer puts no tokens around a text. Use another kind.")
     return Kept(tokens, float(keep), ids)

@@ -6,19 +6,24 @@ therefore a part of the plan, is looked for once and for long runs only, and a r
 Must never know of stores.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.probe import Probe
 from layerprobe.cores import using_cores
+from layerprobe.extract.batching import BATCH_COST_TOKENS, Batch, FlatBatch
+from layerprobe.extract.flat import FlatForm, attending_flat, laying
 from layerprobe.extract.forward import running
+from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.sites.stacks import find_device
 
-__all__ = ["LEAST_TOKENS", "choose_batch_tokens", "climb", "find_batch_tokens"]
+__all__ = ["LEAST_TOKENS", "choose_batch_cost", "choose_batch_tokens", "climb", "find_batch_tokens"]
 
 # Shorter runs would not win back what looking takes.
 LEAST_TOKENS = 1_000_000
@@ -26,6 +31,8 @@ LEAST_TOKENS = 1_000_000
 # without padding a token gets cheaper up to about 2,048.
 _CPU_BATCH_TOKENS, _CPU_FLAT_TOKENS = 1024, 2048
 _GPU_BATCH_TOKENS = 16384
+# A guess that no GPU has tried: some milliseconds of launches, in tokens of bert-base in float32.
+_GPU_BATCH_COST = 1024
 _MOST_DOUBLINGS = 6
 _NUM_TRIES = 3
 # Less is as likely chance as gain, and a smaller budget pads less.
@@ -39,30 +46,38 @@ def choose_batch_tokens(device: torch.device, is_flat: bool = False) -> int:
     return _CPU_FLAT_TOKENS if is_flat else _CPU_BATCH_TOKENS
 
 
+def choose_batch_cost(device: torch.device) -> int:
+    """Choose what one more padded batch counts, in tokens: what else could be computed in the time of its call."""
+    return BATCH_COST_TOKENS if device.type == "cpu" else _GPU_BATCH_COST
+
+
 def find_batch_tokens(
-    model: nn.Module, sites: Sequence[str], ids: Sequence[Sequence[int]], first: int, precision: str | None
+    model: nn.Module, sites: Sequence[str], unit: TokenizedUnit, first: int, precision: str | None, is_flat: bool
 ) -> int:
     """Find how many tokens a batch should have, padding included.
 
     Args:
         model: Run a few times, in eval mode, and left as it was.
         sites: Those of the run, whose values lie in the device's memory too.
-        ids: Tokens of some texts of the run; the batches that are tried are of one of middle length.
+        unit: Some texts of the run; the batches that are tried are of one of middle length.
         first: Where to begin: what a device of this kind takes well.
         precision: From `find_precision`.
+        is_flat: Whether the batches of the run have no padding, and so those that are tried.
 
     Cost: three batches of each size that is tried.
     """
     device = find_device(model)
-    text = torch.tensor(sorted(ids, key=len)[len(ids) // 2] or [0], dtype=torch.int64)
+    text = torch.tensor(unit[int(np.argsort(unit.lengths)[len(unit) // 2])].tolist() or [0], dtype=torch.int64)
+    form = FlatForm.of(model) if is_flat else None
 
     def measure(num_tokens: int) -> float:
-        batch = text.repeat(max(1, num_tokens // len(text)), 1).to(device)
-        return min(_time(model, batch) for _ in range(_NUM_TRIES)) / batch.numel()
+        batch = _repeat(text, max(1, num_tokens // len(text)), is_flat)
+        return min(_time(model, batch, form, device) for _ in range(_NUM_TRIES)) / batch.input_ids.numel()
 
     # a callable that keeps nothing: values go through the hooks, and their memory is free again after each site
     probe = Probe(model, list(sites), to=lambda *_: None, stop=can_end_early(model), this_thread=True)
-    with running(model, precision), using_cores(), probe:
+    flat = attending_flat(model) if is_flat else contextlib.nullcontext()
+    with running(model, precision), using_cores(), flat, probe:
         try:
             measure(first)
             return climb(measure, first, first << _MOST_DOUBLINGS)
@@ -91,10 +106,22 @@ def climb(measure: Callable[[int], float], first: int, most: int) -> int:
     return best
 
 
-def _time(model: nn.Module, input_ids: torch.Tensor) -> float:
+def _repeat(text: torch.Tensor, count: int, is_flat: bool) -> Batch | FlatBatch:
+    numbers, lengths = list(range(count)), [len(text)] * count
+    if is_flat:
+        return FlatBatch(numbers, lengths, numbers, text.repeat(count)[None])
+    input_ids = text.repeat(count, 1)
+    return Batch(numbers, lengths, numbers, input_ids, torch.ones_like(input_ids))
+
+
+def _time(model: nn.Module, batch: Batch | FlatBatch, form: FlatForm | None, device: torch.device) -> float:
+    arguments = batch.arguments if isinstance(batch, Batch) else form.arguments(batch) if form is not None else {}
+    placed = {name: value.to(device) for name, value in arguments.items()}
+    _wait_for(device)
     start = time.perf_counter()
-    model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-    _wait_for(input_ids.device)
+    with laying(batch):
+        model(**placed)
+    _wait_for(device)
     return time.perf_counter() - start
 
 

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from layerprobe.analysis.sweep import bar_of, choose_depth
 from layerprobe.errors import InputError, NonFiniteError, OptionError
-from layerprobe.extract.batching import cut_batches, tokenize
+from layerprobe.extract.batching import cut_batches
 from layerprobe.extract.forward import find_precision, running
 from layerprobe.extract.inputs import open_source
 from layerprobe.extract.looking import look
 from layerprobe.extract.network import choose_max_length
+from layerprobe.extract.padding import sees_padding
+from layerprobe.extract.tokens import tokenize
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.reader import Store
@@ -151,7 +153,9 @@ def _run(
     """Give each text's number, ids, the positions that are asked for, and its rows."""
     device = find_device(model)
     unit = tokenize(tokenizer, texts, length)
-    for batch in cut_batches(unit, _BATCH_TOKENS, tokenizer.pad_token_id or 0):
+    pad_id = tokenizer.pad_token_id or 0
+    equal_lengths = sees_padding(model, unit, pad_id, find_precision(model, None))
+    for batch in cut_batches(unit, _BATCH_TOKENS, pad_id, equal_lengths=equal_lengths):
         real, ids_BS = batch.attention_mask.bool(), batch.input_ids.clone()
         wanted = real & ~torch.isin(ids_BS, torch.tensor(sorted(special)))
         if mask:

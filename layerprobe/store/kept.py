@@ -7,7 +7,6 @@ a reader can tell a row that was left out from one that is missing.
 Hides the draw. Must never know of models or files.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,26 +55,25 @@ class Kept:
     keep: float = 1.0
     ids: tuple[int, ...] = ()
 
-    def choose(self, ids: Sequence[Sequence[int]], ordinals: Sequence[int]) -> KeptRows:
+    def choose(self, ids: np.ndarray, offsets: np.ndarray, ordinals: Sequence[int]) -> KeptRows:
         """Choose among the tokens of some examples.
 
         Args:
-            ids: Of each example, special ones included.
+            ids: Integers `[T]`, those of one example after those of the other, special ones included.
+            offsets: int64 `[N + 1]`, where each example begins and ends.
             ordinals: Of each example.
         """
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        begins = np.concatenate([[0], lengths.cumsum()])
-        positions = np.arange(begins[-1]) - begins[:-1].repeat(lengths)
-        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, len(positions))
-        is_kept = self.allows(flat, np.asarray(ordinals, np.int64).repeat(lengths), positions)
+        lengths = np.diff(offsets)
+        positions = np.arange(len(ids)) - offsets[:-1].repeat(lengths)
+        is_kept = self.allows(ids, np.asarray(ordinals, np.int64).repeat(lengths), positions)
         counts = np.concatenate([[0], is_kept.cumsum()])
-        return KeptRows(torch.from_numpy(positions[is_kept]), torch.from_numpy(counts[begins]))
+        return KeptRows(torch.from_numpy(positions[is_kept]), torch.from_numpy(counts[offsets]))
 
     def allows(self, ids: np.ndarray, ordinals: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Say of each row whether it is one to keep; by what is known of it alone, so that anyone can check it.
 
         Args:
-            ids, ordinals, positions: int64 `[T]`: its token, its example, and its place among that one's tokens.
+            ids, ordinals, positions: Integers `[T]`: its token, its example, and its place among that one's tokens.
 
         Returns:
             bool `[T]`.

@@ -7,8 +7,8 @@ import pytest
 
 from layerprobe.errors import InputError
 from layerprobe.extract.ahead import tokenize_ahead
-from layerprobe.extract.batching import TokenizedUnit
 from layerprobe.extract.cutting import Unit
+from layerprobe.extract.tokens import TokenizedUnit
 
 
 def _units(count: int, fails_at: int | None = None) -> Iterator[Unit]:
@@ -23,15 +23,15 @@ def test_units_come_in_order_each_tokenised_while_the_last_is_run() -> None:
 
     def tokenize(unit: Unit) -> TokenizedUnit | None:
         began[unit.number].set()
-        return None if unit.number == 2 else TokenizedUnit([[unit.number]], [False])
+        return None if unit.number == 2 else TokenizedUnit.of([[unit.number]])
 
     seen = []
     for unit, tokenized in tokenize_ahead(_units(5), tokenize):
         if unit.number < 4:
             assert began[unit.number + 1].wait(30)  # while this one is held
         assert not began[min(5, unit.number + 2)].is_set()
-        seen.append((unit.number, None if tokenized is None else tokenized.ids))
-    assert seen == [(0, [[0]]), (1, [[1]]), (2, None), (3, [[3]]), (4, [[4]])]
+        seen.append((unit.number, None if tokenized is None else tokenized.ids.tolist()))
+    assert seen == [(0, [0]), (1, [1]), (2, None), (3, [3]), (4, [4])]
 
 
 def test_a_failure_of_the_input_is_raised_where_its_unit_would_come() -> None:

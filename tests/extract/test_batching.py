@@ -1,6 +1,7 @@
 """Batches hold every text once, under the budget, longest first, with ids that are the tokenizer's own."""
 
 import ast
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,20 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from layerprobe.extract.batching import BATCH_COST_TOKENS, SHAPE_STEPS, Shapes, TokenizedUnit, cut_batches, tokenize
+from layerprobe.extract.batching import BATCH_COST_TOKENS, SHAPE_STEPS, Shapes, cut_batches
+from layerprobe.extract.tokens import TokenizedUnit, tokenize
 from layerprobe.models import LoadedModel
+
+
+def _lists(unit: TokenizedUnit) -> list[list[int]]:
+    return [unit[place].tolist() for place in range(len(unit))]
 
 
 def test_ids_are_those_of_the_tokenizer_one_text_at_a_time(tiny: LoadedModel, texts: list[str]) -> None:
     unit = tokenize(tiny.tokenizer, texts, 20)
-    assert unit.ids == [tiny.tokenizer(text, truncation=True, max_length=20)["input_ids"] for text in texts]
-    assert unit.truncated == [len(tiny.tokenizer(text)["input_ids"]) > 20 for text in texts]
-    assert unit.num_tokens == sum(map(len, unit.ids))
+    assert _lists(unit) == [tiny.tokenizer(text, truncation=True, max_length=20)["input_ids"] for text in texts]
+    assert unit.truncated.tolist() == [len(tiny.tokenizer(text)["input_ids"]) > 20 for text in texts]
+    assert unit.num_tokens == sum(map(len, _lists(unit)))
 
 
 def _byte_level(texts: list[str], **options: Any) -> Any:
@@ -46,8 +52,8 @@ def test_ids_are_those_of_the_call_whatever_was_called_before(
     is_split = tokenizer.split_special_tokens
     tokenizer(texts, padding="max_length", max_length=30, truncation=True, split_special_tokens=not is_split)
     unit = tokenize(tokenizer, texts, max_length)
-    assert unit.ids == [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
-    assert unit.truncated == [len(tokenizer(text)["input_ids"]) > max_length for text in texts]
+    assert _lists(unit) == [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
+    assert unit.truncated.tolist() == [len(tokenizer(text)["input_ids"]) > max_length for text in texts]
 
 
 def test_a_tokenizer_that_does_more_than_its_backend_is_called(texts: list[str]) -> None:
@@ -58,10 +64,10 @@ def test_a_tokenizer_that_does_more_than_its_backend_is_called(texts: list[str])
     backend = _byte_level([*texts, *map(str.upper, texts)]).backend_tokenizer
     tokenizer = Shouting(tokenizer_object=backend, pad_token="<pad>")
     plain = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
-    assert tokenize(tokenizer, texts, 16).ids == [
+    assert _lists(tokenize(tokenizer, texts, 16)) == [
         plain(text.upper(), truncation=True, max_length=16)["input_ids"] for text in texts
     ]
-    assert tokenize(tokenizer, texts, 16).ids != tokenize(plain, texts, 16).ids
+    assert _lists(tokenize(tokenizer, texts, 16)) != _lists(tokenize(plain, texts, 16))
 
 
 class _WithItsOwnBackend(PreTrainedTokenizerFast):
@@ -106,12 +112,37 @@ def test_a_text_counts_as_cut_only_when_something_is_lost(tiny: LoadedModel, max
     ten = "the quick brown fox , the lazy dog . ."
     assert len(tiny.tokenizer(ten)["input_ids"]) == 12
     unit = tokenize(tiny.tokenizer, [ten, ""], max_length)
-    assert len(unit.ids[0]) == min(12, max_length) and len(unit.ids[1]) == 2
-    assert unit.truncated == [max_length < 12, False]
+    assert unit.lengths.tolist() == [min(12, max_length), 2]
+    assert unit.truncated.tolist() == [max_length < 12, False]
 
 
 def test_no_texts_are_no_ids(tiny: LoadedModel) -> None:
-    assert tokenize(tiny.tokenizer, [], 8).ids == []
+    assert len(tokenize(tiny.tokenizer, [], 8)) == 0
+
+
+def test_many_texts_are_those_of_each_part(tiny: LoadedModel, texts: list[str]) -> None:
+    many = [texts[number % len(texts)] + " fox" * (number % 7) for number in range(2500)]
+    unit, single = tokenize(tiny.tokenizer, many, 9), [tokenize(tiny.tokenizer, [text], 9) for text in many]
+    assert _lists(unit) == [one.ids.tolist() for one in single]
+    assert unit.truncated.tolist() == [bool(one.truncated[0]) for one in single] and unit.num_truncated > 0
+    part = unit.part(1020, 1030)
+    assert _lists(part) == _lists(unit)[1020:1030] and part.truncated.tolist() == unit.truncated[1020:1030].tolist()
+    assert part.gather([3, 0]).tolist() == _lists(part)[3] + _lists(part)[0] and part.gather([]).tolist() == []
+    assert part.room == (part.num_tokens, 10, sum(len(ids) ** 2 for ids in _lists(part)))
+
+
+def test_ids_of_many_texts_take_few_bytes_each(tiny: LoadedModel) -> None:
+    """A pooled shard holds ids of tens of millions of tokens: nothing of Python's own may stay of each."""
+    many = ["the quick brown fox jumps over the lazy dog " * 5] * 3000
+    tokenize(tiny.tokenizer, many[:9], 64)
+    tracemalloc.start()
+    try:
+        unit = tokenize(tiny.tokenizer, many, 64)
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert unit.num_tokens > 100_000
+    assert kept < 6 * unit.num_tokens and most < 20 * unit.num_tokens
 
 
 LENGTHS = st.lists(st.integers(0, 30), max_size=40)
@@ -122,7 +153,7 @@ TEXTS = st.lists(st.lists(st.integers(1, 3), max_size=30), max_size=40)
 
 @given(texts=TEXTS, budget=st.integers(1, 100))
 def test_each_text_is_in_one_batch_under_the_budget_longest_first(texts: list[list[int]], budget: int) -> None:
-    unit = TokenizedUnit(texts, [False] * len(texts))
+    unit = TokenizedUnit.of(texts)
     batches = list(cut_batches(unit, budget, 0))
     members = [member for batch in batches for member in batch.members]
     assert sorted(members) == list(range(len(texts)))
@@ -135,7 +166,7 @@ def test_each_text_is_in_one_batch_under_the_budget_longest_first(texts: list[li
         assert batch.input_ids.shape[1] == max(1, *batch.lengths, 0)
         for row, member, length in zip(batch.sequences, batch.members, batch.lengths, strict=True):
             kept = batch.attention_mask[row].bool()
-            assert batch.input_ids[row][kept].tolist() == unit.ids[member] and length == len(unit.ids[member])
+            assert batch.input_ids[row][kept].tolist() == texts[member] and length == len(texts[member])
             assert not batch.input_ids[row][~kept].any()
             assert torch.equal(kept, torch.arange(len(kept)) < length)
 
@@ -143,7 +174,7 @@ def test_each_text_is_in_one_batch_under_the_budget_longest_first(texts: list[li
 @given(texts=TEXTS, budget=st.integers(1, 200))
 def test_batches_of_given_shapes_hold_every_text_once_and_are_filled_up(texts: list[list[int]], budget: int) -> None:
     shapes = Shapes(budget, longest=30)
-    batches = list(cut_batches(TokenizedUnit(texts, [False] * len(texts)), budget, 9, shapes=shapes))
+    batches = list(cut_batches(TokenizedUnit.of(texts), budget, 9, shapes=shapes))
     assert sorted(member for batch in batches for member in batch.members) == list(range(len(texts)))
     for batch in batches:
         longest, (height, width) = max(batch.lengths), batch.input_ids.shape
@@ -192,12 +223,12 @@ def test_given_shapes_compute_little_more_where_a_shard_holds_few_batches(demo: 
     made = list(cut_batches(unit, shapes.batch_tokens, 0, shapes=shapes))
     assert unit.num_tokens < 4 * shapes.batch_tokens
     computed = sum(batch.input_ids.numel() for batch in made)
-    assert computed < 1.2 * sum(len(ids) for ids in {tuple(ids) for ids in unit.ids})
+    assert computed < 1.2 * sum(map(len, set(map(tuple, _lists(unit)))))
 
 
 def _unit_of(lengths: list[int]) -> TokenizedUnit:
     """Texts of these lengths, no two the same but the empty ones."""
-    return TokenizedUnit([[number + 7] * length for number, length in enumerate(lengths)], [False] * len(lengths))
+    return TokenizedUnit.of([[number + 7] * length for number, length in enumerate(lengths)])
 
 
 @given(lengths=LENGTHS)
@@ -231,6 +262,23 @@ def test_no_other_cut_computes_less(lengths: list[int], budget: int) -> None:
     assert _cost(made) == _least_cost(sorted(lengths, reverse=True), budget)
 
 
+@given(lengths=LENGTHS, budget=st.integers(1, 60))
+def test_batches_of_equal_lengths_have_no_padding(lengths: list[int], budget: int) -> None:
+    made = list(cut_batches(_unit_of(lengths), budget, 0, joins_equal=False, equal_lengths=True))
+    assert sorted(length for batch in made for length in batch.lengths) == sorted(lengths)
+    for batch in made:
+        assert len(set(batch.lengths)) == 1 and batch.input_ids.numel() <= max(budget, *batch.lengths, 1)
+    # no more of them than the budget asks for
+    counts = {length: lengths.count(length) for length in lengths}
+    assert len(made) == sum(-(-count // max(1, budget // max(1, length))) for length, count in counts.items())
+
+
+@given(lengths=st.lists(st.integers(1, 60), max_size=40))
+def test_a_batch_that_costs_more_is_fuller(lengths: list[int]) -> None:
+    few, many = (len(list(cut_batches(_unit_of(lengths), 400, 0, batch_cost=cost))) for cost in (1000, 0))
+    assert few <= many
+
+
 def test_padding_of_texts_of_all_lengths_is_under_two_percent() -> None:
     lengths = [int(2 + 400 / (1 + number)) + number % 90 for number in range(1500)]
     unit = _unit_of(lengths)
@@ -256,4 +304,4 @@ def test_padding_of_real_texts_is_under_two_percent(demo: LoadedModel) -> None:
     padding = sum(int((batch.attention_mask == 0).sum()) for batch in batches)
     assert padding == sum(batch.num_padding for batch in batches)
     assert padding <= 0.02 * computed
-    assert computed - padding == sum(len(ids) for ids in {tuple(ids) for ids in unit.ids})
+    assert computed - padding == sum(map(len, set(map(tuple, _lists(unit)))))

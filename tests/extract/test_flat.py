@@ -23,12 +23,13 @@ from families import FAMILIES, IS_V5, PADDING, VOCABULARY, build, is_known
 from layerprobe.errors import ArchitectureError, CaptureError, OptionError, PlanError
 from layerprobe.extract import flat as flat_module
 from layerprobe.extract import plan as planning
-from layerprobe.extract.batching import Batch, FlatBatch, TokenizedUnit, cut_flat_batches
+from layerprobe.extract.batching import Batch, FlatBatch, cut_flat_batches
 from layerprobe.extract.flat import FlatForm, attending_flat, laying, refuse_flat
 from layerprobe.extract.forward import REORDERED
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.run import run_extraction
+from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.models import LoadedModel
 from layerprobe.sites.anatomy import find_anatomy
 from layerprobe.sites.resolve import map_model
@@ -390,7 +391,7 @@ def test_the_kernel_for_many_lengths_gives_the_rows_of_padded_batches(
 @given(lengths=st.lists(st.integers(0, 30), max_size=60), budget=st.integers(1, 64), repeats=st.integers(1, 3))
 def test_every_text_is_in_one_batch_under_the_budget(lengths: list[int], budget: int, repeats: int) -> None:
     ids = [list(range(number, number + length)) for number, length in enumerate(lengths)] * repeats
-    unit = TokenizedUnit(ids, [False] * len(ids))
+    unit = TokenizedUnit.of(ids)
     batches = list(cut_flat_batches(unit, budget, 0))
     assert sorted(member for batch in batches for member in batch.members) == list(range(len(ids)))
     laid = [length for batch in batches for length in batch.lengths]
@@ -417,7 +418,7 @@ def test_every_text_is_in_one_batch_under_the_budget(lengths: list[int], budget:
 
 def test_batches_are_about_as_large_as_each_other() -> None:
     ids = [[number % 90 + place for place in range(1 + number % 7)] for number in range(700)]
-    sizes = [batch.input_ids.numel() for batch in cut_flat_batches(TokenizedUnit(ids, [False] * 700), 64, 0)]
+    sizes = [batch.input_ids.numel() for batch in cut_flat_batches(TokenizedUnit.of(ids), 64, 0)]
     assert len(sizes) > 5 and min(sizes[:-1]) >= 0.8 * max(sizes)
 
 

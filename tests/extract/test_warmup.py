@@ -9,10 +9,11 @@ import torch
 import layerprobe
 from layerprobe.errors import PlanError
 from layerprobe.extract import plan as planning
-from layerprobe.extract import warmup
+from layerprobe.extract import trials, warmup
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.run import run_extraction
+from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.extract.warmup import climb, find_batch_tokens
 from layerprobe.models import LoadedModel
 
@@ -51,7 +52,9 @@ def test_trying_runs_batches_of_the_texts_up_to_the_asked_sites_and_leaves_the_m
         encoder.layer[2].register_forward_pre_hook(lambda *_: last.append(1)),
     ]
     tiny.model.train()
-    found = find_batch_tokens(tiny.model, ["layers.0"], [[5] * 9, [5] * 4, [5] * 2], 64, None)
+    found = find_batch_tokens(
+        tiny.model, ["layers.0"], TokenizedUnit.of([[5] * 9, [5] * 4, [5] * 2]), 64, None, is_flat=False
+    )
     assert tiny.model.training
     tiny.model.eval()
     for handle in handles:
@@ -59,18 +62,32 @@ def test_trying_runs_batches_of_the_texts_up_to_the_asked_sites_and_leaves_the_m
     assert found >= 64 and (16, 4) in shapes and all(length == 4 for _, length in shapes) and not last
 
 
+def test_a_run_without_padding_is_tried_without(tiny: LoadedModel) -> None:
+    shapes: list[Any] = []
+    hook = tiny.model.register_forward_pre_hook(
+        lambda *given: shapes.append((given[2]["input_ids"].shape, given[2].get("attention_mask"))),
+        with_kwargs=True,
+    )
+    unit = TokenizedUnit.of([[5] * 9, [5] * 4, [5] * 2])
+    try:
+        found = find_batch_tokens(tiny.model, ["layers.0"], unit, 64, None, is_flat=True)
+    finally:
+        hook.remove()
+    assert found >= 64 and ((1, 64), None) in shapes and all(shape[0] == 1 for shape, _ in shapes)
+
+
 def test_a_long_run_tries_once_and_one_that_goes_on_keeps_what_was_found(
     tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = iter([96, 48, 24])
-    monkeypatch.setattr(planning, "find_batch_tokens", lambda *_: next(found))
+    monkeypatch.setattr(trials, "find_batch_tokens", lambda *_: next(found))
     options: Any = ExtractOptions(shard_bytes=10_000)
 
     def plan(**changes: Any) -> Any:
         return plan_extraction(tiny, texts, tmp_path / "acts", options, **changes)
 
     assert plan().batch_tokens == 2048
-    monkeypatch.setattr(planning, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(trials, "LEAST_TOKENS", 1)
     first = plan()
     assert first.batch_tokens == 96
     run_extraction(first)
@@ -113,6 +130,9 @@ def test_a_first_budget_that_does_not_fit_is_left_to_the_run(tiny: LoadedModel) 
 
     hook = tiny.model.register_forward_pre_hook(refuse)
     try:
-        assert find_batch_tokens(tiny.model, ["layers.0"], [[1, 2, 3]], 1024, None) == 1024
+        assert (
+            find_batch_tokens(tiny.model, ["layers.0"], TokenizedUnit.of([[1, 2, 3]]), 1024, None, is_flat=False)
+            == 1024
+        )
     finally:
         hook.remove()

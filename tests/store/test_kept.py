@@ -50,6 +50,10 @@ def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
     assert small.any() and not (small & ~large).any()
 
 
+def pack(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([one for own in ids for one in own], dtype=np.int32), np.cumsum([0, *map(len, ids)])
+
+
 def test_kinds_of_tokens_are_what_they_say() -> None:
     ids = [[1, 7, 8, 2], [1, 2], [], [7, 1]]
     wanted = {
@@ -60,13 +64,15 @@ def test_kinds_of_tokens_are_what_they_say() -> None:
         "all": ((), [[0, 1, 2, 3], [0, 1], [], [0, 1]]),
     }
     for tokens, (own, positions) in wanted.items():
-        rows = Kept(tokens, 1.0, own).choose(ids, range(4))
+        rows = Kept(tokens, 1.0, own).choose(*pack(ids), range(4))
         assert [rows.of(member).tolist() for member in range(4)] == positions, tokens
 
 
 def test_a_share_is_drawn_among_the_tokens_that_are_meant() -> None:
     ids = [[1, *range(10, 200), 2]] * 20
-    drawn, all_drawn = (Kept(tokens, 0.1, (1, 2)).choose(ids, range(100, 120)) for tokens in ("nonspecial", "all"))
+    drawn, all_drawn = (
+        Kept(tokens, 0.1, (1, 2)).choose(*pack(ids), range(100, 120)) for tokens in ("nonspecial", "all")
+    )
     for member in range(20):
         inner = [position for position in all_drawn.of(member).tolist() if position not in (0, 191)]
         assert drawn.of(member).tolist() == inner

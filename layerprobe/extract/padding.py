@@ -1,0 +1,72 @@
+"""Whether a model's rows of a text depend on the padding behind it.
+
+A mask keeps attention from padding, and nothing else: a convolution over positions, or a mix of all of them, sees it.
+Texts of such a model share a batch only where they have one length, so that each has the rows that it has alone.
+
+Must never know of stores.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from layerprobe.extract.forward import REORDERED, find_dtype
+from layerprobe.extract.looking import look
+from layerprobe.extract.tokens import TokenizedUnit
+from layerprobe.sites.resolve import Site, map_model
+
+__all__ = ["sees_padding"]
+
+# Of the first texts: enough to tell.
+_TRIED_TOKENS = 8
+
+
+def sees_padding(
+    model: nn.Module, unit: TokenizedUnit, pad_id: int, precision: str | None = None, sites: Sequence[Site] = ()
+) -> bool:
+    """Run a short text alone, and with padding beside a longer one; say whether its rows differ.
+
+    Args:
+        model: Called as it is: see `running`.
+        unit: Texts, of whose first tokens both are made.
+        pad_id: What padding is.
+        precision: From `find_precision`.
+        sites: Where to look; where they have no rows, and where none is given, every layer's output.
+
+    Returns:
+        False also where there is nothing to tell: texts of one length need no padding, and a model that takes no such
+        batch says so when it is run.
+
+    Cost: two forwards of a short text, but for texts of one length.
+    """
+    names, long = _choose_sites(model, sites), unit.ids[:_TRIED_TOKENS].tolist()
+    half = len(long) // 2
+    if not names or not half or len(np.unique(unit.lengths)) < 2:
+        return False
+    short = long[:half]
+    batch = torch.tensor([long, short + [pad_id] * (len(long) - half)])
+    mask = torch.tensor([[1] * len(long), [1] * half + [0] * (len(long) - half)])
+    try:
+        alone, padded = look(model, names, torch.tensor([short])), look(model, names, batch, mask)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return False
+    allowed = REORDERED[find_dtype(model, precision)]
+    return not all(_agree(alone[name], padded[name], half, allowed) for name in names)
+
+
+def _choose_sites(model: nn.Module, sites: Sequence[Site]) -> list[str]:
+    names = [site.name for site in sites if site.kind == "token" and not site.name.startswith("module:")]
+    mapped = map_model(model)
+    return names or [site.name for site in mapped.select(f"{mapped.stacks[0].prefix}layers.*")]
+
+
+def _agree(alone_1HD: Tensor, padded_2SD: Tensor, half: int, allowed: float) -> bool:
+    """Whether the shorter text has the same rows, as far as sums in another order do."""
+    if alone_1HD.ndim != 3 or alone_1HD.shape[1] != half or padded_2SD.ndim != 3:
+        return True  # rows of something else than the tokens of the text
+    difference = (padded_2SD[1, :half] - alone_1HD[0]).abs().max()
+    return bool(difference <= allowed * alone_1HD.abs().max())

@@ -1,0 +1,155 @@
+"""What a run's batches are like: how many tokens they have, with padding or without, and with which.
+
+As asked for, as in the same run so far, or as a model's answers to a few short texts say. Whatever is chosen belongs to
+the plan: it decides which texts share a batch, and so the last digits of the rows and their order in a shard.
+
+Must never write.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from layerprobe.errors import OptionError, PlanError
+from layerprobe.extract.batching import SHAPE_STEPS
+from layerprobe.extract.flat import refuse_flat
+from layerprobe.extract.forward import CUDA_GRAPHS, find_precision, running
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.padding import sees_padding
+from layerprobe.extract.resume import recall_batches
+from layerprobe.extract.tokens import TokenizedUnit
+from layerprobe.extract.warmup import LEAST_TOKENS, choose_batch_cost, choose_batch_tokens, find_batch_tokens
+from layerprobe.sites.resolve import Site
+from layerprobe.sites.stacks import find_device
+from layerprobe.store.format import fingerprint_of
+from layerprobe.store.places import Place
+from layerprobe.version import __version__
+
+__all__ = ["Trials", "choose_batches"]
+
+_TRIED_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What a model shows of itself when it is run on a few texts; each trial is made when it is first asked for.
+
+    Args:
+        model: What is tried.
+        sites: Those of the run.
+        options: Of the run.
+        sampled: The first texts of the run.
+        num_tokens: Of the whole run, about.
+        pad_id: What padding is.
+    """
+
+    model: nn.Module
+    sites: Sequence[Site]
+    options: ExtractOptions
+    sampled: TokenizedUnit
+    num_tokens: int
+    pad_id: int
+
+    @cached_property
+    def why_not_flat(self) -> str | None:
+        """Why the batches of the run have padding; None where they have none.
+
+        Raises:
+            OptionError: they cannot do without, and are asked to.
+        """
+        if self.options.padding_free is False:
+            return "padding_free=False"
+        ids, is_compiled = self.sampled.ids[:_TRIED_TOKENS].tolist(), bool(self.options.compile)
+        reason = refuse_flat(self.model, self.sites, ids, self._precision, is_compiled)
+        if reason is not None and self.options.padding_free:
+            raise OptionError(f"padding_free=True: {reason}. Leave it out.")
+        return reason
+
+    @cached_property
+    def sees_padding(self) -> bool:
+        """Whether the rows of a text depend on the padding behind it.
+
+        Raises:
+            OptionError: they do, and the run fills its batches up with it.
+        """
+        with running(self.model, self._precision):
+            found = sees_padding(self.model, self.sampled, self.pad_id, self._precision, self.sites)
+        if found and self.options.compile == CUDA_GRAPHS:
+            raise OptionError(
+                f"compile={CUDA_GRAPHS!r}: {type(self.model).__name__} gives a text other rows with padding behind it, "
+                "and batches of few shapes are filled up with that. Use compile=True."
+            )
+        return found
+
+    def find_budget(self, is_flat: bool) -> int:
+        """Find how many tokens a batch should have: what is usual, and for long runs what is quickest."""
+        usual = choose_batch_tokens(find_device(self.model), is_flat)
+        # with graphs, tries would not see what is filled up
+        if self.num_tokens < LEAST_TOKENS or self.options.compile == CUDA_GRAPHS:
+            return usual
+        names = [site.name for site in self.sites]
+        return find_batch_tokens(self.model, names, self.sampled, usual, self._precision, is_flat)
+
+    @property
+    def _precision(self) -> str | None:
+        return find_precision(self.model, self.options.precision)
+
+
+def choose_batches(
+    place: Place, described: Mapping[str, Any], trials: Trials, overwrite: bool
+) -> tuple[int, dict[str, Any]]:
+    """Choose a batch's tokens and its padding: as asked for, as in the same run so far, or as found now.
+
+    Args:
+        place: Where the same run may have begun.
+        described: What the run is, but for its batches.
+        trials: Of its model.
+        overwrite: Whether another run there is to be replaced.
+
+    Returns:
+        The tokens of a batch, and what the run is as a whole.
+
+    Raises:
+        PlanError: the same run has no padding so far, and cannot resume so.
+        OptionError: what is asked for cannot be.
+    """
+    options, device = trials.options, find_device(trials.model)
+    if recalled := recall_batches(place):
+        batch_tokens = options.batch_tokens or recalled.batch_tokens
+        is_flat = recalled.is_flat if options.padding_free is None else options.padding_free
+        cost = recalled.batch_cost or choose_batch_cost(device)
+        description = _add_batches(described, trials, batch_tokens, is_flat, cost)
+        is_same = description["fingerprint"] == recalled.fingerprint
+        can_resume = is_same and (trials.why_not_flat is None or not recalled.is_flat)
+        if is_same and not can_resume and not overwrite:
+            raise PlanError(
+                f"{place}: was begun without padding and cannot go on so: {trials.why_not_flat}. Go on as it was "
+                "begun, choose another folder, or pass --overwrite to replace it."
+            )
+        # another run, not to be replaced, is refused by `find_done`, which says what differs: nothing is tried for it
+        if can_resume or not overwrite:
+            return batch_tokens, description
+    is_flat = trials.why_not_flat is None
+    batch_tokens = options.batch_tokens or trials.find_budget(is_flat)
+    return batch_tokens, _add_batches(described, trials, batch_tokens, is_flat, choose_batch_cost(device))
+
+
+def _add_batches(
+    described: Mapping[str, Any], trials: Trials, batch_tokens: int, is_flat: bool, batch_cost: int
+) -> dict[str, Any]:
+    """Say the rest; what changes the bytes of the shards is in the fingerprint, and nothing else."""
+    padding: dict[str, Any] = {"padding_free": True} if is_flat else {"batch_cost_tokens": batch_cost}
+    if not is_flat and described["tokenizer"]["padding_side"] != "right":
+        # older versions padded on the left then, which gives models with absolute positions other rows
+        padding["padding_side"] = "right"
+    if not is_flat and trials.sees_padding:
+        padding["equal_lengths"] = True
+    if trials.options.compile == CUDA_GRAPHS:
+        padding["shape_steps"] = SHAPE_STEPS
+    plan = {"batch_tokens": batch_tokens, **padding, **described["plan"]}
+    own = {key: described["model"][key] for key in ("class", "config_hash", "weights_hash")}
+    fingerprint = fingerprint_of({**described, "model": own, "plan": plan})
+    return {"layerprobe": __version__, **described, "plan": plan, "fingerprint": fingerprint}
