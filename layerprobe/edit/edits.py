@@ -335,7 +335,8 @@ class Replace(Edit):
             raise OptionError(f"lp.replace: {self.function!r} is no function: give one from a value to a value.")
 
     def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
-        made = self.function(value)
+        # a copy costs little beside a layer, and what the model made is not written into even where a function writes
+        made = self.function(value.clone())
         if not isinstance(made, Tensor) or made.shape != value.shape or made.dtype != value.dtype:
             got = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
             raise CaptureError(

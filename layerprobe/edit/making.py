@@ -174,8 +174,8 @@ def replace(function: Callable[[Tensor], Tensor], *, where: Any = None) -> Edit:
     """Put what a function makes of a value in its place.
 
     Args:
-        function: From `[B, S, D]` (padding included) to a tensor of the same shape and dtype; it must not write into
-            what it gets.
+        function: From `[B, S, D]` (padding included) to a tensor of the same shape and dtype. It gets a copy, and may
+            write into it.
         where: As in `steer`; elsewhere the model's own value stays.
 
     Raises:

@@ -181,6 +181,19 @@ def test_heads_and_units_are_columns(tiny_bert: Any, batch: Any) -> None:
     assert torch.equal(after, before * factor)
 
 
+def test_a_function_that_writes_into_what_it_gets_changes_only_what_is_meant(
+    tiny_bert: Any, batch: Any, values: Tensor
+) -> None:
+    seen: list[Tensor] = []
+    keep = tiny_bert.encoder.layer[1].output.register_forward_hook(lambda *given: seen.append(given[2]))
+    after = read(tiny_bert, batch, lp.replace(lambda value: value.mul_(2), where=0))
+    keep.remove()
+    real = real_of(batch)
+    first = real & (real.cumsum(1) == 1)
+    assert torch.equal(after, torch.where(first[..., None], values * 2, values))
+    assert torch.equal(seen[0], values)
+
+
 def test_a_function_replaces_values_where_it_is_asked(tiny_bert: Any, batch: Any, values: Tensor) -> None:
     after = read(tiny_bert, batch, lp.replace(torch.tanh, where=0))
     assert torch.equal(after[:, 0], values[:, 0].tanh()) and torch.equal(after[:, 1:], values[:, 1:])
