@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from layerprobe.errors import NonFiniteError, SiteError
 from layerprobe.store.catalog import Catalog
-from layerprobe.store.columns import match_sites
 from layerprobe.store.difference import take_depth
+from layerprobe.store.naming import match_sites
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.rows import choose_sites, take_rows
 from layerprobe.store.shards import Shard, positions_of

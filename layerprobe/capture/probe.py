@@ -5,7 +5,7 @@ values are read and packed is hidden below it.
 """
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from layerprobe.capture.identity import describe_pool
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.pooling import Pool, check_pool
 from layerprobe.capture.registry import ProbeRegistry
-from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink
+from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink, find_site
 from layerprobe.capture.stage import Stage
 from layerprobe.capture.staged import StageSink
-from layerprobe.errors import CaptureError, OptionError
-from layerprobe.models import describe_model
+from layerprobe.errors import CaptureError, OptionError, SiteError
+from layerprobe.models import LoadedModel, describe_model
 from layerprobe.sites.resolve import Site
-from layerprobe.sites.stacks import need_one_device, unwrap
+from layerprobe.sites.stacks import need_model, need_one_device, unwrap
 from layerprobe.store.places import find_place
 from layerprobe.store.writer import ShardWriter
 from layerprobe.version import __version__
@@ -45,7 +45,7 @@ class Probe(AbstractContextManager["Probe"]):
     """Capture activations of a model while a `with` block runs.
 
     Args:
-        model: A supported Hugging Face model. What it computes stays bit-equal.
+        model: A supported Hugging Face model, or what `load_model` gave. What it computes stays bit-equal.
         sites: One pattern or several, such as `"layers.*"` or `["embeddings", "layers.-1"]`.
         to: Where values go. None: memory, `[B, S, D]` as the model made them. A path or a URL: a store, one row per
             real token. A function: called with `(site, value)` as each value is made. A `Sink`: its methods. A `Stage`:
@@ -81,7 +81,7 @@ class Probe(AbstractContextManager["Probe"]):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | LoadedModel,
         sites: str | Sequence[str],
         *,
         to: "str | Path | Stage | Sink | Callable[[str, Any], object] | None" = None,
@@ -91,6 +91,7 @@ class Probe(AbstractContextManager["Probe"]):
         gradients: bool = False,
         this_thread: bool = False,
     ) -> None:
+        model = need_model(model)
         check_pool(pool)
         stored_dtype = resolve_dtype(dtype)
         if gradients and (to is not None or pool is not None or stored_dtype is not None):
@@ -106,6 +107,7 @@ class Probe(AbstractContextManager["Probe"]):
         if isinstance(to, Stage):
             to.name_layers(registry.num_layers)
         self._sites = registry.sites
+        self._num_layers = registry.num_layers
         # let go of when the probe closes, and the model with it
         self._registry: ProbeRegistry | None = registry
         self._state = _Lifecycle.NEW
@@ -162,6 +164,19 @@ class Probe(AbstractContextManager["Probe"]):
     def calls(self) -> Sequence[CapturedCall]:
         """What each call of the model made, in memory: `probe.calls[k]["layers.3"]`."""
         return self._memory().calls
+
+    def __contains__(self, site: object) -> bool:
+        """Whether a site is captured; by a name, or a pattern that stands for one."""
+        try:
+            return isinstance(site, str) and bool(find_site(site, list(self), self._num_layers))
+        except SiteError:
+            return False
+
+    def __iter__(self) -> Iterator[str]:
+        return (site.name for site in self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
 
     def __getitem__(self, site: str) -> Any:
         """Give the value of a site, when the model was called once."""

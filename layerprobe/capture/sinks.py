@@ -24,7 +24,7 @@ from layerprobe.sites.grammar import expand_patterns
 from layerprobe.sites.resolve import Site
 from layerprobe.store.shards import ScaledRows
 
-__all__ = ["CallableSink", "CapturedCall", "MemorySink", "check_pooled", "select_call"]
+__all__ = ["CallableSink", "CapturedCall", "MemorySink", "check_pooled", "find_site", "select_call"]
 
 Value = Tensor | ScaledRows
 

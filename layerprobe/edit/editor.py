@@ -29,17 +29,20 @@ from layerprobe.edit.moments import CallState, Moment, note_value
 from layerprobe.edit.plan import Point, Slot, plan_points
 from layerprobe.edit.traced import ask_for_extra, ask_for_order, ask_for_tokens
 from layerprobe.errors import CaptureError
+from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import Site, map_model
-from layerprobe.sites.stacks import find_device
+from layerprobe.sites.stacks import find_device, need_model
 
 __all__ = ["Editor", "edit"]
 
 
-def edit(model: nn.Module, edits: Mapping[str, Edit | Sequence[Edit]], *, tokenizer: Any = None) -> "Editor":
+def edit(
+    model: nn.Module | LoadedModel, edits: Mapping[str, Edit | Sequence[Edit]], *, tokenizer: Any = None
+) -> "Editor":
     """Change values of a model while a `with` block runs; afterwards it is as it was.
 
     Args:
-        model: A supported Hugging Face model, wrapped or not.
+        model: A supported Hugging Face model, wrapped or not, or what `load_model` gave, with its tokenizer.
         edits: By site or pattern, one edit or several, which run as written.
         tokenizer: For edits whose `where` names tokens.
 
@@ -101,7 +104,12 @@ class _Numbering:
 class Editor(AbstractContextManager["Editor"]):
     """The edits of one `with` block. Made by `lp.edit`."""
 
-    def __init__(self, model: nn.Module, edits: Mapping[str, Edit | Sequence[Edit]], tokenizer: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module | LoadedModel, edits: Mapping[str, Edit | Sequence[Edit]], tokenizer: Any = None
+    ) -> None:
+        if isinstance(model, LoadedModel):
+            model, tokenizer = model.model, tokenizer or model.tokenizer
+        model = need_model(model)
         self._given = model
         self._mapped = map_model(model)
         self._root = self._mapped.model

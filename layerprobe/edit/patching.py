@@ -25,7 +25,9 @@ from layerprobe.edit.effects import Effects
 from layerprobe.edit.making import patch, replace
 from layerprobe.edit.plan import head_width, require_editable
 from layerprobe.errors import CaptureError, OptionError
+from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import ModelMap, Site, map_model
+from layerprobe.sites.stacks import need_model
 from layerprobe.store.guard import check_count
 
 __all__ = ["patching"]
@@ -35,7 +37,7 @@ Batch = Mapping[str, Any]
 
 
 def patching(
-    model: nn.Module,
+    model: nn.Module | LoadedModel,
     clean: Batch,
     corrupt: Batch,
     metric: Metric,
@@ -51,7 +53,7 @@ def patching(
     """Measure how much of the way from corrupt to clean the metric goes when one value is clean's.
 
     Args:
-        model: A supported model in eval mode.
+        model: A supported model in eval mode, or what `load_model` gave, with its tokenizer.
         clean, corrupt: What the model is called with: one text each, of the same number of tokens.
         metric: From the model's output to one number per row, `[B]`: `lambda out: out.logits[:, 4, answer]`.
         sites: What is patched: sites with a vector per token.
@@ -86,6 +88,9 @@ def patching(
         >>> found.effects.shape
         torch.Size([2, 3])
     """
+    if isinstance(model, LoadedModel):
+        model, tokenizer = model.model, tokenizer or model.tokenizer
+    model = need_model(model)
     sweep = _plan(model, clean, corrupt, metric, sites, positions, heads)
     if method not in ("exact", "attribution"):
         raise OptionError(f"patching: no method {method!r}: use 'exact' or 'attribution'.")

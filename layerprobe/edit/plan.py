@@ -18,6 +18,7 @@ from layerprobe.edit.where import Spot, resolve_where
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.sites.resolve import ModelMap, Site
 from layerprobe.sites.stacks import find_device
+from layerprobe.store.guard import brief
 
 __all__ = ["Point", "Slot", "head_width", "plan_points", "require_editable"]
 
@@ -72,13 +73,15 @@ def plan_points(
         OptionError: an edit does not fit a site.
     """
     if not isinstance(asked, Mapping) or not asked:
-        raise OptionError(f"lp.edit: {asked!r} is no edit: give them by site, as in {{'layers.3': lp.scale(0.5)}}.")
+        raise OptionError(
+            f"lp.edit: {_shorten(asked)} is no edit: give them by site, as in {{'layers.3': lp.scale(0.5)}}."
+        )
     wanted = []
     for pattern, edits in asked.items():
         listed = [edits] if isinstance(edits, Edit) else edits
         if not isinstance(listed, (list, tuple)) or not listed or not all(isinstance(one, Edit) for one in listed):
             raise OptionError(
-                f"lp.edit at {pattern!r}: {edits!r} is no edit: give one of lp.steer, lp.ablate, lp.patch, "
+                f"lp.edit at {pattern!r}: {_shorten(edits)} is no edit: give one of lp.steer, lp.ablate, lp.patch, "
                 "lp.project_out, lp.noise, lp.clamp, lp.scale, lp.replace, or a list of them."
             )
         wanted += [(site, edit) for site in mapped.select(pattern) for edit in listed]
@@ -93,6 +96,13 @@ def plan_points(
     )
     found = {site.name: site for site, _ in wanted}
     return tuple(found.values()), points
+
+
+def _shorten(asked: object) -> str:
+    """Name what was given in place of an edit; a tensor by its shape."""
+    if isinstance(asked, Tensor):
+        return f"a tensor {tuple(asked.shape)}"
+    return brief(repr(asked))
 
 
 def require_editable(site: Site, owner: str) -> None:

@@ -39,6 +39,7 @@ from layerprobe.analysis.sweep import bar_of, choose_depth, need_store
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.guard import check_count
+from layerprobe.store.naming import match_sites
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_table
 
@@ -320,14 +321,14 @@ def plot_attention(
         store: A store that holds attention weights, or where it is.
         example: Its ordinal; negative ones count from the last.
         path: A `.png`, `.svg` or `.pdf` to write; None for the figure alone.
-        site: Which weights; None for the first that are stored.
+        site: Which weights, by a name or a pattern that means one; None for the first that are stored.
         heads: Which heads; None for all.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        SiteError: no such weights are stored.
+        SiteError: no such weights are stored, or the pattern means several.
         OptionError: the site holds none, a head that does not exist, or matplotlib is not installed.
         MissingExample: the example is not there.
 
@@ -387,6 +388,10 @@ def _find_weights(store: Store, site: str | None) -> str:
                 "Extract with --sites 'layers.*.attention.weights'."
             )
         return stored[0]
-    if store[site].kind != "attention":
+    found = match_sites(site, store.sites, str(store.place))
+    meant = [name for name in found if name in stored]
+    if not meant:
         raise OptionError(f"{site!r} holds no attention weights: {', '.join(stored) or 'no site'} does.")
-    return site
+    if len(found) > 1:
+        raise SiteError(f"{site!r} means {len(found)} sites: {', '.join(found)}. One picture holds one: name it.")
+    return meant[0]

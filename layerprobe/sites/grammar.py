@@ -9,12 +9,12 @@ Hides how patterns are parsed and matched. Never sees a model: it works on names
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from layerprobe.errors import SiteError
 
-__all__ = ["MODULE_PREFIX", "Pattern", "expand_patterns", "parse_pattern"]
+__all__ = ["MODULE_PREFIX", "Pattern", "expand_patterns", "list_patterns", "parse_pattern"]
 
 MODULE_PREFIX = "module:"
 _INPUT_SUFFIX = ":input"
@@ -38,6 +38,22 @@ class Pattern:
     segments: tuple[str, ...]
     selector_at: int | None
     is_module: bool = False
+
+
+def list_patterns(patterns: str | Sequence[str]) -> list[str]:
+    """Take one pattern or several as a list.
+
+    Raises:
+        SiteError: they are neither, or one is no text.
+    """
+    if isinstance(patterns, str):
+        return [patterns]
+    if isinstance(patterns, bytes) or not isinstance(patterns, Iterable):
+        raise SiteError(f"{patterns!r} is no site pattern: give a text such as 'layers.*', or a list of them.")
+    listed = list(patterns)
+    if wrong := [one for one in listed if not isinstance(one, str)]:
+        raise SiteError(f"{wrong[0]!r} is not a site pattern: a pattern is a text such as 'layers.*' or 'layers.-1'.")
+    return listed
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -157,7 +173,7 @@ def expand_patterns(
     Raises:
         SiteError: a pattern is malformed, selects a layer that is not there, or matches nothing.
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    patterns = list_patterns(patterns)
     if not patterns:
         raise SiteError(f"no site asked of {owner}: pass at least one pattern, such as 'layers.*'.")
     chosen: set[str] = set()

@@ -14,8 +14,9 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from layerprobe.errors import ArchitectureError
+from layerprobe.models import LoadedModel
 from layerprobe.sites.anatomy import Anatomy, Fused, Place
-from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns
+from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns, list_patterns
 from layerprobe.sites.stacks import Stack, config_of, find_stacks, has_module, unwrap
 from layerprobe.tables import format_table
 
@@ -127,7 +128,7 @@ class ModelMap:
             SiteError: a pattern is malformed or matches nothing.
         """
         modules = list(dict.fromkeys(filter(None, (_leave_out(name) for name, _ in self.model.named_modules()))))
-        patterns = [_leave_out(text) for text in ([patterns] if isinstance(patterns, str) else patterns)]
+        patterns = [_leave_out(text) for text in list_patterns(patterns)]
         known = {site.name: site for site in self.table}
         names = expand_patterns(patterns, list(known), self.num_layers, self.owner, modules)
         return tuple(known.get(name) or self._module_site(name) for name in names)
@@ -149,11 +150,11 @@ class ModelMap:
         return Site(name, path, takes, "unknown", width, stack=next(owners, None))
 
 
-def sites(model: nn.Module, patterns: str | Sequence[str] | None = None) -> SiteTable:
+def sites(model: nn.Module | LoadedModel, patterns: str | Sequence[str] | None = None) -> SiteTable:
     """List the sites of a model: name, module, kind, width.
 
     Args:
-        model: Any supported Hugging Face model, with or without a task head.
+        model: Any supported Hugging Face model, with or without a task head, or what `load_model` gave.
         patterns: Only these; None for all.
 
     Raises:
@@ -171,11 +172,12 @@ def sites(model: nn.Module, patterns: str | Sequence[str] | None = None) -> Site
     return mapped.table if patterns is None else SiteTable(mapped.owner, mapped.select(patterns))
 
 
-def map_model(model: nn.Module) -> ModelMap:
+def map_model(model: nn.Module | LoadedModel) -> ModelMap:
     """Find the stacks of a model, their architecture and all sites.
 
     Raises:
         ArchitectureError: not a Hugging Face model, or one whose parts are not known.
+        OptionError: it is no model at all.
     """
     root = unwrap(model)
     if not isinstance(getattr(root, "base_model", None), nn.Module) or not hasattr(config_of(root), "model_type"):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from layerprobe.errors import ArchitectureError, OptionError
+from layerprobe.models import LoadedModel
 from layerprobe.sites.anatomy import REFUSED, Anatomy, find_anatomy
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "find_device",
     "find_stacks",
     "has_module",
+    "need_model",
     "need_one_device",
     "unwrap",
 ]
@@ -46,12 +48,28 @@ class Stack:
     layers: tuple[tuple[str, int | None], ...]
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def need_model(model: nn.Module | LoadedModel) -> nn.Module:
+    """Take a model, or that of what `load_model` gave.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    if isinstance(model, LoadedModel):
+        return model.model
+    if not isinstance(model, nn.Module):
+        how = f"lp.load_model({model!r}) loads one by its name" if isinstance(model, str) else "lp.load_model loads one"
+        raise OptionError(f"the model is of type {type(model).__name__}: pass a model of transformers; {how}.")
+    return model
+
+
+def unwrap(model: nn.Module | LoadedModel) -> nn.Module:
     """Look under DDP, FSDP, torch.compile, PEFT and SentenceTransformer.
 
     Raises:
         ArchitectureError: a wrapper that runs copies of the model, whose rows would come in no order.
+        OptionError: it is no model.
     """
+    model = need_model(model)
     while True:
         if isinstance(model, nn.DataParallel):
             raise ArchitectureError(

@@ -8,7 +8,6 @@ Hides files, names of shards and the limit on open files. Must never know of sit
 
 import contextlib
 import operator
-import re
 from bisect import bisect_right
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from layerprobe.errors import FormatError, MissingExample, OptionError, SiteError, StoreError
+from layerprobe.errors import FormatError, MissingExample, OptionError, StoreError
 from layerprobe.store.checks import read_totals
 from layerprobe.store.format import (
     FORMAT_VERSION,
@@ -31,6 +30,7 @@ from layerprobe.store.format import (
 from layerprobe.store.guard import brief
 from layerprobe.store.headers import POSITIONS, check_description, check_stored
 from layerprobe.store.kept import parse_kept
+from layerprobe.store.naming import need_name
 from layerprobe.store.places import Place
 from layerprobe.store.ranges import RangedShard, TensorCache
 from layerprobe.store.shards import MappedShard, Shard, ShardInfo, check_apart, parse_index
@@ -40,7 +40,6 @@ __all__ = ["MOST_OPEN_SHARDS", "Catalog"]
 
 # A mapping holds a file descriptor; a process may have about a thousand.
 MOST_OPEN_SHARDS = 256
-_NEGATIVE = re.compile(r"(?:\A|\.)layers\.-\d")
 # Of a run that does not say how many examples it has.
 _NO_END = 1 << 63
 
@@ -282,23 +281,12 @@ class Catalog:
             ) from error
 
     def need_site(self, name: object) -> StoredSite:
-        """Give a stored site by its name.
+        """Give a stored site by its name; negatives count from the last layer that is stored.
 
         Raises:
             SiteError: it is not stored; the message says which are.
         """
-        if isinstance(name, str) and name in self.sites:
-            return self.sites[name]
-        if type(name) is int:
-            why = f"sites are named by texts. Examples are read by store.example({name}). It"
-        elif not isinstance(name, str):
-            why = "sites are named by texts, one at a time. It"
-        elif _NEGATIVE.search(name):
-            why = "negatives count the layers of a model, and a store does not say how many that has. It"
-        else:
-            why = "it"
-        held = ", ".join(self.sites) or "none"
-        raise SiteError(f"no site {brief(repr(name))} in {self.place}: {why} holds {held}.")
+        return self.sites[need_name(name, self.sites, str(self.place))]
 
     def need_every_row(self, what: str, instead: str) -> None:
         """Refuse what is wrong on a part of the rows.

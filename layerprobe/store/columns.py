@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError, LayerProbeError, OptionError, SiteError, StoreError
-from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns
+from layerprobe.errors import FormatError, LayerProbeError, OptionError, StoreError
 from layerprobe.store.format import SCALE_SUFFIX, fingerprint_of
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.records import has_records, read_record
@@ -34,7 +33,6 @@ __all__ = [
     "Columns",
     "column_dtype",
     "cut_places",
-    "match_sites",
     "open_dataset",
     "require",
     "rows_of",
@@ -48,7 +46,6 @@ ROWS = ("examples", "tokens")
 _BATCH_BYTES = 32 << 20
 _MAPPED_BYTES = 1 << 20
 _KEPT_DTYPES = (torch.float16, torch.float32, torch.float64)
-_INPUT_SUFFIX = ":input"
 _OWN_COLUMNS = ("index", "position", "input_id", "input_ids", "token", "tokens", "text", "fields")
 
 
@@ -100,45 +97,6 @@ def require(module: str, what: str) -> Any:
         raise OptionError(
             f"{what} needs {package}, which is not installed ({error}). Install it with pip install 'layerprobe[data]'."
         ) from error
-
-
-def match_sites(patterns: str | Sequence[str] | None, names: Sequence[str], owner: str) -> list[str]:
-    """Find the stored sites that patterns stand for, in the order of the store.
-
-    Args:
-        patterns: As for `extract`; layers count to the last that is stored. None for every site.
-        names: The stored sites.
-        owner: What to call the store in messages.
-
-    Raises:
-        SiteError: a pattern is malformed, or matches nothing that is stored.
-    """
-    if patterns is None:
-        return list(names)
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not patterns:
-        raise SiteError(f"no site asked of {owner}: it holds {', '.join(names)}.")
-    chosen = {pattern for pattern in patterns if pattern in names}
-    own = [name for name in names if not name.startswith(MODULE_PREFIX)]
-    inputs = [name.removesuffix(_INPUT_SUFFIX) for name in names if name.endswith(_INPUT_SUFFIX)]
-    outputs = [name for name in names if not name.endswith(_INPUT_SUFFIX)]
-    for pattern in patterns:
-        if pattern not in chosen:
-            modules = inputs if str(pattern).endswith(_INPUT_SUFFIX) else outputs
-            modules = [name.removeprefix(MODULE_PREFIX) for name in modules if name.startswith(MODULE_PREFIX)]
-            chosen.update(expand_patterns(pattern, own, _count_layers(own), owner, modules))
-    return [name for name in names if name in chosen]
-
-
-def _count_layers(names: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:
-        segments = name.split(".")
-        for place, segment in enumerate(segments[:-1]):
-            if segment == "layers" and segments[place + 1].isdecimal():
-                stack = ".".join(segments[: place + 1])
-                counts[stack] = max(counts.get(stack, 0), int(segments[place + 1]) + 1)
-    return counts
 
 
 def column_dtype(site: StoredSite) -> torch.dtype:

@@ -20,11 +20,12 @@ from typing import Any
 from tqdm import tqdm
 
 from layerprobe.errors import LayerProbeError, OptionError, StoreError
-from layerprobe.store.columns import Columns, column_dtype, match_sites, require, write_arrow, write_parquet
+from layerprobe.store.columns import Columns, column_dtype, require, write_arrow, write_parquet
 from layerprobe.store.durable import commit_folder, flush_folder, tell_failure
 from layerprobe.store.guard import check_flag
 from layerprobe.store.headers import checksum
 from layerprobe.store.lock import StoreLock, is_abandoned
+from layerprobe.store.naming import match_sites
 from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_zarr
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.shards import Shard

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import NonFiniteError, OptionError, SiteError
-from layerprobe.store.columns import match_sites
+from layerprobe.store.naming import match_sites
 from layerprobe.store.siteview import SiteView
 
 __all__ = ["EncoderOutputs", "choose_layer", "pad_examples"]

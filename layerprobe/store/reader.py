@@ -7,7 +7,6 @@ Hides how an example is put together. Must never know of models or hooks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,20 @@ from torch import Tensor
 
 from layerprobe.errors import FormatError
 from layerprobe.store.catalog import Catalog
-from layerprobe.store.columns import Columns, match_sites, open_dataset
+from layerprobe.store.columns import Columns, open_dataset
 from layerprobe.store.difference import Difference, pair_depth
+from layerprobe.store.examples import Example
 from layerprobe.store.format import SCALE_SUFFIX, TOKENIZER_FOLDER, need_store
 from layerprobe.store.guard import LARGE, check_flag
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.kept import Kept
+from layerprobe.store.naming import is_stored, match_sites
 from layerprobe.store.padded import EncoderOutputs, choose_layer, pad_examples
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.records import RECORD_TENSORS, read_record
 from layerprobe.store.rows import RowBatches, RowOptions, choose_sites
 from layerprobe.store.selection import Asked, Selection, select
-from layerprobe.store.shards import ScaledRows, Shard
+from layerprobe.store.shards import Shard
 from layerprobe.store.siteview import SiteView
 from layerprobe.store.vocabulary import Vocabulary, find_characters
 from layerprobe.store.writer import StoredSite
@@ -36,38 +37,12 @@ from layerprobe.store.writer import StoredSite
 __all__ = ["Example", "Store", "open_store"]
 
 
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One example of a store.
-
-    Args:
-        index: Its ordinal in the input.
-        input_ids: int64 `[T]`, its real tokens, special ones included; of those rows that the store keeps.
-        positions: int64 `[T]`, their places among all its tokens.
-        tokens: The same as text, or None where the store has no tokenizer.
-        text: The input text, or None where it was not kept.
-        fields: The other fields of the input record.
-        sites: The vectors of each site, as `store[site][index]` gives them.
-    """
-
-    index: int
-    input_ids: Tensor
-    positions: Tensor
-    tokens: list[str] | None
-    text: str | None
-    fields: dict[str, Any]
-    sites: Mapping[str, Tensor | ScaledRows]
-
-    def __getitem__(self, site: str) -> Tensor | ScaledRows:
-        return self.sites[site]
-
-
 class Store:
     """An extraction on disk. Made by `layerprobe.open`.
 
-    `store[site]` is a view of a site; `store.example(i)` everything about one example; `len(store)` the number of
-    examples that are there; iterating gives each of them in the order of the input. `store.catalog` is for code that
-    goes shard by shard.
+    `store[site]` is a view of a site, and `site in store` says whether it is there; negatives count from the last layer
+    that is stored. `store.example(i)` is everything about one example; `len(store)` the number of examples that are
+    there; iterating gives each of them in the order of the input. `store.catalog` is for code that goes shard by shard.
     """
 
     def __init__(self, where: Path | Place, check: bool) -> None:
@@ -156,10 +131,14 @@ class Store:
         return f"Store({str(self.place)!r}, {len(self)} examples, {len(self.sites)} sites, {state})"
 
     def __getitem__(self, site: str) -> SiteView:
-        view = self._views.get(site) if isinstance(site, str) else None
+        name = self.catalog.need_site(site).name
+        view = self._views.get(name)
         if view is None:
-            view = self._views[site] = SiteView(self.catalog, self.catalog.need_site(site).name)
+            view = self._views[name] = SiteView(self.catalog, name)
         return view
+
+    def __contains__(self, site: object) -> bool:
+        return is_stored(site, self.catalog.sites)
 
     @property
     def stored_sites(self) -> Mapping[str, StoredSite]:

@@ -77,7 +77,8 @@ def choose_sites(catalog: Catalog, sites: str | Sequence[str] | None) -> tuple[S
 
     Args:
         catalog: Of the store.
-        sites: Names; None for every site with a row per token, or where there is none, with a vector per example.
+        sites: Names, each site once however often it is named; None for every site with a row per token, or where
+            there is none, with a vector per example.
 
     Raises:
         SiteError: one is not stored, or nothing in the store has rows.
@@ -89,8 +90,8 @@ def choose_sites(catalog: Catalog, sites: str | Sequence[str] | None) -> tuple[S
         }
         chosen = by_kind["token"] or by_kind["example"]
     else:
-        names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
-        chosen = [catalog.need_site(name) for name in names]
+        names = [sites] if isinstance(sites, str) else list(sites)
+        chosen = list({site.name: site for site in map(catalog.need_site, names)}.values())
     if not chosen:
         raise SiteError(f"no site to take rows of in {catalog.place}: it holds {', '.join(catalog.sites) or 'none'}.")
     for site in chosen:

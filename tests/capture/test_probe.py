@@ -166,6 +166,15 @@ def test_negative_layers_count_from_the_last_of_the_model(tiny_bert: Any, batch:
         _ = probe["layers.-1"]
 
 
+def test_a_probe_has_its_sites_before_and_after_the_call(tiny_bert: Any, batch: Any) -> None:
+    with lp.Probe(tiny_bert, ["embeddings", "layers.1:"]) as probe:
+        assert list(probe) == ["embeddings", "layers.1", "layers.2"] and len(probe) == 3
+        tiny_bert(**batch)
+    assert "layers.1" in probe and "layers.-1" in probe
+    assert not any(site in probe for site in ("layers.0", "layers.*", "norm", 1, None))
+    assert all(probe[site].shape == (3, 7, 32) for site in probe)
+
+
 def test_probe_that_was_not_called_says_so(tiny_bert: Any) -> None:
     with lp.Probe(tiny_bert, "layers.0") as probe:
         pass

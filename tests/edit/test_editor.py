@@ -409,6 +409,7 @@ def test_residual_stream_that_passes_no_module_is_refused(family: str) -> None:
     [
         ({}, OptionError, "is no edit: give them by site"),
         ({"layers.1": 3}, OptionError, "lp.edit at 'layers.1': 3 is no edit"),
+        ({"layers.1": torch.ones(4, 8)}, OptionError, r"lp.edit at 'layers.1': a tensor \(4, 8\) is no edit"),
         ({"layers.9": lp.ablate()}, SiteError, "layers are 0 to 2"),
         ({"layers.1": lp.steer(torch.ones(31))}, OptionError, "its vector has 31 values, the site 32"),
         ({"layers.1": lp.scale(torch.ones(31))}, OptionError, "its factor has 31 values, the site 32"),

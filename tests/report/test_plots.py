@@ -236,6 +236,18 @@ def test_a_long_examples_tokens_are_thinned_and_it_is_said(attention: Any) -> No
     assert f"one token in {marks[1] - marks[0]} is named" in " ".join(words(figure).split())
 
 
+@pytest.mark.parametrize("site", ["layers.-1.attention.weights", "layers.2.*.weights"])
+def test_a_pattern_that_means_one_site_draws_its_weights(attention: Any, site: str) -> None:
+    figure = lp.plot_attention(attention, 0, site=site)
+    shown = figure.axes[0].images[0].get_array()
+    assert np.array_equal(shown, attention["layers.2.attention.weights"][0][0].numpy())
+
+
+def test_a_pattern_that_means_the_weights_of_several_layers_is_refused(attention: Any) -> None:
+    with pytest.raises(SiteError, match=r"'layers\.\*\.attention\.weights' means 3 sites: layers\.0\.att.*: name it"):
+        lp.plot_attention(attention, 0, site="layers.*.attention.weights")
+
+
 def test_attention_that_is_not_there_is_refused(attention: Any, store: Any) -> None:
     with pytest.raises(
         SiteError, match=r"no attention weights in .*Extract with --sites 'layers.\*.attention.weights'"

@@ -2,13 +2,15 @@
 
 import itertools
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from layerprobe.errors import SiteError
-from layerprobe.sites.grammar import expand_patterns, parse_pattern
+from layerprobe.sites.grammar import expand_patterns, list_patterns, parse_pattern
+from layerprobe.sites.resolve import map_model
 
 TAILS = ("attention.query", "attention.out", "mid", "ffn.act")
 
@@ -231,6 +233,14 @@ def test_negative_index_counts_from_the_end_of_each_stack() -> None:
 def test_a_layer_as_others_write_it_is_understood(text: str, guess: str) -> None:
     with pytest.raises(SiteError, match=rf"Did you mean '{re.escape(guess)}'\?$"):
         parse_pattern(text)
+
+
+@pytest.mark.parametrize("patterns", [None, 3, b"layers.0", [["layers.0"]], [b"x"], [None]])
+def test_patterns_that_are_no_texts_are_refused(patterns: Any, tiny_bert: Any) -> None:
+    with pytest.raises(SiteError, match="site pattern"):
+        list_patterns(patterns)
+    with pytest.raises(SiteError, match="site pattern"):
+        map_model(tiny_bert).select(patterns)
 
 
 @pytest.mark.parametrize("text", ["layers.0.", "0", "layers..mid", "layer."])

@@ -11,6 +11,7 @@ from torch import nn
 import layerprobe as lp
 from families import build, make_batch
 from layerprobe.errors import ArchitectureError, OptionError
+from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import unwrap
 
 
@@ -209,3 +210,28 @@ def test_a_model_that_is_spread_over_devices_fills_no_store(
     with lp.Probe(model, "layers.0") as probe:
         model(**batch)
     assert probe["layers.0"] is not None and not list(tmp_path.iterdir())
+
+
+def test_what_load_model_gave_is_taken_as_its_model(tiny: LoadedModel, batch: Any) -> None:
+    assert unwrap(tiny) is unwrap(tiny.model)
+    assert lp.sites(tiny) == lp.sites(tiny.model)
+    with torch.no_grad(), lp.Probe(tiny, "layers.1") as probe, lp.edit(tiny, {"layers.1": lp.scale(0.0)}):
+        tiny.model(**batch)
+    real = batch["attention_mask"].bool()
+    assert not probe["layers.1"][real].any()
+    one = {name: value[:1] for name, value in batch.items()}
+    found = lp.patching(tiny, one, one, lambda out: out.last_hidden_state[:, 0, 0], "layers.1")
+    assert found.sites == ("layers.1",)
+
+
+@pytest.mark.parametrize("model", ["demo", None, 3])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    calls: list[Any] = [
+        lambda: lp.sites(model),
+        lambda: lp.Probe(model, "layers.*"),
+        lambda: lp.edit(model, {"layers.0": lp.scale(2.0)}),
+        lambda: lp.patching(model, {}, {}, lambda out: out),
+    ]
+    for call in calls:
+        with pytest.raises(OptionError, match=rf"the model is of type {type(model).__name__}: .* lp\.load_model"):
+            call()

@@ -20,7 +20,7 @@ import torch
 import layerprobe as lp
 from layerprobe.errors import FormatError, OptionError, SiteError, SpaceError, StoreError
 from layerprobe.models import LoadedModel
-from layerprobe.store import columns, lock, packed
+from layerprobe.store import columns, lock, naming, packed
 from layerprobe.store.export import _committed
 
 extract: Any = lp.extract
@@ -171,10 +171,10 @@ def test_sites_are_chosen_by_patterns_of_what_is_stored(store: Any, tmp_path: Pa
 
 def test_sites_of_modules_are_chosen_by_their_names() -> None:
     names = ["layers.0", "module:encoder.layer.0", "module:encoder.layer.1", "module:encoder.layer.1:input"]
-    assert columns.match_sites("module:encoder.layer.1:input", names, "acts") == names[3:]
-    assert columns.match_sites("module:encoder.layer.*:input", names, "acts") == names[3:]
-    assert columns.match_sites("module:encoder.layer.*", names, "acts") == names[1:3]
-    assert columns.match_sites(None, names, "acts") == names
+    assert naming.match_sites("module:encoder.layer.1:input", names, "acts") == names[3:]
+    assert naming.match_sites("module:encoder.layer.*:input", names, "acts") == names[3:]
+    assert naming.match_sites("module:encoder.layer.*", names, "acts") == names[1:3]
+    assert naming.match_sites(None, names, "acts") == names
 
 
 @pytest.mark.parametrize(

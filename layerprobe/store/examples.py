@@ -1,0 +1,41 @@
+"""One example of a store as a value: what `store.example` gives.
+
+Must never know of files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from layerprobe.store.naming import need_name
+from layerprobe.store.shards import ScaledRows
+
+__all__ = ["Example"]
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One example of a store.
+
+    Args:
+        index: Its ordinal in the input.
+        input_ids: int64 `[T]`, its real tokens, special ones included; of those rows that the store keeps.
+        positions: int64 `[T]`, their places among all its tokens.
+        tokens: The same as text, or None where the store has no tokenizer.
+        text: The input text, or None where it was not kept.
+        fields: The other fields of the input record.
+        sites: The vectors of each site, as `store[site][index]` gives them.
+    """
+
+    index: int
+    input_ids: Tensor
+    positions: Tensor
+    tokens: list[str] | None
+    text: str | None
+    fields: dict[str, Any]
+    sites: Mapping[str, Tensor | ScaledRows]
+
+    def __getitem__(self, site: str) -> Tensor | ScaledRows:
+        return self.sites[need_name(site, self.sites, f"example {self.index}")]

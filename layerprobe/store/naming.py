@@ -1,0 +1,91 @@
+"""Which stored sites a name or a pattern means.
+
+A store does not say how many layers its model has: negatives count from the last layer of which something is stored,
+and a slice without an end goes to it. Every function that takes sites of a store asks here, so that all mean the same.
+
+Hides how stored names are matched. Must never know of files or models.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+from layerprobe.errors import SiteError
+from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns, list_patterns
+from layerprobe.store.guard import brief
+
+__all__ = ["is_stored", "match_sites", "need_name"]
+
+_INPUT_SUFFIX = ":input"
+_COUNTED = re.compile(r"(?:[a-z_]+\.)?layers\.-\d+(?:\.[a-z_.]+)?\Z")
+
+
+def match_sites(patterns: str | Sequence[str] | None, names: Sequence[str], owner: str) -> list[str]:
+    """Find the stored sites that patterns stand for, in the order of the store.
+
+    Args:
+        patterns: As for `extract`; layers count to the last that is stored. None for every site.
+        names: The stored sites.
+        owner: What to call the store in messages.
+
+    Raises:
+        SiteError: a pattern is malformed, or matches nothing that is stored.
+    """
+    if patterns is None:
+        return list(names)
+    patterns = list_patterns(patterns)
+    if not patterns:
+        raise SiteError(f"no site asked of {owner}: it holds {', '.join(names)}.")
+    chosen = {pattern for pattern in patterns if pattern in names}
+    own = [name for name in names if not name.startswith(MODULE_PREFIX)]
+    inputs = [name.removesuffix(_INPUT_SUFFIX) for name in names if name.endswith(_INPUT_SUFFIX)]
+    outputs = [name for name in names if not name.endswith(_INPUT_SUFFIX)]
+    for pattern in patterns:
+        if pattern not in chosen:
+            modules = inputs if pattern.endswith(_INPUT_SUFFIX) else outputs
+            modules = [name.removeprefix(MODULE_PREFIX) for name in modules if name.startswith(MODULE_PREFIX)]
+            chosen.update(expand_patterns(pattern, own, _count_layers(own), owner, modules))
+    return [name for name in names if name in chosen]
+
+
+def _count_layers(names: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        segments = name.split(".")
+        for place, segment in enumerate(segments[:-1]):
+            if segment == "layers" and segments[place + 1].isdecimal():
+                stack = ".".join(segments[: place + 1])
+                counts[stack] = max(counts.get(stack, 0), int(segments[place + 1]) + 1)
+    return counts
+
+
+def need_name(site: object, names: Collection[str], owner: str) -> str:
+    """Give the stored name of one site: as it is, or with its layer counted from the last that is stored.
+
+    Raises:
+        SiteError: it is not stored; the message says which are.
+    """
+    if isinstance(site, str) and site in names:
+        return site
+    cause: SiteError | None = None
+    if type(site) is int:
+        why = f"sites are named by texts. Examples are read by store.example({site}). It"
+    elif not isinstance(site, str):
+        why = "sites are named by texts, one at a time. It"
+    elif _COUNTED.match(site):
+        try:
+            return match_sites(site, list(names), owner)[0]
+        except SiteError as error:
+            cause = error
+        why = "negatives count from the last layer that is stored. It"
+    else:
+        why = "it"
+    held = ", ".join(names) or "none"
+    raise SiteError(f"no site {brief(repr(site))} in {owner}: {why} holds {held}.") from cause
+
+
+def is_stored(site: object, names: Collection[str]) -> bool:
+    """Whether `need_name` finds a site."""
+    try:
+        return bool(need_name(site, names, "the store"))
+    except SiteError:
+        return False
