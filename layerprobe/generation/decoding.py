@@ -135,6 +135,12 @@ def list_examples(store: Store, examples: Any) -> list[int]:
 def _check_options(options: Mapping[str, Any]) -> None:
     from transformers import GenerationConfig
 
+    for name in ("num_beams", "num_return_sequences", "max_new_tokens", "max_length"):
+        if options.get(name) is not None:
+            check_count(name, options[name])
+    top_p = options.get("top_p")
+    if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
+        raise OptionError(f"top_p is {top_p!r}: it is a share of the probability, above 0 and at most 1.")
     known = set(GenerationConfig().to_dict()) - {"transformers_version"}
     for name in options:
         if name in _RETURNS:
@@ -172,7 +178,6 @@ def _check_length(decoder: Any, options: Mapping[str, Any]) -> None:
         asked = options.get(name)
         if asked is None:
             continue
-        check_count(name, asked)
         if most is not None and asked > most:
             raise OptionError(f"{name} is {asked}: {type(decoder).__name__} has {most} positions. Ask for fewer.")
 

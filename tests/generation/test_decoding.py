@@ -157,6 +157,18 @@ def test_what_cannot_be_is_one_clear_error(bert2bert: Any, tiny: LoadedModel, te
         lp.generate(store, bert2bert, num_return_sequences=3, do_sample=False)
     with pytest.raises(ModelError, match="beyond its tables"):
         lp.generate(store, bert2bert, examples=0, max_new_tokens=4, decoder_start_token_id=200)
+    options: dict[str, Any]
+    for options, message in (
+        ({"num_beams": 0}, "num_beams is 0: it must be a whole number of at least 1"),
+        ({"num_beams": -1}, "num_beams is -1"),
+        ({"num_beams": 1.5}, r"num_beams is 1\.5"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0"),
+        ({"top_p": 0.0, "do_sample": True}, r"top_p is 0\.0: it is a share of the probability"),
+        ({"top_p": 1.5, "do_sample": True}, r"top_p is 1\.5"),
+        ({"top_p": "0.5", "do_sample": True}, "top_p is '0.5'"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            lp.generate(store, bert2bert, **options)
     with pytest.raises(OptionError, match="max_new_tokens is 70: EncoderDecoderModel has 64 positions"):
         lp.generate(store, bert2bert, max_new_tokens=70)
     with pytest.raises(OptionError, match=r"max_length is 2\.5: it must be a whole number"):
