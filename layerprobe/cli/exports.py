@@ -18,7 +18,10 @@ Hub = Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/USER/NAME
 def export(
     folder: Where,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The file; for zarr a folder.")],
-    to: Annotated[str, typer.Option("--to", help="parquet, arrow, npz or zarr.")] = "parquet",
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="parquet, arrow, npz or zarr; if not given what OUT ends in, else parquet."),
+    ] = None,
     patterns: Annotated[
         list[str] | None,
         typer.Option(

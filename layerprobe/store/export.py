@@ -82,7 +82,7 @@ class ExportReport:
 def export(
     store: Store | str | Path,
     out: str | Path,
-    to: str = "parquet",
+    to: str | None = None,
     *,
     sites: str | Sequence[str] | None = None,
     rows: str | None = None,
@@ -95,6 +95,7 @@ def export(
         store: A store, or where it is.
         out: What to write.
         to: `parquet` or `arrow`: a table; `npz` or `zarr`: packed arrays. `docs/export.md` lists columns and arrays.
+            None for what the suffix of `out` says, and `parquet` where it says nothing.
         sites: Patterns over the stored sites; None for all of them, or with `rows="tokens"` all with a row per token.
         rows: What a row of a table is: `examples`, the default, or `tokens`. Packed arrays are not made of rows.
         overwrite: Replace what is there.
@@ -104,7 +105,7 @@ def export(
         What was written.
 
     Raises:
-        OptionError: a value that does not exist, or what the format takes is not installed.
+        OptionError: a value that does not exist, a suffix of another format, or what the format takes is not installed.
         SiteError: a pattern matches nothing that is stored.
         StoreError: there is no store, a shard is damaged, `out` exists, or the disk refused. Nothing is left then.
 
@@ -118,8 +119,7 @@ def export(
         >>> numpy.load(out)["layers.5"].shape
         (2, 384)
     """
-    if to not in FORMATS:
-        raise OptionError(f"no format {to!r}: use {', '.join(FORMATS)}.")
+    to = _choose_format(Path(out), to)
     check_flag("overwrite", overwrite)
     if rows is not None and to in _PACKED:
         raise OptionError(f"rows={rows!r} goes with a table: {to} holds packed rows with the offsets of examples.")
@@ -147,6 +147,18 @@ def export(
     return ExportReport(
         out, to, len(store), store.num_tokens, _measure(out), names, widened, store.is_complete
     )  # fmt: skip
+
+
+def _choose_format(out: Path, to: str | None) -> str:
+    suffix = out.suffix.lower()
+    said = "arrow" if suffix == ".feather" else suffix.removeprefix(".") if suffix[1:] in FORMATS else None
+    if to is None:
+        return said or "parquet"
+    if to not in FORMATS:
+        raise OptionError(f"no format {to!r}: use {', '.join(FORMATS)}.")
+    if said not in (None, to):
+        raise OptionError(f"{out}: the name says {said}, to={to!r} another format. Leave out to (--to), or rename it.")
+    return to
 
 
 def _require(to: str) -> None:

@@ -33,8 +33,9 @@ def test_export_writes_a_table_and_says_what_became_of_the_dtype(run: Run, acts:
     assert "2 sites of bfloat16 became float32" in printed
     assert pq.read_schema(out).names[-2:] == ["layers.0", "layers.2"]
     refused(run("export", acts, "-o", out), "out.parquet: exists already")
-    assert run("export", acts, "--to", "npz", "-o", out, "--overwrite", "-q") == (0, "", "")
-    with np.load(out, allow_pickle=False) as arrays:
+    refused(run("export", acts, "--to", "npz", "-o", out, "--overwrite"), "the name says parquet, to='npz' another")
+    assert run("export", acts, "-o", tmp_path / "out.npz", "-q") == (0, "", "")
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
         assert "layers.1" in arrays
     refused(run("export", acts, "-o", tmp_path / "x", "--to", "csv"), "no format 'csv'")
     refused(run("export", acts, "-o", tmp_path / "x", "--sites", "layers.7"), "no site 'layers.7'")

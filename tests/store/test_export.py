@@ -169,6 +169,22 @@ def test_sites_are_chosen_by_patterns_of_what_is_stored(store: Any, tmp_path: Pa
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "to", "format_"),
+    [("a.npz", None, "npz"), ("a.NPZ", "npz", "npz"), ("a.feather", None, "arrow"), ("a.arrow", None, "arrow"),
+     ("a.parquet", None, "parquet"), ("a", None, "parquet"), ("a.b", "npz", "npz"), ("arrow", "npz", "npz")],
+)  # fmt: skip
+def test_the_format_is_what_the_name_says(
+    tiny: LoadedModel, tmp_path: Path, name: str, to: str | None, format_: str
+) -> None:
+    store = lp.extract(tiny, ["the fox"], tmp_path / "acts", sites="layers.0")
+    assert lp.export(store, tmp_path / name, to).format == format_
+    other = "npz" if format_ != "npz" else "parquet"
+    if to is None and "." in name:
+        with pytest.raises(OptionError, match=rf"the name says {format_}, to='{other}' another format"):
+            lp.export(store, tmp_path / name, other, overwrite=True)
+
+
 def test_sites_of_modules_are_chosen_by_their_names() -> None:
     names = ["layers.0", "module:encoder.layer.0", "module:encoder.layer.1", "module:encoder.layer.1:input"]
     assert naming.match_sites("module:encoder.layer.1:input", names, "acts") == names[3:]
