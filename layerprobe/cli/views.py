@@ -22,13 +22,16 @@ def describe_store(store: Store) -> str:
         state = f"{format_count(len(lost), 'shard')} lost, {lost[0]} the first"
     if not store.is_complete or lost:
         state += ": run the same extraction again to go on"
+    rows = "real token" if store.kept is None else "token that was kept"
     lines = [
         f"store     {store.place}: {state}",
         f"model     {brief(model.get('id') or '(unnamed)')} ({brief(model.get('class'))})",
         f"holds     {format_count(len(store), 'example')}, {format_count(store.num_tokens, 'token')}, "
         f"{format_count(store.num_shards, 'shard')}, {format_bytes(sum(sizes.values()))}",
-        f"pool      {store.pool or 'none: a row per real token'}",
+        f"pool      {store.pool or f'none: a row per {rows}'}",
     ]
+    if store.kept is not None:
+        lines.append(f"kept      {store.kept}; the rows of the others are not there")
     index = store.index or {}
     if index.get("truncated"):
         were = "text was" if index["truncated"] == 1 else "texts were"
@@ -106,8 +109,10 @@ def describe_example(example: Example) -> str:
     if not per_token:
         return "\n".join([*head, " ".join(tokens)])
     rows = [
-        (position, token_id, token, *(round(site[position], 2) for site in norms))
-        for position, (token_id, token) in enumerate(zip(example.input_ids.tolist(), tokens, strict=True))
+        (position, token_id, token, *(round(site[row], 2) for site in norms))
+        for row, (position, token_id, token) in enumerate(
+            zip(example.positions.tolist(), example.input_ids.tolist(), tokens, strict=True)
+        )
     ]
     means = ("", None, "mean norm", *(round(sum(site) / max(1, len(site)), 2) for site in norms))
     table = format_table(("", "id", "token", *per_token), [*rows, means])

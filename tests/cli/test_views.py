@@ -66,6 +66,20 @@ def test_texts_are_shown_on_one_line_without_control_characters(folder: Path) ->
     assert "text    the dog [31m 中\n" in shown and "\x1b" not in shown
 
 
+def test_a_thinned_store_says_what_it_keeps_and_shows_where_it_was(tiny_model_folder: Path, tmp_path: Path) -> None:
+    made, texts = tmp_path / "acts", ["the quick brown fox over the lazy dog"] * 3
+    store: Any = extract(load_model(str(tiny_model_folder), "cpu"), texts, made, tokens="nonspecial", keep=0.5)
+    said = describe_store(store).splitlines()
+    assert said[3:5] == [
+        "pool      none: a row per token that was kept",
+        "kept      nonspecial tokens, 0.5 of them; the rows of the others are not there",
+    ]
+    shown = describe_example(store.example(1)).splitlines()
+    rows = [line.split() for line in shown[5:-1]]
+    positions = store.positions(1).tolist()
+    assert [int(row[0]) for row in rows] == positions != list(range(len(positions)))
+
+
 def test_a_pooled_example_shows_one_norm_per_site(tiny_model_folder: Path, tmp_path: Path) -> None:
     store: Any = extract(load_model(str(tiny_model_folder), "cpu"), ["the dog"], tmp_path / "acts", pool="mean")
     said = describe_example(store.example(0))
