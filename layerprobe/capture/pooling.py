@@ -5,7 +5,7 @@ Done where the values are, before anything is copied. Must never know where vect
 Letters: B sequences, S padded positions, T rows, N examples, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
@@ -56,7 +56,7 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
     if selection.index is None and not selection.is_flat:
         assert selection.runs is not None
         parts = [_pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs]
-        return torch.cat(parts) if parts else value_BSD.new_empty(0, value_BSD.shape[2])
+        return _join(parts) if parts else value_BSD.new_empty(0, value_BSD.shape[2])
     index, flat = selection.index, value_BSD.flatten(0, 1)
     # the backward of a mean of many has none of its own
     has_mean = value_BSD.device.type in _MEANS_AT_ONCE and not value_BSD.requires_grad
@@ -71,7 +71,7 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
         _pool_block(block.unflatten(0, (count, length)), pool)
         for block, (length, count) in zip(blocks, groups, strict=True)
     ]
-    return torch.cat(parts) if parts else flat.new_empty(0, flat.shape[1])
+    return _join(parts) if parts else flat.new_empty(0, flat.shape[1])
 
 
 def _pool_at_once(flat: Tensor, index: Tensor, selection: Selection, pool: Pool) -> Tensor:
@@ -92,6 +92,20 @@ def _pool_at_once(flat: Tensor, index: Tensor, selection: Selection, pool: Pool)
     return vectors
 
 
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Bring vectors `[k, D]` together."""
+    _refuse_lengths({part.shape[1] for part in parts})
+    return torch.cat(list(parts))
+
+
+def _refuse_lengths(lengths: set[int]) -> None:
+    if len(lengths) > 1:
+        raise CaptureError(
+            f"the pool callable gave vectors of {' and '.join(map(str, sorted(lengths)))} numbers: it must give as "
+            "many for every text, however many rows that has."
+        )
+
+
 def _pool_block(block: Tensor, pool: Pool) -> Tensor:
     """Pool sequences of one length, `[k, t, D]`, to `[k, D]`."""
     if callable(pool):
@@ -100,6 +114,7 @@ def _pool_block(block: Tensor, pool: Pool) -> Tensor:
             if not isinstance(vector, Tensor) or vector.ndim != 1:
                 got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
                 raise CaptureError(f"the pool callable gave {got}: it must turn [T, D] rows into one vector.")
+        _refuse_lengths({len(vector) for vector in vectors})
         return torch.stack(vectors)
     if block.shape[1] == 0:
         return block.new_full((block.shape[0], block.shape[2]), float("nan"))

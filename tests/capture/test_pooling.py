@@ -128,6 +128,23 @@ def test_callable_pool_sees_only_the_real_rows_of_each_example(value: Tensor, ma
         assert torch.equal(rows, sequence[kept])
 
 
+@pytest.mark.parametrize("through_index", [False, True])
+def test_callable_pool_whose_vectors_differ_in_length_is_refused(value: Tensor, through_index: bool) -> None:
+    mask = next(mask for mask in MASKS.values() if len({sum(row) for row in mask}) > 1)
+    selection = index(select(mask), mask) if through_index else select(mask)
+    with pytest.raises(
+        CaptureError, match=r"the pool callable gave vectors of \d and .* numbers: it must give as many"
+    ):
+        pool_rows(value, selection, lambda rows: rows[:, 0])
+    made: list[int] = []
+    with pytest.raises(CaptureError, match=r"the pool callable gave vectors of 1 and 2 numbers"):
+        pool_rows(
+            value,
+            select(torch.ones(value.shape[:2]).tolist()),
+            lambda rows: made.append(1) or rows[0, : 1 + len(made) % 2],
+        )
+
+
 def test_callable_pool_that_gives_no_vector_is_refused(value: Tensor) -> None:
     selection = Selection.from_mask(None, (4, 5), CPU)
     with pytest.raises(
