@@ -124,6 +124,7 @@ class Differences:
         cka_rows: Rows of a minibatch of CKA.
         cosine: How rows were prepared before each cosine.
         seed: Of all draws.
+        notes: What else to know of the numbers.
     """
 
     pairs: tuple[PairDifference, ...]
@@ -138,6 +139,7 @@ class Differences:
     cka_rows: int
     cosine: str
     seed: int
+    notes: tuple[str, ...] = ()
 
     def table(self) -> str:
         """Lay out pairs and sites as text, with what moves most between the pair that is furthest apart."""
@@ -147,6 +149,7 @@ class Differences:
             f"{format_count(self.num_rows, 'row')}; cosines {self.cosine}; CKA debiased over minibatches of "
             f"{self.cka_rows}; {self.neighbours} neighbours of {self.num_sampled:,} rows; self-similarity of "
             f"{format_count(self.num_words, 'token')}",
+            *self.notes,
             "",
             format_table([name.replace("_", " ") for name in _PAIR_COLUMNS], pairs),
             "",
@@ -240,7 +243,7 @@ def differences(
         max_rows: About how many rows to take, drawn at random: in the first pass rows, in the second whole examples.
             None for all.
         sample: Rows whose neighbours are compared; at 2,000 the overlap is known to about 0.01.
-        neighbours: Of each row.
+        neighbours: Of each row; half of the other rows, and a note, where those are not more.
         seed: Of all draws.
         progress: Whether to show a bar; None for only on a terminal.
 
@@ -263,8 +266,8 @@ def differences(
     if pairs not in ("adjacent", "all"):
         raise OptionError(f"pairs={pairs!r}: use adjacent or all.")
     check_cosine(cosine)
-    for name, value in (("sample", sample), ("neighbours", neighbours)):
-        check_count(name, value)
+    check_count("sample", sample, 2)
+    check_count("neighbours", neighbours)
     check_count("seed", seed, 0)
     if max_rows is not None:
         check_count("max_rows", max_rows, 2)
@@ -273,8 +276,10 @@ def differences(
     names = [site.name for site in chosen]
     if len(chosen) < 2:
         raise SiteError(f"differences of {names[0]!r} alone: it takes two sites. {store.place} holds {store.sites}.")
-    if count_rows(store, chosen) < 2:
-        raise InputError(f"differences of {store.place}: it has {count_rows(store, chosen)} rows; two are the least.")
+    num_rows = count_rows(store, chosen)
+    if num_rows < 2:
+        raise InputError(f"differences of {store.place}: it has {num_rows} rows; two are the least.")
+    neighbours, notes = _fit_neighbours(neighbours, min(sample, num_rows, max_rows or num_rows))
     places = list(pairwise(range(len(names))) if pairs == "adjacent" else combinations(range(len(names)), 2))
     with using_few_cores():
         shape = ShapePass(chosen, sample)
@@ -285,8 +290,6 @@ def differences(
         moves = MovePass(chosen, places, scalings, types, seed)
         for chunk in sweep(store, chosen, max_rows=max_rows, seed=seed, what="moves", progress=progress):
             moves.add(chunk)
-        if moves.num_rows < 2:
-            raise InputError(f"max_rows={max_rows}: no two rows of {store.place} were drawn. Ask for more.")
         pairs_found = _list_pairs(names, places, shape, moves, scalings, neighbours)
     return Differences(
         pairs=pairs_found,
@@ -301,7 +304,16 @@ def differences(
         cka_rows=CKA_ROWS,
         cosine=cosine,
         seed=seed,
+        notes=notes,
     )
+
+
+def _fit_neighbours(asked: int, num_rows: int) -> tuple[int, tuple[str, ...]]:
+    """Ask for no more neighbours than tell something: where all others are neighbours, they are so at any site."""
+    if asked < num_rows - 1:
+        return asked, ()
+    fewer = max(1, (num_rows - 1) // 2)
+    return fewer, (f"neighbours are {fewer} and not {asked}: each row has {num_rows - 1:,} others to choose from",)
 
 
 def _list_pairs(

@@ -16,9 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from layerprobe.errors import NonFiniteError, SiteError
+from layerprobe.sites.grammar import list_patterns
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.difference import take_depth
-from layerprobe.store.naming import match_sites
+from layerprobe.store.naming import is_stored, match_sites, need_name
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.rows import choose_sites, take_rows
 from layerprobe.store.shards import Shard, positions_of
@@ -43,6 +44,8 @@ _MOST_MAPPED_BYTES = 16 << 20
 # Rows that are drawn lie anywhere, and the system maps so much around each that it finds in its cache.
 _AROUND_BYTES = 64 << 10
 _DRAWN_ROWS = 1024
+# Of the keys of a draw, so that the last example that is taken is found among few.
+_BINS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,18 +94,21 @@ def choose_depth(store: Store, patterns: str | Sequence[str] | None) -> list[Sto
 
     Args:
         store: The store.
-        patterns: Over the stored sites; None for the embeddings, every layer's output and the final norm, or where
-            there is none of those, for all that have rows.
+        patterns: Over the stored sites; attention weights that a wildcard takes along are left out. None for the
+            embeddings, every layer's output and the final norm, or where there is none of those, for all that have
+            rows.
 
     Raises:
         SiteError: a pattern matches nothing that is stored, or nothing stored has rows.
         OptionError: attention weights, or sites that have no rows in common.
     """
     if patterns is not None:
-        names = match_sites(patterns, store.sites, str(store.place))
-        if isinstance(patterns, str) or len(names) > 1:
-            with_rows = [name for name in names if store[name].kind != "attention"]
-            names = with_rows or names
+        asked, place = list_patterns(patterns), str(store.place)
+        names = match_sites(asked, store.sites, place)
+        # what a wildcard took along is left out; what was named is refused below
+        named = {need_name(one, store.sites, place) for one in asked if is_stored(one, store.sites)}
+        with_rows = [name for name in names if name in named or store.stored_sites[name].kind != "attention"]
+        names = with_rows or names
     else:
         names = take_depth(store.stored_sites)
     if not names:
@@ -138,7 +144,8 @@ def sweep(
     Args:
         store: The store.
         sites: From `choose_depth`.
-        max_rows: About how many rows to take, in examples drawn at random; None for all.
+        max_rows: How many rows to take, in whole examples drawn at random, the last of which may go beyond; None for
+            all.
         seed: Of the draw.
         what: What the progress bar says.
         progress: Whether to show it; None for only on a terminal.
@@ -148,29 +155,62 @@ def sweep(
         NonFiniteError: a row is not finite; the message names the first.
     """
     num_rows = count_rows(store, sites)
-    share = 1.0 if max_rows is None else min(1.0, max_rows / max(1, num_rows))
-    catalog = store.catalog
+    total = num_rows if max_rows is None else min(num_rows, max_rows)
+    catalog, kind = store.catalog, sites[0].kind
+    most = None if total == num_rows else _find_most(store, kind, total, seed)
     names = [site.name for site in sites]
     row_bytes, mapped = sum(site.bytes_per_vector for site in sites), Mappings(catalog)
-    with bar_of(round(num_rows * share), what, progress) as bar:
+    with bar_of(total, what, progress) as bar:
         for number, shard in enumerate(store.iter_shards()):
             catalog.prefetch(range(number, number + _SHARDS_AHEAD), names)
-            drawn = None
-            if share < 1:
-                drawn = np.random.default_rng([seed, number]).random(shard.header.num_examples) < share
-            for rows, places in _cut(shard, sites[0].kind, drawn):
+            drawn = None if most is None else _draw_keys(shard, number, seed) <= most
+            for rows, places in _cut(shard, kind, drawn):
                 chunk = _read(shard, sites, rows, places)
                 if finite:
                     _refuse_nonfinite(store, chunk)
                 yield chunk
                 bar.update(len(rows))
             header = shard.header
-            mapped.add(row_bytes * (header.num_tokens if sites[0].kind == "token" else header.num_examples))
+            mapped.add(row_bytes * (header.num_tokens if kind == "token" else header.num_examples))
+
+
+def _draw_keys(shard: Shard, number: int, seed: int) -> np.ndarray:
+    """Give each example of a shard its place in a random order of all: a number from 0 to 1."""
+    return np.random.default_rng([seed, number]).random(shard.header.num_examples)
+
+
+def _find_most(store: Store, kind: str, wanted: int, seed: int) -> float:
+    """Find the key of the last example to take: those of a random order until there are as many rows as wanted.
+
+    Cost: two passes over the lengths of the examples; memory of one shard's, and of a 4,096th of all.
+    """
+    rows = np.zeros(_BINS)
+    for keys, lengths in _key_shards(store, kind, seed):
+        rows += np.bincount((keys * _BINS).astype(np.int64), weights=lengths, minlength=_BINS)
+    ends = np.cumsum(rows)
+    last = int(np.searchsorted(ends, wanted))
+    near = [(keys[at], lengths[at]) for keys, lengths in _key_shards(store, kind, seed)
+            for at in [(keys * _BINS).astype(np.int64) == last]]  # fmt: skip
+    keys, lengths = (np.concatenate(parts) for parts in zip(*near, strict=True))
+    order = np.argsort(keys)
+    reached = ends[last] - rows[last] + np.cumsum(lengths[order])
+    return float(keys[order][np.searchsorted(reached, wanted)])
+
+
+def _key_shards(store: Store, kind: str, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Go through the keys of all examples, and how many rows each has."""
+    for number, shard in enumerate(store.iter_shards()):
+        store.catalog.prefetch(range(number, number + _SHARDS_AHEAD), ["offsets"])
+        yield _draw_keys(shard, number, seed), np.diff(_offsets(shard, kind))
+
+
+def _offsets(shard: Shard, kind: str) -> np.ndarray:
+    return np.asarray(shard.offsets) if kind == "token" else np.arange(shard.header.num_examples + 1)
 
 
 def _cut(shard: Shard, kind: str, drawn: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cut a shard into chunks of whole examples: their rows, and each row's place among the examples of the shard."""
-    offsets = np.asarray(shard.offsets) if kind == "token" else np.arange(shard.header.num_examples + 1)
+    offsets = _offsets(shard, kind)
     lengths = np.diff(offsets)
     places = np.arange(len(lengths)) if drawn is None else np.flatnonzero(drawn)
     ends = np.cumsum(lengths[places])

@@ -174,19 +174,22 @@ def test_max_rows_draws_by_the_seed_and_says_how_many(tmp_path: Path) -> None:
     folder = plant(tmp_path / "acts", layers, [3] * 1000)
     one, same, other = (lp.differences(folder, max_rows=600, sample=100, seed=seed) for seed in (1, 1, 2))
     assert one == same and one.pairs != other.pairs
-    assert 450 < one.num_rows < 750 and one.num_sampled == 100  # five standard deviations of the draw
+    assert one.num_rows == other.num_rows == 600 and one.num_sampled == 100
 
 
 def test_the_result_is_written_as_table_csv_json_and_picture(tmp_path: Path, layers: dict[str, Tensor]) -> None:
-    found = lp.differences(plant(tmp_path / "acts", layers, LENGTHS), neighbours=60)
-    assert np.isnan(found.pairs[0].neighbour_overlap)  # fewer rows than neighbours
+    folder = plant(tmp_path / "acts", layers, LENGTHS)
+    found, half = lp.differences(folder, neighbours=60), lp.differences(folder, neighbours=(sum(LENGTHS) - 1) // 2)
+    assert found.pairs == half.pairs and 0 < found.pairs[0].neighbour_overlap < 1
+    note = f"neighbours are {half.neighbours} and not 60: each row has {sum(LENGTHS) - 1} others to choose from"
+    assert found.neighbours == half.neighbours and found.notes == (note,) and note in found.table() and not half.notes
     table = found.table()
     assert "50 rows; cosines raw" in table and "moves most from" in table and str(found) == table
     rows = list(csv.DictReader(found.to_csv(tmp_path / "found.csv").read_text().splitlines()))
     assert [float(row["l2"]) for row in rows] == [pair.l2 for pair in found.pairs]
-    assert rows[0]["neighbour_overlap"] == ""
+    assert [float(row["neighbour_overlap"]) for row in rows] == [pair.neighbour_overlap for pair in found.pairs]
     said = json.loads(found.to_json(tmp_path / "found.json").read_text())
-    assert said["pairs"][1]["cka"] == found.pairs[1].cka and said["pairs"][0]["neighbour_overlap"] is None
+    assert said["pairs"][1]["cka"] == found.pairs[1].cka and said["notes"] == [note]
     assert said["sites"][0]["site"] == "embeddings" and len(said["examples"]) == 20
     figure = found.plot(tmp_path / "found.png")
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
@@ -202,7 +205,7 @@ def test_the_result_is_written_as_table_csv_json_and_picture(tmp_path: Path, lay
     [
         ({"pairs": "both"}, OptionError, "pairs='both': use adjacent or all"),
         ({"cosine": "whitened"}, OptionError, "cosine='whitened': use raw, centred, zscored"),
-        ({"sample": 0}, OptionError, "sample is 0: it must be a whole number of at least 1"),
+        ({"sample": 0}, OptionError, "sample is 0: it must be a whole number of at least 2"),
         ({"max_rows": 1}, OptionError, "max_rows is 1: it must be a whole number of at least 2"),
         ({"seed": -1}, OptionError, "seed is -1"),
         ({"sites": "layers.7"}, SiteError, "layers.7"),

@@ -57,10 +57,38 @@ def test_a_draw_takes_whole_examples_by_the_seed(store: Store) -> None:
         torch.cat([chunk.examples for chunk in sweep(store, sites, max_rows=900, seed=seed)]) for seed in (1, 1, 2)
     ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    # six standard deviations of the draw of 300 examples
-    assert 500 < len(drawn[0]) < 1300
+    # the last example that is taken may go beyond
+    assert all(900 <= len(examples) < 900 + max(LENGTHS) for examples in drawn)
     found, counts = torch.unique(drawn[0], return_counts=True)
     assert counts.tolist() == [LENGTHS[example] for example in found.tolist()]
+
+
+@pytest.mark.parametrize("shards", [1, 3, 8])
+@pytest.mark.parametrize("max_rows", [1, 2, 9, 27, 28, 29])
+def test_a_draw_of_a_small_store_is_of_as_many_rows_as_were_asked_for(
+    tmp_path: Path, shards: int, max_rows: int
+) -> None:
+    lengths = LENGTHS[:8]
+    small = lp.open(plant(tmp_path / "small", {"layers.0": draw()[: sum(lengths)]}, lengths, shards=shards))
+    sites = choose_depth(small, None)
+    seen: set[int] = set()
+    for seed in range(60):
+        chunks = list(sweep(small, sites, max_rows=max_rows, seed=seed))
+        examples = torch.cat([chunk.examples for chunk in chunks])
+        # without the longest that was taken there are too few
+        longest = max(lengths[example] for example in set(examples.tolist()))
+        assert min(max_rows, sum(lengths)) <= len(examples) < max_rows + longest
+        seen |= set(examples.tolist())
+    # every example that has rows is drawn by some seed
+    assert seen == {example for example, length in enumerate(lengths) if length}
+
+
+def test_vectors_of_examples_are_drawn_to_the_number(tmp_path: Path) -> None:
+    pooled = lp.open(plant(tmp_path / "pooled", {"pooler": draw()[:8]}, [1] * 8, pool="mean", shards=2))
+    sites = choose_depth(pooled, None)
+    assert [sum(len(chunk.examples) for chunk in sweep(pooled, sites, max_rows=most)) for most in (1, 5, 8, 9)] == [
+        *(1, 5, 8, 8)
+    ]
 
 
 def test_types_are_counted_from_the_ids(store: Store) -> None:
@@ -84,6 +112,16 @@ def test_attention_weights_have_no_rows(tmp_path: Path) -> None:
         lp.differences(store)
     with pytest.raises(OptionError, match="one matrix per head and cannot be gone through by rows"):
         lp.differences(store, sites="layers.0.attention.weights")
+
+
+def test_weights_that_were_named_are_refused_and_those_of_a_wildcard_left_out() -> None:
+    sites = ["layers.0", "layers.0.attention.weights", "layers.1"]
+    store = lp.extract("demo", ["So it goes.", "Who left?"], "memory://named", sites=sites, progress=False)
+    for patterns in (["layers.*", "layers.0.attention.weights"], ["layers.1", "layers.-2.attention.weights"]):
+        with pytest.raises(OptionError, match=r"'layers\.0\.attention.weights' is one matrix per head"):
+            choose_depth(store, patterns)
+    for patterns in (["layers.*", "layers.*.attention.weights"], ["layers.0", "layers.0.*.weights", "layers.1"]):
+        assert [site.name for site in choose_depth(store, patterns)] == ["layers.0", "layers.1"]
 
 
 @pytest.mark.slow
