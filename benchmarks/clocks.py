@@ -6,6 +6,9 @@ the disk; a tokenizer works in threads of its own too, so of that it is the seco
 
 A twin is a bare model that is called with every batch of the run, before it or after it in turns: what the machine does
 meanwhile, and what other threads take of the cores, hits both alike. Its time is of no part of the run.
+
+Calls on a GPU return before they are computed: there the clocks of the forward and of the twin wait for the model's
+stream, and those of the parts within tell what they take of the host. Copies that are under way go on beside.
 """
 
 import functools
@@ -14,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
+
+from subjects import wait_for_model
 
 from layerprobe.capture.packing import StoreSink
 from layerprobe.extract import engine, run
@@ -29,6 +34,7 @@ __all__ = ["BESIDE", "MAIN", "TWIN", "Clocks"]
 MAIN = ("forward", "hooks", "plan", "batches", "records", "room", "wait for a buffer", "last flush", "open", "rest")
 BESIDE = ("tokenise", "writer")
 TWIN = "twin"
+_COMPUTED = ("forward", TWIN)
 _WATCHED: tuple[tuple[Any, str, str], ...] = (
     (run, "plan_extraction", "plan"),
     (run, "open_store", "open"),
@@ -81,13 +87,16 @@ class Clocks(AbstractContextManager[dict[str, float]]):
 
     def _watch(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         clock = time.thread_time if part == "writer" else time.perf_counter
+        wait = wait_for_model if part in _COMPUTED else _wait_for_nothing
 
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
+            wait()
             self._begin(clock)
             try:
                 return function(*args, **kwargs)
             finally:
+                wait()
                 self._end(clock, part)
 
         return timed
@@ -128,3 +137,7 @@ class Clocks(AbstractContextManager[dict[str, float]]):
         self._taken[part] += took - within
         if stack:
             stack[-1][1] += took
+
+
+def _wait_for_nothing() -> None:
+    return None

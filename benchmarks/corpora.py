@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import nn
 
+from layerprobe.capture.staging import send
 from layerprobe.extract.batching import Batch, FlatBatch, cut_batches, cut_flat_batches
 from layerprobe.extract.flat import FlatForm, laying
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.tokens import tokenize
 from layerprobe.models import LoadedModel
+from layerprobe.sites.stacks import find_device
 
 __all__ = [
     "SITES",
@@ -104,12 +106,12 @@ def make_caller(model: nn.Module, asks_states: bool = False) -> Callable[[Batch 
         asks_states: Whether to ask it for `output_hidden_states`.
     """
     # as it is now: clocks may be put on it
-    form, make_arguments = FlatForm.of(model), FlatForm.arguments
+    form, make_arguments, device = FlatForm.of(model), FlatForm.arguments, find_device(model)
     states = {"output_hidden_states": True} if asks_states else {}
 
     def call(batch: Batch | FlatBatch) -> None:
         arguments = make_arguments(form, batch) if isinstance(batch, FlatBatch) else batch.arguments
         with laying(batch):
-            model(**arguments, **states)
+            model(**{name: send(value, device) for name, value in arguments.items()}, **states)
 
     return call

@@ -40,34 +40,33 @@ _STEPS: tuple[tuple[int, str, float, int], ...] = (
 def lay_out_floor(document: dict[str, Any]) -> list[str]:
     """Give the bounds of each regime, where its time goes, and the runs that end early."""
     regimes, settings = document["results"]["regimes"], document["settings"]
+    # a GPU has a bus in place of copies, and an older file no plain whole
+    columns = [
+        (header, key)
+        for header, key in (
+            ("batches", "batches"),
+            ("forward, padded", "padded_forward_s"),
+            ("forward", "forward_s"),
+            ("copy", "copy_s"),
+            ("bus", "bus_s"),
+            ("disk", "disk_s"),
+            ("whole", "whole_s"),
+            ("plain whole", "plain_whole_s"),
+            ("over the floor", "ratio"),
+            ("with the threads", "most_ratio"),
+            ("plain over the floor", "plain_ratio"),
+            ("over the padded forward", "over_padded"),
+            ("GPU busy", "busy_share"),
+        )
+        if all(key in found for found in regimes)
+    ]
+    texts = f"{settings['texts']:,} {settings.get('corpus', 'docstrings')}"
     return [
-        f"{settings['texts']:,} docstrings, {settings['tokens']:,} tokens, {_rounds(document)}, "
-        f"{_machine(document)}, in seconds:",
+        f"{texts}, {settings['tokens']:,} tokens, {_rounds(document)}, {_machine(document)}, in seconds:",
         "",
         *_table(
-            (
-                "sites, rows, dtype",
-                "batches",
-                "forward, padded",
-                "forward",
-                "copy",
-                "disk",
-                "whole",
-                "over the floor",
-                "with the threads",
-                "over the padded forward",
-            ),
-            [
-                (
-                    found["regime"],
-                    found["batches"],
-                    *(found[f"{way}_s"] for way in ("padded_forward", "forward", "copy", "disk", "whole")),
-                    found["ratio"],
-                    found["most_ratio"],
-                    found["over_padded"],
-                )
-                for found in regimes
-            ],
+            ("sites, rows, dtype", *(header for header, _ in columns)),
+            [(found["regime"], *(found[key] for _, key in columns)) for found in regimes],
         ),
         "",
         "Where the time goes; the last two are beside the rest, of the writer it is CPU time:",
@@ -190,7 +189,7 @@ def lay_out_growth(document: dict[str, Any]) -> list[str]:
             axis,
             f"{found['texts']:,}",
             found["length"],
-            found["sites"],
+            f"{found['sites']}, {found['pool']}" if found.get("pool") else found["sites"],
             f"{found['shards']:,}",
             found["threads"] or "",
             found["us_per_token"],

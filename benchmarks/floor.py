@@ -4,17 +4,25 @@ Nothing can be faster than the slowest of the three: the forward over the run's 
 values of the asked sites once, and writing their bytes to disk as shards are written, flushed. Two more times stand
 beside them and are no bounds: the plain way to write, and the forward over padded batches as `padding_free=False` cuts
 them, which is how a model is called that nobody has taught to do without. For one site and for more, as rows and
-pooled, in float32 and in float16; and for runs that end at a layer, against the run of the last one.
+pooled, in float32 and in float16; and for runs that end at a layer, against the run of the last one. On a GPU the bytes
+over its bus to page-locked memory take the place of the copies, and one run more, under torch's profiler, tells how
+long its kernels were at work.
 
 The forward is timed within the run: a bare model of the same weights is called with each batch of the run before the
 run calls its own, or after it, in turns, since minutes apart a shared machine is another. Its time is taken off the
 whole. The threads of the run, which tokenise and write, work beside the one as beside the other: so there is a second
 ratio with all of their CPU time on top of the whole, a part of which it has already. The truth lies between the two.
+A run without clocks and without the bare model beside it, in turns with the others, has no such doubt: the plain whole,
+over the floor of the same round, whose forward was timed some seconds before or after.
 
 Clocks around the parts of each run say where its time goes. A part does not count what another part within it takes,
 so that those of the main thread add up to the whole. What goes on beside it, in threads of its own, comes after.
 
-    python benchmarks/floor.py [--quick] [--save] [--texts 2000] [--seconds 480]
+The docstrings are tokenised before the forward begins, all 2,000 of them. `--corpus paragraphs` takes more and shorter
+texts, so that most are tokenised beside the forward.
+
+    python benchmarks/floor.py [--quick | --save] [--texts 2000] [--seconds 480] [--corpus paragraphs]
+    python benchmarks/floor.py --device cuda --model bert-base --precision bf16 --save
 """
 
 import copy
@@ -33,8 +41,9 @@ from typing import Any
 import numpy as np
 import torch
 from clocks import BESIDE, MAIN, TWIN, Clocks
-from corpora import cut_plan, list_batches, list_docstrings, make_caller
+from corpora import cut_plan, list_batches, list_docstrings, list_paragraphs, make_caller
 from harness import Rival, Timings, emit, interleave, make_parser
+from subjects import Subject, add_subject_options, copy_to_host, find_busy_s, prepare_copies, read_subject
 from torch import Tensor, nn
 
 import layerprobe as lp
@@ -51,8 +60,9 @@ SITE_SETS = {
     "all": ["embeddings", "layers.*"],
     "all + ffn.act": ["embeddings", "layers.*", "layers.*.ffn.act"],
 }
-BOUNDS = ("forward", "copy", "disk")
-OTHERS = ("copy", "disk", "plain disk", "padded forward")
+# how many texts of a corpus unless asked for another number
+CORPORA = {"docstrings": 2000, "paragraphs": 8000}
+QUICK_TEXTS, QUICK_LETTERS = 12, 200
 ROWS_OF_LAST = "last, rows, float16"
 
 
@@ -60,16 +70,26 @@ class Regime:
     """One way to run over the texts, its sites, pool and dtype: the clocks of its runs, and what the last one left."""
 
     def __init__(
-        self, name: str, demo: LoadedModel, twin: nn.Module, texts: list[str], folder: Path, **options: Any
+        self,
+        name: str,
+        demo: LoadedModel,
+        twin: nn.Module,
+        texts: list[str],
+        folder: Path,
+        subject: Subject,
+        **options: Any,
     ) -> None:
         self.name = name
-        self.options = options
+        self.options = {**options, "precision": subject.precision}
+        self.subject = subject
         self.clocks: list[dict[str, float]] = []
         self.sizes: list[int] = []
-        asked = ExtractOptions(**options)
+        self.busy_s: float | None = None
+        asked = ExtractOptions(**self.options)
         self.batches = list(cut_plan(plan_extraction(demo.model, texts, folder, asked, tokenizer=demo.tokenizer)))
         self.padded, self.num_tokens, _ = list_batches(demo, texts, folder, asked)
         self._call_twin = make_caller(twin)
+        self._twin = twin
         self._demo = demo
         self._texts = texts
         self._folder = folder
@@ -87,20 +107,38 @@ class Regime:
     def run(self, _: object = None) -> None:
         """Do the whole job, with clocks on, and the bare model beside."""
         with Clocks(self._call_twin) as taken:
-            lp.extract(
-                self._demo.model,
-                self._texts,
-                self._folder,
-                tokenizer=self._demo.tokenizer,
-                progress=False,
-                **self.options,
-            )
+            self.run_plainly()
         self.clocks.append(taken)
+
+    def run_plainly(self, _: object = None) -> None:
+        """Do the whole job, and nothing else."""
+        lp.extract(
+            self._demo.model,
+            self._texts,
+            self._folder,
+            tokenizer=self._demo.tokenizer,
+            progress=False,
+            **self.options,
+        )
 
     def run_padded(self, _: object = None) -> None:
         """Call the bare model with the texts in padded batches, as a run would cut them that has padding."""
-        for batch in self.padded:
-            self._call_twin(batch)
+        with self.subject.running(self._twin):
+            for batch in self.padded:
+                self._call_twin(batch)
+
+    def watch_gpu(self) -> None:
+        """Do the whole job once more, and note how long the GPU's kernels were at work."""
+        with torch.profiler.profile() as profile:
+            self.run_plainly()
+        self.end()
+        self.busy_s = find_busy_s(
+            [
+                (event.time_range.start, event.time_range.end)
+                for event in profile.events() or ()
+                if event.device_type.name == "CUDA" and not event.name.startswith(("Memcpy", "Memset"))
+            ]
+        )
 
     def end(self, _: object = None) -> None:
         """Note what the run left, and remove it."""
@@ -114,29 +152,34 @@ class Regime:
 
 def main() -> None:
     parser = make_parser("How close a run comes to the floor.")
-    parser.add_argument("--texts", type=int, default=2000)
+    parser.add_argument("--corpus", choices=tuple(CORPORA), default="docstrings")
+    parser.add_argument("--texts", type=int, help=", ".join(f"{count} {name}" for name, count in CORPORA.items()))
     parser.add_argument("--regime", help="only regimes whose name begins so, and no early ends")
     parser.add_argument("--seconds", type=float, default=480.0, help="begin no further round after; at least one")
+    add_subject_options(parser)
     options = parser.parse_args()
-    num_texts, seconds = (48, 0.0) if options.quick else (options.texts, options.seconds)
-    demo = lp.load_model("demo", "cpu")
+    subject = read_subject(options)
+    seconds = 0.0 if options.quick else options.seconds
+    demo = subject.load()
     twin = copy.deepcopy(demo.model)
-    docstrings = list_docstrings()
-    texts = docstrings[:: max(1, len(docstrings) // num_texts)][:num_texts]
+    texts = list_texts(options.corpus, demo.tokenizer, options.texts, options.quick)
     with tempfile.TemporaryDirectory() as place, torch.inference_mode(), attending_flat(twin):
         folder = Path(place)
         regimes = {
-            name: Regime(name, demo, twin, texts, folder / "acts", **how)
+            name: Regime(name, demo, twin, texts, folder / "acts", subject, **how)
             for name, how in list_regimes().items()
             if name.startswith(options.regime or "")
         }
         layers = len(lp.sites(demo.model, "layers.*"))
         for layer in range(0, 0 if options.regime else layers, 2):
-            name = f"stop at layer {layer}"
-            regimes[name] = Regime(name, demo, twin, texts, folder / "acts", sites=[f"layers.{layer}"], dtype="float16")
-        Regime("warm", demo, twin, texts[:8], folder / "warm", sites=SITE_SETS["all"], dtype="float16").run()
+            name, how = f"stop at layer {layer}", {"sites": [f"layers.{layer}"], "dtype": "float16"}
+            regimes[name] = Regime(name, demo, twin, texts, folder / "acts", subject, **how)
+        warm = {"sites": SITE_SETS["all"], "dtype": "float16"}
+        Regime("warm", demo, twin, texts[:8], folder / "warm", subject, **warm).run()
         rivals = list_rivals(regimes, folder)
         timings = interleave(rivals, seconds=seconds, least_rounds=1, warm_rounds=0)
+        for regime in regimes.values() if subject.is_on_cuda else ():
+            regime.watch_gpu()
     results = [lay_out(regime, timings) for name, regime in regimes.items() if not name.startswith("stop")]
     last = regimes.get(ROWS_OF_LAST) or next(iter(regimes.values()))
     stops = [
@@ -146,7 +189,23 @@ def main() -> None:
     ]
     print_tables(results, stops)
     settings = {"texts": len(texts), "tokens": last.num_tokens, "rounds": len(last.clocks), "seconds": seconds}
-    emit("floor", settings, {"regimes": results, "stops": stops}, save=options.save)
+    settings |= {"corpus": options.corpus, **subject.settings}
+    name = subject.name_results("floor" if options.corpus == "docstrings" else f"floor-{options.corpus}")
+    emit(name, settings, {"regimes": results, "stops": stops}, save=options.save)
+
+
+def list_texts(corpus: str, tokenizer: Any, count: int | None, is_quick: bool) -> list[str]:
+    """Choose texts from all over a corpus.
+
+    Args:
+        count: How many; None for as many as are usual.
+        is_quick: Whether to choose few and short ones, whatever the count.
+    """
+    found = list_docstrings() if corpus == "docstrings" else list_paragraphs(tokenizer)
+    count = CORPORA[corpus] if count is None else count
+    if is_quick:
+        found, count = [text for text in found if len(text) < QUICK_LETTERS], QUICK_TEXTS
+    return found[:: max(1, len(found) // count)][:count]
 
 
 def list_regimes() -> dict[str, dict[str, Any]]:
@@ -159,15 +218,15 @@ def list_regimes() -> dict[str, dict[str, Any]]:
 
 
 def list_rivals(regimes: dict[str, Regime], folder: Path) -> dict[str, Rival]:
-    """Give of each regime the whole, which tells the sizes, the copies and both ways to write."""
+    """Give of each regime the whole, which tells the sizes, the plain whole, the copies and both ways to write."""
     rivals: dict[str, Rival] = {}
     for name, regime in regimes.items():
         rivals[f"{name} whole"] = Rival(regime.run, finish=regime.end)
         if name.startswith("stop"):
             continue
+        rivals[f"{name} plain whole"] = Rival(regime.run_plainly, finish=regime.end)
         rivals[f"{name} padded forward"] = Rival(regime.run_padded)
-        is_pooled, dtype = regime.options["pool"] is not None, regime.options["dtype"]
-        rivals[f"{name} copy"] = Rival(partial(copy_values, regime.batches, regime.widths, dtype, is_pooled))
+        rivals[f"{name} {way_to_host(regime)}"] = list_copies(regime)
         for way, write in (("disk", commit_file), ("plain disk", write_plainly)):
             rivals[f"{name} {way}"] = Rival(
                 partial(write_files, write),
@@ -175,6 +234,22 @@ def list_rivals(regimes: dict[str, Regime], folder: Path) -> dict[str, Rival]:
                 finish=lambda prepared: shutil.rmtree(prepared[0]),
             )
     return rivals
+
+
+def way_to_host(regime: Regime) -> str:
+    """Name the bound of the rows' way into host memory."""
+    return "bus" if regime.subject.is_on_cuda else "copy"
+
+
+def list_copies(regime: Regime) -> Rival:
+    """Give what only brings the rows into host memory: over a GPU's bus, or by copies on the CPU."""
+    if regime.subject.is_on_cuda:
+        return Rival(
+            lambda prepared: copy_to_host(regime.sizes, prepared),
+            prepare=lambda: prepare_copies(regime.sizes, regime.subject.device),
+        )
+    is_pooled, dtype = regime.options["pool"] is not None, regime.options["dtype"]
+    return Rival(partial(copy_values, regime.batches, regime.widths, dtype, is_pooled))
 
 
 def copy_values(
@@ -221,12 +296,21 @@ def write_plainly(path: Path, pieces: list[memoryview]) -> None:
 
 def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
     """Give the medians of a regime, its ratio to the slowest of its bounds, and where its time went."""
+    to_host = way_to_host(regime)
     seconds = {
         "forward": regime.middle(itemgetter(TWIN)),
-        **{way: statistics.median(timings[f"{regime.name} {way}"].wall_s) for way in OTHERS},
+        **{
+            way: statistics.median(timings[f"{regime.name} {way}"].wall_s)
+            for way in (to_host, "disk", "plain disk", "padded forward", "plain whole")
+        },
         "whole": regime.middle(whole_of),
     }
-    floor = max(BOUNDS, key=lambda way: seconds[way])
+    floor = max(("forward", to_host, "disk"), key=lambda way: seconds[way])
+    plain = timings[f"{regime.name} plain whole"].wall_s
+    plain_ratios = [
+        took / (clocks[TWIN] if floor == "forward" else seconds[floor])
+        for took, clocks in zip(plain, regime.clocks, strict=True)
+    ]
 
     def over_floor(clocks: dict[str, float], extra: float = 0.0) -> float:
         return (whole_of(clocks) + extra) / (clocks[TWIN] if floor == "forward" else seconds[floor])
@@ -240,9 +324,12 @@ def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
         **{f"{way.replace(' ', '_')}_s": round(took, 3) for way, took in seconds.items()},
         "disk_gb_per_s": round(num_bytes / 1e9 / seconds["disk"], 3),
         "plain_disk_gb_per_s": round(num_bytes / 1e9 / seconds["plain disk"], 3),
+        **({"bus_gb_per_s": round(num_bytes / 1e9 / seconds["bus"], 3)} if to_host == "bus" else {}),
+        **({"busy_share": round(regime.busy_s / seconds["plain whole"], 3)} if regime.busy_s is not None else {}),
         "floor": floor,
         "over_padded": round(seconds["whole"] / seconds["padded forward"], 3),
         "ratio": round(regime.middle(over_floor), 3),
+        "plain_ratio": round(statistics.median(plain_ratios), 3),
         "most_ratio": round(regime.middle(lambda one: over_floor(one, sum(one[part] for part in BESIDE))), 3),
         "parts_s": {part: round(regime.middle(itemgetter(part)), 3) for part in (*MAIN, *BESIDE)},
     }
@@ -269,14 +356,20 @@ def print_tables(results: list[dict[str, Any]], stops: list[dict[str, Any]]) -> 
         "padded_forward_s",
         "forward_s",
         "copy_s",
+        "bus_s",
+        "bus_gb_per_s",
         "disk_s",
         "plain_disk_s",
         "whole_s",
+        "plain_whole_s",
         "floor",
         "ratio",
         "most_ratio",
+        "plain_ratio",
         "over_padded",
+        "busy_share",
     )
+    names = tuple(name for name in names if name in results[0])
     print(format_table(tuple(map(_name, names)), [tuple(found[name] for name in names) for found in results]))
     print("\nwhere the time of a run goes, in seconds; the last two beside the others:")
     parts = (*MAIN, *BESIDE)

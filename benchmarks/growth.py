@@ -1,15 +1,18 @@
 """How does the cost grow with the work: more examples, sites, tokens a text, shards, threads?
 
 Every point is a process of its own, so that its peak of resident memory is its own; the points take turns, round by
-round. Each extracts texts from a file and is then measured on its store: the bare forward over batches of the same
-run, the same command again when nothing is missing, when the index and the last shard are, and opening it.
+round. Each extracts texts from a file and is then measured on its store: the same command again when nothing is
+missing, when the index and the last shard are, and opening it. The bare forward over batches of the same run is timed
+before the run and after it, and the mean taken, since minutes apart a shared machine is another.
 
 The model is a BERT of 4 layers of width 128 with random weights, the texts are words of the standard library's
 docstrings, each cut to the very length, all of them different. So narrow a forward leaves nowhere to hide: what a text
 or a shard costs beside it shows at once, and 100,000 texts of 16 tokens take a minute and not an hour. The budget of a
-batch is held at 1,024 tokens; a long run would look for a larger one.
+batch is held at 1,024 tokens; a long run would look for a larger one. Long texts of which one row is kept stand on an
+axis of their own: a unit of them is bounded by its tokens, not by the bytes of its rows.
 
-    python benchmarks/growth.py [--quick] [--save] [--seconds 420]
+    python benchmarks/growth.py [--quick | --save] [--seconds 420]
+    python benchmarks/growth.py --device cuda --model bert-base --precision bf16 --save
 """
 
 import contextlib
@@ -29,14 +32,14 @@ from typing import Any
 import torch
 from corpora import cut_plan, list_docstrings, make_caller
 from harness import emit, make_parser, read_peak
+from subjects import NARROW, Subject, add_subject_options, read_subject, wait_for_model
 from torch import nn
-from transformers import BertConfig, BertModel
 
 import layerprobe as lp
 from layerprobe.extract.flat import attending_flat
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
-from layerprobe.models import find_demo_model, load_tokenizer
+from layerprobe.models import LoadedModel
 from layerprobe.tables import format_bytes, format_table
 
 SITE_SETS = {
@@ -61,6 +64,7 @@ class Point:
         shards: Into how many to cut; None for shards of the usual size, or of `shard_bytes`.
         threads: How many; None for as many as there are cores.
         shard_bytes: Size of a shard; None for the usual one.
+        pool: How the rows of a text become one; None for all of them.
     """
 
     texts: int = 10_000
@@ -69,6 +73,7 @@ class Point:
     shards: int | None = None
     threads: int | None = None
     shard_bytes: int | None = None
+    pool: str | None = None
 
 
 def main() -> None:
@@ -76,9 +81,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=420.0, help="begin no further round after; at least one")
     parser.add_argument("--point", help="measure one point, given as JSON, and print what was found")
     parser.add_argument("--texts-file", type=Path, help="the texts of that point")
+    add_subject_options(parser, usual=NARROW)
     options = parser.parse_args()
+    subject = read_subject(options)
     if options.point:
-        print(json.dumps(measure(Point(**json.loads(options.point)), options.texts_file)))
+        print(json.dumps(measure(Point(**json.loads(options.point)), options.texts_file, subject)))
         return
     axes = list_axes(options.quick)
     seconds = 0.0 if options.quick else options.seconds
@@ -91,7 +98,7 @@ def main() -> None:
         start = time.perf_counter()
         while not found[points[-1]] or time.perf_counter() - start < seconds:
             for point in points:
-                found[point].append(run_point(point, files[point.texts, point.length]))
+                found[point].append(run_point(point, files[point.texts, point.length], subject))
     results = {
         axis: [lay_out(point, found[point], found[members[0]]) for point in members] for axis, members in axes.items()
     }
@@ -99,36 +106,39 @@ def main() -> None:
     settings = {
         "rounds": len(found[points[-1]]),
         "seconds": seconds,
-        "model": "BERT of 4 layers, width 128, random weights",
+        **({"model": "BERT of 4 layers, width 128, random weights"} | subject.settings),
         "batch_tokens": BATCH_TOKENS,
         "dtype": "float16",
         "site_sets": SITE_SETS,
         "memory": "peak of resident memory above what the process held before the run",
     }
-    emit("growth", settings, results, save=options.save)
+    emit(subject.name_results("growth"), settings, results, save=options.save)
 
 
 def list_axes(is_quick: bool) -> dict[str, list[Point]]:
     """Give the points of each axis; the first of an axis is what the others are held against."""
     base = Point()
     if is_quick:
-        base = replace(base, texts=200)
+        base = replace(base, texts=100)
         return {
-            "examples": [base, replace(base, texts=400)],
+            "examples": [base, replace(base, texts=200)],
             "sites": [base, replace(base, sites="one")],
-            "length": [base, replace(base, length=64, texts=50)],
-            "shards": [replace(base, shards=count) for count in (1, 10)],
+            "length": [base, replace(base, length=64, texts=25)],
+            "shards": [base, replace(base, shards=4)],
             "threads": [base, replace(base, threads=1)],
+            "pooled": [replace(base, texts=8, length=64, sites="one", pool="mean")],
         }
     cut = replace(base, texts=32_000)
     # so small that the fewest texts but one fill both buffers: memory that grows after that grows with the texts
     small = replace(base, shard_bytes=32 << 20)
+    pooled = replace(base, texts=500, length=512, sites="one", pool="mean")
     return {
         "examples": [small, *(replace(small, texts=count) for count in (1_000, 30_000, 100_000))],
         "sites": [base, *(replace(base, sites=name) for name in ("one", "inside", "all"))],
         "length": [base, *(replace(base, length=length, texts=160_000 // length) for length in (64, 256, 512))],
         "shards": [replace(cut, shards=count) for count in (1, 10, 100, 1000)],
         "threads": [base, replace(base, threads=1)],
+        "pooled": [pooled, replace(pooled, texts=2_000)],
     }
 
 
@@ -141,9 +151,10 @@ def write_texts(path: Path, count: int, length: int) -> None:
             file.write(f"{number} {' '.join(words[start : start + length])}\n")
 
 
-def run_point(point: Point, texts: Path) -> dict[str, float]:
+def run_point(point: Point, texts: Path, subject: Subject) -> dict[str, float]:
     """Measure a point in a process of its own."""
-    command = [sys.executable, __file__, "--point", json.dumps(asdict(point)), "--texts-file", str(texts)]
+    asked = ["--point", json.dumps(asdict(point)), "--texts-file", str(texts), *subject.arguments]
+    command = [sys.executable, __file__, *asked]
     limits = {} if point.threads is None else {"OMP_NUM_THREADS": str(point.threads)}
     ended = subprocess.run(command, env={**os.environ, **limits}, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -151,47 +162,51 @@ def run_point(point: Point, texts: Path) -> dict[str, float]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def measure(point: Point, texts: Path) -> dict[str, float]:
-    """Extract once, and time what comes after on the same store."""
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(str(find_demo_model()))
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=512,
-    )
-    model = BertModel(config).eval()
+def measure(point: Point, texts: Path, subject: Subject) -> dict[str, float]:
+    """Extract once, between two forwards alone, and time what comes after on the same store."""
+    loaded = subject.load()
     with tempfile.TemporaryDirectory() as place, torch.inference_mode():
         options = ExtractOptions(
-            sites=SITE_SETS[point.sites], dtype="float16", max_length=point.length, batch_tokens=BATCH_TOKENS
+            sites=SITE_SETS[point.sites],
+            dtype="float16",
+            pool=point.pool,
+            max_length=point.length,
+            batch_tokens=BATCH_TOKENS,
+            precision=subject.precision,
         )
-        plan = plan_extraction(model, texts, Path(place) / "plan", options, tokenizer=tokenizer)
+        plan = plan_extraction(loaded.model, texts, Path(place) / "plan", options, tokenizer=loaded.tokenizer)
         if point.shards is not None:
             options = replace(options, shard_bytes=-(-plan.num_bytes // point.shards))
         elif point.shard_bytes is not None:
             options = replace(options, shard_bytes=point.shard_bytes)
-        run = partial(extract, model, tokenizer, options, texts)
+        run = partial(extract, loaded, options, texts)
         first = Path(place) / "first.txt"
         with texts.open(encoding="utf-8") as file:
             first.write_text("".join(file.readline() for _line in range(64)), encoding="utf-8")
         before = read_peak(resets=True)
-        extract(model, tokenizer, options, first, Path(place) / "warm")
-        return {**measure_run(run, Path(place) / "acts", before), "forward_us": time_forward(model, plan)}
+        extract(loaded, options, first, Path(place) / "warm")
+        forward_before = time_forward(loaded.model, plan, subject)
+        # the forward's own peak is not the run's
+        read_peak(resets=True)
+        found = measure_run(run, Path(place) / "acts", before)
+        forward_us = (forward_before + time_forward(loaded.model, plan, subject)) / 2
+        on_device = {"device_peak_bytes": torch.cuda.max_memory_allocated()} if subject.is_on_cuda else {}
+        return {**found, "forward_us": forward_us, **on_device}
 
 
-def extract(model: nn.Module, tokenizer: Any, options: ExtractOptions, texts: Path, to: Path) -> None:
+def extract(loaded: LoadedModel, options: ExtractOptions, texts: Path, to: Path) -> None:
     lp.extract(
-        model,
+        loaded.model,
         texts,
         to,
         sites=options.sites,
         dtype="float16",
+        pool=options.pool,
+        precision=options.precision,
         max_length=options.max_length,
         batch_tokens=options.batch_tokens,
         shard_size=options.shard_bytes,
-        tokenizer=tokenizer,
+        tokenizer=loaded.tokenizer,
         progress=False,
     )
 
@@ -228,7 +243,7 @@ def measure_run(run: Callable[[Path], None], folder: Path, before: int) -> dict[
     }
 
 
-def time_forward(model: nn.Module, plan: Plan) -> float:
+def time_forward(model: nn.Module, plan: Plan, subject: Subject) -> float:
     """Time the bare forward over batches of the run, in microseconds per token."""
     batches, tokens = [], 0
     for batch in cut_plan(plan):
@@ -242,13 +257,15 @@ def time_forward(model: nn.Module, plan: Plan) -> float:
         for batch in batches:
             call(batch)
 
-    with attending_flat(model) if plan.is_flat else contextlib.nullcontext():
+    with attending_flat(model) if plan.is_flat else contextlib.nullcontext(), subject.running(model):
         return 1e6 * _time(forward) / tokens
 
 
 def _time(work: Callable[[], object]) -> float:
+    wait_for_model()
     start = time.perf_counter()
     work()
+    wait_for_model()
     return time.perf_counter() - start
 
 
@@ -274,6 +291,7 @@ def lay_out(point: Point, rounds: list[dict[str, float]], base: list[dict[str, f
         "forward_us_per_token": round(middle(lambda one: one["forward_us"]), 2),
         "over_forward": round(middle(lambda one: _us_per_token(one) / one["forward_us"]), 3),
         "peak_bytes": round(middle(lambda one: one["peak_bytes"])),
+        **({"device_peak_bytes": int(rounds[0]["device_peak_bytes"])} if "device_peak_bytes" in rounds[0] else {}),
         "peak_ratio": against(lambda one: one["peak_bytes"] + one["base_bytes"]),
         "again_s": round(middle(lambda one: one["again_s"]), 3),
         "resume_s": round(middle(lambda one: one["resume_s"]), 3),
@@ -286,12 +304,22 @@ def _us_per_token(one: dict[str, float]) -> float:
 
 
 def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
-    names = ("texts", "length", "sites", "shards", "threads", "us_per_token", "us_ratio", "forward_us_per_token")
+    names = (
+        "texts",
+        "length",
+        "sites",
+        "pool",
+        "shards",
+        "threads",
+        "us_per_token",
+        "us_ratio",
+        "forward_us_per_token",
+    )
     names += ("over_forward", "peak_bytes", "peak_ratio", "again_s", "resume_s", "open_ms")
     rows = []
     for axis, points in results.items():
         for found in points:
-            shown = {**found, "peak_bytes": format_bytes(found["peak_bytes"])}
+            shown = {**found, "peak_bytes": format_bytes(found["peak_bytes"]), "pool": found["pool"] or ""}
             rows.append((axis, *(shown[name] for name in names)))
     print(format_table(("axis", *(name.replace("_", " ") for name in names)), rows))
 

@@ -91,12 +91,20 @@ def interleave(
 def _time(rival: Rival, timings: Timings) -> None:
     prepared = rival.prepare()
     gc.collect()  # what one rival leaves is not looked through in another's time
+    _wait_for_gpu()
     wall, cpu = time.perf_counter(), time.process_time()
     kept = rival.run(prepared)
+    _wait_for_gpu()
     timings.cpu_s.append((time.process_time() - cpu) / rival.calls)
     timings.wall_s.append((time.perf_counter() - wall) / rival.calls)
     rival.finish(prepared)
     del kept  # what a rival captured lives to the end of its clock, and no longer
+
+
+def _wait_for_gpu() -> None:
+    """Wait until a GPU that is in use has done all that it was given: calls return before that."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -140,9 +148,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     does: whether the C library gives it back to the system in between is chance, and more than what is measured.
     """
     keep_freed_memory()
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: to see that it runs")
-    parser.add_argument("--save", action="store_true", help="write the JSON line to benchmarks/results too")
+    # without the usage, a refusal is one line
+    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS)
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", action="store_true", help="small sizes, few rounds: to see that it runs")
+    sizes.add_argument("--save", action="store_true", help="write the JSON line to benchmarks/results too")
     return parser
 
 

@@ -2,7 +2,8 @@
 
 A way is made for a job: what it loads and wraps is not timed. It then runs into a folder, from texts to files, and can
 read back what it wrote, to be held against layerprobe's rows. Each does what the library's own pages show. Those that
-take batches get layerprobe's padded ones, sorted by length; the others batch as they do.
+take batches get layerprobe's padded ones, sorted by length; the others batch as they do. Rows leave a GPU batch by
+batch, before they are written.
 
 Must never know of clocks.
 """
@@ -12,7 +13,7 @@ import copy
 import importlib
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,13 @@ from typing import Any
 import torch
 from corpora import SITES
 from safetensors.torch import load_file
+from subjects import Subject
 from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.extract.batching import cut_batches
 from layerprobe.extract.tokens import tokenize
-from layerprobe.models import LoadedModel, find_demo_model
+from layerprobe.models import LoadedModel
 
 __all__ = ["PACKAGES", "WAYS", "Job", "Way"]
 
@@ -36,6 +38,7 @@ LONGEST = 256
 # what each way needs beside layerprobe's own dependencies, as it is installed
 PACKAGES = {
     "datasets.map": "datasets",
+    "datasets.map, sorted": "datasets",
     "sentence-transformers, last layer": "sentence-transformers",
     "nnsight": "nnsight",
     "TransformerLens": "transformer-lens",
@@ -43,20 +46,33 @@ PACKAGES = {
     "NeuroX": "neurox",
 }
 
-Read = Iterator[tuple[int, dict[int, Tensor], list[int] | None]]
+Read = Iterator[tuple[int, dict[int, Any], list[int] | None]]
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """The model and the texts, each on one line and of at most `LONGEST` tokens, so that none is cut by anyone."""
+    """The model and the texts, each on one line and of at most `LONGEST` tokens, so that none is cut by anyone.
+
+    Args:
+        demo: The model and its tokenizer, in place.
+        texts: What to take it through.
+        source: The folder that others load the model from.
+        subject: Where it computes, and in which precision, which is that of the calls around.
+    """
 
     demo: LoadedModel
     texts: list[str]
+    source: Path
+    subject: Subject
 
     @property
     def model(self) -> Any:
         """The model, whose parts go by names of their own."""
         return self.demo.model
+
+    def place(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring a batch to where the model is."""
+        return {name: value.to(self.subject.device) for name, value in batch.items()}
 
     @property
     def layers(self) -> int:
@@ -79,16 +95,16 @@ class Way:
 
 
 def list_batches(job: Job, texts: list[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Give layerprobe's batches of texts, and which texts are in each row."""
+    """Give layerprobe's batches of texts, where the model is, and which texts are in each row."""
     tokenized = tokenize(job.demo.tokenizer, texts, LONGEST)
     for batch in cut_batches(tokenized, BATCH_TOKENS, job.demo.tokenizer.pad_token_id):
         first = dict(zip(reversed(batch.sequences), reversed(batch.members), strict=True))
         members = [first[row] for row in range(len(batch.input_ids))]
-        yield members, {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        yield members, job.place({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
 
 
 def save_batch(folder: Path, members: Sequence[int], mask: Tensor, states: Sequence[Tensor]) -> None:
-    kept = {"members": list(members), "mask": mask, "states": list(states)}
+    kept = {"members": list(members), "mask": mask.cpu(), "states": [state.cpu() for state in states]}
     torch.save(kept, folder / f"batch-{members[0]:06d}.pt")
 
 
@@ -101,9 +117,15 @@ def read_batches(folder: Path, job: Job) -> Read:
 
 def make_layerprobe(job: Job, sites: Sequence[str], dtype: str) -> Callable[[list[str], Path], None]:
     def run(texts: list[str], folder: Path) -> None:
-        demo = job.demo
         lp.extract(
-            demo.model, texts, folder / "acts", sites=sites, dtype=dtype, tokenizer=demo.tokenizer, progress=False
+            job.model,
+            texts,
+            folder / "acts",
+            sites=sites,
+            dtype=dtype,
+            precision=job.subject.precision,
+            tokenizer=job.demo.tokenizer,
+            progress=False,
         )
 
     return run
@@ -114,7 +136,7 @@ def read_layerprobe(folder: Path, job: Job) -> Read:
     depths = [0, *range(1, job.layers + 1)] if len(store.sites) > 1 else [job.layers]
     for ordinal in range(0, len(store), 4):
         example = store.example(ordinal)
-        yield ordinal, {depth: example[site].float() for depth, site in zip(depths, store.sites, strict=True)}, None
+        yield ordinal, {depth: example[site] for depth, site in zip(depths, store.sites, strict=True)}, None
 
 
 def make_loop(job: Job) -> Callable[[list[str], Path], None]:
@@ -122,7 +144,8 @@ def make_loop(job: Job) -> Callable[[list[str], Path], None]:
 
     def run(texts: list[str], folder: Path) -> None:
         for start in range(0, len(texts), LOOP_BATCH):
-            batch = job.demo.tokenizer(texts[start : start + LOOP_BATCH], padding=True, return_tensors="pt")
+            some = texts[start : start + LOOP_BATCH]
+            batch = job.place(job.demo.tokenizer(some, padding=True, return_tensors="pt"))
             states = job.model(**batch, output_hidden_states=True).hidden_states
             save_batch(folder, range(start, start + len(batch["input_ids"])), batch["attention_mask"], states)
 
@@ -134,8 +157,8 @@ def make_sorted_loop(job: Job) -> Callable[[list[str], Path], None]:
 
     def run(texts: list[str], folder: Path) -> None:
         for members, batch in list_batches(job, texts):
-            states = torch.stack(job.model(**batch, output_hidden_states=True).hidden_states).half()
-            for row, (member, mask) in enumerate(zip(members, batch["attention_mask"].bool(), strict=True)):
+            states = torch.stack(job.model(**batch, output_hidden_states=True).hidden_states).half().cpu()
+            for row, (member, mask) in enumerate(zip(members, batch["attention_mask"].bool().cpu(), strict=True)):
                 torch.save(states[:, row, mask], folder / f"text-{member:06d}.pt")
 
     return run
@@ -143,7 +166,7 @@ def make_sorted_loop(job: Job) -> Callable[[list[str], Path], None]:
 
 def read_texts(folder: Path, job: Job) -> Read:
     for path in sorted(folder.glob("text-*.pt"))[::4]:
-        yield int(path.stem.removeprefix("text-")), dict(enumerate(torch.load(path, weights_only=True).float())), None
+        yield int(path.stem.removeprefix("text-")), dict(enumerate(torch.load(path, weights_only=True))), None
 
 
 def make_dictionaries(job: Job) -> Callable[[list[str], Path], None]:
@@ -166,22 +189,24 @@ def make_dictionaries(job: Job) -> Callable[[list[str], Path], None]:
     return run
 
 
-def make_datasets(job: Job) -> Callable[[list[str], Path], None]:
+def make_datasets(job: Job, is_sorted: bool) -> Callable[[list[str], Path], None]:
+    """The documented form, over texts as they come; sorted by letters, so that batches pad less, where asked for."""
     datasets = importlib.import_module("datasets")
     datasets.disable_progress_bars()
 
-    def add_states(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
-        batch = job.demo.tokenizer(rows["text"], padding=True, return_tensors="pt")
+    def add_states(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        batch = job.place(job.demo.tokenizer(rows["text"], padding=True, return_tensors="pt"))
         with torch.inference_mode():
             states = job.model(**batch, output_hidden_states=True).hidden_states
         masks = batch["attention_mask"].bool()
         return {
-            f"depth_{depth}": [values[mask].numpy() for values, mask in zip(state, masks, strict=True)]
+            f"depth_{depth}": [values[mask].cpu().numpy() for values, mask in zip(state, masks, strict=True)]
             for depth, state in enumerate(states)
         }
 
     def run(texts: list[str], folder: Path) -> None:
-        made = datasets.Dataset.from_dict({"text": texts})
+        order = sorted(range(len(texts)), key=lambda one: -len(texts[one]) if is_sorted else one)
+        made = datasets.Dataset.from_dict({"text": [texts[one] for one in order], "member": order})
         made.map(add_states, batched=True, batch_size=LOOP_BATCH, cache_file_name=str(folder / "states.arrow"))
 
     return run
@@ -191,16 +216,17 @@ def read_datasets(folder: Path, job: Job) -> Read:
     made = importlib.import_module("datasets").Dataset.from_file(str(folder / "states.arrow")).with_format("torch")
     for ordinal in range(0, len(made), 4):
         row = made[ordinal]
-        yield ordinal, {depth: row[f"depth_{depth}"] for depth in range(job.layers + 1)}, None
+        yield int(row["member"]), {depth: row[f"depth_{depth}"] for depth in range(job.layers + 1)}, None
 
 
 def make_sentence_transformers(job: Job) -> Callable[[list[str], Path], None]:
-    model = importlib.import_module("sentence_transformers").SentenceTransformer(str(find_demo_model()), device="cpu")
+    library = importlib.import_module("sentence_transformers")
+    model = library.SentenceTransformer(str(job.source), device=job.subject.device)
     model.max_seq_length = LONGEST
 
     def run(texts: list[str], folder: Path) -> None:
         kept = model.encode(texts, output_value="token_embeddings", batch_size=LOOP_BATCH, show_progress_bar=False)
-        torch.save([rows.clone() for rows in kept], folder / "tokens.pt")
+        torch.save([rows.cpu().clone() for rows in kept], folder / "tokens.pt")
 
     return run
 
@@ -226,25 +252,36 @@ def make_nnsight(job: Job) -> Callable[[list[str], Path], None]:
 
 
 def make_transformer_lens(job: Job) -> Callable[[list[str], Path], None]:
-    """The bridge knows BERT only under a language model's head: the same weights, under a head of random ones."""
+    """The bridge knows BERT only under a language model's head: the same weights, under one that is not computed."""
     from transformers import BertForMaskedLM
 
     bridges = importlib.import_module("transformer_lens.model_bridge")
     config = copy.deepcopy(job.model.config)
     config.architectures = ["BertForMaskedLM"]
-    model = BertForMaskedLM(config).eval()
+    made: Any = BertForMaskedLM(config)
+    model = made.to(job.subject.device).eval()
     model.bert.load_state_dict(job.model.state_dict(), strict=False)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config.save_pretrained(folder)
         bridge = bridges.TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=job.demo.tokenizer)
     names = ["blocks.0.hook_in", *(f"blocks.{layer}.hook_out" for layer in range(job.layers))]
+    # what its own `stop_at_layer` raises, before a layer and so not after the last one
+    ends = importlib.import_module("transformer_lens.model_bridge.exceptions").StopAtLayerException
 
     def run(texts: list[str], folder: Path) -> None:
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str, values: Tensor, hook: object) -> None:
+            seen[name] = values
+            if name == names[-1]:
+                raise ends(values)
+
+        hooks = [(name, partial(keep, name)) for name in names]
         for members, batch in list_batches(job, texts):
-            _, cache = bridge.run_with_cache(
-                batch["input_ids"], attention_mask=batch["attention_mask"], names_filter=names, return_type=None
+            bridge.run_with_hooks(
+                batch["input_ids"], attention_mask=batch["attention_mask"], fwd_hooks=hooks, return_type=None
             )
-            save_batch(folder, members, batch["attention_mask"], [cache[name] for name in names])
+            save_batch(folder, members, batch["attention_mask"], [seen[name] for name in names])
 
     return run
 
@@ -262,7 +299,7 @@ def make_torchlens(job: Job) -> Callable[[list[str], Path], None]:
             batch_size=LOOP_BATCH,
             output_dir=folder / "out",
             progress=False,
-            collate=lambda items: dict(job.demo.tokenizer(list(items), padding=True, return_tensors="pt")),
+            collate=lambda items: job.place(job.demo.tokenizer(list(items), padding=True, return_tensors="pt")),
             ragged="trim",
         )
 
@@ -289,7 +326,11 @@ def make_neurox(job: Job) -> Callable[[list[str], Path], None]:
         # it prints every token of every text
         with contextlib.redirect_stdout(io.StringIO()):
             extractor.extract_representations(
-                str(find_demo_model()), str(corpus), str(folder / "states.hdf5"), output_type="hdf5"
+                str(job.source),
+                str(corpus),
+                str(folder / "states.hdf5"),
+                device=job.subject.device,
+                output_type="hdf5",
             )
         corpus.unlink()
 
@@ -317,7 +358,8 @@ WAYS = {
     "arrival-order loop": Way(make_loop, read_batches),
     "sorted loop, a file a text": Way(make_sorted_loop, read_texts),
     "dictionaries of hooks": Way(make_dictionaries, read_batches),
-    "datasets.map": Way(make_datasets, read_datasets),
+    "datasets.map": Way(partial(make_datasets, is_sorted=False), read_datasets),
+    "datasets.map, sorted": Way(partial(make_datasets, is_sorted=True), read_datasets),
     "sentence-transformers, last layer": Way(make_sentence_transformers, read_sentence_transformers),
     "nnsight": Way(make_nnsight, read_batches),
     "TransformerLens": Way(make_transformer_lens, read_batches),

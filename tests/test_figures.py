@@ -52,6 +52,30 @@ def test_each_figure_of_a_saved_run_is_in_its_table(tmp_path: Path) -> None:
     assert "NeuroX is left out: `PackageNotFoundError: neurox`." in page
 
 
+def test_columns_that_an_older_file_lacks_are_left_out() -> None:
+    """A run without clocks stands beside the clocked one where it was timed; a GPU has a bus in place of copies."""
+    document = json.loads((figures.RESULTS / "floor.json").read_text(encoding="utf-8"))
+    regime = document["results"]["regimes"][0]
+    old = {key: value for key, value in regime.items() if not key.startswith("plain_")}
+    new = {**old, "plain_whole_s": 7.25, "plain_ratio": 1.375, "bus_s": 0.5, "busy_share": 0.75}
+    del new["copy_s"]
+    added = {"bus", "plain whole", "plain over the floor", "GPU busy"}
+    for one, extra, lost in ((old, set(), added), (new, added, {"copy"})):
+        document["results"]["regimes"] = [one]
+        headers, _, row = figures.lay_out_floor(document)[2:5]
+        found = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (headers, row)), strict=True))
+        assert extra <= set(found) and not lost & set(found)
+        assert not extra or (found["plain whole"], found["plain over the floor"]) == ("7.25", "1.375")
+
+
+def test_a_pooled_point_says_so() -> None:
+    document = json.loads((figures.RESULTS / "growth.json").read_text(encoding="utf-8"))
+    point = {**document["results"]["examples"][0], "sites": "one"}
+    document["results"] = {"pooled": [{**point, "pool": "mean"}, point]}
+    pooled, rows = figures.lay_out_growth(document)[-2:]
+    assert "| one, mean |" in pooled and "| one |" in rows
+
+
 def test_the_costs_of_a_run_are_those_of_the_paces_that_were_measured() -> None:
     """Worked out once more, by hand."""
     storing, floor = (json.loads((figures.RESULTS / f"{name}.json").read_text()) for name in ("storing", "floor"))
