@@ -3,6 +3,8 @@
 Must never know which rows are real or where they go.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,15 @@ def cast_into(target: Target, value: Tensor) -> None:
         # A NaN has no int8; its vector's scale is NaN, so it reads back as NaN all the same.
         out.copy_((vectors / divisor).nan_to_num(0.0).round())
         return
+    most = torch.finfo(out.dtype).max
     if target.overflow is not None:
-        target.overflow.add_((value.abs() > torch.finfo(out.dtype).max).sum())
-    out.copy_(value)
+        target.overflow.add_((value.abs() > most).sum())
+    out.copy_(value if _saturates(value.device) else value.clamp(-most, most))
+
+
+@functools.cache
+def _saturates(device: torch.device) -> bool:
+    """Whether torch casts what is beyond the range of float8 to its ends; older releases make a NaN of it."""
+    ends = torch.finfo(torch.float8_e4m3fn)
+    given = torch.tensor([1e4, -1e4], device=device)
+    return given.to(torch.float8_e4m3fn).float().tolist() == [ends.max, ends.min]

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from layerprobe.capture import casting
 from layerprobe.capture import select as select_module
 from layerprobe.capture.casting import DTYPES, cast_into, resolve_dtype
 from layerprobe.capture.pooling import pool_rows
@@ -210,6 +212,39 @@ def test_float8_counts_what_it_clips_and_keeps_counting() -> None:
     assert overflow.item() == 2  # a NaN stays a NaN and is counted on its way to disk
     cast_into(Target(out, None, overflow), torch.tensor([float("inf"), 0.0, 1.0, 2.0, 3.0]))
     assert overflow.item() == 3
+
+
+class _Operators(TorchDispatchMode):
+    """Note the operators that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("saturates", [True, False])
+def test_float8_is_clipped_before_a_cast_that_does_not(
+    monkeypatch: pytest.MonkeyPatch, saturates: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(casting, "_saturates", lambda _: saturates)
+    value = torch.tensor([448.0, -448.0, 460.0, 1e4, -1e4, float("inf"), float("-inf"), float("nan"), 1.7]).to(dtype)
+    overflow, out = torch.zeros((), dtype=torch.int64), torch.empty(9, dtype=torch.float8_e4m3fn)
+    with _Operators() as ran:
+        cast_into(Target(out, None, overflow), value)
+    assert ("clamp" in ran.names) is not saturates
+    assert out[:7].float().tolist() == [448, -448, 448, 448, -448, 448, -448]
+    assert out[7:8].float().isnan().all() and out[8].float() == 1.75
+    assert overflow.item() == 5  # once, though what is cast is within the range by then
+
+
+def test_a_cast_that_saturates_is_told_by_trying() -> None:
+    made = torch.tensor([1e4, -1e4]).to(torch.float8_e4m3fn).float()
+    assert casting._saturates(CPU) == (made.abs().max().item() == torch.finfo(torch.float8_e4m3fn).max)
 
 
 def test_part_of_a_target_is_a_view_of_it() -> None:
