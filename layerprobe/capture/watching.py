@@ -20,7 +20,7 @@ from layerprobe.capture.calls import Context, read_context
 from layerprobe.capture.compiled import forget_compiled_graphs, has_compiled
 from layerprobe.capture.hooks import HookSet
 from layerprobe.capture.readings import Readings, Taken, require_uncompiled
-from layerprobe.capture.select import write_rows
+from layerprobe.capture.select import Selection, write_rows
 from layerprobe.capture.sinks import select_call
 from layerprobe.capture.target import Target
 from layerprobe.capture.vitals import Vitals
@@ -68,6 +68,8 @@ class Watcher(AbstractContextManager["Watcher"]):
         self._readings = Readings(self._mapped, chosen, self._take)
         self._always, self._hooks = HookSet(), HookSet()
         self._contexts: dict[int, Context] = {}
+        # by stack, first position, shape and device: each is worked out on the host, which waits for the device
+        self._selections: dict[tuple[int, int, torch.Size, torch.device], Selection] = {}
         self._vitals: dict[str, Vitals] = {}
         self._watched: int | None = None
 
@@ -115,6 +117,7 @@ class Watcher(AbstractContextManager["Watcher"]):
         if self._watched is None:
             return
         self._contexts.clear()
+        self._selections.clear()
         try:
             for number, stack in enumerate(self._mapped.stacks):
                 if stack.base is module:
@@ -142,6 +145,7 @@ class Watcher(AbstractContextManager["Watcher"]):
             parameters = list(inspect.signature(type(module).forward).parameters)[1:]
             context = read_context(dict(zip(parameters, args, strict=False)) | kwargs)
             self._contexts[number] = context
+            self._selections = {of: selection for of, selection in self._selections.items() if of[0] != number}
             self._readings.begin(context.shape[1] if context.shape else None)
 
     def _take(self, taken: Taken) -> None:
@@ -160,12 +164,13 @@ class Watcher(AbstractContextManager["Watcher"]):
         if not is_token or value.ndim != 3:
             return value.flatten(0, -2)
         number = site.stack if site.stack in self._contexts else next(reversed(self._contexts))
-        context = self._contexts[number]
-        stop = taken.start + value.shape[1]
-        mask = context.attention_mask
-        if mask is not None and mask.ndim == 2:
-            mask = mask[:, taken.start : stop]
-        selection = select_call(Context(None, mask, (value.shape[0], value.shape[1])), value)
+        of = number, taken.start, value.shape[:2], value.device
+        if (selection := self._selections.get(of)) is None:
+            mask = self._contexts[number].attention_mask
+            if mask is not None and mask.ndim == 2:
+                mask = mask[:, taken.start : taken.start + value.shape[1]]
+            selection = select_call(Context(None, mask, (value.shape[0], value.shape[1])), value)
+            self._selections[of] = selection
         rows_TD = torch.empty(selection.num_rows, value.shape[2], dtype=value.dtype, device=value.device)
         write_rows(Target(rows_TD), value, selection)
         return rows_TD

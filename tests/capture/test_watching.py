@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import layerprobe as lp
+from layerprobe.capture import watching
 from layerprobe.capture.vitals import Vitals
 from layerprobe.errors import CaptureError, OptionError, SiteError
 
@@ -56,6 +57,22 @@ def test_numbers_are_those_of_the_values_and_their_gradients(tiny_bert: Any, bat
         for name, value in expected.items():
             # sums in float32 within a row
             assert seen[0][f"{site}/{name}"] == pytest.approx(float(value), rel=1e-5), (site, name)
+
+
+def test_the_mask_of_a_call_is_looked_at_once_for_all_sites(
+    tiny_bert: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking waits for the device."""
+    looks: list[int] = []
+    select = watching.select_call
+    monkeypatch.setattr(watching, "select_call", lambda *call: [looks.append(1), select(*call)][1])
+    seen: dict[int, dict[str, float]] = {}
+    shorter = {name: value[:, :-1] for name, value in batch.items()}
+    with lp.watch(tiny_bert, SITES, every=1, log=seen.__setitem__):
+        for given in (batch, shorter, batch):
+            train(tiny_bert, given)
+    assert len(looks) == 3
+    assert seen[0]["layers.2/norm"] == seen[2]["layers.2/norm"] != seen[1]["layers.2/norm"]
 
 
 def test_dead_and_saturated_units_are_counted(tiny_bert: Any, batch: dict[str, Tensor]) -> None:
