@@ -95,6 +95,7 @@ ORDER = (
     "layerprobe.capture.registry",
     "layerprobe.capture.target",
     "layerprobe.capture.casting",
+    "layerprobe.capture.streams",
     "layerprobe.capture.staging",
     "layerprobe.capture.select",
     "layerprobe.capture.pooling",

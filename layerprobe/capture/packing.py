@@ -22,8 +22,8 @@ from torch import Tensor
 from layerprobe.capture.calls import Call
 from layerprobe.capture.casting import NOT_PLAIN, cast_into
 from layerprobe.capture.pooling import Pool, pool_rows
-from layerprobe.capture.select import Run, Selection, copy_runs, take_ids, write_pairs, write_rows
-from layerprobe.capture.sinks import is_per_token, select_call
+from layerprobe.capture.select import Run, Selection, copy_runs, write_pairs, write_rows
+from layerprobe.capture.sinks import is_per_token, select_tokens
 from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
 from layerprobe.capture.units import (
     AnnouncedBatch,
@@ -136,7 +136,7 @@ class StoreSink:
 
     @property
     def stalled_s(self) -> float:
-        """Seconds the forward has waited for a buffer."""
+        """Seconds the forward has waited for a buffer, its device idle."""
         return self.buffers.stalled_s if self.buffers is not None else 0.0
 
     def open(self, sites: Sequence[Site]) -> None:
@@ -282,12 +282,9 @@ class StoreSink:
         """Work out the rows of a call and make room for them."""
         batch = pending.batch
         if batch is not None:
-            pending.selection = batch.select(value.device)
-            pending.input_ids = batch.input_ids
+            pending.selection, pending.input_ids = batch.select(value.device), batch.input_ids
         else:
-            context = call.context(0)
-            pending.selection = select_call(context, value)
-            pending.input_ids = take_ids(context.input_ids, pending.selection)
+            pending.selection, pending.input_ids = select_tokens(call.context(0), value)
         needed = pending.room = room_for(pending.selection)
         unit = self._unit
         if unit is not None:
@@ -369,7 +366,6 @@ class StoreSink:
         assert unit is not None and stored is not None and self.buffers is not None
         self._unit = None
         self._next_unit = unit.number + 1
-        clipped = {stored[index].name: int(count) for index, count in unit.overflow.items() if int(count)}
         header = ShardHeader(
             unit=unit.number,
             num_examples=unit.used.examples,
@@ -377,7 +373,7 @@ class StoreSink:
             first_example=unit.first_example,
             fingerprint=self._fingerprint,
             num_truncated=unit.num_truncated,
-            nonfinite=clipped,
+            nonfinite=unit.count_clipped(stored),
         )
         release = partial(self.buffers.release, unit.buffer)
         try:
@@ -396,4 +392,5 @@ class StoreSink:
         # Texts average more than one token, so a vector per row is more than enough for vectors per example.
         rows = int(self._shard_bytes / (size["token"] + size["example"] + size["attention"] * pairs_per_row))
         room = self._room = Room(*map(max, first, Room(rows, rows, int(rows * pairs_per_row))))
-        return BufferPool(partial(HostBuffer, self._stored, room, self._lane.pinned), self.writer.num_threads + 1)
+        make = partial(HostBuffer, self._stored, room, self._lane.pinned)
+        return BufferPool(make, self.writer.num_threads + 1, self._lane.is_busy)

@@ -7,6 +7,7 @@ Must never know of modules or hooks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -17,14 +18,15 @@ from torch import Tensor
 from layerprobe.capture.calls import Call, Context, Source
 from layerprobe.capture.casting import cast_into
 from layerprobe.capture.pooling import Pool, pool_rows
-from layerprobe.capture.select import Selection
+from layerprobe.capture.select import Selection, take_ids
+from layerprobe.capture.staging import fetch
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.grammar import expand_patterns
 from layerprobe.sites.resolve import Site
 from layerprobe.store.shards import ScaledRows
 
-__all__ = ["CallableSink", "CapturedCall", "MemorySink", "check_pooled", "find_site", "select_call"]
+__all__ = ["CallableSink", "CapturedCall", "MemorySink", "check_pooled", "find_site", "select_call", "select_tokens"]
 
 Value = Tensor | ScaledRows
 
@@ -159,6 +161,15 @@ def select_call(context: Context, value: Tensor) -> Selection:
     """Work out the real tokens of a call from its mask; all of them where there is none."""
     shape = context.shape or (value.shape[0], value.shape[1])
     return Selection.from_mask(context.attention_mask, shape, value.device)
+
+
+def select_tokens(context: Context, value: Tensor) -> tuple[Selection, Tensor]:
+    """Work out the real tokens of a call and take their ids to the CPU, with one wait for the model's device."""
+    asked = {"input_ids": context.input_ids, "attention_mask": context.attention_mask}
+    asked = {name: tensor for name, tensor in asked.items() if isinstance(tensor, Tensor)}
+    here = replace(context, **dict(zip(asked, fetch(list(asked.values())), strict=True)))
+    selection = select_call(here, value)
+    return selection, take_ids(here.input_ids, selection)
 
 
 def shape_value(value: Tensor, context: Context, site: Site, pool: Pool, dtype: torch.dtype | None) -> Value:

@@ -4,7 +4,7 @@ On the CPU a value goes straight into the shard-shaped host buffer: a stage woul
 into a stage on the device and from there, on a copy stream, into a pinned host buffer while the model computes on.
 Host buffers take turns, two of them with one writer; when all are busy the forward waits, and the wait is counted.
 
-The only file that knows of CUDA. Must never know what the values mean.
+With `streams`, the only file that knows of CUDA. Must never know what the values mean.
 """
 
 import math
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from layerprobe.capture.streams import CudaStreams, PlainCopies, Streams
 from layerprobe.capture.target import Target
 from layerprobe.store.writer import StoredSite
 
@@ -26,14 +27,12 @@ __all__ = [
     "MOST_COPIES",
     "NO_ROOM",
     "BufferPool",
-    "CudaStreams",
     "DirectLane",
     "HostBuffer",
     "Lane",
-    "PlainCopies",
     "Room",
     "StagedLane",
-    "Streams",
+    "fetch",
     "make_lane",
     "send",
 ]
@@ -43,6 +42,8 @@ Produce = Callable[[Target], None]
 # From here on memory begins with a page, so that the disk takes it as it lies: `durable` bounces what is smaller.
 _PAGED_BYTES = 1 << 20
 _LOOK_AGAIN_S = 1.0
+# So often is a device asked whether it still computes, while the host has nothing to give it.
+_LOOK_AT_DEVICE_S = 0.01
 # Beyond so many pieces one gather through an index is quicker than a copy of each: measured on two cores; on CUDA,
 # where each is a launch, a guess that no GPU has tried; elsewhere there is always an index.
 MOST_COPIES = {"cpu": 64, "cuda": 4}
@@ -52,6 +53,15 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the host to a device; to CUDA without waiting for what that has yet to do."""
     # from memory that is not pinned, CUDA copies when the model's stream is empty, and the host waits for that
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors to the host, and wait for a device once for all of them."""
+    # to memory that torch pins for it; elsewhere a copy that does not wait could be read before it has happened
+    fetched = [tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return fetched
 
 
 class Room(NamedTuple):
@@ -140,8 +150,10 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tenso
     """Make a tensor outside inference mode, where one could not be written from another mode."""
     with torch.inference_mode(False):
         num_bytes = math.prod(shape) * dtype.itemsize
-        if pinned or num_bytes < _PAGED_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
-            return torch.zeros(shape, dtype=dtype, pin_memory=pinned)
+        if pinned:  # nothing is read that was not written, and zeros would be a pass over all of it
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        if num_bytes < _PAGED_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
+            return torch.zeros(shape, dtype=dtype)
         # No large pages are asked for: a virtual machine that gives free ones back to its host pays for each anew, at a
         # third of a gigabyte a second, where the small ones at hand cost a fifth of that.
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -154,12 +166,15 @@ class BufferPool:
     Args:
         make: Makes a buffer.
         count: How many there are at most.
+        is_busy: Asked while a caller waits: whether its device still computes what it was given before.
 
-    `stalled_s` is the time that callers have waited for one.
+    `stalled_s` is the time that callers have waited for one while their device had nothing to do: a host that runs
+    ahead of a GPU waits for buffers that the GPU has yet to fill, and nothing is lost by that.
     """
 
-    def __init__(self, make: Callable[[], HostBuffer], count: int) -> None:
+    def __init__(self, make: Callable[[], HostBuffer], count: int, is_busy: Callable[[], bool] = lambda: False) -> None:
         self._make = make
+        self._is_busy = is_busy
         self._left = count
         self._free: list[HostBuffer] = []
         self._changed = threading.Condition()
@@ -171,19 +186,19 @@ class BufferPool:
         Args:
             check: Raises if no buffer will ever come free; called before waiting, at each change and now and then.
         """
-        start = time.perf_counter()
         with self._changed:
             check()
             if not self._free and self._left:
                 self._free.append(self._make())
                 self._left -= 1
             while not self._free:
+                is_busy, start = self._is_busy(), time.perf_counter()
                 # not for ever: a writer that dies gives no buffer back
-                self._changed.wait(_LOOK_AGAIN_S)
+                self._changed.wait(_LOOK_AT_DEVICE_S if is_busy else _LOOK_AGAIN_S)
+                if not is_busy:
+                    self.stalled_s += time.perf_counter() - start
                 check()
-            buffer = self._free.pop()
-        self.stalled_s += time.perf_counter() - start
-        return buffer
+            return self._free.pop()
 
     def release(self, buffer: HostBuffer) -> None:
         """Give a buffer back."""
@@ -206,6 +221,10 @@ class Lane(Protocol):
         """Give a function that waits until all that was put so far has arrived."""
         ...
 
+    def is_busy(self) -> bool:
+        """Whether the device has yet to make what was put."""
+        ...
+
     def shrink(self) -> None:
         """Give back the device's memory, where it has run out."""
 
@@ -226,66 +245,10 @@ class DirectLane:
     def fence(self) -> Callable[[], None]:
         return _nothing_to_wait_for
 
+    def is_busy(self) -> bool:
+        return False
+
     def shrink(self) -> None:
-        return None
-
-
-class Streams(Protocol):
-    """The few things a staged lane asks of a device; tests give it one that delays every copy."""
-
-    def record(self) -> Any:
-        """Mark the point that the model's stream has reached."""
-
-    def hold(self, event: Any) -> None:
-        """Let the model's stream wait for an event, without stopping the host."""
-
-    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        """Copy on the copy stream once `after` has passed; gives the event of its end."""
-
-    def wait(self, event: Any) -> None:
-        """Stop the host until an event has passed."""
-
-
-class CudaStreams:
-    """A copy stream beside the model's own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._copy_stream = torch.cuda.Stream(device)
-
-    def record(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def hold(self, event: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self._device).wait_event(event)
-
-    def copy(self, target: Tensor, source: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
-        with torch.cuda.stream(self._copy_stream):
-            self._copy_stream.wait_event(after)
-            target.copy_(source, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._copy_stream)
-        return event
-
-    def wait(self, event: torch.cuda.Event) -> None:
-        event.synchronize()
-
-
-class PlainCopies:
-    """For devices whose copies to the host are over when the call returns: nothing to wait for."""
-
-    def record(self) -> None:
-        return None
-
-    def hold(self, event: None) -> None:
-        return None
-
-    def copy(self, target: Tensor, source: Tensor, after: None) -> None:
-        target.copy_(source)
-
-    def wait(self, event: None) -> None:
         return None
 
 
@@ -310,6 +273,7 @@ class StagedLane:
         self._device = device
         self._streams = streams
         self._stages: dict[int, list[_Stage]] = {}
+        self._made: Any = None
         self._last: Any = None
 
     def put(self, key: int, target: Target, produce: Produce) -> None:
@@ -331,7 +295,7 @@ class StagedLane:
             stages.append(stage)
         staged = Target(stage.values, stage.scale, target.overflow, 0, count)
         produce(staged)
-        made = self._streams.record()
+        made = self._made = self._streams.record()
         if target.scale is not None:
             assert staged.scale is not None
             self._streams.copy(target.scale, staged.scale, made)
@@ -340,6 +304,9 @@ class StagedLane:
 
     def fence(self) -> Callable[[], None]:
         return partial(self._streams.wait, self._last) if self._last is not None else _nothing_to_wait_for
+
+    def is_busy(self) -> bool:
+        return self._made is not None and not self._streams.has_passed(self._made)
 
     def shrink(self) -> None:
         self.fence()()

@@ -89,6 +89,12 @@ class Unit:
     # values beyond the range of float8, counted where the values are made
     overflow: dict[int, Tensor] = field(default_factory=dict)
 
+    def count_clipped(self, stored: Sequence[StoredSite]) -> dict[str, int]:
+        """Count by site the values that were beyond the range of float8, where there were some."""
+        # one copy for all sites: each waits for all that the device has yet to do
+        counts = torch.stack(list(self.overflow.values())).tolist() if self.overflow else []
+        return {stored[index].name: count for index, count in zip(self.overflow, counts, strict=True) if count}
+
 
 def measure_site(
     site: Site, value: Tensor, pool: Pool, dtype: torch.dtype | None, is_packed: bool = False

@@ -43,7 +43,7 @@ _UNITS_OF_TIME = (("years", 365 * 86400.0), ("days", 86400.0), ("hours", 3600.0)
 
 @dataclass(frozen=True)
 class SamplePace:
-    """What a sample took: its examples, tokens, bytes on disk, seconds in all and seconds waited for the disk."""
+    """What a sample took: its examples, tokens, bytes on disk, seconds in all and seconds idle for the disk."""
 
     num_examples: int
     num_tokens: int

@@ -27,7 +27,7 @@ class RunReport:
         num_halved: Batches that did not fit into the device's memory and were run in two.
         num_truncated: Texts cut to the maximum length.
         seconds: From the first text to the index.
-        stalled_s: Time the forward waited for a buffer to be written.
+        stalled_s: Time the forward waited for a buffer to be written, its device having nothing to compute.
         waited_s: Time any thread waited for room on the disk; of several processes the sum.
         num_waiting: Processes of the run in which one does so now.
         nonfinite: Values that are not finite, by site.

@@ -54,7 +54,7 @@ class Done:
         examples, num_examples: The same; examples of the units under way included.
         tokens, num_bytes: By this run alone; bytes that are committed.
         missing_bytes: Estimate of what is still to be written.
-        stalled_s: How long the forward has waited for the disk.
+        stalled_s: How long the forward has waited for the disk, its device having nothing to compute.
         waited_s: How long the run has waited for room on the disk.
         is_waiting: Whether it does so now.
     """

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerprobe as lp
 from layerprobe.capture import probe as probe_module
+from layerprobe.capture import sinks
 from layerprobe.capture.packing import StoreSink
-from layerprobe.capture.staging import Room
-from layerprobe.capture.units import AnnouncedBatch, encode_record
+from layerprobe.capture.staging import HostBuffer, Room
+from layerprobe.capture.units import AnnouncedBatch, Unit, encode_record
 from layerprobe.errors import CaptureError, NonFiniteError, StoreError
 from layerprobe.store.writer import ShardWriter, StoredSite
 
@@ -179,3 +181,49 @@ def test_float8_overflow_of_a_call_that_is_cut_short_is_not_counted(make_bert: A
     store = lp.open(tmp_path / "acts")
     assert store.index is not None
     assert store.num_tokens == 6 and store.index["nonfinite"] == {"layers.0": 6}
+
+
+class _Numbers(TorchDispatchMode):
+    """Count how often a device is asked for a number, and so waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_asked = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_asked += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_counts_of_all_sites_come_from_the_device_at_once() -> None:
+    stored = [StoredSite(f"layers.{number}", "token", torch.float8_e4m3fn, 3) for number in range(4)]
+    unit = Unit(0, 0, HostBuffer(stored, Room(1, 1), pinned=False))
+    with _Numbers() as numbers:
+        assert unit.count_clipped(stored) == {}
+        unit.overflow = {index: torch.tensor(count) for index, count in {3: 5, 0: 0, 2: 7}.items()}
+        assert unit.count_clipped(stored) == {"layers.3": 5, "layers.2": 7}
+    assert numbers.num_asked == 0
+    with numbers:
+        int(torch.tensor(1))
+    assert numbers.num_asked == 1  # it would have been seen
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_mask_and_ids_of_a_call_are_fetched_together(
+    tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_mask: bool
+) -> None:
+    ids, mask = torch.randint(1, 100, (2, 4)), torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0]])
+    fetched: list[int] = []
+    fetch = sinks.fetch
+    monkeypatch.setattr(sinks, "fetch", lambda tensors: [fetched.append(len(tensors)), fetch(tensors)][1])
+    with torch.no_grad(), lp.Probe(tiny_bert, ["layers.*"], to=tmp_path / "acts"):
+        output = tiny_bert(ids, mask if has_mask else None)
+    assert fetched == [1 + has_mask]
+    real = mask.bool() if has_mask else torch.ones_like(mask).bool()
+    store = lp.open(tmp_path / "acts")
+    for ordinal in range(2):
+        example = store.example(ordinal)
+        assert example.input_ids.tolist() == ids[ordinal][real[ordinal]].tolist()
+        rows_TD = example["layers.2"]
+        assert isinstance(rows_TD, torch.Tensor)
+        assert torch.equal(rows_TD, output.last_hidden_state[ordinal][real[ordinal]])

@@ -24,12 +24,13 @@ from layerprobe.capture.staging import (
     BufferPool,
     DirectLane,
     HostBuffer,
-    PlainCopies,
     Room,
     StagedLane,
+    fetch,
     make_lane,
     send,
 )
+from layerprobe.capture.streams import PlainCopies
 from layerprobe.capture.target import Target
 from layerprobe.capture.units import AnnouncedBatch
 from layerprobe.errors import StoreError
@@ -45,6 +46,7 @@ class DelayedStreams:
         self.num_copies = 0
         self._queue: list[tuple[int, Tensor, Tensor]] = []
         self._holds = holds
+        self.has_computed = True
         self._lock = threading.Lock()
 
     def record(self) -> str:
@@ -66,6 +68,10 @@ class DelayedStreams:
             while self._queue and self._queue[0][0] <= event:
                 _, target, source = self._queue.pop(0)
                 target.copy_(source)
+
+    def has_passed(self, event: str) -> bool:
+        assert event == "made"
+        return self.has_computed
 
 
 def _site(
@@ -179,12 +185,23 @@ def test_lane_gives_back_its_stages_once_their_values_have_arrived() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_is_sent_does_not_wait_for_the_model() -> None:
     large, done = torch.ones(8192, 8192, device="cuda"), torch.cuda.Event()
+    # the first time pins memory and starts the library of products, which wait for the device on their own account
+    send(torch.arange(1 << 16), torch.device("cuda"))
+    torch.cuda.synchronize()
+    large = large @ large
+    torch.cuda.synchronize()
     for _ in range(20):
         large = large @ large
     done.record()
     sent = send(torch.arange(1 << 16), torch.device("cuda"))
     assert not done.query()
     assert torch.equal(sent.cpu(), torch.arange(1 << 16))
+
+
+def test_what_is_fetched_is_on_the_host_and_the_same() -> None:
+    given = [torch.arange(6).view(2, 3), torch.tensor([[1.0, 0.0]])]
+    assert all(torch.equal(one, other) for one, other in zip(fetch(given), given, strict=True))
+    assert fetch([]) == []
 
 
 def test_fence_before_anything_was_put_waits_for_nothing() -> None:
@@ -376,6 +393,62 @@ def test_caller_waits_for_a_buffer_and_the_wait_is_counted() -> None:
     thread.join(30)
     assert got == [buffer]
     assert pool.stalled_s > stalled_before
+
+
+def test_wait_for_a_device_that_computes_is_no_stall() -> None:
+    """The host of a GPU runs ahead, and waits for a buffer that the GPU has yet to fill."""
+    streams = DelayedStreams()
+    lane = StagedLane(CPU, streams, pinned=False)
+    assert not lane.is_busy()
+    lane.put(0, _make_buffer().target(0, 0, 1), lambda target: cast_into(target, torch.ones(1, 3)))
+    assert not lane.is_busy()
+    streams.has_computed = False
+    looked, num_looks = threading.Event(), 0
+
+    def look() -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        if num_looks == 3:  # time and again, since it may be idle by now
+            looked.set()
+        return lane.is_busy()
+
+    pool = BufferPool(_make_buffer, 1, look)
+    buffer, got = pool.acquire(_pass), []
+    thread = threading.Thread(target=lambda: got.append(pool.acquire(_pass)))
+    thread.start()
+    assert looked.wait(30)
+    pool.release(buffer)
+    thread.join(30)
+    assert got == [buffer]
+    assert pool.stalled_s == 0
+
+
+def test_wait_counts_as_a_stall_from_when_the_device_has_nothing_to_do() -> None:
+    answers, idle = iter([True, True, False]), threading.Event()
+
+    def look() -> bool:
+        if is_busy := next(answers, False):
+            return is_busy
+        idle.set()
+        return False
+
+    pool = BufferPool(_make_buffer, 1, look)
+    buffer = pool.acquire(_pass)
+    thread = threading.Thread(target=lambda: pool.acquire(_pass))
+    thread.start()
+    # set under the pool's lock, which is free again only once the caller waits
+    assert idle.wait(30)
+    assert pool.stalled_s == 0
+    pool.release(buffer)
+    thread.join(30)
+    assert pool.stalled_s > 0
+
+
+def test_lanes_that_make_values_at_once_are_never_busy() -> None:
+    assert not DirectLane().is_busy()
+    lane = StagedLane(CPU, PlainCopies(), pinned=False)
+    lane.put(0, _make_buffer().target(0, 0, 1), lambda target: cast_into(target, torch.ones(1, 3)))
+    assert not lane.is_busy()
 
 
 def test_failure_of_the_writer_is_raised_in_the_caller_that_waits() -> None:
