@@ -25,7 +25,14 @@ _GONE: Any = object()
 
 
 def watch_attention(
-    hooks: HookSet, module: nn.Module, key: int, frames: Frames, port: Outlet, deliver: Callable[..., None]
+    hooks: HookSet,
+    module: nn.Module,
+    key: int,
+    frames: Frames,
+    port: Outlet,
+    deliver: Callable[..., None],
+    *,
+    checks_later: bool,
 ) -> None:
     """Hook one attention module.
 
@@ -36,6 +43,7 @@ def watch_attention(
         frames: Tell which call is under way.
         port: The way out of a compiled graph.
         deliver: Called with the call and `value=`, the `[B, H, S, S]` weights.
+        checks_later: Whether weights may be delivered before they are checked, all of a call at once as it ends.
     """
     current = frames.current
     # A graph traces one twin that is there beforehand; threads that run Python have one per call.
@@ -51,7 +59,9 @@ def watch_attention(
         if torch.compiler.is_compiling():
             traced.clear()
         elif (call := current()) is not None:
-            call.twins[key] = EagerTwin(module)
+            if checks_later and call.unchecked is None:
+                call.unchecked = []
+            call.twins[key] = EagerTwin(module, later=call.unchecked)
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any = _GONE, *, name: str) -> None:
         if output is not _GONE and (twin := twin_of()) is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import find_cache
-from layerprobe.sites.weights import EagerTwin
+from layerprobe.sites.weights import Comparison, EagerTwin
 
 __all__ = ["Call", "Context", "Sink", "Source", "is_sink", "read_context"]
 
@@ -56,6 +56,7 @@ class Call:
         places: By stack, what a compiled graph has asked: where the real tokens are in `[B * S]`.
         is_orphan: The probe was closed by another thread while this call was running.
         is_running: Asked from any thread whether it still runs; one that Ctrl-C cut short does not.
+        unchecked: Of attention weights that have been given to the sink, what is to be looked at before the call ends.
         sources: Set by a sink that follows gradients: for sites whose value is cut or joined, what it is made of.
     """
 
@@ -70,6 +71,7 @@ class Call:
     chunks: dict[int, list[Tensor]] = field(default_factory=dict)
     twins: dict[int, EagerTwin] = field(default_factory=dict)
     places: dict[int, Tensor] = field(default_factory=dict)
+    unchecked: list[Comparison] | None = None
     sources: dict[int, Source] | None = None
     is_orphan: bool = False
     is_running: Callable[[], bool] = lambda: True

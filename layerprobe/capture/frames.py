@@ -16,6 +16,7 @@ from types import FrameType
 from layerprobe.capture.calls import Call, Context, Sink
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
+from layerprobe.sites.weights import Comparison, require_same_contexts
 
 __all__ = ["ROOT", "Frames"]
 
@@ -199,6 +200,8 @@ class Frames:
         if call is None:
             return
         if call.expected and call.seen == call.expected and (completed or frame.is_stopped):
+            if call.unchecked:
+                self._check_weights(call, call.unchecked)
             self._sink.finish(call)
             return
         # one of which nothing was asked, as of an encoder alone for a site of the decoder, is none for the sink
@@ -209,6 +212,13 @@ class Frames:
                 f"{self._owner} ran without making {', '.join(map(repr, missing))}: the modules behind these sites "
                 "were not called. Leave the sites out, or call the model so that it uses them."
             )
+
+    def _check_weights(self, call: Call, unchecked: Sequence[Comparison]) -> None:
+        try:
+            require_same_contexts(unchecked)
+        except CaptureError:
+            self._sink.abandon(call)
+            raise
 
 
 def _is_running(runner: FrameType | None) -> bool:

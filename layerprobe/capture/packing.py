@@ -84,6 +84,8 @@ class StoreSink:
             almost every batch, and CUDA graphs are recorded for each shape.
     """
 
+    forgets_abandoned = True
+
     def __init__(
         self,
         where: Path | Place,

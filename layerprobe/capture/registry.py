@@ -235,7 +235,9 @@ class ProbeRegistry:
     def _attach_point(self, point: _Point) -> None:
         if point.takes == "weights":
             deliver = functools.partial(self._receive_at, point=point)
-            watch_attention(self._hooks, point.module, point.key, self._frames, self._outlet, deliver)
+            forgets = getattr(self._sink, "forgets_abandoned", False)
+            hooks, frames, outlet = self._hooks, self._frames, self._outlet
+            watch_attention(hooks, point.module, point.key, frames, outlet, deliver, checks_later=forgets)
             return
         # Run at every layer of every call, so without the calls that would make it shorter.
         frames, get_ident, port, key = self._frames.by_thread, threading.get_ident, self._outlet, point.key

@@ -210,6 +210,9 @@ class MemorySink:
         gradients: Keep values with their history in autograd, and record what backward sends to them.
     """
 
+    # nobody sees a value before its call is finished
+    forgets_abandoned = True
+
     def __init__(self, pool: Pool = None, dtype: torch.dtype | None = None, gradients: bool = False) -> None:
         self.calls: list[CapturedCall] = []
         self._pool = pool

@@ -12,9 +12,11 @@ Never touches the model's configuration, buffers or outputs, and knows no model 
 Letters: B sequences, H heads, S positions, D width.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +26,16 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from layerprobe.errors import CaptureError
 from layerprobe.sites.stacks import find_cache
 
-__all__ = ["EagerTwin"]
+__all__ = ["Comparison", "EagerTwin", "require_same_contexts"]
 
+# What rounding may move a context by, in the eps of what computes it. Seen at most, over the demo model and tiny ones
+# of every family on a CPU: 2.5 eps in float32, 1.2 in the half types. A query times 1.5 in bfloat16 moves the demo
+# model by 24 to 57 eps.
+_MOST_EPS = 8
+# TF32 keeps ten bits of a mantissa
+_TF32_EPS = 2.0**-10
+# float32 kernels of CUDA split their products and sum them in other orders; a guess that no GPU has tried
+_CUDA_FLOAT32 = 4
 _LOAD_EAGER = "Load the model with attn_implementation='eager'."
 
 
@@ -33,16 +43,17 @@ class EagerTwin:
     """Give the attention probabilities of the calls of one attention module.
 
     One twin serves one call: `note` after each call of a direct child, then `finish` after the module. The twin's
-    context is compared with the one the kernel made, which costs a comparison of `[B, S, D]` and, on a device, a wait;
-    it catches every kernel that does more than its arguments say.
+    context is compared with the one the kernel made, which costs a comparison of `[B, S, D]` and, on a device, a wait
+    where its outcome is looked at; it catches every kernel that does more than its arguments say.
 
     Args:
         module: What mixes the heads (for BERT, `BertSelfAttention`).
         checks: Whether to compare contexts; a graph that is being compiled cannot.
+        later: Where comparisons go that the caller will look at; None to have them looked at by `finish`.
     """
 
-    def __init__(self, module: nn.Module, checks: bool = True) -> None:
-        self._module, self._name, self._checks = module, type(module).__name__, checks
+    def __init__(self, module: nn.Module, checks: bool = True, later: "list[Comparison] | None" = None) -> None:
+        self._module, self._name, self._checks, self._later = module, type(module).__name__, checks, later
         self._forward, self._parameters = _eager_forward(type(module))
         self._children = {name: _Replay() for name, _ in module.named_children()}
         self._dropouts = [name for name, child in module.named_children() if isinstance(child, nn.Dropout)]
@@ -74,7 +85,7 @@ class EagerTwin:
             `[B, H, S, S]`, in the dtype the eager code gives.
 
         Raises:
-            CaptureError: the call cannot be repeated, or repeating it gives another context.
+            CaptureError: the call cannot be repeated, or, with no `later`, repeating it gives another context.
 
         Cost: nothing where the model itself ran eager code; else one eager attention (scores, softmax, mix).
         """
@@ -112,7 +123,11 @@ class EagerTwin:
         # In training the kernel dropped some of its weights: its context is another, rightly.
         if self._checks and not self._module.training:
             pairs = [pair for child in self._children.values() for pair in child.other]
-            _require_same_context(self._module, [*pairs, (again[0], _first(output))])
+            compared = [_compare(self._module, *pair) for pair in (*pairs, (again[0], _first(output)))]
+            if self._later is None:
+                require_same_contexts(compared)
+            else:
+                self._later.extend(compared)
         return weights
 
 
@@ -184,30 +199,77 @@ def _four_dimensional(output: Any) -> Tensor | None:
     return next((item for item in items if isinstance(item, Tensor) and item.ndim == 4), None)
 
 
-def _require_same_context(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """How far a context is off the one that the kernel made, measured but not looked at.
+
+    Args:
+        module, kernel: By name.
+        measured: Root mean squares of the difference and of the kernel's context, float32 `[2]`, where the model is.
+        eps: Of what computed them.
+    """
+
+    module: str
+    kernel: str
+    measured: Tensor
+    eps: float
+
+
+def require_same_contexts(compared: Sequence[Comparison]) -> None:
     """Refuse weights whose mix of the values is not the context the kernel made.
 
-    Left out are rows of zeros, where a query had no key to look at (padding far from any token, under a window: sdpa
-    and flash give zeros, eager attention the mean), and rows the model itself made NaN.
+    Raises:
+        CaptureError: one is not.
+
+    Cost: one wait for the device.
     """
-    for twin, real in pairs:
-        if twin.shape != real.shape:
-            raise CaptureError(f"{type(module).__name__}: its eager code takes another path. {_LOAD_EAGER}")
-        seen = (real != 0).any(-1, keepdim=True) & real.isfinite().all(-1, keepdim=True)
-        # By root mean square over the whole context: rounding is spread over it, and another formula moves all of it.
-        # Seen at most, over the demo model and tiny ones of every family: 2.5 eps in float32, 1.2 in the half types.
-        # A query times 1.5 in bfloat16 moves the demo model by 24 to 57 eps.
-        off, size = (_root_mean_square(value, seen) for value in (twin.float() - real.float(), real.float()))
-        rounding = 8 * torch.finfo(real.dtype).eps * size
+    if not compared:
+        return
+    device = compared[0].measured.device
+    measured = torch.stack([one.measured.to(device) for one in compared]).tolist()
+    for one, (off, size) in zip(compared, measured, strict=True):
+        rounding = _MOST_EPS * one.eps * size
         if not off <= rounding:
             raise CaptureError(
-                f"{type(module).__name__}: eager attention gives another context than {_kernel(module) or 'sdpa'} did: "
+                f"{one.module}: eager attention gives another context than {one.kernel} did: "
                 f"off by {off:.2g}, at most {rounding:.2g} is rounding. {_LOAD_EAGER}"
             )
 
 
-def _root_mean_square(value: Tensor, seen: Tensor) -> float:
-    return value.where(seen, 0).square().mean().sqrt().item()
+def _compare(module: nn.Module, twin: Tensor, real: Tensor) -> Comparison:
+    """Hold a context against the kernel's.
+
+    Left out are rows of zeros, where a query had no key to look at (padding far from any token, under a window: sdpa
+    and flash give zeros, eager attention the mean), and rows the model itself made NaN.
+    """
+    if twin.shape != real.shape:
+        raise CaptureError(f"{type(module).__name__}: its eager code takes another path. {_LOAD_EAGER}")
+    seen = (real != 0).any(-1, keepdim=True) & real.isfinite().all(-1, keepdim=True)
+    # By root mean square over the whole context: rounding is spread over it, and another formula moves all of it.
+    sizes = [_root_mean_square(value, seen) for value in (twin.float() - real.float(), real.float())]
+    eps = _rounding_of(real.dtype, real.is_cuda, _rounds_products())
+    return Comparison(type(module).__name__, _kernel(module) or "sdpa", torch.stack(sizes), eps)
+
+
+def _root_mean_square(value: Tensor, seen: Tensor) -> Tensor:
+    return value.where(seen, 0).square().mean().sqrt()
+
+
+def _rounding_of(dtype: torch.dtype, is_cuda: bool, is_rounded: bool) -> float:
+    """Give the eps that a context is computed to; `is_rounded`: whether CUDA rounds the operands of products."""
+    eps = torch.finfo(dtype).eps
+    if not is_cuda or dtype != torch.float32:
+        return eps
+    return _TF32_EPS if is_rounded else _CUDA_FLOAT32 * eps
+
+
+def _rounds_products() -> bool:
+    """Whether CUDA may round the operands of float32 products, by torch's new name for it or by its old one."""
+    if getattr(torch.backends.cuda.matmul, "fp32_precision", None) == "tf32":
+        return True
+    with contextlib.suppress(RuntimeError):  # raised where the two names differ: kernels go by the new one
+        return torch.get_float32_matmul_precision() != "highest"
+    return False
 
 
 def _with_pattern(mask: Any, module: nn.Module, states_BSD: Tensor, asked: Mapping[str, Any]) -> Tensor | None:

@@ -7,6 +7,8 @@ Letters: B sequences, S positions, H heads.
 """
 
 import copy
+import subprocess
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,7 +21,10 @@ from torch import Tensor, nn
 
 import layerprobe as lp
 from families import FAMILIES, IS_V5, build, is_known, make_batch
+from layerprobe.capture import frames
 from layerprobe.errors import CaptureError, OptionError
+from layerprobe.extract.forward import compute_in
+from layerprobe.sites import weights as twins
 from layerprobe.sites.anatomy import Fused, find_anatomy
 from layerprobe.sites.weights import EagerTwin
 from oracles import TOLERANCE, expected_attentions, real_queries
@@ -259,6 +264,81 @@ def test_kernel_that_does_more_than_its_arguments_say_is_refused(kernels: None, 
     with pytest.raises(CaptureError, match=match):
         read(model, make_batch())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_weights_of_a_call_are_looked_at_once_and_none_are_kept_that_are_refused(
+    kernels: None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, stop: bool
+) -> None:
+    """Each look waits for the device. A function is given values as they are made: there each layer is looked at."""
+    looks: list[int] = []
+    look = twins.require_same_contexts
+    watching = lambda compared: [looks.append(len(compared)), look(compared)][1]  # noqa: E731
+    monkeypatch.setattr(frames, "require_same_contexts", watching)
+    monkeypatch.setattr(twins, "require_same_contexts", watching)
+    model, batch, given = build("bert"), make_batch(), []
+    with torch.no_grad(), lp.Probe(model, WEIGHTS, stop=stop):
+        model(**batch)
+    assert len(looks) == 1 and looks[0] >= model.config.num_hidden_layers
+    model.set_attn_implementation("hot_kernel")
+    match = "eager attention gives another context than hot_kernel did"
+    for to in (None, tmp_path / "acts", lambda *made: given.append(made)):
+        with torch.no_grad(), lp.Probe(model, WEIGHTS, to=to, stop=stop) as probe:
+            with pytest.raises(CaptureError, match=match):
+                model(**batch)
+            assert to is not None or not probe.calls
+    assert not given and not list(tmp_path.glob("acts/shard-*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_more_is_rounding_where_cuda_rounds_the_operands_of_float32_products(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    assert twins._rounding_of(dtype, is_cuda=False, is_rounded=True) == eps
+    rounded = twins._rounding_of(dtype, is_cuda=True, is_rounded=True)
+    plain = twins._rounding_of(dtype, is_cuda=True, is_rounded=False)
+    if dtype == torch.float32:
+        # as many bits of mantissa as float16; another formula is told all the same: 24 eps of bfloat16
+        assert rounded == torch.finfo(torch.float16).eps and plain == 4 * eps
+        assert 8 * rounded < 24 * torch.finfo(torch.bfloat16).eps
+    else:
+        assert rounded == plain == eps
+
+
+def test_rounding_of_products_is_told_by_either_name() -> None:
+    code = """
+import torch
+from layerprobe.sites.weights import _rounds_products
+assert not _rounds_products()
+torch.set_float32_matmul_precision("high")
+assert _rounds_products()
+torch.set_float32_matmul_precision("highest")
+assert not _rounds_products()
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # the old name raises from here on
+    assert _rounds_products()
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    assert not _rounds_products()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_weights_on_cuda_pass_their_check_in_every_precision(demo: Any, precision: str) -> None:
+    texts = ["fox", "the quick brown fox jumps over the lazy dog. " * 12]
+    batch = demo.tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    expected, _ = read(copy.deepcopy(demo.model), batch)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    model = copy.deepcopy(demo.model).to("cuda", dtype)
+    with compute_in(model, "tf32" if precision == "tf32" else None):
+        got, _ = read(model, {name: value.cuda() for name, value in batch.items()})
+    # layer 0 only: later ones have the rounding of those before
+    rows, wanted = (real_queries(made[0].float().cpu(), batch["attention_mask"]) for made in (got, expected))
+    # scores are some tens, so that float32 of another order of sums is off by a few hundred eps at most
+    tolerance = {"float32": 1e-4, "tf32": 2**-7, "bfloat16": 2**-4}[precision]
+    torch.testing.assert_close(rows, wanted, atol=tolerance, rtol=0)
 
 
 def test_packed_batch_is_refused() -> None:
