@@ -55,7 +55,7 @@ class ModelCaller:
             announce: Told of what is sent, before each call.
 
         Raises:
-            torch.OutOfMemoryError: a single text does not fit, nor once all else is given back.
+            torch.OutOfMemoryError: a single text does not fit, nor once all else is given back; or what came of it.
         """
         num_tokens = batch.input_ids.numel()
         is_one = batch.num_sequences < 2
@@ -87,12 +87,27 @@ class ModelCaller:
             placed = {name: send(value, self._device) for name, value in arguments.items()}
             with laying(batch):
                 self._model(**placed)
-        except torch.OutOfMemoryError:
-            if may_fail:
+        except Exception as error:
+            if may_fail and _ran_out(error):
                 return False
             raise
         check()
         return True
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Whether memory gave out: while a CUDA graph is recorded that may come as an error of what cleans up after it."""
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or any(one is other for other in seen):
+            continue
+        if isinstance(one, torch.OutOfMemoryError):
+            return True
+        seen.append(one)
+        waiting += [one.__cause__, None if one.__suppress_context__ else one.__context__]
+    return False
 
 
 def _nothing_to_check() -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "REORDERED",
     "check_backend",
     "check_device",
+    "check_recording",
     "compile_network",
     "compute_in",
     "find_dtype",
@@ -81,11 +82,40 @@ def check_device(device: torch.device, backend: bool | str) -> None:
     """Refuse what a device cannot do.
 
     Raises:
-        OptionError: CUDA graphs elsewhere; batches would be filled up for nothing.
+        OptionError: CUDA graphs elsewhere, where batches would be filled up for nothing, or with a torch that would
+            record what must not be.
     """
-    if backend == CUDA_GRAPHS and device.type != "cuda":
+    if backend != CUDA_GRAPHS:
+        return
+    if device.type != "cuda":
         raise OptionError(
             f"compile={backend!r} (--cuda-graphs) on {device}: CUDA devices replay graphs. Use compile=True here."
+        )
+    import torch._inductor.config as compiler  # takes a second, and only this asks for it
+
+    check_recording(hasattr(torch.Tag, "cudagraph_unsafe"), getattr(compiler, "graph_partition", False))
+
+
+def check_recording(has_tag: bool, is_partitioned: bool) -> None:
+    """Refuse CUDA graphs that would hold the operators that carry values out: they run once, and not as it is replayed.
+
+    Args:
+        has_tag: Whether operators can say that they must not be recorded.
+        is_partitioned: Whether the compiler cuts graphs there.
+
+    Raises:
+        OptionError: one of the two is missing.
+    """
+    asked = f"compile={CUDA_GRAPHS!r} (--cuda-graphs)"
+    if not has_tag:
+        raise OptionError(
+            f"{asked} with torch {torch.__version__}: it would record what reads values once, and replay graphs "
+            "without it. Install torch 2.9 or newer, or use compile=True (--compile)."
+        )
+    if not is_partitioned:
+        raise OptionError(
+            f"{asked}: torch's compiler has graph_partition off, and would record what reads values once. Switch it "
+            "on (it is from torch 2.9 on; TORCHINDUCTOR_GRAPH_PARTITION=1), or use compile=True (--compile)."
         )
 
 
@@ -146,10 +176,14 @@ def compute_in(model: nn.Module, precision: str | None) -> Iterator[None]:
 def running(model: nn.Module, precision: str | None) -> Iterator[None]:
     """Let a model's calls be those of a run while this is open: in eval mode, without gradients, in its precision.
 
+    Its CUDA device is the current one meanwhile: what is made without naming one would wake the first.
+
     Raises:
         OptionError: as `compute_in`.
     """
-    with evaluating(model), torch.inference_mode(), compute_in(model, precision):
+    device = find_device(model)
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with current, evaluating(model), torch.inference_mode(), compute_in(model, precision):
         yield
 
 

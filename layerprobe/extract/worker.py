@@ -61,6 +61,7 @@ def describe_job(plan: Plan, device: str, share: int) -> dict[str, Any]:
         "rule": rule,
         "batch_tokens": plan.batch_tokens,
         "num_examples": plan.num_examples,
+        "num_bytes": plan.num_bytes,
         "digests": [digest.hex() for digest in plan.digests],
         "description": plan.description,
         "wait_for_space": plan.wait_for_space,
@@ -73,6 +74,9 @@ def _rebuild_plan(job: dict[str, Any]) -> Plan:
     Raises:
         ModelError: the model is not the one that the run was planned with.
     """
+    device = torch.device(job["device"])
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # else what is loaded wakes the first one too, in each process
     loaded = load_model(job["model"], job["device"])
     description = job["description"]
     own, planned = describe_model(loaded.model), description["model"]
@@ -102,7 +106,7 @@ def _rebuild_plan(job: dict[str, Any]) -> Plan:
         digests=digests,
         num_tokens=0,
         is_exact=False,
-        num_bytes=0,
+        num_bytes=job["num_bytes"],
         description=description,
         done={},
         num_damaged=0,

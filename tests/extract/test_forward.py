@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from layerprobe.extract import plan as planning
 from layerprobe.extract.audit import audit
 from layerprobe.extract.batching import Shapes
 from layerprobe.extract.engine import UnitEngine
-from layerprobe.extract.forward import compute_in
+from layerprobe.extract.forward import check_device, check_recording, compute_in
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
 from layerprobe.models import LoadedModel
@@ -155,6 +156,29 @@ def test_cuda_graphs_are_refused_where_nothing_replays_them(tiny: LoadedModel, t
     with pytest.raises(OptionError, match=r"compile='reduce-overhead' .* on cpu: CUDA devices replay graphs"):
         extract(tiny, ["a"], tmp_path / "acts", compile="reduce-overhead")
     assert not (tmp_path / "acts").exists()
+
+
+def test_cuda_graphs_are_refused_with_a_torch_that_would_record_what_reads_values() -> None:
+    asked = r"compile='reduce-overhead' \(--cuda-graphs\)"
+    with pytest.raises(
+        OptionError, match=rf"{asked} with torch {re.escape(torch.__version__)}: .* torch 2\.9 or newer"
+    ):
+        check_recording(has_tag=False, is_partitioned=True)
+    with pytest.raises(OptionError, match=rf"{asked}: torch's compiler has graph_partition off, .*Switch it on"):
+        check_recording(has_tag=True, is_partitioned=False)
+    check_recording(has_tag=True, is_partitioned=True)
+
+
+def test_a_torch_that_does_not_cut_graphs_is_asked_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    check_device(torch.device("cuda"), True)
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip("torch 2.9 brings the tag")
+    with config.patch(graph_partition=True):
+        check_device(torch.device("cuda"), "reduce-overhead")
+    with config.patch(graph_partition=False), pytest.raises(OptionError, match="has graph_partition off"):
+        check_device(torch.device("cuda"), "reduce-overhead")
 
 
 def test_what_does_not_exist_is_refused(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From texts to shards: what is on disk is what the model makes of each text alone."""
 
+import copy
 import itertools
 import json
 import struct
@@ -446,6 +447,57 @@ def test_a_text_that_does_not_fit_alone_is_an_error_of_torch(tiny: LoadedModel, 
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         run_extraction(plan)
     handle.remove()
+
+
+@pytest.mark.parametrize("how", ["cause", "context", "other"])
+def test_memory_that_gives_out_behind_another_error_is_known(tiny: LoadedModel, tmp_path: Path, how: str) -> None:
+    """While a CUDA graph is recorded it may come so."""
+    texts = ["the quick brown fox", "a dog", "the fox", "lazy"]
+    plan = plan_extraction(
+        tiny.model, texts, tmp_path / "acts", ExtractOptions(padding_free=False), tokenizer=tiny.tokenizer
+    )
+
+    def refuse(_: Any, args: Any, kwargs: Any) -> None:
+        if len(kwargs["input_ids"]) == 1:
+            return
+        try:
+            _refuse_memory()
+        except torch.OutOfMemoryError as error:
+            if how == "context":
+                raise RuntimeError("recording failed")  # noqa: B904 - so does what cleans up
+            raise RuntimeError("recording failed") from (error if how == "cause" else None)
+
+    handle = tiny.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    if how == "other":  # it says that the one has nothing to do with the other
+        with pytest.raises(RuntimeError, match="recording failed"):
+            run_extraction(plan)
+    else:
+        assert run_extraction(plan).num_halved
+        assert len(layerprobe.open(tmp_path / "acts")) == len(texts)
+    handle.remove()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_that_the_gpu_has_no_memory_for_is_run_in_halves(demo: LoadedModel, tmp_path: Path) -> None:
+    model, device = copy.deepcopy(demo.model).cuda(), torch.device("cuda")
+    texts = [f"the quick brown fox jumps over {number} lazy dogs . " * 8 for number in range(64)]
+    options: dict[str, Any] = {"sites": "layers.*", "dtype": "float16", "padding_free": False, "batch_tokens": 8192}
+    whole = extract(model, texts, tmp_path / "whole", tokenizer=demo.tokenizer, **options)
+    plan = plan_extraction(model, texts, tmp_path / "halved", ExtractOptions(**options), tokenizer=demo.tokenizer)
+    torch.cuda.empty_cache()
+    held, total = torch.cuda.memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    # room for a few hundred tokens and not for five thousand, for which an FFN takes twice 1,536 numbers each
+    torch.cuda.set_per_process_memory_fraction((held + (60 << 20)) / total, device)
+    try:
+        report = run_extraction(plan)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert report.is_complete and report.num_halved
+    halved = layerprobe.open(tmp_path / "halved")
+    for number, site in itertools.product(range(len(texts)), whole.sites):
+        one, other = halved[site][number].float(), whole[site][number].float()
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)  # float16 of batches of other shapes
 
 
 def _refuse_memory() -> None:
