@@ -4,7 +4,8 @@ On the CPU a value goes straight into the shard-shaped host buffer: a stage woul
 into a stage on the device and from there, on a copy stream, into a pinned host buffer while the model computes on.
 Host buffers take turns, two of them with one writer; when all are busy the forward waits, and the wait is counted.
 
-With `streams`, the only file that knows of CUDA. Must never know what the values mean.
+With `streams`, the only file of capture that owns streams, stages and pinned memory. Must never know what the values
+mean.
 """
 
 import math
