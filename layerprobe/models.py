@@ -122,7 +122,7 @@ def load_tokenizer(source: str) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, name: str = "") -> None:
-    """Refuse a tokenizer that has no backend in Rust, whose rules are a file and whose cuts it tells.
+    """Refuse a slow tokenizer: only fast ones have a tokenizer.json and report where they truncate.
 
     Raises:
         ModelError: it has none.

@@ -264,17 +264,19 @@ def check(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Check:
-    """Say what to know of a store before a cosine is taken in it.
+    """Find what would distort cosine similarities in a store.
+
+    Constant, outlying and rogue dimensions, and rows that are not finite.
 
     Args:
         store: A store, or where it is.
         sites: Patterns over the stored sites; None for the embeddings and every layer's output.
         max_rows: About how many rows to take, in examples drawn at random; None for all.
-        seed: Of the draw.
+        seed: Seed of the draw.
         progress: Whether to show a bar; None for only on a terminal.
 
     Raises:
-        OptionError: a value that cannot be, or sites that have no rows in common.
+        OptionError: a value that is not possible, or sites that have no rows in common.
         SiteError: a pattern matches nothing that is stored.
         InputError: the store has fewer than two rows.
 

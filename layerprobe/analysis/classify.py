@@ -75,31 +75,31 @@ def classify(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Classification:
-    """Say how well a linear probe tells classes apart at each layer, and what may be concluded.
+    """Measure how well a linear probe separates classes at each layer, beside baselines.
 
     Args:
         store: A store, or where it is.
-        labels: A field of the records, or a value per example. Lists of a label per token (None for none) classify
-            tokens.
+        labels: A field of the records, or one value per example. Lists with one label per token (None for none)
+            classify tokens.
         sites: Patterns over the stored sites; None for the embeddings and every layer's output.
         pool: How an example becomes one vector: `mean`, `cls`, `max` or `last`; `last4` for the last four layers alone,
             joined and averaged, by the mean. A pooled store is taken as it is.
         span: Two fields, the first character and the one after the last: the pieces of that span, averaged, are
             classified.
-        split: Field, or values per example, that say train, dev or test. Without it three fifths train, one chooses and
-            one judges, at random; texts of the same tokens stay together.
+        split: Field, or values per example, that say train, dev or test. Without it three fifths are for training, one
+            for choosing (dev) and one for testing, at random; texts with the same tokens stay together.
         group: Field, or values per example, that stay on one side.
         control: Also fit random labels per type, for selectivity.
         mdl: Also count the bits of an online code.
         untrained: A store of the same texts by the same architecture with random weights, or what makes one, such as
             `layerprobe.extract_untrained`.
-        max_examples: The most examples, and the most tokens or spans, to take, drawn at random; None for all.
-        seed: Of every draw.
+        max_examples: The most examples, and the most tokens or spans, to use, drawn at random; None for all.
+        seed: Seed of every draw.
         progress: Whether to show a bar; None for only on a terminal.
 
     Raises:
-        InputError: labels are missing, of one class, or more classes than examples.
-        OptionError: a value that does not exist, or two that do not go together.
+        InputError: labels are missing, all of one class, or of more classes than there are examples.
+        OptionError: an option has a value that does not exist, or two options do not go together.
         NonFiniteError: a vector is not finite, by name.
         SiteError: a pattern matches nothing that is stored.
 

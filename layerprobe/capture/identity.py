@@ -1,10 +1,10 @@
-"""What tells one piece of a user's code from another: a pool, or what somebody has put on a model's modules.
+"""When two pieces of a user's code are the same: a pool, or what somebody has put on a model's modules.
 
-Two runs may be one only where both do the same, and a run may be gone on with only where that can be told in another
-process. So a function is known by its code and by what its code sees, a tensor by its bytes, an object by its class and
-its attributes; what holds something that cannot be told so is like nothing else, and like nothing later.
+Two runs are the same only if their code does the same, and a run resumes only if another process can verify that. So
+functions are hashed by their code and what it refers to, tensors by their bytes, objects by class and attributes. What
+cannot be hashed never matches anything.
 
-What libraries do is the business of their versions: theirs is known by name.
+Code of libraries is covered by their versions, so it is identified by name.
 """
 
 import contextlib
@@ -54,12 +54,12 @@ def describe_pool(pool: Pool) -> str | None:
 
 
 def describe_changes(model: nn.Module) -> list[str]:
-    """Name what may change what a model computes, beside its config and its weights.
+    """Name what may change what a model computes, besides its config and its weights.
 
-    Edits, hooks, a `forward` that was put in place, and modules of the user's or of other libraries, such as adapters,
-    by their settings too: one that a call changes, such as a count of calls, makes each run another. Probes are none of
-    it, nor are hooks of torch, transformers and accelerate, which come with the model. Hooks on all modules at once,
-    and methods put into a class, are not seen.
+    That is edits, hooks, a replaced `forward`, and modules of the user or of other libraries, such as adapters, with
+    their settings. A setting that changes with every call, such as a counter, makes every run a different one. Probes
+    are not included, nor are hooks of torch, transformers and accelerate, which come with the model. Hooks on all
+    modules at once, and methods put into a class, are not seen.
     """
     found, strange = [], []
     for path, module in model.named_modules():

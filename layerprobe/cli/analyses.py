@@ -1,4 +1,4 @@
-"""Commands that say what a store holds has to say: diff, plot, check, report.
+"""Commands that analyse a store: diff, plot, check, report.
 
 Parse and call; compute nothing. `main` gives each its name and place.
 """
@@ -13,20 +13,24 @@ from layerprobe.errors import OptionError
 
 __all__ = ["check", "diff", "plot", "report"]
 
-MaxRows = Annotated[int | None, typer.Option(metavar="ROWS", help="About how many rows to take, at random; all.")]
+MaxRows = Annotated[
+    int | None, typer.Option(metavar="ROWS", help="About how many rows to use, at random; all if not given.")
+]
 
 
 def diff(
     folder: Where,
     out: Table = None,
-    all_pairs: Annotated[bool, typer.Option("--all-pairs", help="Every pair of sites, not only neighbours.")] = False,
+    all_pairs: Annotated[
+        bool, typer.Option("--all-pairs", help="Compare every pair of sites, not only neighbours.")
+    ] = False,
     patterns: StoredSites = None,
-    cosine: Annotated[str, typer.Option(help="Of raw, centred or zscored rows.")] = "raw",
+    cosine: Annotated[str, typer.Option(help="Cosine of raw, centred or zscored rows.")] = "raw",
     max_rows: MaxRows = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Say how far rows move from layer to layer, and what shape each layer has.
+    """Measure how far rows move from layer to layer, and the shape of each layer.
 
     Example: layerprobe diff acts -o acts.csv
     """
@@ -54,7 +58,9 @@ def check(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Say what to know of a store before a cosine is taken in it: constant and outlying dimensions, rows not finite.
+    """Find what would distort cosine similarities in a store.
+
+    Constant, outlying and rogue dimensions, and rows that are not finite.
 
     Exit code 1 where a row is not finite or a site is the same everywhere.
 
@@ -74,20 +80,23 @@ def plot(
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="A .png, .svg or .pdf to write.")],
     patterns: StoredSites = None,
     color: Annotated[
-        str | None, typer.Option(help="token, position, norm, or a field of the records; label if there is one.")
+        str | None,
+        typer.Option(help="Colour by token, position, norm, or a field of the records; label if there is one."),
     ] = None,
-    method: Annotated[str, typer.Option(help="pca, tsne or umap.")] = "pca",
-    points: Annotated[str | None, typer.Option(help="rows or examples; what the colour belongs to.")] = None,
+    method: Annotated[str, typer.Option(help="Projection: pca, tsne or umap.")] = "pca",
+    points: Annotated[
+        str | None, typer.Option(help="rows or examples; if not given, whichever the colour belongs to.")
+    ] = None,
     pool: Vector = None,
     shared: Annotated[bool, typer.Option("--shared", help="One PCA basis for all layers.")] = False,
-    max_points: Annotated[int | None, typer.Option(help="The most to draw; 10,000, for t-SNE 2,000.")] = None,
+    max_points: Annotated[int | None, typer.Option(help="The most points to draw; 10,000, or 2,000 for t-SNE.")] = None,
     attention: Annotated[
         int | None, typer.Option(metavar="EXAMPLE", help="Draw this example's attention weights, head by head.")
     ] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Draw each layer's points in two components, a panel each; or an example's attention, a panel a head.
+    """Draw each layer's points in two components, one panel per layer; or an example's attention, one per head.
 
     Example: layerprobe plot acts -o layers.png --color token
     """
@@ -128,19 +137,20 @@ def report(
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="A .html to write.")],
     patterns: StoredSites = None,
     labels: Annotated[str | None, typer.Option(metavar="FIELD", help="Field of the records to classify by.")] = None,
-    points: Annotated[str, typer.Option(help="examples, or rows for a point a token.")] = "examples",
+    points: Annotated[str, typer.Option(help="examples, or rows for one point per token.")] = "examples",
     pool: Vector = None,
-    max_points: Annotated[int, typer.Option(help="The most to draw, at random.")] = 10_000,
+    max_points: Annotated[int, typer.Option(help="The most points to draw, at random.")] = 10_000,
     max_rows: Annotated[
-        int, typer.Option(metavar="ROWS", help="About how many rows the curves are made of, at random.")
+        int, typer.Option(metavar="ROWS", help="About how many rows to compute the curves from, at random.")
     ] = 100_000,
     attention: Annotated[
-        list[int] | None, typer.Option(metavar="EXAMPLE", help="Show its attention weights; repeat for several.")
+        list[int] | None,
+        typer.Option(metavar="EXAMPLE", help="Show this example's attention weights; repeat for several."),
     ] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Write a store as one page that needs no network: points layer by layer, curves, heat maps, classes, attention.
+    """Write a store as one page that needs no network: points by layer, curves, heat maps, classes, attention.
 
     Example: layerprobe report acts -o report.html
     """

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take: each is named, explained and abbreviated in one place.
+"""Arguments and options shared by several commands: each is named, explained and abbreviated in one place.
 
 Must never know what a command does with them.
 """
@@ -22,7 +22,7 @@ __all__ = [
     "Where",
 ]
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; CUDA if there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; CUDA if available and none is given.")]
 Field = Annotated[str, typer.Option(help="Field of a record that holds the text.")]
 Json = Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")]
 Model = Annotated[
@@ -30,7 +30,7 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="A hub id, a folder, or 'demo' (real MiniLM weights from the demo extra)."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Seed = Annotated[int, typer.Option(help="Of all draws.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random draws.")]
 Sites = Annotated[
     list[str] | None,
     typer.Option(
@@ -51,10 +51,10 @@ Texts = Annotated[
     str,
     typer.Argument(
         metavar="INPUT",
-        help="A .txt (a text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: "
+        help="A .txt (one text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: "
         "a data set of the hub, or '-': standard input, plain text, a text per line.",
     ),
 ]
-Vector = Annotated[str | None, typer.Option(help="An example's vector: mean, max, cls or last of its rows.")]
+Vector = Annotated[str | None, typer.Option(help="How an example's rows become one vector: mean, max, cls or last.")]
 # not a Path, which would make one slash of two
 Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]

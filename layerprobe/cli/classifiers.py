@@ -1,4 +1,4 @@
-"""The command that classifies: what each layer's vectors say of labels, or of texts that have none.
+"""The command that classifies: what each layer's vectors say about labels, or about texts that have none.
 
 Parse and call; compute nothing. `main` gives it its name and place.
 """
@@ -18,28 +18,36 @@ def classify(
     folder: Where,
     labels: Annotated[str, typer.Option(metavar="FIELD", help="Field of the records to classify by.")] = "label",
     pool: Annotated[str, typer.Option(help="mean, cls, max, last, or last4: the last four layers together.")] = "mean",
-    split: Annotated[str | None, typer.Option(metavar="FIELD", help="Says train, dev or test.")] = None,
-    group: Annotated[str | None, typer.Option(metavar="FIELD", help="Examples of one value stay on one side.")] = None,
-    span: Annotated[
-        str | None, typer.Option(metavar="START,END", help="Fields of characters: classify that span of each text.")
+    split: Annotated[str | None, typer.Option(metavar="FIELD", help="Field that says train, dev or test.")] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Field whose equal values stay in one split.")
     ] = None,
-    control: Annotated[bool, typer.Option("--control", help="Also random labels per type: selectivity.")] = False,
-    mdl: Annotated[bool, typer.Option("--mdl", help="Also the bits of an online code.")] = False,
+    span: Annotated[
+        str | None,
+        typer.Option(metavar="START,END", help="Two fields with characters: classify that span of each text."),
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also fit random labels per type, for selectivity.")
+    ] = False,
+    mdl: Annotated[bool, typer.Option("--mdl", help="Also count the bits of an online code.")] = False,
     untrained: Annotated[
-        bool, typer.Option("--untrained/--no-untrained", help="The baseline of random weights: runs every text again.")
+        bool,
+        typer.Option("--untrained/--no-untrained", help="The baseline with random weights; runs every text again."),
     ] = True,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Make labels of the texts: length, a word, order.")
+        bool, typer.Option("--profile", help="Derive labels from the texts: length, a word, word order.")
     ] = False,
     patterns: StoredSites = None,
-    max_examples: Annotated[int | None, typer.Option(help="The most to take, at random; 50,000.")] = None,
+    max_examples: Annotated[
+        int | None, typer.Option(help="The most examples to use, at random; 50,000 if not given.")
+    ] = None,
     json: Json = None,
     out: Table = None,
-    save: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the probe that dev chose.")] = None,
+    save: Annotated[str | None, typer.Option(metavar="FOLDER", help="Save the probe that was best on dev.")] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Say how well each layer's vectors tell classes apart, beside what is simpler.
+    """Measure how well a linear probe separates classes at each layer, beside baselines.
 
     Example: layerprobe classify acts --labels topic --json topics.json
     """

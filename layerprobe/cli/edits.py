@@ -14,27 +14,31 @@ __all__ = ["patch"]
 
 
 def patch(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a folder of a model that fills masks.")],
-    clean: Annotated[str, typer.Option(metavar="TEXT", help="The text with the right answer; one [MASK] in it.")],
-    corrupt: Annotated[str, typer.Option(metavar="TEXT", help="The same with other words, of as many tokens.")],
-    answer: Annotated[str, typer.Option(metavar="TOKEN", help="Whose logit at the mask is measured: one token.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or folder of a model that fills masks.")],
+    clean: Annotated[str, typer.Option(metavar="TEXT", help="The text with the right answer and one [MASK] in it.")],
+    corrupt: Annotated[
+        str, typer.Option(metavar="TEXT", help="The same text with other words, of the same number of tokens.")
+    ],
+    answer: Annotated[str, typer.Option(metavar="TOKEN", help="The token whose logit at the mask is measured.")],
     patterns: Annotated[
         list[str] | None, typer.Option("--sites", "-s", metavar="PATTERN", help="Sites to patch; repeat for several.")
     ] = None,
     heads: Annotated[
         bool, typer.Option("--heads", help="Patch heads one by one at all positions: layers.*.attention.context.")
     ] = False,
-    method: Annotated[str, typer.Option(help="exact runs each patch, attribution estimates all by one gradient.")] = (
+    method: Annotated[str, typer.Option(help="exact runs each patch; attribution estimates all from one gradient.")] = (
         "exact"
     ),
-    batch_size: Annotated[int, typer.Option(min=1, help="Copies per forward.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Patched copies per forward.")] = 32,
     out: Annotated[
         str, typer.Option("--out", "-o", metavar="FILE", help="A .png, .svg or .pdf picture, .csv or .json.")
     ] = "patch.png",
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Patch clean's values into corrupt one by one: which sites carry the answer, as a table and a picture.
+    """Find the sites that carry the model's answer at [MASK].
+
+    Puts clean's values into corrupt one by one; prints a table and draws a picture.
 
     Example: layerprobe patch bert-base-uncased --clean 'Rome is in [MASK].' --corrupt 'Oslo is in [MASK].' \
         --answer italy

@@ -1,4 +1,4 @@
-"""Commands that bring stores elsewhere and together: export, merge, push, pull.
+"""Commands that convert, join and transfer stores: export, merge, push, pull.
 
 Parse and call; compute nothing. `main` gives each its name and place.
 """
@@ -17,21 +17,19 @@ Hub = Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/USER/NAME
 
 def export(
     folder: Where,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The file; for zarr a folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The file to write; for zarr, a folder.")],
     to: Annotated[
         str | None,
         typer.Option("--to", help="parquet, arrow, npz or zarr; if not given what OUT ends in, else parquet."),
     ] = None,
     patterns: Annotated[
         list[str] | None,
-        typer.Option(
-            "--sites", "-s", metavar="PATTERN", help="Of the stored sites, all if not given; repeat for several."
-        ),
+        typer.Option("--sites", "-s", metavar="PATTERN", help="Sites to export; all if not given; repeat for several."),
     ] = None,
     rows: Annotated[
-        str | None, typer.Option("--rows", help="examples or tokens: what a row of a table is; examples if not given.")
+        str | None, typer.Option("--rows", help="What a row of a table is: examples (if not given) or tokens.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a store as one Parquet, Arrow, npz or Zarr file.
@@ -47,12 +45,14 @@ def export(
 
 
 def merge(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The store: new, or of the same plan and added to.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The joined store: new, or one of the same plan to add to.")
+    ],
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Stores that hold units of one plan.")],
     link: Annotated[bool, typer.Option("--link", help="Link shards instead of copying them.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make one store of several that hold units of the same plan. Exit code 1 if units are missing.
+    """Join several stores that hold units of the same plan. Exit code 1 if units are missing.
 
     Example: layerprobe merge acts machine-1/acts machine-2/acts
     """
@@ -68,9 +68,9 @@ def merge(
 def push(
     folder: Where,
     url: Hub,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is new.")] = False,
 ) -> None:
-    """Send a complete store to the Hugging Face hub, as the user whom 'hf auth login' knows.
+    """Upload a complete store to the Hugging Face hub, as the user logged in with 'hf auth login'.
 
     Example: layerprobe push acts hf://datasets/someone/acts
     """
@@ -79,8 +79,8 @@ def push(
     typer.echo(str(push_store(folder, url, private=private)))
 
 
-def pull(url: Hub, folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; new or empty.")]) -> None:
-    """Fetch a store from the Hugging Face hub, and nothing that is not a store's.
+def pull(url: Hub, folder: Annotated[Path, typer.Argument(metavar="DIR", help="Target folder, new or empty.")]) -> None:
+    """Download a store from the Hugging Face hub, and no other files of the repository.
 
     Example: layerprobe pull hf://datasets/someone/acts acts
     """

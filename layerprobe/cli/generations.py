@@ -1,4 +1,4 @@
-"""Commands that let a decoder or a model's own head say what a layer holds: generate, fit-decoder, lens.
+"""Commands that read a layer through a decoder or the model's own head: generate, fit-decoder, lens.
 
 Parse and call; compute nothing. `main` gives each its name and place.
 """
@@ -20,25 +20,36 @@ def generate(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A hub id or a folder: encoder-decoder, or with cross attention; or what fit-decoder kept.",
+            help="An encoder-decoder, or a decoder with cross attention, by hub id or folder; or saved by fit-decoder.",
         ),
     ],
-    layer: Annotated[str, typer.Option(help="A number, negatives from the last that is stored, or a site.")] = "-1",
+    layer: Annotated[
+        str, typer.Option(help="A site, or a layer's number; negative ones count from the last that is stored.")
+    ] = "-1",
     examples: Annotated[
-        list[int] | None, typer.Option("--example", "-e", metavar="N", help="Repeat for several; all.")
+        list[int] | None,
+        typer.Option(
+            "--example", "-e", metavar="N", help="An example's ordinal; repeat for several; all if not given."
+        ),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="As the model says.")] = None,
-    beams: Annotated[int | None, typer.Option(metavar="N", help="Beams of the search; as the model says.")] = None,
-    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens rather than take the likeliest.")] = False,
-    temperature: Annotated[float | None, typer.Option(help="Of the draws.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="The most tokens to generate; as the model says if not given.")
+    ] = None,
+    beams: Annotated[
+        int | None, typer.Option(metavar="N", help="Beams of the search; as the model says if not given.")
+    ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw tokens at random instead of taking the most likely.")
+    ] = False,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of the draws.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from this share of the probability.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples at one time.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 16,
     seed: Seed = 0,
     device: Device = None,
     out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv or .json to write.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Generate text from stored states of a layer, the encoder not run.
+    """Generate text from stored states of a layer, without running the encoder.
 
     Example: layerprobe generate acts my-bert2bert --layer 5 --example 0 --beams 4
     """
@@ -81,25 +92,29 @@ def fit_decoder(
     folder: Where,
     layers: Annotated[
         list[str] | None,
-        typer.Option("--layer", metavar="PATTERN", help="Stored sites or a layer's number; repeat for several; all."),
+        typer.Option(
+            "--layer", metavar="PATTERN", help="Stored sites or a layer's number; repeat for several; all if not given."
+        ),
     ] = None,
     targets: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="What to write: a field of the records; the text itself.")
+        str | None, typer.Option(metavar="FIELD", help="Field of the records to write; the text itself if not given.")
     ] = None,
-    save: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep the decoders, for generate.")] = None,
-    width: Annotated[int, typer.Option(help="Of the decoders; a multiple of 32.")] = 128,
-    num_layers: Annotated[int, typer.Option(help="Of the decoders.")] = 2,
-    max_length: Annotated[int, typer.Option(metavar="TOKENS", help="The most of a target.")] = 32,
-    max_examples: Annotated[int, typer.Option(help="The most to take, at random.")] = 5000,
-    epochs: Annotated[int, typer.Option(help="Passes over what they are fitted on.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 2e-3,
+    save: Annotated[str | None, typer.Option(metavar="FOLDER", help="Save the decoders, for generate.")] = None,
+    width: Annotated[int, typer.Option(help="Width of the decoders; a multiple of 32.")] = 128,
+    num_layers: Annotated[int, typer.Option(help="Layers of the decoders.")] = 2,
+    max_length: Annotated[int, typer.Option(metavar="TOKENS", help="The most tokens of a target.")] = 32,
+    max_examples: Annotated[int, typer.Option(help="The most examples to use, at random.")] = 5000,
+    epochs: Annotated[int, typer.Option(help="Passes over the training examples.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-3,
     seed: Seed = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the CPU, with half of the cores.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1; if not given, the CPU with half of the cores.")
+    ] = None,
     out: Table = None,
     quiet: Quiet = False,
 ) -> None:
-    """Fit a small decoder to each layer, beside one that sees none: what each layer can say.
+    """Fit a small decoder to each layer, beside one that sees no layer: what can be read from each layer.
 
     Example: layerprobe fit-decoder acts --layer 5 --save reader
     """
@@ -135,19 +150,27 @@ def lens(
     source: Annotated[str, typer.Argument(metavar="INPUT", help="Texts as for extract, or a store of the model.")],
     patterns: Annotated[
         list[str] | None,
-        typer.Option("--sites", "-s", metavar="PATTERN", help="Sites; the embeddings, every layer and the final norm."),
+        typer.Option(
+            "--sites",
+            "-s",
+            metavar="PATTERN",
+            help="Sites; if not given, the embeddings, every layer and the final norm.",
+        ),
     ] = None,
     mask: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Of the tokens to mask and judge; 0.15 where there is a head.")
+        float | None,
+        typer.Option(metavar="SHARE", help="Share of the tokens to mask and judge; 0.15 where there is a head."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="The most to judge.")] = 4096,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Also some tokens one by one: guess and rank.")] = False,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens to judge.")] = 4096,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Also print some tokens one by one, with guess and rank.")
+    ] = False,
     seed: Seed = 0,
     device: Device = None,
     out: Table = None,
     quiet: Quiet = False,
 ) -> None:
-    """Say what would be predicted from each layer: rank and probability of the true token by depth.
+    """Show what the model would predict from each layer: rank and probability of the true token by depth.
 
     Example: layerprobe lens bert-base-uncased texts.txt -o lens.png
     """

@@ -18,29 +18,36 @@ __all__ = ["profile"]
 def profile(
     model: Model,
     batch: Annotated[int, typer.Option(min=1, help="Texts in the batch.")] = 32,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of each, special ones included.")] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured forwards, and as many bare ones.")] = 10,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per text, special ones included.")] = 128,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Measured forwards; as many bare ones take turns with them.")
+    ] = 10,
     patterns: Annotated[
         list[str] | None,
-        typer.Option("--sites", "-s", metavar="PATTERN", help="Steps inside layers; all. Repeat for several."),
+        typer.Option(
+            "--sites", "-s", metavar="PATTERN", help="Steps inside layers; all if not given; repeat for several."
+        ),
     ] = None,
     by: Annotated[
         str, typer.Option(help="Rows of the table: layer, site, or place (a site of all layers together).")
     ] = "layer",
     compare: Annotated[
         str | None,
-        typer.Option(metavar="WHAT", help="hidden_states: say what watching every layer costs, way by way."),
+        typer.Option(metavar="WHAT", help="hidden_states: measure what reading every layer costs, way by way."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="A .json to write every number to.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="PICTURE", help="A .png, .svg or .pdf: a bar per layer.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="PICTURE", help="A .png, .svg or .pdf to write, with one bar per layer."),
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A trace of torch's profiler, with ranges named by site.")
+        Path | None, typer.Option(metavar="FILE", help="Write a trace of torch's profiler, with ranges named by site.")
     ] = None,
     device: Device = None,
 ) -> None:
-    """Say what each layer of a model costs: time, operations, bytes, memory.
+    """Measure what each layer of a model costs: time, operations, bytes, memory.
 
     Example: layerprobe profile demo --batch 8 --length 64 --by place
     """

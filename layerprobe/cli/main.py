@@ -19,7 +19,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="layerprobe",
-    help="Take activations out of Hugging Face encoder models, read them back, understand them.",
+    help="Extract activations of Hugging Face encoder models, read them back and analyse them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,25 +41,25 @@ def _options(
 app.command()(runs.sites)
 app.command(short_help="Extract sites for every text into a store.")(runs.extract)
 app.command()(stores.info)
-app.command(short_help="Tell how far a run is, from outside.")(stores.status)
-app.command(short_help="Check every byte of a store; repair it, or run some of it again.")(stores.verify)
+app.command(short_help="Show how far a run is, without disturbing it.")(stores.status)
+app.command(short_help="Check every byte of a store; repair it, or recompute some of it.")(stores.verify)
 # -1 is an example, not an option
 app.command(context_settings={"ignore_unknown_options": True})(stores.show)
 app.command(short_help="Write a store as one Parquet, Arrow, npz or Zarr file.")(exports.export)
-app.command(short_help="Make one store of several that hold units of the same plan.")(exports.merge)
-app.command(short_help="Send a complete store to the Hugging Face hub.")(exports.push)
-app.command(short_help="Fetch a store from the Hugging Face hub.")(exports.pull)
-app.command(short_help="Say how far rows move from layer to layer.")(analyses.diff)
+app.command(short_help="Join several stores that hold units of the same plan.")(exports.merge)
+app.command(short_help="Upload a complete store to the Hugging Face hub.")(exports.push)
+app.command(short_help="Download a store from the Hugging Face hub.")(exports.pull)
+app.command(short_help="Measure how far rows move from layer to layer.")(analyses.diff)
 app.command(short_help="Draw each layer's points, or an example's attention.")(analyses.plot)
-app.command(short_help="Write a store as one page to look at.")(analyses.report)
-app.command(short_help="Say what to know of a store before a cosine is taken in it.")(analyses.check)
-app.command(short_help="Say how well each layer tells classes apart.")(classifiers.classify)
+app.command(short_help="Write a store as one self-contained page.")(analyses.report)
+app.command(short_help="Find what would distort cosine similarities in a store.")(analyses.check)
+app.command(short_help="Measure how well each layer separates classes.")(classifiers.classify)
 app.command(short_help="Generate text from stored states of a layer.")(generations.generate)
-app.command(short_help="Fit a small decoder to each layer: what it can say.")(generations.fit_decoder)
-app.command(short_help="Say what would be predicted from each layer.")(generations.lens)
-app.command(short_help="Say which sites carry what a model puts in for [MASK].")(edits.patch)
-app.command(short_help="Say what each layer of a model costs, and what watching it adds.")(instruments.profile)
-app.command(short_help="Say how values are distributed over all texts, keeping none.")(stats.stats)
+app.command(short_help="Fit a small decoder to each layer: what can be read from it.")(generations.fit_decoder)
+app.command(short_help="Show what the model would predict from each layer.")(generations.lens)
+app.command(short_help="Find the sites that carry the model's answer at [MASK].")(edits.patch)
+app.command(short_help="Measure what each layer of a model costs, and what reading it adds.")(instruments.profile)
+app.command(short_help="Measure how values are distributed over all texts, without storing them.")(stats.stats)
 
 
 def main() -> None:

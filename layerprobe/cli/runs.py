@@ -56,60 +56,64 @@ def extract(
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per batch, padding included; a longer text has one of its own. Tried out on long runs."
+            help="Tokens per batch, padding included; a longer text gets its own batch. Long runs try larger ones."
         ),
     ] = None,
     padding_free: Annotated[
         bool | None,
         typer.Option(
-            "--padding-free/--padding", help="Texts behind one another or side by side; the first where it can be."
+            "--padding-free/--padding",
+            help="Concatenate texts instead of padding them side by side; done where possible if not given.",
         ),
     ] = None,
-    shard_size: Annotated[str, typer.Option(help="What a shard should hold: 64MB, 1GiB.")] = "128MiB",
+    shard_size: Annotated[str, typer.Option(help="Bytes per shard: 64MB, 1GiB.")] = "128MiB",
     nonfinite: Annotated[
-        str, typer.Option(help="warn or error at values that are not finite or overflow the dtype.")
+        str, typer.Option(help="warn or error: on values that are not finite or overflow the dtype.")
     ] = "warn",
-    keep: Annotated[float, typer.Option(help="Share of the rows to keep: 0.05. A draw without a seed.")] = 1.0,
+    keep: Annotated[float, typer.Option(help="Share of the rows to keep, such as 0.05; drawn without a seed.")] = 1.0,
     tokens: Annotated[
         str,
         typer.Option(
-            help="Which tokens to keep rows of: all, first, cls, special (one typed in the text too) or nonspecial."
+            help="Tokens to keep rows of: all, first, cls, special (also if typed in the text) or nonspecial."
         ),
     ] = "all",
     precision: Annotated[str | None, typer.Option(help=_PRECISION_HELP)] = None,
     compiles: Annotated[bool, typer.Option("--compile", help="Compile the model for the run.")] = False,
     replays: Annotated[
         bool,
-        typer.Option("--cuda-graphs", help="Compile, and replay a CUDA graph for each of a few shapes of batches."),
+        typer.Option("--cuda-graphs", help="Compile, and replay a CUDA graph for each of a few batch shapes."),
     ] = False,
     writers: Annotated[
-        int, typer.Option(help="Shards written at once; more where `stalled` says that one is too slow.")
+        int, typer.Option(help="Shards written at once; raise it where `stalled` shows that one is too slow.")
     ] = 1,
     device: Device = None,
     devices: Annotated[
-        str | None, typer.Option(help="Several GPUs, '0,1': a process each, one store. Or 'cpu,cpu'.")
+        str | None, typer.Option(help="Several GPUs, '0,1': one process each, one store. Or 'cpu,cpu'.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace another run in DIR; the same one goes on.")
+        bool, typer.Option("--overwrite", help="Replace a different run in DIR; the same run is resumed.")
     ] = False,
     wait_for_space: Annotated[
-        bool, typer.Option("--wait-for-space", help="On a full disk wait for room instead of stopping.")
+        bool, typer.Option("--wait-for-space", help="On a full disk, wait for room instead of stopping.")
     ] = False,
     grace: Annotated[
         float | None,
-        typer.Option(min=0, metavar="SECONDS", help="After SIGTERM, time for the shard under way to be finished; 30."),
+        typer.Option(
+            min=0, metavar="SECONDS", help="After SIGTERM, time to finish the current shard; 30 if not given."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     price: Annotated[
         str | None,
-        typer.Option("--plan", metavar="N", help="Measure a sample, say what N texts (1e9) would cost, and stop."),
+        typer.Option("--plan", metavar="N", help="Measure a sample, print what N texts (1e9) would cost, and stop."),
     ] = None,
     price_seconds: Annotated[
-        float | None, typer.Option("--plan-seconds", metavar="SECONDS", help="How long --plan measures, about; 60.")
+        float | None,
+        typer.Option("--plan-seconds", metavar="SECONDS", help="About how long --plan measures; 60 if not given."),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Extract sites for every text into a store; the same command again goes on where it was stopped.
+    """Extract sites for every text into a store; the same command again resumes a stopped run.
 
     Example: layerprobe extract demo texts.txt -o acts --dtype float16
     """

@@ -26,29 +26,33 @@ def stats(
     texts: Texts,
     patterns: Sites = None,
     sink: Annotated[str, typer.Option(help="moments, covariance, histogram, topk or cka.")] = "moments",
-    low: Annotated[float | None, typer.Option(help="histogram: edge of the first bin; -10.")] = None,
-    high: Annotated[float | None, typer.Option(help="histogram: edge of the last bin; 10.")] = None,
-    bins: Annotated[int | None, typer.Option(help="histogram: how many; 200.")] = None,
-    k: Annotated[int | None, typer.Option("--top", help="topk: tokens per unit; 10.")] = None,
-    context: Annotated[int | None, typer.Option(help="topk: tokens on either side; 5.")] = None,
+    low: Annotated[float | None, typer.Option(help="histogram: lower edge of the first bin; -10 if not given.")] = None,
+    high: Annotated[float | None, typer.Option(help="histogram: upper edge of the last bin; 10 if not given.")] = None,
+    bins: Annotated[int | None, typer.Option(help="histogram: number of bins; 200 if not given.")] = None,
+    k: Annotated[int | None, typer.Option("--top", help="topk: tokens per unit; 10 if not given.")] = None,
+    context: Annotated[int | None, typer.Option(help="topk: tokens of context on either side; 5 if not given.")] = None,
     units: Annotated[
         list[int] | None,
-        typer.Option("--unit", help="topk: a unit to print; repeat. The three with the largest value."),
+        typer.Option(
+            "--unit", help="topk: a unit to print; repeat for several; if not given, the three with the largest value."
+        ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the table here.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="A .safetensors file for every sum, to load and merge."),
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="A .safetensors file to write every sum to, for loading and merging."
+        ),
     ] = None,
     field: Field = "text",
     max_length: Annotated[
         int | None, typer.Option(help="Longest text in tokens; the model's limit if not given.")
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per batch; 1024 on a CPU.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens per batch, padding included; 1024 on a CPU.")] = None,
     device: Device = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar and no closing line.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no bar and no closing line.")] = False,
 ) -> None:
-    """Say how the values of sites are distributed over all texts, keeping none of them.
+    """Measure how the values of sites are distributed over all texts, without storing them.
 
     Example: layerprobe stats demo texts.txt --sites 'layers.*'
     """

@@ -16,7 +16,7 @@ __all__ = ["info", "show", "status", "verify"]
 
 
 def info(folder: Where) -> None:
-    """Say what a store holds.
+    """Show what a store holds.
 
     Example: layerprobe info acts
     """
@@ -28,7 +28,9 @@ def info(folder: Where) -> None:
 
 def show(
     folder: Where,
-    example: Annotated[int, typer.Argument(metavar="EXAMPLE", help="Its ordinal; negative ones count from the last.")],
+    example: Annotated[
+        int, typer.Argument(metavar="EXAMPLE", help="The example's ordinal; negative ones count from the last.")
+    ],
 ) -> None:
     """Print an example's tokens and the norm of each site.
 
@@ -41,7 +43,7 @@ def show(
 
 
 def status(folder: Where) -> None:
-    """Tell how far a run is, from outside: paces, time left, time until the disk is full, whether it is alive.
+    """Show how far a run is, without disturbing it: rates, time left, time until the disk is full, whether it is alive.
 
     Example: layerprobe status acts
     """
@@ -54,18 +56,18 @@ def status(folder: Where) -> None:
 def verify(
     folder: Where,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove what is damaged, so that the same extraction makes it again.")
+        bool, typer.Option("--repair", help="Remove what is damaged, so that the same extraction produces it again.")
     ] = False,
     recompute: Annotated[
         int | None, typer.Option(metavar="N", help="Run N random examples through the model again and compare.")
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The model for --recompute; the one that DIR names if not given."),
+        typer.Option(metavar="MODEL", help="The model for --recompute; if not given, the one that DIR names."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which examples --recompute draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the examples that --recompute draws.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where --recompute runs: cpu, cuda, cuda:1.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no bar.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:
     """Read every byte of a store and compare it with what was written; exit code 1 if anything is wrong.
 

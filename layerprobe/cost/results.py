@@ -40,7 +40,7 @@ class Cost:
         flops: Floating-point operations, by torch's counter.
         moved_bytes: What its operators read and write, each by itself: what memory would move if nothing were cached.
         output_bytes: Of the values that it makes at sites.
-        parameters: Numbers of weights that it uses first; a weight that is used twice counts once.
+        parameters: Number of weights first used here; a shared weight counts once.
         peak_bytes: The most bytes alive at once that the forward has made, while it ran.
     """
 

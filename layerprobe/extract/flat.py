@@ -195,7 +195,7 @@ def refuse_flat(
 
 
 def find_unusual_attention(mapped: ModelMap) -> str | None:
-    """Find by what a model attends; None where that is what transformers chooses by itself: `sdpa` if it can."""
+    """Name the model's attention kernel; None where it is transformers' default."""
     attention = _find_attention(mapped)
     usual = "sdpa" if getattr(mapped.base, "_supports_sdpa", False) else "eager"
     return None if attention == usual else attention

@@ -114,49 +114,50 @@ def extract(
     wait_for_space: bool = False,
     progress: bool | None = None,
 ) -> Any:
-    """Extract sites for every text into a store, resumably, or into a sink.
+    """Extract sites for every text into a store, where a stopped run can be resumed, or into a sink.
 
     Args:
         model: A model, what `load_model` gave, or a name: a hub id, a folder, or `demo`. It runs in eval mode and is
             left as it was.
         texts: A list of strings or mappings, a file (`.txt`, `.jsonl`, `.csv`, `.parquet`), a folder of them, a data
-            set of the hub as `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`, or `-` for standard input, a text
+            set of the hub as `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`, or `-` for standard input, one text
             per line.
-        to: Folder of the store, or a URL under `s3://`, `gs://`, `hf://` or `memory://`. One that holds part of the
-            same run is gone on with. Or a sink, such as `Moments()`: what concerns stores is then refused.
+        to: Folder of the store, or a URL under `s3://`, `gs://`, `hf://` or `memory://`. A store that already holds
+            part of the same run is resumed. Or a sink, such as `Moments()`: options for stores are then refused.
         sites: Patterns.
         dtype: Stored dtype; None for the model's own.
         pool: None for a row per token, or `cls`, `mean`, `max`, `last`, or a callable on `[T, D]` rows. Over all real
             tokens, special ones included.
-        tokenizer: A fast tokenizer; None for the one the model came with.
-        field: Field of a record that holds the text; its other fields travel with the example.
+        tokenizer: A fast tokenizer; None for the one that the model came with.
+        field: Field of a record that holds the text; the other fields are stored with the example.
         max_length: Longest text in tokens, special ones included; None for the model's limit. Longer ones are cut and
             counted.
-        batch_tokens: Tokens per batch, padding included, a longer text by itself; None for 2,048 on a CPU, 1,024 where
-            there is padding, and 16,384 elsewhere, or more where a million tokens make a try worth it and it is faster.
-        padding_free: Whether texts go through the model behind one another in one sequence, each attending to itself
-            alone, instead of side by side with padding: faster, and the same rows but for their last digits. None for
-            where model, sites and device are known to allow it, which a trial at the start confirms.
-        shard_size: Bytes of a shard, and of each of the buffers, which are one more than `writers`.
-        nonfinite: `warn` counts values that are not finite, `error` stops at them.
-        keep: Share of the rows to keep, above 0: a draw without a seed, by example and position. The reader knows the
-            positions of those that are kept.
+        batch_tokens: Tokens per batch, padding included. A longer text gets a batch of its own. None chooses: on a CPU
+            2,048 (1,024 with padding), elsewhere 16,384; runs of a million tokens or more first try whether a larger
+            batch is faster.
+        padding_free: Whether texts are concatenated into one sequence, each attending only to itself, instead of padded
+            side by side. Faster; rows differ in their last digits. None: wherever model, sites and device allow it,
+            confirmed by a trial run.
+        shard_size: Bytes of a shard, and of each buffer; there is one more buffer than `writers`.
+        nonfinite: `warn` counts NaN and infinite values; `error` stops the run at the first shard that has one.
+        keep: Share of the rows to keep, above 0: drawn without a seed, by example and position. The reader knows the
+            positions of the rows that are kept.
         tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` (those that the tokenizer puts around a
-            text), or `nonspecial`. They are known by their ids: one that is typed in a text counts too.
+            text), or `nonspecial`. They are recognised by their ids, so one that is typed in a text counts too.
         precision: What the forward computes in: `bfloat16` or `float16` by autocast, `tf32` on CUDA (`bf16`, `fp16` and
-            `fp32` are short names); None for what the program around has set for torch, most often nothing, and so the
-            dtype of the weights, as `float32` says.
-        compile: True to compile the model for the run, or the name of torch's backend; the model itself stays as it is.
-            `reduce-overhead`, torch's name for it, also replays CUDA graphs, one for each of a few shapes that batches
-            are then padded to.
-        writers: Shards written at once. More than one helps where a single write does not fill the disk or the link, as
-            into an object store; the report's `stalled` tells.
+            `fp32` are short names). None keeps what the calling program has set for torch; usually that is nothing, and
+            the forward computes in the dtype of the weights, as with `float32`.
+        compile: True to compile the model for the run, or the name of torch's backend; the model itself is not changed.
+            `reduce-overhead`, torch's name for it, also replays CUDA graphs, one for each of a few shapes to which
+            batches are then padded.
+        writers: Shards written at once. More than one helps where a single write does not saturate the disk or the
+            link, as with an object store; `stalled` in the report shows it.
         device: Where to put a model given by name.
-        devices: Several of them, `[0, 1]` or `"cuda:0,cuda:1"`: a process each, into one store. On CPUs
-            they share the cores; with another number of threads the last digits differ.
-        overwrite: Replace another run in the folder; the very same run is gone on with.
-        wait_for_space: On a full disk wait for room instead of stopping.
-        progress: Whether to say on stderr what is done; None for only on a terminal.
+        devices: Several devices, `[0, 1]` or `"cuda:0,cuda:1"`: one process for each, all into one store. On CPUs they
+            share the cores; with a different number of threads the last digits differ.
+        overwrite: Replace a different run in the folder; the same run is resumed.
+        wait_for_space: On a full disk, wait for room instead of stopping.
+        progress: Whether to show progress on stderr; None for only on a terminal.
 
     Returns:
         The complete store, or the sink.
@@ -167,9 +168,9 @@ def extract(
         SpaceError: the disk cannot hold the store, or the next shard, with the bytes that are missing.
         LockError: another run is writing there; its process is named.
         NonFiniteError: with `nonfinite="error"`.
-        StoreError: the disk refused; what was committed stays, and the same call goes on.
+        StoreError: writing failed; what was committed stays, and the same call resumes.
 
-    Cost: two buffers of `shard_size`, with more writers one each and one more, and one batch, however many texts.
+    Cost: two buffers of `shard_size` (one more for each further writer) and one batch, however many texts.
 
     Example:
         >>> import layerprobe as lp
