@@ -57,7 +57,7 @@ def load_model(name: str | Path, device: str | int | torch.device | None = None)
 
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
-        OptionError: the name is no text, or there is no such device.
+        OptionError: the name is not a text, or there is no such device.
 
     Example:
         >>> import layerprobe as lp

@@ -53,7 +53,7 @@ def profile(
 
     Raises:
         SiteError: a pattern matches nothing.
-        OptionError: the model is compiled, or on a device without a clock; attention weights are asked for.
+        OptionError: the model is compiled, or on a device without a clock; attention weights are requested.
         CaptureError: two forwards of the batch ran different modules.
 
     Cost: one forward slowed down by counting, then twice `repeats` and a few to warm up.
@@ -231,7 +231,7 @@ def _write_trace(
 
 
 class _Ranges:
-    """Keeps a range of torch's profiler open for the step under way, inside one for its part."""
+    """Keeps a range of torch's profiler open for the current step, inside one for its part."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps = steps

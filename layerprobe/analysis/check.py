@@ -269,9 +269,9 @@ def check(
     Constant, outlying and rogue dimensions, and rows that are not finite.
 
     Args:
-        store: A store, or where it is.
+        store: A store, or its path or URL.
         sites: Patterns over the stored sites; None for the embeddings and every layer's output.
-        max_rows: About how many rows to take, in examples drawn at random; None for all.
+        max_rows: About how many rows to use, in examples drawn at random; None for all.
         seed: Seed of the draw.
         progress: Whether to show a bar; None for only on a terminal.
 

@@ -78,7 +78,7 @@ def classify(
     """Measure how well a linear probe separates classes at each layer, beside baselines.
 
     Args:
-        store: A store, or where it is.
+        store: A store, or its path or URL.
         labels: A field of the records, or one value per example. Lists with one label per token (None for none)
             classify tokens.
         sites: Patterns over the stored sites; None for the embeddings and every layer's output.

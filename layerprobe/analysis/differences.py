@@ -123,7 +123,7 @@ class Differences:
         neighbours: How many neighbours of each.
         cka_rows: Rows of a minibatch of CKA.
         cosine: How rows were prepared before each cosine.
-        seed: Of all draws.
+        seed: Seed of all draws.
         notes: What else to know of the numbers.
     """
 
@@ -233,18 +233,18 @@ def differences(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Differences:
-    """Say how far rows move from layer to layer, and what shape each layer has.
+    """Measure how far rows move from layer to layer, and the shape of each layer.
 
     Args:
-        store: A store, or where it is; pooled stores give what needs no tokens.
+        store: A store, or its path or URL; pooled stores give what needs no tokens.
         sites: Patterns over the stored sites; None for the embeddings and every layer's output.
         pairs: `adjacent` sites, or `all` pairs.
         cosine: Of `raw` rows, `centred` ones, or z-scores (`zscored`) of each dimension.
-        max_rows: About how many rows to take, drawn at random: in the first pass rows, in the second whole examples.
+        max_rows: About how many rows to use, drawn at random: in the first pass rows, in the second whole examples.
             None for all.
         sample: Rows whose neighbours are compared; at 2,000 the overlap is known to about 0.01.
         neighbours: Of each row; half of the other rows, and a note, where those are not more.
-        seed: Of all draws.
+        seed: Seed of all draws.
         progress: Whether to show a bar; None for only on a terminal.
 
     Raises:

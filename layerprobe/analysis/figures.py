@@ -109,7 +109,7 @@ def check_suffix(path: str | Path) -> Path:
     """Make sure that a picture can be written under a name.
 
     Raises:
-        OptionError: its suffix is no format of pictures.
+        OptionError: its suffix is not a picture format.
         StoreError: its folder does not exist.
     """
     path = Path(path)

@@ -1,6 +1,6 @@
 """A probe that is kept: weights, classes, and what its vectors are made of, as safetensors and JSON.
 
-`probe.safetensors` holds weights and bias, `probe.json` the rest. A folder of a stranger is read within bounds and
+`probe.safetensors` holds weights and bias, `probe.json` the rest. An untrusted folder is read within bounds and
 nothing in it is run.
 
 Must never know of models; from text to classes leads `layerprobe.load_classifier`.

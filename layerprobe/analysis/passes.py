@@ -90,7 +90,7 @@ class MovePass:
         pairs: Places of two sites each.
         scalings: How rows of each site are prepared for a cosine.
         types: int64 `[V]`, the ids that occur, rising, and how often each does; None for pooled sites.
-        seed: Of the draw of words for self-similarity.
+        seed: Seed of the draw of words for self-similarity.
     """
 
     def __init__(

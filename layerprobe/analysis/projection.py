@@ -57,7 +57,7 @@ def project(
         values: float64 `[n, D]` of each site, the same points at each.
         method: `pca`, `tsne` or `umap`; the last two start each layer from the one before.
         shared: One PCA basis for all sites, each about its own mean; nothing is turned then.
-        seed: Of t-SNE, UMAP and the draw for trustworthiness.
+        seed: Seed of t-SNE, UMAP and the draw for trustworthiness.
         done: Called after each site.
 
     Raises:

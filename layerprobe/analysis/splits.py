@@ -34,7 +34,7 @@ def split_by_field(
         values: `train`, `dev` (or `val`, `valid`, `validation`) or `test` of each example.
         labels: Of each example.
         keys: What must not be cut where a dev side is made.
-        seed: Of that cut.
+        seed: Seed of that cut.
 
     Raises:
         InputError: another value, or nothing to train or to test on.

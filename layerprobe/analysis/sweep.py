@@ -146,7 +146,7 @@ def sweep(
         sites: From `choose_depth`.
         max_rows: How many rows to take, in whole examples drawn at random, the last of which may go beyond; None for
             all.
-        seed: Of the draw.
+        seed: Seed of the draw.
         what: What the progress bar says.
         progress: Whether to show it; None for only on a terminal.
         finite: Refuse rows that are not finite.

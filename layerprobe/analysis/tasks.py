@@ -73,7 +73,7 @@ def make_task(
         split: Field, or values, that say train, dev or test.
         group: Field, or values, whose examples stay on one side.
         max_examples: The most examples, and the most items, to take, drawn at random; None for all.
-        seed: Of every draw.
+        seed: Seed of every draw.
 
     Raises:
         InputError: labels are missing or of no use.

@@ -40,7 +40,7 @@ def watch_attention(
         hooks: What takes the hooks off again.
         module: What mixes the heads.
         key: Its number among the points of the probe.
-        frames: Tell which call is under way.
+        frames: Tell which call is running.
         port: The way out of a compiled graph.
         deliver: Called with the call and `value=`, the `[B, H, S, S]` weights.
         checks_later: Whether weights may be delivered before they are checked, all of a call at once as it ends.

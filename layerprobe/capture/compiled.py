@@ -74,7 +74,7 @@ class Receiver(Follower, Protocol):
         """A module that is read made a value."""
 
     def find_places(self, point: int, num_sequences: int, num_positions: int) -> Tensor | None:
-        """Where the real tokens of this thread's call are in `[B * S]`; None where no call is under way."""
+        """Where the real tokens of this thread's call are in `[B * S]`; None where no call is running."""
         ...
 
     def receive_packed(self, point: int, rows_TD: Tensor) -> None:
@@ -220,5 +220,5 @@ def has_compiled() -> bool:
 
 
 def forget_compiled_graphs() -> None:
-    """Let the next call of a compiled model be compiled anew: torch does not notice that hooks have come or gone."""
+    """Let the next call of a compiled model be compiled again: torch does not notice that hooks have come or gone."""
     torch.compiler.reset()

@@ -118,7 +118,7 @@ class CrossCovariance(RowSink[SiteCovariance]):
         """Give the covariance between two sites, float64 `[D, E]`, divided by n.
 
         Raises:
-            SiteError: they are no pair here.
+            SiteError: they are not a pair here.
         """
         is_turned = f"{one}{_AND}{other}" not in self._sums and f"{other}{_AND}{one}" in self._sums
         sums = self._find(f"{other}{_AND}{one}" if is_turned else f"{one}{_AND}{other}")
@@ -131,7 +131,7 @@ class CrossCovariance(RowSink[SiteCovariance]):
         Source: Kornblith, Norouzi, Lee and Hinton 2019, Similarity of neural network representations revisited, eq. 3.
 
         Raises:
-            SiteError: they are no pair here.
+            SiteError: they are not a pair here.
         """
         cross = self.cross(one, other) if one != other else self[one].covariance
         own = self[one].covariance.norm() * self[other].covariance.norm()

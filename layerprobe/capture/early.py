@@ -1,4 +1,4 @@
-"""Forwards that end after the last asked site.
+"""Forwards that end after the last requested site.
 
 `Stop` runs up through the modules; where it comes out, the model's call returns None.
 

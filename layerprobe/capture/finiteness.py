@@ -97,10 +97,10 @@ class _Record(NamedTuple):
 
 
 def find_nonfinite(model: nn.Module | LoadedModel, batch: Mapping[str, Any]) -> Nonfinite:
-    """Name the first site, in the order in which the model runs, that makes a NaN or an infinity.
+    """Name the first site, in the order in which the model runs, that produces a NaN or an infinity.
 
     The model runs once as it is, in its mode, without gradients; the caller's autocast holds. Padding counts too: what
-    is not finite there reaches other tokens through sums and norms. Attention weights are not looked at, but what is
+    is not finite there reaches other tokens through sums and norms. Attention weights are not checked, but what is
     made of them is.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which call of the model is under way, thread by thread.
+"""Which call of the model is running, thread by thread.
 
 A frame opens when the model, or a base inside it, is called from outside, and closes when that same module is done. A
 call begins inside it when a base is entered. Calls within calls (a model run inside a sink) stack up; a frame that
@@ -156,7 +156,7 @@ class Frames:
         return bool(frames) and (frames[-1].owner == number or number in frames[-1].inside)
 
     def current(self) -> Call | None:
-        """Give the call under way in this thread."""
+        """Give the call that is running in this thread."""
         frames = self.by_thread.get(threading.get_ident())
         return frames[-1].call if frames else None
 

@@ -33,7 +33,7 @@ Make = Callable[[Method], Method]
 
 
 class Stop(BaseException):
-    """Ends a forward after the last asked site; a BaseException so that no `except Exception` in a model stops it."""
+    """Ends a forward after the last requested site; a BaseException, which no `except Exception` in a model stops."""
 
 
 class Reader(Protocol):

@@ -292,7 +292,7 @@ def _find_operands(code: types.CodeType, *operators: str) -> list[str]:
 
 
 def _is_setting(value: Any, depth: int = 8) -> bool:
-    """Whether a value is a number, a word, or a collection of such; not a device, where a run may go on elsewhere."""
+    """Whether a value is a number, a word, or a collection of them; no device, since runs may resume elsewhere."""
     if not isinstance(value, (list, tuple, set, frozenset, Mapping)):
         return isinstance(value, _PLAIN)
     inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
@@ -300,5 +300,5 @@ def _is_setting(value: Any, depth: int = 8) -> bool:
 
 
 def _is_setting_of_user(value: Any) -> bool:
-    """Whether a value is a setting, an array that is no weight, or a function."""
+    """Whether a value is a setting, an array that is not a weight, or a function."""
     return _is_setting(value) or isinstance(value, (Tensor, np.ndarray, types.FunctionType, functools.partial))

@@ -47,7 +47,7 @@ _LOOK_AGAIN_S = 1.0
 
 @dataclass(eq=False)
 class _Pending:
-    """The call under way: where its rows go."""
+    """The running call: where its rows go."""
 
     thread: int
     call: Call
@@ -77,7 +77,7 @@ class StoreSink:
         device: Where the model makes them.
         shard_bytes: Size of a buffer, and so of a shard.
         description: What `store.json` will say; None where the caller writes it.
-        fingerprint: Of the plan; with a description it is worked out from that and from the sites.
+        fingerprint: Of the plan; with a description it is computed from that and from the sites.
         stored: How the sites will lie on disk, if known.
         keeps_part: Whether the batches that are announced say which rows to keep.
         packs_in_graphs: Whether compiled graphs may gather and cast rows. As many rows as tokens are a new shape with

@@ -54,7 +54,7 @@ class Probe(AbstractContextManager["Probe"]):
             vector. Over all real tokens, special ones included.
         dtype: None for the model's own, or `float32`, `float16`, `bfloat16`, `float8_e4m3fn`, `int8` (with one scale
             per vector).
-        stop: End each forward after the last asked site. The model's call then returns None.
+        stop: End each forward after the last requested site. The model's call then returns None.
         gradients: Keep values with their history, so that a loss can be made of them, and in `probe.gradients` what the
             last `backward` sends to each site; memory only.
         this_thread: Take the calls of the thread that enters the block alone, and leave those of other threads as they

@@ -1,6 +1,6 @@
 """From a batch to the rows that count.
 
-A `Selection` is worked out once per call from the attention mask and then used for every site. Batches made by a
+A `Selection` is computed once per call from the attention mask and then used for every site. Batches made by a
 tokenizer are padded on one side, so their rows are a few rectangles, each copied and cast in one pass; any other mask
 falls back to an index. Must never know where rows go.
 

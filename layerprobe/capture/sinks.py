@@ -189,7 +189,7 @@ def check_pooled(sites: Sequence[Site], pool: Pool) -> None:
     """Refuse a pool where a site has nothing to pool.
 
     Raises:
-        OptionError: attention weights are asked for.
+        OptionError: attention weights are requested.
     """
     matrices = [site.name for site in sites if site.kind == "attention"]
     if pool is not None and matrices:

@@ -129,7 +129,7 @@ class Stage:
         self._is_taken = False
 
     def name_layers(self, num_layers: Mapping[str, int]) -> None:
-        """Let negative layers be found."""
+        """Let negative layer numbers be resolved."""
         self._num_layers = num_layers
 
     def _allocate(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> Room:

@@ -164,7 +164,7 @@ class _StageOutlet:
 
 
 class _Packer:
-    """Where the rows of the call under way go."""
+    """Where the rows of the running call go."""
 
     def __init__(self, stage: Stage, room: Room, sites: Sequence[Site]) -> None:
         self._most_tokens = stage.max_tokens

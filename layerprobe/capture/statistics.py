@@ -105,7 +105,7 @@ class _CallState:
 class RowSink(Generic[View]):
     """Measures the rows of each site call by call, and joins what was measured.
 
-    A sink may be given to several probes, one after the other, and goes on counting.
+    A sink may be given to several probes, one after the other, and keeps counting.
 
     Args:
         fields: Names of the sums.

@@ -90,14 +90,14 @@ class SiteTops:
 
 
 class TopK(RowSink[SiteTops]):
-    """Keep for each unit the tokens with the largest values, and what stands around them.
+    """Keep for each unit the tokens with the largest values, and their context.
 
     Which of several equal values are kept is not promised. A row that is not finite is left out.
 
     Args:
         k: How many per unit.
         context: Tokens on either side.
-        magnitude: Go by the size of a value, whichever its sign.
+        magnitude: Rank by the size of a value, whatever its sign.
 
     Raises:
         OptionError: `k` is below 1, or `context` below 0.

@@ -22,7 +22,7 @@ _STATE = "last_hidden_state"
 
 
 def find_tensor(value: Any) -> Any:
-    """Find the hidden state in what a module gives; what is no tensor is given back as it is."""
+    """Find the hidden state in what a module gives; anything but a tensor is returned as it is."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (tuple, list)):

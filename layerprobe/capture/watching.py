@@ -191,7 +191,7 @@ def watch(model: nn.Module, sites: str | Sequence[str], *, every: int = 50, log:
 
     Raises:
         SiteError: a pattern matches nothing.
-        OptionError: `every` or `log` is no such thing; the model is compiled; attention weights are asked for.
+        OptionError: `every` or `log` is not valid; the model is compiled; attention weights are requested.
 
     Cost: a hook per call; in a watched one a few passes over each value, and over each gradient.
 
@@ -225,7 +225,7 @@ class WatchCallback:
         sites, every, log: As for `watch`.
 
     Raises:
-        OptionError: `every` or `log` is no such thing. What is wrong with `sites` is told as training begins.
+        OptionError: `every` or `log` is not valid. Errors in `sites` are raised when training begins.
 
     Example:
         >>> import layerprobe as lp

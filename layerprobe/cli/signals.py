@@ -22,8 +22,8 @@ class Terminator(AbstractContextManager["Terminator"]):
     """Listen for SIGTERM while a command runs, and leave its handling as it was.
 
     Args:
-        what: What is under way, for messages.
-        grace_s: Seconds that a unit under way has to come to its end.
+        what: What is running, for messages.
+        grace_s: Seconds that the current unit has to come to its end.
 
     `stop` is set by the first SIGTERM once there is a unit to wait for, that is after `defer`. A second one, one before
     `defer`, and the end of the grace end the process at once, with exit code 143.
@@ -47,7 +47,7 @@ class Terminator(AbstractContextManager["Terminator"]):
         signal.signal(signal.SIGTERM, self._before)
 
     def defer(self) -> None:
-        """Let the unit under way come to its end from now on."""
+        """Let the current unit come to its end from now on."""
         self._defers = True
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -66,7 +66,7 @@ class Terminator(AbstractContextManager["Terminator"]):
 
 @contextmanager
 def leaving_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end what is under way as Ctrl-C does, with exit code 143: it has files to take away, none to keep.
+    """Let SIGTERM end what is running as Ctrl-C does, with exit code 143: it has files to take away, none to keep.
 
     A second one ends the process at once.
     """

@@ -56,7 +56,7 @@ def find_points(mapped: ModelMap, patterns: str | Sequence[str] | None) -> list[
 
     Raises:
         SiteError: a pattern matches nothing.
-        OptionError: attention weights are asked for, which the model may not even make.
+        OptionError: attention weights are requested, which the model may not even make.
     """
     asked = mapped.table.rows if patterns is None else mapped.select(patterns)
     weights = [site.name for site in asked if site.takes == "weights"]

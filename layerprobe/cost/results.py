@@ -217,7 +217,7 @@ class Profile:
             The matplotlib figure.
 
         Raises:
-            OptionError: matplotlib is not installed, or the ending is no format of pictures.
+            OptionError: matplotlib is not installed, or the ending is not a picture format.
         """
         if path is not None:
             check_suffix(path)

@@ -250,7 +250,7 @@ class Editor(AbstractContextManager["Editor"]):
         self._frames.leave(stack, completed)
 
     def pick_compiled(self, key: int, value: Tensor) -> Tensor:
-        """Tell a running graph which tokens of a value each edit is meant for."""
+        """Tell a running graph which tokens of a value each edit applies to."""
         point, shape = self._points[key], value.shape[:-1]
         self._has_graphs = True
         call = self._frames.current()

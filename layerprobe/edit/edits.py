@@ -68,7 +68,7 @@ class Edit:
         return {}
 
     def fit(self, site: str, width: int | None) -> "Edit":
-        """Check the edit against one site, and work out beforehand what can be."""
+        """Check the edit against one site, and compute beforehand what can be."""
         del site, width
         return self
 
@@ -77,7 +77,7 @@ class Edit:
 
         Args:
             value: `[B, S, D]`, or `[B, D]` at a site with one vector per text.
-            mask: bool `[B, S]`, the tokens that are meant; None for all.
+            mask: bool `[B, S]`, the tokens that are selected; None for all.
             extra: What the edit needs, as `need` says.
         """
         raise NotImplementedError
@@ -346,7 +346,7 @@ class Replace(Edit):
 
 
 def _orthonormal(rows_KD: Tensor) -> Tensor:
-    """Give an orthonormal basis of what the rows span, worked out in float64 and rounded once."""
+    """Give an orthonormal basis of what the rows span, computed in float64 and rounded once."""
     return torch.linalg.qr(rows_KD.double().T)[0].T.to(torch.promote_types(rows_KD.dtype, torch.float32))
 
 

@@ -112,7 +112,7 @@ class Effects:
             The matplotlib figure.
 
         Raises:
-            OptionError: matplotlib is not installed, or the ending is no format of pictures.
+            OptionError: matplotlib is not installed, or the ending is not a picture format.
             StoreError: the file cannot be written.
         """
         if path is not None:

@@ -41,15 +41,15 @@ def steer(vector: Tensor, scale: float | Tensor = 1.0, *, where: Any = None) -> 
 def ablate(
     kind: str = "zero", *, heads: Numbers = None, units: Numbers = None, where: Any = None, seed: int = 0
 ) -> Edit:
-    """Take information away: zeros, the mean, or another token's vector.
+    """Remove information: zeros, the mean, or another token's vector.
 
     Args:
-        kind: `zero`; `mean` over the tokens meant, in all texts of the call; `resample`, the vector of one of these
+        kind: `zero`; `mean` over the selected tokens, in all texts of the call; `resample`, the vector of one of these
             tokens, drawn without putting back: another one's, or by chance its own.
         heads: Only these, at query, key, value and context.
         units: Only these columns.
         where: As in `steer`.
-        seed: Of `resample`. Each call of the model draws anew.
+        seed: Seed of `resample`. Each call of the model draws again.
 
     Raises:
         OptionError: an option has a value that does not exist.
@@ -88,7 +88,7 @@ def patch(values: Any, *, heads: Numbers = None, units: Numbers = None, where: A
 
 
 def project_out(directions: Tensor, *, where: Any = None) -> Edit:
-    """Take away the part of each value that lies in the span of some directions.
+    """Remove the part of each value that lies in the span of some directions.
 
     Args:
         directions: `[D]`, or `[K, D]` of any lengths and angles, none of which follows from the others.
@@ -171,7 +171,7 @@ def scale(factor: float | Tensor, *, heads: Numbers = None, units: Numbers = Non
 
 
 def replace(function: Callable[[Tensor], Tensor], *, where: Any = None) -> Edit:
-    """Put what a function makes of a value in its place.
+    """Replace a value by what a function makes of it.
 
     Args:
         function: From `[B, S, D]` (padding included) to a tensor of the same shape and dtype. It gets a copy, and may
@@ -179,7 +179,7 @@ def replace(function: Callable[[Tensor], Tensor], *, where: Any = None) -> Edit:
         where: As in `steer`; elsewhere the model's own value stays.
 
     Raises:
-        OptionError: it is no function.
+        OptionError: it is not a function.
 
     Example:
         >>> import torch, layerprobe as lp

@@ -1,7 +1,7 @@
-"""What an edit is told of the moment: which call of a module this is, which tokens are meant, random numbers, rows.
+"""What an edit is told of the moment: which call of a module this is, which tokens are selected, random numbers, rows.
 
 One value of one module in one call of the model is a moment. A module may run several times in a call (ALBERT's
-shared layer, an FFN in chunks), and which time it is decides which edits are meant and for which positions.
+shared layer, an FFN in chunks), and which time it is decides which edits apply and at which positions.
 
 Hides how runs of a module are counted. Must never know of hooks or compilers, or of what an edit does.
 
@@ -43,7 +43,7 @@ class Moment:
         number: Which run of the module this is in the call.
         start: The first position that the value holds; above 0 for a later chunk.
         masks: For each edit bool `[B, S]`, or None for every position.
-        is_meant: For each edit whether it is meant for this run.
+        is_meant: For each edit whether it applies to this run.
     """
 
     call: Call
@@ -78,10 +78,10 @@ class Moment:
 
 
 def note_value(call: Call, point: Point, shape: Sequence[int], device: torch.device) -> Moment:
-    """Take note that a module made a value, and work out which tokens of it are meant.
+    """Take note that a module made a value, and compute which tokens of it are selected.
 
     Raises:
-        CaptureError: the value has no row per token, or the call does not tell which tokens are meant.
+        CaptureError: the value has no row per token, or the call does not tell which tokens are selected.
     """
     number, start = call.counts.get(point.key, 0), 0
     context = call.context(point.slots[0].index)
@@ -109,7 +109,7 @@ def _is_chunk(shape: Sequence[int], whole: tuple[int, int] | None) -> bool:
 
 
 def _mask_of(call: Call, slot: Slot, shape: Sequence[int], start: int, device: torch.device) -> Tensor | None:
-    """Find which tokens of a value an edit is meant for."""
+    """Find which tokens of a value an edit applies to."""
     if slot.spot.kind == "all":
         return None
     context = _context_of(call, slot)

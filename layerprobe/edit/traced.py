@@ -1,6 +1,6 @@
 """Operators by which an edit in a graph of `torch.compile` learns what only the running call can tell.
 
-Which tokens are meant, random numbers, rows laid out on the tokens: each is worked out by the same Python as without a
+Which tokens are selected, random numbers, rows laid out on the tokens: each is computed by the same Python as without a
 graph, behind an operator that the compiler sees as an opaque call. The edit itself is plain arithmetic in the graph,
 and so its gradient flows. A graph that outlives its edit asks a number that nobody has, and picks no token.
 
@@ -56,7 +56,7 @@ def _(token: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 
 def ask_for_tokens(token: Tensor, value: Tensor, editor: int, point: int, count: int) -> Tensor:
-    """Ask which tokens of a value each edit at a point is meant for.
+    """Ask which tokens of a value each edit at a point applies to.
 
     Returns:
         bool `[count, B, S]`; `[count, B]` where the value has one vector per text.

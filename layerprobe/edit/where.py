@@ -38,7 +38,7 @@ def token_ids(*ids: int) -> TokenIds:
     """Pick tokens by their ids: `where=lp.token_ids(101, 102)`.
 
     Raises:
-        OptionError: something is no id.
+        OptionError: something is not an id.
 
     Example:
         >>> import layerprobe as lp
@@ -56,7 +56,7 @@ class Spot:
 
     Args:
         kind: Which of the others counts.
-        ids: Tokens that are meant.
+        ids: Tokens that are selected.
         mask: bool `[B, S]`, or `[B, S, D]` for single values of the vectors.
         positions: Within each text.
     """
@@ -124,7 +124,7 @@ def pick_tokens(spot: Spot, context: Context, device: torch.device) -> Tensor | 
     """Find the tokens of one call.
 
     Args:
-        spot: What is meant.
+        spot: What is selected.
         context: What the stack was called with.
         device: Where the mask is wanted.
 
@@ -183,7 +183,7 @@ def place_in_text(context: Context) -> tuple[Tensor, Tensor]:
 
 
 def _among(positions: tuple[int, ...] | slice, place_BS: Tensor, length_B1: Tensor) -> Tensor:
-    """Tell which places are meant, negative ones from the end of each text."""
+    """Tell which places are selected, negative ones from the end of each text."""
     is_real = place_BS >= 0
     if isinstance(positions, slice):
         start, stop = _bound(positions.start, 0, length_B1), _bound(positions.stop, None, length_B1)

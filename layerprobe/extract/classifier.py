@@ -63,7 +63,7 @@ class Classifier:
             A label per text; for a classifier of tokens, a list of labels per text, special tokens included.
 
         Raises:
-            InputError: one text instead of several, something that is no text, or a span that is in no token.
+            InputError: one text instead of several, something that is not a text, or a span that is in no token.
             OptionError: spans where there must be none, or none where there must be some.
         """
         if isinstance(texts, str):

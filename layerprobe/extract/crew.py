@@ -53,7 +53,7 @@ def run_crew(
         lock: Descriptor of the store's lock, which each process keeps open; None where there is none.
         report: Counts all that was done, and says at the end whether every unit is.
         advance: Told how many examples have just gone through.
-        stop: Set to end after the units under way.
+        stop: Set to end after the current units.
 
     Raises:
         LayerProbeError: what went wrong in one of the processes.

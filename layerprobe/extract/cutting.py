@@ -1,6 +1,6 @@
 """How the input is cut into units, by a rule that looks at the texts alone.
 
-Any process can therefore do any unit, and a run that goes on cuts as the one before it did. One pass over the input
+Any process can therefore do any unit, and a resumed run cuts as the one before it did. One pass over the input
 counts, estimates, and takes a fingerprint up to the end of each unit, by which a unit is known again.
 
 Must never know of models.

@@ -97,15 +97,15 @@ def depth_profile(
     device: str | int | None = None,
     progress: bool | None = None,
 ) -> DepthProfile:
-    """Say what each layer knows of texts without labels: their length, a word in them, the order of words.
+    """Measure what each layer knows about texts without labels: their length, a word in them, the order of words.
 
     Args:
         store: A complete store that keeps its texts.
         sites: As in `classify`.
         pool: As in `classify`.
         model: The store's model, for the task of order; None for the one that it names.
-        max_examples: The most texts to take, drawn at random.
-        seed: Of every draw.
+        max_examples: The most texts to use, drawn at random.
+        seed: Seed of every draw.
         device: Where to put a model that is found by name.
         progress: Whether to show a bar; None for only on a terminal.
 

@@ -75,7 +75,7 @@ _attention = SharedSetting[Any, str](
 
 
 class _Laid(threading.local):
-    """What the calls of this thread are given: None where it is no flat batch."""
+    """What the calls of this thread are given: None where it is not a flat batch."""
 
     layout: _Layout | None = None
 
@@ -108,7 +108,7 @@ class FlatForm:
         """Make sure that attention is still kept within texts.
 
         Raises:
-            CaptureError: something has set the model's attention anew.
+            CaptureError: something else has set the model's attention.
         """
         changed = [config._attn_implementation for config in self.configs if config._attn_implementation != _NAME]
         if changed:

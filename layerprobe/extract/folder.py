@@ -30,9 +30,9 @@ __all__ = ["hold_store"]
 def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | None]]:
     """Hold the place of a plan while it is carried out, ready for its first missing shard.
 
-    Gives the plan with what is done listed anew, since another run may have gone on with it meanwhile, and the
+    Gives the plan with what is done listed again, since another run may have continued it meanwhile, and the
     descriptor of the lock, where there is one. No `.tmp` of the store outlives the block, and none of another run is
-    touched, since none can be under way.
+    touched, since none can be active.
 
     Raises:
         LockError: another run is writing there.

@@ -158,7 +158,7 @@ def compute_in(model: nn.Module, precision: str | None) -> Iterator[None]:
     Autocast is this thread's, the rounding of float32 products the whole process's.
 
     Raises:
-        OptionError: a run of this process is under way that needs the rounding to be otherwise.
+        OptionError: a run of this process is active that needs the rounding to be otherwise.
     """
     kind = find_device(model).type
     with contextlib.ExitStack() as computing:

@@ -21,8 +21,8 @@ def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str
     """Find a model and its tokenizer, by name or as they are given.
 
     Raises:
-        ModelError: there is no such model, nothing tells which tokenizer it was trained with, or that is no fast one.
-        OptionError: it is no model and no name, or a device for a model that has one already.
+        ModelError: there is no such model, nothing tells which tokenizer it was trained with, or that is a slow one.
+        OptionError: it is neither a model nor a name, or a device for a model that has one already.
     """
     network, tokenizer = _find_pair(model, tokenizer, device)
     check_tokenizer(tokenizer)

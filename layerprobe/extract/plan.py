@@ -1,4 +1,4 @@
-"""What a run will do, worked out and checked before it does anything.
+"""What a run will do, computed and checked before it does anything.
 
 A plan holds the texts, the model, the sites and the rule that cuts the input into units. The rule is computed from the
 input alone, so any process can do any unit, and its fingerprint tells one run from another.

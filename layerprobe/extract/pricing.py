@@ -102,7 +102,7 @@ class Price:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the run: the two go on side by side, so that the slower one counts."""
+        """Seconds of the run: the two overlap, so that the slower one counts."""
         return max(self.forward_s, self.disk_s)
 
     @property

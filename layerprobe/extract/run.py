@@ -234,7 +234,7 @@ def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | N
     Args:
         plan: What to do.
         progress: Whether to show a bar on stderr.
-        stop: Set to end the run after the unit under way; what is committed stays. A run that fails sets it.
+        stop: Set to end the run after the current unit; what is committed stays. A run that fails sets it.
 
     Returns:
         What was done now, without what an earlier run had done.

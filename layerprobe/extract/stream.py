@@ -1,7 +1,7 @@
 """Texts through a model into a sink: what `lp.extract` does where there is no store.
 
 Texts go by in chunks of bounded size, each tokenised while the model runs the one before and sorted by length. Nothing
-is written and nothing can be gone on with; the sink keeps what it keeps.
+is written and nothing can be resumed; the sink keeps what it keeps.
 
 Hides how texts become calls of the model. Must never know of stores.
 """

@@ -92,7 +92,7 @@ def extract_untrained(
         sites: Patterns; None for the sites of the store.
         pool: As in `extract`; None for the pool of the store.
         model: The store's model; None for the one that it names.
-        seed: Of the weights, which are drawn as the architecture draws them before training.
+        seed: Seed of the weights, which are drawn as the architecture draws them before training.
         device: Where to put a model that is found by name.
 
     Raises:

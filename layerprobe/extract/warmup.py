@@ -1,7 +1,7 @@
 """How many tokens to send through a model at once, found by trying: twice as many as long as that is faster.
 
 A budget decides which texts share a batch, and so the last digits of the rows and their order in a shard. It is
-therefore a part of the plan, is looked for once and for long runs only, and a run that goes on takes the one it had.
+therefore a part of the plan, is looked for once and for long runs only, and a resumed run keeps the one it had.
 
 Must never know of stores.
 """

@@ -44,7 +44,7 @@ def generate(
     progress: bool | None = None,
     **options: Any,
 ) -> Generation:
-    """Generate text with stored states as context, the encoder not run.
+    """Generate text with stored states as context, without running the encoder.
 
     Args:
         store: A store with a row per token of the layer.
@@ -56,17 +56,17 @@ def generate(
         tokenizer: The decoder's; None for that of a model given by name. It turns ids into text, and says how a
             sequence starts, ends and is padded where the model does not.
         batch_size: Examples at one time.
-        seed: Of the draws, where the options ask for any.
+        seed: Seed of the draws, where the options ask for any.
         device: Where to put a model given by name.
         progress: Whether to show a bar; None for only on a terminal.
         options: As in transformers' `GenerationConfig`: `max_new_tokens=32`, `num_beams=4`, `do_sample=True`. What is
             not given is as the model says.
 
     Returns:
-        A sequence per example, in the order in which they were asked for.
+        A sequence per example, in the order requested.
 
     Raises:
-        SiteError: no stored site is meant, or several are.
+        SiteError: no stored site is selected, or several are.
         OptionError: the model reads no states or states of another width, an option that does not exist, or no start.
         NonFiniteError: a state is not finite.
 
@@ -112,10 +112,10 @@ def generate(
 
 
 def list_examples(store: Store, examples: Any) -> list[int]:
-    """Give the ordinals that are meant: all, one, a slice of them, or several.
+    """Give the ordinals that are selected: all, one, a slice of them, or several.
 
     Raises:
-        OptionError: none is, or something is no ordinal.
+        OptionError: none is, or something is not an ordinal.
         MissingExample: one is not there.
     """
     if examples is None:

@@ -64,7 +64,7 @@ def fit_decoder(
     device: str | None = None,
     progress: bool | None = None,
 ) -> Readout:
-    """Fit a small decoder with cross attention to each layer: what the layer can say becomes a curve.
+    """Fit a small decoder with cross attention to each layer and show as a curve what can be read from it.
 
     Args:
         store: A store with a row per token.
@@ -79,14 +79,14 @@ def fit_decoder(
         epochs: Passes over train.
         batch_size: Examples of a step.
         learning_rate: At its highest, after a tenth of the steps; it falls to nothing along a cosine.
-        seed: Of the split, the first weights and the order.
+        seed: Seed of the split, the first weights and the order.
         device: Where to fit; None for the CPU, with half of the cores.
         progress: Whether to show a bar; None for only on a terminal.
 
     Raises:
-        SiteError: no stored site is meant.
-        InputError: fewer than 20 different examples, or targets that are no texts.
-        OptionError: a value that cannot be, or a site without a row per token.
+        SiteError: no stored site is selected.
+        InputError: fewer than 20 different examples, or targets that are not texts.
+        OptionError: a value that is not possible, or a site without a row per token.
         NonFiniteError: a state is not finite.
 
     Example:

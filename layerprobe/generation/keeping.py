@@ -1,7 +1,7 @@
 """Narrow decoders that are kept: weights as safetensors, what they are and how well they read as JSON.
 
-`decoders.safetensors` holds the parameters of each site under `site:parameter`, `decoders.json` the rest. A folder of
-a stranger is read within bounds and nothing in it is run: a network is only built where its sizes are those of tensors.
+`decoders.safetensors` holds the parameters of each site under `site:parameter`, `decoders.json` the rest. An untrusted
+folder is read within bounds and nothing in it is run: a network is only built where its sizes are those of tensors.
 
 Must never know of stores.
 """

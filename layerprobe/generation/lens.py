@@ -49,7 +49,7 @@ def lens(
     device: str | None = None,
     progress: bool | None = None,
 ) -> Lens:
-    """Say how near each layer is to the true token, and what would be predicted from it.
+    """Show how close each layer is to the true token, and what the model would predict from it.
 
     Args:
         model: The model, or its name. One for masked language (`BertForMaskedLM` and kin, `ForPreTraining`) is looked
@@ -61,7 +61,7 @@ def lens(
             before a model for masked language, else 0: every token is there to be seen and is judged. Stores take 0.
         max_tokens: The most to judge: of texts the first, of a store those of examples drawn at random. The embedding
             lens fits its maps on half of them.
-        seed: Of the draws.
+        seed: Seed of the draws.
         device: Where to put a model given by name.
         progress: Whether to show a bar; None for only on a terminal.
 

@@ -30,7 +30,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Generation(Sequence[Generated]):
-    """What `layerprobe.generate` made, in the order in which examples were asked for.
+    """What `layerprobe.generate` made, in the order requested.
 
     Args:
         site: Whose states were the context.

@@ -51,7 +51,7 @@ def find_targets(store: Store, targets: str | Sequence[Any] | None, max_length: 
         max_length: The most tokens of a target; longer ones are cut.
 
     Raises:
-        InputError: an example has no such field, or what it has is no text, or a text cannot be cut into tokens.
+        InputError: an example has no such field, or its value is not a text, or a text cannot be cut into tokens.
         OptionError: not as many targets as examples.
     """
     ordinals = list(store.ordinals())

@@ -88,23 +88,23 @@ def report(
     """Write a store as one page: a scatter that runs through the layers, curves, heat maps, classes, attention.
 
     Args:
-        store: A store, or where it is.
+        store: A store, or its path or URL.
         path: A `.html` to write; one that is there is replaced.
         site: Patterns over the stored sites; None for the embeddings and every layer's output.
         labels: A field of the records to classify by; None for no table of classes.
-        points: `examples`, or `rows` for one point a token.
+        points: `examples`, or `rows` for one point per token.
         pool: How an example's rows become one vector: `mean` if not given, `max`, `cls` or `last`.
         max_points: The most to draw, at random.
         max_rows: About how many rows the curves and heat maps are made of, at random; None for all.
         attention: Ordinals of the examples whose attention weights are shown; None for the first eight of at most 40
             tokens, where weights are stored.
-        seed: Of all draws.
+        seed: Seed of all draws.
         progress: Whether to show bars; None for only on a terminal.
 
     Raises:
         OptionError: a value that does not exist, a suffix that is not `.html`, points that are all the same, or a
             package that is not installed.
-        SiteError: a pattern matches nothing, or attention is asked for and none is stored.
+        SiteError: a pattern matches nothing, or attention is requested and none is stored.
         InputError: fewer than three points, or labels that cannot be classified.
         NonFiniteError: a value that is not finite, by name.
         StoreError: the file cannot be written.

@@ -136,10 +136,10 @@ def plot(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Picture:
-    """Draw each layer's points in two components, a panel each, turned so that the eye can follow a point.
+    """Draw each layer's points in two components, one panel each, rotated so that the eye can follow a point.
 
     Args:
-        store: A store, or where it is.
+        store: A store, or its path or URL.
         path: A `.png`, `.svg` or `.pdf` to write; None for the figure alone.
         site: Patterns over the stored sites.
         color: `token`, `position` or `norm` of a row, or a field of the input records; None for `label` where the
@@ -149,7 +149,7 @@ def plot(
         pool: How an example's rows become one vector: `mean` if not given, `max`, `cls` or `last`.
         shared: One PCA basis for all layers instead of one each.
         max_points: The most to draw, at random; None for 10,000, for t-SNE 2,000. The figure says what was left out.
-        seed: Of all draws.
+        seed: Seed of all draws.
         progress: Whether to show bars; None for only on a terminal.
 
     Raises:
@@ -315,7 +315,7 @@ def plot_attention(
     site: str | None = None,
     heads: Sequence[int] | None = None,
 ) -> Any:
-    """Draw an example's attention weights, a panel a head: rows attend, columns are attended to.
+    """Draw an example's attention weights, one panel per head: rows attend, columns are attended to.
 
     Args:
         store: A store that holds attention weights, or where it is.

@@ -36,7 +36,7 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 @dataclass(frozen=True)
 class Part:
-    """Which third of a fused projection is meant.
+    """Which third of a fused projection is used.
 
     Args:
         index: 0, 1 or 2.
@@ -60,8 +60,8 @@ class Site:
         kind: `token` for one vector per token, `example` for one per text, `attention` for `[H, S, S]` per text,
             `source` for one vector per token of the encoder that a decoder looks at, `unknown` until the model has run.
         width: Size of the vector (number of heads for `attention`), or None where only running the model can tell.
-        call_index: Which call of the module is meant, where it runs several times; None where it runs once.
-        part: Which part of a fused output is meant, or None.
+        call_index: Which call of the module is used, where it runs several times; None where it runs once.
+        part: Which part of a fused output is used, or None.
         stack: Number of the stack of layers that it belongs to, or None for what comes after them.
     """
 

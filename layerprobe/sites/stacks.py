@@ -38,7 +38,7 @@ class Stack:
         path: Name of its base model in the unwrapped model.
         base: The base model: what is called with ids and mask.
         anatomy: Where it keeps its parts; None where only its structure is known.
-        layers: For each layer the module's path from the base, and which of its calls is meant.
+        layers: For each layer the module's path from the base, and which of its calls is used.
     """
 
     prefix: str

@@ -164,7 +164,7 @@ class Catalog:
         other is cut at the end of the run, and where that is not known, not at all.
 
         Raises:
-            OptionError: a bound is no whole number, or the step is 0.
+            OptionError: a bound is not a whole number, or the step is 0.
             MissingExample: one is not there yet.
         """
         whole_end = self.end if self.is_complete else max(self.end, read_totals(self.description)[1] or _NO_END)
@@ -194,7 +194,7 @@ class Catalog:
 
         Raises:
             MissingExample: no shard has it, or none has it yet.
-            TypeError: it is no whole number.
+            TypeError: it is not a whole number.
         """
         wanted = operator.index(ordinal)
         if wanted < 0:

@@ -81,7 +81,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
 
     Raises:
         SiteError: a site is not stored.
-        OptionError: a value that cannot be, or sites that have no rows in common.
+        OptionError: a value that is not possible, or sites that have no rows in common.
 
     Example:
         >>> import layerprobe as lp
@@ -117,7 +117,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
         """Choose the order of the epoch that begins next: a function of the seed and this number.
 
         Raises:
-            OptionError: it is no whole number of at least 0.
+            OptionError: it is not a whole number of at least 0.
         """
         self._epoch.fill_(int(RowOptions(epoch=epoch).epoch))
 

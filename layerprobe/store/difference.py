@@ -99,7 +99,7 @@ class Difference(Sequence[Tensor]):
             An iterator of float32 `[batch_size, D]`.
 
         Raises:
-            OptionError: a value that cannot be.
+            OptionError: a value that is not possible.
         """
         catalog = self._site.catalog
         options = RowOptions(batch_size, shuffle, seed, rank, world)
@@ -109,7 +109,7 @@ class Difference(Sequence[Tensor]):
         return rows[self._site.site].float() - rows[self._other.site].float()
 
     def pooled(self, pool: str | None = None) -> Tensor:
-        """Reduce each example to one vector: the pooled site minus the other pooled, which for `max` is no maximum.
+        """Reduce each example to one vector: the pooled site minus the other pooled, which for `max` is not a maximum.
 
         Returns:
             float32 `[N, D]`, in the order of the input.

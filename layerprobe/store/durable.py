@@ -171,7 +171,7 @@ def _allocate(descriptor: int, path: Path, size: int) -> None:
 
 
 def tell_failure(path: Path, error: OSError, size: int = 0) -> StoreError:
-    """Put a refusal of the system into words: what it hit, why, what is missing, and how to go on.
+    """Put a refusal of the system into words: what it hit, why, what is missing, and how to continue.
 
     Args:
         path: What could not be written.

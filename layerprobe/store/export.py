@@ -92,7 +92,7 @@ def export(
     """Write a store as one file of another format; `zarr` is a folder.
 
     Args:
-        store: A store, or where it is.
+        store: A store, or its path or URL.
         out: What to write.
         to: `parquet` or `arrow`: a table; `npz` or `zarr`: packed arrays. `docs/export.md` lists columns and arrays.
             None for what the suffix of `out` says, and `parquet` where it says nothing.
@@ -107,7 +107,7 @@ def export(
     Raises:
         OptionError: a value that does not exist, a suffix of another format, or what the format takes is not installed.
         SiteError: a pattern matches nothing that is stored.
-        StoreError: there is no store, a shard is damaged, `out` exists, or the disk refused. Nothing is left then.
+        StoreError: there is no store, a shard is damaged, `out` exists, or writing failed. Nothing is left then.
 
     Cost: about 100 MiB, however large the store; packed arrays take one pass over it for each of them.
 
@@ -181,7 +181,7 @@ def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: st
 
 
 def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:
-    """Make sure that an export harms neither the store nor what is no export."""
+    """Make sure that an export harms neither the store nor what is not an export."""
     if not out.parent.is_dir():
         raise StoreError(f"{out}: cannot be written: {out.parent} is not a folder. Make it first.")
     folder = store.place.folder

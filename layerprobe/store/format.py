@@ -131,7 +131,7 @@ def commit_shard(
 
     Args:
         folder: The store.
-        header: Counts; its `checksums` and `tensors` are worked out here.
+        header: Counts; its `checksums` and `tensors` are computed here.
         tensors: Contiguous CPU tensors in file order, widest dtype first so that each is aligned.
         checksums: Of each tensor, where they are known; None to work them out.
 

@@ -1,4 +1,4 @@
-"""Open files and read JSON that a stranger may have made.
+"""Open files and read JSON that may be untrusted.
 
 Only a regular file of the store itself is opened, never a link, a pipe or a device. JSON is held to a size, a depth and
 a number of values before it is parsed, because parsing is what takes memory and stack. `docs/security.md` has the
@@ -81,7 +81,7 @@ _OPENING = np.frombuffer(b"[{", dtype=np.uint8)
 
 
 def brief(value: object) -> str:
-    """Write something of a stranger's into a message: short, in one line, without control characters."""
+    """Write something untrusted into a message: short, in one line, without control characters."""
     text = value if isinstance(value, str) else str(value)
     text = text if len(text) <= _MOST_MESSAGE else text[: _MOST_MESSAGE - 3] + "..."
     return "".join(character if character.isprintable() else " " for character in text)
@@ -101,7 +101,7 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """Refuse a count that cannot be.
 
     Raises:
-        OptionError: it is no whole number of at least `least`.
+        OptionError: it is not a whole number of at least `least`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise OptionError(f"{name} is {value!r}: it must be a whole number of at least {least}.")

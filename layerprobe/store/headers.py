@@ -2,7 +2,7 @@
 
 A header is checked against itself and against bounds, so that whoever uses it may trust that tensors lie back to back
 in the file, that counts fit the tensors, and that no size leaves 64 bits. The checksums in it tell damage, not malice:
-a stranger can compute them too.
+a forger can compute them too.
 
 Must never know of files.
 """
@@ -202,7 +202,7 @@ def parse_header(text: bytes) -> ShardHeader:
     """Parse and check the header of a shard; offsets count from its end.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError, RecursionError: it is no header of format 1, or contradicts
+        ValueError, TypeError, KeyError, AttributeError, RecursionError: it is not a header of format 1, or contradicts
             itself.
     """
     entries = parse_json(text, SMALL)

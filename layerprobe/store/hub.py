@@ -62,8 +62,8 @@ def push(folder: str | Path, url: str, *, private: bool = False, api: Any = None
 
     Args:
         folder: The store.
-        url: `hf://datasets/USER/NAME`. The repository is made if there is none; one that holds the same run is gone on
-            with.
+        url: `hf://datasets/USER/NAME`. The repository is made if there is none; one that holds the same run is
+            added to.
         private: Whether a repository that is made is private.
         api: What speaks to the hub; None for `huggingface_hub.HfApi()`, which finds the user's token by itself.
 
@@ -106,7 +106,7 @@ def pull(url: str, folder: str | Path, *, api: Any = None) -> Moved:
     Args:
         url: `hf://datasets/USER/NAME`, or `...@REVISION`.
         folder: Where to; new or empty. It gets its name when all is there and sound; until then what has come lies in
-            `FOLDER.tmp`, and the same call goes on with it. A `FOLDER.tmp` that no pull began is refused.
+            `FOLDER.tmp`, which the same call continues. A `FOLDER.tmp` that no pull began is refused.
         api: As for `push`.
 
     Raises:
@@ -222,7 +222,7 @@ def _check_store(store: Store, folder: Path) -> None:
 
 
 def _begin(partial: Path) -> None:
-    """Make the folder that is fetched into, or go on with one that a pull has begun."""
+    """Make the folder that is fetched into, or continue one that a pull has begun."""
     marker = partial / _MARKER
     is_own = not partial.is_symlink() and partial.is_dir() and (marker.is_file() or not any(partial.iterdir()))
     if os.path.lexists(partial) and not is_own:

@@ -1,7 +1,7 @@
 """One writer per store: a lock that the kernel takes back when its process ends, however it ends.
 
 The lock is on `run.lock` in the store, held through an open file; what is written in the file only serves to name the
-holder to whom it refuses. A file system without locks is told of once on stderr, and the run goes on.
+holder to whom it refuses. A file system without locks is told of once on stderr, and the run continues.
 
 Must never know what is written under the lock.
 """

@@ -104,7 +104,7 @@ class _Copy:
 def merge(
     out: str | Path, folders: Sequence[str | Path], *, link: bool = False, progress: bool | None = None
 ) -> MergeReport:
-    """Make one store of several that hold units of the same plan.
+    """Join several stores that hold units of the same plan.
 
     Args:
         out: Folder of the store: new, empty, or a store of that plan, which is added to.
@@ -122,7 +122,7 @@ def merge(
             same unit. Nothing is written then.
         LockError: a run is writing into `out`.
         SpaceError: the disk cannot hold the copies.
-        StoreError: a folder is no store, or the disk refused; the same call goes on.
+        StoreError: a folder is not a store, or writing failed; the same call resumes.
 
     Cost: each byte is read twice and written once; linked, read once. 4 MiB of memory.
 

@@ -204,7 +204,7 @@ def _chunk_rows(array: PackedArray) -> int:
 
 
 def _cut_evenly(array: PackedArray) -> Iterator[np.ndarray]:
-    """Cut the values anew, so that each piece but the last fills a chunk: one that is half there is written twice.
+    """Cut the values again, so that each piece but the last fills a chunk: one that is half there is written twice.
 
     Raises:
         FormatError: there are not as many as was said before.

@@ -52,7 +52,7 @@ class EncoderOutputs:
 
 
 def choose_layer(layer: int | str, sites: Sequence[str], owner: str) -> str:
-    """Find the one stored site that is meant.
+    """Find the one stored site that is selected.
 
     Args:
         layer: A pattern such as `layers.-1` or `embeddings`, or a layer's number; negatives count from the last that
@@ -61,7 +61,7 @@ def choose_layer(layer: int | str, sites: Sequence[str], owner: str) -> str:
         owner: What to call the store in messages.
 
     Raises:
-        SiteError: nothing stored is meant, or several sites are.
+        SiteError: nothing stored is selected, or several sites are.
     """
     if isinstance(layer, bool) or not isinstance(layer, (int, str)):
         raise SiteError(f"layer={layer!r} of {owner}: a layer is a number or a site. Use 5, -1 or 'layers.5'.")

@@ -51,7 +51,7 @@ class Done:
 
     Args:
         units, num_units: Committed, and in all; what earlier runs committed included.
-        examples, num_examples: The same; examples of the units under way included.
+        examples, num_examples: The same; examples of the current units included.
         tokens, num_bytes: By this run alone; bytes that are committed.
         missing_bytes: Estimate of what is still to be written.
         stalled_s: How long the forward has waited for the disk, its device having nothing to compute.
@@ -205,7 +205,7 @@ def _write_over(path: Path, data: bytes) -> None:
 
 
 def read_status(folder: str | Path) -> StoreStatus:
-    """Tell how far the run of a store is, from outside and without disturbing it.
+    """Show how far the run of a store is, without disturbing it.
 
     Args:
         folder: Where the store is.
@@ -214,7 +214,7 @@ def read_status(folder: str | Path) -> StoreStatus:
         StoreError: there is no store there.
         FormatError: `store.json` or `index.json` is damaged.
 
-    Cost: without an index and a run under way, the header of each shard is read.
+    Cost: without an index and an active run, the header of each shard is read.
 
     Example:
         >>> import tempfile, layerprobe as lp

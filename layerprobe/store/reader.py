@@ -174,7 +174,7 @@ class Store:
             `states` `[B, S, D]`, padded on the right, and their `mask`, int64 `[B, S]`.
 
         Raises:
-            SiteError: no stored site is meant, or several are.
+            SiteError: no stored site is selected, or several are.
             OptionError: the site has no row per token, no example is asked for, or one has no tokens.
             NonFiniteError: a value is not finite.
         """
@@ -239,7 +239,7 @@ class Store:
             An iterator of `{site: [n, D]}`; row k is the same token, or example, at every site.
 
         Raises:
-            OptionError: a value that cannot be, attention weights, or sites that have no rows in common.
+            OptionError: a value that is not possible, attention weights, or sites that have no rows in common.
             SiteError: a site is not stored.
         """
         options = RowOptions(batch_size, shuffle, seed, rank, world, epoch)
@@ -277,7 +277,7 @@ class Store:
         """Select tokens or examples; several conditions must all hold.
 
         Args:
-            record: A function of an example's record, `{"text": ..., **fields}`, that says whether it is meant.
+            record: A function of an example's record, `{"text": ..., **fields}`, that says whether it is selected.
             token: A token as the tokenizer writes it: `bank`, `##er`.
             token_id: The same by its id.
             word: A word, or several in a row: the run of tokens that it is cut into, not as a part of a longer word.

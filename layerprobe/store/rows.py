@@ -1,7 +1,7 @@
 """Every row of a store once, batch by batch: in which order, and how a batch is gathered.
 
 The order of an epoch is fixed before the first row is read, so batch k is known without those before it. That is what
-makes it the same for any number of workers and ranks, and what lets an epoch go on from its middle.
+makes it the same for any number of workers and ranks, and what lets an epoch resume from its middle.
 
 Hides the order, and how rows of many shards come into one tensor. Must never know of examples or records.
 """
@@ -48,7 +48,7 @@ class RowOptions:
     """How to go through rows; `SiteView.rows` says what each means.
 
     Raises:
-        OptionError: a value that cannot be.
+        OptionError: a value that is not possible.
     """
 
     batch_size: int = 4096

@@ -1,4 +1,4 @@
-"""Selection: which examples or tokens of a store are meant, and their rows.
+"""Selection: which examples or tokens of a store are selected, and their rows.
 
 Goes through ids and records shard by shard; sites are read only when rows are asked for. What comes out is in the order
 of the input, each example or token once.

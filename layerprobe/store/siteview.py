@@ -216,10 +216,10 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
         Returns:
             An iterator of `[batch_size, D]` copies in the stored dtype (float32 where int8 is stored), with
-            `state_dict()` and `load_state_dict()` to go on in the middle.
+            `state_dict()` and `load_state_dict()` to resume in the middle.
 
         Raises:
-            OptionError: a value that cannot be, or attention weights, which have no rows.
+            OptionError: a value that is not possible, or attention weights, which have no rows.
 
         Cost: one copy of each row. Memory of the process: 16 bytes per row of one group, and either 4 MiB of rows or
         one batch, twice. Rows are read through the page cache, which works best with room for one group.

@@ -34,7 +34,7 @@ class WordRuns:
 
     Args:
         runs: Each way to write it, as ids.
-        continues: bool `[V]`, whether a token goes on with the word before it.
+        continues: bool `[V]`, whether a token continues the word before it.
         ends_in_word: bool `[V]`, whether a token's last sign is a letter or digit.
     """
 
@@ -73,7 +73,7 @@ class WordRuns:
 
     @staticmethod
     def _look_up(table: Tensor, input_ids: Tensor, rows: Tensor) -> Tensor:
-        """Ask a table about the ids at some rows; ids that the tokenizer does not have are no part of a word."""
+        """Ask a table about the ids at some rows; ids that the tokenizer does not have are not part of a word."""
         ids = input_ids[rows.clamp(0, max(0, len(input_ids) - 1))]
         is_known = (ids >= 0) & (ids < len(table))
         return is_known & table[ids.clamp(0, len(table) - 1)]
@@ -145,7 +145,7 @@ class Vocabulary:
         """Find a token's id.
 
         Raises:
-            OptionError: it is no token; the message says into which tokens it is cut.
+            OptionError: it is not a token; the message says which tokens it is cut into.
         """
         found = self._names.token_to_id(token)
         if found is None:
@@ -183,7 +183,7 @@ class Vocabulary:
 
     @cached_property
     def _joints(self) -> tuple[Tensor, Tensor]:
-        """For each id, whether it goes on with a word, and whether it ends as a word does."""
+        """For each id, whether it continues a word, and whether it ends as a word does."""
         model = self._said["model"]
         used = json.dumps([self._said.get("pre_tokenizer"), self._said.get("normalizer"), self._said.get("decoder")])
         marker = next((marker for name, marker in _MARKERS.items() if f'"{name}"' in used), None)
