@@ -107,6 +107,7 @@ ORDER = (
     "layerprobe.capture.summaries",
     "layerprobe.capture.covariances",
     "layerprobe.capture.topk",
+    "layerprobe.capture.turns",
     "layerprobe.capture.units",
     "layerprobe.capture.packing",
     "layerprobe.capture.probe",

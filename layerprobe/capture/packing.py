@@ -25,6 +25,7 @@ from layerprobe.capture.pooling import Pool, pool_rows
 from layerprobe.capture.select import Run, Selection, copy_runs, write_pairs, write_rows
 from layerprobe.capture.sinks import is_per_token, select_tokens
 from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
+from layerprobe.capture.turns import Turns
 from layerprobe.capture.units import (
     AnnouncedBatch,
     Unit,
@@ -41,8 +42,6 @@ from layerprobe.store.places import Place, find_place
 from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_place, commit_description, commit_index
 
 __all__ = ["StoreSink"]
-
-_LOOK_AGAIN_S = 1.0
 
 
 @dataclass(eq=False)
@@ -121,9 +120,8 @@ class StoreSink:
         self._next_example = 0
         self._lock: StoreLock | None = None
         self._made_folder: Path | None = None
-        # Calls of several threads take turns: a unit is one run of examples.
-        self._turn = threading.Condition()
-        self._pending: _Pending | None = None
+        # a unit is one run of examples
+        self._turns = Turns()
 
     @property
     def copies_at_once(self) -> bool:
@@ -177,8 +175,8 @@ class StoreSink:
     def _close(self, error: BaseException | None) -> None:
         try:
             # Without a description the caller decides what is whole; a unit it has not ended is not.
-            with self._turn:  # a call of another thread may just be adding its rows, or come too late to
-                self._pending = None
+            with self._turns.lock:  # a call of another thread may just be adding its rows, or come too late to
+                self._turns.holder = None
                 if self._unit is not None and self._unit.used.examples and self._description is not None:
                     self.end_unit()
         finally:
@@ -202,19 +200,12 @@ class StoreSink:
                 "model itself. Let them use a model of their own."
             )
         pending = _Pending(threading.get_ident(), call, self._announced)
-        with self._turn:
-            num_misses = 0
-            # asked twice: the stack of a thread that runs may change while it is looked at
-            while (other := self._pending) is not None and other.thread != pending.thread and num_misses < 2:
-                num_misses = 0 if other.call.is_running() else num_misses + 1
-                self._turn.wait(_LOOK_AGAIN_S if num_misses < 2 else 0)
-            # One left over was cut short, by Ctrl-C say, and its rows are overwritten.
-            self._pending = call.state = pending
+        self._turns.take(pending)
         self._announced = None
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
         pending: _Pending = call.state
-        if pending is not self._pending:
+        if pending is not self._turns.holder:
             raise CaptureError(
                 f"{self._sites[index].name!r} was made after another call of the model began inside this one: a store "
                 "takes one call at a time. Use a second model, or capture into memory."
@@ -246,23 +237,17 @@ class StoreSink:
     def finish(self, call: Call) -> None:
         pending: _Pending = call.state
         try:
-            with self._turn:
-                if pending is self._pending:  # else another thread has closed the probe meanwhile
+            with self._turns.lock:
+                if pending is self._turns.holder:  # else another thread has closed the probe meanwhile
                     if pending.values is not None:
                         self._establish(pending, call)
                     self._commit_call(pending)
         finally:
-            self._end_turn(pending)
+            self._turns.end(pending)
 
     def abandon(self, call: Call) -> None:
         if call.state is not None:
-            self._end_turn(call.state)
-
-    def _end_turn(self, pending: _Pending) -> None:
-        with self._turn:
-            if self._pending is pending:
-                self._pending = None
-            self._turn.notify_all()
+            self._turns.end(call.state)
 
     def _establish(self, pending: _Pending, call: Call) -> None:
         """Learn from the first call how the sites will lie on disk, say so in `store.json`, and pack its rows."""

@@ -8,10 +8,12 @@ With `streams`, the only file of capture that owns streams, stages and pinned me
 mean.
 """
 
+import contextlib
 import math
 import mmap
-import threading
+import queue
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -176,36 +178,46 @@ class BufferPool:
     def __init__(self, make: Callable[[], HostBuffer], count: int, is_busy: Callable[[], bool] = lambda: False) -> None:
         self._make = make
         self._is_busy = is_busy
-        self._left = count
-        self._free: list[HostBuffer] = []
-        self._changed = threading.Condition()
+        self._count = count
+        # not a `Condition`: Ctrl-C within one may leave its lock held, and the writer would wait for it for ever
+        self._free: queue.SimpleQueue[HostBuffer] = queue.SimpleQueue()
+        # one that Ctrl-C has lost on its way from hand to hand is made again
+        self._made: list[weakref.ref[HostBuffer]] = []
         self.stalled_s = 0.0
 
     def acquire(self, check: Callable[[], None]) -> HostBuffer:
-        """Take a free buffer, waiting for one if need be.
+        """Take a free buffer, waiting for one if need be; by one thread at a time.
 
         Args:
             check: Raises if no buffer will ever come free; called before waiting, at each change and now and then.
         """
-        with self._changed:
+        check()
+        buffer = self._find()
+        while buffer is None:
+            is_busy, start = self._is_busy(), time.perf_counter()
+            # not for ever: a writer that dies gives no buffer back
+            with contextlib.suppress(queue.Empty):
+                buffer = self._free.get(timeout=_LOOK_AT_DEVICE_S if is_busy else _LOOK_AGAIN_S)
+            if not is_busy:
+                self.stalled_s += time.perf_counter() - start
             check()
-            if not self._free and self._left:
-                self._free.append(self._make())
-                self._left -= 1
-            while not self._free:
-                is_busy, start = self._is_busy(), time.perf_counter()
-                # not for ever: a writer that dies gives no buffer back
-                self._changed.wait(_LOOK_AT_DEVICE_S if is_busy else _LOOK_AGAIN_S)
-                if not is_busy:
-                    self.stalled_s += time.perf_counter() - start
-                check()
-            return self._free.pop()
+            buffer = buffer or self._find()
+        return buffer
+
+    def _find(self) -> HostBuffer | None:
+        """Take a free buffer, or make one; None where all are busy."""
+        with contextlib.suppress(queue.Empty):
+            return self._free.get_nowait()
+        self._made = [made for made in self._made if made() is not None]
+        if len(self._made) >= self._count:
+            return None
+        buffer = self._make()
+        self._made.append(weakref.ref(buffer))
+        return buffer
 
     def release(self, buffer: HostBuffer) -> None:
         """Give a buffer back."""
-        with self._changed:
-            self._free.append(buffer)
-            self._changed.notify_all()
+        self._free.put(buffer)
 
 
 class Lane(Protocol):

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,17 @@ def _do(commit: Callable[[], int]) -> int:
     return commit()
 
 
+@dataclass(eq=False)
+class _Hand:
+    """A thread of a writer, and how far it is: a flag is set before the queue that tells of it is filled."""
+
+    thread: threading.Thread
+    has_begun: bool = False
+    has_ended: bool = False
+    begun: "queue.SimpleQueue[None]" = field(default_factory=queue.SimpleQueue)
+    ended: "queue.SimpleQueue[None]" = field(default_factory=queue.SimpleQueue)
+
+
 class ShardWriter:
     """Write shards into a store from threads of its own.
 
@@ -216,10 +227,13 @@ class ShardWriter:
         self.committed: list[ShardHeader] = []
         self.num_bytes = 0
         self._nonfinite = nonfinite
-        self._jobs: queue.Queue[ShardJob | None] = queue.Queue()
+        # `SimpleQueue`s and bare locks: Ctrl-C within a `Condition`, of which `Queue` and `Event` are made, may leave
+        # its lock held or its waiter listed, and then someone waits for ever
+        self._jobs: queue.SimpleQueue[ShardJob | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._counting = threading.Lock()
-        self._threads: list[tuple[threading.Thread, threading.Event]] = []
+        self._hands: list[_Hand] = []
+        self._is_closing = False
 
     def start(self) -> None:
         """Start the threads.
@@ -228,18 +242,36 @@ class ShardWriter:
             StoreError: the system gives no more of them; none is left then.
         """
         for number in range(self.num_threads):
-            probes, ended = self._probes_disk and not number, threading.Event()
-            thread = threading.Thread(target=self._run, args=(probes, ended), name="layerprobe-writer", daemon=True)
-            self._threads.append((thread, ended))
+            hand = self._make_hand(self._probes_disk and not number)
+            self._hands.append(hand)
             try:
-                thread.start()
+                hand.thread.start()
+                while not hand.has_begun:
+                    hand.begun.get()
             except BaseException as error:
-                if thread.ident is None:
-                    self._threads.pop()
                 self.close()
+                if isinstance(error.__context__, KeyboardInterrupt):  # a lock of `Thread.start` that Ctrl-C let go
+                    raise error.__context__ from None
                 if not isinstance(error, RuntimeError):
                     raise
                 raise StoreError(f"{self.place}: no thread for writer {number + 1}. Ask for fewer writers.") from error
+
+    def _make_hand(self, probes_disk: bool) -> _Hand:
+        def run() -> None:
+            with self._counting:
+                # a start that was cut short waits for no thread that has not begun
+                if self._is_closing:
+                    return
+                hand.has_begun = True
+            hand.begun.put(None)
+            try:
+                self._run(probes_disk)
+            finally:
+                hand.has_ended = True
+                hand.ended.put(None)
+
+        hand = _Hand(threading.Thread(target=run, name="layerprobe-writer", daemon=True))
+        return hand
 
     def submit(self, job: ShardJob) -> None:
         """Hand over a full buffer; returns at once.
@@ -271,20 +303,25 @@ class ShardWriter:
         is_over = False
         while not is_over:
             try:
-                for _ in self._threads:
+                with self._counting:
+                    self._is_closing = True
+                    begun = [hand for hand in self._hands if hand.has_begun]
+                for _ in begun:
                     self._jobs.put(None)
                 # not by `join`: one that Ctrl-C has cut short takes the thread for ended
-                for _, ended in self._threads:
-                    ended.wait()
+                for hand in begun:
+                    while not hand.has_ended:
+                        hand.ended.get()
                 is_over = True
             except BaseException as error:
                 cut = self._error = error
-        while self._threads:
-            self._threads.pop()[0].join()
+        while self._hands:
+            if (hand := self._hands.pop()).has_begun:
+                hand.thread.join()
         if cut is not None:
             raise cut
 
-    def _run(self, probes_disk: bool, ended: threading.Event) -> None:
+    def _run(self, probes_disk: bool) -> None:
         try:
             if probes_disk and isinstance(self.place, LocalPlace):
                 self.place = replace(self.place, is_direct=is_direct_better(self.place.folder))
@@ -293,8 +330,6 @@ class ShardWriter:
         except BaseException as error:
             # what ends the thread between two jobs is told like any failure; `check` is how the others learn of it
             self._error = self._error or error
-        finally:
-            ended.set()
 
     def _take(self, job: ShardJob) -> None:
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import linecache
 import signal
 import sys
 import threading
@@ -222,6 +223,78 @@ def test_ctrl_c_while_the_last_shards_are_waited_for_leaves_no_thread_that_write
     assert released == [0, 1] and not list(tmp_path.iterdir()) and not writer.committed
 
 
+def interrupt_at(number: int, action: Callable[[], object], settle: Callable[[], object]) -> bool:
+    """Do something with Ctrl-C at one of the lines that it runs, its libraries' too; gives whether it came so far."""
+    lines = 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal lines
+        file = frame.f_code.co_filename
+        if Path(file).stem not in ("writer", "staging", "threading", "queue"):
+            return None
+        # a tracer can raise between the end of a `with` and its exit, where no signal is taken
+        if event == "line" and not linecache.getline(file, frame.f_lineno).lstrip().startswith("with "):
+            lines += 1
+            if lines == number:
+                sys.settrace(None)
+                settle()
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def end_in_time(action: Callable[[], object]) -> None:
+    """Do something that may never end, in a thread that nobody waits for then."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "it waits for ever"
+
+
+def test_ctrl_c_at_any_line_leaves_nobody_waiting_for_ever(tmp_path: Path) -> None:
+    """Of another thread the line may let go just before: then that one has done its part when Ctrl-C comes."""
+
+    def is_interrupted(number: int) -> bool:
+        writer, released = ShardWriter(tmp_path / str(number)), list[int]()
+        buffers: BufferPool = BufferPool(lambda: HostBuffer([], NO_ROOM, False), 1)
+
+        def write_one() -> None:
+            writer.start()
+            buffer = buffers.acquire(writer.check)
+            job = make_job(0)
+            writer.submit(replace(job, release=lambda: [buffers.release(buffer), released.append(0)]))
+            buffers.release(buffers.acquire(writer.check))
+            writer.close()
+
+        def let_the_thread_work() -> None:
+            if not released:
+                time.sleep(0.01)
+
+        (tmp_path / str(number)).mkdir()
+        is_cut = interrupt_at(number, write_one, let_the_thread_work)
+        end_in_time(writer.close)
+        end_in_time(partial(buffers.acquire, lambda: None))
+        # one that Ctrl-C kept from starting stays in the list
+        left = [thread for thread in threading.enumerate() if thread.name == "layerprobe-writer"]
+        assert not any(thread.is_alive() for thread in left)
+        for thread in left:
+            thread.name = "never started"
+        return is_cut
+
+    number = 1
+    while is_interrupted(number):
+        number += 1
+    assert number > 50 and check_shards(tmp_path / str(number)) == 1
+
+
 @pytest.mark.parametrize("changes", [{"num_examples": 2}, {"num_tokens": 3}])
 def test_a_shard_that_nobody_could_read_is_not_written(tmp_path: Path, changes: dict[str, int]) -> None:
     released: list[int] = []
@@ -293,12 +366,13 @@ def test_a_thread_that_dies_between_two_jobs_is_told_and_nobody_waits_for_it(tmp
     writer = ShardWriter(tmp_path)
     writer.start()
     buffers: BufferPool = BufferPool(lambda: HostBuffer([], NO_ROOM, False), 1)
-    buffers.acquire(writer.check)
+    held = buffers.acquire(writer.check)
     first = make_job(0)
     # what is raised as a job is left ends the thread, and the buffer is never given back
     writer.submit(ShardJob(first.header, first.tensors, first.wait_ready, partial(sys.exit, "gone")))
     with pytest.raises(StoreError, match=r"the writer stopped: gone\. What was committed before stays readable"):
         buffers.acquire(writer.check)
+    buffers.release(held)
     writer.close()
     assert [header.unit for header in writer.committed] == [0] and check_shards(tmp_path) == 1
 
