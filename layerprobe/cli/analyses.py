@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli.arguments import Json, Quiet, Seed, StoredSites, Table, Vector, Where
-from layerprobe.cli.outcomes import check_out, conclude
+from layerprobe.cli.outcomes import check_out, conclude, refuse_given
 from layerprobe.errors import OptionError
 
 __all__ = ["check", "diff", "plot", "report"]
@@ -105,10 +105,8 @@ def plot(
 
     if attention is not None:
         given = {"--color": color, "--points": points, "--pool": pool, "--max-points": max_points}
-        useless = [name for name, value in given.items() if value is not None]
-        useless += [name for name, is_given in (("--shared", shared), ("--method", method != "pca")) if is_given]
-        if useless:
-            raise OptionError(f"{', '.join(useless)} with --attention: a map of weights has no points. Leave it out.")
+        given |= {"--shared": shared, "--method": method != "pca"}
+        refuse_given(given, "with --attention: a map of weights has no points. Leave it out.")
         if patterns is not None and len(patterns) > 1:
             raise OptionError(f"--attention with {len(patterns)} sites: one picture holds the heads of one. Name one.")
         plot_attention(folder, attention, out, site=patterns[0] if patterns else None)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli.arguments import Json, Quiet, Seed, StoredSites, Table, Where
-from layerprobe.cli.outcomes import check_out, conclude
+from layerprobe.cli.outcomes import check_out, conclude, refuse_given
 from layerprobe.errors import OptionError
 
 __all__ = ["classify"]
@@ -59,11 +59,8 @@ def classify(
     progress = False if quiet else None
     if profile:
         given = {"--split": split, "--group": group, "--span": span, "--save": save}
-        useless = [name for name, value in given.items() if value is not None]
-        flags = (("--labels", labels != "label"), ("--control", control), ("--mdl", mdl))
-        useless += [name for name, is_given in (*flags, ("--no-untrained", not untrained)) if is_given]
-        if useless:
-            raise OptionError(f"{', '.join(useless)} with --profile: it makes its own tasks. Leave it out.")
+        given |= {"--labels": labels != "label", "--control": control, "--mdl": mdl, "--no-untrained": not untrained}
+        refuse_given(given, "with --profile: it makes its own tasks. Leave it out.")
         found = depth_profile(
             folder,
             sites=patterns,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from layerprobe.cli.arguments import Device, Quiet, Seed, Table, Where
-from layerprobe.cli.outcomes import check_out, conclude
+from layerprobe.cli.outcomes import check_out, conclude, refuse_given
 from layerprobe.errors import OptionError
 
 __all__ = ["fit_decoder", "generate", "lens"]
@@ -54,22 +54,19 @@ def generate(
     Example: layerprobe generate acts my-bert2bert --layer 5 --example 0 --beams 4
     """
     check_out(out, (".csv", ".json"))
-    drawn = {"--temperature": temperature, "--top-p": top_p}
-    useless = [name for name, value in drawn.items() if value is not None]
-    if useless and not sample:
-        raise OptionError(f"{', '.join(useless)} without --sample: nothing is drawn. Add --sample.")
+    if not sample:
+        drawn = {"--temperature": temperature, "--top-p": top_p}
+        refuse_given(drawn, "without --sample: nothing is drawn. Add --sample.")
     from layerprobe.generation.decoding import generate as generate_from
     from layerprobe.generation.keeping import is_kept
     from layerprobe.generation.readout import load_decoder
 
     if is_kept(model):
-        whole = {"--max-new-tokens": max_new_tokens, "--beams": beams, "--sample": sample or None, "--device": device}
-        useless = [name for name, value in whole.items() if value is not None]
-        if useless:
-            raise OptionError(
-                f"{', '.join(useless)} with {model}: its decoders write what is likeliest, up to the length that they "
-                "were fitted on. Leave it out."
-            )
+        refuse_given(
+            {"--max-new-tokens": max_new_tokens, "--beams": beams, "--sample": sample, "--device": device},
+            f"with {model}: its decoders write what is likeliest, up to the length that they were fitted on. "
+            "Leave it out.",
+        )
         found = load_decoder(model).read(folder, _read_layer(layer), examples or None)
     else:
         given = {"max_new_tokens": max_new_tokens, "num_beams": beams, "temperature": temperature, "top_p": top_p}

@@ -1,9 +1,10 @@
-"""What a command does with a result: write it by the suffix of a name, print its table, say what was written.
+"""What commands share: refusing options that do not go together, and what they do with a result.
 
-Names are checked before anything is computed. Must never know which result it is.
+A result is written by the suffix of a name, its table printed, and what was written said. Names are checked before
+anything is computed. Must never know which result it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import typer
 
 from layerprobe.errors import OptionError, StoreError
 
-__all__ = ["PICTURES", "check_out", "conclude"]
+__all__ = ["PICTURES", "check_out", "conclude", "refuse_given"]
 
 PICTURES = (".png", ".svg", ".pdf")
 _TEXTS = (".csv", ".json")
@@ -35,6 +36,21 @@ def check_out(out: str | None, suffixes: Sequence[str] = (*_TEXTS, *PICTURES)) -
         from layerprobe.analysis.figures import check_suffix
 
         check_suffix(path)
+
+
+def refuse_given(given: Mapping[str, object], why: str) -> None:
+    """Make sure that no option is given that would be ignored.
+
+    Args:
+        given: By each option's name its value; None or False where it is not given.
+        why: Follows the names: why they are no use here, and what to do.
+
+    Raises:
+        OptionError: one or more are given.
+    """
+    useless = [name for name, value in given.items() if value is not None and value is not False]
+    if useless:
+        raise OptionError(f"{', '.join(useless)} {why}")
 
 
 def conclude(

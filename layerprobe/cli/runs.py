@@ -11,6 +11,7 @@ import typer
 
 from layerprobe.cli.allocator import keep_freed_memory
 from layerprobe.cli.arguments import Device, Field, Model, Quiet, Sites, Texts
+from layerprobe.cli.outcomes import refuse_given
 from layerprobe.cli.signals import TERMINATED, Terminator, leaving_on_sigterm
 from layerprobe.errors import OptionError, SpaceError
 
@@ -146,12 +147,10 @@ def extract(
             "--dry-run": dry_run,
             "--overwrite": overwrite,
             "--wait-for-space": wait_for_space,
-            "--grace": grace is not None,
+            "--grace": grace,
             "--quiet": quiet,
         }
-        useless = [name for name, is_given in given.items() if is_given]
-        if useless:
-            raise OptionError(f"{', '.join(useless)} with --plan: it prints a cost and writes no store. Leave it out.")
+        refuse_given(given, "with --plan: it prints a cost and writes no store. Leave it out.")
         if devices is not None:
             raise OptionError(f"--plan with --devices {devices}: one device is measured. Use --device.")
         from layerprobe.extract.pricing import price_extraction

@@ -12,6 +12,7 @@ import typer
 
 from layerprobe.cli.allocator import keep_freed_memory
 from layerprobe.cli.arguments import Device, Field, Model, Sites, Texts
+from layerprobe.cli.outcomes import refuse_given
 from layerprobe.errors import OptionError
 
 __all__ = ["stats"]
@@ -109,10 +110,10 @@ def _make_sink(name: str, own: dict[str, Any]) -> Any:
 
     if name not in _SINKS:
         raise OptionError(f"--sink {name!r}: use {', '.join(_SINKS)}.")
-    for option in own:
+    for option, value in own.items():
         if _OWN[option] != name:
             flag = {"k": "top", "units": "unit"}.get(option, option)
-            raise OptionError(f"--{flag} goes with --sink {_OWN[option]}, not with {name}. Leave it out.")
+            refuse_given({f"--{flag}": value}, f"goes with --sink {_OWN[option]}, not with {name}. Leave it out.")
     own.pop("units", None)
     makers = {
         "moments": Moments,
