@@ -1,11 +1,11 @@
-"""Plain-text tables for terminals and `print`.
+"""How what is shown on a terminal looks: tables, numbers with their units, and whether a bar is shown.
 
-One function, so that every table of the library looks alike. Knows nothing of what the cells mean.
+In one place, so that every table and every message of the library looks alike. Knows nothing of what the cells mean.
 """
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["format_bytes", "format_count", "format_table"]
+__all__ = ["format_bytes", "format_count", "format_table", "hide_bar"]
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -45,3 +45,8 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def hide_bar(progress: bool | None) -> bool | None:
+    """Say what a bar of tqdm takes as `disable`: None for only on a terminal, as `progress` has it."""
+    return None if progress is None else not progress

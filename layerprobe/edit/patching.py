@@ -29,6 +29,7 @@ from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import ModelMap, Site, map_model
 from layerprobe.sites.stacks import need_model
 from layerprobe.store.guard import check_count
+from layerprobe.tables import hide_bar
 
 __all__ = ["patching"]
 
@@ -223,7 +224,7 @@ def _run_patches(sweep: _Sweep, values: Mapping[str, Tensor], batch_size: int, p
     numbers = range(sweep.num_heads) if sweep.num_heads is not None else (None,)
     jobs = list(product(range(len(sweep.sites)), places, numbers))
     found = torch.empty(len(jobs), dtype=torch.float64)
-    bar = tqdm(total=len(jobs), unit=" patches", disable=None if progress is None else not progress, leave=False)
+    bar = tqdm(total=len(jobs), unit=" patches", disable=hide_bar(progress), leave=False)
     with bar:
         for start in range(0, len(jobs), batch_size):
             part = jobs[start : start + batch_size]

@@ -32,7 +32,7 @@ from layerprobe.store.checks import TOKENIZER_FILE, check_tokenizer
 from layerprobe.store.guard import brief, check_count
 from layerprobe.store.reader import Example, Store, open_store
 from layerprobe.store.shards import ScaledRows
-from layerprobe.tables import format_count
+from layerprobe.tables import format_count, hide_bar
 
 __all__ = ["AuditProblem", "AuditReport", "audit"]
 
@@ -135,10 +135,9 @@ def audit(
     chosen = _choose(store, num_examples, seed)
     problems: list[AuditProblem] = []
     num_values, largest = 0, 0.0
-    shows_progress = sys.stderr.isatty() if progress is None else progress
     precision = plan.get("precision")
     with running(network, precision):
-        for ordinal in tqdm(chosen, unit=" examples", disable=not shows_progress, leave=False):
+        for ordinal in tqdm(chosen, unit=" examples", disable=hide_bar(progress), leave=False):
             example = store.example(ordinal)
             if example.text is None:
                 raise StoreError(

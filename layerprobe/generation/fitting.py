@@ -27,6 +27,7 @@ from layerprobe.generation.targets import Split, Targets, choose_types, find_tar
 from layerprobe.store.guard import check_count
 from layerprobe.store.padded import choose_layer
 from layerprobe.store.reader import Store
+from layerprobe.tables import hide_bar
 
 __all__ = ["fit_decoder"]
 
@@ -122,11 +123,10 @@ def fit_decoder(
     num_steps = (len(sites) + 1) * epochs * math.ceil(len(split.train) / batch_size)
     readings: list[LayerReading] = []
     decoders: dict[str, NarrowDecoder] = {}
-    disable = None if progress is None else not progress
     with (
         using_few_cores(),
         torch.random.fork_rng(),
-        tqdm(total=num_steps, unit=" steps", disable=disable, leave=False) as bar,
+        tqdm(total=num_steps, unit=" steps", disable=hide_bar(progress), leave=False) as bar,
     ):
         for site in (*sites, None):
             bar.set_description("no context" if site is None else site)

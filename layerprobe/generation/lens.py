@@ -28,6 +28,7 @@ from layerprobe.store.format import STORE_FILE
 from layerprobe.store.guard import check_count
 from layerprobe.store.places import find_place
 from layerprobe.store.reader import Store, open_store
+from layerprobe.tables import hide_bar
 
 __all__ = ["lens"]
 
@@ -218,8 +219,8 @@ def _look_by_embeddings(
 
 
 def _with_bar(rows: TokenRows, progress: bool | None) -> "tqdm[Any]":
-    disable = None if progress is None else not progress
-    return tqdm(rows.rows.items(), desc="lens", unit=" sites", disable=disable, leave=False, delay=0.5)
+    hidden = hide_bar(progress)
+    return tqdm(rows.rows.items(), desc="lens", unit=" sites", disable=hidden, leave=False, delay=0.5)
 
 
 class _Seen:

@@ -10,7 +10,6 @@ Hides how a file becomes permanent. Must never know of models or hooks.
 import contextlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_z
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.shards import Shard
 from layerprobe.store.writer import StoredSite
-from layerprobe.tables import format_bytes, format_count
+from layerprobe.tables import format_bytes, format_count, hide_bar
 
 __all__ = ["FORMATS", "ExportReport", "export"]
 
@@ -244,8 +243,7 @@ def _remove_leftovers(folder: Path, prefix: str) -> None:
 
 
 def _bar(num_passes: int, progress: bool | None) -> "tqdm[Any]":
-    shows = sys.stderr.isatty() if progress is None else progress
-    return tqdm(total=num_passes, unit=" shards", disable=not shows, leave=False)
+    return tqdm(total=num_passes, unit=" shards", disable=hide_bar(progress), leave=False)
 
 
 def _counted(store: Store, bar: "tqdm[Any]") -> Iterator[Shard]:

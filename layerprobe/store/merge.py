@@ -10,7 +10,6 @@ Must never know of models or hooks.
 import contextlib
 import os
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +37,7 @@ from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.mismatch import list_differences
 from layerprobe.store.places import LocalPlace, find_place, need_folder
 from layerprobe.store.writer import commit_description, commit_index
-from layerprobe.tables import format_bytes, format_count
+from layerprobe.tables import format_bytes, format_count, hide_bar
 
 __all__ = ["MergeReport", "merge"]
 
@@ -265,9 +264,8 @@ def _fill(
     highest_id = _bring_tokenizer(target, descriptions, report)
     wanted = Wanted.from_description(description, highest_id)
     headers: list[ShardHeader] = []
-    shows = sys.stderr.isatty() if progress is None else progress
     size = sum(copy.path.stat().st_size for found in copies.values() for copy in found[:1])
-    with tqdm(total=size, unit="B", unit_scale=True, disable=not shows, leave=False) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, disable=hide_bar(progress), leave=False) as bar:
         for unit in range(report.num_units):
             header = _bring(target, copies.get(unit, []), wanted, report, link, bar)
             report.missing += [unit] if header is None else []

@@ -7,7 +7,6 @@ Hides what there is to compare. Must never know of models.
 """
 
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,7 @@ from layerprobe.store.format import (
 from layerprobe.store.guard import brief, check_flag
 from layerprobe.store.lock import StoreLock, find_holder
 from layerprobe.store.places import Place, find_place
-from layerprobe.tables import format_bytes, format_count
+from layerprobe.tables import format_bytes, format_count, hide_bar
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 
@@ -200,8 +199,7 @@ def _check_shards(
         sizes.append(0)
         with suppress(StoreError):  # a link to nowhere; what is wrong with it is said below
             sizes[-1] = place.size(file)
-    shows_progress = sys.stderr.isatty() if progress is None else progress
-    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=not shows_progress, leave=False)
+    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=hide_bar(progress), leave=False)
     executor = ThreadPoolExecutor(_NUM_THREADS if place.folder is not None else _NUM_REQUESTS)
     headers: list[ShardHeader] = []
     try:
