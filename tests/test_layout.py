@@ -18,6 +18,7 @@ PACKAGE = ROOT / "layerprobe"
 ORDER = (
     "layerprobe.errors",
     "layerprobe.version",
+    "layerprobe.packages",
     "layerprobe.tables",
     "layerprobe.sharing",
     "layerprobe.cores",

@@ -38,7 +38,8 @@ def test_demo_model_is_the_known_one_and_ready(demo: Any) -> None:
 def test_demo_model_is_refused_where_its_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layerprobe.models._DEMO_DISTRIBUTION", "layerprobe-no-such-package")
     with pytest.raises(
-        ModelError, match=r"no model 'demo': it comes with an extra\. Run pip install 'layerprobe\[demo\]'"
+        ModelError,
+        match=r"the model 'demo' needs layerprobe-no-such-package, .*\. Run pip install 'layerprobe\[demo\]'",
     ):
         find_demo_model()
 

@@ -17,7 +17,7 @@ import numpy as np
 from layerprobe.analysis.baselines import Guess, draw_control, guess_majority, guess_words
 from layerprobe.analysis.features import POOLS, Feature, average_of, joined_of, learn_mix, read_site, single_of
 from layerprobe.analysis.keeping import KeptProbe
-from layerprobe.analysis.probing import Fit, code_length, fit_best, fitting, need_sklearn
+from layerprobe.analysis.probing import Fit, code_length, fit_best, fitting
 from layerprobe.analysis.scores import score
 from layerprobe.analysis.splits import DEV, TEST, TRAIN
 from layerprobe.analysis.sweep import bar_of, choose_depth, need_store
@@ -25,6 +25,7 @@ from layerprobe.analysis.tasks import Task, make_task
 from layerprobe.analysis.verdict import BaselineScore, Classification, Mix, SiteScore, TaskSummary, judge
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError
+from layerprobe.packages import need_package
 from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store
 
@@ -116,7 +117,7 @@ def classify(
         >>> [site.site for site in found.sites], sorted(found.baselines)
         (['layers.4', 'layers.5', 'mix'], ['majority', 'tfidf'])
     """
-    need_sklearn()
+    need_package("sklearn", "a classifier", "analysis")
     check_count("seed", seed, 0)
     if max_examples is not None:
         check_count("max_examples", max_examples, 3)

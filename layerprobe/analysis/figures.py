@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from layerprobe.errors import OptionError, StoreError
+from layerprobe.packages import need_package
 
 __all__ = [
     "GREY",
@@ -26,7 +27,6 @@ __all__ = [
     "draw_curves",
     "draw_depth",
     "label_sites",
-    "need_package",
     "save_figure",
     "styled",
 ]
@@ -70,26 +70,6 @@ class Curve:
     values: Sequence[float | None]
 
 
-def need_package(module: str, what: str, pip: str) -> Any:
-    """Import what a picture takes.
-
-    Args:
-        module: Its name.
-        what: What asked for it.
-        pip: What to install.
-
-    Raises:
-        OptionError: it is not installed.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise OptionError(f"{what} needs {package}, which is not installed. Use: pip install '{pip}'.") from error
-
-
 @contextmanager
 def styled() -> Iterator[Any]:
     """Make figures in the library's style; gives the class `Figure`.
@@ -97,8 +77,8 @@ def styled() -> Iterator[Any]:
     Raises:
         OptionError: matplotlib is not installed.
     """
-    matplotlib = need_package("matplotlib", "a picture", "layerprobe[analysis]")
-    figure = need_package("matplotlib.figure", "a picture", "layerprobe[analysis]")
+    matplotlib = need_package("matplotlib", "a picture", "analysis")
+    figure = need_package("matplotlib.figure", "a picture", "analysis")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from layerprobe.cores import few_cores
-from layerprobe.errors import OptionError
 
-__all__ = ["STRENGTHS", "Fit", "LinearProbe", "code_length", "fit_best", "fit_probe", "fitting", "need_sklearn"]
+__all__ = ["STRENGTHS", "Fit", "LinearProbe", "code_length", "fit_best", "fit_probe", "fitting"]
 
 STRENGTHS = (1e-3, 1e-2, 1e-1)
 # The code length is only comparable between sites at one strength.
@@ -70,20 +69,6 @@ class Fit:
     dev_accuracy: float
     num_dead: int
     is_converged: bool
-
-
-def need_sklearn() -> None:
-    """Make sure that scikit-learn is there.
-
-    Raises:
-        OptionError: it is not.
-    """
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise OptionError(
-            "a classifier needs scikit-learn, which is not installed. Use: pip install 'layerprobe[analysis]'."
-        ) from error
 
 
 @contextmanager

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.analysis.figures import need_package
 from layerprobe.analysis.geometry import turn_onto
 from layerprobe.errors import OptionError
+from layerprobe.packages import need_package
 
 __all__ = ["METHODS", "Panel", "project"]
 
@@ -122,7 +122,7 @@ def _embed(centred_nD: Tensor, method: str, before: Tensor | None, seed: int) ->
     rows = (centred_nD @ _find_axes(centred_nD, width)).numpy()
     start = rows[:, :2] if before is None else before.numpy()
     if method == "tsne":
-        manifold = need_package("sklearn.manifold", "method='tsne'", "layerprobe[analysis]")
+        manifold = need_package("sklearn.manifold", "method='tsne'", "analysis")
         embedder = manifold.TSNE(
             perplexity=min(_PERPLEXITY, (len(rows) - 1) / 3),
             init=(start / start.std() * _TSNE_START).astype(np.float32),
@@ -130,7 +130,7 @@ def _embed(centred_nD: Tensor, method: str, before: Tensor | None, seed: int) ->
             random_state=seed,
         )
         return torch.from_numpy(embedder.fit_transform(rows.astype(np.float32))).double()
-    umap = need_package("umap", "method='umap'", "umap-learn")
+    umap = need_package("umap", "method='umap'", None)
     embedder = umap.UMAP(
         n_neighbors=min(15, len(rows) - 1),
         init=(10 * start / np.abs(start).max()).astype(np.float32),
@@ -145,7 +145,7 @@ def _trust(rows_nD: Tensor, points_n2: Tensor, seed: int) -> float | None:
     # beyond half of the points the measure is not defined
     if len(rows_nD) < 2 * (_NEIGHBOURS + 1):
         return None
-    manifold = need_package("sklearn.manifold", "trustworthiness", "layerprobe[analysis]")
+    manifold = need_package("sklearn.manifold", "trustworthiness", "analysis")
     drawn: Sequence[int] | slice = slice(None)
     if len(rows_nD) > _MOST_TRUSTED:
         drawn = np.sort(np.random.default_rng(seed).permutation(len(rows_nD))[:_MOST_TRUSTED]).tolist()

@@ -19,13 +19,13 @@ from torch import nn
 
 from layerprobe.analysis.classify import classify
 from layerprobe.analysis.figures import Curve, draw_curves
-from layerprobe.analysis.probing import need_sklearn
 from layerprobe.analysis.results import table_cell, write_csv, write_json
 from layerprobe.analysis.verdict import Classification
 from layerprobe.errors import InputError
 from layerprobe.extract.run import extract
 from layerprobe.extract.untrained import find_model, read_texts
 from layerprobe.models import LoadedModel
+from layerprobe.packages import need_package
 from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store, open_store
 from layerprobe.tables import format_table
@@ -125,7 +125,7 @@ def depth_profile(
         >>> list(profile.tasks)
         ['length', 'word: birds', 'order']
     """
-    need_sklearn()
+    need_package("sklearn", "a classifier", "analysis")
     check_count("max_examples", max_examples, _LEAST)
     store = store if isinstance(store, Store) else open_store(store)
     texts = read_texts(store)

@@ -25,6 +25,7 @@ import torch
 import xxhash
 
 from layerprobe.errors import InputError
+from layerprobe.packages import need_package
 
 __all__ = ["HUB_PREFIX", "InputDigest", "Record", "TextSource", "check_text", "open_source"]
 
@@ -176,10 +177,7 @@ def _open_dataset(path: str, field: str) -> TextSource:
     if not name or name.startswith("//") or len(parts) > 2 or not all(parts):
         raise InputError(f"{path!r}: names no data set. Use hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
     config, split = parts[0] if len(parts) == 2 else None, parts[-1] if parts else "train"
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError(f"{path}: needs an extra. Run pip install 'layerprobe[data]'.") from error
+    load_dataset = need_package("datasets", path, "data", InputError).load_dataset
     # older versions run a script of the data set's, if they are not told otherwise
     runs_no_code: Any = {"trust_remote_code": False} if int(version("datasets").partition(".")[0]) < 4 else {}
     try:
@@ -365,10 +363,8 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[Record]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise InputError(f"{path}: parquet needs an extra. Run pip install 'layerprobe[data]'.") from error
+    arrow_error = need_package("pyarrow", str(path), "data", InputError).ArrowException
+    parquet = need_package("pyarrow.parquet", str(path), "data", InputError)
     try:
         file = parquet.ParquetFile(path)
         row = 0
@@ -376,7 +372,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[Record]:
             for record in batch.to_pylist():
                 yield _keep_plain(record, field, f"{path}, row {row}")
                 row += 1
-    except (ArrowException, UnicodeDecodeError, OSError) as error:
+    except (arrow_error, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: is not parquet ({str(error).splitlines()[0]}).") from error
 
 

@@ -16,9 +16,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from layerprobe.analysis.figures import need_package
 from layerprobe.analysis.sweep import need_store
 from layerprobe.errors import OptionError, StoreError
+from layerprobe.packages import need_package
 from layerprobe.report.content import gather
 from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store
@@ -124,7 +124,7 @@ def report(
     check_count("seed", seed, 0)
     if max_rows is not None:
         check_count("max_rows", max_rows, 2)
-    need_package("sklearn", "a report", "layerprobe[analysis]")
+    need_package("sklearn", "a report", "analysis")
     found = gather(
         need_store(store),
         sites=site,

@@ -20,7 +20,6 @@ from layerprobe.analysis.figures import (
     MARKERS,
     PALETTE,
     check_suffix,
-    need_package,
     save_figure,
     styled,
 )
@@ -38,6 +37,7 @@ from layerprobe.analysis.results import shorten, table_cell, write_csv, write_js
 from layerprobe.analysis.sweep import bar_of, choose_depth, need_store
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import OptionError, SiteError
+from layerprobe.packages import need_package
 from layerprobe.store.guard import check_count
 from layerprobe.store.naming import match_sites
 from layerprobe.store.reader import Store
@@ -174,7 +174,7 @@ def plot(
     check_count("seed", seed, 0)
     if path is not None:
         check_suffix(path)
-    need_package("matplotlib", "a picture", "layerprobe[analysis]")
+    need_package("matplotlib", "a picture", "analysis")
     store = need_store(store)
     sites = choose_depth(store, site)
     if color is None:
@@ -278,7 +278,7 @@ def _add_key(figure: Any, grid: np.ndarray, colours: Colours, mappable: Any) -> 
         bar.outline.set_visible(False)
         bar.solids.set_alpha(1)
         return
-    lines = need_package("matplotlib.lines", "a picture", "layerprobe[analysis]")
+    lines = need_package("matplotlib.lines", "a picture", "analysis")
     handles = []
     for category in colours.order:
         color, marker = _sign(colours, category)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import FormatError, LayerProbeError, OptionError, StoreError
+from layerprobe.packages import need_package
 from layerprobe.store.format import SCALE_SUFFIX, fingerprint_of
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.records import has_records, read_record
@@ -34,7 +35,6 @@ __all__ = [
     "column_dtype",
     "cut_places",
     "open_dataset",
-    "require",
     "rows_of",
     "take_site",
     "write_arrow",
@@ -80,23 +80,6 @@ class Columns:
                 )
             if site.name in _OWN_COLUMNS:
                 raise FormatError(f"a site is named {site.name!r}, as a column that every table has.")
-
-
-def require(module: str, what: str) -> Any:
-    """Import something that the extra `data` brings.
-
-    Raises:
-        OptionError: it is not installed.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise OptionError(
-            f"{what} needs {package}, which is not installed ({error}). Install it with pip install 'layerprobe[data]'."
-        ) from error
 
 
 def column_dtype(site: StoredSite) -> torch.dtype:
@@ -181,8 +164,8 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def write_arrow(path: Path, shards: Iterable[Shard], columns: Columns, *, as_stream: bool = False) -> None:
     """Write an Arrow IPC file, or a stream as `datasets` maps it."""
-    pyarrow = require("pyarrow", "Arrow")
-    ipc = require("pyarrow.ipc", "Arrow")
+    pyarrow = need_package("pyarrow", "Arrow", "data")
+    ipc = need_package("pyarrow.ipc", "Arrow", "data")
     schema = _schema(pyarrow, columns)
     new = ipc.new_stream if as_stream else ipc.new_file
     with pyarrow.OSFile(str(path), "wb") as sink, new(sink, schema) as writer:
@@ -192,8 +175,8 @@ def write_arrow(path: Path, shards: Iterable[Shard], columns: Columns, *, as_str
 
 def write_parquet(path: Path, shards: Iterable[Shard], columns: Columns) -> None:
     """Write a Parquet file, a row group per record batch."""
-    pyarrow = require("pyarrow", "Parquet")
-    parquet = require("pyarrow.parquet", "Parquet")
+    pyarrow = need_package("pyarrow", "Parquet", "data")
+    parquet = need_package("pyarrow.parquet", "Parquet", "data")
     schema = _schema(pyarrow, columns)
     with parquet.ParquetWriter(str(path), schema) as writer:
         for batch in _list_batches(pyarrow, schema, shards, columns):
@@ -211,7 +194,7 @@ def open_dataset(
         fingerprint: Of the store.
         cache: Folder of the stream; None for the one of `datasets`.
     """
-    datasets = require("datasets", "to_datasets")
+    datasets = need_package("datasets", "to_datasets", "data")
     folder = Path(cache) if cache is not None else Path(datasets.config.HF_DATASETS_CACHE) / "layerprobe"
     names = [site.name for site in columns.sites]
     # the checksums of what is written, so that a shard that was added or made anew gives another name

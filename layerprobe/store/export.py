@@ -19,7 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from layerprobe.errors import LayerProbeError, OptionError, StoreError
-from layerprobe.store.columns import Columns, column_dtype, require, write_arrow, write_parquet
+from layerprobe.packages import need_package
+from layerprobe.store.columns import Columns, column_dtype, write_arrow, write_parquet
 from layerprobe.store.durable import commit_folder, flush_folder, tell_failure
 from layerprobe.store.guard import check_flag
 from layerprobe.store.headers import checksum
@@ -161,7 +162,7 @@ def _choose_format(out: Path, to: str | None) -> str:
 
 
 def _require(to: str) -> None:
-    module = require(_MODULES[to], f"to={to!r}")
+    module = need_package(_MODULES[to], f"to={to!r}", "data")
     if to == "zarr" and int(module.__version__.partition(".")[0]) < 3:
         raise OptionError(
             f"to='zarr' needs zarr 3, {module.__version__} is installed. Install it, on Python 3.11 or newer, with "

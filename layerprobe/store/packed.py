@@ -16,7 +16,8 @@ from typing import IO
 import numpy as np
 
 from layerprobe.errors import FormatError
-from layerprobe.store.columns import column_dtype, cut_places, require, rows_of, take_site
+from layerprobe.packages import need_package
+from layerprobe.store.columns import column_dtype, cut_places, rows_of, take_site
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.shards import Shard
 from layerprobe.store.writer import StoredSite
@@ -188,7 +189,7 @@ def _write_npy(member: IO[bytes], array: PackedArray) -> None:
 
 def write_zarr(path: Path, arrays: Sequence[PackedArray]) -> None:
     """Write arrays into a Zarr group, format 3, a chunk at a time."""
-    zarr = require("zarr", "Zarr")
+    zarr = need_package("zarr", "Zarr", "data")
     group = zarr.open_group(str(path), mode="w", zarr_format=3)
     for array in arrays:
         chunks = (min(_chunk_rows(array), max(1, array.shape[0])), *array.shape[1:])

@@ -7,7 +7,6 @@ Hides fsspec and the drivers under it. Must never know what is in an object, and
 """
 
 import contextlib
-import importlib
 import io
 import os
 import random
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from layerprobe.errors import OptionError, StoreError
+from layerprobe.packages import need_package
 
 __all__ = ["Patience", "RemotePlace", "is_url"]
 
@@ -207,27 +207,20 @@ class RemotePlace:
         return connected[1:]
 
     def _make_driver(self) -> tuple[Any, str]:
-        try:
-            import fsspec
-            from fsspec.config import conf
-
-            importlib.import_module(_DRIVERS[self._protocol])
-            options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-            if self._protocol == "s3":
-                # one set of retries, ours: three nested ones would multiply
-                wanted = {"connect_timeout": self.patience.timeout_s, "read_timeout": self.patience.timeout_s}
-                own: Mapping[str, Any] = conf.get("s3", {}).get("config_kwargs", {})
-                options["config_kwargs"] = {**wanted, "retries": {"total_max_attempts": 1}, **own}
-            fs = fsspec.filesystem(self._protocol, **options)
-            if self._protocol == "s3":
-                fs.retries = 1
-            return fs, fs._strip_protocol(self.url).rstrip("/")
-        except ImportError as error:
-            driver = _DRIVERS[self._protocol]
-            extra = "layerprobe[remote]" if driver in ("fsspec", "s3fs") else driver
-            raise OptionError(
-                f"{self}: {self._protocol}:// needs {driver}, which is not installed. Run: pip install '{extra}'"
-            ) from error
+        what = f"{self}: {self._protocol}://"
+        fsspec = need_package("fsspec", what, "remote")
+        driver = _DRIVERS[self._protocol]
+        need_package(driver, what, "remote" if driver in ("fsspec", "s3fs") else None)
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        if self._protocol == "s3":
+            # one set of retries, ours: three nested ones would multiply
+            wanted = {"connect_timeout": self.patience.timeout_s, "read_timeout": self.patience.timeout_s}
+            own: Mapping[str, Any] = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+            options["config_kwargs"] = {**wanted, "retries": {"total_max_attempts": 1}, **own}
+        fs = fsspec.filesystem(self._protocol, **options)
+        if self._protocol == "s3":
+            fs.retries = 1
+        return fs, fs._strip_protocol(self.url).rstrip("/")
 
     def _try(self, file: str, what: str, ask: Callable[[Any, str], _Found]) -> _Found:
         """Make a request, and again where that may help.

@@ -117,6 +117,6 @@ def test_what_cannot_be_projected_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         project({"layers.0": draw(width=1)}, "pca", shared=False, seed=0)
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(
-        OptionError, match=r"method='umap' needs umap, which is not installed. Use: pip install 'umap-l"
+        OptionError, match=r"method='umap' needs umap-learn, which is not installed. Run pip install 'umap-l"
     ):
         project(values, "umap", shared=False, seed=0)

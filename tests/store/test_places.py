@@ -134,9 +134,9 @@ def test_no_name_at_all_is_not_the_folder_of_the_program() -> None:
         (
             "s3://bucket/acts",
             "s3fs",
-            r"s3:// needs s3fs, which is not installed\. Run: pip install 'layerprobe\[remote\]'",
+            r"s3:// needs s3fs, which is not installed\. Run pip install 'layerprobe\[remote\]'",
         ),
-        ("gs://bucket/acts", "gcsfs", r"gs:// needs gcsfs, which is not installed\. Run: pip install 'gcsfs'"),
+        ("gs://bucket/acts", "gcsfs", r"gs:// needs gcsfs, which is not installed\. Run pip install 'gcsfs'"),
     ],
 )
 def test_what_is_not_installed_is_named_in_one_line(

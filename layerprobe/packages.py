@@ -1,0 +1,40 @@
+"""Packages that only some jobs need: each loaded when it is asked for, and what to install where it is missing.
+
+They come with an extra of layerprobe, or by themselves. One sentence says so everywhere. Must never know what they are
+used for.
+"""
+
+import importlib
+from typing import Any
+
+from layerprobe.errors import LayerProbeError, OptionError
+
+__all__ = ["need_package", "say_missing"]
+
+# Packages that are installed under another name than they are imported by.
+_INSTALLED_AS = {"sklearn": "scikit-learn", "umap": "umap-learn"}
+
+
+def need_package(module: str, what: str, extra: str | None, error: type[LayerProbeError] = OptionError) -> Any:
+    """Import what a job needs.
+
+    Args:
+        module: Its name.
+        what: What asked for it; the beginning of the sentence.
+        extra: The extra of layerprobe that brings it; None where none does.
+        error: The class of the error.
+
+    Raises:
+        LayerProbeError: it is not installed; of the class `error`.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as cause:
+        package = module.partition(".")[0]
+        raise error(say_missing(what, _INSTALLED_AS.get(package, package), extra)) from cause
+
+
+def say_missing(what: str, package: str, extra: str | None) -> str:
+    """Say which package is missing, and how to install it."""
+    wanted = package if extra is None else f"layerprobe[{extra}]"
+    return f"{what} needs {package}, which is not installed. Run pip install '{wanted}'."
