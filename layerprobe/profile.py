@@ -25,6 +25,7 @@ from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import calls_forward, find_device, unwrap
+from layerprobe.store.durable import need_parent
 from layerprobe.store.guard import check_count
 
 __all__ = ["check_runs", "find_network", "profile"]
@@ -216,8 +217,7 @@ def _write_trace(
     model = network()
     if model is None:
         raise OptionError(f"no trace to {str(path)!r}: the model of this profile is gone. Profile it again.")
-    if not path.parent.is_dir():
-        raise OptionError(f"no trace to {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
+    need_parent(path)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if find_device(model).type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

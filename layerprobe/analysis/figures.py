@@ -17,6 +17,7 @@ import numpy as np
 
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.packages import need_package
+from layerprobe.store.durable import need_parent
 
 __all__ = [
     "GREY",
@@ -95,9 +96,7 @@ def check_suffix(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in _SUFFIXES:
         raise OptionError(f"no picture {str(path)!r}: {path.suffix or 'no suffix'!r} is not {', '.join(_SUFFIXES)}.")
-    if not path.parent.is_dir():
-        raise StoreError(f"{path}: there is no folder {path.parent}. Make it, or choose another path.")
-    return path
+    return need_parent(path)
 
 
 def save_figure(figure: Any, path: str | Path | None) -> Any:

@@ -59,14 +59,15 @@ def profile(
     from layerprobe.extract.network import make_random_batch
     from layerprobe.models import load_model
     from layerprobe.profile import profile as measure
+    from layerprobe.store.durable import need_parent
 
     if by not in BY:
         raise OptionError(f"--by {by!r}: use {', '.join(BY)}.")
     if compare is not None and compare not in COMPARISONS:
         raise OptionError(f"--compare {compare!r}: use {', '.join(COMPARISONS)}.")
-    for option, path in (("--json", json_file), ("--trace", trace)):
-        if path is not None and not path.parent.is_dir():
-            raise OptionError(f"{option} {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
+    for path in (json_file, trace):
+        if path is not None:
+            need_parent(path)
     if out is not None:
         check_suffix(out)
     loaded = load_model(model, device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from layerprobe.errors import OptionError, StoreError
+from layerprobe.errors import OptionError
 
 __all__ = ["PICTURES", "check_out", "conclude", "refuse_given"]
 
@@ -27,11 +27,12 @@ def check_out(out: str | None, suffixes: Sequence[str] = (*_TEXTS, *PICTURES)) -
     """
     if out is None:
         return
+    from layerprobe.store.durable import need_parent
+
     path = Path(out)
     if path.suffix.lower() not in suffixes:
         raise OptionError(f"--out {out}: {path.suffix or 'no suffix'!r} is not {', '.join(suffixes)}.")
-    if not path.parent.is_dir():
-        raise StoreError(f"{out}: there is no folder {path.parent}. Make it, or choose another path.")
+    need_parent(path)
     if path.suffix.lower() in PICTURES:
         from layerprobe.analysis.figures import check_suffix
 

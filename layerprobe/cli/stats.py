@@ -65,15 +65,15 @@ def stats(
     from layerprobe.extract.stream import stream_texts
     from layerprobe.models import load_model
     from layerprobe.sites.resolve import map_model
-    from layerprobe.store.durable import commit_file
+    from layerprobe.store.durable import commit_file, need_parent
 
     own = {"low": low, "high": high, "bins": bins, "k": k, "context": context, "units": units}
     measuring = _make_sink(sink, {name: value for name, value in own.items() if value is not None})
     if out is not None and out.suffix != ".safetensors":
         raise OptionError(f"-o {str(out)!r}: {out.suffix or 'no suffix'!r} is not '.safetensors'.")
-    for option, path in (("--json", json_file), ("-o", out)):
-        if path is not None and not path.parent.is_dir():
-            raise OptionError(f"{option} {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
+    for path in (json_file, out):
+        if path is not None:
+            need_parent(path)
     options = ExtractOptions(
         sites=patterns or DEFAULT_SITES, field=field, max_length=max_length, batch_tokens=batch_tokens
     )

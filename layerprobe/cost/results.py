@@ -246,6 +246,7 @@ class Profile:
 
         Raises:
             OptionError: the model that was profiled is gone.
+            StoreError: the folder of the file does not exist.
         """
         if self._trace is None:
             raise OptionError(f"no trace to {str(path)!r}: the model of this profile is gone. Profile it again.")

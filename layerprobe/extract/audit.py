@@ -102,8 +102,8 @@ def audit(
 
     Args:
         folder: Where the store is; complete or not.
-        model: A model, what `load_model` gave, or a name; None for the one that `store.json` names, which is then printed
-            on stderr. It must be the same model: class, config and weights.
+        model: A model, what `load_model` gave, or a name; None for the one that `store.json` names, which is then
+            printed on stderr. It must be the same model: class, config and weights.
         num_examples: How many; all, if there are fewer.
         seed: Which ones.
         device: Where to put a model given by name.

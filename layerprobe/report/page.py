@@ -20,6 +20,7 @@ from layerprobe.analysis.sweep import need_store
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.packages import need_package
 from layerprobe.report.content import gather
+from layerprobe.store.durable import need_parent
 from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_bytes
@@ -159,9 +160,7 @@ def _check_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in _SUFFIXES:
         raise OptionError(f"no report {str(path)!r}: {path.suffix or 'no suffix'!r} is not {' or '.join(_SUFFIXES)}.")
-    if not path.parent.is_dir():
-        raise StoreError(f"{path}: there is no folder {path.parent}. Make it, or choose another path.")
-    return path
+    return need_parent(path)
 
 
 def _lay_out(found: dict[str, Any]) -> str:

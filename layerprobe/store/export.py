@@ -21,7 +21,7 @@ from tqdm import tqdm
 from layerprobe.errors import LayerProbeError, OptionError, StoreError
 from layerprobe.packages import need_package
 from layerprobe.store.columns import Columns, column_dtype, write_arrow, write_parquet
-from layerprobe.store.durable import commit_folder, flush_folder, tell_failure
+from layerprobe.store.durable import commit_folder, flush_folder, need_parent, tell_failure
 from layerprobe.store.guard import check_flag
 from layerprobe.store.headers import checksum
 from layerprobe.store.lock import StoreLock, is_abandoned
@@ -182,8 +182,7 @@ def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: st
 
 def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:
     """Make sure that an export harms neither the store nor what is not an export."""
-    if not out.parent.is_dir():
-        raise StoreError(f"{out}: cannot be written: {out.parent} is not a folder. Make it first.")
+    need_parent(out)
     folder = store.place.folder
     if folder is not None:
         inside, target = folder.resolve(), out.resolve()

@@ -92,8 +92,8 @@ def test_a_quantile_beyond_all_bins_is_null_in_json(
         (["--sink", "topk", "--unit", "32"], "--unit 32: 'embeddings' has 32"),
         (["--sink", "histogram", "--bins", "0"], "of 0 bins"),
         (["-o", "x.npz"], "-o 'x.npz': '.npz' is not '.safetensors'"),
-        (["-o", "none/x.safetensors"], "-o 'none/x.safetensors': there is no folder 'none'"),
-        (["--json", "none/x.json"], "--json 'none/x.json': there is no folder 'none'"),
+        (["-o", "none/x.safetensors"], "none/x.safetensors: there is no folder none. Make it, or"),
+        (["--json", "none/x.json"], "none/x.json: there is no folder none. Make it, or"),
         (["--sites", "layers.7"], "layers.7"),
     ],
 )

@@ -205,7 +205,7 @@ def test_trace_has_a_range_for_each_layer_and_site(make_bert: Callable[..., Any]
 def test_trace_of_a_model_that_is_gone(make_bert: Callable[..., Any], batch: Batch, tmp_path: Path) -> None:
     model = make_bert()
     profile = lp.profile(model, batch, repeats=1)
-    with pytest.raises(OptionError, match="there is no folder"):
+    with pytest.raises(StoreError, match="there is no folder"):
         profile.to_chrome_trace(tmp_path / "none" / "trace.json")
     gone = weakref.ref(model)
     del model

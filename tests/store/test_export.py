@@ -263,7 +263,7 @@ def test_overwriting_spares_what_is_no_export(store: Any, tmp_path: Path) -> Non
     for out in (tmp_path / "acts", tmp_path / "acts" / "out", tmp_path):
         with pytest.raises(OptionError, match="lies in or around the store"):
             lp.export(store, out, "npz", overwrite=True)
-    with pytest.raises(StoreError, match=r"none is not a folder\. Make it first"):
+    with pytest.raises(StoreError, match=r"there is no folder .*none\. Make it, or choose"):
         lp.export(store, tmp_path / "none" / "out")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years" and open_store(tmp_path / "acts").is_complete
 
