@@ -33,6 +33,7 @@ __all__ = [
     "SiteError",
     "SpaceError",
     "StoreError",
+    "first_line",
 ]
 
 
@@ -90,3 +91,9 @@ class LockError(StoreError):
 
 class MissingExample(StoreError, IndexError):  # noqa: N818 - reads as what it is: `except MissingExample`
     """An example that is not in the store, or not in it yet."""
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of what another library's error says, or its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip() if lines else type(error).__name__

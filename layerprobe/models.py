@@ -20,7 +20,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import nn
 
-from layerprobe.errors import ModelError, OptionError
+from layerprobe.errors import ModelError, OptionError, first_line
 from layerprobe.packages import say_missing
 from layerprobe.sharing import SharedSetting
 
@@ -87,7 +87,7 @@ def load_model(name: str | Path, device: str | int | torch.device | None = None)
             model_class = cast(Any, found if is_model else transformers.AutoModel)
             model = model_class.from_pretrained(source, config=config, trust_remote_code=False).to(device).eval()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"no model {name!r}: {_first_line(error)} Use a folder, a hub id or 'demo'.") from error
+        raise ModelError(f"no model {name!r}: {_quote(error)} Use a folder, a hub id or 'demo'.") from error
     return LoadedModel(name, model, load_tokenizer(source))
 
 
@@ -102,7 +102,7 @@ def _find_device(device: str | int | torch.device | None) -> torch.device:
         found = torch.device(int(device) if isinstance(device, str) and device.isdigit() else device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"no device {asked} here: {_first_line(error)} Use 'cpu', 'cuda' or 'cuda:1'.") from error
+        raise OptionError(f"no device {asked} here: {_quote(error)} Use 'cpu', 'cuda' or 'cuda:1'.") from error
     return found
 
 
@@ -117,7 +117,7 @@ def load_tokenizer(source: str) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"no tokenizer at {source!r}: {_first_line(error)} Pass tokenizer=.") from error
+        raise ModelError(f"no tokenizer at {source!r}: {_quote(error)} Pass tokenizer=.") from error
     check_tokenizer(tokenizer, f"the tokenizer of {source!r}")
     return tokenizer
 
@@ -257,7 +257,7 @@ def _quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    line = text[0].rstrip() if text else type(error).__name__
-    return line if line.endswith(".") else line + "."
+def _quote(error: BaseException) -> str:
+    """Give the first line of an error as a sentence."""
+    line = first_line(error)
+    return line if line.endswith(".") else f"{line}."

@@ -27,6 +27,7 @@ from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import calls_forward, find_device, unwrap
 from layerprobe.store.durable import need_parent
 from layerprobe.store.guard import check_count
+from layerprobe.tables import format_dtype
 
 __all__ = ["check_runs", "find_network", "profile"]
 
@@ -80,7 +81,7 @@ def profile(
     return Profile(
         model=model.name if isinstance(model, LoadedModel) else type(network).__name__,
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=format_dtype(dtype),
         shape=shape,
         steps=account.make_costs(seconds),
         bare_s=tuple(bare_s),

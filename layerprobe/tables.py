@@ -4,8 +4,14 @@ In one place, so that every table and every message of the library looks alike. 
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-__all__ = ["format_bytes", "format_count", "format_table", "hide_bar"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["format_bytes", "format_count", "format_dtype", "format_table", "format_time", "hide_bar"]
+
+_UNITS_OF_TIME = (("years", 365 * 86400.0), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -45,6 +51,19 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def format_dtype(dtype: "torch.dtype") -> str:
+    """Write a dtype as options, files and numpy have it: `float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def format_time(seconds: float) -> str:
+    """Write a time in the largest unit that it has two of: `2.5 hours`, `90.0 s`."""
+    for name, size in _UNITS_OF_TIME:
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {name}"
+    return f"{seconds:.1f} s"
 
 
 def hide_bar(progress: bool | None) -> bool | None:

@@ -2,10 +2,12 @@
 
 import io
 
+import numpy as np
 import pytest
+import torch
 from tqdm import tqdm
 
-from layerprobe.tables import format_bytes, format_count, format_table, hide_bar
+from layerprobe.tables import format_bytes, format_count, format_dtype, format_table, format_time, hide_bar
 
 
 def test_numbers_stand_to_the_right_and_words_to_the_left() -> None:
@@ -67,3 +69,24 @@ def test_a_bar_is_shown_as_asked_and_else_only_on_a_terminal(progress: bool | No
     with tqdm(total=1, file=stream, disable=hide_bar(progress)) as bar:
         bar.update()
     assert bool(stream.getvalue()) is (is_terminal if progress is None else progress)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (119.9, "119.9 s"),
+        (120, "2.0 minutes"),
+        (5400, "90.0 minutes"),
+        (9000, "2.5 hours"),
+        (2 * 86400, "2.0 days"),
+        (5000 * 365 * 86400, "5,000.0 years"),
+    ],
+)
+def test_times_are_written_in_the_largest_unit_that_they_have_two_of(seconds: float, text: str) -> None:
+    assert format_time(seconds) == text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int64, torch.uint8])
+def test_dtypes_are_named_as_numpy_names_them(dtype: torch.dtype) -> None:
+    assert format_dtype(dtype) == np.dtype(torch.empty(0, dtype=dtype).numpy().dtype).name

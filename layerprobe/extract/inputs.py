@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import xxhash
 
-from layerprobe.errors import InputError
+from layerprobe.errors import InputError, first_line
 from layerprobe.packages import need_package
 
 __all__ = ["HUB_PREFIX", "InputDigest", "Record", "TextSource", "check_text", "open_source"]
@@ -184,9 +184,9 @@ def _open_dataset(path: str, field: str) -> TextSource:
         rows: Any = load_dataset(name, config, split=split, **runs_no_code)
     except Exception as error:  # whatever hub, cache and file say of it
         cause = error.__cause__ or error  # the outer one says only that something went wrong
-        said = str(cause).strip().partition("\n")[0] or type(cause).__name__
         raise InputError(
-            f"{path}: the data set cannot be loaded ({said}). Check its name, config and split, and the network."
+            f"{path}: the data set cannot be loaded ({first_line(cause)}). Check its name, config and split, and the "
+            "network."
         ) from error
 
     def iterate() -> Iterator[Record]:
@@ -373,7 +373,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[Record]:
                 yield _keep_plain(record, field, f"{path}, row {row}")
                 row += 1
     except (arrow_error, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: is not parquet ({str(error).splitlines()[0]}).") from error
+        raise InputError(f"{path}: is not parquet ({first_line(error)}).") from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {

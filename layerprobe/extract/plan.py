@@ -40,7 +40,7 @@ from layerprobe.store.format import ShardHeader
 from layerprobe.store.guard import MOST_SHARDS
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.writer import StoredSite
-from layerprobe.tables import format_bytes, format_count
+from layerprobe.tables import format_bytes, format_count, format_dtype
 
 __all__ = ["Plan", "plan_extraction"]
 
@@ -152,7 +152,7 @@ class Plan:
     def __str__(self) -> str:
         names = ", ".join(site.name for site in self.sites[:3]) + (", ..." if len(self.sites) > 3 else "")
         about = "" if self.is_exact else "about "
-        dtypes = ", ".join(dict.fromkeys(str(site.dtype).removeprefix("torch.") for site in self.stored))
+        dtypes = ", ".join(dict.fromkeys(format_dtype(site.dtype) for site in self.stored))
         pool = describe_pool(self.options.pool)
         rows = f"pooled by {pool} over all real tokens, special ones included" if pool else "a row per real token"
         rows = rows if self.rule.kept is None else f"rows of {self.rule.kept}"

@@ -26,7 +26,7 @@ from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.durable import commit_file, make_noise, tell_failure
 from layerprobe.store.places import find_place
-from layerprobe.tables import format_bytes, format_count, format_table
+from layerprobe.tables import format_bytes, format_count, format_table, format_time
 
 __all__ = ["DiskPace", "Price", "SamplePace", "price_extraction"]
 
@@ -38,7 +38,6 @@ _MUCH_LARGER = 4
 # No chunk is begun for less than this share of the time.
 _LEAST_LEFT = 0.05
 _DISK_BYTES = 128 << 20
-_UNITS_OF_TIME = (("years", 365 * 86400.0), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,9 @@ class Price:
             ("texts", f"{self.num_examples:,}", ""),
             ("tokens", f"{self.num_tokens:,}", f"{sample.num_tokens / sample.num_examples:.1f} a text"),
             ("bytes", format_bytes(self.num_bytes), f"{fits}: {format_bytes(self.disk.free_bytes)} free"),
-            ("forward", _format_time(self.forward_s), f"{rate} on {self.device}"),
-            ("disk", _format_time(self.disk_s), f"{disk_rate} alone"),
-            ("in all", _format_time(self.seconds), f"bound by the {self.bound}"),
+            ("forward", format_time(self.forward_s), f"{rate} on {self.device}"),
+            ("disk", format_time(self.disk_s), f"{disk_rate} alone"),
+            ("in all", format_time(self.seconds), f"bound by the {self.bound}"),
         ]
         measured = (
             f"{format_count(sample.num_examples, 'text')} in {sample.seconds:.1f} s, stalled {sample.stalled_s:.2f} s"
@@ -228,10 +227,3 @@ def _measure_disk(folder: Path) -> DiskPace:
     seconds = time.perf_counter() - start
     path.unlink()
     return DiskPace(len(data), max(seconds, 1e-9), free)
-
-
-def _format_time(seconds: float) -> str:
-    for name, size in _UNITS_OF_TIME:
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {name}"
-    return f"{seconds:.1f} s"

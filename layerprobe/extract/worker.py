@@ -37,6 +37,7 @@ from layerprobe.models import describe_model, describe_tokenizer, load_model
 from layerprobe.sites.resolve import map_model
 from layerprobe.store.places import find_place
 from layerprobe.store.writer import StoredSite
+from layerprobe.tables import format_dtype
 
 __all__ = ["describe_job", "main"]
 
@@ -56,7 +57,7 @@ def describe_job(plan: Plan, device: str, share: int) -> dict[str, Any]:
         "options": {
             **asdict(plan.options),
             "sites": [site.name for site in plan.sites],
-            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "dtype": None if dtype is None else format_dtype(dtype),
         },
         "rule": rule,
         "batch_tokens": plan.batch_tokens,

@@ -28,6 +28,7 @@ from layerprobe.analysis.verdict import Classification
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import NonFiniteError, OptionError, SiteError
 from layerprobe.store.reader import Store
+from layerprobe.tables import format_dtype
 from layerprobe.version import __version__
 
 __all__ = ["gather"]
@@ -113,7 +114,7 @@ def _describe(store: Store) -> dict[str, Any]:
         "name": shorten(str(store.place).rstrip("/").rpartition("/")[2] or "store", _MOST_VALUE),
         "version": __version__,
         "facts": [(name, shorten(value, _MOST_TEXT)) for name, value in facts],
-        "sites": [(view.site, view.kind, str(view.dtype).removeprefix("torch."), view.width) for view in views],
+        "sites": [(view.site, view.kind, format_dtype(view.dtype), view.width) for view in views],
     }
 
 

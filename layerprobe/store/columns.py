@@ -28,6 +28,7 @@ from layerprobe.store.records import has_records, read_record
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, positions_of
 from layerprobe.store.writer import StoredSite
+from layerprobe.tables import format_dtype
 
 __all__ = [
     "ROWS",
@@ -129,7 +130,7 @@ def take_site(shard: Shard, site: StoredSite, places: Sequence[int]) -> np.ndarr
     Returns:
         `[n, D]` in the column's dtype: rows, or vectors; for attention weights they are flat.
     """
-    dtype = np.dtype(str(column_dtype(site)).removeprefix("torch."))
+    dtype = np.dtype(format_dtype(column_dtype(site)))
     if site.kind == "example":
         return take_rows(shard, site, torch.tensor(places, dtype=torch.int64)).to(column_dtype(site)).numpy()
     # where the values of each example begin in the shard
@@ -232,7 +233,7 @@ def _schema(pyarrow: Any, columns: Columns) -> Any:
         fields |= {"tokens": pyarrow.list_(pyarrow.string())} if has_tokens else {}
         fields |= {"text": pyarrow.string(), "fields": pyarrow.string()}
     for site in columns.sites:
-        item = pyarrow.from_numpy_dtype(np.dtype(str(column_dtype(site)).removeprefix("torch.")))
+        item = pyarrow.from_numpy_dtype(np.dtype(format_dtype(column_dtype(site))))
         if site.kind == "attention":
             fields[site.name] = pyarrow.list_(pyarrow.list_(pyarrow.list_(item)))
         else:

@@ -30,7 +30,7 @@ from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_z
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.shards import Shard
 from layerprobe.store.writer import StoredSite
-from layerprobe.tables import format_bytes, format_count, hide_bar
+from layerprobe.tables import format_bytes, format_count, format_dtype, hide_bar
 
 __all__ = ["FORMATS", "ExportReport", "export"]
 
@@ -140,9 +140,7 @@ def export(
                 # the pass that measured is done
                 bar.reset(store.num_shards * len(arrays))
                 _PACKED[to](partial, arrays)
-    widened = {
-        site.name: str(site.dtype).removeprefix("torch.") for site in columns.sites if column_dtype(site) != site.dtype
-    }
+    widened = {site.name: format_dtype(site.dtype) for site in columns.sites if column_dtype(site) != site.dtype}
     names = tuple(site.name for site in columns.sites)
     return ExportReport(
         out, to, len(store), store.num_tokens, _measure(out), names, widened, store.is_complete

@@ -22,6 +22,7 @@ import xxhash
 from layerprobe.errors import StoreError
 from layerprobe.store.guard import MOST_COUNT, MOST_SITES, SMALL, brief, parse_json
 from layerprobe.store.kept import parse_kept
+from layerprobe.tables import format_dtype
 
 __all__ = [
     "BLANK_CHECKSUM",
@@ -64,7 +65,7 @@ _TO_NAME = {
     torch.bool: "BOOL",
 }
 _FROM_NAME = {name: dtype for dtype, name in _TO_NAME.items()}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _TO_NAME}
+_DTYPES = {format_dtype(dtype): dtype for dtype in _TO_NAME}
 # The values of the first site begin at a multiple of this in the file: mapped they begin with a page, and they can
 # be written past the page cache from where they lie.
 _ALIGNMENT = 4096

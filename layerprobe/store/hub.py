@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError
+from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError, first_line
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name, read_json
 from layerprobe.store.guard import brief
@@ -179,9 +179,9 @@ def _ask(url: str, request: Callable[[], _Found]) -> _Found:
     except LayerProbeError:
         raise
     except Exception as error:
-        lines = _TOKEN.sub("hf_...", str(error)).strip().splitlines() or [type(error).__name__]
+        said = brief(_TOKEN.sub("hf_...", first_line(error)))
         # without its cause, which may say in a traceback what is masked here
-        raise StoreError(f"{url}: the hub refused ({brief(lines[0])}). Run the same command again to go on.") from None
+        raise StoreError(f"{url}: the hub refused ({said}). Run the same command again to go on.") from None
 
 
 def _list_files(api: Any, url: str, repo: str, revision: str | None) -> tuple[str, dict[str, int]]:

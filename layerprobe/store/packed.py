@@ -21,6 +21,7 @@ from layerprobe.store.columns import column_dtype, cut_places, rows_of, take_sit
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.shards import Shard
 from layerprobe.store.writer import StoredSite
+from layerprobe.tables import format_dtype
 
 __all__ = ["OFFSETS_SUFFIX", "PackedArray", "list_arrays", "write_npz", "write_zarr"]
 
@@ -123,7 +124,7 @@ def _measure(shards: Iterable[Shard], has_pairs: bool) -> _Totals:
 
 
 def _list_site(shards: Shards, site: StoredSite, totals: _Totals) -> list[PackedArray]:
-    dtype = np.dtype(str(column_dtype(site)).removeprefix("torch."))
+    dtype = np.dtype(format_dtype(column_dtype(site)))
 
     def values() -> Iterator[np.ndarray]:
         for shard in shards():
