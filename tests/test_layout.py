@@ -138,6 +138,7 @@ ORDER = (
     "layerprobe.extract.padding",
     "layerprobe.extract.options",
     "layerprobe.extract.flat",
+    "layerprobe.extract.description",
     "layerprobe.extract.calling",
     "layerprobe.extract.warmup",
     "layerprobe.extract.trials",

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,14 @@ def name_devices(devices: str | Sequence[int | str]) -> tuple[str, ...]:
 
 
 def gather_crew(
-    devices: tuple[str, ...], model: object, texts: Any, to: object, field: str, given: dict[str, Any]
+    devices: tuple[str, ...], model: object, texts: Any, to: object, field: str, untold: Mapping[str, bool]
 ) -> tuple[Crew, TextSource]:
     """Make what several processes can share of a run's model and texts.
 
     Args:
         devices: From `name_devices`.
         model, texts, to, field: As for `extract`.
-        given: Options by name that cannot be told to another process; None where they are left out.
+        untold: By an option's name whether it is given, and so that it cannot be told to another process.
 
     Raises:
         OptionError: something of the run cannot be told to another process.
@@ -89,8 +89,8 @@ def gather_crew(
         raise OptionError(f"{asked} with a {type(model).__name__}: each process loads its own. Give the model's name.")
     if not isinstance(to, (str, Path)) or str(to).startswith("memory:"):
         raise OptionError(f"{asked} into {to}: another process cannot write there. Use a folder, or another URL.")
-    for name, value in given.items():
-        if value is not None and not isinstance(value, str):
+    for name, is_given in untold.items():
+        if is_given:
             raise OptionError(f"{asked} with this {name}: it cannot be told to another process. Leave one of them out.")
     source = open_source(texts, field)
     if isinstance(texts, (str, Path)) and str(texts) != "-":

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from layerprobe.capture.casting import resolve_dtype
-from layerprobe.capture.identity import describe_changes, describe_pool
+from layerprobe.capture.identity import describe_pool
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, SpaceError
 from layerprobe.extract.batching import BATCH_COST_TOKENS
-from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
+from layerprobe.extract.cutting import Unit, UnitRule, survey_input
+from layerprobe.extract.description import describe_run
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
-from layerprobe.extract.flat import find_unusual_attention
 from layerprobe.extract.forward import check_device, find_precision, running
-from layerprobe.extract.inputs import TextSource, check_text, open_source
+from layerprobe.extract.inputs import Record, TextSource, check_text, open_source
 from layerprobe.extract.looking import look
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
@@ -33,7 +33,7 @@ from layerprobe.extract.resume import check_finite, check_place, find_done, hold
 from layerprobe.extract.thinning import find_kept
 from layerprobe.extract.tokens import NO_TEXTS, TokenizedUnit, tokenize
 from layerprobe.extract.trials import Trials, choose_batches
-from layerprobe.models import LoadedModel, describe_model, describe_tokenizer
+from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device, need_one_device
 from layerprobe.store.format import ShardHeader
@@ -207,31 +207,24 @@ def plan_extraction(
     max_length = choose_max_length(model, tokenizer, options.max_length)
     stored = _measure_sites(model, tokenizer, sites, options)
     sample = list(itertools.islice(source, _SAMPLE_EXAMPLES))
-    sampled = tokenize(
-        tokenizer, [check_text(record.text, source.name, n) for n, record in enumerate(sample)], max_length
-    )
-    lengths = sampled.lengths.tolist()
-    known = zip(sample, lengths, sampled.truncated, strict=True)
-    whole = [(len(record.text.encode()), length) for record, length, is_cut in known if not is_cut]
-    tokens = sum(count - 2 for _, count in whole)
-    text_bytes = sum(size for size, _ in whole)
+    texts = [check_text(record.text, source.name, n) for n, record in enumerate(sample)]
+    sampled = tokenize(tokenizer, texts, max_length)
     rule = UnitRule(
         row_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "token"),
         example_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "example"),
         pair_bytes=sum(site.width * site.dtype.itemsize for site in stored if site.kind == "attention"),
         shard_bytes=options.shard_bytes,
         max_length=max_length,
-        text_bytes_per_token=round(text_bytes / tokens, 2) if tokens > 0 and text_bytes > 0 else _BYTES_PER_TOKEN,
+        text_bytes_per_token=_measure_texts(sample, sampled),
         kept=find_kept(options.tokens, options.keep, tokenizer, stored, options.pool),
     )
     survey = survey_input(source, rule)
     if (num_units := len(survey.digests)) > MOST_SHARDS:
         raise OptionError(f"{num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
     is_exact = survey.num_examples <= len(sample)
-    num_tokens = sampled.num_tokens if is_exact else survey.num_tokens
-    value_bytes = sum(map(rule.cost, lengths)) if is_exact else survey.value_bytes
+    value_bytes = sum(map(rule.cost, sampled.lengths.tolist())) if is_exact else survey.value_bytes
     # before the choice, which may ask for it twice: it reads every weight
-    described = _describe(model, tokenizer, stored, options, rule, survey, name)
+    described = describe_run(model, tokenizer, stored, options, rule, survey, name)
     trials = Trials(model, sites, options, sampled, survey.num_tokens, tokenizer.pad_token_id or 0)
     batch_tokens, description = choose_batches(place, described, trials, overwrite)
     # beside values and ids: an ordinal and two offsets per example; the records
@@ -242,18 +235,51 @@ def plan_extraction(
     if options.nonfinite == "error":
         check_finite(done.values())
     plan = Plan(
-        place, model, tokenizer, source, options, sites, stored, rule, batch_tokens, survey.num_examples,
-        survey.digests, num_tokens, is_exact, num_bytes, description, done, num_damaged, overwrite, wait_for_space,
-        crew, tuple(record.text for record in sample), sampled,
-    )  # fmt: skip
-    free_bytes = plan.free_bytes
-    if free_bytes is not None and plan.missing_bytes > free_bytes and not wait_for_space:
+        place=place,
+        model=model,
+        tokenizer=tokenizer,
+        source=source,
+        options=options,
+        sites=sites,
+        stored=stored,
+        rule=rule,
+        batch_tokens=batch_tokens,
+        num_examples=survey.num_examples,
+        digests=survey.digests,
+        num_tokens=sampled.num_tokens if is_exact else survey.num_tokens,
+        is_exact=is_exact,
+        num_bytes=num_bytes,
+        description=description,
+        done=done,
+        num_damaged=num_damaged,
+        overwrite=overwrite,
+        wait_for_space=wait_for_space,
+        crew=crew,
+        first_texts=tuple(record.text for record in sample),
+        first=sampled,
+    )
+    _check_space(plan)
+    return plan
+
+
+def _measure_texts(sample: Sequence[Record], sampled: TokenizedUnit) -> float:
+    """Measure a token's bytes of text, over the texts that are whole; by them tokens are estimated."""
+    known = zip(sample, sampled.lengths.tolist(), sampled.truncated, strict=True)
+    whole = [(len(record.text.encode()), length) for record, length, is_cut in known if not is_cut]
+    tokens = sum(count - 2 for _, count in whole)
+    text_bytes = sum(size for size, _ in whole)
+    return round(text_bytes / tokens, 2) if tokens > 0 and text_bytes > 0 else _BYTES_PER_TOKEN
+
+
+def _check_space(plan: Plan) -> None:
+    """Make sure that the disk has room for what is still to be written, where nobody wants to wait for it."""
+    free_bytes, missing_bytes = plan.free_bytes, plan.missing_bytes
+    if free_bytes is not None and missing_bytes > free_bytes and not plan.wait_for_space:
         raise SpaceError(
-            f"{place}: needs {format_bytes(plan.missing_bytes)} more, the disk has {format_bytes(free_bytes)} "
-            f"free: {plan.missing_bytes - free_bytes:,} bytes missing. Ask for fewer sites, a smaller dtype or "
+            f"{plan.place}: needs {format_bytes(missing_bytes)} more, the disk has {format_bytes(free_bytes)} "
+            f"free: {missing_bytes - free_bytes:,} bytes missing. Ask for fewer sites, a smaller dtype or "
             "a pool, choose another disk, or start all the same with --wait-for-space."
         )
-    return plan
 
 
 def _find_source(
@@ -273,8 +299,8 @@ def _find_source(
         raise OptionError(f"devices={','.join(names)} with device={device!r}: give one of the two.")
     if len(names) == 1:
         return None, open_source(texts, options.field), names[0]
-    given = {"tokenizer": tokenizer and (tokenizer,), "pool": options.pool}
-    return *gather_crew(names, model, texts, to, options.field, given), names[0]
+    untold = {"tokenizer": tokenizer is not None, "pool": callable(options.pool)}
+    return *gather_crew(names, model, texts, to, options.field, untold), names[0]
 
 
 def _measure_sites(
@@ -287,36 +313,3 @@ def _measure_sites(
     with running(model, find_precision(model, options.precision)):
         made = look(model, [site.name for site in sites], ids)
     return tuple(measure_site(site, made[site.name], options.pool, dtype) for site in sites)
-
-
-def _describe(
-    model: nn.Module,
-    tokenizer: Any,
-    stored: tuple[StoredSite, ...],
-    options: ExtractOptions,
-    rule: UnitRule,
-    survey: Survey,
-    name: str,
-) -> dict[str, Any]:
-    """Say what the run is, but for its batches."""
-    precision = find_precision(model, options.precision)
-    attention, changes = find_unusual_attention(map_model(model)), describe_changes(model)
-    return {
-        "input": {"hash": survey.digests[-1].hex(), "examples": survey.num_examples},
-        "model": {**describe_model(model), **({"id": name} if name else {})},
-        "tokenizer": describe_tokenizer(tokenizer),
-        "sites": {site.name: site.describe() for site in stored},
-        "pool": describe_pool(options.pool),
-        "plan": {
-            "max_length": rule.max_length,
-            "shard_bytes": rule.shard_bytes,
-            "text_bytes_per_token": rule.text_bytes_per_token,
-            "units": len(survey.digests),
-            **({"kept": rule.kept.describe()} if rule.kept is not None else {}),
-            # the rest only where it is not as usual
-            **({"attention": attention} if attention is not None else {}),
-            **({"changes": changes} if changes else {}),
-            **({"precision": precision} if precision is not None else {}),
-            **({"compile": options.compile} if options.compile else {}),
-        },
-    }

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from layerprobe.errors import OptionError, PlanError
-from layerprobe.extract.batching import SHAPE_STEPS
+from layerprobe.extract.description import add_batches
 from layerprobe.extract.flat import refuse_flat
 from layerprobe.extract.forward import CUDA_GRAPHS, find_precision, running
 from layerprobe.extract.options import ExtractOptions
@@ -24,9 +24,7 @@ from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.extract.warmup import LEAST_TOKENS, choose_batch_cost, choose_batch_tokens, find_batch_tokens
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import find_device
-from layerprobe.store.format import fingerprint_of
 from layerprobe.store.places import Place
-from layerprobe.version import __version__
 
 __all__ = ["Trials", "choose_batches"]
 
@@ -93,6 +91,13 @@ class Trials:
         names = [site.name for site in self.sites]
         return find_batch_tokens(self.model, names, self.sampled, usual, self._precision, is_flat)
 
+    def describe(
+        self, described: Mapping[str, Any], batch_tokens: int, is_flat: bool, batch_cost: int
+    ) -> dict[str, Any]:
+        """Say what the run is with such batches."""
+        equal_lengths = not is_flat and self.sees_padding
+        return add_batches(described, batch_tokens, is_flat, batch_cost, equal_lengths)
+
     @property
     def _precision(self) -> str | None:
         return find_precision(self.model, self.options.precision)
@@ -121,7 +126,7 @@ def choose_batches(
         batch_tokens = options.batch_tokens or recalled.batch_tokens
         is_flat = recalled.is_flat if options.padding_free is None else options.padding_free
         cost = recalled.batch_cost or choose_batch_cost(device)
-        description = _add_batches(described, trials, batch_tokens, is_flat, cost)
+        description = trials.describe(described, batch_tokens, is_flat, cost)
         is_same = description["fingerprint"] == recalled.fingerprint
         can_resume = is_same and (trials.why_not_flat is None or not recalled.is_flat)
         if is_same and not can_resume and not overwrite:
@@ -134,22 +139,4 @@ def choose_batches(
             return batch_tokens, description
     is_flat = trials.why_not_flat is None
     batch_tokens = options.batch_tokens or trials.find_budget(is_flat)
-    return batch_tokens, _add_batches(described, trials, batch_tokens, is_flat, choose_batch_cost(device))
-
-
-def _add_batches(
-    described: Mapping[str, Any], trials: Trials, batch_tokens: int, is_flat: bool, batch_cost: int
-) -> dict[str, Any]:
-    """Say the rest; what changes the bytes of the shards is in the fingerprint, and nothing else."""
-    padding: dict[str, Any] = {"padding_free": True} if is_flat else {"batch_cost_tokens": batch_cost}
-    if not is_flat and described["tokenizer"]["padding_side"] != "right":
-        # older versions padded on the left then, which gives models with absolute positions other rows
-        padding["padding_side"] = "right"
-    if not is_flat and trials.sees_padding:
-        padding["equal_lengths"] = True
-    if trials.options.compile == CUDA_GRAPHS:
-        padding["shape_steps"] = SHAPE_STEPS
-    plan = {"batch_tokens": batch_tokens, **padding, **described["plan"]}
-    own = {key: described["model"][key] for key in ("class", "config_hash", "weights_hash")}
-    fingerprint = fingerprint_of({**described, "model": own, "plan": plan})
-    return {"layerprobe": __version__, **described, "plan": plan, "fingerprint": fingerprint}
+    return batch_tokens, trials.describe(described, batch_tokens, is_flat, choose_batch_cost(device))

@@ -1,0 +1,91 @@
+"""What a run is, as its store says of it: model, input, sites, plan, and the fingerprint of all that changes its bytes.
+
+Two runs with one fingerprint write the same shards, so one goes on with what the other has done. Must never choose
+anything, and never look at a folder.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from layerprobe.capture.identity import describe_changes, describe_pool
+from layerprobe.extract.batching import SHAPE_STEPS
+from layerprobe.extract.cutting import Survey, UnitRule
+from layerprobe.extract.flat import find_unusual_attention
+from layerprobe.extract.forward import CUDA_GRAPHS, find_precision
+from layerprobe.extract.options import ExtractOptions
+from layerprobe.models import describe_model, describe_tokenizer
+from layerprobe.sites.resolve import map_model
+from layerprobe.store.format import fingerprint_of
+from layerprobe.store.writer import StoredSite
+from layerprobe.version import __version__
+
+__all__ = ["add_batches", "describe_run"]
+
+
+def describe_run(
+    model: nn.Module,
+    tokenizer: Any,
+    stored: tuple[StoredSite, ...],
+    options: ExtractOptions,
+    rule: UnitRule,
+    survey: Survey,
+    name: str,
+) -> dict[str, Any]:
+    """Say what a run is, but for its batches.
+
+    Args:
+        stored: Its sites, as they are stored.
+        rule: How its input is cut.
+        survey: Its input.
+        name: Of the model; empty for one without.
+
+    Cost: reads every weight of the model.
+    """
+    precision = find_precision(model, options.precision)
+    attention, changes = find_unusual_attention(map_model(model)), describe_changes(model)
+    return {
+        "input": {"hash": survey.digests[-1].hex(), "examples": survey.num_examples},
+        "model": {**describe_model(model), **({"id": name} if name else {})},
+        "tokenizer": describe_tokenizer(tokenizer),
+        "sites": {site.name: site.describe() for site in stored},
+        "pool": describe_pool(options.pool),
+        "plan": {
+            "max_length": rule.max_length,
+            "shard_bytes": rule.shard_bytes,
+            "text_bytes_per_token": rule.text_bytes_per_token,
+            "units": len(survey.digests),
+            **({"kept": rule.kept.describe()} if rule.kept is not None else {}),
+            # the rest only where it is not as usual
+            **({"attention": attention} if attention is not None else {}),
+            **({"changes": changes} if changes else {}),
+            **({"precision": precision} if precision is not None else {}),
+            **({"compile": options.compile} if options.compile else {}),
+            **({"shape_steps": SHAPE_STEPS} if options.compile == CUDA_GRAPHS else {}),
+        },
+    }
+
+
+def add_batches(
+    described: Mapping[str, Any], batch_tokens: int, is_flat: bool, batch_cost: int, equal_lengths: bool
+) -> dict[str, Any]:
+    """Say the rest of a run; what changes the bytes of the shards is in the fingerprint, and nothing else.
+
+    Args:
+        described: From `describe_run`.
+        batch_tokens: Of a batch, at most.
+        is_flat: Whether batches have no padding; the rest is of those that have.
+        batch_cost: What one more counts, in tokens.
+        equal_lengths: Whether its texts have one length.
+    """
+    padding: dict[str, Any] = {"padding_free": True} if is_flat else {"batch_cost_tokens": batch_cost}
+    if not is_flat and equal_lengths:
+        padding["equal_lengths"] = True
+    if not is_flat and described["tokenizer"]["padding_side"] != "right":
+        # older versions padded on the left then, which gives models with absolute positions other rows
+        padding["padding_side"] = "right"
+    plan = {"batch_tokens": batch_tokens, **padding, **described["plan"]}
+    own = {key: described["model"][key] for key in ("class", "config_hash", "weights_hash")}
+    fingerprint = fingerprint_of({**described, "model": own, "plan": plan})
+    return {"layerprobe": __version__, **described, "plan": plan, "fingerprint": fingerprint}
