@@ -4,7 +4,7 @@ Must never look at a model, an input or a folder.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -22,6 +22,10 @@ from layerprobe.store.writer import NONFINITE_POLICIES
 __all__ = ["DEFAULT_SITES", "ExtractOptions", "check_call"]
 
 DEFAULT_SITES = ("embeddings", "layers.*")
+# What a run into a sink takes; all other options concern stores.
+_FOR_SINKS = ("sites", "field", "max_length", "batch_tokens")
+# Where the name of an option is another than that of its field.
+_NAMES = {"shard_bytes": "shard_size"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class ExtractOptions:
         for name, value in sizes.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise OptionError(f"{name} is {value!r}: it must be a whole number of at least 1.")
+
+    def list_for_stores(self) -> list[str]:
+        """List the options that are given and concern stores alone, by the names that they have in a call."""
+        own = (field for field in fields(self) if field.name not in _FOR_SINKS)
+        return [_NAMES.get(field.name, field.name) for field in own if getattr(self, field.name) != field.default]
 
 
 def _list_patterns(sites: object) -> tuple[str, ...]:

@@ -197,13 +197,8 @@ def extract(
     )
     shows_progress = sys.stderr.isatty() if progress is None else progress
     if is_sink(to):
-        stored = {"dtype": dtype, "pool": pool, "overwrite": overwrite, "wait_for_space": wait_for_space}
-        stored |= {"nonfinite": nonfinite != "warn", "shard_size": shard_size != DEFAULT_SHARD_BYTES}
-        stored |= {"keep": keep != 1, "tokens": tokens != "all", "precision": precision, "compile": compile}
-        stored |= {"devices": devices is not None, "writers": writers != 1}
-        stored |= {"padding_free": padding_free is not None}
-        given = [name for name, value in stored.items() if value]
-        if given:
+        beside = {"overwrite": overwrite, "wait_for_space": wait_for_space, "devices": devices is not None}
+        if given := [*options.list_for_stores(), *(name for name, value in beside.items() if value)]:
             raise OptionError(f"extract into a {type(to).__name__}: {given[0]} concerns stores. Leave it out.")
         streamed = stream_texts(model, texts, to, options, tokenizer=tokenizer, device=device, progress=shows_progress)
         if shows_progress:

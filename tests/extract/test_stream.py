@@ -97,7 +97,8 @@ def test_a_sink_of_ones_own_and_a_report(tiny: LoadedModel, texts: list[str]) ->
     ("option", "value"),
     [
         ("dtype", "float16"), ("pool", "mean"), ("shard_size", 1000), ("nonfinite", "error"), ("overwrite", True),
-        ("wait_for_space", True), ("writers", 2),
+        ("wait_for_space", True), ("writers", 2), ("padding_free", False), ("keep", 0.5), ("tokens", "cls"),
+        ("precision", "float32"), ("compile", True), ("devices", []),
     ],
 )  # fmt: skip
 def test_what_concerns_stores_is_refused_for_a_sink(tiny: LoadedModel, option: str, value: Any) -> None:
