@@ -167,7 +167,7 @@ def _check_auditable(store: Store) -> Mapping[str, Any]:
     if not isinstance(plan, dict) or type(plan.get("max_length")) is not int:
         raise StoreError(
             f"{store.place}: a Probe filled it, and nothing in it tells the texts or how the model was called (token "
-            "types, positions, mask). Run 'layerprobe verify' without --recompute."
+            "types, positions, mask). Check its files alone, with layerprobe.verify."
         )
     if plan.get("precision") not in (None, *PRECISIONS):
         raise StoreError(f"{store.place}: computed in {plan['precision']!r}, which this version does not know.")

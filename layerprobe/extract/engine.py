@@ -236,5 +236,5 @@ def _changed(plan: Plan) -> InputError:
     # a unit is told from its planned one before it is run, so the input as it is now left nothing in the store
     return InputError(
         f"{plan.source.name}: changed while the run was under way. What {plan.place} holds is of the input as it was: "
-        "put that back and run the same command again, or run with --overwrite, or into another folder."
+        "put that back and run the same command again, pass overwrite=True (--overwrite), or choose another folder."
     )

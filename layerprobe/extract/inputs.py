@@ -233,7 +233,7 @@ def _iterate_list(records: Any, field: str) -> Iterator[Record]:
 def _split_record(record: Mapping[str, Any], field: str, where: str) -> Record:
     if field not in record:
         found = ", ".join(map(repr, record)) or "nothing"
-        raise InputError(f"{where}: no field {field!r}; it holds {found}. Name the field with --field.")
+        raise InputError(f"{where}: no field {field!r}; it holds {found}. Name the field (--field).")
     text = record[field]
     if not isinstance(text, str):
         raise InputError(f"{where}: field {field!r} is {type(text).__name__}, not a text.")

@@ -278,7 +278,7 @@ def _check_space(plan: Plan) -> None:
         raise SpaceError(
             f"{plan.place}: needs {format_bytes(missing_bytes)} more, the disk has {format_bytes(free_bytes)} "
             f"free: {missing_bytes - free_bytes:,} bytes missing. Ask for fewer sites, a smaller dtype or "
-            "a pool, choose another disk, or start all the same with --wait-for-space."
+            "a pool, choose another disk, or start all the same with wait_for_space=True (--wait-for-space)."
         )
 
 

@@ -101,7 +101,7 @@ def check_finite(headers: Iterable[ShardHeader]) -> None:
             listed = ", ".join(f"{count} at {site!r}" for site, count in header.nonfinite.items())
             raise NonFiniteError(
                 f"{header.file}: was written with values that are not finite or do not fit the dtype: {listed}. "
-                "Keep nonfinite='warn', or pass --overwrite with a wider dtype."
+                "Keep nonfinite='warn', or pass overwrite=True (--overwrite) with a wider dtype."
             )
 
 
@@ -158,12 +158,12 @@ def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[in
     if found.get("format") != FORMAT_VERSION:
         raise FormatError(
             f"{place}: holds a store of format {found.get('format')!r}, this version writes format {FORMAT_VERSION}. "
-            "Choose another folder, or pass --overwrite to replace it."
+            "Choose another folder, or pass overwrite=True (--overwrite) to replace it."
         )
     if found.get("fingerprint") != description["fingerprint"]:
         raise PlanError(
             f"{place}: holds another run ({'; '.join(list_differences(found, description)) or 'its fingerprint'}). "
-            "Choose another folder, repeat its options, or pass --overwrite to replace it."
+            "Choose another folder, repeat its options, or pass overwrite=True (--overwrite) to replace it."
         )
     done: dict[int, ShardHeader] = {}
     num_damaged = 0

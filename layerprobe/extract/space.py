@@ -93,7 +93,9 @@ class RoomKeeper:
                     result = action()
                 except SpaceError as error:
                     if not self._waits or self._stop.is_set():
-                        raise SpaceError(f"{error} With --wait-for-space it waits for room.") from error
+                        raise SpaceError(
+                            f"{error} With wait_for_space=True (--wait-for-space) it waits for room."
+                        ) from error
                     if not has_said:
                         has_said = _say(f"{error} Waiting for room.")
                         self._count(1)

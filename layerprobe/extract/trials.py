@@ -132,7 +132,7 @@ def choose_batches(
         if is_same and not can_resume and not overwrite:
             raise PlanError(
                 f"{place}: was begun without padding and cannot go on so: {trials.why_not_flat}. Go on as it was "
-                "begun, choose another folder, or pass --overwrite to replace it."
+                "begun, choose another folder, or pass overwrite=True (--overwrite) to replace it."
             )
         # another run, not to be replaced, is refused by `find_done`, which says what differs: nothing is tried for it
         if can_resume or not overwrite:

@@ -68,7 +68,7 @@ def read_texts(store: Store) -> list[str]:
         if not isinstance(text, str):
             raise InputError(
                 f"texts of {store.place}: example {ordinal} has none. Stores of extract keep them; "
-                "'layerprobe classify --no-untrained' needs none."
+                "a classification with untrained=None (--no-untrained) needs none."
             )
         texts.append(text)
     return texts

@@ -277,7 +277,7 @@ def _gather_attention(store: Store, asked: Sequence[int] | None) -> dict[str, An
         if asked is not None:
             raise SiteError(
                 f"attention={list(asked)}: {store.place} holds no attention weights but {', '.join(store.sites)}. "
-                "Extract with --sites 'layers.*.attention.weights'."
+                "Extract with sites='layers.*.attention.weights' (--sites)."
             )
         return None
     ordinals = _choose_maps(store) if asked is None else [_resolve(store, ordinal) for ordinal in asked]

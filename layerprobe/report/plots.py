@@ -385,7 +385,7 @@ def _find_weights(store: Store, site: str | None) -> str:
         if not stored:
             raise SiteError(
                 f"no attention weights in {store.place}: it holds {', '.join(store.sites)}. "
-                "Extract with --sites 'layers.*.attention.weights'."
+                "Extract with sites='layers.*.attention.weights' (--sites)."
             )
         return stored[0]
     found = match_sites(site, store.sites, str(store.place))

@@ -243,7 +243,7 @@ def _check_room(target: Path, copies: Mapping[int, list[_Copy]]) -> None:
     if needed > (free := shutil.disk_usage(place).free):
         raise SpaceError(
             f"{target}: needs {format_bytes(needed)}, the disk has {format_bytes(free)} free. Make room, choose "
-            "another disk, or link the shards on the disk where they are (link=True, --link)."
+            "another disk, or link the shards on the disk where they are, with link=True (--link)."
         )
 
 

@@ -336,7 +336,10 @@ def _advise(
     is_complete: bool,
 ) -> str:
     if description is None:
-        return f"{STORE_FILE} cannot be made again: copy it from elsewhere, or extract anew with --overwrite."
+        return (
+            f"{STORE_FILE} cannot be made again: copy it from elsewhere, or extract anew with overwrite=True "
+            "(--overwrite)."
+        )
     model = description.get("model")
     name = model.get("id") if isinstance(model, dict) else None
     command = f"'layerprobe extract {brief(name or 'MODEL')} INPUT -o {place}' with the options it was made with"

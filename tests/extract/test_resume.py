@@ -168,7 +168,7 @@ def test_another_plan_is_refused_with_the_fields_that_differ(
     tiny: LoadedModel, texts: list[str], whole: Path, change: dict[str, Any], message: str
 ) -> None:
     before = contents(whole)
-    with pytest.raises(PlanError, match=f"whole: holds another run .*{message}.* pass --overwrite"):
+    with pytest.raises(PlanError, match=rf"whole: holds another run .*{message}.* pass overwrite=True \(--overwrite\)"):
         extract(tiny, texts, whole, **{"shard_size": SHARD_BYTES, **change})
     assert contents(whole) == before
 

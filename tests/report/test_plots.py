@@ -250,7 +250,7 @@ def test_a_pattern_that_means_the_weights_of_several_layers_is_refused(attention
 
 def test_attention_that_is_not_there_is_refused(attention: Any, store: Any) -> None:
     with pytest.raises(
-        SiteError, match=r"no attention weights in .*Extract with --sites 'layers.\*.attention.weights'"
+        SiteError, match=r"no attention weights in .*Extract with sites='layers\.\*\.attention\.weights'"
     ):
         lp.plot_attention(store, 0)
     with pytest.raises(
