@@ -10,10 +10,13 @@ Hides threads, nesting and interruption. Must never know of hooks or values.
 import functools
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import FrameType
 
-from layerprobe.capture.calls import Call, Context, Sink
+from torch import Tensor
+
+from layerprobe.capture.calls import Call, Context, Sink, read_context
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.weights import Comparison, require_same_contexts
@@ -115,6 +118,21 @@ class Frames:
         call.is_running = functools.partial(_is_running_in, ident, frame.runner)
         self._sink.begin(call)
         frame.call = call
+
+    def enter_compiled(self, number: int, given: Mapping[str, Tensor | None], is_cached: bool) -> None:
+        """Take note that a module was called, in a graph that runs: no frame of the interpreter's does.
+
+        Args:
+            number: Of the module.
+            given: What the base of a stack was called with, by name.
+            is_cached: Whether it was given a cache too.
+        """
+        if number == ROOT:
+            self.enter_root(None)
+            return
+        context = read_context(given)
+        # the length of a cache is no number that a graph of all lengths can give
+        self.enter_base(number, replace(context, first_position=None) if is_cached else context, None)
 
     def _is_past(self, frame: _Frame) -> bool:
         """Whether what follows all stacks has begun: a base that is called then is called by a sink."""

@@ -7,6 +7,7 @@ costs nothing more. Several probes may be on one module and come off in any orde
 Hides torch's handles and how an override of `forward` is stacked on others. Must never know of sites or values.
 """
 
+import enum
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["EDIT", "HookSet", "Reader", "Stop", "list_edits", "list_hooks", "list_strange"]
+__all__ = ["EDIT", "HookSet", "Lifecycle", "Reader", "Stop", "list_edits", "list_hooks", "list_strange"]
 
 # Attribute of a hook that edits values: what it does to them.
 EDIT = "layerprobe_edit"
@@ -30,6 +31,14 @@ _HOOKS = (
 _LOCK = threading.Lock()
 Method = Callable[..., Any]
 Make = Callable[[Method], Method]
+
+
+class Lifecycle(enum.Enum):
+    """Where a `with` block is that puts hooks on a model; each is for one block."""
+
+    NEW = "new"
+    OPEN = "open"
+    CLOSED = "closed"
 
 
 class Stop(BaseException):

@@ -4,7 +4,6 @@ Checks every option before anything exists, chooses the sink, and owns the regis
 values are read and packed is hidden below it.
 """
 
-import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from layerprobe.capture.calls import Sink, is_sink
 from layerprobe.capture.casting import resolve_dtype
+from layerprobe.capture.hooks import Lifecycle
 from layerprobe.capture.identity import describe_pool
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.pooling import Pool, check_pool
@@ -33,12 +33,6 @@ from layerprobe.version import __version__
 __all__ = ["DEFAULT_SHARD_BYTES", "Probe"]
 
 DEFAULT_SHARD_BYTES = 128 << 20
-
-
-class _Lifecycle(enum.Enum):
-    NEW = "new"
-    OPEN = "open"
-    CLOSED = "closed"
 
 
 class Probe(AbstractContextManager["Probe"]):
@@ -110,7 +104,7 @@ class Probe(AbstractContextManager["Probe"]):
         self._num_layers = registry.num_layers
         # let go of when the probe closes, and the model with it
         self._registry: ProbeRegistry | None = registry
-        self._state = _Lifecycle.NEW
+        self._state = Lifecycle.NEW
 
     @staticmethod
     def _choose_sink(model: nn.Module, to: Any, pool: Pool, dtype: torch.dtype | None, gradients: bool) -> Sink:
@@ -134,7 +128,7 @@ class Probe(AbstractContextManager["Probe"]):
         return self._sites
 
     def __enter__(self) -> "Probe":
-        if self._state is not _Lifecycle.NEW or self._registry is None:
+        if self._state is not Lifecycle.NEW or self._registry is None:
             raise CaptureError(f"this probe is {self._state.value}: make a new one for another with block.")
         self._sink.open(self.sites)
         try:
@@ -142,11 +136,11 @@ class Probe(AbstractContextManager["Probe"]):
         except BaseException as error:
             self._sink.close(error)
             raise
-        self._state = _Lifecycle.OPEN
+        self._state = Lifecycle.OPEN
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._state = _Lifecycle.CLOSED
+        self._state = Lifecycle.CLOSED
         registry, self._registry = self._registry, None
         try:
             try:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.capture.attention import watch_attention
-from layerprobe.capture.calls import Call, Sink, Source, read_context
+from layerprobe.capture.calls import Call, Sink, Source
 from layerprobe.capture.compiled import Outlet, Port, Reading, forget_compiled_graphs, has_compiled
 from layerprobe.capture.early import end_early, require_an_end
 from layerprobe.capture.entries import watch_calls
-from layerprobe.capture.frames import ROOT, Frames
+from layerprobe.capture.frames import Frames
 from layerprobe.capture.hooks import HookSet, Stop
 from layerprobe.capture.recompute import watch_second_runs
 from layerprobe.capture.values import find_tensor, take_part
@@ -163,13 +163,7 @@ class ProbeRegistry:
         self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
     ) -> None:
         """Take note, from a running graph, that a module was called."""
-        if stack == ROOT:
-            self._frames.enter_root(None)
-        else:
-            given = {"input_ids": ids, "attention_mask": mask, "inputs_embeds": embeds}
-            context = read_context(given)
-            # the length of a cache is no number that a graph of all lengths can give
-            self._frames.enter_base(stack, replace(context, first_position=None) if cached else context, None)
+        self._frames.enter_compiled(stack, {"input_ids": ids, "attention_mask": mask, "inputs_embeds": embeds}, cached)
 
     def find_places(self, point: int, num_sequences: int, num_positions: int) -> Tensor | None:
         """Tell a running graph where the real tokens of its call are in `[B * S]`."""

@@ -7,21 +7,19 @@ operators tell it what only the running call knows.
 Hides the order of hooks and how a call is followed. Must never know what an edit does.
 """
 
-import enum
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerprobe.capture.calls import Call, read_context
+from layerprobe.capture.calls import Call
 from layerprobe.capture.compiled import Port, forget_compiled_graphs, has_compiled
 from layerprobe.capture.entries import watch_calls
-from layerprobe.capture.frames import ROOT, Frames
-from layerprobe.capture.hooks import EDIT, HookSet
+from layerprobe.capture.frames import Frames
+from layerprobe.capture.hooks import EDIT, HookSet, Lifecycle
 from layerprobe.capture.recompute import watch_second_runs
 from layerprobe.capture.values import find_tensor, put_part, put_tensor, take_part
 from layerprobe.edit.edits import Edit
@@ -69,12 +67,6 @@ def edit(
     return Editor(model, edits, tokenizer)
 
 
-class _Lifecycle(enum.Enum):
-    NEW = "new"
-    OPEN = "open"
-    CLOSED = "closed"
-
-
 class _Numbering:
     """The sink of the frames: gives each call its number, and keeps nothing."""
 
@@ -118,10 +110,10 @@ class Editor(AbstractContextManager["Editor"]):
         self._port = Port(self, find_device(self._root))
         self._hooks = HookSet()
         self._has_graphs = False
-        self._state = _Lifecycle.NEW
+        self._state = Lifecycle.NEW
 
     def __enter__(self) -> "Editor":
-        if self._state is not _Lifecycle.NEW:
+        if self._state is not Lifecycle.NEW:
             raise CaptureError(f"this edit is {self._state.value}: make a new one for another with block.")
         try:
             self._port.open()
@@ -135,11 +127,11 @@ class Editor(AbstractContextManager["Editor"]):
         self._frames.is_open = True
         if has_compiled():
             forget_compiled_graphs()
-        self._state = _Lifecycle.OPEN
+        self._state = Lifecycle.OPEN
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._state = _Lifecycle.CLOSED
+        self._state = Lifecycle.CLOSED
         self._detach()
         if self._has_graphs:
             forget_compiled_graphs()
@@ -238,12 +230,7 @@ class Editor(AbstractContextManager["Editor"]):
     ) -> None:
         """Take note, from a running graph, that a module was called."""
         self._has_graphs = True
-        if stack == ROOT:
-            self._frames.enter_root(None)
-            return
-        context = read_context({"input_ids": ids, "attention_mask": mask, "inputs_embeds": embeds})
-        # the length of a cache is no number that a graph of all lengths can give
-        self._frames.enter_base(stack, replace(context, first_position=None) if cached else context, None)
+        self._frames.enter_compiled(stack, {"input_ids": ids, "attention_mask": mask, "inputs_embeds": embeds}, cached)
 
     def leave_compiled(self, stack: int, completed: bool) -> None:
         """Take note, from a running graph, that a module is done or has raised."""
