@@ -24,7 +24,7 @@ from layerprobe.cost.results import Cost, Profile
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.resolve import map_model
-from layerprobe.sites.stacks import calls_forward, find_device, unwrap
+from layerprobe.sites.stacks import find_called, find_device, is_compiled
 from layerprobe.store.durable import need_parent
 from layerprobe.store.guard import check_count
 from layerprobe.tables import format_dtype
@@ -93,7 +93,7 @@ def profile(
 def find_network(model: nn.Module | LoadedModel) -> nn.Module:
     """Give what is called with ids and mask: of a SentenceTransformer the model in it."""
     network = model.model if isinstance(model, LoadedModel) else model
-    return unwrap(network) if calls_forward(network) else network
+    return find_called(network)
 
 
 def check_runs(network: nn.Module, repeats: int) -> torch.device:
@@ -103,7 +103,7 @@ def check_runs(network: nn.Module, repeats: int) -> torch.device:
         OptionError: they cannot.
     """
     check_count("repeats", repeats)
-    if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in network.modules()):
+    if is_compiled(network):
         raise OptionError(
             "a profile of a compiled model: its layers are fused into graphs and have no times of their own. Profile "
             "the model before it is compiled."

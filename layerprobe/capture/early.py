@@ -15,7 +15,7 @@ from layerprobe.capture.frames import ROOT, Frames
 from layerprobe.capture.hooks import HookSet, Stop
 from layerprobe.errors import OptionError
 from layerprobe.sites.resolve import ModelMap
-from layerprobe.sites.stacks import calls_forward, unwrap
+from layerprobe.sites.stacks import calls_forward, is_compile_wrapper, is_compiled_in_place, unwrap
 
 __all__ = ["can_end_early", "end_early", "is_compiled_in_place", "require_an_end"]
 
@@ -23,11 +23,6 @@ __all__ = ["can_end_early", "end_early", "is_compiled_in_place", "require_an_end
 def can_end_early(given: nn.Module) -> bool:
     """Whether `stop` goes with a model as the user has it."""
     return not is_compiled_in_place(unwrap(given)) and not calls_forward(given)
-
-
-def is_compiled_in_place(root: nn.Module) -> bool:
-    """Whether a part of a model was compiled where it stands, as `module.compile()` does."""
-    return any(part._compiled_call_impl is not None for part in root.modules())
 
 
 def require_an_end(given: nn.Module, root: nn.Module) -> None:
@@ -53,7 +48,7 @@ def end_early(hooks: HookSet, given: nn.Module, mapped: ModelMap, frames: Frames
         frames: Of the probe.
     """
     require_an_end(given, mapped.model)
-    if "_orig_mod" in given._modules:
+    if is_compile_wrapper(given):
         hooks.override(given, "forward", functools.partial(_wrap, frames, None))
         return
     bases = {stack.base: number for number, stack in enumerate(mapped.stacks)}

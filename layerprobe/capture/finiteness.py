@@ -16,7 +16,7 @@ from layerprobe.capture.readings import Readings, Taken, require_uncompiled
 from layerprobe.errors import OptionError
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import map_model
-from layerprobe.sites.stacks import calls_forward, find_device, unwrap
+from layerprobe.sites.stacks import find_called, find_device
 
 __all__ = ["Nonfinite", "ValueRange", "find_nonfinite"]
 
@@ -124,8 +124,7 @@ def find_nonfinite(model: nn.Module | LoadedModel, batch: Mapping[str, Any]) -> 
         >>> lp.find_nonfinite(model, batch).site
         'layers.1.attention.key'
     """
-    network = model.model if isinstance(model, LoadedModel) else model
-    network = unwrap(network) if calls_forward(network) else network
+    network = find_called(model.model if isinstance(model, LoadedModel) else model)
     require_uncompiled(network, "find_nonfinite")
     mapped = map_model(network)
     sites = [site for site in mapped.table if site.kind != "attention"]

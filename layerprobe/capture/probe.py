@@ -25,7 +25,7 @@ from layerprobe.capture.staged import StageSink
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.models import LoadedModel, describe_model
 from layerprobe.sites.resolve import Site
-from layerprobe.sites.stacks import need_model, need_one_device, unwrap
+from layerprobe.sites.stacks import is_compile_wrapper, need_model, need_one_device, unwrap
 from layerprobe.store.places import find_place
 from layerprobe.store.writer import ShardWriter
 from layerprobe.version import __version__
@@ -212,7 +212,7 @@ def _check_staged(model: nn.Module, pool: Pool, stop: bool, this_thread: bool) -
         raise OptionError(f"pool={pool!r} and a stage: a stage holds rows as they are. Leave out pool, or use memory.")
     if this_thread:
         raise OptionError("this_thread=True and a stage: a compiled model fills a stage from any thread. Leave it out.")
-    if stop and "_orig_mod" in model._modules:
+    if stop and is_compile_wrapper(model):
         raise OptionError(
             "stop=True, a stage and a compiled model: nothing in the graph asks whether to go on. Leave out one."
         )

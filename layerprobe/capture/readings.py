@@ -17,6 +17,7 @@ from layerprobe.capture.hooks import HookSet
 from layerprobe.capture.values import find_tensor, take_part
 from layerprobe.errors import OptionError
 from layerprobe.sites.resolve import ModelMap, Site
+from layerprobe.sites.stacks import is_compiled
 
 __all__ = ["Readings", "Taken", "require_uncompiled"]
 
@@ -105,5 +106,5 @@ def require_uncompiled(model: nn.Module, asked: str) -> None:
     Raises:
         OptionError: it is compiled.
     """
-    if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
+    if is_compiled(model):
         raise OptionError(f"{asked} of a compiled model: its graphs take no hooks that come and go. Compile it later.")

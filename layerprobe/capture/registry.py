@@ -27,7 +27,7 @@ from layerprobe.capture.recompute import watch_second_runs
 from layerprobe.capture.values import find_tensor, take_part
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import ModelMap, Part, Site, map_model
-from layerprobe.sites.stacks import find_device
+from layerprobe.sites.stacks import find_device, is_compile_wrapper
 
 __all__ = ["ProbeRegistry"]
 
@@ -206,7 +206,7 @@ class ProbeRegistry:
 
     def _running_on(self) -> AbstractContextManager[None]:
         """Let a graph run to its end where nothing around it turns an early end into None."""
-        return nullcontext() if "_orig_mod" in self._given._modules else suppress(Stop)
+        return nullcontext() if is_compile_wrapper(self._given) else suppress(Stop)
 
     def drop_history(self) -> None:
         """Forget what a graph made for a call that was cut short."""

@@ -20,9 +20,13 @@ __all__ = [
     "calls_forward",
     "config_of",
     "find_cache",
+    "find_called",
     "find_device",
     "find_stacks",
     "has_module",
+    "is_compile_wrapper",
+    "is_compiled",
+    "is_compiled_in_place",
     "need_model",
     "need_one_device",
     "unwrap",
@@ -92,6 +96,26 @@ def calls_forward(model: nn.Module) -> bool:
     """Whether a wrapper runs `forward` of the model, past the hooks on it: a SentenceTransformer does."""
     model = model._modules.get("_orig_mod") or model
     return isinstance(model, nn.Sequential) and len(model) > 0 and hasattr(model[0], "auto_model")
+
+
+def find_called(model: nn.Module) -> nn.Module:
+    """Give what is called with ids and mask: of a SentenceTransformer the model in it."""
+    return unwrap(model) if calls_forward(model) else model
+
+
+def is_compile_wrapper(model: nn.Module) -> bool:
+    """Whether it is what `torch.compile(model)` gave."""
+    return "_orig_mod" in model._modules
+
+
+def is_compiled_in_place(model: nn.Module) -> bool:
+    """Whether a part of a model was compiled where it stands, as `module.compile()` does."""
+    return any(part._compiled_call_impl is not None for part in model.modules())
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model or a part of it is compiled, either way."""
+    return is_compiled_in_place(model) or any(is_compile_wrapper(part) for part in model.modules())
 
 
 def config_of(model: nn.Module) -> Any:

@@ -12,7 +12,7 @@ import layerprobe as lp
 from families import build, make_batch
 from layerprobe.errors import ArchitectureError, OptionError
 from layerprobe.models import LoadedModel
-from layerprobe.sites.stacks import unwrap
+from layerprobe.sites.stacks import is_compile_wrapper, is_compiled, is_compiled_in_place, unwrap
 
 
 class _Named(nn.Module):
@@ -235,3 +235,15 @@ def test_what_is_no_model_is_refused(model: Any) -> None:
     for call in calls:
         with pytest.raises(OptionError, match=rf"the model is of type {type(model).__name__}: .* lp\.load_model"):
             call()
+
+
+def test_a_compiled_model_is_known_in_whichever_way_it_was_compiled(make_bert: Any) -> None:
+    plain, in_part = make_bert(), make_bert()
+    wrapper: Any = torch.compile(plain)
+    holder = nn.ModuleList([wrapper])
+    in_part.encoder.compile()
+    asked = (is_compile_wrapper, is_compiled_in_place, is_compiled)
+    assert [ask(plain) for ask in asked] == [False, False, False]
+    assert [ask(wrapper) for ask in asked] == [True, False, True]
+    assert [ask(holder) for ask in asked] == [False, False, True]
+    assert [ask(in_part) for ask in asked] == [False, True, True]
