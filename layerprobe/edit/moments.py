@@ -71,8 +71,8 @@ class Moment:
 
     def _generator(self, slot: Slot, device: torch.device) -> torch.Generator:
         """Make random numbers that depend on the seed and on the place of the value, and on nothing else."""
-        seed: Any = slot.edit
-        name = f"{seed.seed}/{slot.site.name}/{self.call.state.number}/{self.start}"
+        edit: Any = slot.edit
+        name = f"{edit.seed}/{slot.site.name}/{self.call.state.number}/{self.start}"
         digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 

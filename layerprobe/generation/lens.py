@@ -108,8 +108,9 @@ def lens(
         _check_width(network, mapped.owner, rows)
         write = _choose_writer(store, tokenizer)
         with evaluating(network), torch.no_grad():
-            look = _look_by_head if has_head(network) else _look_by_embeddings
-            return look(network, rows, share, write, seed, progress)
+            if has_head(network):
+                return _look_by_head(network, rows, share, write, progress)
+            return _look_by_embeddings(network, rows, share, write, seed, progress)
 
 
 def _find_store(source: Any) -> Store | None:
@@ -166,7 +167,6 @@ def _look_by_head(
     rows: TokenRows,
     share: float,
     write: Callable[[Tensor], list[str]],
-    seed: int,
     progress: bool | None,
 ) -> Lens:
     head, device = MaskedHead(network), find_device(network)
