@@ -1,7 +1,7 @@
-"""Where captured values go: memory, a callable, or a store.
+"""Where captured values go as the model made them: into memory, or to a callable.
 
-Each sink is a `calls.Sink`. `MemorySink` and `CallableSink` pass on what the model made; `StoreSink` packs rows into
-shard buffers and hands full ones to the writer.
+Each sink is a `calls.Sink`, as are those that pack rows for a store or sum them up. What sinks ask of a site or a value
+stands here too.
 
 Must never know of modules or hooks.
 """
@@ -26,7 +26,16 @@ from layerprobe.sites.grammar import expand_patterns
 from layerprobe.sites.resolve import Site
 from layerprobe.store.shards import ScaledRows
 
-__all__ = ["CallableSink", "CapturedCall", "MemorySink", "check_pooled", "find_site", "select_call", "select_tokens"]
+__all__ = [
+    "CallableSink",
+    "CapturedCall",
+    "MemorySink",
+    "check_pooled",
+    "find_site",
+    "is_per_token",
+    "select_call",
+    "select_tokens",
+]
 
 Value = Tensor | ScaledRows
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from layerprobe.errors import ArchitectureError
 
-__all__ = ["REFUSED", "Anatomy", "Fused", "find_anatomy", "register_architecture", "registered_architectures"]
+__all__ = ["REFUSED", "Anatomy", "Fused", "Place", "find_anatomy", "register_architecture", "registered_architectures"]
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,9 @@ from layerprobe.store.headers import (
     ShardHeader,
     TensorEntry,
     build_header,
-    check_site,
-    check_sites,
     checksum,
     parse_header,
     parse_shard_name,
-    shard_name,
 )
 from layerprobe.store.places import Place, find_place
 
@@ -50,8 +47,6 @@ __all__ = [
     "ShardHeader",
     "TensorEntry",
     "bound_shard",
-    "check_site",
-    "check_sites",
     "checksum",
     "checksum_file",
     "commit_shard",
@@ -64,7 +59,6 @@ __all__ = [
     "parse_shard_name",
     "read_header",
     "read_json",
-    "shard_name",
 ]
 
 STORE_FILE = "store.json"
