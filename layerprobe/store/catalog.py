@@ -194,9 +194,14 @@ class Catalog:
 
         Raises:
             MissingExample: no shard has it, or none has it yet.
-            TypeError: it is not a whole number.
+            OptionError: it is no whole number.
         """
-        wanted = operator.index(ordinal)
+        try:
+            wanted = operator.index(ordinal)
+        except TypeError as error:
+            raise OptionError(
+                f"no example {brief(repr(ordinal))} in {self.place}: examples are known by whole numbers."
+            ) from error
         if wanted < 0:
             wanted += self.end
         number = bisect_right(self._firsts, wanted) - 1

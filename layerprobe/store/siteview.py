@@ -62,10 +62,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             if ordinals.size and ordinals.dtype.kind not in "iu":
                 raise OptionError(f"{self.site!r} is indexed by ordinals: an index of {ordinals.dtype} is none.")
             return [self[int(ordinal)] for ordinal in ordinals]
-        try:
-            shard, ordinal = self.catalog.find(index)
-        except TypeError as error:
-            raise OptionError(f"{self.site!r} is indexed by ordinals, not by {index!r}.") from error
+        shard, ordinal = self.catalog.find(index)
         position, start, stop = shard.span(ordinal)
         if self.kind == "token":
             values = shard.part(self.site, start, stop)

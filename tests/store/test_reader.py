@@ -64,7 +64,7 @@ def test_a_mask_is_no_index(write_store: WriteStore, index: Any) -> None:
 @pytest.mark.parametrize("index", [1.7, 1.0, "1", None, torch.tensor(1.7)], ids=repr)
 def test_what_is_no_whole_number_is_no_index(write_store: WriteStore, index: Any) -> None:
     view = open_store(write_store().folder)["layers.0"]
-    with pytest.raises(OptionError, match=r"'layers\.0' is indexed by ordinals"):
+    with pytest.raises(OptionError, match="examples are known by whole numbers"):
         view[index]
 
 
@@ -205,6 +205,14 @@ def test_a_store_without_shards_is_empty_not_broken(write_store: WriteStore) -> 
 def test_an_example_beyond_a_complete_store_is_missing(write_store: WriteStore, ordinal: int) -> None:
     with pytest.raises(MissingExample, match=f"no example {ordinal} in .*: it holds 0 to 4"):
         open_store(write_store().folder).example(ordinal)
+
+
+@pytest.mark.parametrize("ordinal", ["0", 1.0, None, [0]])
+def test_an_ordinal_that_is_no_whole_number_is_refused(write_store: WriteStore, ordinal: Any) -> None:
+    store = open_store(write_store().folder)
+    for read in (store.example, store.input_ids, store.positions, store.record):
+        with pytest.raises(OptionError, match=r"no example .* in .*: examples are known by whole numbers"):
+            read(ordinal)
 
 
 def test_a_site_that_is_not_stored_is_named_with_those_that_are(write_store: WriteStore) -> None:
