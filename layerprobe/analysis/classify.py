@@ -121,6 +121,10 @@ def classify(
     check_count("seed", seed, 0)
     if max_examples is not None:
         check_count("max_examples", max_examples, 3)
+    if untrained is not None and not isinstance(untrained, Store) and not callable(untrained):
+        raise OptionError(
+            f"untrained={untrained!r}: give a store of the same texts, or what makes one: lp.extract_untrained."
+        )
     store = need_store(store)
     if not len(store):
         raise InputError(f"labels for {store.place}: it has no examples. Extract some first.")

@@ -16,6 +16,7 @@ import numpy as np
 from layerprobe.analysis.features import Feature
 from layerprobe.analysis.probing import LinearProbe
 from layerprobe.errors import FormatError, StoreError
+from layerprobe.store.format import check_keepable
 from layerprobe.store.guard import SMALL, brief, exists_inside, parse_json, read_inside
 
 __all__ = ["KeptProbe", "load_probe"]
@@ -53,10 +54,12 @@ class KeptProbe:
 
         Raises:
             StoreError: the folder cannot be written.
+            OptionError: it is that of a store.
         """
         from safetensors.numpy import save_file
 
         folder = Path(folder)
+        check_keepable(folder)
         said = {
             "format": _FORMAT,
             "feature": asdict(self.feature),

@@ -68,7 +68,7 @@ def check(
     """
     from layerprobe.analysis.check import check as check_store
 
-    check_out(out)
+    check_out(out, json=json)
     found = check_store(folder, sites=patterns, max_rows=max_rows, seed=seed, progress=False if quiet else None)
     conclude(found, out, json=json, quiet=quiet)
     if not found.is_sound:
@@ -93,7 +93,7 @@ def plot(
     attention: Annotated[
         int | None, typer.Option(metavar="EXAMPLE", help="Draw this example's attention weights, head by head.")
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random draws; 0 if not given.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw each layer's points in two components, one panel per layer; or an example's attention, one per head.
@@ -104,7 +104,7 @@ def plot(
     from layerprobe.report.plots import plot_attention
 
     if attention is not None:
-        given = {"--color": color, "--points": points, "--pool": pool, "--max-points": max_points}
+        given = {"--color": color, "--points": points, "--pool": pool, "--max-points": max_points, "--seed": seed}
         given |= {"--shared": shared, "--method": method != "pca"}
         refuse_given(given, "with --attention: a map of weights has no points. Leave it out.")
         if patterns is not None and len(patterns) > 1:
@@ -121,7 +121,7 @@ def plot(
             pool=pool,
             shared=shared,
             max_points=max_points,
-            seed=seed,
+            seed=seed or 0,
             progress=False if quiet else None,
         )
         if not quiet:

@@ -55,7 +55,7 @@ def classify(
     from layerprobe.extract.depth import depth_profile
     from layerprobe.extract.untrained import extract_untrained
 
-    check_out(out)
+    check_out(out, json=json, save=save)
     progress = False if quiet else None
     if profile:
         given = {"--split": split, "--group": group, "--span": span, "--save": save}

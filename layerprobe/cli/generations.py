@@ -115,7 +115,7 @@ def fit_decoder(
 
     Example: layerprobe fit-decoder acts --layer 5 --save reader
     """
-    check_out(out)
+    check_out(out, save=save)
     from layerprobe.generation.fitting import fit_decoder as fit
 
     chosen = [_read_layer(layer) for layer in layers or ()]

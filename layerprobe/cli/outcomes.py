@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from layerprobe.errors import OptionError
+from layerprobe.errors import OptionError, StoreError
 
 __all__ = ["PICTURES", "check_out", "conclude", "refuse_given"]
 
@@ -18,21 +18,31 @@ PICTURES = (".png", ".svg", ".pdf")
 _TEXTS = (".csv", ".json")
 
 
-def check_out(out: str | None, suffixes: Sequence[str] = (*_TEXTS, *PICTURES)) -> None:
-    """Make sure that a result can be written under a name.
+def check_out(
+    out: str | None,
+    suffixes: Sequence[str] = (*_TEXTS, *PICTURES),
+    *,
+    json: str | None = None,
+    save: str | None = None,
+) -> None:
+    """Make sure that a result can be written under a name, beside it as JSON, and kept in a folder.
 
     Raises:
-        OptionError: the suffix says nothing that is written here.
-        StoreError: its folder is not there.
+        OptionError: the suffix says nothing that is written here, or the folder to keep it in is that of a store.
+        StoreError: a folder is not there, or a file is in the place of one.
     """
+    if json is not None:
+        _check_place(json)
+    if save is not None:
+        from layerprobe.store.format import check_keepable
+
+        check_keepable(Path(save))
     if out is None:
         return
-    from layerprobe.store.durable import need_parent
-
     path = Path(out)
     if path.suffix.lower() not in suffixes:
         raise OptionError(f"--out {out}: {path.suffix or 'no suffix'!r} is not {', '.join(suffixes)}.")
-    need_parent(path)
+    _check_place(out)
     if path.suffix.lower() in PICTURES:
         from layerprobe.analysis.figures import check_suffix
 
@@ -52,6 +62,14 @@ def refuse_given(given: Mapping[str, object], why: str) -> None:
     useless = [name for name, value in given.items() if value is not None and value is not False]
     if useless:
         raise OptionError(f"{', '.join(useless)} {why}")
+
+
+def _check_place(name: str) -> None:
+    from layerprobe.store.durable import need_parent
+
+    need_parent(Path(name))
+    if Path(name).is_dir():
+        raise StoreError(f"{name}: is a folder. Choose the name of a file.")
 
 
 def conclude(

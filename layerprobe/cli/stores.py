@@ -65,7 +65,9 @@ def verify(
         str | None,
         typer.Option(metavar="MODEL", help="The model for --recompute; if not given, the one that DIR names."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the examples that --recompute draws.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the examples that --recompute draws; 0 if not given.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where --recompute runs: cpu, cuda, cuda:1.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:
@@ -75,8 +77,8 @@ def verify(
     """
     from layerprobe.store.verify import verify as verify_store
 
-    if recompute is None and (model is not None or device is not None):
-        raise OptionError("--model and --device say what --recompute N runs: pass that too.")
+    if recompute is None and any(value is not None for value in (model, device, seed)):
+        raise OptionError("--model, --device and --seed say what --recompute N runs: pass that too.")
     if recompute is not None and recompute < 1:
         raise OptionError(f"--recompute is {recompute}: it must be at least 1.")
     progress = False if quiet else None
@@ -90,7 +92,7 @@ def verify(
     if recompute is not None:
         from layerprobe.extract.audit import audit
 
-        audited = audit(folder, model, recompute, seed, device=device, progress=progress)
+        audited = audit(folder, model, recompute, seed or 0, device=device, progress=progress)
         typer.echo(str(audited))
         if not audited.ok:
             raise typer.Exit(1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.generation.narrow import DecoderShape, NarrowDecoder
+from layerprobe.store.format import check_keepable
 from layerprobe.store.guard import SMALL, brief, exists_inside, parse_json, read_inside
 
 __all__ = ["is_kept", "read_decoders", "write_decoders"]
@@ -37,10 +38,12 @@ def write_decoders(folder: str | Path, decoders: Mapping[str, NarrowDecoder], sa
 
     Raises:
         StoreError: the folder cannot be written.
+        OptionError: it is that of a store.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
+    check_keepable(folder)
     first = next(iter(decoders.values()))
     own = {"format": _FORMAT, "sites": list(decoders), "shape": asdict(first.shape), "types": list(first.types)}
     tensors = {

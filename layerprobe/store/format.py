@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from layerprobe.errors import FormatError, StoreError
+from layerprobe.errors import FormatError, OptionError, StoreError
 from layerprobe.store.durable import TRIAL_PREFIX
 from layerprobe.store.guard import LARGE, SMALL, JsonBounds, brief, open_inside, parse_json, read_inside
 from layerprobe.store.headers import (
@@ -94,6 +94,21 @@ def need_store(place: Place) -> None:
         is_there = place.folder.is_dir() if place.folder is not None else bool(place.list_files())
         what = f"is not a store: it has no {STORE_FILE}" if is_there else "does not exist"
         raise StoreError(f"{place}: {what}. Make one with 'layerprobe extract MODEL INPUT -o {place}'.")
+
+
+def check_keepable(folder: Path) -> None:
+    """Make sure that something other than a store can be kept in a folder, which need not be there.
+
+    Raises:
+        OptionError: it is a store, or lies in one.
+        StoreError: a file is in its place, or in that of a folder above it.
+    """
+    above = [one for one in (folder.absolute(), *folder.absolute().parents) if one.exists()]
+    if not above[0].is_dir():
+        raise StoreError(f"{folder}: {above[0]} is a file. Choose another folder.")
+    for one in above:
+        if (one / STORE_FILE).is_file():
+            raise OptionError(f"{folder}: lies in the store {one}. Choose another folder.")
 
 
 def checksum_file(place: Place, file: str) -> str:

@@ -242,6 +242,9 @@ def test_an_untrained_store_of_other_texts_is_refused(planted: Path, tmp_path: P
     other = plant(tmp_path / "other", make_rows([2] * 20, torch.arange(20) % 2, 0), [2] * 20)
     with pytest.raises(OptionError, match="does not hold the texts of"):
         lp.classify(planted, untrained=lp.open(other))
+    sure: Any = True
+    with pytest.raises(OptionError, match="untrained=True: give a store of the same texts, or what makes one"):
+        lp.classify(planted, untrained=sure)
     result = lp.classify(planted, sites="layers.2", untrained=lp.open(planted))
     assert result.baselines["untrained"].accuracy == result.sites[0].accuracy
     assert any("cannot be told from the baseline untrained" in sentence for sentence in result.verdict.sentences)

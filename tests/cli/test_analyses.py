@@ -90,6 +90,11 @@ def test_mistakes_are_one_line_and_write_nothing(run: Run, acts: Path, tmp_path:
         "--color, --method with --attention: a map of weights has no points",
     )
     refused(
+        run("plot", acts, "-o", tmp_path / "a.png", "--attention", 0, "--seed", 0),
+        "--seed with --attention: a map of weights has no points",
+    )
+    refused(run("check", acts, "--json", tmp_path / "none" / "a.json"), "there is no folder")
+    refused(
         run("plot", acts, "-o", tmp_path / "a.png", "--attention", 0, "-s", "layers.0", "-s", "layers.1"),
         "--attention with 2 sites: one picture holds the heads of one",
     )

@@ -69,6 +69,7 @@ def test_a_profile_needs_no_labels(
         (("--span", "start"), "--span 'start': name two fields"),
         (("--profile", "--control"), "--control with --profile: it makes its own tasks"),
         (("--max-examples", "0"), "max_examples is 0: it must be a whole number of at least 3"),
+        (("--json", "none/a.json"), "none/a.json: there is no folder none"),
         (("-o", "a.doc"), "--out a.doc: '.doc' is not .csv, .json"),
         (("--split", "label"), "'dog', 'fox' is none of train"),
     ],
@@ -83,3 +84,21 @@ def test_mistakes_are_one_line(
     assert run(monkeypatch, store, *arguments) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
+
+
+def test_what_cannot_be_kept_is_refused_before_the_work(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    held = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    for options, message in (
+        (("--save", tmp_path / "file"), "file is a file. Choose another folder"),
+        (("--save", tmp_path / "file" / "below"), "file is a file. Choose another folder"),
+        (("--save", store), f"{store}: lies in the store {store}"),
+        (("--save", store / "kept"), f"lies in the store {store}"),
+        (("--json", tmp_path), "is a folder. Choose the name of a file"),
+    ):
+        # labels that are not there would be what is told, once the work has begun
+        assert run(monkeypatch, store, "--labels", "topic", *options) == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == held

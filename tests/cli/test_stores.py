@@ -79,9 +79,9 @@ def test_an_audit_that_fails_exits_with_1(run: Run, folder: Path) -> None:
 
 
 def test_options_of_an_audit_without_one_are_refused(run: Run, folder: Path) -> None:
-    for option in (["--model", "demo"], ["--device", "cpu"]):
+    for option in (["--model", "demo"], ["--device", "cpu"], ["--seed", 0]):
         code, _, said = run("verify", folder, *option)
-        assert code == 2 and "--model and --device say what --recompute N runs: pass that too" in said
+        assert code == 2 and "--model, --device and --seed say what --recompute N runs: pass that too" in said
     code, _, said = run("verify", folder, "--recompute", 0)
     assert code == 2 and "--recompute is 0: it must be at least 1" in said
 

@@ -109,5 +109,16 @@ def test_a_damaged_or_hostile_folder_is_one_error(folder: Path, tmp_path: Path) 
 
 def test_a_folder_that_cannot_be_written_is_one_error(found: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StoreError, match="cannot be written"):
+    with pytest.raises(StoreError, match=r"file is a file\. Choose another folder"):
         found.save(tmp_path / "file")
+    (tmp_path / "reader" / "decoders.json").mkdir(parents=True)
+    with pytest.raises(StoreError, match="cannot be written"):
+        found.save(tmp_path / "reader")
+
+
+def test_decoders_are_not_kept_in_a_store(found: Any, tmp_path: Path) -> None:
+    (tmp_path / "store.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "below"):
+        with pytest.raises(OptionError, match=r"lies in the store .*Choose another folder"):
+            found.save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["store.json"]
