@@ -239,11 +239,11 @@ def differences(
         store: A store, or its path or URL; pooled stores give what needs no tokens.
         sites: Patterns over the stored sites; None for the embeddings and every layer's output.
         pairs: `adjacent` sites, or `all` pairs.
-        cosine: Of `raw` rows, `centred` ones, or z-scores (`zscored`) of each dimension.
+        cosine: Cosine of `raw` rows, `centred` ones, or z-scores (`zscored`) of each dimension.
         max_rows: About how many rows to use, drawn at random: in the first pass rows, in the second whole examples.
             None for all.
         sample: Rows whose neighbours are compared; at 2,000 the overlap is known to about 0.01.
-        neighbours: Of each row; half of the other rows, and a note, where those are not more.
+        neighbours: How many neighbours of each row; half of the other rows, and a note, where those are not more.
         seed: Seed of all draws.
         progress: Whether to show a bar; None for only on a terminal.
 

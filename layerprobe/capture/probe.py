@@ -49,15 +49,15 @@ class Probe(AbstractContextManager["Probe"]):
         dtype: None for the model's own, or `float32`, `float16`, `bfloat16`, `float8_e4m3fn`, `int8` (with one scale
             per vector).
         stop: End each forward after the last requested site. The model's call then returns None.
-        gradients: Keep values with their history, so that a loss can be made of them, and in `probe.gradients` what the
-            last `backward` sends to each site; memory only.
-        this_thread: Take the calls of the thread that enters the block alone, and leave those of other threads as they
-            are; by default those of every thread are taken.
+        gradients: Keep values with their autograd history, so that a loss can be computed from them, and in
+            `probe.gradients` the gradients of the last `backward` at each site; memory only.
+        this_thread: Capture only calls of the thread that enters the block, and leave those of other threads alone; by
+            default calls of every thread are captured.
 
     Raises:
         SiteError: a pattern matches nothing.
         ArchitectureError: the model is not supported.
-        OptionError: an option has a value that does not exist, or two do not go together.
+        OptionError: an option has a value that does not exist, or two options do not go together.
         StoreError: the folder cannot hold a new store.
 
     Cost: in memory a reference per value; to a store one pass over each value and two shard buffers.

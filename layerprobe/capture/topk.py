@@ -92,7 +92,7 @@ class SiteTops:
 class TopK(RowSink[SiteTops]):
     """Keep for each unit the tokens with the largest values, and their context.
 
-    Which of several equal values are kept is not promised. A row that is not finite is left out.
+    Which of several equal values are kept is not defined. A row that is not finite is left out.
 
     Args:
         k: How many per unit.

@@ -186,7 +186,7 @@ def watch(model: nn.Module, sites: str | Sequence[str], *, every: int = 50, log:
     Args:
         model: A supported model, not compiled.
         sites: Patterns.
-        every: The first step is watched, and each so many after it.
+        every: The first step is watched, and then one step in every so many.
         log: Called with the step and numbers by name, `layers.3/norm`; or a TensorBoard writer.
 
     Raises:

@@ -37,11 +37,11 @@ __all__ = ["Editor", "edit"]
 def edit(
     model: nn.Module | LoadedModel, edits: Mapping[str, Edit | Sequence[Edit]], *, tokenizer: Any = None
 ) -> "Editor":
-    """Change values of a model while a `with` block runs; afterwards it is as it was.
+    """Change values of a model while a `with` block runs; afterwards the model is as it was.
 
     Args:
         model: A supported Hugging Face model, wrapped or not, or what `load_model` gave, with its tokenizer.
-        edits: By site or pattern, one edit or several, which run as written.
+        edits: By site or pattern, one edit or several, which run in the order given.
         tokenizer: For edits whose `where` names tokens.
 
     Returns:

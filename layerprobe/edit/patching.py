@@ -51,7 +51,7 @@ def patching(
     tokenizer: Any = None,
     progress: bool | None = None,
 ) -> Effects:
-    """Measure how much of the way from corrupt to clean the metric goes when one value is clean's.
+    """Measure how far the metric moves from corrupt towards clean when one value is taken from clean.
 
     Args:
         model: A supported model in eval mode, or what `load_model` gave, with its tokenizer.
@@ -62,9 +62,9 @@ def patching(
         heads: Patch heads one by one, at attention.query, key, value and context.
         method: `exact` runs each patch. `attribution` estimates `(clean - corrupt) * gradient` in two forwards and one
             backward.
-        batch_size: Copies per forward, of `exact`.
+        batch_size: Copies per forward, for `exact`.
         tokenizer: Names the positions in tables and pictures.
-        progress: A bar on stderr; None where that is a terminal.
+        progress: Whether to show a bar on stderr; None for only on a terminal.
 
     Returns:
         The effects, which print, save and plot.
@@ -72,7 +72,7 @@ def patching(
     Raises:
         SiteError, ArchitectureError: as `lp.edit`.
         OptionError: the texts do not match, a site has no row per token or no heads, the model is in training mode.
-        CaptureError: the metric gives something else than one number per row.
+        CaptureError: the metric gives something other than one number per row.
 
     Cost: `L * P * H / batch_size` forwards of a batch, and two; clean's values of all sites are held.
 

@@ -55,7 +55,7 @@ def generate(
         examples: Ordinals, a slice of them, or one; None for all.
         tokenizer: The decoder's; None for that of a model given by name. It turns ids into text, and says how a
             sequence starts, ends and is padded where the model does not.
-        batch_size: Examples at one time.
+        batch_size: Examples per batch.
         seed: Seed of the draws, where the options ask for any.
         device: Where to put a model given by name.
         progress: Whether to show a bar; None for only on a terminal.

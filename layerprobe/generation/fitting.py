@@ -72,14 +72,14 @@ def fit_decoder(
         layer: A layer's number, or patterns over the stored sites; None for the embeddings and every layer's output.
         targets: What to write: a field of the records, or a text or list of ids per example; None for the example's own
             text.
-        width, num_layers: Of the decoders; heads are 32 wide.
+        width, num_layers: Size of the decoders; heads are 32 wide.
         max_length: The most tokens of a target; longer ones are cut, and counted.
-        max_examples: The most to take, drawn at random; None for all.
+        max_examples: The most examples to use, drawn at random; None for all.
         max_types: The most tokens that the decoders can write: the most frequent of train.
-        test_share: Share of the examples that judge. Of examples with equal tokens one is taken.
+        test_share: Share of the examples for testing. Of examples with equal tokens only one is used.
         epochs: Passes over train.
-        batch_size: Examples of a step.
-        learning_rate: At its highest, after a tenth of the steps; it falls to nothing along a cosine.
+        batch_size: Examples per step.
+        learning_rate: Its highest value, reached after a tenth of the steps; it then falls to zero along a cosine.
         seed: Seed of the split, the first weights and the order.
         device: Where to fit; None for the CPU, with half of the cores.
         progress: Whether to show a bar; None for only on a terminal.

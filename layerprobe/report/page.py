@@ -90,13 +90,13 @@ def report(
 
     Args:
         store: A store, or its path or URL.
-        path: A `.html` to write; one that is there is replaced.
+        path: A `.html` to write; an existing file is replaced.
         site: Patterns over the stored sites; None for the embeddings and every layer's output.
         labels: A field of the records to classify by; None for no table of classes.
         points: `examples`, or `rows` for one point per token.
         pool: How an example's rows become one vector: `mean` if not given, `max`, `cls` or `last`.
-        max_points: The most to draw, at random.
-        max_rows: About how many rows the curves and heat maps are made of, at random; None for all.
+        max_points: The most points to draw, at random.
+        max_rows: About how many rows to compute the curves and heat maps from, at random; None for all.
         attention: Ordinals of the examples whose attention weights are shown; None for the first eight of at most 40
             tokens, where weights are stored.
         seed: Seed of all draws.

@@ -148,7 +148,8 @@ def plot(
         points: `rows` or `examples`; None for what the colour belongs to.
         pool: How an example's rows become one vector: `mean` if not given, `max`, `cls` or `last`.
         shared: One PCA basis for all layers instead of one each.
-        max_points: The most to draw, at random; None for 10,000, for t-SNE 2,000. The figure says what was left out.
+        max_points: The most points to draw, at random; None for 10,000, or 2,000 for t-SNE. The figure says how many
+            were left out.
         seed: Seed of all draws.
         progress: Whether to show bars; None for only on a terminal.
 

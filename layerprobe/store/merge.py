@@ -106,7 +106,7 @@ def merge(
     """Join several stores that hold units of the same plan.
 
     Args:
-        out: Folder of the store: new, empty, or a store of that plan, which is added to.
+        out: Folder of the store: new, empty, or a store of that plan to add to.
         folders: The stores. They are only read.
         link: Link shards into the store instead of copying them; both must lie on one file system. A shard is never
             changed, so neither store can harm the other.

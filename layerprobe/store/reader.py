@@ -357,11 +357,11 @@ def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:
     Args:
         folder: Where it is: a path, or a URL under `s3://`, `gs://`, `hf://` or `memory://`.
         check: Compare each tensor of a shard with its checksum when it is first read, once. False reads only the pages
-            that are asked for, and takes a damaged row for a sound one. Under a URL, single examples are fetched by
+            that are needed, and does not notice a damaged row. Under a URL, single examples are fetched by
             range, which no checksum covers; whole tensors are compared.
 
     Raises:
-        OptionError: it names no place, stores do not lie under such a URL, or what it takes is not installed.
+        OptionError: it names no place, such URLs are not supported, or a package that they need is not installed.
         StoreError: there is no store there.
         FormatError: a file of it is damaged.
 

@@ -112,7 +112,7 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
     Args:
         folder: Where it is; complete or not.
         repair: Remove damaged shards, a damaged index or tokenizer, and with any of them the index, so that the same
-            extraction makes them again, byte for byte.
+            extraction writes them again, byte for byte.
         progress: Whether to show a bar on stderr; None for only on a terminal.
 
     Raises:
