@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from layerprobe.capture.select import Selection
-from layerprobe.errors import CaptureError, OptionError
+from layerprobe.errors import CaptureError, LayerProbeError, OptionError
 
 __all__ = ["POOLS", "Pool", "check_pool", "pool_rows"]
 
@@ -49,14 +49,14 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
         `[N, D]` in the dtype of the values (means are taken in float32 at least). A sequence without tokens gives NaN.
 
     Raises:
-        CaptureError: the values have no row per token, or the callable does not give one vector.
+        CaptureError: the values have no row per token, or the callable fails or does not give one vector.
     """
     if value_BSD.ndim != 3 or tuple(value_BSD.shape[:2]) != (selection.num_sequences, selection.num_positions):
         raise CaptureError(f"a value of shape {tuple(value_BSD.shape)} has no row per token to pool.")
     if selection.index is None and not selection.is_flat:
         assert selection.runs is not None
-        parts = [_pool_block(value_BSD[run.first : run.last, run.start : run.stop], pool) for run in selection.runs]
-        return _join(parts) if parts else value_BSD.new_empty(0, value_BSD.shape[2])
+        blocks = [value_BSD[run.first : run.last, run.start : run.stop] for run in selection.runs]
+        return _pool_blocks(blocks, pool, value_BSD)
     index, flat = selection.index, value_BSD.flatten(0, 1)
     # the backward of a mean of many has none of its own
     has_mean = value_BSD.device.type in _MEANS_AT_ONCE and not value_BSD.requires_grad
@@ -66,12 +66,9 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
     rows = flat if index is None else flat.index_select(0, index)
     # texts of one length that follow each other are a block
     groups = [(length, len(list(equal))) for length, equal in groupby(selection.lengths)]
-    blocks = rows.split([length * count for length, count in groups])
-    parts = [
-        _pool_block(block.unflatten(0, (count, length)), pool)
-        for block, (length, count) in zip(blocks, groups, strict=True)
-    ]
-    return _join(parts) if parts else flat.new_empty(0, flat.shape[1])
+    pieces = rows.split([length * count for length, count in groups])
+    blocks = [piece.unflatten(0, (count, length)) for piece, (length, count) in zip(pieces, groups, strict=True)]
+    return _pool_blocks(blocks, pool, value_BSD)
 
 
 def _pool_at_once(flat: Tensor, index: Tensor, selection: Selection, pool: Pool) -> Tensor:
@@ -92,30 +89,49 @@ def _pool_at_once(flat: Tensor, index: Tensor, selection: Selection, pool: Pool)
     return vectors
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Bring vectors `[k, D]` together."""
-    _refuse_lengths({part.shape[1] for part in parts})
-    return torch.cat(list(parts))
+def _pool_blocks(blocks: Sequence[Tensor], pool: Pool, like: Tensor) -> Tensor:
+    """Pool blocks of sequences of one length each, `[k, t, D]`, to `[N, D]`."""
+    if callable(pool):
+        return _pool_by(pool, [rows for block in blocks for rows in block], like)
+    return torch.cat([_pool_block(block, pool) for block in blocks]) if blocks else like.new_empty(0, like.shape[2])
 
 
-def _refuse_lengths(lengths: set[int]) -> None:
+def _pool_by(pool: Callable[[Tensor], Tensor], texts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Pool each text by a function; one without tokens gives NaN, as with the other pools, and it is not asked."""
+    vectors = {number: _ask(pool, rows, number) for number, rows in enumerate(texts) if len(rows)}
+    if not texts:
+        return like.new_empty(0, like.shape[2])
+    # how wide its vectors are only the function knows
+    known = next(iter(vectors.values())) if vectors else _ask(pool, like.new_zeros(1, like.shape[2]), 0)
+    lengths = sorted({len(vector) for vector in vectors.values()})
     if len(lengths) > 1:
         raise CaptureError(
-            f"the pool callable gave vectors of {' and '.join(map(str, sorted(lengths)))} numbers: it must give as "
-            "many for every text, however many rows that has."
+            f"the pool callable gave vectors of {' and '.join(map(str, lengths))} numbers: it must give as many for "
+            "every text, however many rows that has."
         )
+    missing = torch.full_like(known, float("nan"))
+    return torch.stack([vectors.get(number, missing) for number in range(len(texts))])
+
+
+def _ask(pool: Callable[[Tensor], Tensor], rows_TD: Tensor, number: int) -> Tensor:
+    try:
+        vector = pool(rows_TD)
+    except (torch.OutOfMemoryError, LayerProbeError):
+        raise
+    except Exception as error:
+        name = getattr(pool, "__qualname__", type(pool).__name__)
+        raise CaptureError(
+            f"the pool callable {name!r} failed for example {number} of a call, {tuple(rows_TD.shape)} rows: "
+            f"{type(error).__name__}: {error}. It must turn [T, D] rows into one vector."
+        ) from error
+    if not isinstance(vector, Tensor) or vector.ndim != 1:
+        got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+        raise CaptureError(f"the pool callable gave {got}: it must turn [T, D] rows into one vector.")
+    return vector
 
 
 def _pool_block(block: Tensor, pool: Pool) -> Tensor:
     """Pool sequences of one length, `[k, t, D]`, to `[k, D]`."""
-    if callable(pool):
-        vectors = [pool(rows) for rows in block]
-        for vector in vectors:
-            if not isinstance(vector, Tensor) or vector.ndim != 1:
-                got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
-                raise CaptureError(f"the pool callable gave {got}: it must turn [T, D] rows into one vector.")
-        _refuse_lengths({len(vector) for vector in vectors})
-        return torch.stack(vectors)
     if block.shape[1] == 0:
         return block.new_full((block.shape[0], block.shape[2]), float("nan"))
     if pool == "cls":

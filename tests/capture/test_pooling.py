@@ -155,6 +155,29 @@ def test_callable_pool_that_gives_no_vector_is_refused(value: Tensor) -> None:
         pool_rows(value, selection, lambda rows: rows.sum().item())  # type: ignore[arg-type, return-value]
 
 
+@pytest.mark.parametrize("mask", [[[0] * 5, [1] * 5, [0] * 5, [1, 1, 0, 0, 0]], [[0] * 5] * 4], ids=["some", "all"])
+@pytest.mark.parametrize("through_index", [False, True])
+def test_callable_pool_is_not_asked_about_a_text_without_tokens(value: Tensor, mask: Any, through_index: bool) -> None:
+    selection = index(select(mask), mask) if through_index else select(mask)
+    pooled = pool_rows(value, selection, lambda rows: torch.cat([rows[0], rows[-1]]))
+    assert pooled.shape == (4, 6)
+    for vector, sequence, kept in zip(pooled, value, torch.tensor(mask).bool(), strict=True):
+        rows = sequence[kept]
+        assert torch.equal(vector, torch.cat([rows[0], rows[-1]])) if len(rows) else vector.isnan().all()
+
+
+def test_an_error_of_a_callable_pool_names_it_and_the_example(value: Tensor) -> None:
+    def third_row(rows: Tensor) -> Tensor:
+        return rows[2]
+
+    mask = [[1] * 5, [1, 1, 0, 0, 0], [1] * 5, [1] * 5]
+    with pytest.raises(
+        CaptureError, match=r"third_row' failed for example 1 of a call, \(2, 3\) rows: IndexError"
+    ) as caught:
+        pool_rows(value, select(mask), third_row)
+    assert isinstance(caught.value.__cause__, IndexError)
+
+
 def test_pool_of_no_sequences_is_empty() -> None:
     pooled = pool_rows(torch.empty(0, 5, 3), Selection.from_mask(None, (0, 5), CPU), "mean")
     assert pooled.shape == (0, 3)
