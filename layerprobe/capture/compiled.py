@@ -136,6 +136,18 @@ def _leave(token: Tensor, probe: int, stack: int, completed: bool) -> None:
         receiver.leave_compiled(stack, completed)
 
 
+@torch.compiler.assume_constant_result
+def _takes_any_number() -> bool:
+    """Whether the graph that is traced may hold an operator that gives a number of rows of its own choice.
+
+    Under `fullgraph=True` or `capture_dynamic_output_shape_ops` it may. Elsewhere the compiler would break the graph
+    there, and take what it made of one layer for another, without the hook.
+    """
+    context = torch._guards.TracingContext.try_get()
+    shapes = getattr(getattr(context, "fake_mode", None), "shape_env", None)
+    return bool(getattr(shapes, "allow_dynamic_output_shape_ops", False))
+
+
 class Port:
     """The way out of compiled graphs for one probe.
 
@@ -192,7 +204,7 @@ class Port:
         if self._attached is not None and value.requires_grad:
             self._attached[point] = value
         value = value.detach()
-        if not (self._packs and is_rows and value.ndim == 3):
+        if not (self._packs and is_rows and value.ndim == 3 and _takes_any_number()):
             torch.ops.layerprobe.receive(self.token, value, self.number, point)
             return
         places = torch.ops.layerprobe.places(self.token, self.number, point, value.shape[0], value.shape[1])

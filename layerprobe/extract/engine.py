@@ -27,7 +27,7 @@ from layerprobe.extract.batching import Batch, FlatBatch, Shapes, cut_batches, c
 from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.cutting import Unit
 from layerprobe.extract.flat import FlatForm, attending_flat
-from layerprobe.extract.forward import CUDA_GRAPHS, compile_network, running
+from layerprobe.extract.forward import CUDA_GRAPHS, compile_network, running, tracing
 from layerprobe.extract.inputs import InputDigest, Record
 from layerprobe.extract.plan import Plan
 from layerprobe.extract.reports import RunReport
@@ -103,6 +103,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             entering.callback(self._count)
             entering.enter_context(using_cores(self._share))
             entering.enter_context(running(self._plan.model, self._plan.precision))
+            entering.enter_context(tracing(self._plan.options.compile))
             if self._plan.is_flat:
                 entering.enter_context(attending_flat(self._plan.model))
             entering.enter_context(self._probe)

@@ -8,8 +8,10 @@ Must never know of files.
 """
 
 import contextlib
+import importlib
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ __all__ = [
     "find_precision",
     "resolve_precision",
     "running",
+    "tracing",
 ]
 
 # torch's name for a compiled model whose kernels a GPU replays as a graph, one for each shape of a batch
@@ -276,3 +279,10 @@ def compile_network(model: nn.Module, backend: bool | str) -> nn.Module:
         wrapper = torch.compile(model, dynamic=True, backend="inductor" if backend is True else backend)
     assert isinstance(wrapper, nn.Module)
     return wrapper
+
+
+def tracing(backend: bool | str) -> AbstractContextManager[Any]:
+    """Let graphs that are made while this is open gather rows, whose number they cannot know, without a break."""
+    if backend is False:
+        return contextlib.nullcontext()
+    return importlib.import_module("torch._dynamo").config.patch(capture_dynamic_output_shape_ops=True)

@@ -129,6 +129,23 @@ def test_layers_compiled_one_by_one_are_captured(tiny_bert: Any) -> None:
     assert all(torch.equal(probe[site], expected[site]) for site in expected)
 
 
+@pytest.mark.parametrize("site", ["layers.*", "layers.-1.attention.query", "layers.-1.ffn.act"])
+def test_without_fullgraph_a_store_takes_every_layer_and_cuts_no_graph(
+    tiny_bert: Any, tmp_path: Path, site: str
+) -> None:
+    compiled = _compile(tiny_bert, fullgraph=False)
+    with torch.no_grad(), lp.Probe(compiled, site, to=tmp_path / "acts"):
+        for length in LENGTHS[:2]:
+            compiled(**_batch(length))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    store = lp.open(tmp_path / "acts")
+    for number, length in enumerate(LENGTHS[:2]):
+        expected = _eager_values(tiny_bert, site, length)
+        for name in expected:
+            assert torch.equal(store[name][3 * number], expected[name][0])
+            assert torch.equal(store[name][3 * number + 2], expected[name][2, : length // 2])
+
+
 @pytest.mark.slow
 def test_compiled_model_is_streamed_to_a_store(tiny_bert: Any, tmp_path: Path) -> None:
     compiled = _compile(tiny_bert)

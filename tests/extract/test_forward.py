@@ -97,6 +97,21 @@ def test_a_compiled_run_gives_the_rows_of_a_plain_one(
     assert audit(tmp_path / "compiled", tiny, num_examples=4).ok
 
 
+@pytest.mark.parametrize("sites", ["layers.*", ["layers.2.attention.query", "layers.2.ffn.act"]])
+def test_a_compiled_run_reads_inside_late_layers_and_cuts_no_graph(
+    tiny: LoadedModel, tmp_path: Path, sites: Any
+) -> None:
+    options: dict[str, Any] = {"sites": sites, "padding_free": False}
+    plain = extract(tiny, [TEXT, "the fox"], tmp_path / "plain", **options)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    store = extract(tiny, [TEXT, "the fox"], tmp_path / "compiled", compile="eager", **options)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.compiler.reset()
+    for site in store.sites:
+        assert torch.equal(store[site][0], plain[site][0]) and torch.equal(store[site][1], plain[site][1])
+
+
 @pytest.mark.parametrize("options", [{"sites": ["layers.*", "pooler"]}, {"pool": "mean"}, {"keep": 0.5}])
 def test_batches_for_cuda_graphs_have_few_shapes_and_give_the_rows_of_a_plain_run(
     tiny: LoadedModel, texts: list[str], tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
