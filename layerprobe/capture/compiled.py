@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 from layerprobe.errors import CaptureError
 
@@ -143,7 +144,7 @@ def _takes_any_number() -> bool:
     Under `fullgraph=True` or `capture_dynamic_output_shape_ops` it may. Elsewhere the compiler would break the graph
     there, and take what it made of one layer for another, without the hook.
     """
-    context = torch._guards.TracingContext.try_get()
+    context = TracingContext.try_get()
     shapes = getattr(getattr(context, "fake_mode", None), "shape_env", None)
     return bool(getattr(shapes, "allow_dynamic_output_shape_ops", False))
 

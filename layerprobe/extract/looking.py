@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.probe import Probe
+from layerprobe.errors import LayerProbeError, ModelError
 from layerprobe.sites.stacks import find_device
 
-__all__ = ["look"]
+__all__ = ["look", "try_out"]
 
 
 def look(
@@ -36,3 +37,23 @@ def look(
     with Probe(model, list(sites), pool=pool, stop=can_end_early(model), this_thread=True) as probe:
         model(input_ids=ids_BS, attention_mask=mask_BS)
     return {site: probe[site] for site in sites}
+
+
+def try_out(model: nn.Module, sites: Sequence[str], input_ids_BS: Tensor, precision: str | None) -> dict[str, Any]:
+    """Look at what a model makes of a first text, in a precision that was asked for.
+
+    Raises:
+        ModelError: it does not run on one.
+    """
+    try:
+        return look(model, sites, input_ids_BS)
+    except (LayerProbeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        advice = "Call it on such a text without layerprobe to see why."
+        if precision is not None:
+            advice = f"Leave precision={precision!r} out: not every model computes so."
+        raise ModelError(
+            f"{type(model).__name__}: does not run on a short text ({type(error).__name__}: {first}). {advice}"
+        ) from error

@@ -26,7 +26,7 @@ from layerprobe.extract.description import describe_run
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
 from layerprobe.extract.forward import check_device, find_precision, running
 from layerprobe.extract.inputs import Record, TextSource, check_text, open_source
-from layerprobe.extract.looking import look
+from layerprobe.extract.looking import try_out
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run
@@ -311,5 +311,5 @@ def _measure_sites(
     check_storable(sites, options.pool, dtype)
     ids = tokenize(tokenizer, ["layer probe"], options.max_length or 8).gather([0])[None]
     with running(model, find_precision(model, options.precision)):
-        made = look(model, [site.name for site in sites], ids)
+        made = try_out(model, [site.name for site in sites], ids, options.precision)
     return tuple(measure_site(site, made[site.name], options.pool, dtype) for site in sites)

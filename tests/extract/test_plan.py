@@ -266,3 +266,26 @@ def test_a_plan_of_a_tokenizer_that_pads_on_the_right_says_no_side(
 ) -> None:
     for padding_free in (None, False):
         assert "padding_side" not in plan(tiny, texts, tmp_path, padding_free=padding_free).description["plan"]
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_a_model_that_does_not_run_is_named_with_what_it_said(
+    tiny: LoadedModel, tmp_path: Path, precision: str | None
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("expected scalar type Float\nbut found BFloat16")
+
+    advice = r"Leave precision='bfloat16' out" if precision else "Call it on such a text"
+    with tiny.model.encoder.layer[1].register_forward_pre_hook(fail):
+        said = r"BertModel: does not run on a short text \(RuntimeError: expected scalar type Float\)\. "
+        with pytest.raises(ModelError, match=said + advice) as caught:
+            plan_extraction(tiny, ["a"], tmp_path / "acts", ExtractOptions(precision=precision))
+    assert isinstance(caught.value.__cause__, RuntimeError) and not (tmp_path / "acts").exists()
+
+
+def test_a_plan_that_finds_no_memory_says_so_as_torch_does(tiny: LoadedModel, tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with tiny.model.encoder.layer[1].register_forward_pre_hook(fail), pytest.raises(torch.OutOfMemoryError):
+        plan_extraction(tiny, ["a"], tmp_path / "acts")

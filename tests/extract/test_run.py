@@ -495,7 +495,7 @@ def test_a_batch_that_the_gpu_has_no_memory_for_is_run_in_halves(demo: LoadedMod
         torch.cuda.set_per_process_memory_fraction(1.0, device)
     assert report.is_complete and report.num_halved
     halved = layerprobe.open(tmp_path / "halved")
-    for number, site in itertools.product(range(len(texts)), whole.sites):
+    for site, number in itertools.product(whole.sites, range(len(texts))):
         one, other = halved[site][number].float(), whole[site][number].float()
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)  # float16 of batches of other shapes
 
