@@ -67,7 +67,9 @@ def extract(
             help="Concatenate texts instead of padding them side by side; done where possible if not given.",
         ),
     ] = None,
-    shard_size: Annotated[str, typer.Option(help="Bytes per shard: 64MB, 1GiB.")] = "128MiB",
+    shard_size: Annotated[
+        str | None, typer.Option(help="Bytes per shard: 64MB, 1GiB; 128MiB if not given, on CUDA 1GiB.")
+    ] = None,
     nonfinite: Annotated[
         str, typer.Option(help="warn or error: on values that are not finite or overflow the dtype.")
     ] = "warn",
@@ -131,7 +133,7 @@ def extract(
         max_length=max_length,
         batch_tokens=batch_tokens,
         padding_free=padding_free,
-        shard_bytes=_parse_size(shard_size),
+        shard_bytes=None if shard_size is None else _parse_size(shard_size),
         nonfinite=nonfinite,
         keep=keep,
         tokens=tokens,

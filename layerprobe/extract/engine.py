@@ -72,7 +72,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             plan.options.nonfinite,
             keeper.attempt,
             num_writers,
-            probes_disk=plan.num_units * plan.rule.shard_bytes >= _PROBED_BYTES,
+            probes_disk=plan.num_bytes >= _PROBED_BYTES,
         )
         self._sink = StoreSink(
             plan.place,
@@ -80,7 +80,8 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             pool=plan.options.pool,
             dtype=resolve_dtype(plan.options.dtype),
             device=plan.device,
-            shard_bytes=plan.rule.shard_bytes,
+            # of a short run no more than it will write: pinned memory is taken whole, and at once
+            shard_bytes=min(plan.rule.shard_bytes, plan.num_bytes),
             fingerprint=plan.fingerprint,
             stored=plan.stored,
             keeps_part=plan.rule.kept is not None,

@@ -11,7 +11,6 @@ import torch
 from layerprobe.capture.calls import is_sink
 from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.pooling import Pool, check_pool
-from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
 from layerprobe.errors import OptionError
 from layerprobe.extract.forward import check_backend, resolve_precision
 from layerprobe.store.guard import brief, check_flag
@@ -40,7 +39,7 @@ class ExtractOptions:
         max_length: Longest text in tokens; None for the model's own limit.
         batch_tokens: Tokens per batch, padding included; None chooses by device, and tries for long runs.
         padding_free: Whether texts go through the model behind one another, without padding; None where they can.
-        shard_bytes: What a shard should hold.
+        shard_bytes: What a shard should hold; None chooses by device.
         nonfinite: `warn` counts values that are not finite, `error` stops at them.
         keep: Share of the rows to keep.
         tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` or `nonspecial`.
@@ -59,7 +58,7 @@ class ExtractOptions:
     max_length: int | None = None
     batch_tokens: int | None = None
     padding_free: bool | None = None
-    shard_bytes: int = DEFAULT_SHARD_BYTES
+    shard_bytes: int | None = None
     nonfinite: str = "warn"
     keep: float = 1.0
     tokens: str = "all"

@@ -29,7 +29,7 @@ from layerprobe.extract.inputs import Record, TextSource, check_text, open_sourc
 from layerprobe.extract.looking import try_out
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
-from layerprobe.extract.resume import check_finite, check_place, find_done, holds_same_run
+from layerprobe.extract.resume import check_finite, check_place, choose_size, find_done, holds_same_run
 from layerprobe.extract.thinning import find_kept
 from layerprobe.extract.tokens import NO_TEXTS, TokenizedUnit, tokenize
 from layerprobe.extract.trials import Trials, choose_batches
@@ -160,7 +160,7 @@ class Plan:
         lines = [
             f"input     {self.source.name}: {self.num_examples:,} examples, {about}{self.num_tokens:,} tokens",
             f"model     {self.description['model']['id'] or self.description['model']['class']} on {where}",
-            f"sites     {len(self.sites)} ({names}), {rows}, {dtypes}",
+            f"sites     {len(self.sites)} ({names}), {rows}, stored as {dtypes}",
             f"store     {self.place}: {format_count(self.num_units, 'shard')}, {about}{format_bytes(self.num_bytes)}; "
             + (
                 "space not checked there, and no lock: one run at a time"
@@ -213,7 +213,7 @@ def plan_extraction(
         row_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "token"),
         example_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "example"),
         pair_bytes=sum(site.width * site.dtype.itemsize for site in stored if site.kind == "attention"),
-        shard_bytes=options.shard_bytes,
+        shard_bytes=choose_size(options.shard_bytes, None if overwrite else place, find_device(model)),
         max_length=max_length,
         text_bytes_per_token=_measure_texts(sample, sampled),
         kept=find_kept(options.tokens, options.keep, tokenizer, stored, options.pool),

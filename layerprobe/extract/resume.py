@@ -4,6 +4,7 @@ Resuming needs no journal: a shard whose header is whole and carries the plan's 
 missing. Must never write.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
 from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
 from layerprobe.store.format import (
     FORMAT_VERSION,
@@ -32,12 +36,16 @@ __all__ = [
     "check_finite",
     "check_folder",
     "check_place",
+    "choose_size",
     "find_done",
     "holds_same_run",
     "recall_batches",
 ]
 
 _NUM_REQUESTS = 8
+# A batch is cut from the texts of one shard. 128 MiB of all layers of a bert-base in float16 are 7,281 tokens: enough
+# for a CPU, and less than half of what a GPU is given at once.
+_CUDA_SHARD_BYTES = 1 << 30
 
 
 def check_place(place: Place) -> None:
@@ -142,6 +150,25 @@ def recall_batches(place: Place) -> RecalledBatches | None:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and value > 0
+
+
+def choose_size(asked: int | None, place: Place | None, device: torch.device) -> int:
+    """Choose what a shard should hold.
+
+    Args:
+        asked: As in the options.
+        place: Of the store; the run that it holds goes on as it was begun, on whatever device. None to begin anew.
+        device: The model's.
+    """
+    if asked is not None:
+        return asked
+    if place is not None:
+        with contextlib.suppress(FormatError, KeyError, TypeError):
+            found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else {}
+            # of another size somebody has asked for, and has to again
+            if (begun := found["plan"]["shard_bytes"]) in (DEFAULT_SHARD_BYTES, _CUDA_SHARD_BYTES):
+                return begun
+    return _CUDA_SHARD_BYTES if device.type == "cuda" else DEFAULT_SHARD_BYTES
 
 
 def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:

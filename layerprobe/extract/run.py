@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from layerprobe.capture.calls import Sink, is_sink
 from layerprobe.capture.pooling import Pool
-from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.extract.ahead import tokenize_ahead
 from layerprobe.extract.crew import run_crew
@@ -61,7 +60,7 @@ def extract(
     max_length: int | None = ...,
     batch_tokens: int | None = ...,
     padding_free: bool | None = ...,
-    shard_size: int = ...,
+    shard_size: int | None = ...,
     nonfinite: str = ...,
     keep: float = ...,
     tokens: str = ...,
@@ -101,7 +100,7 @@ def extract(
     max_length: int | None = None,
     batch_tokens: int | None = None,
     padding_free: bool | None = None,
-    shard_size: int = DEFAULT_SHARD_BYTES,
+    shard_size: int | None = None,
     nonfinite: str = "warn",
     keep: float = 1.0,
     tokens: str = "all",
@@ -125,7 +124,8 @@ def extract(
         to: Folder of the store, or a URL under `s3://`, `gs://`, `hf://` or `memory://`. A store that already holds
             part of the same run is resumed. Or a sink, such as `Moments()`: options for stores are then refused.
         sites: Patterns.
-        dtype: Stored dtype; None for the model's own.
+        dtype: Stored dtype; None for what the model makes. Under `precision` CUDA's autocast computes norms in float32,
+            so most encoders' layers are then stored in it: give `float16` or `bfloat16`.
         pool: None for a row per token, or `cls`, `mean`, `max`, `last`, or a callable on `[T, D]` rows. Over all real
             tokens, special ones included.
         tokenizer: A fast tokenizer; None for the one that the model came with.
@@ -138,7 +138,8 @@ def extract(
         padding_free: Whether texts are concatenated into one sequence, each attending only to itself, instead of padded
             side by side. Faster; rows differ in their last digits. None: wherever model, sites and device allow it,
             confirmed by a trial run.
-        shard_size: Bytes of a shard, and of each buffer; there is one more buffer than `writers`.
+        shard_size: Bytes of a shard, and of each buffer; there is one more buffer than `writers`. None for 128 MiB, and
+            on CUDA 1 GiB, since a batch is cut from the texts of one shard; a resumed run keeps its own.
         nonfinite: `warn` counts NaN and infinite values; `error` stops the run at the first shard that has one.
         keep: Share of the rows to keep, above 0: drawn without a seed, by example and position. The reader knows the
             positions of the rows that are kept.

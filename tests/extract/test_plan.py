@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +25,16 @@ from layerprobe.errors import (
     StoreError,
 )
 from layerprobe.extract.cutting import Unit, UnitRule
+from layerprobe.extract.engine import UnitEngine
 from layerprobe.extract.inputs import Record
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
+from layerprobe.extract.reports import RunReport
+from layerprobe.extract.resume import choose_size
 from layerprobe.extract.run import run_extraction
+from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel
+from layerprobe.store.places import find_place
 from layerprobe.store.reader import open_store
 
 
@@ -43,7 +49,7 @@ def test_the_plan_prints_what_it_will_do_and_writes_nothing(
     num_tokens = sum(len(tiny.tokenizer(text, truncation=True)["input_ids"]) for text in texts)
     said = str(made)
     assert f"the list of texts: 12 examples, {num_tokens} tokens" in said
-    assert "3 (layers.0, layers.1, layers.2), a row per real token, float16" in said
+    assert "3 (layers.0, layers.1, layers.2), a row per real token, stored as float16" in said
     assert f"{tmp_path / 'acts'}: {made.num_units} shards, " in said and said.rstrip().endswith("free")
     assert not list(tmp_path.iterdir())
 
@@ -276,7 +282,8 @@ def test_a_model_that_does_not_run_is_named_with_what_it_said(
         raise RuntimeError("expected scalar type Float\nbut found BFloat16")
 
     advice = r"Leave precision='bfloat16' out" if precision else "Call it on such a text"
-    with tiny.model.encoder.layer[1].register_forward_pre_hook(fail):
+    layer: Any = tiny.model.get_submodule("encoder.layer.1")
+    with layer.register_forward_pre_hook(fail):
         said = r"BertModel: does not run on a short text \(RuntimeError: expected scalar type Float\)\. "
         with pytest.raises(ModelError, match=said + advice) as caught:
             plan_extraction(tiny, ["a"], tmp_path / "acts", ExtractOptions(precision=precision))
@@ -287,5 +294,34 @@ def test_a_plan_that_finds_no_memory_says_so_as_torch_does(tiny: LoadedModel, tm
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    with tiny.model.encoder.layer[1].register_forward_pre_hook(fail), pytest.raises(torch.OutOfMemoryError):
+    layer: Any = tiny.model.get_submodule("encoder.layer.1")
+    with layer.register_forward_pre_hook(fail), pytest.raises(torch.OutOfMemoryError):
         plan_extraction(tiny, ["a"], tmp_path / "acts")
+
+
+def test_a_shard_holds_more_on_cuda_and_a_run_that_goes_on_keeps_what_it_was_begun_with(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    new = find_place(tmp_path / "none")
+    assert [choose_size(None, new, device) for device in (cpu, cuda)] == [128 << 20, 1 << 30]
+    assert choose_size(5, new, cuda) == 5
+    begun = plan(tiny, texts, tmp_path / "acts", shard_bytes=1 << 30)  # as on CUDA
+    run_extraction(begun)
+    again = plan(tiny, texts, tmp_path / "acts")
+    assert again.fingerprint == begun.fingerprint and len(again.done) == again.num_units
+    assert again.description["plan"]["shard_bytes"] == 1 << 30
+    anew = plan_extraction(tiny, texts, tmp_path / "acts", ExtractOptions(), overwrite=True)
+    assert anew.description["plan"]["shard_bytes"] == 128 << 20
+    run_extraction(plan(tiny, texts, tmp_path / "asked", shard_bytes=10_000))
+    with pytest.raises(PlanError, match=r"plan\.shard_bytes: 10000 there, 134217728 here"):
+        plan(tiny, texts, tmp_path / "asked")
+
+
+def test_a_buffer_is_no_larger_than_what_a_short_run_will_write(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    """Pinned memory is taken whole, and at once."""
+    made = plan(tiny, texts, tmp_path / "acts", shard_bytes=1 << 30)
+    engine = UnitEngine(made, RoomKeeper(made.folder, False, threading.Event()), RunReport(), lambda _: None)
+    assert engine._sink._shard_bytes <= made.num_bytes < 1 << 20
