@@ -23,7 +23,9 @@ from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import find_device
 
 __all__ = [
+    "QUICK_TEXTS",
     "SITES",
+    "choose_quick",
     "cut_plan",
     "list_batches",
     "list_docstrings",
@@ -34,6 +36,7 @@ __all__ = [
 
 SITES = ["embeddings", "layers.*"]
 PARAGRAPH_TOKENS = (5, 256)
+QUICK_TEXTS, QUICK_LETTERS = 12, 200
 
 
 def list_docstrings() -> list[str]:
@@ -64,6 +67,12 @@ def list_paragraphs(tokenizer: Any) -> list[str]:
     lengths = map(len, tokenizer(parts, truncation=True, max_length=512)["input_ids"])
     fewest, most = PARAGRAPH_TOKENS
     return [part for part, length in zip(parts, lengths, strict=True) if fewest <= length <= most]
+
+
+def choose_quick(texts: list[str]) -> list[str]:
+    """Choose the few short texts, from all over a list, that are enough to see that a benchmark runs."""
+    short = [text for text in texts if len(text) < QUICK_LETTERS]
+    return short[:: max(1, len(short) // QUICK_TEXTS)][:QUICK_TEXTS]
 
 
 def shuffle(texts: list[str]) -> list[str]:

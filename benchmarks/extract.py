@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpora import SITES, cut_plan, list_batches, list_docstrings, list_paragraphs, shuffle
+from corpora import QUICK_TEXTS, SITES, choose_quick, cut_plan, list_batches, list_docstrings, list_paragraphs, shuffle
 from harness import Rival, emit, interleave, make_parser
 
 import layerprobe as lp
@@ -37,9 +37,11 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    num_texts, rounds = (48, 1) if options.quick else (options.texts, options.rounds)
+    num_texts, rounds = (QUICK_TEXTS, 1) if options.quick else (options.texts, options.rounds)
     demo = lp.load_model("demo", "cpu")
     whole, parts = list_docstrings(), list_paragraphs(demo.tokenizer)
+    if options.quick:
+        whole, parts = choose_quick(whole), choose_quick(parts)
     corpora = {
         "docstrings": whole[:: max(1, len(whole) // num_texts)][:num_texts],
         "paragraphs": shuffle(parts)[:num_texts],

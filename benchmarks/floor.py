@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 from clocks import BESIDE, MAIN, TWIN, Clocks
-from corpora import cut_plan, list_batches, list_docstrings, list_paragraphs, make_caller
+from corpora import choose_quick, cut_plan, list_batches, list_docstrings, list_paragraphs, make_caller
 from harness import Rival, Timings, emit, interleave, make_parser
 from subjects import Subject, add_subject_options, copy_to_host, find_busy_s, prepare_copies, read_subject
 from torch import Tensor, nn
@@ -62,7 +62,6 @@ SITE_SETS = {
 }
 # how many texts of a corpus unless asked for another number
 CORPORA = {"docstrings": 2000, "paragraphs": 8000}
-QUICK_TEXTS, QUICK_LETTERS = 12, 200
 ROWS_OF_LAST = "last, rows, float16"
 
 
@@ -204,7 +203,7 @@ def list_texts(corpus: str, tokenizer: Any, count: int | None, is_quick: bool) -
     found = list_docstrings() if corpus == "docstrings" else list_paragraphs(tokenizer)
     count = CORPORA[corpus] if count is None else count
     if is_quick:
-        found, count = [text for text in found if len(text) < QUICK_LETTERS], QUICK_TEXTS
+        return choose_quick(found)
     return found[:: max(1, len(found) // count)][:count]
 
 

@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="time for the rounds of all cases together")
     options = parser.parse_args()
     num_shards, examples = (2, 8) if options.quick else (16, 64)
+    seconds, least_rounds = (0.0, 1) if options.quick else (options.seconds, 3)
     torch.manual_seed(0)
     results = []
     with tempfile.TemporaryDirectory() as place:
@@ -54,7 +55,7 @@ def main() -> None:
         maps = [RawShard(folder / f"shard-{number:06d}.safetensors") for number in range(num_shards)]
         cases = {**list_warm_cases(store, maps, examples), **list_cold_cases(cold, examples)}
         for case, rivals in cases.items():
-            timings = interleave(rivals, seconds=options.seconds / len(cases), least_rounds=3, most_rounds=400)
+            timings = interleave(rivals, seconds=seconds / len(cases), least_rounds=least_rounds, most_rounds=400)
             base = next(iter(timings.values()))
             for rival, timing in timings.items():
                 summary = timing.summary(base)

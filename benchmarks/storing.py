@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpora import SITES, cut_plan, list_batches, list_docstrings, make_caller
+from corpora import SITES, choose_quick, cut_plan, list_batches, list_docstrings, make_caller
 from harness import emit, make_parser
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -67,10 +67,12 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2000, help="a tenth of them for bert-base")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    num_texts, rounds = (48, 1) if options.quick else (options.texts, options.rounds)
+    rounds = 1 if options.quick else options.rounds
     demo = lp.load_model("demo", "cpu")
     docstrings = list_docstrings()
-    texts = docstrings[:: max(1, len(docstrings) // num_texts)][:num_texts]
+    texts = docstrings[:: max(1, len(docstrings) // options.texts)][: options.texts]
+    if options.quick:
+        texts = choose_quick(docstrings)
     torch.manual_seed(0)
     base = BertConfig(num_hidden_layers=2, intermediate_size=768) if options.quick else BertConfig()
     with tempfile.TemporaryDirectory() as place:

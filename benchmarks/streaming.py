@@ -37,6 +37,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = lp.load_model("demo", "cpu").model
     shapes = ((4, 16),) if options.quick else SHAPES
+    seconds = 0.0 if options.quick else options.seconds
     if options.shape:
         shapes = tuple(tuple(map(int, shape.split("x"))) for shape in options.shape)
     results, rows = [], []
@@ -54,7 +55,7 @@ def main() -> None:
                     partial(_stream, model, batch, calls), calls, partial(_open, model, Path(folder), batch, warm)
                 ),
             }
-            timings = interleave(rivals, seconds=options.seconds / len(shapes), warm_rounds=1)
+            timings = interleave(rivals, seconds=seconds / len(shapes), warm_rounds=1)
             for name, timing in timings.items():
                 summary = timing.summary(timings["bare"])
                 result = {"batch": f"{size}x{length}", "calls": calls, "rounds": len(timing.wall_s), "rival": name}

@@ -52,7 +52,7 @@ def main() -> None:
     if asked.run is not None:
         _run(*asked.run)
         return
-    num_rows, num_shards = (20_000, 3) if asked.quick else (1_000_000, 25)
+    num_rows, num_shards = (2_000, 2) if asked.quick else (1_000_000, 25)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "acts"
         num_bytes = plant(store, num_rows, num_shards)

@@ -24,7 +24,7 @@ PRINTED = re.compile(r"^```bash\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE
 TEST_NAME = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 RESULTS_FILE = re.compile(r"benchmarks/results/\w+\.json")
 LINK = re.compile(r"\]\(([^)#]+)\)")
-CODE = re.compile(r"`[^`]*`|\([^)]*\)")
+CODE_OR_TARGET = re.compile(r"`[^`]*`|(?<=\])\([^)]*\)")
 QUOTED = re.compile(r"(?<![\w.])(\d+\.\d+)(?![\w.]*\d)|(?<![\w.])(\d+)(?= (?:times|%|percent|ms)\b)")
 
 
@@ -203,7 +203,7 @@ def test_quoted_numbers_are_in_the_results(page: Path) -> None:
         found = [
             number for file in files for number in list_numbers(json.loads((ROOT / file).read_text(encoding="utf-8")))
         ]
-        for groups in QUOTED.findall(CODE.sub("", paragraph)):
+        for groups in QUOTED.findall(CODE_OR_TARGET.sub("", paragraph)):
             quoted = next(filter(None, groups))
             decimals = len(quoted.partition(".")[2])
             assert any(f"{number:.{decimals}f}" == quoted for number in found), f"{quoted} is in none of {files}"
