@@ -93,8 +93,9 @@ def main() -> None:
     found: dict[Point, list[dict[str, float]]] = {point: [] for point in points}
     with tempfile.TemporaryDirectory() as folder:
         files = {(point.texts, point.length): Path(folder) / f"{point.texts}-{point.length}.txt" for point in points}
+        words = " ".join(list_docstrings()).split()
         for (count, length), path in files.items():
-            write_texts(path, count, length)
+            write_texts(path, words, count, length)
         start = time.perf_counter()
         while not found[points[-1]] or time.perf_counter() - start < seconds:
             for point in points:
@@ -120,13 +121,11 @@ def list_axes(is_quick: bool) -> dict[str, list[Point]]:
     base = Point()
     if is_quick:
         base = replace(base, texts=100)
-        return {
-            "examples": [base, replace(base, texts=200)],
-            "sites": [base, replace(base, sites="one")],
-            "length": [base, replace(base, length=64, texts=25)],
-            "shards": [base, replace(base, shards=4)],
-            "threads": [base, replace(base, threads=1)],
-            "pooled": [replace(base, texts=8, length=64, sites="one", pool="mean")],
+        # each point is a process: one that differs in everything stands for all
+        other = Point(texts=25, length=64, sites="one", shards=2, threads=1)
+        pooled = replace(base, texts=8, length=64, sites="one", pool="mean")
+        return {axis: [base, other] for axis in ("examples", "sites", "length", "shards", "threads")} | {
+            "pooled": [pooled]
         }
     cut = replace(base, texts=32_000)
     # so small that the fewest texts but one fill both buffers: memory that grows after that grows with the texts
@@ -142,9 +141,8 @@ def list_axes(is_quick: bool) -> dict[str, list[Point]]:
     }
 
 
-def write_texts(path: Path, count: int, length: int) -> None:
+def write_texts(path: Path, words: list[str], count: int, length: int) -> None:
     """Write so many texts of words, one a line, each different and of at least so many tokens."""
-    words = " ".join(list_docstrings()).split()
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             start = number * length % (len(words) - length)
