@@ -78,9 +78,11 @@ def test_each_runs_in_small_and_ends_in_its_json_line(name: str, tmp_path: Path)
 def check_floor(document: Any) -> None:
     """Hold every regime to its parts: they add up to the whole, and the ratios are over the floor that is named."""
     assert document["settings"]["rounds"] == 1 and len(document["results"]["regimes"]) == 12
+    # of one regime a part may be less than the millisecond that is shown
+    for part in ("forward", "hooks", "plan", "writer"):
+        assert sum(found["parts_s"][part] for found in document["results"]["regimes"]) > 0, part
     for found in document["results"]["regimes"]:
         parts, floor_s = found["parts_s"], found[f"{found['floor']}_s"]
-        assert parts["forward"] > 0 and parts["hooks"] > 0 and parts["writer"] >= 0
         whole_s = sum(seconds for part, seconds in parts.items() if part not in ("tokenise", "writer"))
         # each is rounded to a millisecond
         assert whole_s == pytest.approx(found["whole_s"], abs=0.01)
