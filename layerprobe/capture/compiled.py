@@ -9,9 +9,11 @@ Rows for a store are gathered and cast before that, in the graph, where the comp
 Hides torch's operator registry and its compiler. Must never know of sites or sinks.
 """
 
+import contextlib
 import itertools
 import sys
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 
 from layerprobe.errors import CaptureError
+from layerprobe.sharing import SharedSetting
 
 __all__ = [
     "TAGS",
@@ -30,6 +33,7 @@ __all__ = [
     "find_receiver",
     "forget_compiled_graphs",
     "has_compiled",
+    "watching_hooks",
 ]
 
 # A CUDA graph replays kernels and not Python; the compiler has to leave these calls out of it.
@@ -230,6 +234,28 @@ def has_compiled() -> bool:
     """
     convert_frame = sys.modules.get("torch._dynamo.convert_frame")
     return bool(getattr(convert_frame, "FRAME_COUNTER", 0))
+
+
+def _write_guards(config: Any, skips: bool) -> None:
+    config.skip_nnmodule_hook_guards = skips
+
+
+_HOOK_GUARDS: SharedSetting[Any, bool] = SharedSetting(lambda config: config.skip_nnmodule_hook_guards, _write_guards)
+
+
+@contextlib.contextmanager
+def watching_hooks() -> Iterator[None]:
+    """Let what is compiled look at hooks while this is open, where the compiler is loaded.
+
+    A model that breaks its graph has code that its layers share: without a look, that of one is run for another.
+    """
+    config = getattr(sys.modules.get("torch._dynamo"), "config", None)
+    if config is None or not hasattr(config, "skip_nnmodule_hook_guards"):
+        yield
+        return
+    with _HOOK_GUARDS.held(config):
+        config.skip_nnmodule_hook_guards = False
+        yield
 
 
 def forget_compiled_graphs() -> None:

@@ -9,7 +9,7 @@ Hides torch's hook machinery and the early end of a forward. Must never know wha
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from layerprobe.capture.attention import watch_attention
 from layerprobe.capture.calls import Call, Sink, Source
-from layerprobe.capture.compiled import Outlet, Port, Reading, forget_compiled_graphs, has_compiled
+from layerprobe.capture.compiled import Outlet, Port, Reading, forget_compiled_graphs, has_compiled, watching_hooks
 from layerprobe.capture.early import end_early, require_an_end
 from layerprobe.capture.entries import watch_calls
 from layerprobe.capture.frames import Frames
@@ -104,6 +104,7 @@ class ProbeRegistry:
             self._port.keep_history(len(self._points))
             cast(Any, sink).history = self
         self._hooks = HookSet()
+        self._guarding = ExitStack()
 
     def __enter__(self) -> "ProbeRegistry":
         self.attach()
@@ -122,6 +123,7 @@ class ProbeRegistry:
             raise CaptureError(f"the probe is already attached to {self._mapped.owner}. Leave its with block first.")
         has_graphs = has_compiled()
         try:
+            self._guarding.enter_context(watching_hooks())
             self._port.open()
             watch_calls(self._hooks, self._given, self._mapped, self._frames, self._outlet)
             for point in self._points:
@@ -144,6 +146,7 @@ class ProbeRegistry:
         self._frames.is_open = False
         self._hooks.remove()
         self._port.close()
+        self._guarding.close()
         self._frames.drain()
 
     def _group_points(self) -> list[_Point]:
