@@ -23,6 +23,8 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "emit(" in path.re
 # what some need beside the tests' own packages
 NEEDED = {"page": "PyQt6.QtWebEngineWidgets"}
 SUBJECTS = ("floor", "growth", "peers")
+# what replaces private names of the library, and notices where one is renamed
+PRIVATE = ("floor",)
 
 sys.path.insert(0, str(FOLDER))
 
@@ -46,8 +48,14 @@ def assert_refused(done: subprocess.CompletedProcess[str], reason: str) -> None:
     assert reason in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "harness"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in PRIVATE else pytest.mark.bench)
+        for name in SCRIPTS
+        if name != "harness"
+    ],
+)
 def test_each_runs_in_small_and_ends_in_its_json_line(name: str, tmp_path: Path) -> None:
     if name in NEEDED and is_missing(NEEDED[name]):
         pytest.skip(f"{NEEDED[name]} is not installed")
