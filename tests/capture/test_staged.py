@@ -239,7 +239,7 @@ def test_what_a_stage_cannot_do_is_refused_before_a_hook_exists(model: Any) -> N
     with pytest.raises(OptionError, match=r"stop=True, a stage and a compiled model: nothing in the graph asks"):
         lp.Probe(_compile(model), "layers.0", to=lp.Stage(8), stop=True)
     for most in (0, 2.5, True):
-        with pytest.raises(OptionError, match=rf"max_tokens={most} of a stage: it must be a whole number"):
+        with pytest.raises(OptionError, match=rf"max_tokens of a stage is {most}: it must be a whole number"):
             lp.Stage(most)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"max_examples=0 of a stage"):
         lp.Stage(8, max_examples=0)
