@@ -241,7 +241,7 @@ def test_what_a_stage_cannot_do_is_refused_before_a_hook_exists(model: Any) -> N
     for most in (0, 2.5, True):
         with pytest.raises(OptionError, match=rf"max_tokens of a stage is {most}: it must be a whole number"):
             lp.Stage(most)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match=r"max_examples=0 of a stage"):
+    with pytest.raises(OptionError, match=r"max_examples of a stage is 0"):
         lp.Stage(8, max_examples=0)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
