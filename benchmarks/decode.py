@@ -4,7 +4,7 @@ Short docstrings of the standard library through the demo model, its last layer 
 decoder with random weights, whose choices are closer calls than a trained one's, writes from each and from the encoder
 run live: how many sequences come back token by token, greedy and by beams.
 
-    python benchmarks/decode.py [--quick] [--save]
+    python benchmarks/decode.py [--quick | --save]
 """
 
 import tempfile

@@ -6,7 +6,7 @@ longest, `output_hidden_states=True`, one `torch.save` a batch, nothing flushed 
 layerprobe's own batches, tokenised beforehand, and `layerprobe.extract` in float16 with all it does: planning,
 tokenising, checksums and flushes. At the end the rows of the loop and of the store are compared.
 
-    python benchmarks/extract.py [--quick] [--save] [--texts 2000] [--rounds 3]
+    python benchmarks/extract.py [--quick | --save] [--texts 2000] [--rounds 3]
 """
 
 import shutil

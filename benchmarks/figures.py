@@ -5,6 +5,7 @@
 A benchmark that has not been saved leaves its place empty. Must never measure.
 """
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -281,4 +282,5 @@ def write_tables(page: str, results: Path = RESULTS) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Write the tables of docs/performance.md from benchmarks/results.").parse_args()
     PAGE.write_text(write_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

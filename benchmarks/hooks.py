@@ -7,7 +7,7 @@ narrow BERT at 1x8, whose forward is little but Python.
 The largest cases get one round by default, which takes some seven minutes in all on two cores; `--seconds 600` gives
 them several.
 
-    python benchmarks/hooks.py [--quick] [--save] [--seconds 120]
+    python benchmarks/hooks.py [--quick | --save] [--seconds 120]
 """
 
 import copy

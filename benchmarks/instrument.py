@@ -4,7 +4,7 @@ The sweep's bare forwards are as many, of batches of the same size, as the sweep
 three times one text, for two forwards and a backward. A watch at every 50 is held against 50 bare steps of training.
 The same patch of one layer is made by nnsight and TransformerLens too, where they are installed.
 
-    python benchmarks/instrument.py [--quick] [--save] [--seconds 120]
+    python benchmarks/instrument.py [--quick | --save] [--seconds 120]
 """
 
 import copy

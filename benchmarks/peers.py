@@ -37,7 +37,7 @@ from layerprobe.tables import format_bytes, format_table
 
 # batches of other shapes reorder the sums of a forward; rows in float16 keep 11 bits
 ABSOLUTE = 1e-4
-RELATIVE = {torch.float32: 0.0, torch.float16: 2**-11}
+RELATIVE = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 QUICK_TEXTS, QUICK_LONGEST = 12, 48
 _WARM_TEXTS = 16
 

@@ -4,7 +4,7 @@ Against the same bytes by other ways: a numpy map of each shard at offsets that 
 `safe_open`, and, from disk, `pread` and `readinto`. Every value that is read is touched. For what is cold the shard's
 pages are given back to the system first.
 
-    python benchmarks/reading.py [--quick] [--save] [--seconds 60]
+    python benchmarks/reading.py [--quick | --save] [--seconds 60]
 """
 
 import gc

@@ -9,7 +9,7 @@ writer works beside whichever way runs then, most often not the one it works for
 all of it once more, in a ratio of its own. Python's garbage collector is off during the loop: it would fall upon
 whichever way runs then.
 
-    python benchmarks/storing.py [--quick] [--save] [--texts 2000] [--rounds 3]
+    python benchmarks/storing.py [--quick | --save] [--texts 2000] [--rounds 3]
 """
 
 import contextlib

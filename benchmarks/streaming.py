@@ -5,7 +5,7 @@ on the same batches and in turns. Before the clock starts both buffers have been
 for nearly all of a long run: the system takes longer to give memory for the first time than a copy into it takes.
 `--fresh` counts that in. Each shape is an experiment of its own: one that something disturbed is taken again alone.
 
-    python benchmarks/streaming.py [--quick] [--save] [--seconds 90] [--shape 8x512]
+    python benchmarks/streaming.py [--quick | --save] [--seconds 90] [--shape 8x512]
 """
 
 import shutil

@@ -43,8 +43,8 @@ def generate(
     ] = False,
     temperature: Annotated[float | None, typer.Option(help="Temperature of the draws.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from this share of the probability.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 16,
-    seed: Seed = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per batch; 16 if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random draws; 0 if not given.")] = None,
     device: Device = None,
     out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv or .json to write.")] = None,
     quiet: Quiet = False,
@@ -62,8 +62,9 @@ def generate(
     from layerprobe.generation.readout import load_decoder
 
     if is_kept(model):
+        useless = {"--max-new-tokens": max_new_tokens, "--beams": beams, "--sample": sample, "--device": device}
         refuse_given(
-            {"--max-new-tokens": max_new_tokens, "--beams": beams, "--sample": sample, "--device": device},
+            useless | {"--batch-size": batch_size, "--seed": seed},
             f"with {model}: its decoders write what is likeliest, up to the length that they were fitted on. "
             "Leave it out.",
         )
@@ -76,8 +77,8 @@ def generate(
             model,
             layer=_read_layer(layer),
             examples=examples or None,
-            batch_size=batch_size,
-            seed=seed,
+            batch_size=16 if batch_size is None else batch_size,
+            seed=seed or 0,
             device=device,
             progress=False if quiet else None,
             **(options | {"do_sample": True} if sample else options),

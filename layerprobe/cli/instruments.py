@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli.arguments import Device, Model
+from layerprobe.cli.outcomes import check_place
 from layerprobe.errors import OptionError
 
 __all__ = ["profile"]
@@ -59,7 +60,6 @@ def profile(
     from layerprobe.extract.network import make_random_batch
     from layerprobe.models import load_model
     from layerprobe.profile import profile as measure
-    from layerprobe.store.durable import need_parent
 
     if by not in BY:
         raise OptionError(f"--by {by!r}: use {', '.join(BY)}.")
@@ -67,7 +67,7 @@ def profile(
         raise OptionError(f"--compare {compare!r}: use {', '.join(COMPARISONS)}.")
     for path in (json_file, trace):
         if path is not None:
-            need_parent(path)
+            check_place(path)
     if out is not None:
         check_suffix(out)
     loaded = load_model(model, device)

@@ -12,7 +12,7 @@ import typer
 
 from layerprobe.errors import OptionError, StoreError
 
-__all__ = ["PICTURES", "check_out", "conclude", "refuse_given"]
+__all__ = ["PICTURES", "check_out", "check_place", "conclude", "refuse_given"]
 
 PICTURES = (".png", ".svg", ".pdf")
 _TEXTS = (".csv", ".json")
@@ -32,7 +32,7 @@ def check_out(
         StoreError: a folder is not there, or a file is in the place of one.
     """
     if json is not None:
-        _check_place(json)
+        check_place(json)
     if save is not None:
         from layerprobe.store.format import check_keepable
 
@@ -42,7 +42,7 @@ def check_out(
     path = Path(out)
     if path.suffix.lower() not in suffixes:
         raise OptionError(f"--out {out}: {path.suffix or 'no suffix'!r} is not {', '.join(suffixes)}.")
-    _check_place(out)
+    check_place(out)
     if path.suffix.lower() in PICTURES:
         from layerprobe.analysis.figures import check_suffix
 
@@ -64,7 +64,12 @@ def refuse_given(given: Mapping[str, object], why: str) -> None:
         raise OptionError(f"{', '.join(useless)} {why}")
 
 
-def _check_place(name: str) -> None:
+def check_place(name: str | Path) -> None:
+    """Make sure that a file can be written under a name.
+
+    Raises:
+        StoreError: its folder is not there, or it is a folder itself.
+    """
     from layerprobe.store.durable import need_parent
 
     need_parent(Path(name))

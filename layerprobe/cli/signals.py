@@ -54,7 +54,7 @@ class Terminator(AbstractContextManager["Terminator"]):
         if not self._defers or self.stop.is_set():
             self._end_at_once()
         self.stop.set()
-        _say(f"SIGTERM: {self._what} ends after the shard under way, in {self._grace_s:g} s at the latest.")
+        _say(f"SIGTERM: {self._what} ends after the current shard, in {self._grace_s:g} s at the latest.")
         self._timer = threading.Timer(self._grace_s, self._end_at_once)
         self._timer.daemon = True
         self._timer.start()

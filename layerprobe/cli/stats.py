@@ -12,7 +12,7 @@ import typer
 
 from layerprobe.cli.allocator import keep_freed_memory
 from layerprobe.cli.arguments import Device, Field, Model, Sites, Texts
-from layerprobe.cli.outcomes import refuse_given
+from layerprobe.cli.outcomes import check_place, refuse_given
 from layerprobe.errors import OptionError
 
 __all__ = ["stats"]
@@ -59,13 +59,14 @@ def stats(
     """
     from safetensors.torch import save
 
+    from layerprobe.analysis.results import write_text
     from layerprobe.capture.statistics import format_said
     from layerprobe.capture.topk import TopK
     from layerprobe.extract.options import DEFAULT_SITES, ExtractOptions
     from layerprobe.extract.stream import stream_texts
     from layerprobe.models import load_model
     from layerprobe.sites.resolve import map_model
-    from layerprobe.store.durable import commit_file, need_parent
+    from layerprobe.store.durable import commit_file
 
     own = {"low": low, "high": high, "bins": bins, "k": k, "context": context, "units": units}
     measuring = _make_sink(sink, {name: value for name, value in own.items() if value is not None})
@@ -73,7 +74,7 @@ def stats(
         raise OptionError(f"-o {str(out)!r}: {out.suffix or 'no suffix'!r} is not '.safetensors'.")
     for path in (json_file, out):
         if path is not None:
-            need_parent(path)
+            check_place(path)
     options = ExtractOptions(
         sites=patterns or DEFAULT_SITES, field=field, max_length=max_length, batch_tokens=batch_tokens
     )
@@ -91,7 +92,7 @@ def stats(
     if json_file is not None:
         told = {"examples": report.num_examples, "tokens": report.num_tokens, "truncated": report.num_truncated}
         document = {"model": model, "input": texts, "sink": sink, **told, "sites": [_plain(line) for line in said]}
-        json_file.write_text(json.dumps(document, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(document, ensure_ascii=False) + "\n")
     if out is not None:
         commit_file(out, [save(measuring.state_dict())])
 

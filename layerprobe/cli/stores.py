@@ -12,8 +12,6 @@ from layerprobe.errors import OptionError
 
 __all__ = ["info", "show", "status", "verify"]
 
-# not a Path, which would make one slash of the two in a URL
-
 
 def info(folder: Where) -> None:
     """Show what a store holds.

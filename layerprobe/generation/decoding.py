@@ -24,6 +24,7 @@ from layerprobe.sites.stacks import find_device, unwrap
 from layerprobe.store.guard import check_count
 from layerprobe.store.padded import EncoderOutputs
 from layerprobe.store.reader import Store
+from layerprobe.tables import hide_bar
 
 __all__ = ["generate", "list_examples"]
 
@@ -98,10 +99,11 @@ def generate(
     _check_length(decoder, options)
     ids = _find_ids(decoder, tokenizer, options, has_encoder)
     found: list[Generated] = []
-    disable = None if progress is None else not progress
     with evaluating(decoder), torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        with tqdm(total=len(ordinals), desc="generate", unit=" examples", disable=disable, leave=False) as bar:
+        with tqdm(
+            total=len(ordinals), desc="generate", unit=" examples", disable=hide_bar(progress), leave=False
+        ) as bar:
             for first in range(0, len(ordinals), batch_size):
                 part = ordinals[first : first + batch_size]
                 outputs = store.encoder_outputs(view.site, part, next(decoder.parameters()).dtype)

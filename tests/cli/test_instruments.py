@@ -43,6 +43,7 @@ def test_profile_prints_writes_and_compares(
         (["--length", "65"], "length is 65: the model takes at most 64 tokens"),
         (["--json", "none/profile.json"], "none/profile.json: there is no folder none. Make it, or"),
         (["--trace", "none/trace.json"], "none/trace.json: there is no folder none. Make it, or"),
+        (["--json", "."], ".: is a folder. Choose the name of a file."),
         (["-o", "profile.gif"], "'.gif' is not"),
         (["--sites", "layers.9", "--length", "8"], "layers.9"),
     ],

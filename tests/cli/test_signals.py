@@ -97,7 +97,7 @@ def test_the_shard_under_way_is_finished(tiny_model_folder: Path, source: Path, 
         assert read_line(process.stdout) == "computing"
         process.send_signal(signal.SIGTERM)
         said = read_line(process.stderr)
-        assert said == f"layerprobe: SIGTERM: {folder} ends after the shard under way, in 30 s at the latest."
+        assert said == f"layerprobe: SIGTERM: {folder} ends after the current shard, in 30 s at the latest."
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait() == 143

@@ -94,6 +94,7 @@ def test_a_quantile_beyond_all_bins_is_null_in_json(
         (["-o", "x.npz"], "-o 'x.npz': '.npz' is not '.safetensors'"),
         (["-o", "none/x.safetensors"], "none/x.safetensors: there is no folder none. Make it, or"),
         (["--json", "none/x.json"], "none/x.json: there is no folder none. Make it, or"),
+        (["--json", "."], r".: is a folder. Choose the name of a file."),
         (["--sites", "layers.7"], "layers.7"),
     ],
 )

@@ -279,6 +279,11 @@ def test_a_batch_that_costs_more_is_fuller(lengths: list[int]) -> None:
     assert few <= many
 
 
+def test_the_cost_of_a_batch_is_counted() -> None:
+    unit = _unit_of([60, 30, 5])
+    assert [len(list(cut_batches(unit, 400, 0, batch_cost=cost))) for cost in (1000, 0)] == [1, 3]
+
+
 def test_padding_of_texts_of_all_lengths_is_under_two_percent() -> None:
     lengths = [int(2 + 400 / (1 + number)) + number % 90 for number in range(1500)]
     unit = _unit_of(lengths)

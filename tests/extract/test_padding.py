@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import layerprobe as lp
+from families import build, is_known
 from layerprobe.errors import OptionError, PlanError
 from layerprobe.extract.padding import sees_padding
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.models import LoadedModel
-from tests.families import build, is_known
 
 
 @pytest.fixture(scope="module")
