@@ -7,7 +7,7 @@ used for.
 import importlib
 from typing import Any
 
-from layerprobe.errors import LayerProbeError, OptionError
+from layerprobe.errors import LayerProbeError, OptionError, first_line
 
 __all__ = ["need_package", "say_missing"]
 
@@ -31,6 +31,10 @@ def need_package(module: str, what: str, extra: str | None, error: type[LayerPro
         return importlib.import_module(module)
     except ImportError as cause:
         package = module.partition(".")[0]
+        if not isinstance(cause, ModuleNotFoundError) or (cause.name or "").partition(".")[0] != package:
+            raise error(
+                f"{what} needs {package}, which cannot be imported ({first_line(cause)}). Install it again."
+            ) from cause
         raise error(say_missing(what, _INSTALLED_AS.get(package, package), extra)) from cause
 
 

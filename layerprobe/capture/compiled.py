@@ -12,8 +12,11 @@ Hides torch's operator registry and its compiler. Must never know of sites or si
 import contextlib
 import itertools
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -236,24 +239,44 @@ def has_compiled() -> bool:
     return bool(getattr(convert_frame, "FRAME_COUNTER", 0))
 
 
-def _write_guards(config: Any, skips: bool) -> None:
-    config.skip_nnmodule_hook_guards = skips
+@dataclass(frozen=True, eq=False)
+class _Guards:
+    """Whose setting it is: the process's, or a thread's where torch keeps one for each."""
+
+    config: Any
 
 
-_HOOK_GUARDS: SharedSetting[Any, bool] = SharedSetting(lambda config: config.skip_nnmodule_hook_guards, _write_guards)
+_here = threading.local()
+
+
+def _find_owner(config: Any) -> _Guards:
+    entry = getattr(config, "_config", {}).get("skip_nnmodule_hook_guards")
+    own = vars(_here) if isinstance(getattr(entry, "user_override", None), ContextVar) else _of_process
+    return own.setdefault("guards", _Guards(config))
+
+
+def _write_guards(owner: _Guards, skips: bool) -> None:
+    owner.config.skip_nnmodule_hook_guards = skips
+
+
+_of_process: dict[str, _Guards] = {}
+_HOOK_GUARDS: SharedSetting[_Guards, bool] = SharedSetting(
+    lambda owner: owner.config.skip_nnmodule_hook_guards, _write_guards
+)
 
 
 @contextlib.contextmanager
 def watching_hooks() -> Iterator[None]:
     """Let what is compiled look at hooks while this is open, where the compiler is loaded.
 
-    A model that breaks its graph has code that its layers share: without a look, that of one is run for another.
+    A model that breaks its graph has code that its layers share: without a look, that of one is run for another. Of a
+    torch whose settings are each thread's, it is this thread's calls that look.
     """
     config = getattr(sys.modules.get("torch._dynamo"), "config", None)
     if config is None or not hasattr(config, "skip_nnmodule_hook_guards"):
         yield
         return
-    with _HOOK_GUARDS.held(config):
+    with _HOOK_GUARDS.held(_find_owner(config)):
         config.skip_nnmodule_hook_guards = False
         yield
 

@@ -234,7 +234,7 @@ class Frames:
     def _check_weights(self, call: Call, unchecked: Sequence[Comparison]) -> None:
         try:
             require_same_contexts(unchecked)
-        except CaptureError:
+        except BaseException:
             self._sink.abandon(call)
             raise
 

@@ -61,6 +61,7 @@ class _Pending:
     input_ids: Tensor | None = None
     # values beyond the range of float8, counted where the values are made
     overflow: dict[int, Tensor] = field(default_factory=dict)
+    is_displaced: bool = False
 
 
 class StoreSink:
@@ -241,9 +242,15 @@ class StoreSink:
                 if pending is self._turns.holder:  # else another thread has closed the probe meanwhile
                     if pending.values is not None:
                         self._establish(pending, call)
-                    self._commit_call(pending)
+                    if not pending.is_displaced:
+                        self._commit_call(pending)
         finally:
             self._turns.end(pending)
+        if pending.is_displaced:
+            raise CaptureError(
+                "another call of the model began inside this one, from a pool or a hook: a store takes one call at a "
+                "time. Let that use a model of its own."
+            )
 
     def abandon(self, call: Call) -> None:
         if call.state is not None:

@@ -23,18 +23,19 @@ class Holder(Protocol):
 
     thread: int
     call: Call
+    is_displaced: bool  # whether another call has taken its turn before it ended
 
 
 class Turns:
     """Who has the turn: read and changed under `lock`."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a pool may call the model from within a turn
         self.holder: Any = None  # what `take` was given
         self._waiting: list[queue.SimpleQueue[None]] = []
 
     def take(self, wanted: Holder) -> None:
-        """Wait until no other thread has a call under way, and have the turn."""
+        """Wait until no other thread has a running call, and have the turn."""
         seen, num_misses = None, 0
         while True:
             with self.lock:
@@ -44,7 +45,10 @@ class Turns:
                     # asked twice: the stack of a thread that runs may change while it is looked at
                     num_misses = 0 if other.call.is_running() else num_misses + 1
                 if other is None or other.thread == wanted.thread or num_misses == 2:
-                    # One left over was cut short, by Ctrl-C say, and its rows are overwritten.
+                    # One left over was cut short, by Ctrl-C say, and its rows are overwritten; or this call is within
+                    # it, and it hears of that when it ends.
+                    if other is not None:
+                        other.is_displaced = True
                     self.holder = wanted.call.state = wanted
                     return
                 seen = other

@@ -9,14 +9,14 @@ Hides the order of hooks and how a call is followed. Must never know what an edi
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerprobe.capture.calls import Call
-from layerprobe.capture.compiled import Port, forget_compiled_graphs, has_compiled
+from layerprobe.capture.compiled import Port, forget_compiled_graphs, has_compiled, watching_hooks
 from layerprobe.capture.entries import watch_calls
 from layerprobe.capture.frames import Frames
 from layerprobe.capture.hooks import EDIT, HookSet, Lifecycle
@@ -109,6 +109,7 @@ class Editor(AbstractContextManager["Editor"]):
         self._frames = Frames(self.sites, len(self._mapped.stacks), _Numbering(), self._mapped.owner)
         self._port = Port(self, find_device(self._root))
         self._hooks = HookSet()
+        self._guarding = ExitStack()
         self._has_graphs = False
         self._state = Lifecycle.NEW
 
@@ -116,6 +117,7 @@ class Editor(AbstractContextManager["Editor"]):
         if self._state is not Lifecycle.NEW:
             raise CaptureError(f"this edit is {self._state.value}: make a new one for another with block.")
         try:
+            self._guarding.enter_context(watching_hooks())
             self._port.open()
             watch_calls(self._hooks, self._given, self._mapped, self._frames, self._port)
             for point in self._points:
@@ -140,6 +142,7 @@ class Editor(AbstractContextManager["Editor"]):
         self._frames.is_open = False
         self._hooks.remove()
         self._port.close()
+        self._guarding.close()
         self._frames.drain()
 
     # hooks

@@ -8,6 +8,7 @@ Hides batches and hooks. Must never know of labels' meaning or of scikit-learn.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from layerprobe.extract.padding import sees_padding
 from layerprobe.extract.tokens import TokenizedUnit, tokenize, tokenizing
 from layerprobe.extract.untrained import find_model
 from layerprobe.models import LoadedModel
+from layerprobe.sites.resolve import map_model
 from layerprobe.store.shards import pool_packed
 
 __all__ = ["Classifier", "load_classifier"]
@@ -87,9 +89,9 @@ class Classifier:
         unit = tokenize(tokenizer, texts, self._max_length)
         out: list[Any] = [None] * len(texts)
         sites = list(dict.fromkeys(self.probe.feature.sites))
-        precision, pad_id = find_precision(network, None), tokenizer.pad_token_id or 0
-        with running(network, precision):
-            equal_lengths = sees_padding(network, unit, pad_id, precision)
+        pad_id = tokenizer.pad_token_id or 0
+        with running(network, find_precision(network, None)):
+            equal_lengths = len(np.unique(unit.lengths)) > 1 and self._sees_padding
             for batch in cut_batches(unit, _BATCH_TOKENS, pad_id, equal_lengths=equal_lengths):
                 mask = batch.attention_mask.bool()
                 made = look(network, sites, batch.input_ids, batch.attention_mask)
@@ -126,6 +128,12 @@ class Classifier:
         if not rows or len(places) != len(unit[member]):
             raise InputError(f"predict: characters {start} to {end} of text {member} are in no token. Mend the span.")
         return rows[0], rows[-1] + 1
+
+    @cached_property
+    def _sees_padding(self) -> bool:
+        network, tokenizer = self.model.model, self.model.tokenizer
+        unit, sites = tokenize(tokenizer, ["layer probe"], 8), map_model(network).select(self.probe.feature.sites)
+        return sees_padding(network, unit, tokenizer.pad_token_id or 0, find_precision(network, None), sites)
 
     @property
     def _max_length(self) -> int:

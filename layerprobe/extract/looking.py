@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.probe import Probe
-from layerprobe.errors import LayerProbeError, ModelError
+from layerprobe.errors import LayerProbeError, ModelError, first_line
 from layerprobe.sites.stacks import find_device
 
 __all__ = ["look", "try_out"]
@@ -50,7 +50,7 @@ def try_out(model: nn.Module, sites: Sequence[str], input_ids_BS: Tensor, precis
     except (LayerProbeError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         advice = "Call it on such a text without layerprobe to see why."
         if precision is not None:
             advice = f"Leave precision={precision!r} out: not every model computes so."

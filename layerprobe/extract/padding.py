@@ -8,10 +8,10 @@ Must never know of stores.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerprobe.errors import LayerProbeError
 from layerprobe.extract.forward import REORDERED, find_dtype
 from layerprobe.extract.looking import look
 from layerprobe.extract.tokens import TokenizedUnit
@@ -36,24 +36,27 @@ def sees_padding(
         sites: Where to look; where they have no rows, and where none is given, every layer's output.
 
     Returns:
-        False also where there is nothing to tell: texts of one length need no padding, and a model that takes no such
-        batch says so when it is run.
+        True also for a model that takes no such short text, of which nothing is known: all that it costs is fuller
+        batches. False where there are no rows to look at.
 
-    Cost: two forwards of a short text, but for texts of one length.
+    Raises:
+        LayerProbeError: as a call of the model raises it.
+
+    Cost: two forwards of a short text.
     """
     names, long = _choose_sites(model, sites), unit.ids[:_TRIED_TOKENS].tolist()
     half = len(long) // 2
-    if not names or not half or len(np.unique(unit.lengths)) < 2:
+    if not names or not half:
         return False
     short = long[:half]
     batch = torch.tensor([long, short + [pad_id] * (len(long) - half)])
     mask = torch.tensor([[1] * len(long), [1] * half + [0] * (len(long) - half)])
     try:
         alone, padded = look(model, names, torch.tensor([short])), look(model, names, batch, mask)
-    except torch.OutOfMemoryError:
+    except (LayerProbeError, torch.OutOfMemoryError):
         raise
-    except Exception:
-        return False
+    except Exception:  # whatever a model says of so short a text
+        return True
     allowed = REORDERED[find_dtype(model, precision)]
     return not all(_agree(alone[name], padded[name], half, allowed) for name in names)
 
@@ -68,5 +71,8 @@ def _agree(alone_1HD: Tensor, padded_2SD: Tensor, half: int, allowed: float) -> 
     """Whether the shorter text has the same rows, as far as sums in another order do."""
     if alone_1HD.ndim != 3 or alone_1HD.shape[1] != half or padded_2SD.ndim != 3:
         return True  # rows of something else than the tokens of the text
-    difference = (padded_2SD[1, :half] - alone_1HD[0]).abs().max()
-    return bool(difference <= allowed * alone_1HD.abs().max())
+    alone_HD, padded_HD = alone_1HD[0], padded_2SD[1, :half]
+    # values that are not finite tell nothing, wherever they are
+    are_finite = alone_HD.isfinite() & padded_HD.isfinite()
+    difference = (padded_HD - alone_HD)[are_finite]
+    return not difference.numel() or bool(difference.abs().max() <= allowed * alone_HD[are_finite].abs().max())

@@ -44,7 +44,6 @@ from layerprobe.tables import format_bytes, format_count, format_dtype
 
 __all__ = ["Plan", "plan_extraction"]
 
-_TRIED_TOKENS = 8
 _SAMPLE_EXAMPLES = 2000
 _BYTES_PER_TOKEN = 4.0
 
@@ -213,7 +212,7 @@ def plan_extraction(
         row_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "token"),
         example_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "example"),
         pair_bytes=sum(site.width * site.dtype.itemsize for site in stored if site.kind == "attention"),
-        shard_bytes=choose_size(options.shard_bytes, None if overwrite else place, find_device(model)),
+        shard_bytes=choose_size(options.shard_bytes, place, find_device(model)),
         max_length=max_length,
         text_bytes_per_token=_measure_texts(sample, sampled),
         kept=find_kept(options.tokens, options.keep, tokenizer, stored, options.pool),

@@ -152,22 +152,21 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def choose_size(asked: int | None, place: Place | None, device: torch.device) -> int:
+def choose_size(asked: int | None, place: Place, device: torch.device) -> int:
     """Choose what a shard should hold.
 
     Args:
         asked: As in the options.
-        place: Of the store; the run that it holds goes on as it was begun, on whatever device. None to begin anew.
+        place: Of the store; a run that it holds is resumed as it was begun, on whatever device.
         device: The model's.
     """
     if asked is not None:
         return asked
-    if place is not None:
-        with contextlib.suppress(FormatError, KeyError, TypeError):
-            found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else {}
-            # of another size somebody has asked for, and has to again
-            if (begun := found["plan"]["shard_bytes"]) in (DEFAULT_SHARD_BYTES, _CUDA_SHARD_BYTES):
-                return begun
+    with contextlib.suppress(FormatError, KeyError, TypeError):
+        found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else {}
+        # of another size somebody has asked for, and has to again
+        if (begun := found["plan"]["shard_bytes"]) in (DEFAULT_SHARD_BYTES, _CUDA_SHARD_BYTES):
+            return begun
     return _CUDA_SHARD_BYTES if device.type == "cuda" else DEFAULT_SHARD_BYTES
 
 

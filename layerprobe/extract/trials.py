@@ -134,7 +134,7 @@ def choose_batches(
                 f"{place}: was begun without padding and cannot go on so: {trials.why_not_flat}. Go on as it was "
                 "begun, choose another folder, or pass overwrite=True (--overwrite) to replace it."
             )
-        # another run, not to be replaced, is refused by `find_done`, which says what differs: nothing is tried for it
+        # another run, not to be replaced, is refused by `find_done`, which says what differs: no budget is tried for it
         if can_resume or not overwrite:
             return batch_tokens, description
     is_flat = trials.why_not_flat is None

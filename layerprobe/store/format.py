@@ -47,6 +47,7 @@ __all__ = [
     "ShardHeader",
     "TensorEntry",
     "bound_shard",
+    "check_keepable",
     "checksum",
     "checksum_file",
     "commit_shard",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from layerprobe.errors import OptionError, StoreError
+from layerprobe.errors import OptionError, StoreError, first_line
 from layerprobe.packages import need_package
 
 __all__ = ["Patience", "RemotePlace", "is_url"]
@@ -217,7 +217,10 @@ class RemotePlace:
             wanted = {"connect_timeout": self.patience.timeout_s, "read_timeout": self.patience.timeout_s}
             own: Mapping[str, Any] = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
             options["config_kwargs"] = {**wanted, "retries": {"total_max_attempts": 1}, **own}
-        fs = fsspec.filesystem(self._protocol, **options)
+        try:
+            fs = fsspec.filesystem(self._protocol, **options)
+        except ImportError as error:
+            raise OptionError(f"{what}: {driver} cannot be used ({first_line(error)}). Install it again.") from error
         if self._protocol == "s3":
             fs.retries = 1
         return fs, fs._strip_protocol(self.url).rstrip("/")

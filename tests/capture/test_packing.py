@@ -387,3 +387,26 @@ def test_attention_of_texts_without_tokens(tiny_bert: Any, tmp_path: Path) -> No
     store = lp.open(tmp_path / "acts")
     assert [tuple(weights.shape) for weights in store["layers.0.attention.weights"]] == [(4, 0, 0), *3 * [(4, 3, 3)]]
     assert len(list((tmp_path / "acts").glob("shard-*"))) == 1
+
+
+@pytest.mark.parametrize("num_calls_before", [0, 1])
+def test_a_pool_that_calls_the_model_is_refused(
+    tiny_bert: Any, batch: dict[str, Tensor], tmp_path: Path, num_calls_before: int
+) -> None:
+    """The rows of its call would lie where those of the call around it do; nor may it wait for that one's end."""
+
+    def pool(rows: Tensor) -> Tensor:
+        if len(rows) > 1:
+            tiny_bert(input_ids=torch.tensor([[5]]))
+        return rows[0]
+
+    probe = lp.Probe(tiny_bert, "layers.0", to=tmp_path / "acts", pool=pool)
+
+    def run() -> None:
+        with torch.no_grad(), probe:
+            for _ in range(num_calls_before):
+                tiny_bert(input_ids=torch.tensor([[5], [6]]))
+            tiny_bert(**batch)
+
+    with pytest.raises(CaptureError, match="another call of the model began inside this one, from a pool or a hook"):
+        run()

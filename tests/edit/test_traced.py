@@ -151,3 +151,19 @@ def test_what_a_graph_cannot_do_is_refused_in_words(tiny_bert: Any) -> None:
     ):
         with lp.edit(compiled, {"layers.1": edit}), pytest.raises(CaptureError, match=message):
             compiled(**make_batch(6))
+
+
+@pytest.mark.slow
+def test_a_model_that_breaks_its_graph_is_edited_inside_its_last_layer() -> None:
+    model = build("deberta")
+    ids = torch.arange(1, 13).view(2, 6)
+    edits = {"layers.2.attention.query": lp.scale(3.0)}
+    with torch.no_grad():
+        with lp.edit(model, edits):
+            expected = model(input_ids=ids).last_hidden_state
+        compiled: Any = torch.compile(model, backend="eager", dynamic=True)
+        plain = compiled(input_ids=ids).last_hidden_state
+        with lp.edit(compiled, edits):
+            edited = compiled(input_ids=ids).last_hidden_state
+    assert torch.equal(edited, expected) and not torch.equal(edited, plain)
+    assert torch._dynamo.config.skip_nnmodule_hook_guards
