@@ -128,7 +128,7 @@ def test_a_second_one_ends_at_once(tiny_model_folder: Path, source: Path, tmp_pa
     with started(tiny_model_folder, source, tmp_path / "acts", "--grace", "9999") as process:
         assert read_line(process.stdout) == "computing"
         process.send_signal(signal.SIGTERM)
-        assert "ends after the shard under way" in read_line(process.stderr)
+        assert "ends after the current shard" in read_line(process.stderr)
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 143 and "terminated: " in read_line(process.stderr)
     assert check_shards(tmp_path / "acts") == 0
@@ -169,7 +169,7 @@ def test_a_wait_for_room_is_ended(tiny_model_folder: Path, source: Path, small_d
         assert read_line(process.stderr).endswith("Waiting for room.")
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 143
-        assert "ends after the shard under way" in read_line(process.stderr)
+        assert "ends after the current shard" in read_line(process.stderr)
         assert read_line(process.stderr).startswith("stopped: whole shards are kept in")
     check_shards(small_disk / "acts")
     (small_disk / "filler").unlink()
