@@ -80,9 +80,8 @@ def test_layers_that_share_a_piece_of_a_broken_graph_are_never_edited_for_one_an
     model = build("deberta")
     compiled = compile_model(model, dynamic=False, backend="eager")
     first, second = ({f"layers.{layer}.attention.value": lp.steer(torch.ones(32))} for layer in (0, 1))
-    assert torch.equal(run(compiled, compiled, first, (5,))[0], run(model, model, first, (5,))[0])
-    with pytest.raises(CaptureError, match=r"ran without making 'layers.1.attention.value'"):
-        run(compiled, compiled, second, (5,))
+    for edits in (first, second):
+        assert torch.equal(run(compiled, compiled, edits, (5,))[0], run(model, model, edits, (5,))[0])
 
 
 def test_chunks_are_edited_in_the_graph(make_bert: Any) -> None:
