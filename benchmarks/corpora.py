@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from layerprobe.capture.staging import send
-from layerprobe.extract.batching import Batch, FlatBatch, cut_batches, cut_flat_batches
+from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.flat import FlatForm, laying
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
@@ -98,13 +98,9 @@ def list_batches(
 
 def cut_plan(plan: Plan) -> Iterator[Batch | FlatBatch]:
     """Make the very batches that a run would have."""
-    pad_id = plan.tokenizer.pad_token_id or 0
     for unit in plan.units():
         tokenized = tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
-        if plan.is_flat:
-            yield from cut_flat_batches(tokenized, plan.batch_tokens, pad_id)
-        else:
-            yield from cut_batches(tokenized, plan.batch_tokens, pad_id)
+        yield from plan.cut(tokenized)
 
 
 def make_caller(model: nn.Module, asks_states: bool = False) -> Callable[[Batch | FlatBatch], None]:

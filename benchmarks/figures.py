@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.extract.pricing import DiskPace, Price, SamplePace
-from layerprobe.tables import format_bytes
+from layerprobe.tables import format_bytes, format_time
 
 __all__ = ["PAGE", "RESULTS", "TABLES", "write_tables"]
 
@@ -137,8 +137,8 @@ def lay_out_costs(storing: dict[str, Any], floor: dict[str, Any]) -> list[str]:
                 f"{tokens:,}",
                 switched_on,
                 format_bytes(tokens * token_bytes),
-                _time(price.forward_s),
-                _time(price.disk_s),
+                format_time(price.forward_s),
+                format_time(price.disk_s),
                 price.bound,
                 f"{max(1, -int(-price.seconds // _MONTH_S)):,}",
                 f"{disk.num_bytes / disk.seconds / token_bytes:,.0f} tokens/s",
@@ -161,13 +161,6 @@ def lay_out_costs(storing: dict[str, Any], floor: dict[str, Any]) -> list[str]:
         "",
         *_table(headers, rows),
     ]
-
-
-def _time(seconds: float) -> str:
-    for name, size in (("years", 365 * 86400.0), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {name}"
-    return f"{seconds:.1f} s"
 
 
 def lay_out_growth(document: dict[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpora import SITES, list_docstrings
+from corpora import QUICK_TEXTS, SITES, list_docstrings
 from harness import emit, make_parser, read_peak
 from subjects import Subject, add_subject_options, read_subject, wait_for_model
 from ways import LONGEST, PACKAGES, WAYS, Job
@@ -38,7 +38,7 @@ from layerprobe.tables import format_bytes, format_table
 # batches of other shapes reorder the sums of a forward; rows in float16 keep 11 bits
 ABSOLUTE = 1e-4
 RELATIVE = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}
-QUICK_TEXTS, QUICK_LONGEST = 12, 48
+QUICK_LONGEST = 48
 _WARM_TEXTS = 16
 
 

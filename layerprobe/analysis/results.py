@@ -16,7 +16,7 @@ from typing import Any
 
 from layerprobe.errors import StoreError
 
-__all__ = ["Number", "plain", "shorten", "table_cell", "write_csv", "write_json", "write_text"]
+__all__ = ["Number", "give_text", "plain", "shorten", "table_cell", "write_csv", "write_json", "write_text"]
 
 Number = float | None
 
@@ -77,6 +77,17 @@ def shorten(text: str, most: int = _MOST_LETTERS) -> str:
     """Bring a text to one line without control characters."""
     line = "".join(character if character.isprintable() else " " for character in text[:most])
     return line + ("..." if len(text) > most else "")
+
+
+def give_text(text: str, path: str | Path | None) -> str:
+    """Give a text back, and write it where a path is given.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    if path is not None:
+        write_text(path, text)
+    return text
 
 
 def write_text(path: str | Path, text: str) -> Path:

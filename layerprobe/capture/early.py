@@ -17,7 +17,7 @@ from layerprobe.errors import OptionError
 from layerprobe.sites.resolve import ModelMap
 from layerprobe.sites.stacks import calls_forward, is_compile_wrapper, is_compiled_in_place, unwrap
 
-__all__ = ["can_end_early", "end_early", "is_compiled_in_place", "require_an_end"]
+__all__ = ["can_end_early", "end_early", "require_an_end"]
 
 
 def can_end_early(given: nn.Module) -> bool:

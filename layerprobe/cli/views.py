@@ -7,7 +7,7 @@ from layerprobe.store.format import parse_shard_name
 from layerprobe.store.guard import brief
 from layerprobe.store.progress import StoreStatus
 from layerprobe.store.reader import Example, Store
-from layerprobe.tables import format_bytes, format_count, format_table
+from layerprobe.tables import format_bytes, format_count, format_dtype, format_table
 
 __all__ = ["describe_example", "describe_status", "describe_store"]
 
@@ -40,7 +40,7 @@ def describe_store(store: Store) -> str:
         counts = ", ".join(f"{count:,} at {brief(site)}" for site, count in index["nonfinite"].items())
         lines.append(f"nonfinite {counts}")
     views = [store[site] for site in store.sites]
-    rows = [(view.site, view.kind, str(view.dtype).removeprefix("torch."), view.width) for view in views]
+    rows = [(view.site, view.kind, format_dtype(view.dtype), view.width) for view in views]
     return "\n".join([*lines, "", format_table(("site", "kind", "dtype", "width"), rows)])
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerprobe.analysis.results import write_text
+from layerprobe.analysis.results import give_text
 from layerprobe.capture.probe import Probe
 from layerprobe.cost.results import median_ratio
 from layerprobe.errors import OptionError
@@ -79,10 +79,7 @@ class Comparison:
         Raises:
             StoreError: the file cannot be written.
         """
-        text = json.dumps(self.describe()) + "\n"
-        if path is not None:
-            write_text(path, text)
-        return text
+        return give_text(json.dumps(self.describe()) + "\n", path)
 
 
 def compare(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.analysis.figures import GREY, PALETTE, check_suffix, label_sites, save_figure, styled
-from layerprobe.analysis.results import write_text
+from layerprobe.analysis.results import give_text
 from layerprobe.cost.machine import Peaks
 from layerprobe.errors import OptionError
 from layerprobe.tables import format_bytes, format_table
@@ -202,10 +202,7 @@ class Profile:
             "layers": [_describe(cost) for cost in self.layers],
             "steps": [_describe(cost) for cost in self.steps],
         }
-        text = json.dumps(document) + "\n"
-        if path is not None:
-            write_text(path, text)
-        return text
+        return give_text(json.dumps(document) + "\n", path)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw a bar per layer, cut by what its time goes to.

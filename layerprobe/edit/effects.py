@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.analysis.figures import check_suffix, save_figure, styled
-from layerprobe.analysis.results import write_text
+from layerprobe.analysis.results import give_text
 from layerprobe.errors import OptionError
 from layerprobe.tables import format_table
 
@@ -77,9 +77,7 @@ class Effects:
         out = io.StringIO()
         headers, rows = self._rows()
         csv.writer(out, lineterminator="\n").writerows([headers, *rows])
-        if path is not None:
-            write_text(path, out.getvalue())
-        return out.getvalue()
+        return give_text(out.getvalue(), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Give everything as JSON, and write it where a path is given.
@@ -97,10 +95,7 @@ class Effects:
             "tokens": self.tokens,
             "effects": self.effects.tolist(),
         }
-        text = json.dumps(document, ensure_ascii=False) + "\n"
-        if path is not None:
-            write_text(path, text)
-        return text
+        return give_text(json.dumps(document, ensure_ascii=False) + "\n", path)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the effects as a heat map, the first site at the bottom, as the model runs them.

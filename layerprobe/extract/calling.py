@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from layerprobe.capture.staging import send
 from layerprobe.extract.batching import Batch, FlatBatch
-from layerprobe.extract.flat import FlatForm, laying
+from layerprobe.extract.flat import FlatForm, find_arguments, laying
 
 __all__ = ["ModelCaller"]
 
@@ -77,11 +77,8 @@ class ModelCaller:
 
     def _try(self, batch: Batch | FlatBatch, announce: Callable[[Any], None], may_fail: bool) -> bool:
         announce(batch)
-        if isinstance(batch, FlatBatch):
-            assert self._form is not None
-            arguments, check = self._form.arguments(batch), self._form.check
-        else:
-            arguments, check = batch.arguments, _nothing_to_check
+        arguments = find_arguments(batch, self._form)
+        check = self._form.check if self._form is not None and isinstance(batch, FlatBatch) else _nothing_to_check
         check()
         try:
             placed = {name: send(value, self._device) for name, value in arguments.items()}

@@ -23,7 +23,7 @@ from layerprobe.capture.staging import Room
 from layerprobe.capture.units import AnnouncedBatch, encode_record
 from layerprobe.cores import using_cores
 from layerprobe.errors import InputError, SpaceError
-from layerprobe.extract.batching import Batch, FlatBatch, Shapes, cut_batches, cut_flat_batches
+from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.cutting import Unit
 from layerprobe.extract.flat import FlatForm, attending_flat
@@ -63,8 +63,6 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         self._keeper = keeper
         self._advance = advance
         self._share = share
-        is_replayed = plan.options.compile == CUDA_GRAPHS
-        self._shapes = Shapes(plan.batch_tokens, plan.rule.max_length) if is_replayed else None
         self.report = report
         num_writers = min(plan.options.writers, plan.num_units)
         self._writer = ShardWriter(
@@ -85,7 +83,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             fingerprint=plan.fingerprint,
             stored=plan.stored,
             keeps_part=plan.rule.kept is not None,
-            packs_in_graphs=not is_replayed,
+            packs_in_graphs=plan.options.compile != CUDA_GRAPHS,
         )
         model = compile_network(plan.model, plan.options.compile)
         form = FlatForm.of(plan.model) if plan.is_flat else None
@@ -146,11 +144,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         self.report.num_truncated += num_truncated
 
     def _cut(self, tokenized: TokenizedUnit) -> Iterator[Batch | FlatBatch]:
-        pad_id, budget = self._plan.tokenizer.pad_token_id or 0, self._plan.batch_tokens
-        if self._plan.is_flat:
-            return cut_flat_batches(tokenized, budget, pad_id)
-        cost, equal_lengths = self._plan.batch_cost, self._plan.has_equal_lengths
-        return cut_batches(tokenized, budget, pad_id, shapes=self._shapes, batch_cost=cost, equal_lengths=equal_lengths)
+        return self._plan.cut(tokenized)
 
     def _count(self) -> None:
         """Take over what others count."""

@@ -23,19 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerprobe.capture.early import is_compiled_in_place
 from layerprobe.capture.hooks import list_hooks
 from layerprobe.capture.probe import Probe
 from layerprobe.capture.staging import send
-from layerprobe.errors import ArchitectureError, CaptureError
-from layerprobe.extract.batching import FlatBatch
+from layerprobe.errors import ArchitectureError, CaptureError, first_line
+from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.forward import REORDERED, find_dtype, running
 from layerprobe.extract.network import find_position_padding
 from layerprobe.sharing import SharedSetting
 from layerprobe.sites.resolve import ModelMap, Site, map_model
-from layerprobe.sites.stacks import find_device
+from layerprobe.sites.stacks import find_device, is_compiled_in_place
 
-__all__ = ["FlatForm", "attending_flat", "find_unusual_attention", "laying", "refuse_flat"]
+__all__ = ["FlatForm", "attending_flat", "find_arguments", "find_unusual_attention", "laying", "refuse_flat"]
 
 _NAME = "layerprobe_flat"
 # What attention may be asked for beside its operands, and what we do not do.
@@ -134,6 +133,14 @@ class FlatForm:
         return arguments
 
 
+def find_arguments(batch: Batch | FlatBatch, form: FlatForm | None) -> dict[str, Tensor]:
+    """Give what to call a model with, on the CPU; a flat batch needs its form."""
+    if isinstance(batch, Batch):
+        return batch.arguments
+    assert form is not None
+    return form.arguments(batch)
+
+
 @contextlib.contextmanager
 def laying(batch: object) -> Iterator[None]:
     """Let the calls of this thread be of a flat batch while this is open; of any other batch it changes nothing."""
@@ -189,8 +196,7 @@ def refuse_flat(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model says of such a call, it does not take it
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
-        return f"{type(model).__name__} does not take such a batch ({said})"
+        return f"{type(model).__name__} does not take such a batch ({first_line(error)})"
     return None if gives_same else f"{type(model).__name__} gives other rows then"
 
 

@@ -17,10 +17,10 @@ from layerprobe.extract.looking import look
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.sites.resolve import Site, map_model
 
-__all__ = ["sees_padding"]
+__all__ = ["TRIED_TOKENS", "sees_padding"]
 
 # Of the first texts: enough to tell.
-_TRIED_TOKENS = 8
+TRIED_TOKENS = 8
 
 
 def sees_padding(
@@ -44,7 +44,7 @@ def sees_padding(
 
     Cost: two forwards of a short text.
     """
-    names, long = _choose_sites(model, sites), unit.ids[:_TRIED_TOKENS].tolist()
+    names, long = _choose_sites(model, sites), unit.ids[:TRIED_TOKENS].tolist()
     half = len(long) // 2
     if not names or not half:
         return False

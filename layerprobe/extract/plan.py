@@ -20,16 +20,16 @@ from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.identity import describe_pool
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, SpaceError
-from layerprobe.extract.batching import BATCH_COST_TOKENS
+from layerprobe.extract.batching import Batch, FlatBatch, Shapes, cut_batches, cut_flat_batches
 from layerprobe.extract.cutting import Unit, UnitRule, survey_input
 from layerprobe.extract.description import describe_run
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
-from layerprobe.extract.forward import check_device, find_precision, running
+from layerprobe.extract.forward import CUDA_GRAPHS, check_device, find_precision, running
 from layerprobe.extract.inputs import Record, TextSource, check_text, open_source
 from layerprobe.extract.looking import try_out
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
-from layerprobe.extract.resume import check_finite, check_place, choose_size, find_done, holds_same_run
+from layerprobe.extract.resume import check_finite, check_place, choose_size, find_done, holds_same_run, recall_run
 from layerprobe.extract.thinning import find_kept
 from layerprobe.extract.tokens import NO_TEXTS, TokenizedUnit, tokenize
 from layerprobe.extract.trials import Trials, choose_batches
@@ -114,16 +114,6 @@ class Plan:
         return bool(self.description["plan"].get("padding_free"))
 
     @property
-    def batch_cost(self) -> int:
-        """What a padded batch counts beside its tokens, when the cut is chosen."""
-        return self.description["plan"].get("batch_cost_tokens", BATCH_COST_TOKENS)
-
-    @property
-    def has_equal_lengths(self) -> bool:
-        """Whether the texts of a padded batch have one length, so that nothing of it is padding."""
-        return bool(self.description["plan"].get("equal_lengths"))
-
-    @property
     def missing_bytes(self) -> int:
         """Estimate of what is still to be written."""
         done = sum(header.num_examples for header in self.done.values())
@@ -143,6 +133,20 @@ class Plan:
             self.folder.glob("shard-*.safetensors") if self.overwrite else (),
         )
         return shutil.disk_usage(place).free + sum(file.stat().st_size for file in replaced)
+
+    def cut(self, tokenized: TokenizedUnit) -> Iterator[Batch | FlatBatch]:
+        """Cut a unit into the batches of the run."""
+        pad_id, said = self.tokenizer.pad_token_id or 0, self.description["plan"]
+        if self.is_flat:
+            return cut_flat_batches(tokenized, self.batch_tokens, pad_id)
+        return cut_batches(
+            tokenized,
+            self.batch_tokens,
+            pad_id,
+            shapes=Shapes(self.batch_tokens, self.rule.max_length) if self.options.compile == CUDA_GRAPHS else None,
+            batch_cost=said["batch_cost_tokens"],
+            equal_lengths=bool(said.get("equal_lengths")),
+        )
 
     def units(self) -> Iterator[Unit]:
         """Go through the units of the input."""
@@ -208,11 +212,12 @@ def plan_extraction(
     sample = list(itertools.islice(source, _SAMPLE_EXAMPLES))
     texts = [check_text(record.text, source.name, n) for n, record in enumerate(sample)]
     sampled = tokenize(tokenizer, texts, max_length)
+    recalled = recall_run(place)
     rule = UnitRule(
         row_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "token"),
         example_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "example"),
         pair_bytes=sum(site.width * site.dtype.itemsize for site in stored if site.kind == "attention"),
-        shard_bytes=choose_size(options.shard_bytes, place, find_device(model)),
+        shard_bytes=choose_size(options.shard_bytes, recalled, find_device(model)),
         max_length=max_length,
         text_bytes_per_token=_measure_texts(sample, sampled),
         kept=find_kept(options.tokens, options.keep, tokenizer, stored, options.pool),
@@ -225,7 +230,7 @@ def plan_extraction(
     # before the choice, which may ask for it twice: it reads every weight
     described = describe_run(model, tokenizer, stored, options, rule, survey, name)
     trials = Trials(model, sites, options, sampled, survey.num_tokens, tokenizer.pad_token_id or 0)
-    batch_tokens, description = choose_batches(place, described, trials, overwrite)
+    batch_tokens, description = choose_batches(place, recalled, described, trials, overwrite)
     # beside values and ids: an ordinal and two offsets per example; the records
     num_bytes = value_bytes + 24 * survey.num_examples + survey.record_bytes
     # the same command goes on, with this option too: a job that is sent back to its queue has nothing else

@@ -4,7 +4,6 @@ Resuming needs no journal: a shard whose header is whole and carries the plan's 
 missing. Must never write.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,14 +31,14 @@ from layerprobe.store.places import Place, find_place
 from layerprobe.store.progress import PROGRESS_FILE
 
 __all__ = [
-    "RecalledBatches",
+    "RecalledRun",
     "check_finite",
     "check_folder",
     "check_place",
     "choose_size",
     "find_done",
     "holds_same_run",
-    "recall_batches",
+    "recall_run",
 ]
 
 _NUM_REQUESTS = 8
@@ -122,52 +121,52 @@ def holds_same_run(place: Place, description: Mapping[str, Any]) -> bool:
     return found == {"format": FORMAT_VERSION, **json.loads(json.dumps(description))}
 
 
-class RecalledBatches(NamedTuple):
-    """What the batches of a run are like, and its fingerprint."""
+class RecalledRun(NamedTuple):
+    """What of a run in a place was found by trying or goes by the device, and its fingerprint."""
 
+    shard_bytes: object
     batch_tokens: int
     is_flat: bool
     batch_cost: int | None
     fingerprint: object
 
 
-def recall_batches(place: Place) -> RecalledBatches | None:
-    """Tell what the batches of the run in a place are like; None where there is none."""
+def recall_run(place: Place) -> RecalledRun | None:
+    """Tell what the run in a place is like; None where there is none."""
     try:
         found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else {}
         plan = found["plan"]
-        batch_tokens, is_flat, cost = (
-            plan["batch_tokens"],
-            plan.get("padding_free") is True,
-            plan.get("batch_cost_tokens"),
+        recalled = RecalledRun(
+            shard_bytes=plan.get("shard_bytes"),
+            batch_tokens=plan["batch_tokens"],
+            is_flat=plan.get("padding_free") is True,
+            batch_cost=cost if _is_count(cost := plan.get("batch_cost_tokens")) else None,
+            fingerprint=found.get("fingerprint"),
         )
     except (AttributeError, FormatError, KeyError, TypeError):
         return None
-    if not _is_count(batch_tokens):
-        return None
-    return RecalledBatches(batch_tokens, is_flat, cost if _is_count(cost) else None, found.get("fingerprint"))
+    return recalled if _is_count(recalled.batch_tokens) else None
 
 
 def _is_count(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def choose_size(asked: int | None, place: Place, device: torch.device) -> int:
+def choose_size(asked: int | None, recalled: RecalledRun | None, device: torch.device) -> int:
     """Choose what a shard should hold.
 
     Args:
         asked: As in the options.
-        place: Of the store; a run that it holds is resumed as it was begun, on whatever device.
+        recalled: The run in the place of the store, which is resumed as it was begun, on whatever device.
         device: The model's.
     """
     if asked is not None:
         return asked
-    with contextlib.suppress(FormatError, KeyError, TypeError):
-        found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else {}
-        # of another size somebody has asked for, and has to again
-        if (begun := found["plan"]["shard_bytes"]) in (DEFAULT_SHARD_BYTES, _CUDA_SHARD_BYTES):
-            return begun
-    return _CUDA_SHARD_BYTES if device.type == "cuda" else DEFAULT_SHARD_BYTES
+    own = _CUDA_SHARD_BYTES if device.type == "cuda" else DEFAULT_SHARD_BYTES
+    if recalled is None:
+        return own
+    # another size somebody has asked for, and has to again
+    return next((size for size in (DEFAULT_SHARD_BYTES, _CUDA_SHARD_BYTES) if recalled.shard_bytes == size), own)
 
 
 def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:

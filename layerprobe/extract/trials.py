@@ -18,8 +18,8 @@ from layerprobe.extract.description import add_batches
 from layerprobe.extract.flat import refuse_flat
 from layerprobe.extract.forward import CUDA_GRAPHS, find_precision, running
 from layerprobe.extract.options import ExtractOptions
-from layerprobe.extract.padding import sees_padding
-from layerprobe.extract.resume import recall_batches
+from layerprobe.extract.padding import TRIED_TOKENS, sees_padding
+from layerprobe.extract.resume import RecalledRun
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.extract.warmup import LEAST_TOKENS, choose_batch_cost, choose_batch_tokens, find_batch_tokens
 from layerprobe.sites.resolve import Site
@@ -27,8 +27,6 @@ from layerprobe.sites.stacks import find_device
 from layerprobe.store.places import Place
 
 __all__ = ["Trials", "choose_batches"]
-
-_TRIED_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Trials:
         """
         if self.options.padding_free is False:
             return "padding_free=False"
-        ids, is_compiled = self.sampled.ids[:_TRIED_TOKENS].tolist(), bool(self.options.compile)
+        ids, is_compiled = self.sampled.ids[:TRIED_TOKENS].tolist(), bool(self.options.compile)
         reason = refuse_flat(self.model, self.sites, ids, self._precision, is_compiled)
         if reason is not None and self.options.padding_free:
             raise OptionError(f"padding_free=True: {reason}. Leave it out.")
@@ -104,12 +102,13 @@ class Trials:
 
 
 def choose_batches(
-    place: Place, described: Mapping[str, Any], trials: Trials, overwrite: bool
+    place: Place, recalled: RecalledRun | None, described: Mapping[str, Any], trials: Trials, overwrite: bool
 ) -> tuple[int, dict[str, Any]]:
     """Choose a batch's tokens and its padding: as asked for, as in the same run so far, or as found now.
 
     Args:
-        place: Where the same run may have begun.
+        place: Where the same run may have begun, for messages.
+        recalled: What is there of it.
         described: What the run is, but for its batches.
         trials: Of its model.
         overwrite: Whether another run there is to be replaced.
@@ -122,7 +121,7 @@ def choose_batches(
         OptionError: what is asked for cannot be.
     """
     options, device = trials.options, find_device(trials.model)
-    if recalled := recall_batches(place):
+    if recalled is not None:
         batch_tokens = options.batch_tokens or recalled.batch_tokens
         is_flat = recalled.is_flat if options.padding_free is None else options.padding_free
         cost = recalled.batch_cost or choose_batch_cost(device)

@@ -18,7 +18,7 @@ from layerprobe.capture.early import can_end_early
 from layerprobe.capture.probe import Probe
 from layerprobe.cores import using_cores
 from layerprobe.extract.batching import BATCH_COST_TOKENS, Batch, FlatBatch
-from layerprobe.extract.flat import FlatForm, attending_flat, laying
+from layerprobe.extract.flat import FlatForm, attending_flat, find_arguments, laying
 from layerprobe.extract.forward import running
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.sites.stacks import find_device
@@ -115,8 +115,7 @@ def _repeat(text: torch.Tensor, count: int, is_flat: bool) -> Batch | FlatBatch:
 
 
 def _time(model: nn.Module, batch: Batch | FlatBatch, form: FlatForm | None, device: torch.device) -> float:
-    arguments = batch.arguments if isinstance(batch, Batch) else form.arguments(batch) if form is not None else {}
-    placed = {name: value.to(device) for name, value in arguments.items()}
+    placed = {name: value.to(device) for name, value in find_arguments(batch, form).items()}
     _wait_for(device)
     start = time.perf_counter()
     with laying(batch):

@@ -34,6 +34,7 @@ from layerprobe.store.headers import check_shapes, lay_out
 from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.places import LocalPlace, Place, find_place
 from layerprobe.store.scanning import scan_tensor
+from layerprobe.tables import format_dtype
 
 __all__ = [
     "NONFINITE_POLICIES",
@@ -81,7 +82,7 @@ class StoredSite:
 
     def describe(self) -> dict[str, Any]:
         """Give what `store.json` says of the site."""
-        return {"kind": self.kind, "dtype": str(self.dtype).removeprefix("torch."), "width": self.width}
+        return {"kind": self.kind, "dtype": format_dtype(self.dtype), "width": self.width}
 
 
 def claim_place(where: Path | Place) -> StoreLock | None:

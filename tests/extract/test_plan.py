@@ -30,7 +30,7 @@ from layerprobe.extract.inputs import Record
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.reports import RunReport
-from layerprobe.extract.resume import choose_size
+from layerprobe.extract.resume import choose_size, recall_run
 from layerprobe.extract.run import run_extraction
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel
@@ -304,8 +304,8 @@ def test_a_shard_holds_more_on_cuda_and_a_run_that_goes_on_keeps_what_it_was_beg
 ) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     new = find_place(tmp_path / "none")
-    assert [choose_size(None, new, device) for device in (cpu, cuda)] == [128 << 20, 1 << 30]
-    assert choose_size(5, new, cuda) == 5
+    assert [choose_size(None, recall_run(new), device) for device in (cpu, cuda)] == [128 << 20, 1 << 30]
+    assert choose_size(5, recall_run(new), cuda) == 5
     begun = plan(tiny, texts, tmp_path / "acts", shard_bytes=1 << 30)  # as on CUDA
     run_extraction(begun)
     again = plan(tiny, texts, tmp_path / "acts")
