@@ -30,6 +30,16 @@ FINGERPRINT = "0" * 32
 torch.set_num_threads(1)
 
 
+# Of a line of the summary where it goes to a file or a pipe: a name takes up to a hundred, its reason the rest.
+_SUMMARY_WIDTH = 320
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Let the summary say why each test failed: of 80 columns a long name leaves none, and a log may keep no more."""
+    if not terminalreporter.isatty:
+        terminalreporter.config.get_terminal_writer().fullwidth = _SUMMARY_WIDTH
+
+
 @pytest.fixture(scope="session", autouse=True)
 def heard_interrupts() -> None:
     """Hear SIGINT, which what a shell starts in the background ignores, and so would the commands that tests start."""

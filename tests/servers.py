@@ -61,6 +61,16 @@ class Spoiler:
     def count(self, method: str) -> int:
         return sum(request.method == method for request in self.requests)
 
+    def describe_latest(self, most: int = 60) -> str:
+        """Say what the latest requests were and how they were answered, one a line; for the report of a failure."""
+        requests = list(self.requests)
+        lines = [
+            f"{request.method} {request.path} took {request.received_bytes}, answered {request.status} with "
+            f"{request.sent_bytes}" + (f" ({request.fault})" if request.fault else "")
+            for request in requests[-most:]
+        ]
+        return "\n".join([f"the last {len(lines)} of {len(requests)} requests, in bytes:", *lines])
+
     def clear(self) -> None:
         """Forget what came, and what was to be spoilt."""
         self.requests.clear()

@@ -2,7 +2,7 @@
 
 import http.client
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -36,6 +36,16 @@ def server(_server: Spoiler, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spoile
     _server.clear()
     yield _server
     _server.stop_stalling()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add to the report of a failure what the S3 server was asked: what fails once in many runs is seen once."""
+    report = yield
+    spoiler = getattr(item, "funcargs", {}).get("server")
+    if report.failed and isinstance(spoiler, Spoiler):
+        report.sections.append((f"S3 requests {report.when}", spoiler.describe_latest()))
+    return report
 
 
 @pytest.fixture

@@ -178,7 +178,7 @@ def test_a_flipped_bit_is_found_where_a_whole_tensor_is_read(local: Any, place: 
         store["layers.1"][examples[0]]
     store = lp.open(place)
     same = [torch.equal(store["layers.1"][ordinal], local["layers.1"][ordinal]) for ordinal in examples]
-    assert same.count(False) == 1
+    assert same.count(False) == 1, same
     # and what opens a store without checks asked for none
     assert lp.open(place, check=False)["layers.1"].pooled().shape == local["layers.1"].pooled().shape
 
