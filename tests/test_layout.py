@@ -22,6 +22,7 @@ ORDER = (
     "layerprobe.tables",
     "layerprobe.sharing",
     "layerprobe.cores",
+    "layerprobe.rounding",
     "layerprobe.models",
     "layerprobe.sites.grammar",
     "layerprobe.sites.anatomy",

@@ -9,8 +9,7 @@ Must never know of files.
 
 import contextlib
 import importlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from layerprobe.errors import OptionError
 from layerprobe.models import evaluating
+from layerprobe.rounding import holding_products, rounds_products_outside
 from layerprobe.sites.stacks import find_device
 
 __all__ = [
@@ -170,8 +170,7 @@ def compute_in(model: nn.Module, precision: str | None) -> Iterator[None]:
         else:
             if _has_autocast(kind):
                 computing.enter_context(torch.autocast(kind, enabled=False))
-            _products.set(is_rounded=precision == _TF32)
-            computing.callback(_products.release)
+            computing.enter_context(holding_products(is_rounded=precision == _TF32))
         yield
 
 
@@ -197,76 +196,11 @@ def _find_ambient(model: nn.Module) -> str | None:
         names = {dtype: name for name, dtype in PRECISIONS.items() if name != _TF32}
         dtype = torch.get_autocast_dtype(kind)
         return None if dtype == weights else names.get(dtype)
-    return _TF32 if kind == "cuda" and weights == torch.float32 and _products.are_rounded() else None
+    return _TF32 if kind == "cuda" and weights == torch.float32 and rounds_products_outside() else None
 
 
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-class _Products:
-    """How far float32 products are rounded: set by the first run that needs it so, put back by the last.
-
-    torch has the setting under an old name and, from 2.9 on, under new ones, by which its kernels go.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_open = 0
-        self._is_rounded = False
-        self._was_rounded = False
-        self._put_back: Callable[[], None] = lambda: None
-
-    def are_rounded(self) -> bool:
-        """Whether the program around lets CUDA round them."""
-        with self._lock:
-            return self._was_rounded if self._num_open else self._look()
-
-    def set(self, is_rounded: bool) -> None:
-        with self._lock:
-            if self._num_open and is_rounded != self._is_rounded:
-                raise OptionError(
-                    f"precision={_TF32 if is_rounded else None!r}: a run of this process computes otherwise now, and "
-                    "the setting is the process's. Wait for its end, or use another process."
-                )
-            if not self._num_open:
-                self._is_rounded, self._was_rounded = is_rounded, self._look()
-                self._put_back = self._change(is_rounded)
-            self._num_open += 1
-
-    def release(self) -> None:
-        with self._lock:
-            self._num_open -= 1
-            if not self._num_open:
-                self._put_back()
-
-    def _look(self) -> bool:
-        setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-        return bool(torch.backends.cuda.matmul.allow_tf32) if setting is None else setting == _TF32
-
-    def _change(self, is_rounded: bool) -> Callable[[], None]:
-        """Set it, and give what puts it back; nothing is touched where it is so."""
-        parent = getattr(torch.backends, "fp32_precision", None)
-        places: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-        settings = [(place, place.fp32_precision) for place in places if hasattr(place, "fp32_precision")]
-        before = "highest"
-        with contextlib.suppress(RuntimeError):  # raised where old and new names differ: the old one is not as it began
-            before = torch.get_float32_matmul_precision()
-        is_plain = before == "highest" and all(setting in ("none", "ieee") for _, setting in settings)
-        if not is_rounded and is_plain:
-            return lambda: None
-        torch.set_float32_matmul_precision("high" if is_rounded else "highest")
-
-        def put_back() -> None:
-            torch.set_float32_matmul_precision(before)
-            for place, setting in settings:
-                # what comes from above is not told from what is said here, but goes on coming from there
-                place.fp32_precision = "none" if setting == parent else setting
-
-        return put_back
-
-
-_products = _Products()
 
 
 def compile_network(model: nn.Module, backend: bool | str) -> nn.Module:

@@ -12,7 +12,6 @@ Never touches the model's configuration, buffers or outputs, and knows no model 
 Letters: B sequences, H heads, S positions, D width.
 """
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from layerprobe.errors import CaptureError
+from layerprobe.rounding import rounds_products
 from layerprobe.sites.stacks import find_cache
 
 __all__ = ["Comparison", "EagerTwin", "require_same_contexts"]
@@ -247,7 +247,7 @@ def _compare(module: nn.Module, twin: Tensor, real: Tensor) -> Comparison:
     seen = (real != 0).any(-1, keepdim=True) & real.isfinite().all(-1, keepdim=True)
     # By root mean square over the whole context: rounding is spread over it, and another formula moves all of it.
     sizes = [_root_mean_square(value, seen) for value in (twin.float() - real.float(), real.float())]
-    eps = _rounding_of(real.dtype, real.is_cuda, _rounds_products())
+    eps = _rounding_of(real.dtype, real.is_cuda, rounds_products())
     return Comparison(type(module).__name__, _kernel(module) or "sdpa", torch.stack(sizes), eps)
 
 
@@ -261,15 +261,6 @@ def _rounding_of(dtype: torch.dtype, is_cuda: bool, is_rounded: bool) -> float:
     if not is_cuda or dtype != torch.float32:
         return eps
     return _TF32_EPS if is_rounded else _CUDA_FLOAT32 * eps
-
-
-def _rounds_products() -> bool:
-    """Whether CUDA may round the operands of float32 products, by torch's new name for it or by its old one."""
-    if getattr(torch.backends.cuda.matmul, "fp32_precision", None) == "tf32":
-        return True
-    with contextlib.suppress(RuntimeError):  # raised where the two names differ: kernels go by the new one
-        return torch.get_float32_matmul_precision() != "highest"
-    return False
 
 
 def _with_pattern(mask: Any, module: nn.Module, states_BSD: Tensor, asked: Mapping[str, Any]) -> Tensor | None:

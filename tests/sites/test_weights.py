@@ -7,8 +7,6 @@ Letters: B sequences, S positions, H heads.
 """
 
 import copy
-import subprocess
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -302,25 +300,6 @@ def test_more_is_rounding_where_cuda_rounds_the_operands_of_float32_products(dty
         assert 8 * rounded < 24 * torch.finfo(torch.bfloat16).eps
     else:
         assert rounded == plain == eps
-
-
-def test_rounding_of_products_is_told_by_either_name() -> None:
-    code = """
-import torch
-from layerprobe.sites.weights import _rounds_products
-assert not _rounds_products()
-torch.set_float32_matmul_precision("high")
-assert _rounds_products()
-torch.set_float32_matmul_precision("highest")
-assert not _rounds_products()
-if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # the old name raises from here on
-    assert _rounds_products()
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    assert not _rounds_products()
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.gpu
