@@ -31,6 +31,7 @@ ORDER = (
     "layerprobe.sites.weights",
     "layerprobe.store.durable",
     "layerprobe.store.guard",
+    "layerprobe.store.fingerprint",
     "layerprobe.store.naming",
     "layerprobe.store.kept",
     "layerprobe.store.remote",

@@ -36,7 +36,8 @@ from layerprobe.capture.units import (
 )
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
-from layerprobe.store.format import ShardHeader, fingerprint_of
+from layerprobe.store.fingerprint import fingerprint_run
+from layerprobe.store.format import ShardHeader
 from layerprobe.store.lock import StoreLock
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_place, commit_description, commit_index
@@ -265,7 +266,7 @@ class StoreSink:
         ]
         described = {site.name: site.describe() for site in self._stored}
         description = {**self._description, "sites": described}
-        self._fingerprint = fingerprint_of(description)
+        self._fingerprint = fingerprint_run(description)
         commit_description(self.place, {**description, "fingerprint": self._fingerprint})
         values, pending.values = pending.values, None
         self._reserve(pending, call, values[0])

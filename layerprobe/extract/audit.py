@@ -30,6 +30,7 @@ from layerprobe.models import LoadedModel, describe_model, load_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.checks import TOKENIZER_FILE, check_tokenizer
 from layerprobe.store.guard import brief, check_count
+from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.reader import Example, Store, open_store
 from layerprobe.store.shards import ScaledRows
 from layerprobe.tables import format_count, hide_bar
@@ -38,7 +39,6 @@ __all__ = ["AuditProblem", "AuditReport", "audit"]
 
 # TF32, which a GPU multiplies float32 in where it is told to, keeps as many bits as float16.
 _REORDERED_TF32 = 2e-2
-_MODEL_FIELDS = ("class", "config_hash", "weights_hash")
 
 
 class AuditProblem(NamedTuple):
@@ -198,10 +198,7 @@ def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, devic
         raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
     else:
         network = model.model if isinstance(model, LoadedModel) else model
-    own = describe_model(network)
-    differing = [
-        f"{key}: {said.get(key)!r} there, {own[key]!r} here" for key in _MODEL_FIELDS if said.get(key) != own[key]
-    ]
+    differing = list_model_differences(said, describe_model(network))
     if differing:
         raise PlanError(
             f"{store.place}: was made with another model ({'; '.join(differing)}). Pass the very model "

@@ -17,7 +17,7 @@ from layerprobe.extract.forward import CUDA_GRAPHS, find_precision
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.models import describe_model, describe_tokenizer
 from layerprobe.sites.resolve import map_model
-from layerprobe.store.format import fingerprint_of
+from layerprobe.store.fingerprint import fingerprint_run
 from layerprobe.store.writer import StoredSite
 from layerprobe.version import __version__
 
@@ -85,7 +85,5 @@ def add_batches(
     if not is_flat and described["tokenizer"]["padding_side"] != "right":
         # older versions padded on the left then, which gives models with absolute positions other rows
         padding["padding_side"] = "right"
-    plan = {"batch_tokens": batch_tokens, **padding, **described["plan"]}
-    own = {key: described["model"][key] for key in ("class", "config_hash", "weights_hash")}
-    fingerprint = fingerprint_of({**described, "model": own, "plan": plan})
-    return {"layerprobe": __version__, **described, "plan": plan, "fingerprint": fingerprint}
+    description = {**described, "plan": {"batch_tokens": batch_tokens, **padding, **described["plan"]}}
+    return {"layerprobe": __version__, **description, "fingerprint": fingerprint_run(description)}

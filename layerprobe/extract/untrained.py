@@ -16,11 +16,10 @@ from torch import nn
 from layerprobe.errors import InputError, ModelError
 from layerprobe.extract.run import extract
 from layerprobe.models import LoadedModel, describe_model, load_model, load_tokenizer
+from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.reader import Store, open_store
 
 __all__ = ["extract_untrained", "find_model", "read_texts"]
-
-_FIELDS = ("class", "config_hash", "weights_hash")
 
 
 def find_model(
@@ -47,8 +46,7 @@ def find_model(
     else:
         checkpoint = getattr(getattr(name, "config", None), "_name_or_path", "")
         found = LoadedModel(checkpoint, name, load_tokenizer(checkpoint))
-    own = describe_model(found.model)
-    differing = [f"{key}: {said.get(key)!r} there, {own[key]!r} here" for key in _FIELDS if said.get(key) != own[key]]
+    differing = list_model_differences(said, describe_model(found.model))
     if differing:
         raise ModelError(f"{where}: was made with another model ({'; '.join(differing)}). Pass the very model.")
     return found

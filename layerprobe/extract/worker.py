@@ -35,6 +35,7 @@ from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.thinning import find_kept
 from layerprobe.models import describe_model, describe_tokenizer, load_model
 from layerprobe.sites.resolve import map_model
+from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.places import find_place
 from layerprobe.store.writer import StoredSite
 from layerprobe.tables import format_dtype
@@ -80,8 +81,7 @@ def _rebuild_plan(job: dict[str, Any]) -> Plan:
         torch.cuda.set_device(device)  # else what is loaded wakes the first one too, in each process
     loaded = load_model(job["model"], job["device"])
     description = job["description"]
-    own, planned = describe_model(loaded.model), description["model"]
-    is_same = all(own[key] == planned[key] for key in ("class", "config_hash", "weights_hash"))
+    is_same = not list_model_differences(description["model"], describe_model(loaded.model))
     tokenizer = json.loads(json.dumps(describe_tokenizer(loaded.tokenizer)))
     if not is_same or tokenizer != description["tokenizer"]:
         raise ModelError(f"model {job['model']!r}: changed while the run was under way. Run the same command again.")

@@ -18,6 +18,7 @@ from layerprobe.generation.decoding import list_examples
 from layerprobe.generation.keeping import read_decoders, write_decoders
 from layerprobe.generation.narrow import NarrowDecoder
 from layerprobe.generation.results import Generated, Generation
+from layerprobe.store.fingerprint import MODEL_FIELDS
 from layerprobe.store.guard import brief
 from layerprobe.store.padded import choose_layer
 from layerprobe.store.reader import Store
@@ -28,8 +29,6 @@ __all__ = ["LayerReading", "Readout", "load_decoder"]
 _HEADERS = ("site", "loss", "accuracy", "exact", "train_loss")
 _BATCH = 64
 _NUMBERS = ("num_train", "num_test", "num_test_tokens", "num_types", "num_cut")
-# What two stores of the same model have in common.
-_SAME = ("class", "config_hash", "weights_hash")
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class Readout:
 
     def _check_model(self, store: Store) -> None:
         here = store.description.get("model") or {}
-        differing = [key for key in _SAME if self.model.get(key) != here.get(key)]
+        differing = [key for key in MODEL_FIELDS if self.model.get(key) != here.get(key)]
         if differing:
             there, own = self.model.get(differing[0]), here.get(differing[0])
             raise OptionError(

@@ -17,12 +17,12 @@ import xxhash
 from torch import Tensor
 
 from layerprobe.errors import FormatError
+from layerprobe.store.fingerprint import fingerprint_run
 from layerprobe.store.format import (
     FORMAT_VERSION,
     STORE_FILE,
     TOKENIZER_FOLDER,
     ShardHeader,
-    fingerprint_of,
     load_header,
     load_json,
 )
@@ -47,8 +47,6 @@ __all__ = [
 TOKENIZER_FILE = f"{TOKENIZER_FOLDER}/tokenizer.json"
 # A multiple of every item's size, so that a piece of ids is whole ids.
 _PIECE_BYTES = 8 << 20
-_IDENTITY = ("input", "model", "tokenizer", "sites", "pool", "plan")
-_MODEL_IDENTITY = ("class", "config_hash", "weights_hash")
 _ADVICE = re.compile(r"\. (Remove|Give|The file|Run|A store holds).*", re.DOTALL)
 
 
@@ -113,7 +111,8 @@ def load_description(place: Place) -> dict[str, Any]:
         if description["format"] != FORMAT_VERSION:
             raise ValueError(f"format {description['format']!r}; this version reads format {FORMAT_VERSION}")
         check_description(description)
-        own = _fingerprint(description)
+        # without a plan, which every version of layerprobe has written, the recipe is not known
+        own = fingerprint_run(description) if "plan" in description else None
     except KeyError as error:
         raise FormatError(f"{label}: lacks {brief(error)}.") from error
     except (TypeError, ValueError, AttributeError) as error:
@@ -123,19 +122,6 @@ def load_description(place: Place) -> dict[str, Any]:
             f"{label}: its fingerprint is {brief(description['fingerprint'])}, that of what it says is {own}."
         )
     return description
-
-
-def _fingerprint(description: Mapping[str, Any]) -> str | None:
-    """Work out the fingerprint of a run from what it says of itself, by the rule of docs/format.md."""
-    if "plan" not in description:
-        return None
-    if description["plan"] is None:
-        return fingerprint_of(
-            {key: value for key, value in description.items() if key not in ("format", "fingerprint")}
-        )
-    fields = {key: description[key] for key in _IDENTITY}
-    fields["model"] = {key: fields["model"][key] for key in _MODEL_IDENTITY}
-    return fingerprint_of(fields)
 
 
 def hash_tokenizer(data: bytes) -> str:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from layerprobe.errors import FormatError, LayerProbeError, OptionError, StoreError
 from layerprobe.packages import need_package
-from layerprobe.store.format import SCALE_SUFFIX, fingerprint_of
+from layerprobe.store.fingerprint import fingerprint_of
+from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.records import has_records, read_record
 from layerprobe.store.rows import take_rows

@@ -7,7 +7,6 @@ exists when its final name does.
 Must never know of models, hooks or devices.
 """
 
-import json
 import math
 import os
 import struct
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from layerprobe.errors import FormatError, OptionError, StoreError
@@ -51,7 +49,6 @@ __all__ = [
     "checksum",
     "checksum_file",
     "commit_shard",
-    "fingerprint_of",
     "is_leftover",
     "load_header",
     "load_json",
@@ -119,11 +116,6 @@ def checksum_file(place: Place, file: str) -> str:
         StoreError: it cannot be read.
     """
     return checksum(place.read(file, 0, place.size(file)))
-
-
-def fingerprint_of(fields: Mapping[str, Any]) -> str:
-    """xxh3-128 of what tells one run from another, as 32 hexadecimal digits."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True, default=str).encode())
 
 
 def _view_bytes(tensor: Tensor) -> memoryview:

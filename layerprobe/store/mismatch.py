@@ -1,15 +1,15 @@
-"""In which fields two plans differ: what someone is told whose run is not the one that a store holds.
+"""In which fields two plans or models differ: what someone is told whose run is not the one that a store holds.
 
 A field that follows from others is named only where nothing else differs. Must never know of files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["list_differences"]
+from layerprobe.store.fingerprint import INCIDENTAL, MODEL_FIELDS
 
-# What tells of a run and does not change a byte of it, or follows from the rest.
-_IGNORED = ("format", "layerprobe", "fingerprint", "model.id", "model.revision")
+__all__ = ["list_differences", "list_model_differences"]
+
 # What follows from an option or from the input: named only where nothing else differs.
 _DERIVED = ("plan.batch_cost_tokens", "plan.kept.ids", "plan.padding_side", "plan.text_bytes_per_token", "plan.units")
 
@@ -23,8 +23,21 @@ def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
     """
     there, here = _flatten(_condense(found)), _flatten(_condense(wanted))
     keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    keys = [key for key in keys if key not in _IGNORED]
+    keys = [key for key in keys if key not in INCIDENTAL]
     keys = [key for key in keys if key not in _DERIVED] or keys
+    return _compare(there, here, keys)
+
+
+def list_model_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Name the fields in which two models differ, with both values.
+
+    Args:
+        there, here: What a store, or `describe_model`, says of each.
+    """
+    return _compare(there, here, [key for key in MODEL_FIELDS if there.get(key) != here.get(key)])
+
+
+def _compare(there: Mapping[str, Any], here: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     return [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys]
 
 

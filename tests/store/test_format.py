@@ -268,10 +268,6 @@ def test_only_names_of_shards_parse(name: str) -> None:
     assert fmt.parse_shard_name(name) is None
 
 
-def test_fingerprints_ignore_the_order_of_fields() -> None:
-    assert fmt.fingerprint_of({"a": 1, "b": {"c": 2}}) == fmt.fingerprint_of({"b": {"c": 2}, "a": 1})
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [(b"{", "is not the JSON"), (b"[1]", "holds list"), (b"\xff\xfe{", "JSON"), (b"[" * 9999, "JSON")],
