@@ -87,6 +87,7 @@ ORDER = (
     "layerprobe.report.page",
     "layerprobe.capture.calls",
     "layerprobe.capture.compiled",
+    "layerprobe.capture.abilities",
     "layerprobe.capture.hooks",
     "layerprobe.capture.frames",
     "layerprobe.capture.early",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerprobe.capture.abilities import SinkAbilities
 from layerprobe.capture.calls import Call
 from layerprobe.capture.casting import NOT_PLAIN, cast_into
 from layerprobe.capture.pooling import Pool, pool_rows
@@ -65,7 +66,7 @@ class _Pending:
     is_displaced: bool = False
 
 
-class StoreSink:
+class StoreSink(SinkAbilities):
     """Stream captured rows into a store.
 
     Without `stored` sites the first call tells how wide they are, and units are cut as buffers fill. With them, units

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layerprobe.capture.abilities import abilities_of
 from layerprobe.capture.attention import watch_attention
 from layerprobe.capture.calls import Call, Sink, Source
 from layerprobe.capture.compiled import Outlet, Port, Reading, forget_compiled_graphs, has_compiled, watching_hooks
@@ -89,20 +90,20 @@ class ProbeRegistry:
         self._root = mapped.model
         self._given = model
         self._sink = sink
+        self._abilities = abilities_of(sink)
         self._stops = stop
         self._this_thread = this_thread
         if stop:
             require_an_end(model, self._root)
         self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner)
-        packs, device = getattr(sink, "packs_rows", False), find_device(self._root)
-        self._port = Port(self, device, packs, getattr(sink, "packed_dtype", None))
+        device = find_device(self._root)
+        self._port = Port(self, device, self._abilities.packs_rows, self._abilities.packed_dtype)
         self._points = self._group_points()
-        make_outlet = getattr(sink, "make_outlet", None)  # a sink that graphs write to without operators
         readings = [Reading(point.indices, point.is_chunked) for point in self._points]
-        self._outlet: Outlet = self._port if make_outlet is None else make_outlet(self._root, device, readings)
-        if getattr(sink, "keeps_gradients", False):
+        self._outlet: Outlet = self._abilities.make_outlet(self._root, device, readings) or self._port
+        if self._abilities.keeps_gradients:
             self._port.keep_history(len(self._points))
-            cast(Any, sink).history = self
+            self._abilities.history = self
         self._hooks = HookSet()
         self._guarding = ExitStack()
 
@@ -128,7 +129,7 @@ class ProbeRegistry:
             watch_calls(self._hooks, self._given, self._mapped, self._frames, self._outlet)
             for point in self._points:
                 self._attach_point(point)
-            if getattr(self._sink, "keeps_gradients", False):
+            if self._abilities.keeps_gradients:
                 watch_second_runs(self._hooks, self._root, self._frames)
             self._hooks.join(self._mapped.base, self)
             if self._stops:
@@ -187,7 +188,7 @@ class ProbeRegistry:
 
     def receive_compiled(self, point: int, value: Tensor) -> None:
         """Take a value from a running graph, whose memory the graph will use again."""
-        if getattr(self._sink, "keeps_gradients", False) and not self._is_whole(self._points[point]):
+        if self._abilities.keeps_gradients and not self._is_whole(self._points[point]):
             name = self.sites[self._points[point].indices[0]].name
             raise OptionError(
                 f"gradients=True of {name!r} in a compiled model: its module runs several times in one call. "
@@ -195,17 +196,17 @@ class ProbeRegistry:
             )
         call = self._frames.current()
         if call is not None:
-            keeps = not getattr(self._sink, "copies_at_once", False)
+            value = value if self._abilities.copies_at_once else value.clone()
             with self._running_on():
-                self._receive_at(call, self._points[point], value.clone() if keeps else value)
+                self._receive_at(call, self._points[point], value)
 
     def receive_packed(self, point: int, rows_TD: Tensor) -> None:
         """Take rows that a running graph has gathered and cast."""
-        call, sink = self._frames.current(), cast(Any, self._sink)
+        call = self._frames.current()
         if call is not None:
-            rows_TD = rows_TD if sink.copies_at_once else rows_TD.clone()
+            rows_TD = rows_TD if self._abilities.copies_at_once else rows_TD.clone()
             with self._running_on():
-                self._receive(call, self._points[point].indices[0], rows_TD, sink.receive_rows)
+                self._receive(call, self._points[point].indices[0], rows_TD, self._abilities.receive_rows)
 
     def _running_on(self) -> AbstractContextManager[None]:
         """Let a graph run to its end where nothing around it turns an early end into None."""
@@ -220,8 +221,7 @@ class ProbeRegistry:
         for point, value in self._port.take_attached().items():
             for index in self._points[point].indices:
                 part = self.sites[index].part
-                sink: Any = self._sink
-                sink.attach(index, value if part is None else take_part(self._root, part, value))
+                self._abilities.attach(index, value if part is None else take_part(self._root, part, value))
 
     def leave_compiled(self, stack: int, completed: bool) -> None:
         """Take note, from a running graph, that a module is done or has raised."""
@@ -232,9 +232,8 @@ class ProbeRegistry:
     def _attach_point(self, point: _Point) -> None:
         if point.takes == "weights":
             deliver = functools.partial(self._receive_at, point=point)
-            forgets = getattr(self._sink, "forgets_abandoned", False)
-            hooks, frames, outlet = self._hooks, self._frames, self._outlet
-            watch_attention(hooks, point.module, point.key, frames, outlet, deliver, checks_later=forgets)
+            hooks, frames, outlet, later = self._hooks, self._frames, self._outlet, self._abilities.forgets_abandoned
+            watch_attention(hooks, point.module, point.key, frames, outlet, deliver, checks_later=later)
             return
         # Run at every layer of every call, so without the calls that would make it shorter.
         frames, get_ident, port, key = self._frames.by_thread, threading.get_ident, self._outlet, point.key

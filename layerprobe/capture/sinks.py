@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerprobe.capture.abilities import SinkAbilities
 from layerprobe.capture.calls import Call, Context, Source
 from layerprobe.capture.casting import cast_into
 from layerprobe.capture.pooling import Pool, pool_rows
@@ -210,7 +211,7 @@ def is_per_token(site: Site, value: Tensor) -> bool:
     return value.ndim >= 3 if site.kind == "unknown" else site.kind in ("token", "source")
 
 
-class MemorySink:
+class MemorySink(SinkAbilities):
     """Keep values in memory, call by call, as the model made them.
 
     Args:
@@ -232,8 +233,6 @@ class MemorySink:
         self._sites: Sequence[Site] = ()
         self._names: list[str] = []
         self._every = 0
-        # where compiled graphs leave values with their history; set by the registry
-        self.history: Any = None
 
     def open(self, sites: Sequence[Site]) -> None:
         check_pooled(sites, self._pool)

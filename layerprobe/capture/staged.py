@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerprobe.capture.abilities import SinkAbilities
 from layerprobe.capture.calls import Call
 from layerprobe.capture.compiled import Outlet, Reading
 from layerprobe.capture.frames import ROOT
@@ -30,7 +31,7 @@ __all__ = ["StageSink"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class StageSink:
+class StageSink(SinkAbilities):
     """Write the rows of each call to a stage.
 
     Args:

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from layerprobe.capture.abilities import SinkAbilities
 from layerprobe.capture.calls import Call
 from layerprobe.capture.select import Selection, write_rows
 from layerprobe.capture.sinks import select_call
@@ -102,7 +103,7 @@ class _CallState:
     num_examples: int = 0
 
 
-class RowSink(Generic[View]):
+class RowSink(SinkAbilities, Generic[View]):
     """Measures the rows of each site call by call, and joins what was measured.
 
     A sink may be given to several probes, one after the other, and keeps counting.
@@ -117,9 +118,6 @@ class RowSink(Generic[View]):
         options: By name, what must be equal in sums that are joined.
         check: Refuses sites that cannot be measured together.
     """
-
-    # a compiled graph need not keep its memory for it
-    copies_at_once = True
 
     def __init__(
         self,
@@ -148,6 +146,11 @@ class RowSink(Generic[View]):
         self._lock = threading.Lock()
 
     # what a probe calls
+
+    @property
+    def copies_at_once(self) -> bool:
+        """Whether a compiled graph may use its memory again: all that is kept is sums."""
+        return True
 
     def open(self, sites: Sequence[Site]) -> None:
         if self._open is not None:
@@ -191,7 +194,7 @@ class RowSink(Generic[View]):
     def close(self, error: BaseException | None) -> None:
         self._open = None
 
-    def announce(self, ordinals: Sequence[int]) -> None:
+    def announce_examples(self, ordinals: Sequence[int]) -> None:
         """Say which examples of the input the sequences of the next call are; without it they are counted in order.
 
         An input is numbered on after what the sink has seen before it was opened.

@@ -9,13 +9,14 @@ Hides how texts become calls of the model. Must never know of stores.
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
+from layerprobe.capture.abilities import abilities_of
 from layerprobe.capture.calls import Sink
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.probe import Probe
@@ -69,7 +70,7 @@ def stream_texts(
     probe = Probe(network, list(options.sites), to=sink, stop=can_end_early(network), this_thread=True)
     on_device = find_device(network)
     batch_tokens = options.batch_tokens or choose_batch_tokens(on_device)
-    announce: Callable[[Sequence[int]], None] = getattr(sink, "announce", lambda _: None)
+    announce = abilities_of(sink).announce_examples
     report, caller = StreamReport(), ModelCaller(network, on_device)
 
     def read(unit: Unit) -> TokenizedUnit:
