@@ -21,7 +21,7 @@ from layerprobe.capture.pooling import Pool, check_pool
 from layerprobe.capture.registry import ProbeRegistry
 from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink, find_site
 from layerprobe.capture.stage import Stage
-from layerprobe.capture.staged import StageSink
+from layerprobe.capture.stagesink import StageSink
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.models import LoadedModel, describe_model
 from layerprobe.sites.resolve import Site

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from layerprobe.capture.buffers import Room
 from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.probe import Probe
-from layerprobe.capture.staging import Room
 from layerprobe.capture.units import AnnouncedBatch, encode_record
 from layerprobe.cores import using_cores
 from layerprobe.errors import InputError, SpaceError

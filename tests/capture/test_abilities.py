@@ -8,7 +8,7 @@ import torch
 import layerprobe as lp
 from layerprobe.capture.abilities import abilities_of
 from layerprobe.capture.sinks import CallableSink, MemorySink
-from layerprobe.capture.staged import StageSink
+from layerprobe.capture.stagesink import StageSink
 
 
 class Own:

@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor
 
 from faults import check_shards
-from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer
+from layerprobe.capture.buffers import NO_ROOM, BufferPool, HostBuffer
 from layerprobe.errors import LockError, NonFiniteError, StoreError
 from layerprobe.store.durable import commit_file
 from layerprobe.store.format import ShardHeader, read_header
@@ -230,7 +230,7 @@ def interrupt_at(number: int, action: Callable[[], object], settle: Callable[[],
     def trace(frame: Any, event: str, _: object) -> Any:
         nonlocal lines
         file = frame.f_code.co_filename
-        if Path(file).stem not in ("writer", "staging", "threading", "queue"):
+        if Path(file).stem not in ("writer", "buffers", "threading", "queue"):
             return None
         # a tracer can raise between the end of a `with` and its exit, where no signal is taken
         if event == "line" and not linecache.getline(file, frame.f_lineno).lstrip().startswith("with "):

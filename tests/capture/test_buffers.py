@@ -19,8 +19,7 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.capture import packing, probe
-from layerprobe.capture.casting import cast_into
-from layerprobe.capture.staging import (
+from layerprobe.capture.buffers import (
     BufferPool,
     DirectLane,
     HostBuffer,
@@ -30,6 +29,7 @@ from layerprobe.capture.staging import (
     make_lane,
     send,
 )
+from layerprobe.capture.casting import cast_into
 from layerprobe.capture.streams import PlainCopies
 from layerprobe.capture.target import Target
 from layerprobe.capture.units import AnnouncedBatch
