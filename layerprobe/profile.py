@@ -19,7 +19,7 @@ from layerprobe.capture.hooks import HookSet
 from layerprobe.capture.values import find_tensor
 from layerprobe.cost.counting import Counter, counting
 from layerprobe.cost.machine import check_device, make_clock, measure_peaks
-from layerprobe.cost.marks import OTHER, Owners, Point, Step, find_points, marked
+from layerprobe.cost.marks import OTHER, Owners, Step, TimingPoint, find_points, marked
 from layerprobe.cost.results import Cost, Profile
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import LoadedModel, evaluating
@@ -116,7 +116,7 @@ def check_runs(network: nn.Module, repeats: int) -> torch.device:
 class _Account:
     """What the counting pass learns: the steps in order, and what each is charged with."""
 
-    def __init__(self, network: nn.Module, points: Sequence[Point], counter: Counter) -> None:
+    def __init__(self, network: nn.Module, points: Sequence[TimingPoint], counter: Counter) -> None:
         self.steps: list[Step] = []
         self._owners = Owners(points)
         self._counter = counter
@@ -160,7 +160,7 @@ class _Account:
         return tuple(Cost(step.name, step.part, tuple(times[step]), *sums) for step, sums in self._charged.items())
 
 
-def _count(network: nn.Module, batch: Mapping[str, Any], points: Sequence[Point]) -> _Account:
+def _count(network: nn.Module, batch: Mapping[str, Any], points: Sequence[TimingPoint]) -> _Account:
     """Run the model once and count."""
     given = [item for item in batch.values() if isinstance(item, Tensor)]
     hooks = HookSet()
@@ -179,7 +179,7 @@ def _count(network: nn.Module, batch: Mapping[str, Any], points: Sequence[Point]
 
 
 def _time(
-    network: nn.Module, batch: Mapping[str, Any], points: Sequence[Point], num_steps: int, repeats: int
+    network: nn.Module, batch: Mapping[str, Any], points: Sequence[TimingPoint], num_steps: int, repeats: int
 ) -> tuple[list[list[float]], list[float]]:
     """Take the times of every interval, repeat by repeat, and those of the bare model in turns with them."""
     clock = make_clock(find_device(network))
@@ -210,7 +210,7 @@ def _time(
 def _write_trace(
     network: "weakref.ref[nn.Module]",
     batch: Mapping[str, Any],
-    points: Sequence[Point],
+    points: Sequence[TimingPoint],
     steps: Sequence[Step],
     path: Path,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.capture.select import Selection
+from layerprobe.capture.select import BatchSelection
 
 CPU = torch.device("cpu")
 MASKS = {
@@ -25,12 +25,12 @@ def make_value() -> Tensor:
     return torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(2))
 
 
-def select(mask: Any) -> Selection:
+def select(mask: Any) -> BatchSelection:
     given = torch.tensor(mask)
-    return Selection.from_mask(given, (given.shape[0], given.shape[1]), CPU)
+    return BatchSelection.from_mask(given, (given.shape[0], given.shape[1]), CPU)
 
 
-def index(selection: Selection, mask: Any) -> Selection:
+def index(selection: BatchSelection, mask: Any) -> BatchSelection:
     """The same selection as an index, the way it goes on a device."""
     places = torch.tensor(mask).flatten().nonzero()[:, 0]
-    return Selection(selection.lengths, selection.num_positions, None, places)
+    return BatchSelection(selection.lengths, selection.num_positions, None, places)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.analysis.geometry import find_outliers, find_rogues
-from layerprobe.analysis.moments import Moments, UnitSums
+from layerprobe.analysis.moments import RunningMoments, UnitSums
 from layerprobe.analysis.results import table_cell, write_csv, write_json
 from layerprobe.analysis.sweep import Chunk, choose_depth, count_rows, need_store, sweep
 from layerprobe.cores import using_few_cores
@@ -205,7 +205,7 @@ class _SiteSums:
 
     def __init__(self, site: StoredSite) -> None:
         self.name = site.name
-        self.moments = Moments(site.width)
+        self.moments = RunningMoments(site.width)
         self.cosines = {way: UnitSums(site.width) for way in ("raw", "centred", "zscored")}
         self.first = _FirstRows()
         self._norms = [0.0, 0.0]

@@ -1,7 +1,7 @@
 """Sums over rows that are enough for a statistic, so that no row need be kept.
 
-`Moments` holds the mean and the covariance of a site in D x D numbers; `UnitSums` what the mean cosine of all pairs is
-made of; `Scaling` how rows are prepared before a cosine is taken. Rows come in batches, in any order.
+`RunningMoments` holds the mean and the covariance of a site in D x D numbers; `UnitSums` what the mean cosine of all
+pairs is made of; `Scaling` how rows are prepared before a cosine is taken. Rows come in batches, in any order.
 
 Letters: n rows, D width. Must never know of stores.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from layerprobe.analysis.geometry import cut_cosines, mean_cosine, normalise
 from layerprobe.errors import OptionError
 
-__all__ = ["COSINES", "Moments", "Scaling", "UnitSums", "check_cosine"]
+__all__ = ["COSINES", "RunningMoments", "Scaling", "UnitSums", "check_cosine"]
 
 COSINES = ("raw", "centred", "zscored")
 # Of its own size, or of what is usual among the dimensions: a deviation that rounding alone may leave.
@@ -53,7 +53,7 @@ class Scaling:
         return rows if self.factor is None else rows * self.factor
 
 
-class Moments:
+class RunningMoments:
     """Count, mean and covariance of rows that come in batches.
 
     The first batch's mean is taken off before anything is summed: products of large equal numbers would leave few

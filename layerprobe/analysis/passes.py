@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.analysis.geometry import find_neighbours, mean_cosine, neighbour_overlap, unbiased_hsic
-from layerprobe.analysis.moments import Moments, Scaling, UnitSums
+from layerprobe.analysis.moments import RunningMoments, Scaling, UnitSums
 from layerprobe.analysis.sweep import Chunk
 from layerprobe.store.writer import StoredSite
 
@@ -38,7 +38,7 @@ class ShapePass:
     """
 
     def __init__(self, sites: Sequence[StoredSite], sample: int) -> None:
-        self.moments = [Moments(site.width) for site in sites]
+        self.moments = [RunningMoments(site.width) for site in sites]
         self._hsic = torch.zeros(len(sites), len(sites), dtype=torch.float64)
         self._cka_rows = 0
         self._wanted = sample

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import find_cache
-from layerprobe.sites.weights import Comparison, EagerTwin
+from layerprobe.sites.weights import ContextComparison, EagerTwin
 
 __all__ = ["Call", "Context", "Sink", "Source", "is_sink", "read_context"]
 
@@ -71,7 +71,7 @@ class Call:
     chunks: dict[int, list[Tensor]] = field(default_factory=dict)
     twins: dict[int, EagerTwin] = field(default_factory=dict)
     places: dict[int, Tensor] = field(default_factory=dict)
-    unchecked: list[Comparison] | None = None
+    unchecked: list[ContextComparison] | None = None
     sources: dict[int, Source] | None = None
     is_orphan: bool = False
     is_running: Callable[[], bool] = lambda: True

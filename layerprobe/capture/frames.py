@@ -19,7 +19,7 @@ from torch import Tensor
 from layerprobe.capture.calls import Call, Context, Sink, read_context
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
-from layerprobe.sites.weights import Comparison, require_same_contexts
+from layerprobe.sites.weights import ContextComparison, require_same_contexts
 
 __all__ = ["ROOT", "Frames"]
 
@@ -231,7 +231,7 @@ class Frames:
                 "were not called. Leave the sites out, or call the model so that it uses them."
             )
 
-    def _check_weights(self, call: Call, unchecked: Sequence[Comparison]) -> None:
+    def _check_weights(self, call: Call, unchecked: Sequence[ContextComparison]) -> None:
         try:
             require_same_contexts(unchecked)
         except BaseException:

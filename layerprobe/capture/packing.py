@@ -24,12 +24,12 @@ from layerprobe.capture.buffers import NO_ROOM, BufferPool, HostBuffer, Lane, Ro
 from layerprobe.capture.calls import Call
 from layerprobe.capture.casting import NOT_PLAIN, cast_into
 from layerprobe.capture.pooling import Pool, pool_rows
-from layerprobe.capture.select import Run, Selection, copy_runs, write_pairs, write_rows
+from layerprobe.capture.select import BatchSelection, Run, copy_runs, write_pairs, write_rows
 from layerprobe.capture.sinks import is_per_token, select_tokens
 from layerprobe.capture.turns import Turns
 from layerprobe.capture.units import (
     AnnouncedBatch,
-    Unit,
+    OpenUnit,
     check_storable,
     list_tensors,
     measure_site,
@@ -53,7 +53,7 @@ class _Pending:
     thread: int
     call: Call
     batch: AnnouncedBatch | None = None
-    selection: Selection | None = None
+    selection: BatchSelection | None = None
     room: Room = NO_ROOM
     # of values that are copied to the buffer as they lie, where that is all that is done to them
     runs: Sequence[Run] | None = None
@@ -117,7 +117,7 @@ class StoreSink(SinkAbilities):
         self._announced: AnnouncedBatch | None = None
         self._sites: Sequence[Site] = ()
         self._lane: Lane = make_lane(device)
-        self._unit: Unit | None = None
+        self._unit: OpenUnit | None = None
         self._room = NO_ROOM
         self._next_unit = 0
         self._next_example = 0
@@ -354,7 +354,7 @@ class StoreSink(SinkAbilities):
             self.buffers = self._make_buffers(room)
         buffer = self.buffers.acquire(self.writer.check)
         buffer.grow(room)
-        self._unit = Unit(number, first_example, buffer, num_truncated)
+        self._unit = OpenUnit(number, first_example, buffer, num_truncated)
 
     def end_unit(self) -> None:
         """Seal the open unit and hand it to the writer."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from layerprobe.capture.select import Selection
+from layerprobe.capture.select import BatchSelection
 from layerprobe.errors import CaptureError, LayerProbeError, OptionError
 
 __all__ = ["POOLS", "Pool", "check_pool", "pool_rows"]
@@ -37,7 +37,7 @@ def check_pool(pool: object) -> None:
         )
 
 
-def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
+def pool_rows(value_BSD: Tensor, selection: BatchSelection, pool: Pool) -> Tensor:
     """Reduce the real tokens of each sequence to one vector.
 
     Args:
@@ -71,7 +71,7 @@ def pool_rows(value_BSD: Tensor, selection: Selection, pool: Pool) -> Tensor:
     return _pool_blocks(blocks, pool, value_BSD)
 
 
-def _pool_at_once(flat: Tensor, index: Tensor, selection: Selection, pool: Pool) -> Tensor:
+def _pool_at_once(flat: Tensor, index: Tensor, selection: BatchSelection, pool: Pool) -> Tensor:
     """Pool every sequence by as many operators as one takes: on a GPU each is a launch, and here they are small."""
     if not len(index):
         return flat.new_full((len(selection.lengths), flat.shape[1]), float("nan"))

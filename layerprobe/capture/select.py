@@ -1,6 +1,6 @@
 """From a batch to the rows that count.
 
-A `Selection` is computed once per call from the attention mask and then used for every site. Batches made by a
+A `BatchSelection` is computed once per call from the attention mask and then used for every site. Batches made by a
 tokenizer are padded on one side, so their rows are a few rectangles, each copied and cast in one pass; any other mask
 falls back to an index. Must never know where rows go.
 
@@ -22,7 +22,7 @@ from layerprobe.capture.casting import NOT_PLAIN, cast_into
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError
 
-__all__ = ["Run", "Selection", "copy_runs", "take_ids", "write_pairs", "write_rows"]
+__all__ = ["BatchSelection", "Run", "copy_runs", "take_ids", "write_pairs", "write_rows"]
 
 _CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class BatchSelection:
     """Which tokens of a `[B, S]` batch are real.
 
     Args:
@@ -89,7 +89,7 @@ class Selection:
         num_positions: int,
         device: torch.device,
         sequences: Sequence[int] | None = None,
-    ) -> "Selection":
+    ) -> "BatchSelection":
         """Describe a batch padded on the right, without looking at a mask."""
         spans = [(0, length) for length in lengths]
         return cls._from_spans(spans, num_positions, device, None if sequences is None else tuple(sequences))
@@ -97,7 +97,7 @@ class Selection:
     @classmethod
     def from_flat(
         cls, lengths: Sequence[int], device: torch.device, sequences: Sequence[int] | None = None
-    ) -> "Selection":
+    ) -> "BatchSelection":
         """Describe texts that lie behind one another in one sequence, each once.
 
         Args:
@@ -118,7 +118,7 @@ class Selection:
         return cls._from_runs(runs, spans, [0] * len(spans), sum(own.values()), device, several, is_flat=True)
 
     @classmethod
-    def from_mask(cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> "Selection":
+    def from_mask(cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> "BatchSelection":
         """Describe a batch by its attention mask.
 
         Args:
@@ -155,7 +155,7 @@ class Selection:
         num_positions: int,
         device: torch.device,
         sequences: tuple[int, ...] | None = None,
-    ) -> "Selection":
+    ) -> "BatchSelection":
         numbers = sequences or range(len(spans))
         runs: list[Run] = []
         for sequence, (start, stop) in zip(numbers, spans, strict=True):
@@ -175,7 +175,7 @@ class Selection:
         device: torch.device,
         sequences: tuple[int, ...] | None,
         is_flat: bool = False,
-    ) -> "Selection":
+    ) -> "BatchSelection":
         """Add an index where the runs are many; `rows`: for each example the row of the batch it lies in."""
         lengths = tuple(stop - start for start, stop in spans)
         index = None
@@ -191,16 +191,16 @@ class Selection:
         return bounds[:-1], bounds[1:]
 
     @cached_property
-    def distinct(self) -> "Selection":
+    def distinct(self) -> "BatchSelection":
         """Each sequence once."""
         if self.sequences is None:
             return self
         first = [self.sequences.index(number) for number in range(self.num_distinct)]
         if self.is_flat:
-            return Selection.from_flat([self.lengths[place] for place in first], self.device)
-        return Selection._from_spans([self.spans[place] for place in first], self.num_positions, self.device)
+            return BatchSelection.from_flat([self.lengths[place] for place in first], self.device)
+        return BatchSelection._from_spans([self.spans[place] for place in first], self.num_positions, self.device)
 
-    def keep(self, kept: Sequence[Tensor]) -> "Selection":
+    def keep(self, kept: Sequence[Tensor]) -> "BatchSelection":
         """Keep some tokens of each example.
 
         Args:
@@ -213,7 +213,7 @@ class Selection:
         index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
         index = send(index, self.device)
         lengths = tuple(map(len, kept))
-        return Selection(lengths, self.num_positions, None, index, numbers, self.spans, self.device, self.is_flat)
+        return BatchSelection(lengths, self.num_positions, None, index, numbers, self.spans, self.device, self.is_flat)
 
     def repeat_rows(self, rows_TD: Tensor) -> Tensor:
         """Give each example its rows, of rows that hold each sequence once.
@@ -253,7 +253,7 @@ def _count_on(firsts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.arange(stops[-1] if len(stops) else 0) + np.repeat(offsets, lengths))
 
 
-def write_rows(target: Target, value: Tensor, selection: Selection) -> None:
+def write_rows(target: Target, value: Tensor, selection: BatchSelection) -> None:
     """Gather the real tokens of a batch into `target`, cast on the way.
 
     Args:
@@ -318,7 +318,7 @@ def copy_runs(whole: Tensor, row: int, value: Tensor, runs: Sequence[Run]) -> No
         out_offset += (last - first) * length * size
 
 
-def write_pairs(target: Target, weights_BHSS: Tensor, selection: Selection) -> None:
+def write_pairs(target: Target, weights_BHSS: Tensor, selection: BatchSelection) -> None:
     """Write the attention among real tokens, flat, `[H, len, len]` per example.
 
     Args:
@@ -347,7 +347,7 @@ def write_pairs(target: Target, weights_BHSS: Tensor, selection: Selection) -> N
         start += block.numel()
 
 
-def take_ids(input_ids: Tensor | None, selection: Selection) -> Tensor:
+def take_ids(input_ids: Tensor | None, selection: BatchSelection) -> Tensor:
     """Take the ids of the real tokens, to the CPU; -1 where the model was called with embeddings.
 
     Raises:

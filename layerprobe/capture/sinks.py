@@ -20,7 +20,7 @@ from layerprobe.capture.buffers import fetch
 from layerprobe.capture.calls import Call, Context, Source
 from layerprobe.capture.casting import cast_into
 from layerprobe.capture.pooling import Pool, pool_rows
-from layerprobe.capture.select import Selection, take_ids
+from layerprobe.capture.select import BatchSelection, take_ids
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.grammar import expand_patterns
@@ -167,13 +167,13 @@ def find_site(pattern: str, names: Sequence[str], num_layers: Mapping[str, int])
     return matched[0]
 
 
-def select_call(context: Context, value: Tensor) -> Selection:
+def select_call(context: Context, value: Tensor) -> BatchSelection:
     """Work out the real tokens of a call from its mask; all of them where there is none."""
     shape = context.shape or (value.shape[0], value.shape[1])
-    return Selection.from_mask(context.attention_mask, shape, value.device)
+    return BatchSelection.from_mask(context.attention_mask, shape, value.device)
 
 
-def select_tokens(context: Context, value: Tensor) -> tuple[Selection, Tensor]:
+def select_tokens(context: Context, value: Tensor) -> tuple[BatchSelection, Tensor]:
     """Work out the real tokens of a call and take their ids to the CPU, with one wait for the model's device."""
     asked = {"input_ids": context.input_ids, "attention_mask": context.attention_mask}
     asked = {name: tensor for name, tensor in asked.items() if isinstance(tensor, Tensor)}

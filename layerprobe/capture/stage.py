@@ -19,10 +19,10 @@ from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.guard import check_count
 
-__all__ = ["Room", "Stage"]
+__all__ = ["Stage", "StageTensors"]
 
 
-class Room(NamedTuple):
+class StageTensors(NamedTuple):
     """The tensors of a stage; each has one element more than there is room for.
 
     `counts` holds T and B of the last call, `is_done` whether it ran to its end, `is_open` whether a probe is open.
@@ -67,7 +67,7 @@ class Stage:
             check_count(f"{name} of a stage", most)
         self.max_tokens = max_tokens
         self.max_examples = max_examples
-        self._room: Room | None = None
+        self._tensors: StageTensors | None = None
         self._layout: Any = None
         self._kinds: dict[str, tuple[int, str]] = {}
         self._num_layers: Mapping[str, int] = {}
@@ -76,8 +76,8 @@ class Stage:
     @property
     def offsets(self) -> Tensor:
         """`[B + 1]` int64, a view: rows `offsets[b]` to `offsets[b + 1]` are those of sequence b."""
-        room, _, num_examples = self._look()
-        return room.offsets[: num_examples + 1]
+        tensors, _, num_examples = self._look()
+        return tensors.offsets[: num_examples + 1]
 
     def __getitem__(self, site: str) -> Tensor:
         """Give what the last call made, a view: `[T, D]` rows, or `[B, D]` where a site has one vector per example.
@@ -86,26 +86,26 @@ class Stage:
             SiteError: the site is not among those of the probe.
             CaptureError: no call has ended, or the last one had more than there is room for.
         """
-        room, num_tokens, num_examples = self._look()
+        tensors, num_tokens, num_examples = self._look()
         index, kind = self._kinds[find_site(site, list(self._kinds), self._num_layers)]
-        return room.values[index][: num_tokens if kind == "token" else num_examples]
+        return tensors.values[index][: num_tokens if kind == "token" else num_examples]
 
-    def _look(self) -> tuple[Room, int, int]:
+    def _look(self) -> tuple[StageTensors, int, int]:
         """Ask the device how much the last call has made."""
-        if self._room is None or not self._room.is_done:
+        if self._tensors is None or not self._tensors.is_done:
             raise CaptureError(
                 "the stage holds no call: none of the model has ended in the probe, or the last was cut short. "
                 "Call model(...) inside the with block."
             )
-        num_tokens, num_examples = self._room.counts.tolist()
+        num_tokens, num_examples = self._tensors.counts.tolist()
         if num_tokens > self.max_tokens or num_examples > self.max_examples:
             raise CaptureError(
                 f"the last call had {num_tokens} tokens in {num_examples} examples: the stage has room for "
                 f"{self.max_tokens} in {self.max_examples}. Make a larger one, or call the model with fewer texts."
             )
-        return self._room, num_tokens, num_examples
+        return self._tensors, num_tokens, num_examples
 
-    def take(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> Room:
+    def take(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> StageTensors:
         """Get ready for these sites; the tensors of the last probe stay where they are if they fit.
 
         Raises:
@@ -114,34 +114,34 @@ class Stage:
         if self._is_taken:
             raise CaptureError("the stage belongs to another open probe: make one for each.")
         layout = [(site.kind, site.width) for site in sites], dtype, device
-        if self._room is None or layout != self._layout:
-            self._room, self._layout = self._allocate(sites, dtype, device), layout
+        if self._tensors is None or layout != self._layout:
+            self._tensors, self._layout = self._allocate(sites, dtype, device), layout
         self._kinds = {site.name: (index, site.kind) for index, site in enumerate(sites)}
-        self._room.is_done.fill_(False)
-        self._room.is_open.fill_(True)
+        self._tensors.is_done.fill_(False)
+        self._tensors.is_open.fill_(True)
         self._is_taken = True
-        return self._room
+        return self._tensors
 
     def leave(self) -> None:
         """Write no more, even where a graph that was compiled with the probe outlives it."""
-        if self._room is not None:
-            self._room.is_open.fill_(False)
+        if self._tensors is not None:
+            self._tensors.is_open.fill_(False)
         self._is_taken = False
 
     def name_layers(self, num_layers: Mapping[str, int]) -> None:
         """Let negative layer numbers be resolved."""
         self._num_layers = num_layers
 
-    def _allocate(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> Room:
+    def _allocate(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> StageTensors:
         with torch.inference_mode(False):
             extents = {"token": self.max_tokens, "example": self.max_examples}
-            room = Room(
+            tensors = StageTensors(
                 [torch.zeros(extents[site.kind] + 1, site.width or 0, dtype=dtype, device=device) for site in sites],
                 torch.zeros(self.max_examples + 2, dtype=torch.int64, device=device),
                 torch.zeros(2, dtype=torch.int64, device=device),
                 torch.zeros((), dtype=torch.bool, device=device),
                 torch.zeros((), dtype=torch.bool, device=device),
             )
-        for tensor in (*room.values, *room[1:]):
+        for tensor in (*tensors.values, *tensors[1:]):
             torch._dynamo.mark_static_address(tensor)
-        return room
+        return tensors

@@ -21,7 +21,7 @@ from layerprobe.capture.abilities import SinkAbilities
 from layerprobe.capture.calls import Call
 from layerprobe.capture.compiled import Outlet, Reading
 from layerprobe.capture.frames import ROOT
-from layerprobe.capture.stage import Room, Stage
+from layerprobe.capture.stage import Stage, StageTensors
 from layerprobe.capture.values import find_tensor, take_part
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
@@ -70,8 +70,8 @@ class StageSink(SinkAbilities):
         _check_sites(sites)
         assert self._outlet is not None
         self._sites = sites
-        room = self._stage.take(sites, self._dtype, self._device)
-        self._packer = self._outlet.packer = _Packer(self._stage, room, sites)
+        tensors = self._stage.take(sites, self._dtype, self._device)
+        self._packer = self._outlet.packer = _Packer(self._stage, tensors, sites)
 
     def close(self, error: BaseException | None) -> None:
         if self._packer is not None:
@@ -167,10 +167,10 @@ class _StageOutlet:
 class _Packer:
     """Where the rows of the running call go."""
 
-    def __init__(self, stage: Stage, room: Room, sites: Sequence[Site]) -> None:
+    def __init__(self, stage: Stage, tensors: StageTensors, sites: Sequence[Site]) -> None:
         self._most_tokens = stage.max_tokens
         self._most_examples = stage.max_examples
-        self._room = room
+        self._tensors = tensors
         self.sites = sites
         self.stack = next((site.stack for site in sites if site.stack is not None), None)
         # what follows all stacks is made by the task model around them
@@ -197,17 +197,17 @@ class _Packer:
         """Begin a call: what the stage holds is that of the last one no more."""
         self._forget()
         self.tokens, self.mask, self.is_in_graph = tokens, mask, in_graph
-        self._room.is_done.logical_and_(self._room.is_open.logical_not())
+        self._tensors.is_done.logical_and_(self._tensors.is_open.logical_not())
 
     def end(self, completed: bool) -> None:
         """End it."""
         if completed:
-            self._room.is_done.logical_or_(self._room.is_open)
+            self._tensors.is_done.logical_or_(self._tensors.is_open)
         self._forget()
 
     def find_places(self, shape: Sequence[int], device: torch.device) -> None:
         """Work out which row of the stage each token goes to, and say where each sequence begins."""
-        mask, room = self.mask, self._room
+        mask, tensors = self.mask, self._tensors
         if mask is None:
             real_BS = torch.ones(shape[0], shape[1], dtype=torch.bool, device=device)
         elif mask.ndim == 2 and mask.shape[0] == shape[0] and mask.shape[1] == shape[1]:
@@ -217,18 +217,18 @@ class _Packer:
                 f"attention_mask has shape {tuple(mask.shape)}: rows need one of shape {tuple(shape)}. "
                 "Pass a [batch, positions] mask, or capture into memory."
             )
-        is_real, most = real_BS.flatten() & room.is_open, self._most_tokens
+        is_real, most = real_BS.flatten() & tensors.is_open, self._most_tokens
         self._row_places = torch.where(is_real, is_real.cumsum(0) - 1, most).clamp(max=most)
         most = self._most_examples
         numbers = torch.arange(shape[0], device=device).clamp(max=most)
-        places = self._example_places = torch.where(room.is_open, numbers, most)
-        room.offsets.index_copy_(0, places + 1, real_BS.sum(dim=1).cumsum(0))
+        places = self._example_places = torch.where(tensors.is_open, numbers, most)
+        tensors.offsets.index_copy_(0, places + 1, real_BS.sum(dim=1).cumsum(0))
         counts = torch.stack((real_BS.sum(), torch.ones_like(numbers).sum()))
-        room.counts.copy_(torch.where(room.is_open, counts, room.counts))
+        tensors.counts.copy_(torch.where(tensors.is_open, counts, tensors.counts))
 
     def write(self, index: int, value: Tensor) -> None:
         """Write what a site has made, cast."""
-        site, kept = self.sites[index], self._room.values[index]
+        site, kept = self.sites[index], self._tensors.values[index]
         if self.is_made[index]:
             raise CaptureError(f"{site.name!r} was made twice in one call. Ask for the sites of single layers.")
         self.is_made[index] = True

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from layerprobe.capture.abilities import SinkAbilities
 from layerprobe.capture.calls import Call
-from layerprobe.capture.select import Selection, write_rows
+from layerprobe.capture.select import BatchSelection, write_rows
 from layerprobe.capture.sinks import select_call
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError, SiteError
@@ -98,7 +98,7 @@ class Rows:
 class _CallState:
     """What a call has made so far: tokens by stack, sums by site, and how many sequences it has."""
 
-    tokens: dict[int, tuple[Selection, Tokens]] = field(default_factory=dict)
+    tokens: dict[int, tuple[BatchSelection, Tokens]] = field(default_factory=dict)
     sums: dict[str, Sums] = field(default_factory=dict)
     num_examples: int = 0
 

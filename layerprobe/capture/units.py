@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layerprobe.capture.buffers import NO_ROOM, HostBuffer, Room
 from layerprobe.capture.pooling import Pool, pool_rows
-from layerprobe.capture.select import Selection
+from layerprobe.capture.select import BatchSelection
 from layerprobe.capture.sinks import check_pooled, is_per_token
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
@@ -24,7 +24,7 @@ from layerprobe.store.writer import StoredSite
 
 __all__ = [
     "AnnouncedBatch",
-    "Unit",
+    "OpenUnit",
     "check_storable",
     "encode_record",
     "list_shapes",
@@ -63,17 +63,17 @@ class AnnouncedBatch:
     num_filling: int = 0
     is_flat: bool = False
 
-    def select(self, device: torch.device) -> Selection:
+    def select(self, device: torch.device) -> BatchSelection:
         """Tell where its rows are in what the model makes there."""
         if self.is_flat:
-            selection = Selection.from_flat(self.lengths, device, self.sequences)
+            selection = BatchSelection.from_flat(self.lengths, device, self.sequences)
         else:
-            selection = Selection.from_lengths(self.lengths, self.num_positions, device, self.sequences)
+            selection = BatchSelection.from_lengths(self.lengths, self.num_positions, device, self.sequences)
         return selection if self.kept is None else selection.keep(self.kept)
 
 
 @dataclass(eq=False)
-class Unit:
+class OpenUnit:
     """An open unit: its buffer and what has been finished in it."""
 
     number: int
@@ -116,7 +116,7 @@ def measure_site(
         )
     width = value.shape[2] if per_token else value.shape[1]
     if callable(pool) and per_token:
-        every_token = Selection.from_lengths([value.shape[1]], value.shape[1], value.device)
+        every_token = BatchSelection.from_lengths([value.shape[1]], value.shape[1], value.device)
         width = pool_rows(value[:1].detach(), every_token, pool).shape[1]
     kind = "token" if per_token and pool is None else "example"
     return StoredSite(site.name, kind, dtype or value.dtype, width)
@@ -142,7 +142,7 @@ def check_storable(sites: Sequence[Site], pool: Pool, dtype: torch.dtype | None)
         raise OptionError("a store has the tokens of one stack: ask for encoder sites or for decoder sites.")
 
 
-def room_for(selection: Selection) -> Room:
+def room_for(selection: BatchSelection) -> Room:
     return Room(selection.num_rows, len(selection.lengths), selection.num_pairs)
 
 
@@ -179,7 +179,7 @@ def list_shapes(
     return sorted(shapes, key=lambda named: _file_order(named[0], named[1]))
 
 
-def list_tensors(unit: Unit, stored: Sequence[StoredSite]) -> list[tuple[str, Tensor]]:
+def list_tensors(unit: OpenUnit, stored: Sequence[StoredSite]) -> list[tuple[str, Tensor]]:
     """Put the tensors of a shard in file order: widest dtype first, so that each is aligned, and records last."""
     lengths = torch.tensor([0, *unit.lengths], dtype=torch.int64)
     tensors = [

@@ -20,7 +20,7 @@ from layerprobe.capture.calls import Context, read_context
 from layerprobe.capture.compiled import forget_compiled_graphs, has_compiled
 from layerprobe.capture.hooks import HookSet
 from layerprobe.capture.readings import Readings, Taken, require_uncompiled
-from layerprobe.capture.select import Selection, write_rows
+from layerprobe.capture.select import BatchSelection, write_rows
 from layerprobe.capture.sinks import select_call
 from layerprobe.capture.target import Target
 from layerprobe.capture.vitals import Vitals
@@ -69,7 +69,7 @@ class Watcher(AbstractContextManager["Watcher"]):
         self._always, self._hooks = HookSet(), HookSet()
         self._contexts: dict[int, Context] = {}
         # by stack, first position, shape and device: each is worked out on the host, which waits for the device
-        self._selections: dict[tuple[int, int, torch.Size, torch.device], Selection] = {}
+        self._selections: dict[tuple[int, int, torch.Size, torch.device], BatchSelection] = {}
         self._vitals: dict[str, Vitals] = {}
         self._watched: int | None = None
 

@@ -19,7 +19,7 @@ from layerprobe.capture.hooks import HookSet
 from layerprobe.errors import OptionError
 from layerprobe.sites.resolve import ModelMap, Site
 
-__all__ = ["OTHER", "Owners", "Point", "Step", "find_points", "marked"]
+__all__ = ["OTHER", "Owners", "Step", "TimingPoint", "find_points", "marked"]
 
 OTHER = "other"
 # Sites that are whole parts of a model, and so rows of the table by layer.
@@ -29,7 +29,7 @@ OnMark = Callable[[int, Any], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Point:
+class TimingPoint:
     """A module where a mark is taken: as it is entered, at its input, or at its output.
 
     Args:
@@ -51,7 +51,7 @@ class Step:
     part: str
 
 
-def find_points(mapped: ModelMap, patterns: str | Sequence[str] | None) -> list[Point]:
+def find_points(mapped: ModelMap, patterns: str | Sequence[str] | None) -> list[TimingPoint]:
     """Find where marks are taken for sites, and for each whole part of the model.
 
     Raises:
@@ -77,13 +77,13 @@ def find_points(mapped: ModelMap, patterns: str | Sequence[str] | None) -> list[
             entered.setdefault(site.module, []).append(site)
     find = mapped.model.get_submodule
     return [
-        *(Point(find(path), "enter", tuple(sites)) for path, sites in entered.items()),
-        *(Point(find(path), takes, tuple(sites)) for (path, takes), sites in made.items()),  # type: ignore[arg-type]
+        *(TimingPoint(find(path), "enter", tuple(sites)) for path, sites in entered.items()),
+        *(TimingPoint(find(path), takes, tuple(sites)) for (path, takes), sites in made.items()),  # type: ignore[arg-type]
     ]
 
 
 @contextmanager
-def marked(points: Sequence[Point], on_mark: OnMark) -> Iterator[None]:
+def marked(points: Sequence[TimingPoint], on_mark: OnMark) -> Iterator[None]:
     """Have `on_mark(point, value)` called at each point while the block runs; an entrance has no value."""
     hooks = HookSet()
     try:
@@ -123,7 +123,7 @@ class Owners:
         points: As given to `marked`.
     """
 
-    points: Sequence[Point]
+    points: Sequence[TimingPoint]
     _parts: list[str] = field(default_factory=list)
     _entered: dict[int, int] = field(default_factory=dict)
 

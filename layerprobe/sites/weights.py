@@ -26,7 +26,7 @@ from layerprobe.errors import CaptureError
 from layerprobe.rounding import rounds_products
 from layerprobe.sites.stacks import find_cache
 
-__all__ = ["Comparison", "EagerTwin", "require_same_contexts"]
+__all__ = ["ContextComparison", "EagerTwin", "require_same_contexts"]
 
 # What rounding may move a context by, in the eps of what computes it. Seen at most, over the demo model and tiny ones
 # of every family on a CPU: 2.5 eps in float32, 1.2 in the half types. A query times 1.5 in bfloat16 moves the demo
@@ -52,7 +52,7 @@ class EagerTwin:
         later: Where comparisons go that the caller will look at; None to have them looked at by `finish`.
     """
 
-    def __init__(self, module: nn.Module, checks: bool = True, later: "list[Comparison] | None" = None) -> None:
+    def __init__(self, module: nn.Module, checks: bool = True, later: "list[ContextComparison] | None" = None) -> None:
         self._module, self._name, self._checks, self._later = module, type(module).__name__, checks, later
         self._forward, self._parameters = _eager_forward(type(module))
         self._children = {name: _Replay() for name, _ in module.named_children()}
@@ -200,7 +200,7 @@ def _four_dimensional(output: Any) -> Tensor | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class ContextComparison:
     """How far a context is off the one that the kernel made, measured but not looked at.
 
     Args:
@@ -215,7 +215,7 @@ class Comparison:
     eps: float
 
 
-def require_same_contexts(compared: Sequence[Comparison]) -> None:
+def require_same_contexts(compared: Sequence[ContextComparison]) -> None:
     """Refuse weights whose mix of the values is not the context the kernel made.
 
     Raises:
@@ -236,7 +236,7 @@ def require_same_contexts(compared: Sequence[Comparison]) -> None:
             )
 
 
-def _compare(module: nn.Module, twin: Tensor, real: Tensor) -> Comparison:
+def _compare(module: nn.Module, twin: Tensor, real: Tensor) -> ContextComparison:
     """Hold a context against the kernel's.
 
     Left out are rows of zeros, where a query had no key to look at (padding far from any token, under a window: sdpa
@@ -248,7 +248,7 @@ def _compare(module: nn.Module, twin: Tensor, real: Tensor) -> Comparison:
     # By root mean square over the whole context: rounding is spread over it, and another formula moves all of it.
     sizes = [_root_mean_square(value, seen) for value in (twin.float() - real.float(), real.float())]
     eps = _rounding_of(real.dtype, real.is_cuda, rounds_products())
-    return Comparison(type(module).__name__, _kernel(module) or "sdpa", torch.stack(sizes), eps)
+    return ContextComparison(type(module).__name__, _kernel(module) or "sdpa", torch.stack(sizes), eps)
 
 
 def _root_mean_square(value: Tensor, seen: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 import layerprobe as lp
 from layerprobe.capture import probe as probe_module
 from layerprobe.capture.identity import describe_pool
-from layerprobe.capture.select import Selection, take_ids
+from layerprobe.capture.select import BatchSelection, take_ids
 from layerprobe.errors import CaptureError, StoreError
 
 SITES = ["embeddings", "layers.1.ffn.act", "layers.2", "pooler"]
@@ -138,7 +138,7 @@ def test_value_of_fewer_positions_than_the_call_is_refused(tiny_bert: Any, tmp_p
 
 def test_ids_of_more_than_two_dimensions_are_refused() -> None:
     ids = torch.ones(2, 3, 4, dtype=torch.int64)
-    selection = Selection.from_mask(None, (2, 3), torch.device("cpu"))
+    selection = BatchSelection.from_mask(None, (2, 3), torch.device("cpu"))
     with pytest.raises(CaptureError, match=r"input_ids have shape \(2, 3, 4\)"):
         take_ids(ids, selection)
 

@@ -16,7 +16,7 @@ from layerprobe.capture import probe as probe_module
 from layerprobe.capture import sinks
 from layerprobe.capture.buffers import HostBuffer, Room
 from layerprobe.capture.packing import StoreSink
-from layerprobe.capture.units import AnnouncedBatch, Unit, encode_record
+from layerprobe.capture.units import AnnouncedBatch, OpenUnit, encode_record
 from layerprobe.errors import CaptureError, NonFiniteError, StoreError
 from layerprobe.store.writer import ShardWriter, StoredSite
 
@@ -197,7 +197,7 @@ class _Numbers(TorchDispatchMode):
 
 def test_counts_of_all_sites_come_from_the_device_at_once() -> None:
     stored = [StoredSite(f"layers.{number}", "token", torch.float8_e4m3fn, 3) for number in range(4)]
-    unit = Unit(0, 0, HostBuffer(stored, Room(1, 1), pinned=False))
+    unit = OpenUnit(0, 0, HostBuffer(stored, Room(1, 1), pinned=False))
     with _Numbers() as numbers:
         assert unit.count_clipped(stored) == {}
         unit.overflow = {index: torch.tensor(count) for index, count in {3: 5, 0: 0, 2: 7}.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerprobe.capture.pooling import POOLS, check_pool, pool_rows
-from layerprobe.capture.select import Selection
+from layerprobe.capture.select import BatchSelection
 from layerprobe.errors import CaptureError, OptionError
 from masks import CPU, MASKS, index, make_value, select
 
@@ -100,7 +100,7 @@ def test_pooling_by_an_index_passes_gradients_twice() -> None:
 @pytest.mark.parametrize("through_index", [False, True])
 def test_mean_of_half_precision_is_taken_in_float32(through_index: bool) -> None:
     rows = torch.full((1, 4096, 1), 1.0009765625, dtype=torch.float16)
-    selection = Selection.from_mask(None, (1, 4096), CPU)
+    selection = BatchSelection.from_mask(None, (1, 4096), CPU)
     if through_index:
         selection = index(selection, [[1] * 4096])
     pooled = pool_rows(rows, selection, "mean")
@@ -110,7 +110,7 @@ def test_mean_of_half_precision_is_taken_in_float32(through_index: bool) -> None
 
 def test_mean_of_double_precision_stays_double() -> None:
     rows = torch.tensor([[[1.0], [1.0 + 2**-40]]], dtype=torch.float64)
-    pooled = pool_rows(rows, Selection.from_mask(None, (1, 2), CPU), "mean")
+    pooled = pool_rows(rows, BatchSelection.from_mask(None, (1, 2), CPU), "mean")
     assert pooled.item() == 1.0 + 2**-41
 
 
@@ -146,7 +146,7 @@ def test_callable_pool_whose_vectors_differ_in_length_is_refused(value: Tensor, 
 
 
 def test_callable_pool_that_gives_no_vector_is_refused(value: Tensor) -> None:
-    selection = Selection.from_mask(None, (4, 5), CPU)
+    selection = BatchSelection.from_mask(None, (4, 5), CPU)
     with pytest.raises(
         CaptureError, match=r"the pool callable gave \(5, 3\): it must turn \[T, D\] rows into one vect"
     ):
@@ -179,14 +179,14 @@ def test_an_error_of_a_callable_pool_names_it_and_the_example(value: Tensor) -> 
 
 
 def test_pool_of_no_sequences_is_empty() -> None:
-    pooled = pool_rows(torch.empty(0, 5, 3), Selection.from_mask(None, (0, 5), CPU), "mean")
+    pooled = pool_rows(torch.empty(0, 5, 3), BatchSelection.from_mask(None, (0, 5), CPU), "mean")
     assert pooled.shape == (0, 3)
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 6, 3), (4, 5, 3, 2)])
 def test_pool_of_a_value_without_rows_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(CaptureError, match=r"has no row per token to pool\."):
-        pool_rows(torch.zeros(shape), Selection.from_mask(None, (4, 5), CPU), "mean")
+        pool_rows(torch.zeros(shape), BatchSelection.from_mask(None, (4, 5), CPU), "mean")
 
 
 @pytest.mark.parametrize("pool", [*POOLS, None, torch.sum])

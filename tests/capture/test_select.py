@@ -15,7 +15,7 @@ from layerprobe.capture import casting
 from layerprobe.capture import select as select_module
 from layerprobe.capture.casting import DTYPES, cast_into, resolve_dtype
 from layerprobe.capture.pooling import pool_rows
-from layerprobe.capture.select import Selection, write_rows
+from layerprobe.capture.select import BatchSelection, write_rows
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError
 from masks import CPU, MASKS, index, make_value, select
@@ -42,12 +42,12 @@ def test_rows_are_the_real_tokens_in_order(value: Tensor, mask: Any, through_ind
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.int32, torch.uint8])
 def test_mask_may_be_of_any_dtype(kind: torch.dtype) -> None:
-    selection = Selection.from_mask(torch.tensor(MASKS["right"]).to(kind), (4, 5), CPU)
+    selection = BatchSelection.from_mask(torch.tensor(MASKS["right"]).to(kind), (4, 5), CPU)
     assert selection.lengths == (5, 2, 2, 1)
 
 
 def test_no_mask_keeps_every_token(value: Tensor) -> None:
-    selection = Selection.from_mask(None, (4, 5), CPU)
+    selection = BatchSelection.from_mask(None, (4, 5), CPU)
     out = torch.empty(20, 3)
     write_rows(Target(out), value, selection)
     assert torch.equal(out, value.flatten(0, 1))
@@ -55,7 +55,7 @@ def test_no_mask_keeps_every_token(value: Tensor) -> None:
 
 def test_lengths_select_what_the_mask_would() -> None:
     masked = select(MASKS["right"])
-    told = Selection.from_lengths([sum(row) for row in MASKS["right"]], 5, CPU)
+    told = BatchSelection.from_lengths([sum(row) for row in MASKS["right"]], 5, CPU)
     assert (told.lengths, told.num_positions, told.runs) == (masked.lengths, masked.num_positions, masked.runs)
 
 
@@ -67,7 +67,7 @@ def test_neighbours_of_one_length_are_one_rectangle() -> None:
 
 def test_many_rectangles_become_an_index() -> None:
     lengths = [1 + number % 7 for number in range(100)]
-    selection = Selection.from_lengths(lengths, 7, CPU)
+    selection = BatchSelection.from_lengths(lengths, 7, CPU)
     assert selection.index is not None
     assert selection.index.tolist() == [7 * b + place for b, length in enumerate(lengths) for place in range(length)]
     value = torch.randn(100, 7, 2)
@@ -89,7 +89,7 @@ def test_rows_of_a_flat_batch_are_those_of_each_text(
     own = dict(zip(numbers, lengths, strict=True))
     value = torch.randn(1, sum(own.values()), 5)
     parts = dict(zip(own, value[0].split(list(own.values())), strict=True))
-    selection = Selection.from_flat(lengths, CPU, sequences)
+    selection = BatchSelection.from_flat(lengths, CPU, sequences)
     assert (selection.index is not None) == through_index
     rows = [parts[number] for number in numbers]
     if kept is not None:
@@ -101,14 +101,14 @@ def test_rows_of_a_flat_batch_are_those_of_each_text(
     assert torch.equal(out, torch.cat(rows))
     for pool in ("mean", "cls", "max") if kept is None else ():
         vectors = selection.repeat_vectors(pool_rows(value, selection.distinct, pool))
-        alone = [pool_rows(one[None], Selection.from_mask(None, (1, len(one)), CPU), pool) for one in rows]
+        alone = [pool_rows(one[None], BatchSelection.from_mask(None, (1, len(one)), CPU), pool) for one in rows]
         torch.testing.assert_close(vectors, torch.cat(alone), equal_nan=True)  # many means at once add in another order
 
 
 def test_what_tells_repeated_texts_is_made_once_for_all_sites() -> None:
     """On a GPU, sending it anew for each site would wait for the model at each."""
     lengths, sequences = [3, 3, 2, 2, 1], [0, 0, 1, 1, 2]
-    selection = Selection.from_flat(lengths, CPU, sequences)
+    selection = BatchSelection.from_flat(lengths, CPU, sequences)
     rows, vectors = torch.arange(6), torch.tensor([7.0, 8.0, 9.0])
     assert selection.repeat_rows(rows).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4, 5]
     assert selection.repeat_vectors(vectors).tolist() == [7, 7, 8, 8, 9]
@@ -121,8 +121,8 @@ def test_what_tells_repeated_texts_is_made_once_for_all_sites() -> None:
 
 
 def test_neighbours_in_a_flat_batch_are_copied_at_once() -> None:
-    assert Selection.from_flat([4, 3, 3, 1], CPU).runs == ((0, 1, 0, 11),)
-    assert Selection.from_flat([4, 4, 3], CPU, [0, 0, 1]).runs == ((0, 1, 0, 4), (0, 1, 0, 7))
+    assert BatchSelection.from_flat([4, 3, 3, 1], CPU).runs == ((0, 1, 0, 11),)
+    assert BatchSelection.from_flat([4, 4, 3], CPU, [0, 0, 1]).runs == ((0, 1, 0, 4), (0, 1, 0, 7))
 
 
 def test_values_may_be_strided(value: Tensor) -> None:
@@ -136,7 +136,7 @@ def test_values_may_be_strided(value: Tensor) -> None:
 
 def test_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"attention_mask has shape \(4, 1, 5, 5\): rows need one of shape \(4, 5\)"):
-        Selection.from_mask(torch.ones(4, 1, 5, 5), (4, 5), CPU)
+        BatchSelection.from_mask(torch.ones(4, 1, 5, 5), (4, 5), CPU)
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 3), (3, 5, 3), (4, 5, 2)])
@@ -144,7 +144,7 @@ def test_value_without_a_row_per_token_is_refused(shape: tuple[int, ...]) -> Non
     with pytest.raises(
         CaptureError, match=r"has no row per token: it must be \(4, 5, 3\)\. Capture this site into mem"
     ):
-        write_rows(Target(torch.empty(20, 3)), torch.zeros(shape), Selection.from_mask(None, (4, 5), CPU))
+        write_rows(Target(torch.empty(20, 3)), torch.zeros(shape), BatchSelection.from_mask(None, (4, 5), CPU))
 
 
 # casts
