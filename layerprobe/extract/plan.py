@@ -29,7 +29,7 @@ from layerprobe.extract.inputs import Record, TextSource, check_text, open_sourc
 from layerprobe.extract.looking import try_out
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
-from layerprobe.extract.resume import check_finite, check_place, choose_size, find_done, holds_same_run, recall_run
+from layerprobe.extract.resume import check_finite, check_place, choose_size, find_done, is_same_run, recall_run
 from layerprobe.extract.thinning import find_kept
 from layerprobe.extract.tokens import NO_TEXTS, TokenizedUnit, tokenize
 from layerprobe.extract.trials import Trials, choose_batches
@@ -234,7 +234,7 @@ def plan_extraction(
     # beside values and ids: an ordinal and two offsets per example; the records
     num_bytes = value_bytes + 24 * survey.num_examples + survey.record_bytes
     # the same command goes on, with this option too: a job that is sent back to its queue has nothing else
-    overwrite = overwrite and not holds_same_run(place, description)
+    overwrite = overwrite and not is_same_run(recalled, description)
     done, num_damaged = ({}, 0) if overwrite else find_done(place, description)
     if options.nonfinite == "error":
         check_finite(done.values())

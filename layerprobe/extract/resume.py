@@ -37,7 +37,7 @@ __all__ = [
     "check_place",
     "choose_size",
     "find_done",
-    "holds_same_run",
+    "is_same_run",
     "recall_run",
 ]
 
@@ -112,18 +112,10 @@ def check_finite(headers: Iterable[ShardHeader]) -> None:
             )
 
 
-def holds_same_run(place: Place, description: Mapping[str, Any]) -> bool:
-    """Whether a place holds this very run, to the word: then there is nothing that `--overwrite` would replace."""
-    try:
-        found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else None
-    except FormatError:
-        return False
-    return found == {"format": FORMAT_VERSION, **json.loads(json.dumps(description))}
-
-
 class RecalledRun(NamedTuple):
-    """What of a run in a place was found by trying or goes by the device, and its fingerprint."""
+    """What a run in a place says of itself, and what of that was found by trying or goes by the device."""
 
+    said: Mapping[str, Any]
     shard_bytes: object
     batch_tokens: int
     is_flat: bool
@@ -137,6 +129,7 @@ def recall_run(place: Place) -> RecalledRun | None:
         found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else {}
         plan = found["plan"]
         recalled = RecalledRun(
+            said=found,
             shard_bytes=plan.get("shard_bytes"),
             batch_tokens=plan["batch_tokens"],
             is_flat=plan.get("padding_free") is True,
@@ -146,6 +139,12 @@ def recall_run(place: Place) -> RecalledRun | None:
     except (AttributeError, FormatError, KeyError, TypeError):
         return None
     return recalled if _is_count(recalled.batch_tokens) else None
+
+
+def is_same_run(recalled: RecalledRun | None, description: Mapping[str, Any]) -> bool:
+    """Whether a place holds this very run, to the word: then there is nothing that `--overwrite` would replace."""
+    own = {"format": FORMAT_VERSION, **json.loads(json.dumps(description))}
+    return recalled is not None and recalled.said == own
 
 
 def _is_count(value: object) -> bool:
