@@ -87,10 +87,7 @@ def _rebuild_plan(job: dict[str, Any]) -> Plan:
         raise ModelError(f"model {job['model']!r}: changed while the run was under way. Run the same command again.")
     options = ExtractOptions(**job["options"])
     source = open_source(job["texts"], options.field)
-    stored = tuple(
-        StoredSite(name, site["kind"], getattr(torch, site["dtype"]), site["width"])
-        for name, site in description["sites"].items()
-    )
+    stored = tuple(StoredSite.from_description(name, said) for name, said in description["sites"].items())
     kept = find_kept(options.tokens, options.keep, loaded.tokenizer, stored, options.pool)
     digests = tuple(bytes.fromhex(digest) for digest in job["digests"])
     return Plan(

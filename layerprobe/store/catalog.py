@@ -15,8 +15,6 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-import torch
-
 from layerprobe.errors import FormatError, MissingExample, OptionError, StoreError
 from layerprobe.store.checks import read_totals
 from layerprobe.store.format import (
@@ -72,10 +70,7 @@ class Catalog:
         self.fingerprint: str = self.description["fingerprint"]
         self.pool: str | None = self.description["pool"]
         self.kept = parse_kept(self.description.get("plan"))
-        self.sites = {
-            site: StoredSite(site, said["kind"], getattr(torch, said["dtype"]), said["width"])
-            for site, said in self.description["sites"].items()
-        }
+        self.sites = {site: StoredSite.from_description(site, said) for site, said in self.description["sites"].items()}
         self.index: dict[str, Any] | None = None
         if place.exists(INDEX_FILE):
             self.index = load_json(place, INDEX_FILE)

@@ -73,10 +73,7 @@ class Wanted:
     @classmethod
     def from_description(cls, description: Mapping[str, Any], highest_id: int | None) -> "Wanted":
         """Read it out of a description that was checked."""
-        sites = tuple(
-            StoredSite(name, said["kind"], getattr(torch, said["dtype"]), said["width"])
-            for name, said in description["sites"].items()
-        )
+        sites = tuple(StoredSite.from_description(name, said) for name, said in description["sites"].items())
         num_units, num_examples = read_totals(description)
         # a Probe, which keeps no tokenizer, may see a model that is called with embeddings
         lowest_id = -1 if description.get("tokenizer") is None else 0

@@ -7,7 +7,6 @@ Hides what there is to compare. Must never know of models.
 """
 
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -35,6 +34,7 @@ from layerprobe.store.format import (
 from layerprobe.store.guard import brief, check_flag
 from layerprobe.store.lock import StoreLock, find_holder
 from layerprobe.store.places import Place, find_place
+from layerprobe.store.writer import sum_headers
 from layerprobe.tables import format_bytes, format_count, hide_bar
 
 __all__ = ["Problem", "VerifyReport", "verify"]
@@ -273,15 +273,7 @@ def _check_index(
             said = brief(repr(index["store_checksum"]))
             found.add(STORE_FILE, f"its checksum is {own}, {INDEX_FILE} says {said}: one of the two has changed")
     if len(headers) == len(shards) and not lost:
-        nonfinite: Counter[str] = Counter()
-        for header in headers:
-            nonfinite.update(header.nonfinite)
-        sums: dict[str, Any] = {
-            "examples": sum(header.num_examples for header in headers),
-            "tokens": sum(header.num_tokens for header in headers),
-            "truncated": sum(header.num_truncated for header in headers),
-            "nonfinite": dict(nonfinite),
-        }
+        sums = sum_headers(headers)
         for key, value in sums.items():
             if index.get(key) != value:
                 wrong.append(f"{key!r} is {brief(index.get(key))}, of the shards {brief(value)}")

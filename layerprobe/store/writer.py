@@ -44,6 +44,7 @@ __all__ = [
     "claim_place",
     "commit_description",
     "commit_index",
+    "sum_headers",
 ]
 
 NONFINITE_POLICIES = ("warn", "error")
@@ -65,6 +66,11 @@ class StoredSite:
     kind: str
     dtype: torch.dtype
     width: int
+
+    @classmethod
+    def from_description(cls, name: str, said: Mapping[str, Any]) -> "StoredSite":
+        """Read what `describe` gives, out of a `store.json` that was checked."""
+        return cls(name, said["kind"], getattr(torch, said["dtype"]), said["width"])
 
     @property
     def bytes_per_vector(self) -> int:
@@ -145,17 +151,11 @@ def commit_index(where: Path | Place, headers: Iterable[ShardHeader]) -> None:
             f"{find_place(where).label(INDEX_FILE)}: cannot be written ({len(headers):,} shards; at most "
             f"{MOST_SHARDS:,} are read). Ask for larger shards."
         )
-    nonfinite: Counter[str] = Counter()
-    for header in headers:
-        nonfinite.update(header.nonfinite)
     place = find_place(where)
     index = {
         "format": FORMAT_VERSION,
         "store_checksum": checksum_file(place, STORE_FILE),
-        "examples": sum(header.num_examples for header in headers),
-        "tokens": sum(header.num_tokens for header in headers),
-        "truncated": sum(header.num_truncated for header in headers),
-        "nonfinite": dict(nonfinite),
+        **sum_headers(headers),
         "shards": [
             {
                 "file": header.file,
@@ -167,6 +167,19 @@ def commit_index(where: Path | Place, headers: Iterable[ShardHeader]) -> None:
         ],
     }
     place.commit(INDEX_FILE, [json.dumps(index, indent=1).encode()])
+
+
+def sum_headers(headers: Sequence[ShardHeader]) -> dict[str, Any]:
+    """Give what `index.json` says of all shards together."""
+    nonfinite: Counter[str] = Counter()
+    for header in headers:
+        nonfinite.update(header.nonfinite)
+    return {
+        "examples": sum(header.num_examples for header in headers),
+        "tokens": sum(header.num_tokens for header in headers),
+        "truncated": sum(header.num_truncated for header in headers),
+        "nonfinite": dict(nonfinite),
+    }
 
 
 @dataclass(frozen=True, eq=False)
