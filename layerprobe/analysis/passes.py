@@ -40,7 +40,6 @@ class ShapePass:
     def __init__(self, sites: Sequence[StoredSite], sample: int) -> None:
         self.moments = [RunningMoments(site.width) for site in sites]
         self._hsic = torch.zeros(len(sites), len(sites), dtype=torch.float64)
-        self._cka_rows = 0
         self._wanted = sample
         self._kept: list[list[Tensor]] = [[] for _ in sites]
 
@@ -57,7 +56,6 @@ class ShapePass:
             if len(batch[0]) >= _LEAST_CKA_ROWS:
                 # a shorter last batch is as unbiased, and counts for less
                 self._hsic += unbiased_hsic(batch) * len(batch[0])
-                self._cka_rows += len(batch[0])
 
     @property
     def cka(self) -> Tensor:

@@ -104,7 +104,7 @@ def _enter(
     probe: int,
     stack: int,
 ) -> None:
-    receiver = _RECEIVERS.get(probe)
+    receiver: Follower | None = _RECEIVERS.get(probe)
     if receiver is not None:
         receiver.enter_compiled(stack, ids, mask, embeds, cached)
 
@@ -112,7 +112,7 @@ def _enter(
 @torch.library.custom_op("layerprobe::places", mutates_args=("token",), **TAGS)
 def _places(token: Tensor, probe: int, point: int, num_sequences: int, num_positions: int) -> Tensor:
     """Ask where the real tokens are; asked for each value, since Python could hand on another thread's answer."""
-    receiver = _RECEIVERS.get(probe)
+    receiver: Receiver | None = _RECEIVERS.get(probe)
     found = receiver.find_places(point, num_sequences, num_positions) if receiver is not None else None
     # a graph uses the memory of what it is given again
     return token.new_empty(0, dtype=torch.int64) if found is None else found.clone()
@@ -125,21 +125,21 @@ def _(token: Tensor, *_: Any) -> Tensor:
 
 @torch.library.custom_op("layerprobe::receive", mutates_args=("token",), **TAGS)
 def _receive(token: Tensor, value: Tensor, probe: int, point: int) -> None:
-    receiver = _RECEIVERS.get(probe)
+    receiver: Receiver | None = _RECEIVERS.get(probe)
     if receiver is not None:
         receiver.receive_compiled(point, value)
 
 
 @torch.library.custom_op("layerprobe::receive_packed", mutates_args=("token",), **TAGS)
 def _receive_packed(token: Tensor, rows_TD: Tensor, probe: int, point: int) -> None:
-    receiver = _RECEIVERS.get(probe)
+    receiver: Receiver | None = _RECEIVERS.get(probe)
     if receiver is not None:
         receiver.receive_packed(point, rows_TD)
 
 
 @torch.library.custom_op("layerprobe::leave", mutates_args=("token",), **TAGS)
 def _leave(token: Tensor, probe: int, stack: int, completed: bool) -> None:
-    receiver = _RECEIVERS.get(probe)
+    receiver: Follower | None = _RECEIVERS.get(probe)
     if receiver is not None:
         receiver.leave_compiled(stack, completed)
 
