@@ -223,6 +223,7 @@ def _spool_stdin() -> TextSource:
 def _iterate_list(records: Any, field: str) -> Iterator[Record]:
     for number, record in enumerate(records):
         if isinstance(record, str):
+            _refuse_field(f"text {number}", field)
             yield Record(record)
         elif isinstance(record, Mapping):
             yield _keep_plain(record, field, f"text {number}")

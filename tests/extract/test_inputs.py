@@ -196,6 +196,8 @@ def test_a_field_of_plain_text_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one")))
     with pytest.raises(InputError, match="standard input: is plain text and has no field 'body'"):
         open_source("-", "body")
+    with pytest.raises(InputError, match=r"text 1: is plain text and has no field 'body'\. Leave out the field"):
+        texts_of([{"body": "one"}, "two"], "body")
 
 
 def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
