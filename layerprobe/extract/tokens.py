@@ -8,7 +8,7 @@ Must never know of models or files.
 
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from layerprobe.capture.buffers import Room
 __all__ = ["NO_TEXTS", "TokenizedUnit", "tokenize", "tokenizing"]
 
 _TEXTS_AT_ONCE = 256
+# A text is turned into ids as a whole before it is cut, which takes up to a hundred bytes for each of its tokens.
+_CHARACTERS_AT_ONCE = 1 << 20
 # Where a tokenizer puts truncation and padding into its backend; what it has of its own beside may do more than that.
 _OF_BACKEND = "set_truncation_and_padding"
 # Where texts are cut is the tokenizer's own state, and two runs may share one.
@@ -99,12 +101,12 @@ NO_TEXTS = TokenizedUnit.of([])
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenizedUnit:
     """Turn texts into ids, special tokens included, cut to `max_length`.
 
-    Cost: beside the ids, those of 256 texts as the tokenizer gives them.
+    Cost: beside the ids, what the tokenizer makes of 256 texts, or of those that together have a million characters,
+    or of one that is longer.
     """
-    if len(texts) <= _TEXTS_AT_ONCE:
-        return _tokenize(tokenizer, texts, max_length)
-    starts = range(0, len(texts), _TEXTS_AT_ONCE)
-    parts = [_tokenize(tokenizer, texts[start : start + _TEXTS_AT_ONCE], max_length) for start in starts]
+    parts = [_tokenize(tokenizer, some, max_length) for some in _cut_texts(texts)]
+    if len(parts) == 1:
+        return parts[0]
     begins = itertools.accumulate((part.num_tokens for part in parts), initial=0)
     ends = [part.offsets[1:] + begin for part, begin in zip(parts, begins, strict=False)]
     return TokenizedUnit(
@@ -112,6 +114,17 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
         np.concatenate([np.zeros(1, np.int64), *ends]),
         np.concatenate([part.truncated for part in parts]),
     )
+
+
+def _cut_texts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Cut texts into runs that a tokenizer is given at once; no texts are one run."""
+    start = size = 0
+    for place, text in enumerate(texts):
+        if place > start and (place - start == _TEXTS_AT_ONCE or size + len(text) > _CHARACTERS_AT_ONCE):
+            yield texts[start:place]
+            start, size = place, 0
+        size += len(text)
+    yield texts[start:]
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenizedUnit:

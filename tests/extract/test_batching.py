@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from layerprobe.extract import tokens
 from layerprobe.extract.batching import BATCH_COST_TOKENS, SHAPE_STEPS, Shapes, cut_batches
 from layerprobe.extract.tokens import TokenizedUnit, tokenize
 from layerprobe.models import LoadedModel
@@ -129,6 +130,25 @@ def test_many_texts_are_those_of_each_part(tiny: LoadedModel, texts: list[str]) 
     assert _lists(part) == _lists(unit)[1020:1030] and part.truncated.tolist() == unit.truncated[1020:1030].tolist()
     assert part.gather([3, 0]).tolist() == _lists(part)[3] + _lists(part)[0] and part.gather([]).tolist() == []
     assert part.room == (part.num_tokens, 10, sum(len(ids) ** 2 for ids in _lists(part)))
+
+
+def test_long_texts_are_given_to_the_tokenizer_few_at_a_time(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it makes of a text before that is cut takes many times the text."""
+    monkeypatch.setattr(tokens, "_CHARACTERS_AT_ONCE", 1000)
+    given: list[list[int]] = []
+
+    class Counting(PreTrainedTokenizerFast):
+        def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+            given.append([len(one) // 20 for one in text])
+            return super().__call__(text, *args, **kwargs)
+
+    backend = _byte_level(texts).backend_tokenizer
+    plain = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
+    long = ["the quick brown fox " * count for count in (1, 30, 0, 60, 2, 20, 20, 8, 20, 50, 1)]
+    unit = tokenize(Counting(tokenizer_object=backend, pad_token="<pad>"), long, 16)
+    assert _lists(unit) == [plain(text, truncation=True, max_length=16)["input_ids"] for text in long]
+    assert unit.truncated.tolist() == [len(text) > 100 for text in long]
+    assert given == [[1, 30, 0], [60], [2, 20, 20, 8], [20], [50], [1]]
 
 
 def test_ids_of_many_texts_take_few_bytes_each(tiny: LoadedModel) -> None:
