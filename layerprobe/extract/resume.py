@@ -142,9 +142,19 @@ def recall_run(place: Place) -> RecalledRun | None:
 
 
 def is_same_run(recalled: RecalledRun | None, description: Mapping[str, Any]) -> bool:
-    """Whether a place holds this very run, to the word: then there is nothing that `--overwrite` would replace."""
+    """Whether a place holds this very run, to the word: then there is nothing that `--overwrite` would replace.
+
+    The version that began it and the model's revision may be others: neither changes a byte of what it writes.
+    """
     own = {"format": FORMAT_VERSION, **json.loads(json.dumps(description))}
-    return recalled is not None and recalled.said == own
+    return recalled is not None and _leave_out_versions(recalled.said) == _leave_out_versions(own)
+
+
+def _leave_out_versions(said: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in said.items() if key != "layerprobe"}
+    if isinstance(model := said.get("model"), dict):
+        kept["model"] = {key: value for key, value in model.items() if key != "revision"}
+    return kept
 
 
 def _is_count(value: object) -> bool:

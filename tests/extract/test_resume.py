@@ -246,6 +246,22 @@ def test_overwrite_goes_on_with_the_very_same_run(tiny: LoadedModel, texts: list
     assert contents(whole) == before and kept.stat().st_mtime_ns != written_at
 
 
+@pytest.mark.parametrize("changed", [{"layerprobe": "0.0.1"}, {"revision": "0" * 40}])
+def test_overwrite_goes_on_with_a_run_of_another_version_or_revision(
+    tiny: LoadedModel, texts: list[str], whole: Path, changed: dict[str, str]
+) -> None:
+    """Neither changes a byte of the shards: the weights are compared themselves."""
+    said = json.loads((whole / "store.json").read_text())
+    (said["model"] if "revision" in changed else said).update(changed)
+    (whole / "store.json").write_text(json.dumps(said))
+    (whole / "index.json").unlink()
+    (whole / "shard-000001.safetensors").unlink()
+    shards = {path: path.stat().st_mtime_ns for path in whole.glob("shard-*")}
+    extract(tiny, texts, whole, shard_size=SHARD_BYTES, overwrite=True)
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards and layerprobe.open(whole).is_complete
+    assert json.loads((whole / "store.json").read_text()) == said
+
+
 def test_another_function_as_pool_is_refused_and_the_same_is_gone_on_with(
     tiny: LoadedModel, texts: list[str], tmp_path: Path
 ) -> None:
