@@ -14,12 +14,16 @@ from layerprobe.store.kept import Kept
 
 __all__ = ["Survey", "Unit", "UnitRule", "survey_input"]
 
-_MOST_UNIT_EXAMPLES = 65536
+# How much a unit holds, however little of it is kept: it is computed anew if a run is stopped in it, and a batch is cut
+# from it. After so many units both double, and again: then half a million, all that are read, hold trillions of tokens.
+_MOST_UNIT_EXAMPLES = 1 << 16
+_MOST_UNIT_TOKENS = 1 << 20
+_UNITS_PER_DOUBLING = 1 << 16
 
 
 @dataclass(frozen=True)
 class UnitRule:
-    """How the input is cut into units: by an estimate of each text's bytes on disk, made from the text alone."""
+    """How the input is cut into units: by estimates of a text's bytes on disk and its tokens, from the text alone."""
 
     row_bytes: int
     example_bytes: int
@@ -28,6 +32,7 @@ class UnitRule:
     max_length: int
     text_bytes_per_token: float
     kept: Kept | None = None
+    unit_tokens: int = _MOST_UNIT_TOKENS
 
     def estimate_tokens(self, text_bytes: int) -> int:
         """Estimate the tokens of a text, two special ones included."""
@@ -41,39 +46,47 @@ class UnitRule:
     def cut(self, records: Iterator[Record]) -> Iterator["Unit"]:
         """Cut records into units."""
         members: list[Record] = []
-        first = number = size = 0
+        first = number = size = num_tokens = 0
         for record in records:
             text_bytes = len(record.text.encode())
             tokens = self.estimate_tokens(text_bytes)
             # the text goes into the shard too, with 24 bytes of places: most of a pooled store
             cost = self.cost(tokens) + text_bytes + 24
-            if members and (size + cost > self.shard_bytes or len(members) == _MOST_UNIT_EXAMPLES):
-                yield Unit(number, first, members)
-                first, number, size, members = first + len(members), number + 1, 0, []
+            doublings = number // _UNITS_PER_DOUBLING
+            is_full = size + cost > self.shard_bytes or len(members) == _MOST_UNIT_EXAMPLES << doublings
+            if members and (is_full or num_tokens + tokens > self.unit_tokens << doublings):
+                yield Unit(number, first, members, is_bound_by_tokens=not is_full)
+                first, number, size, num_tokens, members = first + len(members), number + 1, 0, 0, []
             members.append(record)
             size += cost
+            num_tokens += tokens
         if members:
             yield Unit(number, first, members)
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """The run of consecutive examples that becomes one shard."""
+    """The run of consecutive examples that becomes one shard, and whether it has no more of them for its tokens."""
 
     number: int
     first_example: int
     records: list[Record]
+    is_bound_by_tokens: bool = False
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What going through the whole input once tells of it; sizes are estimates."""
+    """What going through the whole input once tells of it; sizes are estimates.
+
+    `is_bound_by_tokens` says whether the units are others than those of versions that did not count tokens.
+    """
 
     num_examples: int
     num_tokens: int
     value_bytes: int
     record_bytes: int
     digests: tuple[bytes, ...]
+    is_bound_by_tokens: bool
 
 
 def survey_input(source: TextSource, rule: UnitRule) -> Survey:
@@ -81,7 +94,9 @@ def survey_input(source: TextSource, rule: UnitRule) -> Survey:
     digest = InputDigest(source.name)
     digests: list[bytes] = []
     num_examples = num_tokens = value_bytes = record_bytes = 0
+    is_bound_by_tokens = False
     for unit in rule.cut(iter(source)):
+        is_bound_by_tokens |= unit.is_bound_by_tokens or len(unit.records) > _MOST_UNIT_EXAMPLES
         for record in unit.records:
             record_bytes += digest.add(record)
             num_examples += 1
@@ -89,4 +104,4 @@ def survey_input(source: TextSource, rule: UnitRule) -> Survey:
             num_tokens += tokens
             value_bytes += rule.cost(tokens)
         digests.append(digest.digest())
-    return Survey(num_examples, num_tokens, value_bytes, record_bytes, tuple(digests))
+    return Survey(num_examples, num_tokens, value_bytes, record_bytes, tuple(digests), is_bound_by_tokens)

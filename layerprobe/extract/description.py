@@ -56,6 +56,7 @@ def describe_run(
             "shard_bytes": rule.shard_bytes,
             "text_bytes_per_token": rule.text_bytes_per_token,
             "units": len(survey.digests),
+            **({"unit_tokens": rule.unit_tokens} if survey.is_bound_by_tokens else {}),
             **({"kept": rule.kept.describe()} if rule.kept is not None else {}),
             # the rest only where it is not as usual
             **({"attention": attention} if attention is not None else {}),

@@ -11,7 +11,14 @@ from layerprobe.store.fingerprint import INCIDENTAL, MODEL_FIELDS
 __all__ = ["list_differences", "list_model_differences"]
 
 # What follows from an option or from the input: named only where nothing else differs.
-_DERIVED = ("plan.batch_cost_tokens", "plan.kept.ids", "plan.padding_side", "plan.text_bytes_per_token", "plan.units")
+_DERIVED = (
+    "plan.batch_cost_tokens",
+    "plan.kept.ids",
+    "plan.padding_side",
+    "plan.text_bytes_per_token",
+    "plan.unit_tokens",
+    "plan.units",
+)
 
 
 def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +25,10 @@ from layerprobe.errors import (
     SpaceError,
     StoreError,
 )
-from layerprobe.extract.cutting import Unit, UnitRule
+from layerprobe.extract import cutting
+from layerprobe.extract.cutting import Unit, UnitRule, survey_input
 from layerprobe.extract.engine import UnitEngine
-from layerprobe.extract.inputs import Record
+from layerprobe.extract.inputs import Record, TextSource
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.reports import RunReport
@@ -34,6 +36,8 @@ from layerprobe.extract.resume import choose_size, recall_run
 from layerprobe.extract.run import run_extraction
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel
+from layerprobe.store.guard import MOST_SHARDS
+from layerprobe.store.mismatch import list_differences
 from layerprobe.store.places import find_place
 from layerprobe.store.reader import open_store
 
@@ -91,6 +95,69 @@ def test_units_are_runs_of_the_input_that_fit_a_shard(texts: list[str], shard_by
         size = sum(108 * rule.estimate_tokens(count) + 10 + 24 + count for count in sizes)
         assert size <= shard_bytes or len(unit.records) == 1
     assert [len(unit.records) for unit in cut()] == [len(unit.records) for unit in units]
+
+
+@given(texts=RECORDS, shard_bytes=st.integers(1, 20_000), most=st.integers(1, 60))
+def test_units_hold_no_more_tokens_than_a_bound_and_say_where_it_counts(
+    texts: list[str], shard_bytes: int, most: int
+) -> None:
+    rule = UnitRule(100, 10, 0, shard_bytes, 64, 3.0)
+    records = list(map(Record, texts))
+    unbound = survey_input(TextSource("texts", lambda: iter(records)), rule)
+    bound = replace(rule, unit_tokens=most)
+    surveyed = survey_input(TextSource("texts", lambda: iter(records)), bound)
+    units = list(bound.cut(iter(records)))
+    assert [record for unit in units for record in unit.records] == records
+    for unit in units:
+        tokens = [rule.estimate_tokens(len(record.text.encode())) for record in unit.records]
+        assert sum(tokens) <= most or len(tokens) == 1
+    # a run that an older version began, which counted no tokens, is gone on with only where the units are the same
+    assert surveyed.is_bound_by_tokens is (surveyed.digests != unbound.digests)
+    assert not unbound.is_bound_by_tokens
+
+
+def test_a_bound_of_tokens_doubles_so_that_any_input_fits_the_shards_that_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cutting, "_UNITS_PER_DOUBLING", 3)
+    monkeypatch.setattr(cutting, "_MOST_UNIT_EXAMPLES", 4)
+    records = [Record("a")] * 100
+    by_texts, by_tokens = UnitRule(0, 1, 0, 10**9, 64, 1.0), UnitRule(0, 1, 0, 10**9, 64, 1.0, unit_tokens=6)
+    assert [len(unit.records) for unit in by_texts.cut(iter(records))] == [4, 4, 4, 8, 8, 8, 16, 16, 16, 16]
+    assert [len(unit.records) for unit in by_tokens.cut(iter(records))][:9] == [2, 2, 2, 4, 4, 4, 8, 8, 8]
+    assert survey_input(TextSource("texts", lambda: iter(records)), by_texts).is_bound_by_tokens
+    assert not survey_input(TextSource("texts", lambda: iter(records[:12])), by_texts).is_bound_by_tokens
+    # the bounds as they are: the units that are read hold trillions of tokens, of the shortest texts too
+    monkeypatch.undo()
+    blocks, rest = divmod(MOST_SHARDS, cutting._UNITS_PER_DOUBLING)
+    in_blocks = cutting._UNITS_PER_DOUBLING * (2**blocks - 1) + rest * 2**blocks
+    assert in_blocks * min(by_texts.unit_tokens, 20 * cutting._MOST_UNIT_EXAMPLES) > 8 * 10**12
+
+
+def test_a_pooled_run_of_long_texts_is_cut_by_their_tokens_and_one_that_was_not_is_refused(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
+    long = ["the quick brown fox jumps over the lazy dog " * 8] * 17_000
+    made = plan(tiny, long, tmp_path / "acts", pool="mean")
+    assert made.description["plan"]["unit_tokens"] == 1 << 20
+    assert made.num_units == 2 and made.num_tokens > 1 << 20
+    said = json.loads(json.dumps(made.description))
+    del said["plan"]["unit_tokens"]
+    said["plan"]["units"] = 1
+    (tmp_path / "acts").mkdir()
+    (tmp_path / "acts" / "store.json").write_text(json.dumps({"format": 1, **said, "fingerprint": "0" * 32}))
+    with pytest.raises(
+        PlanError, match=r"\(plan\.unit_tokens: None there, 1048576 here; plan\.units: 1 there, 2 here\)"
+    ):
+        plan(tiny, long, tmp_path / "acts", pool="mean")
+    # where something else differs, it follows from that
+    assert list_differences({**said, "pool": None}, made.description) == ["pool: None there, 'mean' here"]
+
+
+def test_a_plan_whose_units_no_tokens_bound_says_nothing_of_them(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    assert "unit_tokens" not in plan(tiny, texts, tmp_path, shard_bytes=10_000).description["plan"]
 
 
 def test_the_fingerprint_follows_what_changes_the_bytes_and_nothing_else(
