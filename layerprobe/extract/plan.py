@@ -171,6 +171,12 @@ class Plan:
                 else f"{format_bytes(self.free_bytes)} free"
             ),
         ]
+        missing = self.num_units - len(self.done)
+        if self.crew is not None and 0 < missing < (num_devices := len(self.crew.devices)):
+            # a run that goes on keeps its shards as they are
+            advice = "" if self.done else "; a smaller shard_size (--shard-size) makes more"
+            to_do = f"{format_count(missing, 'shard')} to do{advice}"
+            lines.append(f"idle      {num_devices - missing} of {num_devices} devices: {to_do}")
         if self.done:
             lines.append(f"resuming  {format_count(len(self.done), 'shard')} of {self.num_units:,} already there")
         if self.num_damaged:

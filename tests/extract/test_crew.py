@@ -77,6 +77,21 @@ def test_no_process_is_started_where_there_is_nothing_to_do(
     assert contents(tmp_path / "acts").keys() == before.keys()
 
 
+def test_a_plan_says_which_devices_have_nothing_to_do(
+    tiny_model_folder: Path, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    num_units = sum(name.startswith("shard-") for name in whole)
+    said = str(plan_on(["cpu"] * (num_units + 2), tiny_model_folder, source, tmp_path / "acts"))
+    assert f"\nidle      2 of {num_units + 2} devices: {num_units} shards to do; a smaller shard_size" in said
+    assert "idle" not in str(plan_on(["cpu"] * num_units, tiny_model_folder, source, tmp_path / "acts"))
+    # what is done keeps its size
+    extract(str(tiny_model_folder), source, tmp_path / "acts", device="cpu", **OPTIONS)
+    assert "idle" not in str(plan_on("cpu,cpu", tiny_model_folder, source, tmp_path / "acts"))
+    (tmp_path / "acts" / "shard-000001.safetensors").unlink()
+    said = str(plan_on("cpu,cpu", tiny_model_folder, source, tmp_path / "acts"))
+    assert "\nidle      1 of 2 devices: 1 shard to do\n" in said
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_bytes_of_one(
     tiny_model_folder: Path, many: list[str], tmp_path: Path, whole: dict[str, bytes]
