@@ -9,7 +9,7 @@ Hides estimates and checks. Runs the model once, on one short text, to learn how
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.resume import check_finite, check_place, choose_size, find_done, is_same_run, recall_run
 from layerprobe.extract.thinning import find_kept
 from layerprobe.extract.tokens import NO_TEXTS, TokenizedUnit, tokenize
-from layerprobe.extract.trials import Trials, choose_batches
+from layerprobe.extract.trials import Trials, can_resume, choose_batches
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device, need_one_device
@@ -229,14 +229,22 @@ def plan_extraction(
         kept=find_kept(options.tokens, options.keep, tokenizer, stored, options.pool),
     )
     survey = survey_input(source, rule)
-    if (num_units := len(survey.digests)) > MOST_SHARDS:
-        raise OptionError(f"{num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
-    is_exact = survey.num_examples <= len(sample)
-    value_bytes = sum(map(rule.cost, sampled.lengths.tolist())) if is_exact else survey.value_bytes
     # before the choice, which may ask for it twice: it reads every weight
     described = describe_run(model, tokenizer, stored, options, rule, survey, name)
     trials = Trials(model, sites, options, sampled, survey.num_tokens, tokenizer.pad_token_id or 0)
-    batch_tokens, description = choose_batches(place, recalled, described, trials, overwrite)
+    if overwrite and recalled is not None and not can_resume(recalled, described, trials):
+        recalled = None
+        own_bytes = choose_size(options.shard_bytes, None, find_device(model))
+        if rule.shard_bytes != own_bytes:
+            # it was cut as the run there, of which nothing stays
+            rule = replace(rule, shard_bytes=own_bytes)
+            survey = survey_input(source, rule)
+            described = describe_run(model, tokenizer, stored, options, rule, survey, name)
+    if (num_units := len(survey.digests)) > MOST_SHARDS:
+        raise OptionError(f"{num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
+    batch_tokens, description = choose_batches(place, recalled, described, trials)
+    is_exact = survey.num_examples <= len(sample)
+    value_bytes = sum(map(rule.cost, sampled.lengths.tolist())) if is_exact else survey.value_bytes
     # beside values and ids: an ordinal and two offsets per example; the records
     num_bytes = value_bytes + 24 * survey.num_examples + survey.record_bytes
     # the same command goes on, with this option too: a job that is sent back to its queue has nothing else

@@ -26,7 +26,7 @@ from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.places import Place
 
-__all__ = ["Trials", "choose_batches"]
+__all__ = ["Trials", "can_resume", "choose_batches"]
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,40 @@ class Trials:
         return find_precision(self.model, self.options.precision)
 
 
+def can_resume(recalled: RecalledRun, described: Mapping[str, Any], trials: Trials) -> bool:
+    """Whether the run in the place of a store is this one, and can go on as it was begun.
+
+    Args:
+        recalled: What is there of it.
+        described: What this run is, but for its batches.
+        trials: Of its model.
+    """
+    _, description = _describe_recalled(recalled, described, trials)
+    is_same = description["fingerprint"] == recalled.fingerprint
+    return is_same and (not recalled.is_flat or trials.why_not_flat is None)
+
+
+def _describe_recalled(
+    recalled: RecalledRun, described: Mapping[str, Any], trials: Trials
+) -> tuple[int, dict[str, Any]]:
+    """Say what a run is with the batches of the one in the place of its store, where no others are asked for."""
+    options = trials.options
+    batch_tokens = options.batch_tokens or recalled.batch_tokens
+    is_flat = recalled.is_flat if options.padding_free is None else options.padding_free
+    cost = recalled.batch_cost or choose_batch_cost(find_device(trials.model))
+    return batch_tokens, trials.describe(described, batch_tokens, is_flat, cost)
+
+
 def choose_batches(
-    place: Place, recalled: RecalledRun | None, described: Mapping[str, Any], trials: Trials, overwrite: bool
+    place: Place, recalled: RecalledRun | None, described: Mapping[str, Any], trials: Trials
 ) -> tuple[int, dict[str, Any]]:
     """Choose a batch's tokens and its padding: as asked for, as in the same run so far, or as found now.
 
     Args:
         place: Where the same run may have begun, for messages.
-        recalled: What is there of it.
+        recalled: What is there; None also for a run that is to be replaced.
         described: What the run is, but for its batches.
         trials: Of its model.
-        overwrite: Whether another run there is to be replaced.
 
     Returns:
         The tokens of a batch, and what the run is as a whole.
@@ -120,22 +143,16 @@ def choose_batches(
         PlanError: the same run has no padding so far, and cannot resume so.
         OptionError: what is asked for cannot be.
     """
-    options, device = trials.options, find_device(trials.model)
     if recalled is not None:
-        batch_tokens = options.batch_tokens or recalled.batch_tokens
-        is_flat = recalled.is_flat if options.padding_free is None else options.padding_free
-        cost = recalled.batch_cost or choose_batch_cost(device)
-        description = trials.describe(described, batch_tokens, is_flat, cost)
-        is_same = description["fingerprint"] == recalled.fingerprint
-        can_resume = is_same and (trials.why_not_flat is None or not recalled.is_flat)
-        if is_same and not can_resume and not overwrite:
+        batch_tokens, description = _describe_recalled(recalled, described, trials)
+        if description["fingerprint"] == recalled.fingerprint and not can_resume(recalled, described, trials):
             raise PlanError(
                 f"{place}: was begun without padding and cannot go on so: {trials.why_not_flat}. Go on as it was "
                 "begun, choose another folder, or pass overwrite=True (--overwrite) to replace it."
             )
-        # another run, not to be replaced, is refused by `find_done`, which says what differs: no budget is tried for it
-        if can_resume or not overwrite:
-            return batch_tokens, description
+        # another run is refused by `find_done`, which says what differs: no budget is tried for it
+        return batch_tokens, description
     is_flat = trials.why_not_flat is None
-    batch_tokens = options.batch_tokens or trials.find_budget(is_flat)
-    return batch_tokens, trials.describe(described, batch_tokens, is_flat, choose_batch_cost(device))
+    batch_tokens = trials.options.batch_tokens or trials.find_budget(is_flat)
+    cost = choose_batch_cost(find_device(trials.model))
+    return batch_tokens, trials.describe(described, batch_tokens, is_flat, cost)

@@ -386,6 +386,19 @@ def test_a_shard_holds_more_on_cuda_and_a_run_that_goes_on_keeps_what_it_was_beg
         plan(tiny, texts, tmp_path / "asked")
 
 
+def test_a_run_that_replaces_another_has_the_size_of_its_own_device(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    run_extraction(plan(tiny, texts, tmp_path / "acts", shard_bytes=1 << 30))  # as on CUDA
+    made = plan_extraction(tiny, texts, tmp_path / "acts", ExtractOptions(sites="layers.1"), overwrite=True)
+    assert made.overwrite and made.rule.shard_bytes == 128 << 20
+    assert made.fingerprint == plan(tiny, texts, tmp_path / "elsewhere", sites="layers.1").fingerprint
+    run_extraction(made)
+    assert open_store(tmp_path / "acts").fingerprint == made.fingerprint
+    asked = ExtractOptions(sites="layers.2", shard_bytes=10_000)
+    assert plan_extraction(tiny, texts, tmp_path / "acts", asked, overwrite=True).rule.shard_bytes == 10_000
+
+
 def test_a_buffer_is_no_larger_than_what_a_short_run_will_write(
     tiny: LoadedModel, texts: list[str], tmp_path: Path
 ) -> None:
