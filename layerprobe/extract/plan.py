@@ -25,7 +25,7 @@ from layerprobe.extract.cutting import Unit, UnitRule, survey_input
 from layerprobe.extract.description import describe_run
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
 from layerprobe.extract.forward import CUDA_GRAPHS, check_device, find_precision, running
-from layerprobe.extract.inputs import Record, TextSource, check_text, open_source
+from layerprobe.extract.inputs import TextSource, check_text, open_source
 from layerprobe.extract.looking import try_out
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
@@ -44,7 +44,8 @@ from layerprobe.tables import format_bytes, format_count, format_dtype
 
 __all__ = ["Plan", "plan_extraction"]
 
-_SAMPLE_EXAMPLES = 2000
+# By so many texts and bytes the rest of the input is estimated; they are held as long as the run goes on.
+_SAMPLE_EXAMPLES, _SAMPLE_BYTES = 2000, 16 << 20
 _BYTES_PER_TOKEN = 4.0
 
 
@@ -215,9 +216,8 @@ def plan_extraction(
     sites = map_model(model).select(options.sites)
     max_length = choose_max_length(model, tokenizer, options.max_length)
     stored = _measure_sites(model, tokenizer, sites, options)
-    sample = list(itertools.islice(source, _SAMPLE_EXAMPLES))
-    texts = [check_text(record.text, source.name, n) for n, record in enumerate(sample)]
-    sampled = tokenize(tokenizer, texts, max_length)
+    sample = _read_sample(source)
+    sampled = tokenize(tokenizer, sample, max_length)
     recalled = recall_run(place)
     rule = UnitRule(
         row_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "token"),
@@ -273,17 +273,29 @@ def plan_extraction(
         overwrite=overwrite,
         wait_for_space=wait_for_space,
         crew=crew,
-        first_texts=tuple(record.text for record in sample),
+        first_texts=sample,
         first=sampled,
     )
     _check_space(plan)
     return plan
 
 
-def _measure_texts(sample: Sequence[Record], sampled: TokenizedUnit) -> float:
+def _read_sample(source: TextSource) -> tuple[str, ...]:
+    """Read the first texts of an input: at least one, and no more than are to be held."""
+    texts: list[str] = []
+    size = 0
+    for number, record in enumerate(itertools.islice(source, _SAMPLE_EXAMPLES)):
+        size += len(check_text(record.text, source.name, number).encode())
+        if texts and size > _SAMPLE_BYTES:
+            break
+        texts.append(record.text)
+    return tuple(texts)
+
+
+def _measure_texts(sample: Sequence[str], sampled: TokenizedUnit) -> float:
     """Measure a token's bytes of text, over the texts that are whole; by them tokens are estimated."""
     known = zip(sample, sampled.lengths.tolist(), sampled.truncated, strict=True)
-    whole = [(len(record.text.encode()), length) for record, length, is_cut in known if not is_cut]
+    whole = [(len(text.encode()), length) for text, length, is_cut in known if not is_cut]
     tokens = sum(count - 2 for _, count in whole)
     text_bytes = sum(size for size, _ in whole)
     return round(text_bytes / tokens, 2) if tokens > 0 and text_bytes > 0 else _BYTES_PER_TOKEN

@@ -160,6 +160,31 @@ def test_a_plan_whose_units_no_tokens_bound_says_nothing_of_them(
     assert "unit_tokens" not in plan(tiny, texts, tmp_path, shard_bytes=10_000).description["plan"]
 
 
+@pytest.mark.parametrize(
+    ("texts", "num_kept"),
+    [
+        (["fox " * 15] * 9, 5),
+        (["fox " * 75, "a"], 1),
+        (["fox " * 99, "a"], 1),
+        (["a", "ü" * 150, "a"], 1),
+        (["a"] * 9, 9),
+    ],
+)
+def test_a_plan_holds_no_more_of_the_first_texts_than_a_bound(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], num_kept: int
+) -> None:
+    """They stay for the whole run; texts may be of any length."""
+    monkeypatch.setattr(sys.modules[plan_extraction.__module__], "_SAMPLE_BYTES", 300)
+    made = plan(tiny, texts, tmp_path / "acts", sites="layers.1", shard_bytes=10_000)
+    assert made.first_texts == tuple(texts[:num_kept]) and len(made.first) == num_kept
+    assert made.is_exact is (num_kept == len(texts))
+    run_extraction(made)
+    store = open_store(tmp_path / "acts")
+    assert [store.example(ordinal).text for ordinal in range(len(store))] == texts
+    ids = [tiny.tokenizer(text, truncation=True)["input_ids"] for text in texts]
+    assert [store.example(ordinal).input_ids.tolist() for ordinal in range(len(store))] == ids
+
+
 def test_the_fingerprint_follows_what_changes_the_bytes_and_nothing_else(
     tiny: LoadedModel, texts: list[str], tmp_path: Path
 ) -> None:
