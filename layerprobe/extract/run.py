@@ -138,8 +138,10 @@ def extract(
         padding_free: Whether texts are concatenated into one sequence, each attending only to itself, instead of padded
             side by side. Faster; rows differ in their last digits. None: wherever model, sites and device allow it,
             confirmed by a trial run.
-        shard_size: Bytes of a shard, and of each buffer; there is one more buffer than `writers`. None for 128 MiB, and
-            on CUDA 1 GiB, since a batch is cut from the texts of one shard; a resumed run keeps its own.
+        shard_size: Bytes of a shard, and of each buffer, by an estimate: a text counts with the tokens that the first
+            2,000 have for each byte, other fields not at all. Where later texts have more tokens a byte, shards and
+            buffers are larger in proportion. There is one more buffer than `writers`. None for 128 MiB, and on CUDA
+            1 GiB, since a batch is cut from the texts of one shard; a resumed run keeps its own.
         nonfinite: `warn` counts NaN and infinite values; `error` stops the run at the first shard that has one.
         keep: Share of the rows to keep, above 0: drawn without a seed, by example and position. The reader knows the
             positions of the rows that are kept.
@@ -171,7 +173,8 @@ def extract(
         NonFiniteError: with `nonfinite="error"`.
         StoreError: writing failed; what was committed stays, and the same call resumes.
 
-    Cost: two buffers of `shard_size` (one more for each further writer) and one batch, however many texts.
+    Cost: two buffers of `shard_size` (one more for each further writer), one batch, and 16 MiB of the first texts,
+        however many there are.
 
     Example:
         >>> import layerprobe as lp
