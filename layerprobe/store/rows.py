@@ -167,19 +167,28 @@ class _Order:
         return np.argsort(np.random.PCG64(seeds).random_raw(count))
 
     def locate(self, rows: np.ndarray) -> Iterator[tuple[int, int, int, np.ndarray]]:
-        """Find rows of the epoch, rising: each group, the part of `rows` in it, and their places in the group."""
+        """Find rows of a mixed epoch, rising: each group, the part of `rows` in it, and their places in the group."""
         first = 0
         while first < len(rows):
             group = bisect_right(self.starts, int(rows[first])) - 1
             last = int(np.searchsorted(rows, self.starts[group + 1]))
-            places = rows[first:last] - self.starts[group]
-            if self._options.shuffle:
-                if self._mixed is None or self._mixed[0] != group:
-                    self._mixed = None  # let go of one before the next is made
-                    self._mixed = group, self._permute(self.starts[group + 1] - self.starts[group], group + 1)
-                places = self._mixed[1][places]
-            yield group, first, last, places
+            if self._mixed is None or self._mixed[0] != group:
+                self._mixed = None  # let go of one before the next is made
+                self._mixed = group, self._permute(self.starts[group + 1] - self.starts[group], group + 1)
+            yield group, first, last, self._mixed[1][rows[first:last] - self.starts[group]]
             first = last
+
+    def find_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """Find rows of an epoch that is not mixed: each group, each shard, and its rows from the first to the last."""
+        while start < stop:
+            group = bisect_right(self.starts, start) - 1
+            place = start - self.starts[group]
+            piece = bisect_right(self.bounds[group], place) - 1
+            number, first, last = self.groups[group][piece]
+            first += place - int(self.bounds[group][piece])
+            last = min(last, first + stop - start)
+            yield group, number, first, last
+            start += last - first
 
 
 class RowBatches(Iterator[Batch], Generic[Batch]):
@@ -271,13 +280,18 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
             "num_rows": self._order.num_rows,
         }
 
-    def _gather(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
+    def _gather(self, numbers: range) -> list[dict[str, Tensor]]:
         size, num_rows = int(self._options.batch_size), self._order.num_rows
         spans = [(number * size, min((number + 1) * size, num_rows)) for number in numbers]
-        rows = np.concatenate([np.arange(start, stop) for start, stop in spans])
         lengths = [stop - start for start, stop in spans]
+        gathered = self._make_room(sum(lengths))
+        if self._options.shuffle:
+            gathered = self._gather_mixed(np.concatenate([np.arange(start, stop) for start, stop in spans]), gathered)
+        else:
+            # batches of a whole epoch follow on each other
+            self._copy_runs([(spans[0][0], spans[-1][1])] if numbers.step == 1 else spans, gathered)
         found: dict[str, tuple[Tensor, ...]] = {}
-        tensors = {name: tensor.split(lengths) for name, tensor in self._gather_rows(rows).items()}
+        tensors = {name: tensor.split(lengths) for name, tensor in gathered.items()}
         for site in self._sites:
             found[site.name] = tensors[site.name]
             if site.dtype == torch.int8:
@@ -285,33 +299,52 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
                 found[site.name] = tuple(ScaledRows(values, scale).float() for values, scale in pairs)
         return [{name: parts[place] for name, parts in found.items()} for place in range(len(spans))]
 
-    def _gather_rows(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Bring rows of the epoch together, shard by shard in file order, then put them in theirs."""
+    def _make_room(self, num_rows: int) -> dict[str, Tensor]:
+        """Give a tensor for the rows of each site, and for their scales."""
         if not self._is_checked:
             # one shard shows whether the widths are real, before memory is taken for them
             self._catalog.shard(self._order.groups[0][0][0])
             self._is_checked = True
-        gathered: dict[str, Tensor] = {}
+        room: dict[str, Tensor] = {}
         for site in self._sites:
-            gathered[site.name] = torch.empty(len(rows), site.width, dtype=site.dtype)
+            room[site.name] = torch.empty(num_rows, site.width, dtype=site.dtype)
             if site.dtype == torch.int8:
-                gathered[site.name + SCALE_SUFFIX] = torch.empty(len(rows), dtype=torch.float32)
+                room[site.name + SCALE_SUFFIX] = torch.empty(num_rows, dtype=torch.float32)
+        return room
+
+    def _prefetch(self, group: int, names: Sequence[str]) -> None:
+        if group != self._fetched:
+            self._catalog.prefetch([number for number, _, _ in self._order.groups[group]], names)
+            self._fetched = group
+
+    def _copy_runs(self, spans: Sequence[tuple[int, int]], room: Mapping[str, Tensor]) -> None:
+        """Bring rows together as they lie: what lies side by side in a shard is one copy."""
+        targets, sources, at, filled = [_as_bytes(out) for out in room.values()], list[np.ndarray](), -1, 0
+        for start, stop in spans:
+            for group, number, first, last in self._order.find_runs(start, stop):
+                self._prefetch(group, list(room))
+                if number != at:
+                    shard, at = self._catalog.shard(number), number
+                    sources = [_as_bytes(shard.tensor(name)) for name in room]
+                end = filled + last - first
+                for target, source in zip(targets, sources, strict=True):
+                    target[filled:end] = source[first:last]
+                filled = end
+
+    def _gather_mixed(self, rows: np.ndarray, room: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring rows of the epoch together, shard by shard in file order, then put them in theirs."""
         inverse = np.empty(len(rows), dtype=np.int64)
         for group, first, last, places in self._order.locate(rows):
             sorted_at = np.argsort(places, kind="stable")
             inverse[first + sorted_at] = np.arange(first, last)
             places = places[sorted_at]
             bounds = self._order.bounds[group]
-            if group != self._fetched:
-                self._catalog.prefetch([number for number, _, _ in self._order.groups[group]], list(gathered))
-                self._fetched = group
+            self._prefetch(group, list(room))
             cuts = np.searchsorted(places, bounds)
             for piece in np.flatnonzero(np.diff(cuts)).tolist():
                 number, start, _ = self._order.groups[group][piece]
                 shard, part = self._catalog.shard(number), slice(int(cuts[piece]), int(cuts[piece + 1]))
                 local = places[part] + (start - int(bounds[piece]))
-                for name, out in gathered.items():
+                for name, out in room.items():
                     _pick(shard.tensor(name), local, out[first + part.start : first + part.stop])
-        if not self._options.shuffle:
-            return gathered
-        return {name: _pick(tensor, inverse, torch.empty_like(tensor)) for name, tensor in gathered.items()}
+        return {name: _pick(tensor, inverse, torch.empty_like(tensor)) for name, tensor in room.items()}

@@ -97,8 +97,17 @@ def test_an_epoch_is_every_row_of_every_site_once_and_side_by_side(
     assert torch.equal(whole["int8"], (whole["float32"] % 100) * 0.5)
 
 
-def test_rows_unmixed_come_as_they_lie(numbered: Any) -> None:
-    assert places(numbered.rows(100)) == list(range(2905))
+@pytest.mark.parametrize("piece_rows", [1 << 17, 64])
+@pytest.mark.parametrize("batch_size", [1, 64, 100, 3000])
+def test_rows_unmixed_come_as_they_lie(
+    numbered: Any, monkeypatch: pytest.MonkeyPatch, piece_rows: int, batch_size: int
+) -> None:
+    monkeypatch.setattr(rows_module, "_PIECE_ROWS", piece_rows)
+    monkeypatch.setattr(rows_module, "_MOST_GROUP_PIECES", 3)
+    assert places(numbered.rows(batch_size)) == list(range(2905))
+    share = numbered.rows(batch_size, rank=1, world=3)
+    wanted = [list(range(2905))[first : first + batch_size] for first in range(batch_size, 2905, 3 * batch_size)]
+    assert [places([batch]) for batch in share] == wanted
 
 
 def test_one_site_gives_tensors_in_the_order_of_all(numbered: Any) -> None:
