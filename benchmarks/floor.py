@@ -157,6 +157,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480.0, help="begin no further round after; at least one")
     add_subject_options(parser)
     options = parser.parse_args()
+    if options.regime and options.save:
+        parser.error(f"--regime {options.regime!r} with --save: the results are of every regime. Leave out one.")
     subject = read_subject(options)
     seconds = 0.0 if options.quick else options.seconds
     demo = subject.load()

@@ -105,6 +105,11 @@ def test_what_is_quick_is_not_saved(tmp_path: Path) -> None:
     assert_refused(run_script("decode", "--quick", "--save", cwd=tmp_path), "--save: not allowed with argument --quick")
 
 
+def test_a_part_of_the_regimes_does_not_replace_the_results_of_all(tmp_path: Path) -> None:
+    done = run_script("floor", "--regime", "all, rows", "--save", cwd=tmp_path)
+    assert_refused(done, "--regime 'all, rows' with --save: the results are of every regime")
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
