@@ -1,7 +1,8 @@
 """Faults under a run: system calls that fail, processes that die, and a disk that forgets what was not flushed.
 
 `FaultySystem` stands in for the module `os` where a file of the store takes its calls from, tells a function of each
-call before it is made, and passes it on. The file system underneath is a real one.
+call before it is made, and passes it on; `fallocate` stands in for the call by which space is reserved, which `os` has
+not. The file system underneath is a real one.
 """
 
 import os
@@ -18,10 +19,12 @@ import xxhash
 from safetensors import safe_open
 
 import layerprobe as lp
+from layerprobe.store import durable
 from layerprobe.store.format import read_header
 
 # What changes a store, or makes a change permanent.
-CALLS = ("open", "posix_fallocate", "write", "ftruncate", "fsync", "close", "replace")
+CALLS = ("open", "fallocate", "write", "ftruncate", "fsync", "close", "replace")
+_FALLOCATE = durable._fallocate
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class FaultySystem:
         self._turn = threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
-        real = getattr(os, name)
+        real: Any = _FALLOCATE if name == "fallocate" else getattr(os, name)
         if name not in CALLS:
             return real
 

@@ -56,6 +56,7 @@ def run_command(order):
     sys.argv = ["layerprobe", *order["arguments"]]
     if order["kind"] == "step":
         durable.os = lock.os = FaultySystem(lambda step: die_at(threshold))
+        durable._fallocate = durable.os.fallocate
     if order["kind"] == "line":
         threading.settrace(trace)
         sys.settrace(trace)

@@ -9,13 +9,15 @@ Must never know what is in a file.
 """
 
 import contextlib
+import ctypes
 import errno
 import math
 import mmap
 import os
 import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -159,10 +161,36 @@ def reserve_file(path: Path, size: int) -> None:
         raise tell_failure(path, error, size) from error
 
 
+def _wrap_fallocate(call: Callable[..., int]) -> Callable[[int, int, int], None]:
+    def reserve(descriptor: int, start: int, size: int) -> None:
+        while call(descriptor, 0, start, size):
+            number = ctypes.get_errno()
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))
+
+    return reserve
+
+
+def _find_fallocate() -> Callable[[int, int, int], None] | None:
+    """Give the call that sets space aside in an open file; None where the system has none.
+
+    On Linux its own: where the file system cannot, `posix_fallocate` writes a byte into every block instead.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            call = ctypes.CDLL(None, use_errno=True).fallocate
+            call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+            return _wrap_fallocate(call)
+    return getattr(os, "posix_fallocate", None)
+
+
+_fallocate = _find_fallocate()
+
+
 def _allocate(descriptor: int, path: Path, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
+    if _fallocate is not None:
         try:
-            os.posix_fallocate(descriptor, 0, size)
+            _fallocate(descriptor, 0, size)
             return
         except OSError as error:
             if error.errno not in _NO_RESERVE:

@@ -51,6 +51,7 @@ def expected(tiny: LoadedModel, texts: list[str], tmp_path: Path) -> dict[str, b
 def put_under(monkeypatch: pytest.MonkeyPatch, system: FaultySystem) -> None:
     for module in (durable, lock):
         monkeypatch.setattr(module, "os", system)
+    monkeypatch.setattr(durable, "_fallocate", system.fallocate)
 
 
 def _run_and_catch(plan: Plan) -> str:

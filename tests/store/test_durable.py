@@ -1,5 +1,6 @@
 """Files that are written past the page cache, and where that cannot be: the same bytes, whole or not at all."""
 
+import ctypes
 import errno
 import mmap
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -329,12 +331,73 @@ def test_what_is_missing_is_told_in_bytes_and_nothing_is_left(small_disk: Path) 
     assert not (small_disk / "file").exists()
 
 
-def test_without_a_way_to_reserve_what_is_free_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "os", FaultySystem(fail("posix_fallocate", errno.EOPNOTSUPP)))
+@pytest.mark.parametrize("folder", ["", "/dev/shm"])
+def test_reserved_blocks_are_the_files_own(tmp_path: Path, folder: str) -> None:
+    if not Path(folder).is_dir():
+        pytest.skip("needs a file system in memory")
+    path = Path(folder or tmp_path) / f"layerprobe-test-{os.getpid()}"
+    partial = path.with_name(path.name + ".tmp")
+    reserve_file(path, BOUNCE + 5)
+    try:
+        said = partial.stat()
+        assert said.st_size == BOUNCE + 5 and said.st_blocks * 512 >= BOUNCE + 5
+    finally:
+        partial.unlink()
+
+
+@pytest.fixture
+def plain_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 4 MiB that cannot set space aside, where one may be mounted."""
+    image, disk = tmp_path / "image", tmp_path / "plain"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(4 << 20)
+    for command in (["mkfs.ext2", "-q", str(image)], ["mount", "-o", "loop", str(image), str(disk)]):
+        if not shutil.which(command[0]) or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no file system may be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_where_space_cannot_be_set_aside_nothing_is_written_to_set_it_aside(plain_disk: Path) -> None:
+    reserve_file(plain_disk / "file", 1 << 20)
+    assert (plain_disk / "file.tmp").stat().st_blocks == 0
+    pieces = _pieces([1 << 20])
+    commit_file(plain_disk / "file", pieces)
+    assert (plain_disk / "file").read_bytes() == pieces[0]
+    free = shutil.disk_usage(plain_disk).free
+    with pytest.raises(SpaceError, match=rf"takes {free + 5:,} bytes, the disk has {free:,} free, 5 are missing"):
+        reserve_file(plain_disk / "more", free + 5)
+    assert not (plain_disk / "more.tmp").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, None])
+def test_without_a_way_to_reserve_what_is_free_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    refuse = None if number is None else FaultySystem(fail("fallocate", number)).fallocate
+    monkeypatch.setattr(durable, "_fallocate", refuse)
     reserve_file(tmp_path / "file", 4096)
+    assert (tmp_path / "file.tmp").stat().st_blocks == 0
     with pytest.raises(SpaceError, match=r"takes [\d,]+ bytes, the disk has [\d,]+ free, [\d,]+ are missing"):
         reserve_file(tmp_path / "file", 1 << 60)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own call does it")
+def test_a_call_that_a_signal_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [errno.EINTR, errno.EINTR, 0]
+
+    def answer(*_: object) -> int:
+        ctypes.set_errno(numbers.pop(0))
+        return -1 if numbers else 0
+
+    reserve = durable._wrap_fallocate(answer)
+    reserve(0, 0, 4096)
+    assert not numbers
+    numbers += [errno.EDQUOT, 0]
+    with pytest.raises(OSError, match=re.escape(os.strerror(errno.EDQUOT))):
+        reserve(0, 0, 4096)
 
 
 @pytest.mark.parametrize(
