@@ -81,6 +81,7 @@ class RemotePlace:
     Args:
         url: Of the store: bucket and prefix.
         patience: How often and how long a request is tried.
+        check: Called before a request is tried again; raises where nobody waits for it any more. Not pickled.
 
     Raises:
         OptionError: stores do not lie under such URLs, or what it takes is not installed.
@@ -88,7 +89,7 @@ class RemotePlace:
 
     folder: Path | None = None
 
-    def __init__(self, url: str, patience: Patience | None = None) -> None:
+    def __init__(self, url: str, patience: Patience | None = None, check: Callable[[], None] = lambda: None) -> None:
         match = _URL.match(url)
         protocol = match.group(1) if match else ""
         if protocol not in _DRIVERS:
@@ -100,6 +101,7 @@ class RemotePlace:
             raise OptionError(f"{url!r}: names no store. Give a bucket and a prefix: {protocol}://bucket/acts.")
         self.url = url.rstrip("/")
         self.patience = patience or Patience()
+        self._check = check
         self._protocol = protocol
         self._connected: tuple[int, Any, str] | None = None
         self._connect()
@@ -242,6 +244,7 @@ class RemotePlace:
                 if is_final or attempt == self.patience.attempts:
                     raise self._describe(file, what, error, attempt) from error
             time.sleep(self.patience.wait_s(attempt))
+            self._check()
             attempt += 1
 
     def _describe(self, file: str, what: str, error: Exception, attempts: int) -> StoreError:

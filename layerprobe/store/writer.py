@@ -33,6 +33,7 @@ from layerprobe.store.guard import MOST_SHARDS, MOST_SITES
 from layerprobe.store.headers import check_shapes, lay_out
 from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.places import LocalPlace, Place, find_place
+from layerprobe.store.remote import RemotePlace
 from layerprobe.store.scanning import scan_tensor
 from layerprobe.tables import format_dtype
 
@@ -235,6 +236,9 @@ class ShardWriter:
         probes_disk: bool = False,
     ) -> None:
         self.place = find_place(where)
+        if isinstance(self.place, RemotePlace):
+            # a shard that was given up is not asked for again
+            self.place = RemotePlace(self.place.url, self.place.patience, self.check)
         self.num_threads = num_threads
         self._attempt = attempt
         self._probes_disk = probes_disk
@@ -311,10 +315,11 @@ class ShardWriter:
         """Wait for the shards handed over, and end the threads. Raises nothing of theirs; `check` does.
 
         Ctrl-C while it waits gives up the shards that are not on disk yet, and is raised once no thread can write any
-        more: the caller gives the place to others then.
+        more: the caller gives the folder to others then. Of a place that is no folder nobody holds a lock, and a server
+        may not answer for minutes: there it is raised at once, and at most the requests under way are still answered.
         """
         cut: BaseException | None = None
-        is_over = False
+        waits, is_over = True, False
         while not is_over:
             try:
                 with self._counting:
@@ -324,13 +329,14 @@ class ShardWriter:
                     self._jobs.put(None)
                 # not by `join`: one that Ctrl-C has cut short takes the thread for ended
                 for hand in begun:
-                    while not hand.has_ended:
+                    while waits and not hand.has_ended:
                         hand.ended.get()
                 is_over = True
             except BaseException as error:
                 cut = self._error = error
+                waits = self.place.folder is not None
         while self._hands:
-            if (hand := self._hands.pop()).has_begun:
+            if (hand := self._hands.pop()).has_begun and waits:
                 hand.thread.join()
         if cut is not None:
             raise cut

@@ -1,5 +1,9 @@
 """Stores on an S3 server that is ill: faults are lived through, or named with the URL and without a secret."""
 
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from elsewhere import OPTIONS, PATIENCE, SECOND, SECRET, SHORT, contents, copy_s
 from layerprobe.errors import FormatError, LayerProbeError, StoreError
 from layerprobe.models import LoadedModel
 from layerprobe.store.remote import RemotePlace
+from layerprobe.store.writer import ShardWriter
 from servers import Spoiler
 
 ROOT = Path(__file__).parent.parent.parent
@@ -81,6 +86,39 @@ def test_a_server_that_takes_no_shard_stops_the_run_which_can_go_on(
     with pytest.raises(StoreError, match=rf"/acts/{SECOND}: cannot be written .*What was committed before stays"):
         lp.extract(tiny, plain_texts, place, **OPTIONS)
     assert not place.exists("index.json")
+    lp.extract(tiny, plain_texts, place, **OPTIONS)
+    assert contents(place) == contents(local.place)
+
+
+def test_ctrl_c_ends_a_run_whose_shard_is_not_answered_and_no_request_follows(
+    tiny: LoadedModel, plain_texts: list[str], place: RemotePlace, server: Spoiler, local: Any
+) -> None:
+    lp.extract(tiny, plain_texts, place, **OPTIONS)
+    for file in ("index.json", SECOND):
+        place.remove(file)
+    server.clear()
+    server.spoil("stall", *["reset"] * 20, method="PUT", path=f"/{SECOND}")
+    own = threading.get_ident()
+
+    def interrupt() -> None:
+        # once the request is made, and the writer's end waited for
+        while len(server.faults) > 20 or sys._current_frames()[own].f_code is not ShardWriter.close.__code__:
+            time.sleep(0.01)
+        signal.pthread_kill(own, signal.SIGINT)
+
+    pressing = threading.Thread(target=interrupt)
+    pressing.start()
+    with pytest.raises(KeyboardInterrupt):
+        lp.extract(tiny, plain_texts, place, **OPTIONS)
+    pressing.join()
+    [writer] = [thread for thread in threading.enumerate() if thread.name == "layerprobe-writer"]
+    assert not server.count("PUT"), "it waited for the answer"
+    server.stop_stalling()
+    writer.join(60)
+    assert not writer.is_alive()
+    # below, a connection that was reset is made anew without a word
+    assert len(server.faults) >= 19
+    server.clear()
     lp.extract(tiny, plain_texts, place, **OPTIONS)
     assert contents(place) == contents(local.place)
 
