@@ -137,6 +137,7 @@ ORDER = (
     "layerprobe.extract.resume",
     "layerprobe.extract.thinning",
     "layerprobe.extract.forward",
+    "layerprobe.extract.memory",
     "layerprobe.extract.looking",
     "layerprobe.extract.padding",
     "layerprobe.extract.options",

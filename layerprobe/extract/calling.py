@@ -17,6 +17,7 @@ from tqdm import tqdm
 from layerprobe.capture.buffers import send
 from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.flat import FlatForm, find_arguments, laying
+from layerprobe.extract.memory import ran_out
 
 __all__ = ["ModelCaller"]
 
@@ -55,7 +56,8 @@ class ModelCaller:
             announce: Told of what is sent, before each call.
 
         Raises:
-            torch.OutOfMemoryError: a single text does not fit, nor once all else is given back; or what came of it.
+            torch.OutOfMemoryError: a single text does not fit, nor once all else is given back; or what came of it, and
+                on a CPU a RuntimeError.
         """
         num_tokens = batch.input_ids.numel()
         is_one = batch.num_sequences < 2
@@ -85,26 +87,11 @@ class ModelCaller:
             with laying(batch):
                 self._model(**placed)
         except Exception as error:
-            if may_fail and _ran_out(error):
+            if may_fail and ran_out(error):
                 return False
             raise
         check()
         return True
-
-
-def _ran_out(error: BaseException) -> bool:
-    """Whether memory gave out: while a CUDA graph is recorded that may come as an error of what cleans up after it."""
-    seen: list[BaseException] = []
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop()
-        if one is None or any(one is other for other in seen):
-            continue
-        if isinstance(one, torch.OutOfMemoryError):
-            return True
-        seen.append(one)
-        waiting += [one.__cause__, None if one.__suppress_context__ else one.__context__]
-    return False
 
 
 def _nothing_to_check() -> None:

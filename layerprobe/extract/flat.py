@@ -29,6 +29,7 @@ from layerprobe.capture.probe import Probe
 from layerprobe.errors import ArchitectureError, CaptureError, first_line
 from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.forward import REORDERED, find_dtype, running
+from layerprobe.extract.memory import ran_out
 from layerprobe.extract.network import find_position_padding
 from layerprobe.sharing import SharedSetting
 from layerprobe.sites.resolve import ModelMap, Site, map_model
@@ -193,9 +194,9 @@ def refuse_flat(
         return reason
     try:
         gives_same = _gives_same_rows(model, sites, list(ids) or [0], precision)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a model says of such a call, it does not take it
+        if ran_out(error):
+            raise
         return f"{type(model).__name__} does not take such a batch ({first_line(error)})"
     return None if gives_same else f"{type(model).__name__} gives other rows then"
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.probe import Probe
 from layerprobe.errors import LayerProbeError, ModelError, first_line
+from layerprobe.extract.memory import ran_out
 from layerprobe.sites.stacks import find_device
 
 __all__ = ["look", "try_out"]
@@ -47,9 +48,11 @@ def try_out(model: nn.Module, sites: Sequence[str], input_ids_BS: Tensor, precis
     """
     try:
         return look(model, sites, input_ids_BS)
-    except (LayerProbeError, torch.OutOfMemoryError):
+    except LayerProbeError:
         raise
     except Exception as error:
+        if ran_out(error):
+            raise
         first = first_line(error)
         advice = "Call it on such a text without layerprobe to see why."
         if precision is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from layerprobe.errors import LayerProbeError
 from layerprobe.extract.forward import REORDERED, find_dtype
 from layerprobe.extract.looking import look
+from layerprobe.extract.memory import ran_out
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.sites.resolve import Site, map_model
 
@@ -53,9 +54,11 @@ def sees_padding(
     mask = torch.tensor([[1] * len(long), [1] * half + [0] * (len(long) - half)])
     try:
         alone, padded = look(model, names, torch.tensor([short])), look(model, names, batch, mask)
-    except (LayerProbeError, torch.OutOfMemoryError):
+    except LayerProbeError:
         raise
-    except Exception:  # whatever a model says of so short a text
+    except Exception as error:  # whatever a model says of so short a text
+        if ran_out(error):
+            raise
         return True
     allowed = REORDERED[find_dtype(model, precision)]
     return not all(_agree(alone[name], padded[name], half, allowed) for name in names)

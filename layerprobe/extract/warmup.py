@@ -20,6 +20,7 @@ from layerprobe.cores import using_cores
 from layerprobe.extract.batching import BATCH_COST_TOKENS, Batch, FlatBatch
 from layerprobe.extract.flat import FlatForm, attending_flat, find_arguments, laying
 from layerprobe.extract.forward import running
+from layerprobe.extract.memory import ran_out
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.sites.stacks import find_device
 
@@ -81,23 +82,27 @@ def find_batch_tokens(
         try:
             measure(first)
             return climb(measure, first, first << _MOST_DOUBLINGS)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return first  # the run halves what does not fit
+        except Exception as error:
+            if not ran_out(error):
+                raise
+    torch.cuda.empty_cache()
+    return first  # the run halves what does not fit
 
 
 def climb(measure: Callable[[int], float], first: int, most: int) -> int:
     """Double a budget as long as a token gets cheaper by it and it fits.
 
     Args:
-        measure: Gives the seconds of a token at a budget, or raises `torch.OutOfMemoryError`.
+        measure: Gives the seconds of a token at a budget, or raises what `ran_out` knows where it does not fit.
         first, most: Where to begin and where to end.
     """
     best, least_s = first, measure(first)
     while best * 2 <= most:
         try:
             took_s = measure(best * 2)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not ran_out(error):
+                raise
             break
         if took_s > least_s * (1 - _LEAST_GAIN):
             break
