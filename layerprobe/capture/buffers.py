@@ -36,6 +36,7 @@ __all__ = [
     "Room",
     "StagedLane",
     "fetch",
+    "hold_stages",
     "make_lane",
     "send",
 ]
@@ -47,6 +48,8 @@ _PAGED_BYTES = 1 << 20
 _LOOK_AGAIN_S = 1.0
 # So often is a device asked whether it still computes, while the host has nothing to give it.
 _LOOK_AT_DEVICE_S = 0.01
+# Of a site on a device; each is larger than asked for by this part: batches differ, and one that does not fit waits.
+_NUM_STAGES, _SPARE_PART = 2, 8
 # Beyond so many pieces one gather through an index is quicker than a copy of each: measured on two cores; on CUDA,
 # where each is a launch, a guess that no GPU has tried; elsewhere there is always an index.
 MOST_COPIES = {"cpu": 64, "cuda": 4}
@@ -291,7 +294,7 @@ class StagedLane:
 
     def put(self, key: int, target: Target, produce: Produce) -> None:
         stages = self._stages.setdefault(key, [])
-        if len(stages) < 2:
+        if len(stages) < _NUM_STAGES:
             stages.append(self._make_stage(target))
         else:
             stages.append(stages.pop(0))
@@ -326,12 +329,30 @@ class StagedLane:
         self._stages.clear()
 
     def _make_stage(self, target: Target) -> _Stage:
-        # a little larger than asked for: batches differ, and one that does not fit costs a wait
-        count = target.count + target.count // 8
+        count = _add_spare(target.count)
         with torch.inference_mode(False):
             values = torch.empty(count, *target.whole.shape[1:], dtype=target.whole.dtype, device=self._device)
             scale = None if target.scales is None else torch.empty(count, dtype=torch.float32, device=self._device)
         return _Stage(values, scale)
+
+
+def _add_spare(count: int) -> int:
+    return count + count // _SPARE_PART
+
+
+def hold_stages(device: torch.device, sites: Sequence[StoredSite], room: Room) -> Tensor:
+    """Take as much of a device's memory as the stages of these sites do for batches of so much; on a CPU none.
+
+    Returns:
+        What holds it: uint8, of no values.
+    """
+    num_bytes = 0
+    for site in sites if device.type != "cpu" else ():
+        # attention lies flat
+        is_flat = site.kind == "attention"
+        count = _add_spare(room.of(site.kind) * (site.width if is_flat else 1))
+        num_bytes += _NUM_STAGES * count * (site.dtype.itemsize if is_flat else site.bytes_per_vector)
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def make_lane(device: torch.device) -> Lane:

@@ -231,7 +231,7 @@ def plan_extraction(
     survey = survey_input(source, rule)
     # before the choice, which may ask for it twice: it reads every weight
     described = describe_run(model, tokenizer, stored, options, rule, survey, name)
-    trials = Trials(model, sites, options, sampled, survey.num_tokens, tokenizer.pad_token_id or 0)
+    trials = Trials(model, sites, stored, rule.kept, options, sampled, survey.num_tokens, tokenizer.pad_token_id or 0)
     if overwrite and recalled is not None and not can_resume(recalled, described, trials):
         recalled = None
         own_bytes = choose_size(options.shard_bytes, None, find_device(model))

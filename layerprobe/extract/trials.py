@@ -24,7 +24,9 @@ from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.extract.warmup import LEAST_TOKENS, choose_batch_cost, choose_batch_tokens, find_batch_tokens
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import find_device
+from layerprobe.store.kept import Kept
 from layerprobe.store.places import Place
+from layerprobe.store.writer import StoredSite
 
 __all__ = ["Trials", "can_resume", "choose_batches"]
 
@@ -36,6 +38,8 @@ class Trials:
     Args:
         model: What is tried.
         sites: Those of the run.
+        stored: How they will lie on disk.
+        kept: Which rows the run keeps; None for all.
         options: Of the run.
         sampled: The first texts of the run.
         num_tokens: Of the whole run, about.
@@ -44,6 +48,8 @@ class Trials:
 
     model: nn.Module
     sites: Sequence[Site]
+    stored: Sequence[StoredSite]
+    kept: Kept | None
     options: ExtractOptions
     sampled: TokenizedUnit
     num_tokens: int
@@ -86,8 +92,15 @@ class Trials:
         # with graphs, tries would not see what is filled up
         if self.num_tokens < LEAST_TOKENS or self.options.compile == CUDA_GRAPHS:
             return usual
-        names = [site.name for site in self.sites]
-        return find_batch_tokens(self.model, names, self.sampled, usual, self._precision, is_flat)
+        return find_batch_tokens(
+            self.model,
+            self.stored,
+            self.sampled,
+            usual,
+            precision=self._precision,
+            is_flat=is_flat,
+            kept=self.kept,
+        )
 
     def describe(
         self, described: Mapping[str, Any], batch_tokens: int, is_flat: bool, batch_cost: int

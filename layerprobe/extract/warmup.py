@@ -7,6 +7,7 @@ Must never know of stores.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.probe import Probe
+from layerprobe.capture.staging import Room, hold_stages
 from layerprobe.cores import using_cores
 from layerprobe.extract.batching import BATCH_COST_TOKENS, Batch, FlatBatch
 from layerprobe.extract.flat import FlatForm, attending_flat, find_arguments, laying
@@ -23,6 +25,8 @@ from layerprobe.extract.forward import running
 from layerprobe.extract.memory import ran_out
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.sites.stacks import find_device
+from layerprobe.store.kept import Kept
+from layerprobe.store.writer import StoredSite
 
 __all__ = ["LEAST_TOKENS", "choose_batch_cost", "choose_batch_tokens", "climb", "find_batch_tokens"]
 
@@ -53,17 +57,25 @@ def choose_batch_cost(device: torch.device) -> int:
 
 
 def find_batch_tokens(
-    model: nn.Module, sites: Sequence[str], unit: TokenizedUnit, first: int, precision: str | None, is_flat: bool
+    model: nn.Module,
+    stored: Sequence[StoredSite],
+    unit: TokenizedUnit,
+    first: int,
+    *,
+    precision: str | None,
+    is_flat: bool,
+    kept: Kept | None = None,
 ) -> int:
     """Find how many tokens a batch should have, padding included.
 
     Args:
         model: Run a few times, in eval mode, and left as it was.
-        sites: Those of the run, whose values lie in the device's memory too.
+        stored: The sites of the run, whose values, and on a GPU their stages, lie in the device's memory too.
         unit: Some texts of the run; the batches that are tried are of one of middle length.
         first: Where to begin: what a device of this kind takes well.
         precision: From `find_precision`.
         is_flat: Whether the batches of the run have no padding, and so those that are tried.
+        kept: Which rows the run keeps; None for all.
 
     Cost: three batches of each size that is tried.
     """
@@ -72,11 +84,17 @@ def find_batch_tokens(
     form = FlatForm.of(model) if is_flat else None
 
     def measure(num_tokens: int) -> float:
-        batch = _repeat(text, max(1, num_tokens // len(text)), is_flat)
-        return min(_time(model, batch, form, device) for _ in range(_NUM_TRIES)) / batch.input_ids.numel()
+        count = max(1, num_tokens // len(text))
+        batch, rows = _repeat(text, count, is_flat), len(text) if kept is None else kept.estimate(len(text))
+        # as the run does from call to call
+        held = hold_stages(device, stored, Room(math.ceil(count * rows), count, count * len(text) ** 2))
+        least_s = min(_time(model, batch, form, device) for _ in range(_NUM_TRIES))
+        del held
+        return least_s / batch.input_ids.numel()
 
     # a callable that keeps nothing: values go through the hooks, and their memory is free again after each site
-    probe = Probe(model, list(sites), to=lambda *_: None, stop=can_end_early(model), this_thread=True)
+    names = [site.name for site in stored]
+    probe = Probe(model, names, to=lambda *_: None, stop=can_end_early(model), this_thread=True)
     flat = attending_flat(model) if is_flat else contextlib.nullcontext()
     with running(model, precision), using_cores(), flat, probe:
         try:

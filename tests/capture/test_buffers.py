@@ -26,6 +26,7 @@ from layerprobe.capture.buffers import (
     Room,
     StagedLane,
     fetch,
+    hold_stages,
     make_lane,
     send,
 )
@@ -161,6 +162,21 @@ def test_stage_has_room_for_batches_that_are_a_little_larger() -> None:
     for count in (40, 40, 45, 41):
         lane.put(0, buffer.target(0, 0, count), lambda target: places.append(target.values.data_ptr()))
     assert places[2:] == places[:2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("kind", ["token", "example", "attention"])
+def test_what_stages_take_is_known_before_there_are_any(dtype: torch.dtype, kind: str) -> None:
+    if (kind, dtype) == ("attention", torch.int8):
+        return  # refused
+    sites, room = [_site(dtype, kind), _site(dtype, kind, "layers.1", 5)], Room(21, 9, 171)
+    lane, buffer = StagedLane(CPU, PlainCopies(), pinned=False), HostBuffer(sites, room, pinned=False)
+    for key, _ in enumerate([*sites, *sites]):
+        lane.put(key % 2, buffer.target(key % 2, 0, room.of(kind)), lambda _: None)
+    stages = [stage for made in lane._stages.values() for stage in made]
+    taken = [*(stage.values for stage in stages), *(stage.scale for stage in stages if stage.scale is not None)]
+    assert hold_stages(torch.device("meta"), sites, room).numel() == sum(tensor.nbytes for tensor in taken)
+    assert len(stages) == 4 and not hold_stages(CPU, sites, room).numel()  # there values go to the buffer itself
 
 
 def test_lane_gives_back_its_stages_once_their_values_have_arrived() -> None:

@@ -16,6 +16,9 @@ from layerprobe.extract.run import run_extraction
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.extract.warmup import find_batch_tokens
 from layerprobe.models import LoadedModel
+from layerprobe.store.writer import StoredSite
+
+SITE = StoredSite("layers.0", "token", torch.float32, 32)
 
 
 def ask_for_too_much() -> torch.Tensor:
@@ -63,7 +66,7 @@ def test_a_budget_that_the_cpu_has_no_memory_for_is_not_chosen(tiny: LoadedModel
     unit = TokenizedUnit.of([[5] * 8] * 3)
     for most_tokens, found in ((100, 64), (40, 64)):
         with memory_for(tiny, most_tokens) as asked:
-            assert find_batch_tokens(tiny.model, ["layers.0"], unit, 64, None, is_flat=False) == found
+            assert find_batch_tokens(tiny.model, [SITE], unit, 64, precision=None, is_flat=False) == found
         assert max(asked) > most_tokens
 
 

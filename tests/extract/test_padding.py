@@ -95,7 +95,7 @@ def test_batches_that_are_filled_up_are_refused(conv: Any, tiny: LoadedModel, te
     sites = [site for site in lp.sites(conv) if site.name == "layers.2"]
     options = ExtractOptions(sites=("layers.2",), compile="reduce-overhead")
     with pytest.raises(OptionError, match="gives a text other rows with padding behind it"):
-        _ = Trials(conv, sites, options, unit, unit.num_tokens, 0).sees_padding
+        _ = Trials(conv, sites, [], None, options, unit, unit.num_tokens, 0).sees_padding
 
 
 def test_of_a_model_that_takes_no_such_texts_nothing_is_known(make_bert: Any) -> None:

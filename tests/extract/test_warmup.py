@@ -16,6 +16,10 @@ from layerprobe.extract.run import run_extraction
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.extract.warmup import climb, find_batch_tokens
 from layerprobe.models import LoadedModel
+from layerprobe.store.kept import Kept
+from layerprobe.store.writer import StoredSite
+
+SITE = StoredSite("layers.0", "token", torch.float32, 32)
 
 
 def test_a_budget_is_doubled_as_long_as_a_token_gets_cheaper() -> None:
@@ -52,9 +56,8 @@ def test_trying_runs_batches_of_the_texts_up_to_the_asked_sites_and_leaves_the_m
         encoder.layer[2].register_forward_pre_hook(lambda *_: last.append(1)),
     ]
     tiny.model.train()
-    found = find_batch_tokens(
-        tiny.model, ["layers.0"], TokenizedUnit.of([[5] * 9, [5] * 4, [5] * 2]), 64, None, is_flat=False
-    )
+    unit = TokenizedUnit.of([[5] * 9, [5] * 4, [5] * 2])
+    found = find_batch_tokens(tiny.model, [SITE], unit, 64, precision=None, is_flat=False)
     assert tiny.model.training
     tiny.model.eval()
     for handle in handles:
@@ -70,7 +73,7 @@ def test_a_run_without_padding_is_tried_without(tiny: LoadedModel) -> None:
     )
     unit = TokenizedUnit.of([[5] * 9, [5] * 4, [5] * 2])
     try:
-        found = find_batch_tokens(tiny.model, ["layers.0"], unit, 64, None, is_flat=True)
+        found = find_batch_tokens(tiny.model, [SITE], unit, 64, precision=None, is_flat=True)
     finally:
         hook.remove()
     assert found >= 64 and ((1, 64), None) in shapes and all(shape[0] == 1 for shape, _ in shapes)
@@ -80,7 +83,7 @@ def test_a_long_run_tries_once_and_one_that_goes_on_keeps_what_was_found(
     tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = iter([96, 48, 24])
-    monkeypatch.setattr(trials, "find_batch_tokens", lambda *_: next(found))
+    monkeypatch.setattr(trials, "find_batch_tokens", lambda *_, **__: next(found))
     options: Any = ExtractOptions(shard_bytes=10_000)
 
     def plan(**changes: Any) -> Any:
@@ -110,6 +113,44 @@ def test_a_long_run_tries_once_and_one_that_goes_on_keeps_what_was_found(
     assert len(layerprobe.open(tmp_path / "acts")) == len(texts)
 
 
+@pytest.mark.parametrize(("kept", "rows"), [(None, 4), (Kept(keep=0.5), 2), (Kept(tokens="first"), 1)])
+def test_a_budget_that_fits_only_without_the_stages_of_the_run_is_not_chosen(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept: Kept | None, rows: int
+) -> None:
+    """On a CPU there are none: here each text more than 16 takes memory that is not there."""
+    asked: list[Any] = []
+
+    def hold(device: torch.device, sites: Any, room: Any) -> torch.Tensor:
+        asked.append((device.type, sites, room))
+        return torch.empty((1 << 62) * (room.examples > 16), dtype=torch.uint8)
+
+    monkeypatch.setattr(warmup, "hold_stages", hold)
+    unit = TokenizedUnit.of([[5] * 9, [5] * 4, [5] * 2])
+    assert find_batch_tokens(tiny.model, [SITE], unit, 64, precision=None, is_flat=False, kept=kept) == 64
+    assert asked[0] == ("cpu", [SITE], (16 * rows, 16, 16 * 4 * 4)) and asked[-1][2].examples == 32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_budget_leaves_a_gpu_room_for_stages(make_bert: Any) -> None:
+    model, device = make_bert().cuda(), torch.device("cuda")
+    unit = TokenizedUnit.of([[5] * 8] * 3)
+    # two stages of 4 MiB a token, and an eighth more: 576 MiB of 64 tokens, twice that of 128
+    wide = StoredSite("layers.0", "token", torch.float32, 1 << 20)
+
+    def find(site: StoredSite) -> int:
+        return find_batch_tokens(model, [site], unit, 64, precision=None, is_flat=False)
+
+    find(SITE)  # what libraries take once is there now
+    torch.cuda.empty_cache()
+    held, total = torch.cuda.memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((held + (900 << 20)) / total, device)
+    try:
+        assert find(SITE) > find(wide) == 64
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_try_waits_for_the_device_that_it_ran_on() -> None:
@@ -130,9 +171,7 @@ def test_a_first_budget_that_does_not_fit_is_left_to_the_run(tiny: LoadedModel) 
 
     hook = tiny.model.register_forward_pre_hook(refuse)
     try:
-        assert (
-            find_batch_tokens(tiny.model, ["layers.0"], TokenizedUnit.of([[1, 2, 3]]), 1024, None, is_flat=False)
-            == 1024
-        )
+        unit = TokenizedUnit.of([[1, 2, 3]])
+        assert find_batch_tokens(tiny.model, [SITE], unit, 1024, precision=None, is_flat=False) == 1024
     finally:
         hook.remove()
