@@ -2,7 +2,7 @@
 
 A part's clock stands still while another part's runs within it, in the same thread, so that the parts of the main
 thread add up to what the whole took. Of the writer's thread it is the CPU time that counts, without what it waits for
-the disk; a tokenizer works in threads of its own too, so of that it is the seconds.
+the disk; what makes units ready, and a tokenizer that works in threads of its own, take seconds beside the forward.
 
 A twin is a bare model that is called with every batch of the run, before it or after it in turns: what the machine does
 meanwhile, and what other threads take of the cores, hits both alike. Its time is of no part of the run.
@@ -14,17 +14,16 @@ stream, and those of the parts within tell what they take of the host. Copies th
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from subjects import wait_for_model
 
 from layerprobe.capture.packing import StoreSink
-from layerprobe.extract import engine, run
+from layerprobe.extract import preparing, run
 from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.calling import ModelCaller
-from layerprobe.extract.engine import UnitEngine
 from layerprobe.extract.flat import FlatForm
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.store.writer import ShardWriter
@@ -32,7 +31,7 @@ from layerprobe.store.writer import ShardWriter
 __all__ = ["BESIDE", "MAIN", "TWIN", "Clocks"]
 
 MAIN = ("forward", "hooks", "plan", "batches", "records", "room", "wait for a buffer", "last flush", "open", "rest")
-BESIDE = ("tokenise", "writer")
+BESIDE = ("tokenise", "prepare", "writer")
 TWIN = "twin"
 _COMPUTED = ("forward", TWIN)
 _WATCHED: tuple[tuple[Any, str, str], ...] = (
@@ -40,15 +39,13 @@ _WATCHED: tuple[tuple[Any, str, str], ...] = (
     (run, "open_store", "open"),
     (ModelCaller, "call", "forward"),
     (StoreSink, "receive", "hooks"),
-    (UnitEngine, "_cut", "batches"),
+    (run, "prepare_missing", "prepare"),
     (FlatForm, "arguments", "batches"),
-    (engine, "_announce", "records"),
-    (engine, "encode_record", "records"),
     (StoreSink, "announce", "records"),
     (RoomKeeper, "reserve", "room"),
     (StoreSink, "begin_unit", "wait for a buffer"),
     (ShardWriter, "close", "last flush"),
-    (engine, "tokenize", "tokenise"),
+    (preparing, "tokenize", "tokenise"),
     (ShardWriter, "_write", "writer"),
 )
 
@@ -72,8 +69,7 @@ class Clocks(AbstractContextManager[dict[str, float]]):
         for owner, attribute, part in _WATCHED:
             original = getattr(owner, attribute)
             self._originals.append((owner, attribute, original))
-            watch = self._watch_steps if attribute == "_cut" else self._watch
-            setattr(owner, attribute, watch(original, part))
+            setattr(owner, attribute, self._watch(original, part))
         # around the clock of the run's own forward, so that the twin's time is not of it
         ModelCaller.call = self._double(ModelCaller.call)
         self._start = time.perf_counter()
@@ -113,18 +109,6 @@ class Clocks(AbstractContextManager[dict[str, float]]):
                 step()
 
         return doubled
-
-    def _watch_steps(self, function: Callable[..., Iterator[Any]], part: str) -> Callable[..., Iterator[Any]]:
-        """Watch a generator: what it does from one value to the next."""
-
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            steps = function(*args, **kwargs)
-            step = self._watch(lambda: next(steps, None), part)
-            while (value := step()) is not None:
-                yield value
-
-        return timed
 
     def _begin(self, clock: Callable[[], float]) -> None:
         stack = self._stacks.__dict__.setdefault("within", [])

@@ -70,7 +70,7 @@ def lay_out_floor(document: dict[str, Any]) -> list[str]:
             [(found["regime"], *(found[key] for _, key in columns)) for found in regimes],
         ),
         "",
-        "Where the time goes; the last two are beside the rest, of the writer it is CPU time:",
+        "Where the time goes; the columns from tokenise on are beside the rest, of the writer it is CPU time:",
         "",
         *_table(
             ("sites, rows, dtype", *regimes[0]["parts_s"]),

@@ -373,7 +373,7 @@ def print_tables(results: list[dict[str, Any]], stops: list[dict[str, Any]]) -> 
     )
     names = tuple(name for name in names if name in results[0])
     print(format_table(tuple(map(_name, names)), [tuple(found[name] for name in names) for found in results]))
-    print("\nwhere the time of a run goes, in seconds; the last two beside the others:")
+    print("\nwhere the time of a run goes, in seconds; from tokenise on beside the others:")
     parts = (*MAIN, *BESIDE)
     print(format_table(("regime", *parts), [(found["regime"], *found["parts_s"].values()) for found in results]))
     print("\na run that ends at a layer, against the last layer's:")

@@ -152,6 +152,7 @@ ORDER = (
     "layerprobe.extract.elsewhere",
     "layerprobe.extract.folder",
     "layerprobe.extract.ahead",
+    "layerprobe.extract.preparing",
     "layerprobe.extract.reports",
     "layerprobe.extract.stream",
     "layerprobe.extract.engine",

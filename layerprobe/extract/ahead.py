@@ -1,39 +1,55 @@
-"""The next unit is cut and tokenised while the model runs this one.
+"""The next unit is made ready for the model while that runs this one.
 
-Tokenizers are native code and leave the interpreter free, so a thread is enough. One unit ahead and no more: its texts
-and ids are all that is held twice.
+Tokenizers are native code and leave the interpreter free, so a thread is enough. One unit ahead and no more: its texts,
+its ids and the first of its batches are all that is held twice.
 
 Hides the thread. Must never know of models or stores.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from layerprobe.extract.cutting import Unit
-from layerprobe.extract.tokens import TokenizedUnit
 
-__all__ = ["tokenize_ahead"]
+__all__ = ["make_first", "prepare_ahead"]
+
+# A padded token takes 16 bytes in a batch and 8 more in what a sink is told; pooled units have tens of millions.
+_MOST_TOKENS = 1_000_000
+
+_Made = TypeVar("_Made")
 
 
-def tokenize_ahead(
-    units: Iterator[Unit], tokenize: Callable[[Unit], TokenizedUnit | None]
-) -> Iterator[tuple[Unit, TokenizedUnit | None]]:
-    """Go through units with their ids.
+def prepare_ahead(units: Iterator[Unit], prepare: Callable[[Unit], _Made]) -> Iterator[_Made]:
+    """Go through units, each made ready.
 
     Args:
         units: Gone through in a thread of its own.
-        tokenize: Gives the ids of a unit, or None where they are not wanted; called in that thread.
+        prepare: Makes a unit ready; called in that thread.
 
     Returns:
-        Each unit and its ids, in order. What goes wrong in the thread is raised where its unit is asked for.
+        What `prepare` gave, in order. What goes wrong in the thread is raised where its unit is asked for.
     """
 
-    def take() -> tuple[Unit, TokenizedUnit | None] | None:
+    def take() -> tuple[_Made] | None:
         unit = next(units, None)
-        return None if unit is None else (unit, tokenize(unit))
+        return None if unit is None else (prepare(unit),)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="layerprobe-tokenizer") as thread:
+    with ThreadPoolExecutor(1, thread_name_prefix="layerprobe-ahead") as thread:
         ahead = thread.submit(take)
         while (taken := ahead.result()) is not None:
             ahead = thread.submit(take)
-            yield taken
+            yield taken[0]
+
+
+def make_first(batches: Iterator[_Made], count_tokens: Callable[[_Made], int]) -> Iterator[_Made]:
+    """Make the first batches of a unit now, up to a million tokens of them, and the others when they are asked for."""
+    made: list[_Made] = []
+    num_tokens = 0
+    for batch in batches:
+        made.append(batch)
+        num_tokens += count_tokens(batch)
+        if num_tokens >= _MOST_TOKENS:
+            break
+    return itertools.chain(made, batches)

@@ -1,43 +1,36 @@
 """The engine of a run: units through a probed model into shards.
 
-Sends the length-sorted batches of a unit through the model and hands the full buffer to the writer while the next unit
-goes on. A unit is known by its input before it is run. Runs in one process or in several at once: which units are
-whose is decided above.
+Sends the batches of a unit that is ready through the model, and hands the full buffer to the writer while the next unit
+goes on. Runs in one process or in several at once: which units are whose is decided above.
 
 Must never know of progress bars or of other processes.
 """
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
-import torch
-
-from layerprobe.capture.buffers import Room
 from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.early import can_end_early
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.probe import Probe
-from layerprobe.capture.units import AnnouncedBatch, encode_record
 from layerprobe.cores import using_cores
-from layerprobe.errors import InputError, SpaceError
+from layerprobe.errors import SpaceError
 from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.calling import ModelCaller
-from layerprobe.extract.cutting import Unit
 from layerprobe.extract.flat import FlatForm, attending_flat
 from layerprobe.extract.forward import CUDA_GRAPHS, compile_network, running, tracing
-from layerprobe.extract.inputs import InputDigest, Record
 from layerprobe.extract.plan import Plan
+from layerprobe.extract.preparing import PreparedUnit, ReadyBatch
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.space import RoomKeeper
-from layerprobe.extract.tokens import TokenizedUnit, tokenize
 from layerprobe.store.format import ShardHeader
-from layerprobe.store.kept import KeptRows
 from layerprobe.store.writer import ShardWriter
 
-__all__ = ["UnitEngine", "check_units", "ending_waits", "tokenize_missing"]
+__all__ = ["UnitEngine", "ending_waits"]
 
 # A run that writes so much tries first which way its disk takes it better.
 _PROBED_BYTES = 1 << 30
@@ -112,14 +105,9 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
     def __exit__(self, *raised: Any) -> None:
         self._open.__exit__(*raised)
 
-    def run(self, unit: Unit, tokenized: TokenizedUnit) -> None:
+    def run(self, prepared: PreparedUnit) -> None:
         """Run one unit; its shard is committed while the next one runs, the last one's by the end of the block."""
-        num_truncated = tokenized.num_truncated
-        rows, room = None, tokenized.room
-        if self._plan.rule.kept is not None:
-            ordinals = range(unit.first_example, unit.first_example + len(unit.records))
-            rows = self._plan.rule.kept.choose(tokenized.ids, tokenized.offsets, ordinals)
-            room = Room(len(rows.positions), len(unit.records))
+        unit, room, num_truncated = prepared.unit, prepared.room, prepared.num_truncated
         header = ShardHeader(
             unit.number,
             len(unit.records),
@@ -128,11 +116,12 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             self._plan.fingerprint,
             num_truncated,
         )
-        records = [encode_record(_make_record(record)) for record in unit.records]
-        self._keeper.reserve(header, self._plan.stored, room, sum(map(len, records)), rows is not None)
+        record_bytes = sum(map(len, prepared.records))
+        self._keeper.reserve(header, self._plan.stored, room, record_bytes, prepared.keeps_part)
         self._sink.begin_unit(unit.number, unit.first_example, room, num_truncated)
-        for batch in self._cut(tokenized):
-            self._caller.call(batch, lambda part: self._sink.announce(_announce(unit, tokenized, records, part, rows)))
+        for ready in prepared.batches:
+            batch = ready.batch
+            self._caller.call(batch, partial(self._announce, prepared, ready))
             self.report.num_computed += batch.input_ids.numel()
             self.report.num_padding += batch.num_padding
             self.report.num_repeated += len(batch.members) - batch.num_sequences + batch.num_filling
@@ -143,8 +132,9 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         self._sink.end_unit()
         self.report.num_truncated += num_truncated
 
-    def _cut(self, tokenized: TokenizedUnit) -> Iterator[Batch | FlatBatch]:
-        return self._plan.cut(tokenized)
+    def _announce(self, prepared: PreparedUnit, ready: ReadyBatch, part: Batch | FlatBatch) -> None:
+        """Tell the sink of a batch, or of a part of one that did not fit."""
+        self._sink.announce(ready.announced if part is ready.batch else prepared.announce(part))
 
     def _count(self) -> None:
         """Take over what others count."""
@@ -164,73 +154,3 @@ def ending_waits(stop: threading.Event) -> Iterator[None]:
     except BaseException:
         stop.set()
         raise
-
-
-def tokenize_missing(plan: Plan, unit: Unit) -> TokenizedUnit | None:
-    """Give the ids of a unit, or None where it is done already."""
-    if unit.number in plan.done:
-        return None
-    texts = [record.text for record in unit.records]
-    start, end = unit.first_example, unit.first_example + len(texts)
-    if end <= len(plan.first_texts) and tuple(texts) == plan.first_texts[start:end]:
-        return plan.first.part(start, end)
-    return tokenize(plan.tokenizer, texts, plan.rule.max_length)
-
-
-def check_units(plan: Plan) -> Iterator[Unit]:
-    """Go through the units of a plan.
-
-    Raises:
-        InputError: a unit is not what it was when the plan was made.
-    """
-    digest, num_units = InputDigest(plan.source.name), 0
-    for unit in plan.units():
-        for record in unit.records:
-            digest.add(record)
-        if (num_units := unit.number + 1) > plan.num_units or digest.digest() != plan.digests[unit.number]:
-            raise _changed(plan)
-        yield unit
-    if num_units < plan.num_units:
-        raise _changed(plan)
-
-
-def _announce(
-    unit: Unit,
-    tokenized: TokenizedUnit,
-    records: Sequence[bytes],
-    batch: Batch | FlatBatch,
-    rows: KeptRows | None,
-) -> AnnouncedBatch:
-    kept = None if rows is None else [rows.of(member) for member in batch.members]
-    has_copies = len(batch.sequences) > batch.num_sequences - batch.num_filling
-    if isinstance(batch, FlatBatch) and not has_copies:
-        input_ids = batch.input_ids[0]
-    else:
-        input_ids = tokenized.gather(batch.members)
-    if kept is not None:
-        parts = zip(input_ids.split(batch.lengths), kept, strict=True)
-        input_ids = torch.cat([own[positions] for own, positions in parts])
-    return AnnouncedBatch(
-        ordinals=[unit.first_example + member for member in batch.members],
-        lengths=batch.lengths,
-        num_positions=batch.input_ids.shape[1],
-        input_ids=input_ids,
-        records=[records[member] for member in batch.members],
-        sequences=batch.sequences if has_copies else None,
-        kept=kept,
-        num_filling=batch.num_filling,
-        is_flat=isinstance(batch, FlatBatch),
-    )
-
-
-def _make_record(record: Record) -> dict[str, Any]:
-    """Give what travels with an example."""
-    return {"text": record.text, **({"fields": record.fields} if record.fields else {})}
-
-
-def _changed(plan: Plan) -> InputError:
-    # a unit is told from its planned one before it is run, so the input as it is now left nothing in the store
-    return InputError(
-        f"{plan.source.name}: changed while the run was under way. What {plan.place} holds is of the input as it was: "
-        "put that back and run the same command again, pass overwrite=True (--overwrite), or choose another folder."
-    )

@@ -1,7 +1,8 @@
 """Do a planned run: text to shards, unit by unit, resumable at every unit.
 
-Tokenises a unit, sends its length-sorted batches through the probed model and hands the full buffer to the writer while
-the next unit goes on. A unit is committed whole or not at all; what is missing is done by running the same thing again.
+Sends the length-sorted batches of a unit through the probed model while the next one is made ready, and hands the full
+buffer to the writer while that goes on. A unit is committed whole or not at all; what is missing is done by running the
+same thing again.
 """
 
 import sys
@@ -19,13 +20,14 @@ from tqdm import tqdm
 from layerprobe.capture.calls import Sink, is_sink
 from layerprobe.capture.pooling import Pool
 from layerprobe.errors import OptionError, StoreError
-from layerprobe.extract.ahead import tokenize_ahead
+from layerprobe.extract.ahead import prepare_ahead
 from layerprobe.extract.crew import run_crew
-from layerprobe.extract.engine import UnitEngine, check_units, ending_waits, tokenize_missing
+from layerprobe.extract.engine import UnitEngine, ending_waits
 from layerprobe.extract.folder import hold_store
 from layerprobe.extract.forward import find_dtype
 from layerprobe.extract.options import DEFAULT_SITES, ExtractOptions, check_call
 from layerprobe.extract.plan import Plan, plan_extraction
+from layerprobe.extract.preparing import check_units, prepare_missing
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.resume import find_done
 from layerprobe.extract.space import RoomKeeper
@@ -303,12 +305,12 @@ def _run_here(
     """Do the missing units in this process; gives the headers of what was committed."""
     engine = UnitEngine(plan, keeper, report, advance)
     with engine, ending_waits(stop):
-        for unit, tokenized in tokenize_ahead(check_units(plan), partial(tokenize_missing, plan)):
+        for prepared in prepare_ahead(check_units(plan), partial(prepare_missing, plan)):
             if stop.is_set():
                 report.is_complete = False
                 break
-            if tokenized is not None:
-                engine.run(unit, tokenized)
+            if prepared is not None:
+                engine.run(prepared)
     return engine.committed
 
 

@@ -1,6 +1,6 @@
 """Texts through a model into a sink: what `lp.extract` does where there is no store.
 
-Texts go by in chunks of bounded size, each tokenised while the model runs the one before and sorted by length. Nothing
+Texts go by in chunks of bounded size, each tokenised and cut into batches while the model runs the one before. Nothing
 is written and nothing can be resumed; the sink keeps what it keeps.
 
 Hides how texts become calls of the model. Must never know of stores.
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from tqdm import tqdm
@@ -22,8 +22,8 @@ from layerprobe.capture.early import can_end_early
 from layerprobe.capture.probe import Probe
 from layerprobe.cores import using_cores
 from layerprobe.errors import InputError
-from layerprobe.extract.ahead import tokenize_ahead
-from layerprobe.extract.batching import cut_batches
+from layerprobe.extract.ahead import make_first, prepare_ahead
+from layerprobe.extract.batching import Batch, cut_batches
 from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.cutting import Unit
 from layerprobe.extract.forward import find_precision, running
@@ -44,6 +44,12 @@ _CHUNK_EXAMPLES = 4096
 _CHUNK_BYTES = 4 << 20
 # Whose tokens tell whether padding is seen.
 _TRIED_TEXTS = 8
+
+
+class _Chunk(NamedTuple):
+    unit: Unit
+    tokenized: TokenizedUnit
+    batches: Iterator[Batch]
 
 
 def stream_texts(
@@ -80,6 +86,10 @@ def stream_texts(
         ]
         return tokenize(tokenizer, checked, max_length)
 
+    def prepare(unit: Unit) -> _Chunk:
+        tokenized = read(unit)
+        return _Chunk(unit, tokenized, make_first(cut(tokenized), lambda batch: batch.input_ids.numel()))
+
     precision, pad_id = find_precision(network, None), tokenizer.pad_token_id or 0
     with running(network, precision):
         equal_lengths = sees_padding(network, read(Unit(0, 0, first_records)), pad_id, precision)
@@ -96,9 +106,8 @@ def stream_texts(
     interval_s = 0.1 if sys.stderr.isatty() else 10.0
     bar = tqdm(unit=" examples", disable=not progress, leave=False, mininterval=interval_s, delay=interval_s)
     with bar, running(network, precision), using_cores(), probe:
-        for unit, tokenized in tokenize_ahead(_cut_chunks(iter(source)), read):
-            assert tokenized is not None
-            for batch in cut(tokenized):
+        for unit, tokenized, batches in prepare_ahead(_cut_chunks(iter(source)), prepare):
+            for batch in batches:
                 first = unit.first_example
                 caller.call(batch, lambda part, first=first: announce([first + m for m in part.members]))
                 report.num_computed += batch.input_ids.numel()

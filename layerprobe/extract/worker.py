@@ -24,12 +24,13 @@ import torch
 
 from layerprobe.capture.casting import resolve_dtype
 from layerprobe.errors import LayerProbeError, ModelError
-from layerprobe.extract.ahead import tokenize_ahead
+from layerprobe.extract.ahead import prepare_ahead
 from layerprobe.extract.cutting import Unit, UnitRule
-from layerprobe.extract.engine import UnitEngine, check_units, ending_waits, tokenize_missing
+from layerprobe.extract.engine import UnitEngine, ending_waits
 from layerprobe.extract.inputs import TextSource, open_source
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan
+from layerprobe.extract.preparing import check_units, prepare_missing
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.thinning import find_kept
@@ -172,11 +173,11 @@ def _work(job: dict[str, Any], pipe: _Pipe, stop: threading.Event) -> None:
     keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop, count_wait)
     engine = UnitEngine(plan, keeper, report, tell, job["share"])
     with engine, ending_waits(stop):
-        for unit, tokenized in tokenize_ahead(_pick(check_units(plan), pipe), partial(tokenize_missing, plan)):
+        for prepared in prepare_ahead(_pick(check_units(plan), pipe), partial(prepare_missing, plan)):
             if stop.is_set():
                 break
-            assert tokenized is not None
-            engine.run(unit, tokenized)
+            assert prepared is not None
+            engine.run(prepared)
     tell(done=True)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 from layerprobe.errors import InputError
-from layerprobe.extract.ahead import tokenize_ahead
+from layerprobe.extract import ahead
+from layerprobe.extract.ahead import make_first, prepare_ahead
 from layerprobe.extract.cutting import Unit
-from layerprobe.extract.tokens import TokenizedUnit
 
 
 def _units(count: int, fails_at: int | None = None) -> Iterator[Unit]:
@@ -18,31 +18,54 @@ def _units(count: int, fails_at: int | None = None) -> Iterator[Unit]:
         yield Unit(number, number, [])
 
 
-def test_units_come_in_order_each_tokenised_while_the_last_is_run() -> None:
+def test_units_come_in_order_each_made_ready_while_the_last_is_run() -> None:
     began = [threading.Event() for _ in range(6)]
 
-    def tokenize(unit: Unit) -> TokenizedUnit | None:
+    def prepare(unit: Unit) -> tuple[int, str] | None:
         began[unit.number].set()
-        return None if unit.number == 2 else TokenizedUnit.of([[unit.number]])
+        return None if unit.number == 2 else (unit.number, "ready")
 
     seen = []
-    for unit, tokenized in tokenize_ahead(_units(5), tokenize):
-        if unit.number < 4:
-            assert began[unit.number + 1].wait(30)  # while this one is held
-        assert not began[min(5, unit.number + 2)].is_set()
-        seen.append((unit.number, None if tokenized is None else tokenized.ids.tolist()))
-    assert seen == [(0, [0]), (1, [1]), (2, None), (3, [3]), (4, [4])]
+    for number, prepared in enumerate(prepare_ahead(_units(5), prepare)):
+        if number < 4:
+            assert began[number + 1].wait(30)  # while this one is held
+        assert not began[min(5, number + 2)].is_set()
+        seen.append(prepared)
+    assert seen == [(0, "ready"), (1, "ready"), None, (3, "ready"), (4, "ready")]
 
 
 def test_a_failure_of_the_input_is_raised_where_its_unit_would_come() -> None:
-    taken = tokenize_ahead(_units(5, fails_at=2), lambda _: None)
-    assert [next(taken)[0].number, next(taken)[0].number] == [0, 1]
+    taken = prepare_ahead(_units(5, fails_at=2), lambda unit: unit.number)
+    assert [next(taken), next(taken)] == [0, 1]
     with pytest.raises(InputError, match="line 7 is not UTF-8"):
         next(taken)
 
 
+def test_a_failure_of_making_ready_is_raised_where_its_unit_would_come() -> None:
+    taken = prepare_ahead(_units(5), lambda unit: 6 // (2 - unit.number))
+    assert [next(taken), next(taken)] == [3, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(taken)
+
+
 def test_a_run_that_ends_early_leaves_no_thread() -> None:
-    for unit, _ in tokenize_ahead(_units(5), lambda _: None):
-        if unit.number == 1:
+    for number in prepare_ahead(_units(5), lambda unit: unit.number):
+        if number == 1:
             break
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("layerprobe-tokenizer")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("layerprobe-ahead")]
+
+
+def test_of_a_large_unit_only_the_first_batches_are_made_before_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_MOST_TOKENS", 100)
+    made: list[int] = []
+
+    def make() -> Iterator[int]:
+        for number in range(6):
+            made.append(number)
+            yield number
+
+    batches = make_first(make(), lambda _: 40)
+    assert made == [0, 1, 2]
+    assert list(batches) == made == list(range(6))
+    assert list(make_first(make(), lambda _: 1)) == list(range(6))
+    assert list(make_first(iter([]), lambda _: 1)) == []

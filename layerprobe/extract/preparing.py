@@ -1,0 +1,129 @@
+"""A unit made ready for the model: recognised, tokenised, cut into batches, with all that travels with its examples.
+
+None of it needs the device, so it is done in the thread that works ahead. Must never know of that thread, or of what
+the model makes.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from layerprobe.capture.staging import Room
+from layerprobe.capture.units import AnnouncedBatch, encode_record
+from layerprobe.errors import InputError
+from layerprobe.extract.ahead import make_first
+from layerprobe.extract.batching import Batch, FlatBatch
+from layerprobe.extract.cutting import Unit
+from layerprobe.extract.inputs import InputDigest, Record
+from layerprobe.extract.plan import Plan
+from layerprobe.extract.tokens import TokenizedUnit, tokenize
+from layerprobe.store.kept import KeptRows
+
+__all__ = ["PreparedUnit", "ReadyBatch", "check_units", "prepare_missing"]
+
+
+class ReadyBatch(NamedTuple):
+    """A batch, and what a sink is told of it as a whole."""
+
+    batch: Batch | FlatBatch
+    announced: AnnouncedBatch
+
+
+class PreparedUnit:
+    """A unit that lacks nothing but the model.
+
+    Args:
+        plan: Of the run.
+        unit: Its texts.
+        tokenized: Their ids.
+
+    `room` is what it takes in a buffer, `records` is what travels with its examples, as bytes; `keeps_part` says
+    whether only a part of its rows is kept. `batches` are gone through once.
+    """
+
+    def __init__(self, plan: Plan, unit: Unit, tokenized: TokenizedUnit) -> None:
+        self.unit = unit
+        self.num_truncated = tokenized.num_truncated
+        self.records = [encode_record(_make_record(record)) for record in unit.records]
+        self._tokenized = tokenized
+        self._rows: KeptRows | None = None
+        self.room = tokenized.room
+        if plan.rule.kept is not None:
+            ordinals = range(unit.first_example, unit.first_example + len(unit.records))
+            self._rows = plan.rule.kept.choose(tokenized.ids, tokenized.offsets, ordinals)
+            self.room = Room(len(self._rows.positions), len(unit.records))
+        ready = (ReadyBatch(batch, self.announce(batch)) for batch in plan.cut(tokenized))
+        self.batches = make_first(ready, lambda one: one.batch.input_ids.numel())
+
+    @property
+    def keeps_part(self) -> bool:
+        """Whether rows are kept with their positions."""
+        return self._rows is not None
+
+    def announce(self, batch: Batch | FlatBatch) -> AnnouncedBatch:
+        """Say what a sink is told of a batch, or of a part of one, before the model is called with it."""
+        rows, tokenized = self._rows, self._tokenized
+        kept = None if rows is None else [rows.of(member) for member in batch.members]
+        has_copies = len(batch.sequences) > batch.num_sequences - batch.num_filling
+        if isinstance(batch, FlatBatch) and not has_copies:
+            input_ids = batch.input_ids[0]
+        else:
+            input_ids = tokenized.gather(batch.members)
+        if kept is not None:
+            parts = zip(input_ids.split(batch.lengths), kept, strict=True)
+            input_ids = torch.cat([own[positions] for own, positions in parts])
+        return AnnouncedBatch(
+            ordinals=[self.unit.first_example + member for member in batch.members],
+            lengths=batch.lengths,
+            num_positions=batch.input_ids.shape[1],
+            input_ids=input_ids,
+            records=[self.records[member] for member in batch.members],
+            sequences=batch.sequences if has_copies else None,
+            kept=kept,
+            num_filling=batch.num_filling,
+            is_flat=isinstance(batch, FlatBatch),
+        )
+
+
+def prepare_missing(plan: Plan, unit: Unit) -> PreparedUnit | None:
+    """Make a unit ready, or give None where it is done already."""
+    return None if unit.number in plan.done else PreparedUnit(plan, unit, _tokenize(plan, unit))
+
+
+def _tokenize(plan: Plan, unit: Unit) -> TokenizedUnit:
+    texts = [record.text for record in unit.records]
+    start, end = unit.first_example, unit.first_example + len(texts)
+    if end <= len(plan.first_texts) and tuple(texts) == plan.first_texts[start:end]:
+        return plan.first.part(start, end)
+    return tokenize(plan.tokenizer, texts, plan.rule.max_length)
+
+
+def check_units(plan: Plan) -> Iterator[Unit]:
+    """Go through the units of a plan.
+
+    Raises:
+        InputError: a unit is not what it was when the plan was made.
+    """
+    digest, num_units = InputDigest(plan.source.name), 0
+    for unit in plan.units():
+        for record in unit.records:
+            digest.add(record)
+        if (num_units := unit.number + 1) > plan.num_units or digest.digest() != plan.digests[unit.number]:
+            raise _changed(plan)
+        yield unit
+    if num_units < plan.num_units:
+        raise _changed(plan)
+
+
+def _make_record(record: Record) -> Mapping[str, Any]:
+    """Give what travels with an example."""
+    return {"text": record.text, **({"fields": record.fields} if record.fields else {})}
+
+
+def _changed(plan: Plan) -> InputError:
+    # a unit is told from its planned one before it is run, so the input as it is now left nothing in the store
+    return InputError(
+        f"{plan.source.name}: changed while the run was under way. What {plan.place} holds is of the input as it was: "
+        "put that back and run the same command again, pass overwrite=True (--overwrite), or choose another folder."
+    )
