@@ -159,6 +159,7 @@ ORDER = (
     "layerprobe.extract.worker",
     "layerprobe.extract.crew",
     "layerprobe.extract.run",
+    "layerprobe.extract.sampling",
     "layerprobe.extract.pricing",
     "layerprobe.extract.audit",
     "layerprobe.extract.untrained",

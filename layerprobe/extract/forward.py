@@ -30,6 +30,7 @@ __all__ = [
     "check_recording",
     "compile_network",
     "compute_in",
+    "count_compiled",
     "find_dtype",
     "find_precision",
     "resolve_precision",
@@ -213,6 +214,13 @@ def compile_network(model: nn.Module, backend: bool | str) -> nn.Module:
         wrapper = torch.compile(model, dynamic=True, backend="inductor" if backend is True else backend)
     assert isinstance(wrapper, nn.Module)
     return wrapper
+
+
+def count_compiled(backend: bool | str) -> int:
+    """Count the graphs that torch has compiled in this process so far; 0 where nothing is compiled."""
+    if backend is False:
+        return 0
+    return importlib.import_module("torch._dynamo.utils").counters["stats"]["unique_graphs"]
 
 
 def tracing(backend: bool | str) -> AbstractContextManager[Any]:

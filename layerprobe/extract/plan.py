@@ -196,8 +196,12 @@ def plan_extraction(
     devices: str | Sequence[int | str] | None = None,
     overwrite: bool = False,
     wait_for_space: bool = False,
+    stands_for: int | None = None,
 ) -> Plan:
     """Work out and check a run; see `extract` for the arguments.
+
+    Args:
+        stands_for: Examples of the run that this one is a sample of, and whose batches it is to have.
 
     Raises:
         LayerProbeError: anything that would make the run fail and can be known before it starts.
@@ -231,7 +235,8 @@ def plan_extraction(
     survey = survey_input(source, rule)
     # before the choice, which may ask for it twice: it reads every weight
     described = describe_run(model, tokenizer, stored, options, rule, survey, name)
-    trials = Trials(model, sites, stored, rule.kept, options, sampled, survey.num_tokens, tokenizer.pad_token_id or 0)
+    num_tokens = round(survey.num_tokens * (stands_for or survey.num_examples) / survey.num_examples)
+    trials = Trials(model, sites, stored, rule.kept, options, sampled, num_tokens, tokenizer.pad_token_id or 0)
     if overwrite and recalled is not None and not can_resume(recalled, described, trials):
         recalled = None
         own_bytes = choose_size(options.shard_bytes, None, find_device(model))

@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 import time
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from layerprobe.extract.network import find_model
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.resume import check_place
-from layerprobe.extract.run import run_extraction
+from layerprobe.extract.sampling import MOST_EXAMPLES, SamplePace, Sampler, check_records, grow_sample
 from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.durable import commit_file, make_noise, tell_failure
@@ -30,29 +30,7 @@ from layerprobe.tables import format_bytes, format_count, format_table, format_t
 
 __all__ = ["DiskPace", "Price", "SamplePace", "price_extraction"]
 
-# Texts of the first chunk, and of the largest: what lies on the disk meanwhile is theirs.
-_FIRST_EXAMPLES = 8
-_MOST_EXAMPLES = 2048
-_GROWTH = 8
-_MUCH_LARGER = 4
-# No chunk is begun for less than this share of the time.
-_LEAST_LEFT = 0.05
 _DISK_BYTES = 128 << 20
-
-
-@dataclass(frozen=True)
-class SamplePace:
-    """What a sample took: its examples, tokens, bytes on disk, seconds in all and seconds idle for the disk."""
-
-    num_examples: int
-    num_tokens: int
-    num_bytes: int
-    seconds: float
-    stalled_s: float
-
-    def plus(self, other: "SamplePace") -> "SamplePace":
-        """Add another sample."""
-        return SamplePace(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -147,7 +125,8 @@ def price_extraction(
         model, texts, options, device: As for the run.
         to: Where its store would lie, in a local folder; nothing is left there.
         num_examples: Texts of the run that is asked about.
-        seconds: How long to measure, about; it ends earlier where the input does, later where eight texts take longer.
+        seconds: How long to measure, about; it ends earlier where the input does, later where eight texts take longer,
+            and by what it takes to plan and to compile.
 
     Raises:
         OptionError: a number that cannot be, or no local folder.
@@ -173,7 +152,8 @@ def price_extraction(
         raise tell_failure(folder, error) from error
     with made as scratch:
         try:
-            sample = _measure_sample(loaded, tokenizer, source, Path(scratch), replace(options, field="text"), seconds)
+            own = replace(options, field="text")
+            sample = _measure_sample(loaded, tokenizer, source, Path(scratch) / "acts", own, num_examples, seconds)
             disk = _measure_disk(Path(scratch))
         except SpaceError as error:
             raise SpaceError(
@@ -181,40 +161,29 @@ def price_extraction(
                 "that a plan measures there. Make room, give another disk with -o, or ask for fewer sites, a smaller "
                 "dtype or a pool."
             ) from error
-    if not sample.num_examples:
-        raise InputError(f"{source.name}: holds no texts. Give at least one.")
     return Price(num_examples, sample, disk, str(find_device(network)))
 
 
 def _measure_sample(
-    model: Any, tokenizer: Any, source: TextSource, scratch: Path, options: ExtractOptions, seconds: float
+    model: Any,
+    tokenizer: Any,
+    source: TextSource,
+    place: Path,
+    options: ExtractOptions,
+    num_examples: int,
+    seconds: float,
 ) -> SamplePace:
-    """Run chunks of texts, each as a run of its own, for about so many seconds.
-
-    A small one tells the pace, and is forgotten for a much larger one that begins with the same texts: it measures the
-    first calls of a model, and the files of a store, more than anything else.
-    """
-    sample, spent_s, size, records = SamplePace(0, 0, 0, 0.0, 0.0), 0.0, _FIRST_EXAMPLES, iter(source)
-    for number in itertools.count():
-        chunk = [{**one.fields, "text": one.text} for one in itertools.islice(records, size)]
-        if not chunk:
-            break
-        plan = plan_extraction(model, chunk, scratch / str(number), options, tokenizer=tokenizer)
-        report = run_extraction(plan)
-        shards = list(plan.folder.glob("shard-*"))
-        num_bytes = sum(file.stat().st_size for file in shards)
-        for file in shards:
-            file.unlink()
-        run_s = max(report.seconds, 1e-9)
-        sample = sample.plus(SamplePace(report.num_examples, report.num_tokens, num_bytes, run_s, report.stalled_s))
-        spent_s += run_s
-        left_s = seconds - spent_s
-        if len(chunk) < size or left_s < _LEAST_LEFT * seconds:
-            break
-        size = max(1, int(min(left_s * len(chunk) / run_s, _GROWTH * len(chunk), _MOST_EXAMPLES)))
-        if size >= _MUCH_LARGER * sample.num_examples:
-            sample, records = SamplePace(0, 0, 0, 0.0, 0.0), iter(source)
-    return sample
+    """Run the first texts for about so many seconds, by a plan as that of the whole run would be."""
+    first = [{**one.fields, "text": one.text} for one in itertools.islice(check_records(source), MOST_EXAMPLES)]
+    if not first:
+        raise InputError(f"{source.name}: holds no texts. Give at least one.")
+    # room is looked for unit by unit: what was counted is removed again
+    plan = plan_extraction(
+        model, first, place, options, tokenizer=tokenizer, wait_for_space=True, stands_for=num_examples
+    )
+    with Sampler(plan) as sampler:
+        grow_sample(source, seconds, sampler.run, sampler.forget)
+    return sampler.pace
 
 
 def _measure_disk(folder: Path) -> DiskPace:

@@ -7,11 +7,9 @@ import pytest
 
 import layerprobe
 from layerprobe.errors import InputError, OptionError, SpaceError, StoreError
-from layerprobe.extract import pricing
+from layerprobe.extract import trials
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.pricing import DiskPace, Price, SamplePace, price_extraction
-from layerprobe.extract.reports import RunReport
-from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 
 extract: Any = layerprobe.extract
@@ -52,28 +50,20 @@ def test_a_sample_ends_where_its_time_does(tiny: LoadedModel, tmp_path: Path) ->
     assert price.sample.num_examples == 8 and price.num_tokens == 10**12 * price.sample.num_tokens // 8
 
 
-def test_chunks_grow_to_fill_the_time_and_the_small_ones_are_forgotten(
-    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_batches_are_those_of_a_run_that_is_as_long(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: list[int] = []
-
-    def run(plan: Any) -> RunReport:
-        report = run_extraction(plan)
-        sizes.append(report.num_examples)
-        report.seconds = report.num_examples / 100  # a hundred texts a second
-        return report
-
-    monkeypatch.setattr(pricing, "run_extraction", run)
-    price = price_extraction(tiny, ["the fox"] * 5000, tmp_path / "acts", ExtractOptions(pool="cls"), 10**6, 20.0)
-    assert sizes == [8, 64, 512, 1416] and sum(sizes) / 100 == 20
-    assert price.sample.num_examples == 512 + 1416 and price.sample.seconds == pytest.approx(19.28)  # a sum of floats
-    sizes.clear()
-    price = price_extraction(tiny, ["the fox"] * 100, tmp_path / "acts", ExtractOptions(pool="cls"), 10**6, 0.7)
-    assert sizes == [8, 62] and price.sample.num_examples == 62
-    sizes.clear()
-    price = price_extraction(tiny, ["the fox"] * 20, tmp_path / "acts", ExtractOptions(pool="cls"), 10**6, 20.0)
-    assert sizes == [8, 20] and price.sample.num_examples == 20
-    assert not list(tmp_path.iterdir())
+    """A long run tries how many tokens they should have, and so does its sample, which is short."""
+    tried: list[int] = []
+    monkeypatch.setattr(trials, "find_batch_tokens", lambda *_, **__: tried.append(1) or 64)
+    shapes: list[int] = []
+    with tiny.model.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(given["input_ids"].numel()), with_kwargs=True
+    ):
+        price_extraction(tiny, texts, tmp_path / "acts", ExtractOptions(), 10**9)
+        assert tried == [1] and max(shapes) <= 64
+        price_extraction(tiny, texts, tmp_path / "acts", ExtractOptions(), len(texts))
+        assert tried == [1] and max(shapes) > 64
 
 
 def test_a_place_that_a_run_would_refuse_is_refused(
