@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from layerprobe.capture.buffers import send
+from layerprobe.capture.staging import send
 from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.flat import FlatForm, laying
 from layerprobe.extract.options import ExtractOptions

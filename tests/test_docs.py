@@ -161,7 +161,7 @@ def test_the_architecture_names_every_file_that_knows_of_cuda() -> None:
     assert set(re.findall(r"`(\w[\w/]*\.py)`", gpu)) == knowing
     hidden = re.compile(r"cuda\.(?:Stream|stream|current_stream)\(|pin_memory|wait_event")
     assert {name for name, source in sources.items() if hidden.search(source)} - {"cost/machine.py"} == {
-        "capture/buffers.py",
+        "capture/staging.py",
         "capture/streams.py",
     }
 

@@ -100,7 +100,7 @@ ORDER = (
     "layerprobe.capture.target",
     "layerprobe.capture.casting",
     "layerprobe.capture.streams",
-    "layerprobe.capture.buffers",
+    "layerprobe.capture.staging",
     "layerprobe.capture.select",
     "layerprobe.capture.pooling",
     "layerprobe.capture.identity",

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.abilities import SinkAbilities
-from layerprobe.capture.buffers import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
 from layerprobe.capture.calls import Call
 from layerprobe.capture.casting import NOT_PLAIN, cast_into
 from layerprobe.capture.pooling import Pool, pool_rows
 from layerprobe.capture.select import BatchSelection, Run, copy_runs, write_pairs, write_rows
 from layerprobe.capture.sinks import is_per_token, select_tokens
+from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
 from layerprobe.capture.turns import Turns
 from layerprobe.capture.units import (
     AnnouncedBatch,

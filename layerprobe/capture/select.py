@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.capture.buffers import MOST_COPIES, send
 from layerprobe.capture.casting import NOT_PLAIN, cast_into
+from layerprobe.capture.staging import MOST_COPIES, send
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError
 

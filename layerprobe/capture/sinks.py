@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.abilities import SinkAbilities
-from layerprobe.capture.buffers import fetch
 from layerprobe.capture.calls import Call, Context, Source
 from layerprobe.capture.casting import cast_into
 from layerprobe.capture.pooling import Pool, pool_rows
 from layerprobe.capture.select import BatchSelection, take_ids
+from layerprobe.capture.staging import fetch
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.grammar import expand_patterns

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.capture.buffers import NO_ROOM, HostBuffer, Room
 from layerprobe.capture.pooling import Pool, pool_rows
 from layerprobe.capture.select import BatchSelection
 from layerprobe.capture.sinks import check_pooled, is_per_token
+from layerprobe.capture.staging import NO_ROOM, HostBuffer, Room
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.format import SCALE_SUFFIX

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from layerprobe.capture.buffers import send
+from layerprobe.capture.staging import send
 from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.flat import FlatForm, find_arguments, laying
 from layerprobe.extract.memory import ran_out

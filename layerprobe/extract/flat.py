@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerprobe.capture.buffers import send
 from layerprobe.capture.hooks import list_hooks
 from layerprobe.capture.probe import Probe
+from layerprobe.capture.staging import send
 from layerprobe.errors import ArchitectureError, CaptureError, first_line
 from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.forward import REORDERED, find_dtype, running

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from layerprobe.capture.buffers import Room
+from layerprobe.capture.staging import Room
 from layerprobe.capture.units import list_shapes
 from layerprobe.errors import SpaceError
 from layerprobe.store.durable import reserve_file

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.capture.buffers import Room
+from layerprobe.capture.staging import Room
 
 __all__ = ["NO_TEXTS", "TokenizedUnit", "tokenize", "tokenizing"]
 

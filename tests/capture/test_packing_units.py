@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import layerprobe as lp
 from layerprobe.capture import probe as probe_module
 from layerprobe.capture import sinks
-from layerprobe.capture.buffers import HostBuffer, Room
 from layerprobe.capture.packing import StoreSink
+from layerprobe.capture.staging import HostBuffer, Room
 from layerprobe.capture.units import AnnouncedBatch, OpenUnit, encode_record
 from layerprobe.errors import CaptureError, NonFiniteError, StoreError
 from layerprobe.store.writer import ShardWriter, StoredSite

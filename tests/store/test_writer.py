@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor
 
 from faults import check_shards
-from layerprobe.capture.buffers import NO_ROOM, BufferPool, HostBuffer
+from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer
 from layerprobe.errors import LockError, NonFiniteError, StoreError
 from layerprobe.store.durable import commit_file
 from layerprobe.store.format import ShardHeader, read_header

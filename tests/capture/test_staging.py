@@ -19,7 +19,8 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.capture import packing, probe
-from layerprobe.capture.buffers import (
+from layerprobe.capture.casting import cast_into
+from layerprobe.capture.staging import (
     BufferPool,
     DirectLane,
     HostBuffer,
@@ -30,7 +31,6 @@ from layerprobe.capture.buffers import (
     make_lane,
     send,
 )
-from layerprobe.capture.casting import cast_into
 from layerprobe.capture.streams import PlainCopies
 from layerprobe.capture.target import Target
 from layerprobe.capture.units import AnnouncedBatch
