@@ -37,6 +37,7 @@ ORDER = (
     "layerprobe.store.remote",
     "layerprobe.store.places",
     "layerprobe.store.lock",
+    "layerprobe.store.abandoned",
     "layerprobe.store.headers",
     "layerprobe.store.format",
     "layerprobe.store.shards",

@@ -68,7 +68,10 @@ def extract(
         ),
     ] = None,
     shard_size: Annotated[
-        str | None, typer.Option(help="Bytes per shard, about: 64MB, 1GiB; 128MiB if not given, on CUDA 1GiB.")
+        str | None,
+        typer.Option(
+            help="About how many bytes a shard takes, such as 64MB; 128MiB if not given, on CUDA 1GiB. A million tokens at most."
+        ),
     ] = None,
     nonfinite: Annotated[
         str, typer.Option(help="warn or error: on values that are not finite or overflow the dtype.")

@@ -6,24 +6,28 @@ counts, estimates, and takes a fingerprint up to the end of each unit, by which 
 Must never know of models.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from layerprobe.extract.inputs import InputDigest, Record, TextSource
 from layerprobe.store.kept import Kept
 
-__all__ = ["Survey", "Unit", "UnitRule", "survey_input"]
+__all__ = ["MOST_UNIT_TOKENS", "Survey", "Unit", "UnitRule", "survey_input"]
 
 # How much a unit holds, however little of it is kept: it is computed anew if a run is stopped in it, and a batch is cut
 # from it. After so many units both double, and again: then half a million, all that are read, hold trillions of tokens.
 _MOST_UNIT_EXAMPLES = 1 << 16
-_MOST_UNIT_TOKENS = 1 << 20
+MOST_UNIT_TOKENS = 1 << 20
 _UNITS_PER_DOUBLING = 1 << 16
 
 
 @dataclass(frozen=True)
 class UnitRule:
-    """How the input is cut into units: by estimates of a text's bytes on disk and its tokens, from the text alone."""
+    """How the input is cut into units: by estimates of a text's bytes on disk and its tokens, from the text alone.
+
+    Without `unit_tokens` the cut is that of versions that counted no tokens and doubled nothing.
+    """
 
     row_bytes: int
     example_bytes: int
@@ -32,7 +36,7 @@ class UnitRule:
     max_length: int
     text_bytes_per_token: float
     kept: Kept | None = None
-    unit_tokens: int = _MOST_UNIT_TOKENS
+    unit_tokens: int | None = MOST_UNIT_TOKENS
 
     def estimate_tokens(self, text_bytes: int) -> int:
         """Estimate the tokens of a text, two special ones included."""
@@ -52,9 +56,10 @@ class UnitRule:
             tokens = self.estimate_tokens(text_bytes)
             # the text goes into the shard too, with 24 bytes of places: most of a pooled store
             cost = self.cost(tokens) + text_bytes + 24
-            doublings = number // _UNITS_PER_DOUBLING
+            doublings = 0 if self.unit_tokens is None else number // _UNITS_PER_DOUBLING
+            most_tokens = math.inf if self.unit_tokens is None else self.unit_tokens << doublings
             is_full = size + cost > self.shard_bytes or len(members) == _MOST_UNIT_EXAMPLES << doublings
-            if members and (is_full or num_tokens + tokens > self.unit_tokens << doublings):
+            if members and (is_full or num_tokens + tokens > most_tokens):
                 yield Unit(number, first, members, is_bound_by_tokens=not is_full)
                 first, number, size, num_tokens, members = first + len(members), number + 1, 0, 0, []
             members.append(record)

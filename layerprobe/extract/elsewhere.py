@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.extract.plan import Plan
+from layerprobe.store.abandoned import wait_for_abandoned
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
 from layerprobe.store.places import Place
 from layerprobe.store.writer import commit_description
@@ -27,6 +28,7 @@ def begin_remote(plan: Plan) -> None:
         StoreError: it cannot be written.
     """
     place = plan.place
+    wait_for_abandoned(str(place))
     # first of all: an index beside missing shards would call the store complete
     if plan.overwrite or len(plan.done) < plan.num_units:
         place.remove(INDEX_FILE)

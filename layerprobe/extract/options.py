@@ -39,8 +39,8 @@ class ExtractOptions:
         max_length: Longest text in tokens; None for the model's own limit.
         batch_tokens: Tokens per batch, padding included; None chooses by device, and tries for long runs.
         padding_free: Whether texts go through the model behind one another, without padding; None where they can.
-        shard_bytes: What a shard should hold, by an estimate: texts with more tokens a byte than the first 2,000 take
-            more. None chooses by device.
+        shard_bytes: What a shard should hold, by an estimate: texts with more tokens a byte than the first ones take
+            more. At most about a million tokens and 65,536 texts, whatever it is. None chooses by device.
         nonfinite: `warn` counts values that are not finite, `error` stops at them.
         keep: Share of the rows to keep.
         tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` or `nonspecial`.

@@ -29,7 +29,15 @@ from layerprobe.extract.inputs import TextSource, check_text, open_source
 from layerprobe.extract.looking import try_out
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
-from layerprobe.extract.resume import check_finite, check_place, choose_size, find_done, is_same_run, recall_run
+from layerprobe.extract.resume import (
+    check_finite,
+    check_place,
+    choose_size,
+    choose_unit_tokens,
+    find_done,
+    is_same_run,
+    recall_run,
+)
 from layerprobe.extract.thinning import find_kept
 from layerprobe.extract.tokens import NO_TEXTS, TokenizedUnit, tokenize
 from layerprobe.extract.trials import Trials, can_resume, choose_batches
@@ -75,6 +83,7 @@ class Plan:
     done: dict[int, ShardHeader]
     num_damaged: int
     overwrite: bool
+    is_resumed: bool = False
     wait_for_space: bool = False
     crew: Crew | None = None
     first_texts: tuple[str, ...] = ()
@@ -175,7 +184,8 @@ class Plan:
         missing = self.num_units - len(self.done)
         if self.crew is not None and 0 < missing < (num_devices := len(self.crew.devices)):
             # a run that goes on keeps its shards as they are
-            advice = "" if self.done else "; a smaller shard_size (--shard-size) makes more"
+            can_have_more = not self.is_resumed and self.num_examples > self.num_units
+            advice = "; a smaller shard_size (--shard-size) makes more" if can_have_more else ""
             to_do = f"{format_count(missing, 'shard')} to do{advice}"
             lines.append(f"idle      {num_devices - missing} of {num_devices} devices: {to_do}")
         if self.done:
@@ -231,6 +241,7 @@ def plan_extraction(
         max_length=max_length,
         text_bytes_per_token=_measure_texts(sample, sampled),
         kept=find_kept(options.tokens, options.keep, tokenizer, stored, options.pool),
+        unit_tokens=choose_unit_tokens(recalled),
     )
     survey = survey_input(source, rule)
     # before the choice, which may ask for it twice: it reads every weight
@@ -239,10 +250,10 @@ def plan_extraction(
     trials = Trials(model, sites, stored, rule.kept, options, sampled, num_tokens, tokenizer.pad_token_id or 0)
     if overwrite and recalled is not None and not can_resume(recalled, described, trials):
         recalled = None
-        own_bytes = choose_size(options.shard_bytes, None, find_device(model))
-        if rule.shard_bytes != own_bytes:
+        own_bytes, own_tokens = choose_size(options.shard_bytes, None, find_device(model)), choose_unit_tokens(None)
+        if (rule.shard_bytes, rule.unit_tokens) != (own_bytes, own_tokens):
             # it was cut as the run there, of which nothing stays
-            rule = replace(rule, shard_bytes=own_bytes)
+            rule = replace(rule, shard_bytes=own_bytes, unit_tokens=own_tokens)
             survey = survey_input(source, rule)
             described = describe_run(model, tokenizer, stored, options, rule, survey, name)
     if (num_units := len(survey.digests)) > MOST_SHARDS:
@@ -276,6 +287,7 @@ def plan_extraction(
         done=done,
         num_damaged=num_damaged,
         overwrite=overwrite,
+        is_resumed=recalled is not None and not overwrite,
         wait_for_space=wait_for_space,
         crew=crew,
         first_texts=sample,

@@ -16,6 +16,7 @@ import torch
 
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
 from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
+from layerprobe.extract.cutting import MOST_UNIT_TOKENS
 from layerprobe.store.format import (
     FORMAT_VERSION,
     STORE_FILE,
@@ -36,6 +37,7 @@ __all__ = [
     "check_folder",
     "check_place",
     "choose_size",
+    "choose_unit_tokens",
     "find_done",
     "is_same_run",
     "recall_run",
@@ -176,6 +178,18 @@ def choose_size(asked: int | None, recalled: RecalledRun | None, device: torch.d
         return own
     # another size somebody has asked for, and has to again
     return next((size for size in (DEFAULT_SHARD_BYTES, _CUDA_SHARD_BYTES) if recalled.shard_bytes == size), own)
+
+
+def choose_unit_tokens(recalled: RecalledRun | None) -> int | None:
+    """Choose how many tokens a unit should hold at most; None for a run that an older version began without a bound.
+
+    Args:
+        recalled: The run in the place of the store, which is resumed as it was begun.
+    """
+    if recalled is None:
+        return MOST_UNIT_TOKENS
+    said = recalled.said["plan"].get("unit_tokens")
+    return said if _is_count(said) else None
 
 
 def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:

@@ -141,8 +141,9 @@ def extract(
             side by side. Faster; rows differ in their last digits. None: wherever model, sites and device allow it,
             confirmed by a trial run.
         shard_size: Bytes of a shard, and of each buffer, by an estimate: a text counts with the tokens that the first
-            2,000 have for each byte, other fields not at all. Where later texts have more tokens a byte, shards and
-            buffers are larger in proportion. There is one more buffer than `writers`. None for 128 MiB, and on CUDA
+            2,000 texts, or 16 MiB of them, have for each byte, other fields not at all. Where later texts have more
+            tokens a byte, shards and buffers are larger in proportion. Whatever the size, a shard is of at most about a
+            million tokens and 65,536 texts. There is one more buffer than `writers`. None for 128 MiB, and on CUDA
             1 GiB, since a batch is cut from the texts of one shard; a resumed run keeps its own.
         nonfinite: `warn` counts NaN and infinite values; `error` stops the run at the first shard that has one.
         keep: Share of the rows to keep, above 0: drawn without a seed, by example and position. The reader knows the

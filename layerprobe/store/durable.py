@@ -178,7 +178,9 @@ def _find_fallocate() -> Callable[[int, int, int], None] | None:
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            call = ctypes.CDLL(None, use_errno=True).fallocate
+            libc = ctypes.CDLL(None, use_errno=True)
+            # the plain name has 32-bit sizes in a 32-bit glibc; musl has no other
+            call = getattr(libc, "fallocate64", None) or libc.fallocate
             call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
             return _wrap_fallocate(call)
     return getattr(os, "posix_fallocate", None)

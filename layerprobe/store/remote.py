@@ -7,6 +7,7 @@ Hides fsspec and the drivers under it. Must never know what is in an object, and
 """
 
 import contextlib
+import copy
 import io
 import os
 import random
@@ -81,7 +82,6 @@ class RemotePlace:
     Args:
         url: Of the store: bucket and prefix.
         patience: How often and how long a request is tried.
-        check: Called before a request is tried again; raises where nobody waits for it any more. Not pickled.
 
     Raises:
         OptionError: stores do not lie under such URLs, or what it takes is not installed.
@@ -89,7 +89,7 @@ class RemotePlace:
 
     folder: Path | None = None
 
-    def __init__(self, url: str, patience: Patience | None = None, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, url: str, patience: Patience | None = None) -> None:
         match = _URL.match(url)
         protocol = match.group(1) if match else ""
         if protocol not in _DRIVERS:
@@ -101,13 +101,23 @@ class RemotePlace:
             raise OptionError(f"{url!r}: names no store. Give a bucket and a prefix: {protocol}://bucket/acts.")
         self.url = url.rstrip("/")
         self.patience = patience or Patience()
-        self._check = check
+        self._check: Callable[[], None] | None = None
         self._protocol = protocol
         self._connected: tuple[int, Any, str] | None = None
         self._connect()
 
     def __reduce__(self) -> "tuple[type[RemotePlace], tuple[str, Patience]]":
         return RemotePlace, (self.url, self.patience)
+
+    def checked_by(self, check: Callable[[], None]) -> "RemotePlace":
+        """Give the same place, connected as it is, for someone who may come to wait no longer.
+
+        Args:
+            check: Called before a request is tried again; raises where nobody waits for it any more. Not pickled.
+        """
+        checked = copy.copy(self)
+        checked._check = check
+        return checked
 
     def __str__(self) -> str:
         return _mask(self.url)
@@ -244,7 +254,8 @@ class RemotePlace:
                 if is_final or attempt == self.patience.attempts:
                     raise self._describe(file, what, error, attempt) from error
             time.sleep(self.patience.wait_s(attempt))
-            self._check()
+            if self._check is not None:
+                self._check()
             attempt += 1
 
     def _describe(self, file: str, what: str, error: Exception, attempts: int) -> StoreError:

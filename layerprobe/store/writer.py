@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import LayerProbeError, NonFiniteError, StoreError
+from layerprobe.store.abandoned import abandon, wait_for_abandoned
 from layerprobe.store.durable import is_direct_better, make_folder
 from layerprobe.store.format import (
     FORMAT_VERSION,
@@ -105,6 +106,7 @@ def claim_place(where: Path | Place) -> StoreLock | None:
     place = find_place(where)
     folder = place.folder
     if folder is None:
+        wait_for_abandoned(str(place))
         _refuse_content(place, place.list_files())
         return None
     try:
@@ -238,7 +240,7 @@ class ShardWriter:
         self.place = find_place(where)
         if isinstance(self.place, RemotePlace):
             # a shard that was given up is not asked for again
-            self.place = RemotePlace(self.place.url, self.place.patience, self.check)
+            self.place = self.place.checked_by(self.check)
         self.num_threads = num_threads
         self._attempt = attempt
         self._probes_disk = probes_disk
@@ -336,8 +338,12 @@ class ShardWriter:
                 cut = self._error = error
                 waits = self.place.folder is not None
         while self._hands:
-            if (hand := self._hands.pop()).has_begun and waits:
+            if not (hand := self._hands.pop()).has_begun:
+                continue
+            if waits:
                 hand.thread.join()
+            else:
+                abandon(str(self.place), hand.thread)
         if cut is not None:
             raise cut
 

@@ -90,6 +90,12 @@ def test_a_plan_says_which_devices_have_nothing_to_do(
     (tmp_path / "acts" / "shard-000001.safetensors").unlink()
     said = str(plan_on("cpu,cpu", tiny_model_folder, source, tmp_path / "acts"))
     assert "\nidle      1 of 2 devices: 1 shard to do\n" in said
+    # nor can it change where nothing is done yet, nor be smaller than a text
+    for shard in (tmp_path / "acts").glob("shard-*"):
+        shard.unlink()
+    assert "shards to do\n" in str(plan_on(["cpu"] * 200, tiny_model_folder, source, tmp_path / "acts")) + "\n"
+    one = plan_on(["cpu", "cpu"], tiny_model_folder, ["the quick brown fox"], tmp_path / "one")
+    assert str(one).endswith("1 of 2 devices: 1 shard to do")
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from layerprobe.errors import (
     SpaceError,
     StoreError,
 )
-from layerprobe.extract import cutting
+from layerprobe.extract import cutting, resume
 from layerprobe.extract.cutting import Unit, UnitRule, survey_input
 from layerprobe.extract.engine import UnitEngine
 from layerprobe.extract.inputs import Record, TextSource
@@ -37,7 +37,6 @@ from layerprobe.extract.run import run_extraction
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel
 from layerprobe.store.guard import MOST_SHARDS
-from layerprobe.store.mismatch import list_differences
 from layerprobe.store.places import find_place
 from layerprobe.store.reader import open_store
 
@@ -131,27 +130,34 @@ def test_a_bound_of_tokens_doubles_so_that_any_input_fits_the_shards_that_are_re
     monkeypatch.undo()
     blocks, rest = divmod(MOST_SHARDS, cutting._UNITS_PER_DOUBLING)
     in_blocks = cutting._UNITS_PER_DOUBLING * (2**blocks - 1) + rest * 2**blocks
-    assert in_blocks * min(by_texts.unit_tokens, 20 * cutting._MOST_UNIT_EXAMPLES) > 8 * 10**12
+    assert in_blocks * min(cutting.MOST_UNIT_TOKENS, 20 * cutting._MOST_UNIT_EXAMPLES) > 8 * 10**12
 
 
-def test_a_pooled_run_of_long_texts_is_cut_by_their_tokens_and_one_that_was_not_is_refused(
-    tiny: LoadedModel, tmp_path: Path
+def test_a_pooled_run_of_long_texts_is_cut_by_their_tokens_and_an_older_one_goes_on_as_it_was_begun(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = ["the quick brown fox jumps over the lazy dog " * 8] * 17_000
-    made = plan(tiny, long, tmp_path / "acts", pool="mean")
+    made = plan(tiny, long, tmp_path / "new", pool="mean")
     assert made.description["plan"]["unit_tokens"] == 1 << 20
     assert made.num_units == 2 and made.num_tokens > 1 << 20
-    said = json.loads(json.dumps(made.description))
-    del said["plan"]["unit_tokens"]
-    said["plan"]["units"] = 1
-    (tmp_path / "acts").mkdir()
-    (tmp_path / "acts" / "store.json").write_text(json.dumps({"format": 1, **said, "fingerprint": "0" * 32}))
-    with pytest.raises(
-        PlanError, match=r"\(plan\.unit_tokens: None there, 1048576 here; plan\.units: 1 there, 2 here\)"
-    ):
-        plan(tiny, long, tmp_path / "acts", pool="mean")
-    # where something else differs, it follows from that
-    assert list_differences({**said, "pool": None}, made.description) == ["pool: None there, 'mean' here"]
+    acts = tmp_path / "acts"
+    with monkeypatch.context() as older:
+        older.setattr(resume, "MOST_UNIT_TOKENS", None)
+        begun = plan(tiny, long, acts, pool="mean")
+    assert begun.num_units == 1 and "unit_tokens" not in begun.description["plan"]
+    acts.mkdir()
+    (acts / "store.json").write_text(json.dumps({"format": 1, **begun.description}))
+    for overwrite in (False, True):
+        again = plan_extraction(tiny, long, acts, ExtractOptions(pool="mean"), overwrite=overwrite)
+        assert again.num_units == 1 and not again.overwrite and again.is_resumed
+        assert again.fingerprint == begun.fingerprint
+    # what replaces it is cut as a new one
+    other = plan_extraction(tiny, long, acts, ExtractOptions(pool="max"), overwrite=True)
+    assert other.num_units == 2 and other.overwrite and not other.is_resumed
+    # and one that was begun with a bound keeps that one
+    (acts / "store.json").write_text(json.dumps({"format": 1, **made.description}))
+    monkeypatch.setattr(resume, "MOST_UNIT_TOKENS", 1 << 22)
+    assert plan(tiny, long, acts, pool="mean").num_units == 2
 
 
 def test_a_plan_whose_units_no_tokens_bound_says_nothing_of_them(

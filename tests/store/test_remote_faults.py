@@ -14,6 +14,7 @@ import layerprobe as lp
 from elsewhere import OPTIONS, PATIENCE, SECOND, SECRET, SHORT, contents, copy_store
 from layerprobe.errors import FormatError, LayerProbeError, StoreError
 from layerprobe.models import LoadedModel
+from layerprobe.store.abandoned import wait_for_abandoned
 from layerprobe.store.remote import RemotePlace
 from layerprobe.store.writer import ShardWriter
 from servers import Spoiler
@@ -113,8 +114,9 @@ def test_ctrl_c_ends_a_run_whose_shard_is_not_answered_and_no_request_follows(
     pressing.join()
     [writer] = [thread for thread in threading.enumerate() if thread.name == "layerprobe-writer"]
     assert not server.count("PUT"), "it waited for the answer"
-    server.stop_stalling()
-    writer.join(60)
+    threading.Timer(0.3, server.stop_stalling).start()
+    # what begins there next waits for the answer, which would come on top of its own
+    wait_for_abandoned(str(place))
     assert not writer.is_alive()
     # below, a connection that was reset is made anew without a word
     assert len(server.faults) >= 19
