@@ -40,6 +40,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.config.get_terminal_writer().fullwidth = _SUMMARY_WIDTH
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest test: at the end it would run alone."""
+    items.sort(key=lambda item: item.path.name != "test_kills.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def heard_interrupts() -> None:
     """Hear SIGINT, which what a shell starts in the background ignores, and so would the commands that tests start."""

@@ -1,7 +1,7 @@
 """A real command killed again and again, at every step and at moments drawn by lot: no row lost, doubled or changed.
 
-A command would spend its time importing torch, so one process imports everything and forks a command for each kill. It
-dies by SIGKILL before a chosen call of the system, at a chosen line of layerprobe, or after a while.
+A command would spend its time importing torch and what reads a model, so one process does that and forks a command for
+each kill. It dies by SIGKILL before a chosen call of the system, at a chosen line of layerprobe, or after a while.
 """
 
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 NUM_LINES, NUM_MOMENTS = 70, 70
 
 TEMPLATE = """
-import json, os, select, signal, sys, threading, time
+import contextlib, io, json, os, select, signal, sys, threading, time
 import torch
 from transformers import AutoConfig, BertModel, BertTokenizerFast
 import layerprobe
@@ -67,6 +67,11 @@ def run_command(order):
         with open(order["report"], "w") as report:
             report.write(str(count))
         os._exit(ended.code or 0)
+
+# what it imports, and patterns that it compiles, are there for each run
+sys.argv = ["layerprobe", "sites", sys.argv[1]]
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    main()
 
 for line in sys.stdin:
     order = json.loads(line)
@@ -115,7 +120,7 @@ def killer(tiny_model_folder: Path, tmp_path: Path) -> Iterator[Killer]:
     (tmp_path / "a.txt").write_text("\n".join(lines))
     arguments = ["extract", str(tiny_model_folder), str(tmp_path / "a.txt"), "--shard-size", "200kB", "-q"]
     process = subprocess.Popen(
-        [sys.executable, "-c", TEMPLATE],
+        [sys.executable, "-c", TEMPLATE, str(tiny_model_folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
