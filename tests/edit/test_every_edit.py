@@ -47,7 +47,8 @@ def make_edits(width: int) -> dict[str, tuple[Any, Callable[[Rows], Rows]]]:
 
 def read(model: Any, batch: dict[str, Any], site: str, edit: Any = None) -> Tensor:
     edited = contextlib.nullcontext() if edit is None else lp.edit(model, {site: edit})
-    with torch.no_grad(), edited, lp.Probe(model, site) as probe:
+    # what comes after the site is others' to test
+    with torch.no_grad(), edited, lp.Probe(model, site, stop=True) as probe:
         model(**batch)
     value = probe[site]
     assert isinstance(value, Tensor)
