@@ -1,4 +1,4 @@
-"""Texts into a sink: every text once, whatever the batches, over processes, and at constant memory."""
+"""Texts into a sink: every text once, whatever the batches, in parts, and at constant memory."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import layerprobe as lp
@@ -133,38 +133,18 @@ def test_a_batch_that_does_not_fit_is_measured_in_halves(tiny: LoadedModel, text
     assert torch.equal(halves["layers.1"].example, whole["layers.1"].example)
 
 
-PART = """
-import sys, torch
-import layerprobe as lp
-from safetensors.torch import save_file
-
-torch.set_num_threads(1)
-folder, part, out = sys.argv[1:]
-texts = open(part, encoding="utf-8").read().splitlines()
-loaded = lp.load_model(folder, "cpu")
-for sink in (lp.Moments(), lp.Covariance()):
-    lp.extract(loaded, texts, sink, sites="layers.*")
-    save_file(sink.state_dict(), out + type(sink).__name__)
-"""
-
-
-@pytest.mark.slow
-def test_what_two_processes_measured_merges_into_the_whole(
-    tiny: LoadedModel, tiny_model_folder: Path, texts: list[str], tmp_path: Path
+def test_what_was_measured_in_parts_merges_into_the_whole_through_files(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
 ) -> None:
+    """As by two processes: all that one hands on is in a file."""
     parts = [[text or "fox" for text in part] for part in (texts[:5], texts[5:])]
-    running = []
-    for number, part in enumerate(parts):
-        file = tmp_path / f"part-{number}.txt"
-        file.write_text("\n".join(part), encoding="utf-8")
-        command = [sys.executable, "-c", PART, str(tiny_model_folder), str(file), str(tmp_path / str(number))]
-        running.append(subprocess.Popen(command))
-    assert [process.wait() for process in running] == [0, 0]
     merged: list[Any] = [lp.Moments(), lp.Covariance()]
     for whole in merged:
-        for number in range(len(parts)):
-            sink = type(whole)()
-            sink.load_state_dict(load_file(tmp_path / f"{number}{type(whole).__name__}"))
+        for number, part in enumerate(parts):
+            measured, sink = type(whole)(), type(whole)()
+            lp.extract(tiny, part, measured, sites="layers.*")
+            save_file(measured.state_dict(), tmp_path / str(number))
+            sink.load_state_dict(load_file(tmp_path / str(number)))
             whole.merge(sink)
     for site in ("layers.0", "layers.1", "layers.2"):
         # no two texts of a part are equal, so a store has them in the same batches
