@@ -53,10 +53,18 @@ def mask_numbers(line: str, command: list[str]) -> str:
     return re.sub(r" on (cpu|cuda\S*)$", " on a device", line) if command[1] == "extract" else line
 
 
-def make_texts(page: Path) -> None:
-    """Write the labelled set that a page asks for, in small, where it asks for one."""
+@pytest.fixture(scope="session")
+def docstrings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The labelled set that some pages ask for, in small."""
+    made = tmp_path_factory.mktemp("set") / "docstrings.jsonl"
+    subprocess.run([sys.executable, ROOT / SCRIPT, made, "--most", "15"], check=True)
+    return made
+
+
+def make_texts(page: Path, request: pytest.FixtureRequest) -> None:
+    """Put the labelled set that a page asks for where it looks for it."""
     if SCRIPT in page.read_text(encoding="utf-8"):
-        subprocess.run([sys.executable, ROOT / SCRIPT, "docstrings.jsonl", "--most", "15"], check=True)
+        shutil.copy(request.getfixturevalue("docstrings"), "docstrings.jsonl")
 
 
 @pytest.fixture
@@ -69,8 +77,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("page", [as_case(page) for page in PAGES if list_blocks(page, "python")])
-def test_python_snippets_run(page: Path, folder: Path) -> None:
-    make_texts(page)
+def test_python_snippets_run(page: Path, folder: Path, request: pytest.FixtureRequest) -> None:
+    make_texts(page, request)
     state: dict[str, Any] = {"__name__": "snippets"}
     for number, code in enumerate(list_blocks(page, "python")):
         exec(compile(code, f"{page.name}, snippet {number}", "exec"), state)
@@ -80,9 +88,13 @@ def test_python_snippets_run(page: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("page", [as_case(page) for page in PAGES if list_commands(page)])
 def test_commands_run(
-    page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
-    make_texts(page)
+    make_texts(page, request)
     for command in list_commands(page):
         monkeypatch.setattr("sys.argv", ["layerprobe", *command[1:]])
         with pytest.raises(SystemExit) as stopped:
