@@ -70,7 +70,7 @@ def extract(
     shard_size: Annotated[
         str | None,
         typer.Option(
-            help="About how many bytes a shard takes: 64MB; if not given 128MiB, on CUDA 1GiB. At most a million tokens."
+            help="Bytes of a shard, about: 64MB; if not given 128MiB, on CUDA 1GiB. At most a million tokens."
         ),
     ] = None,
     nonfinite: Annotated[
