@@ -253,7 +253,7 @@ def test_the_model_is_left_as_it_was(tiny: LoadedModel, make_bert: Any, tmp_path
 
 
 def test_a_model_that_was_compiled_in_place_is_audited(tiny: LoadedModel, make_bert: Any, tmp_path: Path) -> None:
-    model = make_bert(vocab_size=len(tiny.tokenizer))
+    model = make_bert(vocab_size=len(tiny.tokenizer), num_hidden_layers=1)
     model.compile(backend="eager")
     extract(model, ["the dog"], tmp_path / "acts", tokenizer=tiny.tokenizer, sites="layers.0")
     assert audit(tmp_path / "acts", model).ok
