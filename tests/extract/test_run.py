@@ -314,13 +314,13 @@ def test_a_disk_that_refuses_is_a_store_error(tiny: LoadedModel, texts: list[str
 
 PEAKS = """
 import sys, torch, layerprobe
-from layerprobe.extract import engine
+from layerprobe.extract import preparing
 from memory import measure_peak
 
 torch.set_num_threads(1)
 loaded = layerprobe.load_model(sys.argv[1], "cpu")
 texts = [f"the quick brown fox {number}" for number in range(16_000)]
-encode_record, kept = engine.encode_record, []
+encode_record, kept = preparing.encode_record, []
 
 def measure(count):
     run = lambda: layerprobe.extract(loaded, texts[:count], sys.argv[2], shard_size=1 << 20, overwrite=True)
@@ -332,7 +332,7 @@ def leak(record):
 
 measure(4000)
 print(measure(3999), measure(16_000))
-engine.encode_record = leak
+preparing.encode_record = leak
 print(measure(15_999))
 assert len(kept) == 15_999
 """
