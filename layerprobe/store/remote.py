@@ -7,7 +7,6 @@ Hides fsspec and the drivers under it. Must never know what is in an object, and
 """
 
 import contextlib
-import copy
 import io
 import os
 import random
@@ -115,8 +114,9 @@ class RemotePlace:
         Args:
             check: Called before a request is tried again; raises where nobody waits for it any more. Not pickled.
         """
-        checked = copy.copy(self)
-        checked._check = check
+        # not by `copy`, which would connect anew, as a place does that comes out of a pickle
+        checked = object.__new__(type(self))
+        checked.__dict__ = {**self.__dict__, "_check": check}
         return checked
 
     def __str__(self) -> str:

@@ -16,6 +16,7 @@ from layerprobe.errors import FormatError, MissingExample, OptionError, PlanErro
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import load_header
 from layerprobe.store.remote import RemotePlace
+from layerprobe.store.writer import ShardWriter
 from servers import Spoiler
 
 ROOT = Path(__file__).parent.parent.parent
@@ -39,6 +40,13 @@ def test_an_extraction_puts_the_bytes_of_a_local_one(
         name for name in contents(place) if name.startswith("shard-")
     )
     assert server.count("POST") == 0
+
+
+def test_a_writer_takes_a_place_as_it_is_connected(place: RemotePlace) -> None:
+    checked = ShardWriter(place).place
+    assert isinstance(checked, RemotePlace) and checked is not place
+    assert checked._connected is not None and checked._connected is place._connected
+    assert str(checked) == str(place) and checked.patience is place.patience
 
 
 def test_every_value_is_the_local_one(
