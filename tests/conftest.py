@@ -45,6 +45,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_kills.py")
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Forget what was compiled, before a test and after it."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def heard_interrupts() -> None:
     """Hear SIGINT, which what a shell starts in the background ignores, and so would the commands that tests start."""

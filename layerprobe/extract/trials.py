@@ -123,8 +123,12 @@ def can_resume(recalled: RecalledRun, described: Mapping[str, Any], trials: Tria
         trials: Of its model.
     """
     _, description = _describe_recalled(recalled, described, trials)
-    is_same = description["fingerprint"] == recalled.fingerprint
-    return is_same and (not recalled.is_flat or trials.why_not_flat is None)
+    return description["fingerprint"] == recalled.fingerprint and not _has_lost_flat(recalled, trials)
+
+
+def _has_lost_flat(recalled: RecalledRun, trials: Trials) -> bool:
+    """Whether a run was begun without padding that cannot go on so."""
+    return recalled.is_flat and trials.why_not_flat is not None
 
 
 def _describe_recalled(
@@ -158,7 +162,7 @@ def choose_batches(
     """
     if recalled is not None:
         batch_tokens, description = _describe_recalled(recalled, described, trials)
-        if description["fingerprint"] == recalled.fingerprint and not can_resume(recalled, described, trials):
+        if description["fingerprint"] == recalled.fingerprint and _has_lost_flat(recalled, trials):
             raise PlanError(
                 f"{place}: was begun without padding and cannot go on so: {trials.why_not_flat}. Go on as it was "
                 "begun, choose another folder, or pass overwrite=True (--overwrite) to replace it."

@@ -6,7 +6,6 @@ values are compared with its own outputs.
 
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import layerprobe as lp
 from families import CACHE
 from layerprobe.errors import CaptureError, OptionError
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 LENGTHS = (5, 7, 16, 9, 33)
 ALL_SITES = ["embeddings", "layers.*", "layers.*.*.*", "layers.*.mid", "pooler"]
 
@@ -26,14 +27,6 @@ ALL_SITES = ["embeddings", "layers.*", "layers.*.*.*", "layers.*.mid", "pooler"]
 def tiny_bert(make_bert: Any) -> Any:
     """Two layers: a compiler traces each of them anew in every test."""
     return make_bert(num_hidden_layers=2)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 def _batch(length: int) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 The backend is `eager`: it traces and guards as the others do and generates no code, so values are equal to the bit.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,7 @@ from torch import Tensor
 import layerprobe as lp
 from families import build, is_known, make_batch
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def _compile(model: Any, fullgraph: bool = True) -> Any:

@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import layerprobe as lp
 from families import build, is_known, make_batch
 from layerprobe.errors import CaptureError, OptionError
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 LENGTHS = (5, 7, 16, 9, 33)
 SITES = ["embeddings", "layers.*", "layers.*.attention.query", "layers.*.ffn.act", "pooler"]
 
@@ -21,14 +22,6 @@ SITES = ["embeddings", "layers.*", "layers.*.attention.query", "layers.*.ffn.act
 @pytest.fixture
 def model(make_bert: Any) -> Any:
     return make_bert(num_hidden_layers=2)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 def _batch(length: int, size: int = 3) -> dict[str, Tensor]:

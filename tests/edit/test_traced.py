@@ -1,6 +1,5 @@
 """Edits under `torch.compile`: in one graph for all lengths, equal to those without, or refused in words."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,13 +10,7 @@ import layerprobe as lp
 from families import build
 from layerprobe.errors import CaptureError
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compile_model(model: Any, **options: Any) -> Any:

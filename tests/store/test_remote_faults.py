@@ -76,13 +76,18 @@ def test_a_server_that_stays_ill_is_an_error_that_names_the_object(
     assert torch.equal(store["layers.1"].pooled(), local["layers.1"].pooled())
 
 
-def test_a_server_that_takes_no_shard_stops_the_run_which_can_go_on(
-    tiny: LoadedModel, plain_texts: list[str], place: RemotePlace, server: Spoiler, local: Any
-) -> None:
-    lp.extract(tiny, plain_texts, place, **OPTIONS)
+def lose_second(tiny: LoadedModel, texts: list[str], place: RemotePlace, server: Spoiler) -> None:
+    """Leave a run that lacks its second shard, with nothing asked of the server yet."""
+    lp.extract(tiny, texts, place, **OPTIONS)
     for file in ("index.json", SECOND):
         place.remove(file)
     server.clear()
+
+
+def test_a_server_that_takes_no_shard_stops_the_run_which_can_go_on(
+    tiny: LoadedModel, plain_texts: list[str], place: RemotePlace, server: Spoiler, local: Any
+) -> None:
+    lose_second(tiny, plain_texts, place, server)
     server.spoil(*["500"] * PATIENCE.attempts, method="PUT")
     with pytest.raises(StoreError, match=rf"/acts/{SECOND}: cannot be written .*What was committed before stays"):
         lp.extract(tiny, plain_texts, place, **OPTIONS)
@@ -94,10 +99,7 @@ def test_a_server_that_takes_no_shard_stops_the_run_which_can_go_on(
 def test_ctrl_c_ends_a_run_whose_shard_is_not_answered_and_no_request_follows(
     tiny: LoadedModel, plain_texts: list[str], place: RemotePlace, server: Spoiler, local: Any
 ) -> None:
-    lp.extract(tiny, plain_texts, place, **OPTIONS)
-    for file in ("index.json", SECOND):
-        place.remove(file)
-    server.clear()
+    lose_second(tiny, plain_texts, place, server)
     server.spoil("stall", *["reset"] * 20, method="PUT", path=f"/{SECOND}")
     own = threading.get_ident()
 
