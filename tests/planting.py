@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from layerprobe.store.format import ShardHeader, commit_shard
 from layerprobe.store.writer import commit_description, commit_index
 
-__all__ = ["FINGERPRINT", "plant"]
+__all__ = ["FINGERPRINT", "IndexedColumn", "plant"]
 
 FINGERPRINT = "0" * 32
 
@@ -74,3 +74,25 @@ def plant(
         headers.append(header)
     commit_index(folder, headers)
     return folder
+
+
+class IndexedColumn:
+    """Values in order under labels of their own, as a column of a mixed table: `[5]` is what label 5 names.
+
+    Args:
+        values: In order.
+        labels: Of each.
+    """
+
+    def __init__(self, values: Sequence[Any], labels: Sequence[int]) -> None:
+        self._values = list(values)
+        self._by_label = dict(zip(labels, self._values, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values)
+
+    def __getitem__(self, label: int) -> Any:
+        return self._by_label[label]

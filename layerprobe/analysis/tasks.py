@@ -7,7 +7,7 @@ Hides records and tokenizers. Must never know of values or classifiers.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,9 +147,13 @@ def _column(
             )
         values = [record.get("fields", {}).get(given) for record in records]
     else:
-        if len(given) != len(store):
-            raise OptionError(f"{what}: {len(given):,} values for the {len(store):,} examples of {store.place}.")
-        values = [_unwrap(given[place]) for place in places.tolist()]
+        if isinstance(given, Mapping):
+            raise OptionError(f"{what}: a {type(given).__name__} has no order. Give a value per example, in order.")
+        # in its order: a column of a table is indexed by labels of its own
+        ordered = list(given)
+        if len(ordered) != len(store):
+            raise OptionError(f"{what}: {len(ordered):,} values for the {len(store):,} examples of {store.place}.")
+        values = [_unwrap(ordered[place]) for place in places.tolist()]
     missing = [place for place, value in enumerate(values) if value is None]
     if missing:
         first = list(store.ordinals())[int(places[missing[0]])]

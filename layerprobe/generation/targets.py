@@ -56,8 +56,12 @@ def find_targets(store: Store, targets: str | Sequence[Any] | None, max_length: 
     """
     ordinals = list(store.ordinals())
     special = store.vocabulary.special_ids if store.vocabulary is not None else frozenset()
-    if targets is not None and not isinstance(targets, str) and len(targets) != len(ordinals):
-        raise OptionError(f"targets: {len(targets)} for {len(ordinals)} examples of {store.place}. Give one for each.")
+    if targets is not None and not isinstance(targets, str):
+        # in its order: a column of a table is indexed by labels of its own
+        targets = list(targets)
+        if len(targets) != len(ordinals):
+            what = f"{len(targets)} for {len(ordinals)} examples of {store.place}"
+            raise OptionError(f"targets: {what}. Give one for each.")
     found: dict[int, tuple[int, ...]] = {}
     num_cut = 0
     for number, ordinal in enumerate(ordinals):

@@ -12,7 +12,7 @@ import layerprobe as lp
 from layerprobe.errors import InputError, OptionError, SiteError
 from layerprobe.generation.targets import choose_types, find_targets, split_examples
 from layerprobe.models import LoadedModel
-from planting import plant
+from planting import IndexedColumn, plant
 
 TYPES, LENGTH = 6, 3
 SMALL: dict[str, Any] = {"width": 64, "num_layers": 1, "max_length": 8, "batch_size": 16, "progress": False}
@@ -91,6 +91,8 @@ def test_targets_are_own_texts_fields_or_whatever_is_given(tiny: LoadedModel, tm
     assert said(None) == ["the quick fox", "a lazy dog."]
     assert said("answer") == ["dog", "the fox"]
     assert said(["brown", "over"]) == ["brown", "over"]
+    mixed: Any = IndexedColumn(["brown", "over"], [1, 0])
+    assert said(mixed) == ["brown", "over"]
     assert find_targets(store, [[7, 8], [9]], 9).ids == {0: (7, 8), 1: (9,)}
     assert said(None, 1) == ["the", "a"] and find_targets(store, None, 1).num_cut == 2
     assert choose_types(find_targets(store, [[7, 8, 7], [9, 9, 9]], 9), [0, 1], 2) == [9, 7]
