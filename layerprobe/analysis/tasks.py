@@ -6,6 +6,7 @@ from fields of the records, or as sequences, one value per example.
 Hides records and tokenizers. Must never know of values or classifiers.
 """
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def _column(
         if len(ordered) != len(store):
             raise OptionError(f"{what}: {len(ordered):,} values for the {len(store):,} examples of {store.place}.")
         values = [_unwrap(ordered[place]) for place in places.tolist()]
-    missing = [place for place, value in enumerate(values) if value is None]
+    missing = [place for place, value in enumerate(values) if _is_missing(value)]
     if missing:
         first = list(store.ordinals())[int(places[missing[0]])]
         raise InputError(
@@ -162,6 +163,11 @@ def _column(
             f"have none, the first is example {first}. Give each one, or extract only those that have one."
         )
     return values
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is none: as JSON says it, or as tables do, which put a float that is no number there."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _unwrap(value: Any) -> Any:
@@ -191,7 +197,8 @@ def _find_items(
                 f"labels {name!r}: example {ordinal} has {what} for {length} tokens. Give one for each token, special "
                 "ones included, and None where there is none; or use span."
             )
-        items += [(number, _unwrap(one), (row, row + 1)) for row, one in enumerate(values) if one is not None]
+        own = enumerate(map(_unwrap, values))
+        items += [(number, one, (row, row + 1)) for row, one in own if not _is_missing(one)]
     if not items:
         raise InputError(f"labels {name!r}: no token has one. Give some tokens a label.")
     return items
@@ -248,7 +255,7 @@ def _main_labels(items: list[_Item], count: int) -> list[Hashable]:
 
 
 def _need_hashable(what: str, value: Any) -> Hashable:
-    if not isinstance(value, (str, int, float, bool)):
+    if _is_missing(value) or not isinstance(value, (str, int, float, bool)):
         raise InputError(f"{what}: {value!r} is no label: use text, whole numbers or true and false.")
     return value
 

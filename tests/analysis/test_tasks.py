@@ -9,7 +9,7 @@ import torch
 
 import layerprobe as lp
 from layerprobe.analysis.tasks import make_task
-from layerprobe.errors import OptionError
+from layerprobe.errors import InputError, OptionError
 from layerprobe.store.reader import Store
 from planting import IndexedColumn, plant
 
@@ -48,3 +48,28 @@ def test_values_without_an_order_are_refused(store: Store) -> None:
     by_ordinal: Any = {place: place % 2 for place in range(COUNT)}
     with pytest.raises(OptionError, match="group: a dict has no order"):
         make_task(store, [0, 1] * 20, group=by_ordinal)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), np.float64("nan"), torch.tensor(torch.nan)])
+def test_a_value_that_is_no_number_is_none(store: Store, missing: Any) -> None:
+    labels: list[Any] = [missing if place == 7 else float(place % 2) for place in range(COUNT)]
+    with pytest.raises(InputError, match="1 of 40 examples have none, the first is example 7"):
+        make_task(store, labels)
+    with pytest.raises(InputError, match="group 'given': 1 of 40 examples have none"):
+        make_task(store, [0, 1] * 20, group=labels)
+    of_tokens = [[place % 2, missing] for place in range(COUNT)]
+    task = make_task(store, of_tokens)
+    assert task.classes == (0, 1) and len(task.labels) == COUNT
+
+
+def test_fields_and_labels_of_spans_that_are_no_number_are_refused(tmp_path: Path) -> None:
+    texts = [f"{first} {second}" for first in ("rain", "snow", "wind") for second in ("falls", "comes", "stops")]
+    records = [
+        {"text": text, "y": float("nan") if place == 4 else place % 2, "from": [0], "to": [4]}
+        for place, text in enumerate(texts)
+    ]
+    made = lp.extract("demo", records, tmp_path / "acts", sites="layers.0", progress=False)
+    with pytest.raises(InputError, match="1 of 9 examples have none, the first is example 4"):
+        make_task(made, "y")
+    with pytest.raises(InputError, match="nan is no label"):
+        make_task(made, [[float("nan") if place == 4 else place % 2] for place in range(9)], span=("from", "to"))
