@@ -261,7 +261,8 @@ def differences(
         >>> pair.before, pair.after, round(pair.cosine_distance, 2)
         ('layers.4', 'layers.5', 0.32)
 
-    Cost: two passes over the store. Memory per site 8 D^2 bytes, 16 kB per sampled row of all, a chunk of 4,096 rows.
+    Cost: two passes over the store. Memory per site 8 D^2 bytes and 8 D per sampled row; a chunk of 4,096 rows; and for
+    each pair of sampled rows once 24 bytes and one per site, 96 MB and 4 MB at 2,000.
     """
     if pairs not in ("adjacent", "all"):
         raise OptionError(f"pairs={pairs!r}: use adjacent or all.")
@@ -282,7 +283,7 @@ def differences(
     neighbours, notes = _fit_neighbours(neighbours, min(sample, num_rows, max_rows or num_rows))
     places = list(pairwise(range(len(names))) if pairs == "adjacent" else combinations(range(len(names)), 2))
     with using_few_cores():
-        shape = ShapePass(chosen, sample)
+        shape = ShapePass(chosen, sample, min(num_rows, max_rows or num_rows), seed)
         for values in draw_rows(store, chosen, max_rows=max_rows, seed=seed, progress=progress):
             shape.add(values)
         scalings = [moments.scaling(cosine) for moments in shape.moments]

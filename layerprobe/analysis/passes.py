@@ -15,7 +15,7 @@ from torch import Tensor
 
 from layerprobe.analysis.geometry import find_neighbours, mean_cosine, neighbour_overlap, unbiased_hsic
 from layerprobe.analysis.moments import RunningMoments, Scaling, UnitSums
-from layerprobe.analysis.sweep import Chunk
+from layerprobe.analysis.sweep import Chunk, draw_numbers
 from layerprobe.store.writer import StoredSite
 
 __all__ = ["CKA_ROWS", "MOST_MOVES", "MovePass", "ShapePass"]
@@ -35,22 +35,27 @@ class ShapePass:
     Args:
         sites: The sites.
         sample: Rows to keep.
+        num_rows: Rows that will come, to draw those from.
+        seed: Seed of that draw.
     """
 
-    def __init__(self, sites: Sequence[StoredSite], sample: int) -> None:
+    def __init__(self, sites: Sequence[StoredSite], sample: int, num_rows: int, seed: int) -> None:
         self.moments = [RunningMoments(site.width) for site in sites]
         self._hsic = torch.zeros(len(sites), len(sites), dtype=torch.float64)
-        self._wanted = sample
-        self._kept: list[list[Tensor]] = [[] for _ in sites]
+        # the first rows that come are of a few shards, where there are many
+        self._sampled = draw_numbers(num_rows, sample, seed)
+        self._num_seen = 0
+        self.kept: list[list[Tensor]] = [[] for _ in sites]
 
     def add(self, values: list[Tensor]) -> None:
         """Take a batch of mixed rows in, the same rows at each site."""
         for moments, rows in zip(self.moments, values, strict=True):
             moments.add(rows)
-        if self._wanted > 0:
-            for kept, rows in zip(self._kept, values, strict=True):
-                kept.append(rows[: self._wanted].clone())
-            self._wanted -= len(values[0])
+        first, last = np.searchsorted(self._sampled, (self._num_seen, self._num_seen + len(values[0])))
+        sampled = torch.from_numpy(self._sampled[first:last] - self._num_seen)
+        self._num_seen += len(values[0])
+        for kept, rows in zip(self.kept, values, strict=True):
+            kept.append(rows[sampled])
         for first in range(0, len(values[0]), CKA_ROWS):
             batch = [rows[first : first + CKA_ROWS] for rows in values]
             if len(batch[0]) >= _LEAST_CKA_ROWS:
@@ -67,7 +72,7 @@ class ShapePass:
     @property
     def num_sampled(self) -> int:
         """Rows that were kept."""
-        return sum(len(rows) for rows in self._kept[0])
+        return sum(len(rows) for rows in self.kept[0])
 
     def overlap(self, pairs: Sequence[tuple[int, int]], scalings: Sequence[Scaling], k: int) -> list[float]:
         """Compare the neighbours of the kept rows at pairs of sites."""
@@ -75,7 +80,7 @@ class ShapePass:
             return [float("nan")] * len(pairs)
         found = [
             find_neighbours(scaling.apply(torch.cat(kept)), k)
-            for scaling, kept in zip(scalings, self._kept, strict=True)
+            for scaling, kept in zip(scalings, self.kept, strict=True)
         ]
         return [neighbour_overlap(found[a], found[b]) for a, b in pairs]
 
