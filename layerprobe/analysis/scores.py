@@ -8,6 +8,7 @@ Must never know of stores or of how predictions were made.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -69,27 +70,30 @@ def mcnemar(correct: np.ndarray, other: np.ndarray) -> float:
 
     Source: McNemar 1947, Psychometrika 12; the exact binomial form.
     """
-    from scipy.stats import binomtest
+    from scipy.special import bdtr
 
     only, only_other = int((correct & ~other).sum()), int((other & ~correct).sum())
-    if only + only_other == 0:
-        return 1.0
-    return float(binomtest(only, only + only_other).pvalue)
+    # twice the shorter tail, which at one half is as long as the other
+    return min(1.0, 2 * float(bdtr(min(only, only_other), only + only_other, 0.5)))
 
 
 def find_ties(correct: Mapping[str, np.ndarray], best: str) -> tuple[str, ...]:
     """List what cannot be told from the best at 5 %, itself included, by McNemar's tests under Holm's correction.
 
+    The correction is over all pairs, not those with the best alone: the best is chosen on the same items.
+
     Source: Holm 1979, Scandinavian Journal of Statistics 6: the smallest of m p-values is held against 0.05 / m, the
     next against 0.05 / (m - 1), until one holds.
     """
-    values = sorted((mcnemar(correct[best], other), name) for name, other in correct.items() if name != best)
+    pairs = list(combinations(correct, 2))
+    values = sorted((mcnemar(correct[one], correct[other]), one, other) for one, other in pairs)
     differ: set[str] = set()
-    for place, (value, name) in enumerate(values):
+    for place, (value, *pair) in enumerate(values):
         if value > _LEVEL / (len(values) - place):
             break
-        differ.add(name)
-    return tuple(name for name in correct if name not in differ)
+        if best in pair:
+            differ.update(pair)
+    return tuple(name for name in correct if name == best or name not in differ)
 
 
 def differs(correct: np.ndarray, other: np.ndarray) -> bool:

@@ -249,9 +249,9 @@ def judge(
     best = max(scores, key=lambda name: scores[name][1])
     tied = find_ties(correct, best)
     said = [f"Dev chooses {chosen}; on test it is right {scores[chosen][1]:.1%} of the time."]
-    if tied == (best,):
+    if tied == (best,) and len(scores) > 1:
         said.append(f"On test {best} is better than every other (McNemar, Holm, 5 %).")
-    else:
+    elif len(tied) > 1:
         said.append(f"On test these cannot be told from the best, {best}: {', '.join(tied)} (McNemar, Holm, 5 %).")
     if chosen not in tied:
         said.append(f"What dev chose is worse on test than {best}: look at the split.")

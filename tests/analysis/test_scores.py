@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from layerprobe.analysis.scores import differs, find_ties, macro_f1, mcnemar, resample, score
+from layerprobe.analysis.verdict import judge
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -40,6 +41,28 @@ def test_ties_are_what_holm_cannot_tell_apart() -> None:
     assert find_ties({"a": best, "b": few, "c": clearly}, "a") == ("a", "b")
     assert find_ties({"a": best, "b": slightly, "d": slightly}, "a") == ("a", "b", "d")
     assert differs(best, slightly) and not differs(best, few)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.6])
+def test_sites_that_are_equally_right_are_told_apart_no_more_often_than_said(shared: float) -> None:
+    """The best of ten is chosen on the items that it is then compared on."""
+    maker, trials, wrong = np.random.default_rng(0), 200, 0
+    for _ in range(trials):
+        common, own = maker.standard_normal((1, 300)), maker.standard_normal((10, 300))
+        right = np.sqrt(shared) * common + np.sqrt(1 - shared) * own < 0.5
+        correct = {f"layers.{number}": row for number, row in enumerate(right)}
+        wrong += len(find_ties(correct, max(correct, key=lambda name: correct[name].mean()))) < len(correct)
+    assert wrong <= 19  # 10 at 5 %, and three standard deviations
+
+
+def test_a_site_alone_is_compared_with_none() -> None:
+    right = np.arange(40) % 4 > 0
+    said = judge({"layers.0": (0.8, 0.75)}, {"layers.0": right}, {})
+    assert said.tied == ("layers.0",) and said.best == said.chosen == "layers.0"
+    assert said.sentences == ("Dev chooses layers.0; on test it is right 75.0% of the time.",)
+    worse = right & (np.arange(40) % 8 > 2)
+    both = judge({"a": (0.8, 0.75), "b": (0.4, worse.mean())}, {"a": right, "b": worse}, {})
+    assert both.sentences[1] == "On test a is better than every other (McNemar, Holm, 5 %)."
 
 
 def test_the_interval_covers_the_true_accuracy_about_as_often_as_it_says() -> None:
