@@ -1,7 +1,7 @@
 """How right predictions are, how sure that is, and whether two classifiers differ.
 
-Everything is computed from predictions on the same test items: accuracy, macro F1, intervals by resampling whole
-examples, and exact paired tests.
+Everything is computed from predictions on the same test items: accuracy, macro F1, intervals that keep the items of an
+example together, and exact paired tests.
 
 Must never know of stores or of how predictions were made.
 """
@@ -12,7 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
-__all__ = ["Score", "differs", "find_ties", "macro_f1", "mcnemar", "resample", "score"]
+__all__ = ["Score", "bound_accuracy", "differs", "find_ties", "macro_f1", "mcnemar", "score"]
 
 _RESAMPLES = 1000
 _LEVEL = 0.05
@@ -36,7 +36,7 @@ class Score:
 def score(predicted: np.ndarray, truth: np.ndarray, clusters: np.ndarray, seed: int) -> Score:
     """Score predictions; `clusters` are the examples that items belong to."""
     correct = predicted == truth
-    return Score(float(correct.mean()), macro_f1(predicted, truth), resample(correct, clusters, seed))
+    return Score(float(correct.mean()), macro_f1(predicted, truth), bound_accuracy(correct, clusters, seed))
 
 
 def macro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
@@ -48,20 +48,28 @@ def macro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
     return float(np.mean(found))
 
 
-def resample(correct: np.ndarray, clusters: np.ndarray, seed: int) -> tuple[float, float]:
-    """Bound the accuracy by drawing whole examples with replacement, 1,000 times; percentiles 2.5 and 97.5.
+def bound_accuracy(correct: np.ndarray, clusters: np.ndarray, seed: int) -> tuple[float, float]:
+    """Bound the accuracy at 95 %: Wilson's interval for items of one example each, else by drawing whole examples.
 
-    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", 13.3; whole clusters, since the items of one
-    example are not independent.
+    Those are drawn with replacement, 1,000 times; the bounds are percentiles 2.5 and 97.5. Where all items are right,
+    or all wrong, no draw differs from another, and the interval is Wilson's with the number of examples.
+
+    Source: Wilson 1927, Journal of the American Statistical Association 22; Efron and Tibshirani 1993, "An Introduction
+    to the Bootstrap", 13.3; whole clusters, since the items of one example are not independent.
     """
+    from scipy.stats import binomtest
+
     _, of = np.unique(clusters, return_inverse=True)
     right, count = np.bincount(of, weights=correct), np.bincount(of)
+    if len(count) == len(correct) or correct.all() or not correct.any():
+        found = binomtest(int((right > 0).sum()), len(count)).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
     maker = np.random.default_rng([seed, 2])
-    found = np.empty(_RESAMPLES)
+    drawn_accuracy = np.empty(_RESAMPLES)
     for place in range(_RESAMPLES):
         drawn = maker.integers(len(count), size=len(count))
-        found[place] = right[drawn].sum() / count[drawn].sum()
-    low, high = np.percentile(found, (2.5, 97.5))
+        drawn_accuracy[place] = right[drawn].sum() / count[drawn].sum()
+    low, high = np.percentile(drawn_accuracy, (2.5, 97.5))
     return float(low), float(high)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from layerprobe.analysis.scores import differs, find_ties, macro_f1, mcnemar, resample, score
+from layerprobe.analysis.scores import bound_accuracy, differs, find_ties, macro_f1, mcnemar, score
 from layerprobe.analysis.verdict import judge
 
 
@@ -65,19 +65,28 @@ def test_a_site_alone_is_compared_with_none() -> None:
     assert both.sentences[1] == "On test a is better than every other (McNemar, Holm, 5 %)."
 
 
-def test_the_interval_covers_the_true_accuracy_about_as_often_as_it_says() -> None:
-    maker = np.random.default_rng(0)
-    covered = 0
-    for trial in range(200):
-        low, high = resample(maker.random(150) < 0.7, np.arange(150), trial)
-        covered += low <= 0.7 <= high
-    assert covered >= 180  # of 200 at 95 % that is three standard deviations and more below 190
+@pytest.mark.parametrize(("count", "truth"), [(16, 0.9), (50, 0.95), (150, 0.7)])
+def test_the_interval_covers_the_true_accuracy_about_as_often_as_it_says(count: int, truth: float) -> None:
+    covered = 0.0
+    for right in range(count + 1):
+        low, high = bound_accuracy(np.arange(count) < right, np.arange(count), 0)
+        covered += (low <= truth <= high) * comb(count, right) * truth**right * (1 - truth) ** (count - right)
+    assert covered >= 0.93  # Wilson's is 0.95 on average over truths, not for each of them
+
+
+def test_the_interval_has_a_width_where_every_item_is_right_or_wrong() -> None:
+    # 1 / (1 + z^2 / n), Wilson 1927
+    assert bound_accuracy(np.ones(12, dtype=bool), np.arange(12), 0) == pytest.approx((1 / (1 + 1.959964**2 / 12), 1))
+    # the items of an example are not independent: as wide as that of 12 examples
+    for right in (True, False):
+        whole = bound_accuracy(np.full(60, right), np.repeat(np.arange(12), 5), 0)
+        assert whole == bound_accuracy(np.full(12, right), np.arange(12), 0)
 
 
 def test_items_of_one_example_are_drawn_together() -> None:
     correct = np.repeat(np.random.default_rng(1).random(30) < 0.6, 20)
-    low, high = resample(correct, np.repeat(np.arange(30), 20), 0)
-    alone = resample(correct, np.arange(600), 0)
+    low, high = bound_accuracy(correct, np.repeat(np.arange(30), 20), 0)
+    alone = bound_accuracy(correct, np.arange(600), 0)
     assert high - low > 2 * (alone[1] - alone[0])
 
 
