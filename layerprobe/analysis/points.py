@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.analysis.sweep import Mappings, bar_of
+from layerprobe.analysis.results import plain
+from layerprobe.analysis.sweep import Mappings, bar_of, draw_numbers
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, pool_packed, positions_of
 from layerprobe.store.writer import StoredSite
 
-__all__ = ["OTHER", "Colours", "Points", "choose_points", "colour_points", "draw_points", "has_field"]
+__all__ = ["Colours", "Points", "choose_points", "colour_points", "draw_points", "has_field"]
 
 _POOLS = ("mean", "max", "cls", "last")
 # What colours rows and what colours examples; anything else is a field of the records.
 _ROW_COLOURS = ("token", "position")
 # More numbers than this are a scale, fewer are categories.
 _MOST_CATEGORIES = 7
-OTHER = "other"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +63,16 @@ class Colours:
 
     Args:
         name: What the colour is.
-        numbers: float64 `[n]` for a scale, or `[S, n]` for one that differs from site to site; None for categories.
-        categories: One per point; None for a scale.
-        order: The categories that get a colour, the most frequent first, and last `other` if there are more.
+        numbers: float64 `[n]` for a scale, NaN where a point has none, or `[S, n]` for one that differs from site to
+            site; None for categories.
+        categories: One per point, None for the rest; None for a scale.
+        order: The categories that get a colour, the most frequent first, and last None for the rest if there are more.
     """
 
     name: str
     numbers: np.ndarray | None = None
-    categories: tuple[str, ...] | None = None
-    order: tuple[str, ...] = ()
+    categories: tuple[str | None, ...] | None = None
+    order: tuple[str | None, ...] = ()
 
 
 def choose_points(store: Store, sites: Sequence[StoredSite], color: str, points: str | None, pool: str | None) -> str:
@@ -123,9 +124,7 @@ def draw_points(
     num_all = store.num_tokens if by_rows else len(store)
     if num_all < 3:
         raise InputError(f"a picture of {store.place}: it has {num_all} {kind}; three are the least.")
-    chosen = np.arange(num_all)
-    if num_all > max_points:
-        chosen = np.sort(np.random.default_rng(seed).permutation(num_all)[:max_points])
+    chosen = draw_numbers(num_all, max_points, seed)
     found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     identity: list[tuple[Tensor, Tensor, Tensor]] = []
     first = 0
@@ -216,10 +215,12 @@ def colour_points(store: Store, points: Points, color: str) -> Colours:
                 "use position or norm here."
             )
         return _categorise("token", store.id_to_tokens(points.input_ids))
-    values = _read_field(store, points, color)
-    numbers = [value for value in values if isinstance(value, Real) and not isinstance(value, bool)]
-    if len(numbers) == len(values) and len(set(numbers)) > _MOST_CATEGORIES:
-        return Colours(color, np.asarray(numbers, dtype=float))
+    # a number that is none is missing, as in JSON
+    values = plain(_read_field(store, points, color))
+    given = [value for value in values if value is not None]
+    is_number = all(isinstance(value, Real) and not isinstance(value, bool) for value in given)
+    if is_number and len(set(given)) > _MOST_CATEGORIES:
+        return Colours(color, np.asarray(values, dtype=float))
     return _categorise(color, ["none" if value is None else str(value) for value in values])
 
 
@@ -242,6 +243,7 @@ def _read_field(store: Store, points: Points, field: str) -> list[Any]:
 
 def _categorise(name: str, values: Sequence[str]) -> Colours:
     ranked = [value for value, _ in Counter(sorted(values)).most_common()]
-    order = tuple(ranked) if len(ranked) <= _MOST_CATEGORIES else (*ranked[:_MOST_CATEGORIES], OTHER)
-    categories = tuple(value if value in order[:_MOST_CATEGORIES] else OTHER for value in values)
-    return Colours(name, categories=categories, order=order)
+    if len(ranked) <= _MOST_CATEGORIES:
+        return Colours(name, categories=tuple(values), order=tuple(ranked))
+    first = ranked[:_MOST_CATEGORIES]
+    return Colours(name, categories=tuple(value if value in first else None for value in values), order=(*first, None))

@@ -15,23 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerprobe.analysis.figures import (
-    GREY,
-    MARKERS,
-    PALETTE,
-    check_suffix,
-    save_figure,
-    styled,
-)
-from layerprobe.analysis.points import (
-    OTHER,
-    Colours,
-    Points,
-    choose_points,
-    colour_points,
-    draw_points,
-    has_field,
-)
+from layerprobe.analysis.figures import GREY, MARKERS, PALETTE, check_suffix, save_figure, styled
+from layerprobe.analysis.points import Colours, Points, choose_points, colour_points, draw_points, has_field
 from layerprobe.analysis.projection import METHODS, Panel, project
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
 from layerprobe.analysis.sweep import bar_of, choose_depth, need_store
@@ -238,20 +223,23 @@ def _draw_points(axes: Any, points: np.ndarray, colours: Colours, place: int) ->
         numbers = colours.numbers
         assert numbers is not None
         of_panel = numbers[place] if numbers.ndim == 2 else numbers
-        low, high = np.percentile(numbers, [1, 99])
-        return axes.scatter(*points.T, c=of_panel, cmap="viridis", vmin=low, vmax=high, **look)
-    categories = np.asarray(colours.categories)
-    # grey ones below, so that they hide no other
+        is_known = np.isfinite(of_panel)
+        # grey ones below, so that they hide no other
+        if not is_known.all():
+            axes.scatter(*points[~is_known].T, color=GREY, marker=".", **look)
+        low, high = np.nanpercentile(numbers, [1, 99])
+        return axes.scatter(*points[is_known].T, c=of_panel[is_known], cmap="viridis", vmin=low, vmax=high, **look)
+    categories = np.asarray(colours.categories, dtype=object)
     for category in reversed(colours.order):
         color, marker = _sign(colours, category)
         axes.scatter(*points[categories == category].T, color=color, marker=marker, **look)
     return None
 
 
-def _sign(colours: Colours, category: str) -> tuple[str, str]:
-    place = colours.order.index(category)
-    if place == len(PALETTE) and category == OTHER:
+def _sign(colours: Colours, category: str | None) -> tuple[str, str]:
+    if category is None:
         return GREY, "."
+    place = colours.order.index(category)
     return PALETTE[place], MARKERS[place]
 
 
@@ -275,16 +263,18 @@ def _find_limits(panels: Sequence[Panel]) -> tuple[np.ndarray, np.ndarray]:
 def _add_key(figure: Any, grid: np.ndarray, colours: Colours, mappable: Any) -> None:
     if mappable is not None:
         bar = figure.colorbar(mappable, ax=grid, location="bottom", shrink=0.5, aspect=40, pad=0.02)
-        bar.set_label(colours.name)
+        assert colours.numbers is not None
+        bar.set_label(colours.name if np.isfinite(colours.numbers).all() else f"{colours.name} (grey: none)")
         bar.outline.set_visible(False)
         bar.solids.set_alpha(1)
         return
     lines = need_package("matplotlib.lines", "a picture", "analysis")
     handles = []
+    rest = "the rest" if "other" in colours.order else "other"
     for category in colours.order:
         color, marker = _sign(colours, category)
         look = {"color": color, "marker": marker, "linestyle": "", "markersize": 4.5}
-        handles.append(lines.Line2D([], [], label=_escape(shorten(category, 24)), **look))
+        handles.append(lines.Line2D([], [], label=_escape(shorten(rest if category is None else category, 24)), **look))
     longest = max(len(handle.get_label()) for handle in handles)
     columns = int(np.clip(figure.get_figwidth() * _LETTERS_PER_INCH / (longest + 6), 1, 4))
     figure.legend(

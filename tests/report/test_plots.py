@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from torch import Tensor
 
 import layerprobe as lp
+from layerprobe.analysis.figures import GREY, PALETTE
 from layerprobe.errors import (
     InputError,
     MissingExample,
@@ -109,6 +111,36 @@ def test_a_field_of_many_numbers_is_a_scale(store: Any) -> None:
     picture = lp.plot(store, site="layers.0", color="year")
     found = picture.figure.axes[0].collections[0].get_array().tolist()
     assert found == [1900 + example for example in picture.examples] and not picture.figure.legends
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])
+def test_a_value_that_is_missing_is_grey_and_leaves_the_scale_alone(tmp_path: Path, missing: Any) -> None:
+    fields = [{"year": missing if one in (4, 9) else 1900.0 + one} for one in range(30)]
+    picture = lp.plot(plant(tmp_path / "acts", {"layers.0": draw()}, LENGTHS, fields=fields), color="year")
+    grey, scale = picture.figure.axes[0].collections
+    known = [1900.0 + example for example in picture.examples if example not in (4, 9)]
+    assert scale.get_array().tolist() == known and not picture.figure.legends
+    assert [scale.norm.vmin, scale.norm.vmax] == np.percentile(known, [1, 99]).tolist()
+    places = picture.panels[0].points.numpy()[[picture.examples.index(one) for one in (4, 9)]]
+    assert sorted(map(tuple, np.asarray(grey.get_offsets()))) == sorted(map(tuple, places))
+    assert np.allclose(grey.get_facecolor()[0][:3], int(GREY[1:3], 16) / 255)
+    assert "year (grey: none)" in words(picture.figure)
+
+
+def test_few_numbers_and_missing_ones_are_categories(tmp_path: Path) -> None:
+    fields = [{"grade": float("nan") if one % 2 else one % 3} for one in range(30)]
+    picture = lp.plot(plant(tmp_path / "acts", {"layers.0": draw()}, LENGTHS, fields=fields), color="grade")
+    assert {text.get_text() for text in picture.figure.legends[0].get_texts()} == {"none", "0", "1", "2"}
+
+
+def test_a_category_named_other_is_none_of_the_grey_rest(tmp_path: Path) -> None:
+    fields = [{"kind": "other" if one < 9 else f"kind {max(0, one - 20)}"} for one in range(30)]
+    figure = lp.plot(plant(tmp_path / "acts", {"layers.0": draw()}, LENGTHS, fields=fields), color="kind").figure
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts[:2] == ["kind 0", "other"] and texts[-1] == "the rest" and len(texts) == 8
+    drawn = [(len(one.get_offsets()), to_hex(one.get_facecolor()[0][:3]).upper()) for one in figure.axes[0].collections]
+    assert sorted(drawn)[-2:] == [(9, PALETTE[1]), (12, PALETTE[0])]
+    assert [count for count, color in drawn if color == GREY] == [4] and len(drawn) == 8
 
 
 def test_more_than_seven_categories_share_a_grey_rest(tmp_path: Path) -> None:
