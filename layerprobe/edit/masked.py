@@ -47,9 +47,15 @@ def patch_masked(
         SiteError: a pattern matches nothing.
     """
     tokenizer = loaded.tokenizer
-    if not type(loaded.model).__name__.endswith(("ForMaskedLM", "ForPreTraining")) or tokenizer.mask_token is None:
+    network: Any = loaded.model
+    name = type(network).__name__
+    # a discriminator is pretrained, too, and has no output for each word
+    fills = name.endswith("ForMaskedLM") or (
+        name.endswith("ForPreTraining") and network.get_output_embeddings() is not None
+    )
+    if not fills or tokenizer.mask_token is None:
         raise OptionError(
-            f"patching {loaded.name!r}: {type(loaded.model).__name__} fills no masks. "
+            f"patching {loaded.name!r}: {name} fills no masks. "
             "Use a model for masked language, such as a BertForMaskedLM; lp.patching takes a metric of your own."
         )
     batches = [_encode(loaded, text) for text in (clean, corrupt)]

@@ -55,6 +55,16 @@ def test_pretraining_models_are_measured_at_their_predictions(loaded: Any, make_
     assert found.clean == float(logits[0, 3, loaded.tokenizer.convert_tokens_to_ids("fox")])
 
 
+def test_a_discriminator_fills_no_masks(loaded: Any) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {"embedding_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.ElectraConfig(vocab_size=len(loaded.tokenizer), intermediate_size=48, **sizes)
+    model = LoadedModel("x", transformers.ElectraForPreTraining(config).eval(), loaded.tokenizer)
+    with pytest.raises(OptionError, match="ElectraForPreTraining fills no masks"):
+        patch_masked(model, CLEAN, CORRUPT, "fox")
+
+
 def test_command_prints_the_table_and_writes_a_picture(run: Run, folder: Path, tmp_path: Path) -> None:
     asked = ("patch", folder, "--clean", CLEAN, "--corrupt", CORRUPT, "--answer", "fox")
     pytest.importorskip("matplotlib")
