@@ -23,7 +23,7 @@ from layerprobe.extract.inputs import open_source
 from layerprobe.extract.looking import look
 from layerprobe.extract.network import choose_max_length
 from layerprobe.extract.padding import sees_padding
-from layerprobe.extract.tokens import tokenize
+from layerprobe.extract.tokens import TokenizedUnit, tokenize
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.reader import Store
@@ -42,12 +42,14 @@ class TokenRows:
         rows: float32 `[T, D]` by site.
         ids: int64 `[T]`, the token that stands there, or stood there before it was masked.
         examples, positions: int64 `[T]`, where that is.
+        texts: int64 `[T]`, the number of its text; examples of the same tokens are one text.
     """
 
     rows: dict[str, Tensor]
     ids: Tensor
     examples: Tensor
     positions: Tensor
+    texts: Tensor
 
 
 class _Pile:
@@ -55,7 +57,8 @@ class _Pile:
 
     def __init__(self, sites: Sequence[str], most: int, owner: str) -> None:
         self._rows: dict[str, list[Tensor]] = {site: [] for site in sites}
-        self._places: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._places: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._texts: dict[tuple[int, ...], int] = {}
         self._owner = owner
         self.left = most
 
@@ -66,12 +69,13 @@ class _Pile:
             if not bool(torch.isfinite(chosen).all()):
                 raise NonFiniteError(f"{site!r} of {self._owner}: example {example} is not finite. Leave the site out.")
             self._rows[site].append(chosen)
-        self._places.append((ids[kept], torch.full((len(kept),), example), kept))
+        text = self._texts.setdefault(tuple(ids.tolist()), len(self._texts))
+        self._places.append((ids[kept], torch.full_like(kept, example), kept, torch.full_like(kept, text)))
         self.left -= len(kept)
         return len(kept)
 
     def close(self) -> TokenRows:
-        count = sum(len(ids) for ids, _, _ in self._places)
+        count = sum(len(ids) for ids, *_ in self._places)
         if count < 2:
             raise InputError(f"lens of {self._owner}: it has {count} tokens that are no special ones. Give more text.")
         columns = [torch.cat(parts) for parts in zip(*self._places, strict=True)]
@@ -133,40 +137,63 @@ def gather_texts(
     records, first = iter(open_source(texts)), 0
     with running(model, find_precision(model, None)), bar_of(most, "lens", progress) as bar:
         while pile.left and (part := [record.text for record in islice(records, _TEXTS_AHEAD)]):
-            for member, ids, wanted, rows in _run(model, tokenizer, part, sites, length, mask, special, maker):
-                if pile.left:
-                    bar.update(pile.add(first + member, ids, wanted, rows))
+            unit = tokenize(tokenizer, part, length)
+            masked = _choose_tokens(unit, sorted(special), mask, maker)
+            # before they are sorted by length: the first that are enough
+            before = np.cumsum([0, *map(len, masked)])[:-1]
+            num_texts = int(np.searchsorted(before, pile.left))
+            judged = [places[: pile.left - start] for places, start in zip(masked[:num_texts], before, strict=False)]
+            chosen = _Chosen(unit.part(0, num_texts), masked, judged, tokenizer.mask_token_id if mask else None)
+            for member, ids, wanted, rows in _run(model, chosen, sites, tokenizer.pad_token_id or 0):
+                bar.update(pile.add(first + member, ids, wanted, rows))
             first += len(part)
     return pile.close()
 
 
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """Texts that go through the model: the tokens of each that are masked, by `mask_id` if at all, and those judged."""
+
+    unit: TokenizedUnit
+    masked: Sequence[np.ndarray]
+    judged: Sequence[np.ndarray]
+    mask_id: int | None
+
+
+def _choose_tokens(
+    unit: TokenizedUnit, special: list[int], mask: float, maker: np.random.Generator
+) -> list[np.ndarray]:
+    """Choose places in each text: those that are not special, and of them a share where some are to be masked."""
+    of_ids: dict[bytes, np.ndarray] = {}
+    for number in range(len(unit)):
+        ids = unit[number]
+        # texts of the same ids are computed once
+        if ids.tobytes() in of_ids:
+            continue
+        places = np.flatnonzero(~np.isin(ids, special))
+        if mask and len(places):
+            drawn = maker.random(len(places))
+            # one at least
+            places = places[(drawn < mask) | (drawn == drawn.min())]
+        of_ids[ids.tobytes()] = places
+    return [of_ids[unit[number].tobytes()] for number in range(len(unit))]
+
+
 def _run(
-    model: nn.Module,
-    tokenizer: Any,
-    texts: list[str],
-    sites: list[str],
-    length: int,
-    mask: float,
-    special: set[int],
-    maker: np.random.Generator,
+    model: nn.Module, chosen: _Chosen, sites: list[str], pad_id: int
 ) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor]]]:
     """Give each text's number, ids, the positions that are asked for, and its rows."""
     device = find_device(model)
-    unit = tokenize(tokenizer, texts, length)
-    pad_id = tokenizer.pad_token_id or 0
-    equal_lengths = sees_padding(model, unit, pad_id, find_precision(model, None))
-    for batch in cut_batches(unit, _BATCH_TOKENS, pad_id, equal_lengths=equal_lengths):
+    equal_lengths = sees_padding(model, chosen.unit, pad_id, find_precision(model, None))
+    for batch in cut_batches(chosen.unit, _BATCH_TOKENS, pad_id, equal_lengths=equal_lengths):
         real, ids_BS = batch.attention_mask.bool(), batch.input_ids.clone()
-        wanted = real & ~torch.isin(ids_BS, torch.tensor(sorted(special)))
-        if mask:
-            # one at least of each text
-            drawn = torch.from_numpy(maker.random(ids_BS.shape))
-            drawn[~wanted] = torch.inf
-            wanted &= (drawn < mask) | (drawn == drawn.min(1, keepdim=True).values)
-            ids_BS[wanted] = tokenizer.mask_token_id
+        pairs = list(zip(batch.members, batch.sequences, strict=True))
+        if chosen.mask_id is not None:
+            for member, sequence in pairs:
+                ids_BS[sequence, real[sequence].nonzero()[chosen.masked[member], 0]] = chosen.mask_id
         values = look(model, sites, ids_BS, batch.attention_mask)
-        for member, sequence in zip(batch.members, batch.sequences, strict=True):
+        for member, sequence in pairs:
             own = real[sequence]
-            positions = wanted[sequence][own].nonzero()[:, 0]
+            positions = torch.from_numpy(chosen.judged[member])
             rows = {site: values[site][sequence][own.to(device)] for site in sites}
             yield member, batch.input_ids[sequence][own], positions, rows

@@ -1,7 +1,7 @@
 """`layerprobe.lens`: what would be predicted from each layer, if the model ended there.
 
 For models that put in words for masks, through their own head; for models without a head by the nearest word embedding,
-after a map that is fitted in closed form for each layer on half of the examples and judged on the other half.
+after a map that is fitted in closed form for each layer on half of the texts and judged on the other half.
 
 Needs the model, unlike what reads stores alone. Hides how ranks are counted in chunks.
 """
@@ -53,8 +53,9 @@ def lens(
     """Show how close each layer is to the true token, and what the model would predict from it.
 
     Args:
-        model: The model, or its name. One for masked language (`BertForMaskedLM` and kin, `ForPreTraining`) is looked
-            at through its own head, a final norm first where it has one; any other encoder through word embeddings.
+        model: The model, or its name. One for masked language (`BertForMaskedLM` and kin, `BertForPreTraining`) is
+            looked at through its own head, a final norm first where it has one; any other encoder, a discriminator such
+            as `ElectraForPreTraining` too, through word embeddings.
         source: A store of the same model, or texts as for `extract`.
         sites: Patterns; None for the embeddings, every layer's output and the final norm.
         tokenizer: The model's; None for that of its checkpoint.
@@ -192,14 +193,14 @@ def _look_by_embeddings(
     progress: bool | None,
 ) -> Lens:
     head, device = EmbeddingHead(network), find_device(network)
-    examples = torch.unique(rows.examples)
-    if len(examples) < 2:
-        raise InputError("an embedding lens: all tokens are of one example; half of them fit a map. Give two at least.")
-    order = torch.from_numpy(np.random.default_rng([seed, 23]).permutation(len(examples)))
-    fits = torch.isin(rows.examples, examples[order[: len(examples) // 2]])
+    texts = torch.unique(rows.texts)
+    if len(texts) < 2:
+        raise InputError("an embedding lens: all tokens are of one text; half of the texts fit a map. Give two others.")
+    order = torch.from_numpy(np.random.default_rng([seed, 23]).permutation(len(texts)))
+    fits = torch.isin(rows.texts, texts[order[: len(texts) // 2]])
     judged = TokenRows(
         {site: values[~fits] for site, values in rows.rows.items()},
-        rows.ids[~fits], rows.examples[~fits], rows.positions[~fits],
+        rows.ids[~fits], rows.examples[~fits], rows.positions[~fits], rows.texts[~fits],
     )  # fmt: skip
     words_TE = head.words_VE[rows.ids[fits].to(device)].cpu()
     found: list[LensSite] = []

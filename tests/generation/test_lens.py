@@ -124,6 +124,56 @@ def test_a_planted_map_is_found_by_the_embedding_lens(tiny: LoadedModel, tmp_pat
     assert found.readings[0].guesses[1] == found.readings[0].token
 
 
+def test_texts_of_the_same_tokens_are_fitted_or_judged_together(tiny: LoadedModel, tmp_path: Path) -> None:
+    """Noise that is the same for the same text is read where a copy of the text was fitted on, and only there."""
+    maker = torch.Generator().manual_seed(0)
+    ids, rows = torch.randint(5, 80, (60, 6), generator=maker), torch.randn(60, 6, 512, generator=maker)
+    copies = torch.arange(60).repeat(4)
+    planted = plant(tmp_path / "acts", {"layers.0": rows[copies].flatten(0, 1)}, [6] * 240, ids=ids[copies].flatten())
+    (site,) = lp.lens(tiny, lp.open(planted)).sites
+    assert site.top1 < 0.2
+    same = plant(tmp_path / "same", {"layers.0": torch.ones(24, 32)}, [6] * 4, ids=torch.arange(6).repeat(4) + 5)
+    with pytest.raises(InputError, match="all tokens are of one text"):
+        lp.lens(tiny, lp.open(same))
+
+
+@pytest.mark.parametrize("mask", [0, 0.3])
+def test_the_first_texts_are_judged_however_long_others_are(masked: LoadedModel, mask: float) -> None:
+    short = [f"{word} fox." for word in ("the", "quick", "brown", "lazy", "the", "over")]
+    long = ["the quick brown fox jumps over the lazy dog " * 3] * 3
+    ids = [masked.tokenizer(text, add_special_tokens=False)["input_ids"] for text in short]
+    most = sum(map(len, ids)) - 1 if not mask else 5
+    found = lp.lens(masked, [*short, *long], mask=mask, max_tokens=most)
+    assert found.num_tokens == most
+    seen = {reading.example for reading in found.readings}
+    assert seen <= set(range(6)) and min(seen) == 0 and (mask or seen == set(range(6)))
+    # what comes later changes nothing
+    assert found == lp.lens(masked, [*short, *long[:1]], mask=mask, max_tokens=most)
+
+
+def test_texts_that_are_equal_are_masked_alike_and_all_judged(masked: LoadedModel) -> None:
+    found = lp.lens(masked, ["the quick brown fox jumps over the lazy dog"] * 3, mask=0.4)
+    places = [[one.position for one in found.readings if one.example == example] for example in range(3)]
+    assert places[0] and places[0] == places[1] == places[2] and found.num_tokens == 3 * len(places[0])
+
+
+@pytest.mark.parametrize("name", ["Electra", "Funnel"])
+def test_a_discriminator_is_looked_at_through_word_embeddings(tiny: LoadedModel, texts: list[str], name: str) -> None:
+    import transformers
+
+    own: Any = tiny.model
+    sizes: dict[str, Any] = {"vocab_size": own.config.vocab_size, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "embedding_size": 32}
+    if name == "Funnel":
+        sizes = {"vocab_size": own.config.vocab_size, "d_model": 32, "d_inner": 48, "n_head": 4, "block_sizes": [1, 1]}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    discriminator = getattr(transformers, f"{name}ForPreTraining")(config).eval()
+    assert not has_head(discriminator) and has_head(getattr(transformers, f"{name}ForMaskedLM")(config))
+    if name == "Electra":
+        found = lp.lens(LoadedModel("", discriminator, tiny.tokenizer), texts[:9], sites="layers.*")
+        assert found.method == "embedding" and len(found.sites) == 2
+
+
 def test_the_ridge_map_is_that_of_numpy() -> None:
     maker = np.random.default_rng(0)
     rows, words = maker.normal(size=(50, 6)) + 2, maker.normal(size=(50, 4)) - 1
@@ -171,7 +221,7 @@ def test_what_cannot_be_is_one_clear_error(
         lp.lens(masked, texts, max_tokens=1)
     with pytest.raises(InputError, match="it has 0 tokens that are no special ones"):
         lp.lens(masked, ["", ""])
-    with pytest.raises(InputError, match="all tokens are of one example"):
+    with pytest.raises(InputError, match="all tokens are of one text"):
         lp.lens(tiny, texts[3:4])
     with pytest.raises(SiteError, match="layers are 0 to 2"):
         lp.lens(masked, texts, sites="layers.7")
@@ -200,4 +250,8 @@ def test_the_result_is_a_table_files_and_a_picture(masked: LoadedModel, texts: l
 
 
 def test_a_head_is_known_by_its_class(masked: LoadedModel, tiny: LoadedModel) -> None:
+    import transformers
+
+    own: Any = tiny.model
     assert has_head(masked.model) and not has_head(tiny.model)
+    assert has_head(transformers.BertForPreTraining(own.config))
