@@ -80,7 +80,7 @@ def check_place(name: str | Path) -> None:
 def conclude(
     found: Any, out: str | None, *, json: str | None = None, kept: str | None = None, more: str = "", quiet: bool
 ) -> None:
-    """Write a result, print its table, and say what was written.
+    """Print the table of a result, write it, and say what was written.
 
     Args:
         found: Has `table`, `to_json`, and `to_csv` and `plot` where `out` may ask for them.
@@ -90,17 +90,17 @@ def conclude(
         more: Printed below the table.
         quiet: Whether to print nothing.
     """
+    # before what can fail, a picture above all
+    if not quiet:
+        typer.echo(found.table())
+        if more:
+            typer.echo(f"\n{more}")
     if json is not None:
         found.to_json(json)
     if out is not None:
         suffix = Path(out).suffix.lower()
         write = found.to_csv if suffix == ".csv" else found.to_json if suffix == ".json" else found.plot
         write(out)
-    if quiet:
-        return
-    typer.echo(found.table())
-    if more:
-        typer.echo(f"\n{more}")
     for path in (kept, json, out):
-        if path is not None:
+        if path is not None and not quiet:
             typer.echo(f"wrote {path}")

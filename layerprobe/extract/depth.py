@@ -78,7 +78,9 @@ class DepthProfile:
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the accuracy of each task over depth."""
         first = next(iter(self.tasks.values()))
-        names = [site.site for site in first.sites if ":" not in site.site and site.site != "mix"]
+        every = [site.site for site in first.sites]
+        # of the last four alone there are no single sites
+        names = [name for name in every if ":" not in name and name != "mix"] or every
         curves = []
         for name, found in self.tasks.items():
             values = {site.site: site.accuracy for site in found.sites}

@@ -204,6 +204,21 @@ def test_one_text_is_no_list_of_texts(store: Store, tiny: LoadedModel, tmp_path:
         classifier.predict(["the fox"], [(0, 3)])
 
 
+def test_a_profile_of_the_last_four_layers_is_drawn(make_bert: Any, tiny: LoadedModel, tmp_path: Path) -> None:
+    ends = (".", " the dog .", " the quick brown fox .", " a fox", " jumps over", " the lazy fox jumps over a dog")
+    begins = [f"{who} {what}" for who in ("the fox", "a dog", "the lazy dog") for what in ("jumps", "over")]
+    texts = [f"{begin}{end}" for begin in begins for end in ends]
+    model = LoadedModel("", make_bert("BertModel", vocab_size=len(tiny.tokenizer), num_hidden_layers=4), tiny.tokenizer)
+    store = lp.extract(model, texts, tmp_path / "acts", sites="layers.*", progress=False)
+    profile = lp.depth_profile(store, pool="last4", model=model)
+    axes = profile.plot(tmp_path / "last.png").axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["last4:joined", "last4:averaged"]
+    drawn = {str(line.get_label()): list(line.get_ydata()) for line in axes.get_lines()}
+    assert drawn == {name: [site.accuracy for site in found.sites] for name, found in profile.tasks.items()}
+    assert (tmp_path / "last.png").read_bytes()[:4] == b"\x89PNG"
+    profile.tasks["length"].plot(tmp_path / "task.png")
+
+
 def test_a_profile_makes_its_labels_of_the_texts(store: Store, tiny: LoadedModel, tmp_path: Path) -> None:
     profile = lp.depth_profile(store, model=tiny)
     assert set(profile.tasks) >= {"length", "order"}
