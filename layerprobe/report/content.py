@@ -69,15 +69,18 @@ def gather(
     with using_few_cores(), bar_of(len(chosen), "pca", progress, "sites") as bar:
         panels = project(drawn.values, "pca", shared=False, seed=seed, done=bar.update)
     records = {ordinal: store.record(ordinal) for ordinal in set(drawn.examples.tolist())}
+    first = labels or "label"
+    fields, left_out = _list_fields(store, drawn, records, first)
     found: dict[str, Any] = {
-        "about": _describe(store),
+        "about": _describe(store, left_out),
         "palette": [*PALETTE],
         "grey": GREY,
         "sites": names,
         "short": label_sites(names),
-        "first": shorten(labels or "label", _MOST_VALUE),
+        "first": shorten(first, _MOST_VALUE),
         "points": _pack_points(store, drawn, panels, records),
-        "fields": [*_list_fields(store, drawn, records), _pack_norms(drawn)],
+        "fields": [*fields, _pack_norms(drawn)],
+        "left_out": left_out,
         "depth": None,
         "classes": None,
         "attention": maps,
@@ -92,7 +95,7 @@ def gather(
     return found
 
 
-def _describe(store: Store) -> dict[str, Any]:
+def _describe(store: Store, left_out: Sequence[str]) -> dict[str, Any]:
     """Say what the store is; its name alone, since a page is sent to others."""
     model = store.description.get("model") or {}
     index = store.index or {}
@@ -109,6 +112,8 @@ def _describe(store: Store) -> dict[str, Any]:
     if index.get("nonfinite"):
         counts = ", ".join(f"{count:,} at {site}" for site, count in index["nonfinite"].items())
         facts.append(("not finite", counts))
+    if left_out:
+        facts.append(("fields left out", ", ".join(left_out)))
     views = [store[site] for site in store.sites]
     return {
         "name": shorten(str(store.place).rstrip("/").rpartition("/")[2] or "store", _MOST_VALUE),
@@ -152,29 +157,34 @@ def _read_text(store: Store, ordinal: int, record: dict[str, Any]) -> str | None
     return None if text is None else shorten(str(text), _MOST_TEXT)
 
 
-def _list_fields(store: Store, drawn: Points, records: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """List what may colour points: of rows their token and position, of records the fields that hold one value."""
+def _list_fields(
+    store: Store, drawn: Points, records: dict[int, dict[str, Any]], first: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """List what may colour points: of rows their token and position, of records the fields that hold one value.
+
+    Of more than twenty fields the first by name are kept, `first` among them; gives the names of the others too.
+    """
     ordinals = drawn.examples.tolist()
     fields = {ordinal: record.get("fields") or {} for ordinal, record in records.items()}
-    found = []
-    for name in sorted({name for of in fields.values() for name in of})[:_MOST_FIELDS]:
-        values = [fields[ordinal].get(name) for ordinal in ordinals]
-        if not any(isinstance(value, (list, dict)) for value in values):
-            found.append(_lay_out_field(name, values))
+    is_list = {name for of in fields.values() for name, value in of.items() if isinstance(value, (list, dict))}
+    names = sorted({name for of in fields.values() for name in of} - is_list, key=lambda name: (name != first, name))
+    kept = sorted(names[:_MOST_FIELDS])
+    found = [_lay_out_field(name, [fields[ordinal].get(name) for ordinal in ordinals]) for name in kept]
     if drawn.positions is not None:
         found.append({"name": "position", "numbers": drawn.positions.tolist()})
     if drawn.input_ids is not None and store.id_to_tokens is not None:
         found.append(_lay_out_field("token", store.id_to_tokens(drawn.input_ids)))
-    return found
+    return found, [shorten(name, _MOST_VALUE) for name in names[_MOST_FIELDS:]]
 
 
 def _lay_out_field(name: str, values: Sequence[Any]) -> dict[str, Any]:
     """Make a field a scale or categories, the most frequent first; one that tells every point apart colours none."""
     title = shorten(name, _MOST_VALUE)
+    values = plain(list(values))
     given = [value for value in values if value is not None]
     is_number = all(isinstance(value, Real) and not isinstance(value, bool) for value in given)
     if is_number and len(set(given)) > _MOST_CATEGORIES:
-        return {"name": title, "numbers": plain([None if value is None else float(value) for value in values])}
+        return {"name": title, "numbers": [None if value is None else float(value) for value in values]}
     texts = ["none" if value is None else shorten(str(value), _MOST_VALUE) for value in values]
     ranked = [value for value, _ in Counter(sorted(texts)).most_common()]
     code = {value: place for place, value in enumerate(ranked)}

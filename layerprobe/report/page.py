@@ -45,6 +45,7 @@ class Report:
         num_all: How many there were to draw from.
         kind: What a point is: `rows` or `examples`.
         fields: What may colour the points.
+        left_out: Fields that would be more than twenty.
         parts: What the page has besides: `depth`, `classes`, `attention`.
         num_bytes: Size of the page.
     """
@@ -55,16 +56,19 @@ class Report:
     num_all: int
     kind: str
     fields: tuple[str, ...]
+    left_out: tuple[str, ...]
     parts: tuple[str, ...]
     num_bytes: int
 
     def table(self) -> str:
         """Say in a few lines what the page holds."""
+        left_out = [f"left out  {', '.join(self.left_out)}"] if self.left_out else []
         return "\n".join(
             [
                 f"{self.path}  {format_bytes(self.num_bytes)}",
                 f"points  {self.num_points:,} of {self.num_all:,} {self.kind} at {len(self.sites)} sites",
                 f"colours {', '.join(self.fields)}",
+                *left_out,
                 f"parts   {', '.join(self.parts) or 'none besides'}",
             ]
         )
@@ -150,6 +154,7 @@ def report(
         found["points"]["all"],
         found["points"]["kind"],
         tuple(field["name"] for field in found["fields"] if field.get("colours", True)),
+        tuple(found["left_out"]),
         tuple(name for name in ("depth", "classes", "attention") if found[name] is not None),
         len(page),
     )

@@ -88,6 +88,26 @@ def test_fields_become_colours_with_the_value_of_each_point(store: Any, tmp_path
     assert norms[2] == pytest.approx(expected, rel=1e-5)  # float32
 
 
+@pytest.mark.parametrize("labels", ["topic", None])
+def test_labels_always_colour_the_page_and_fields_left_out_are_named(tmp_path: Path, labels: str | None) -> None:
+    many = {f"f{number:02}": number for number in range(23)}
+    own = labels or "label"
+    fields = [{**many, "a list": [one], own: "xy"[one % 2]} for one in range(30)]
+    folder = plant(tmp_path / "acts", {"layers.0": draw()}, LENGTHS, fields=fields)
+    page = lp.report(folder, tmp_path / "page.html", labels=labels)
+    data = data_of(tmp_path / "page.html")
+    assert page.fields == (*sorted(many)[:19], own, "norm") and data["first"] == own
+    assert page.left_out == ("f19", "f20", "f21", "f22")
+    assert "left out  f19, f20, f21, f22" in page.table()
+    assert ["fields left out", "f19, f20, f21, f22"] in data["about"]["facts"]
+
+
+def test_few_fields_leave_none_out(store: Any, tmp_path: Path) -> None:
+    page = lp.report(store, tmp_path / "page.html")
+    assert page.left_out == () and "left out" not in page.table()
+    assert not [name for name, _ in data_of(tmp_path / "page.html")["about"]["facts"] if name == "fields left out"]
+
+
 def test_curves_and_maps_are_those_of_differences(store: Any, tmp_path: Path) -> None:
     lp.report(store, tmp_path / "page.html")
     depth = data_of(tmp_path / "page.html")["depth"]
