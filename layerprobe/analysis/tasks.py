@@ -113,6 +113,9 @@ def make_task(
     classes, labelled = _number_labels(name, [item[1] for item in items], sides[numbers])
     is_whole = items[0][2] is None
     texts = [record.get("text") for record in records]
+    num_cut = (store.index or {}).get("truncated", 0)
+    if num_cut and is_whole and any(text is not None for text in texts):
+        notes.append(f"{num_cut:,} texts were cut to the maximum length; tfidf reads them whole.")
     types, words = [], []
     for number, _, rows in items:
         own = ids[number] if rows is None else ids[number][rows[0] : rows[1]]

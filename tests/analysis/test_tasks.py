@@ -73,3 +73,17 @@ def test_fields_and_labels_of_spans_that_are_no_number_are_refused(tmp_path: Pat
         make_task(made, "y")
     with pytest.raises(InputError, match="nan is no label"):
         make_task(made, [[float("nan") if place == 4 else place % 2] for place in range(9)], span=("from", "to"))
+
+
+def test_words_that_the_layers_did_not_see_are_noted(tmp_path: Path) -> None:
+    texts = [f"{first} {second}" for first in ("rain", "snow", "wind", "hail") for second in ("falls", "comes on")]
+    records = [{"text": text, "from": 0, "to": 4} for text in texts]
+    labels = [place % 2 for place in range(8)]
+    for length, num_cut in ((4, 4), (9, 0)):
+        place = tmp_path / str(length)
+        store = lp.extract("demo", records, place, sites="layers.0", max_length=length, progress=False)
+        notes = make_task(store, labels).notes
+        assert notes == (
+            (f"{num_cut} texts were cut to the maximum length; tfidf reads them whole.",) if num_cut else ()
+        )
+        assert make_task(store, labels, span=("from", "to")).notes == ()
