@@ -113,8 +113,8 @@ def fit_decoder(
         )
     store = need_store(store)
     sites = _choose_sites(store, layer)
-    wanted = find_targets(store, targets, max_length)
-    split = split_examples(store, list(wanted.ids), max_examples, test_share, seed)
+    split = split_examples(store, store.ordinals(), max_examples, test_share, seed)
+    wanted = find_targets(store, targets, max_length, [*split.train, *split.test])
     types = choose_types(wanted, split.train, max_types)
     if not types:
         raise InputError(f"fit_decoder: the targets of {store.place} are empty. Give texts with tokens in them.")

@@ -7,11 +7,12 @@ Must never know of models.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from layerprobe.errors import InputError, OptionError
 from layerprobe.store.reader import Store
@@ -19,6 +20,8 @@ from layerprobe.store.reader import Store
 __all__ = ["Split", "Targets", "choose_types", "find_targets", "split_examples"]
 
 _LEAST = 20
+# Of an example that has none.
+_NO_TOKENS = np.uint64(xxh3_64_intdigest(b""))
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Targets:
 
     Args:
         ids: Token ids of each example by its ordinal, at most `max_length`.
-        num_cut: How many were longer.
+        num_cut: How many of these were longer.
     """
 
     ids: Mapping[int, tuple[int, ...]]
@@ -42,19 +45,22 @@ class Split:
     test: tuple[int, ...]
 
 
-def find_targets(store: Store, targets: str | Sequence[Any] | None, max_length: int) -> Targets:
-    """Find what is to be written for each example that has tokens.
+def find_targets(
+    store: Store, targets: str | Sequence[Any] | None, max_length: int, examples: Iterable[int] | None = None
+) -> Targets:
+    """Find what is to be written for examples.
 
     Args:
         store: The store.
         targets: A field of the records; or a text or a list of token ids per example; None for the example's own text.
         max_length: The most tokens of a target; longer ones are cut.
+        examples: Their ordinals; None for every example that has tokens.
 
     Raises:
-        InputError: an example has no such field, or its value is not a text, or a text cannot be cut into tokens.
-        OptionError: not as many targets as examples.
+        InputError: one has no such field, or its value is not a text, or a text cannot be cut into tokens.
+        OptionError: not as many targets as examples in the store.
     """
-    ordinals = list(store.ordinals())
+    ordinals = np.fromiter(store.ordinals(), np.int64, len(store))
     special = store.vocabulary.special_ids if store.vocabulary is not None else frozenset()
     if targets is not None and not isinstance(targets, str):
         # in its order: a column of a table is indexed by labels of its own
@@ -64,14 +70,15 @@ def find_targets(store: Store, targets: str | Sequence[Any] | None, max_length: 
             raise OptionError(f"targets: {what}. Give one for each.")
     found: dict[int, tuple[int, ...]] = {}
     num_cut = 0
-    for number, ordinal in enumerate(ordinals):
+    for ordinal in store.ordinals() if examples is None else examples:
         own = store.input_ids(ordinal).tolist()
         if not own:
             continue
         if targets is None:
             ids = [token for token in own if token not in special]
         else:
-            ids = _encode(store, ordinal, _value_of(store, ordinal, targets, number))
+            place = int(np.searchsorted(ordinals, ordinal))
+            ids = _encode(store, ordinal, _value_of(store, ordinal, targets, place))
         num_cut += len(ids) > max_length
         found[ordinal] = tuple(ids[:max_length])
     return Targets(found, num_cut)
@@ -101,22 +108,28 @@ def _encode(store: Store, ordinal: int, value: Any) -> list[int]:
         raise InputError(f"targets: that of example {ordinal} is {value!r}. Give a text or a list of ids.") from error
 
 
-def split_examples(store: Store, ordinals: Sequence[int], most: int | None, share: float, seed: int) -> Split:
-    """Draw the examples that train and those that judge, all of the same tokens on one side.
+def split_examples(store: Store, ordinals: Iterable[int], most: int | None, share: float, seed: int) -> Split:
+    """Draw the examples that train and those that judge, all of the same tokens on one side; none without tokens.
 
     Raises:
         InputError: fewer than 20 different ones.
+
+    Cost: some 50 bytes for each example.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for ordinal in ordinals:
-        groups.setdefault(tuple(store.input_ids(ordinal).tolist()), []).append(ordinal)
-    # of equal texts one is enough
-    kept = [group[0] for group in groups.values()]
+    given = np.fromiter(ordinals, np.int64)
+    digests = np.fromiter(
+        (xxh3_64_intdigest(store.input_ids(ordinal).numpy().tobytes()) for ordinal in given.tolist()),
+        np.uint64,
+        len(given),
+    )
+    given, digests = given[digests != _NO_TOKENS], digests[digests != _NO_TOKENS]
+    # of equal texts one is enough, the first
+    kept = given[np.sort(np.unique(digests, return_index=True)[1])]
     if len(kept) < _LEAST:
         raise InputError(f"fit_decoder: {store.place} has {len(kept)} different examples; {_LEAST} are the least.")
-    order = np.random.default_rng([seed, 11]).permutation(len(kept))[:most].tolist()
-    num_test = max(1, round(share * len(order)))
-    return Split(tuple(kept[one] for one in order[num_test:]), tuple(kept[one] for one in order[:num_test]))
+    drawn = kept[np.random.default_rng([seed, 11]).permutation(len(kept))[:most]].tolist()
+    num_test = max(1, round(share * len(drawn)))
+    return Split(tuple(drawn[num_test:]), tuple(drawn[:num_test]))
 
 
 def choose_types(targets: Targets, train: Sequence[int], most: int) -> list[int]:

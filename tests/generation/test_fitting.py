@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,28 @@ def test_an_examples_tokens_are_never_on_both_sides(tmp_path: Path) -> None:
     sides = [{tuple(store.input_ids(one).tolist()) for one in side} for side in (split.train, split.test)]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == len(split.train) + len(split.test) == 30
     assert len(split_examples(store, list(store.ordinals()), 25, 0.2, 0).train) == 20
+
+
+def test_only_the_targets_of_drawn_examples_are_looked_at(store: Any) -> None:
+    split = split_examples(store, store.ordinals(), 40, 0.25, 0)
+    drawn = [*split.train, *split.test]
+    assert len(set(drawn)) == 40 and len(split.test) == 10
+    # of the others anything may be said
+    given: Any = [[7] if one in drawn else None for one in range(len(store))]
+    found = lp.fit_decoder(store, layer=0, targets=given, max_examples=40, test_share=0.25, epochs=1, **SMALL)
+    assert (found.num_train, found.num_test, found.num_types) == (30, 10, 1) and set(found.test) == set(split.test)
+
+
+def test_examples_are_drawn_without_keeping_the_ids_of_all(tmp_path: Path) -> None:
+    ids = torch.randint(300, 10_000, (100_000,), generator=torch.Generator().manual_seed(0))
+    many = lp.open(plant(tmp_path / "many", {"layers.0": torch.ones(100_000, 1)}, [50] * 2000, ids=ids))
+    list(map(many.input_ids, many.ordinals()))  # what a store keeps for itself
+    tracemalloc.start()
+    split = split_examples(many, many.ordinals(), 100, 0.1, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(split.train) + len(split.test) == 100
+    assert peak < 200 * 2000  # bytes; 50 numbers as a tuple take 2,000 or so
 
 
 def test_targets_are_own_texts_fields_or_whatever_is_given(tiny: LoadedModel, tmp_path: Path) -> None:
