@@ -318,18 +318,20 @@ def _read_drawn(store: Store, sites: Sequence[StoredSite], wanted: int, seed: in
 
 def _gather(store: Store, sites: Sequence[StoredSite], numbers: np.ndarray, bounds: np.ndarray) -> dict[str, Tensor]:
     """Bring rows together by their numbers in the store, in the order of these; each shard is read once."""
-    catalog, order = store.catalog, np.argsort(numbers)
+    catalog, order, found = store.catalog, np.argsort(numbers), dict[str, Tensor]()
+    for site in sites:
+        dtype = torch.float32 if site.dtype == torch.int8 else site.dtype
+        found[site.name] = torch.empty(len(numbers), site.width, dtype=dtype)
     rising = numbers[order]
     cuts = np.searchsorted(rising, bounds)
-    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     shards = np.flatnonzero(np.diff(cuts)).tolist()
     for place, number in enumerate(shards):
         catalog.prefetch(shards[place : place + _SHARDS_AHEAD], list(found))
-        picked = torch.from_numpy(rising[cuts[number] : cuts[number + 1]] - bounds[number])
+        part = slice(cuts[number], cuts[number + 1])
+        picked, places = torch.from_numpy(rising[part] - bounds[number]), torch.from_numpy(order[part])
         for site in sites:
-            found[site.name].append(take_rows(catalog.shard(number), site, picked))
-    back = torch.from_numpy(np.argsort(order))
-    return {name: torch.cat(parts)[back] for name, parts in found.items()}
+            found[site.name][places] = take_rows(catalog.shard(number), site, picked)
+    return found
 
 
 def count_types(store: Store) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,17 @@ def test_drawn_rows_are_of_the_whole_store_each_once(
     assert set(torch.cat([batch[1] for batch in draw_numbered(2)])[:, 0].tolist()) != set(rows)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "int8"])
+def test_drawn_rows_are_those_that_are_stored(dtype: str, tmp_path: Path) -> None:
+    texts = [f"{first} {second}" for first in ("rain", "snow") for second in ("falls", "stops", "comes on")]
+    store = lp.extract("demo", texts, tmp_path / "acts", sites="layers.-2:", dtype=dtype, progress=False)
+    sites = choose_depth(store, None)
+    (drawn,) = draw_rows(store, sites, max_rows=9, seed=0, progress=False)
+    every = torch.cat([torch.cat([batch[site.name].double() for site in sites], 1) for batch in store.rows()])
+    rows = torch.cat(drawn, 1)
+    assert len(rows) == 9 and (rows[:, None] == every).all(2).any(1).all()
+
+
 @pytest.mark.parametrize("max_rows", [None, 2400])
 def test_rows_kept_for_neighbours_are_of_the_whole_store(numbered: Store, max_rows: int | None) -> None:
     sites = choose_depth(numbered, None)
