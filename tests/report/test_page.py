@@ -102,6 +102,18 @@ def test_labels_always_colour_the_page_and_fields_left_out_are_named(tmp_path: P
     assert ["fields left out", "f19, f20, f21, f22"] in data["about"]["facts"]
 
 
+def test_values_that_are_no_number_are_none(tmp_path: Path) -> None:
+    fields = [{"grade": float("nan") if one % 2 else one % 3, "year": one if one % 5 else None} for one in range(30)]
+    lp.report(plant(tmp_path / "acts", {"layers.0": draw()}, LENGTHS, fields=fields), tmp_path / "page.html")
+    data = data_of(tmp_path / "page.html")
+    grade, year, _ = data["fields"]
+    ordinals = [data["points"]["ordinals"][of] for of in data["points"]["of"]]
+    assert [grade["values"][code] for code in grade["codes"]] == [
+        "none" if one % 2 else str(one % 3) for one in ordinals
+    ]
+    assert year["numbers"] == [one if one % 5 else None for one in ordinals]
+
+
 def test_few_fields_leave_none_out(store: Any, tmp_path: Path) -> None:
     page = lp.report(store, tmp_path / "page.html")
     assert page.left_out == () and "left out" not in page.table()
