@@ -281,7 +281,7 @@ def draw_rows(
     batches: Iterator[dict[str, Tensor]] = (
         store.rows(_DRAWN_ROWS, shuffle=True, seed=seed, sites=names)
         if wanted == num_rows
-        else _read_drawn(store, sites, wanted, seed)
+        else _read_drawn(store, sites, wanted, seed, mapped)
     )
     with bar_of(wanted, "moments", progress) as bar:
         for batch in batches:
@@ -295,7 +295,9 @@ def draw_rows(
             bar.update(len(values[0]))
 
 
-def _read_drawn(store: Store, sites: Sequence[StoredSite], wanted: int, seed: int) -> Iterator[dict[str, Tensor]]:
+def _read_drawn(
+    store: Store, sites: Sequence[StoredSite], wanted: int, seed: int, mapped: Mappings
+) -> Iterator[dict[str, Tensor]]:
     """Read rows that are drawn over the whole store, mixed, by blocks that fit in memory.
 
     A block's rows are of all shards, or where there are many of eight or more, so that hardly one is read twice.
@@ -311,12 +313,14 @@ def _read_drawn(store: Store, sites: Sequence[StoredSite], wanted: int, seed: in
     mixed = maker.permutation(numbers)
     mixed = mixed[np.argsort(group_of[np.searchsorted(bounds, mixed, side="right") - 1], kind="stable")]
     for first in range(0, len(mixed), block_rows):
-        rows = _gather(store, sites, mixed[first : first + block_rows], bounds)
+        rows = _gather(store, sites, mixed[first : first + block_rows], bounds, mapped)
         for start in range(0, len(rows[sites[0].name]), _DRAWN_ROWS):
             yield {name: values[start : start + _DRAWN_ROWS] for name, values in rows.items()}
 
 
-def _gather(store: Store, sites: Sequence[StoredSite], numbers: np.ndarray, bounds: np.ndarray) -> dict[str, Tensor]:
+def _gather(
+    store: Store, sites: Sequence[StoredSite], numbers: np.ndarray, bounds: np.ndarray, mapped: Mappings
+) -> dict[str, Tensor]:
     """Bring rows together by their numbers in the store, in the order of these; each shard is read once."""
     catalog, order, found = store.catalog, np.argsort(numbers), dict[str, Tensor]()
     for site in sites:
@@ -324,13 +328,15 @@ def _gather(store: Store, sites: Sequence[StoredSite], numbers: np.ndarray, boun
         found[site.name] = torch.empty(len(numbers), site.width, dtype=dtype)
     rising = numbers[order]
     cuts = np.searchsorted(rising, bounds)
-    shards = np.flatnonzero(np.diff(cuts)).tolist()
+    shards, row_bytes = np.flatnonzero(np.diff(cuts)).tolist(), sum(site.bytes_per_vector for site in sites)
     for place, number in enumerate(shards):
         catalog.prefetch(shards[place : place + _SHARDS_AHEAD], list(found))
         part = slice(cuts[number], cuts[number + 1])
         picked, places = torch.from_numpy(rising[part] - bounds[number]), torch.from_numpy(order[part])
         for site in sites:
             found[site.name][places] = take_rows(catalog.shard(number), site, picked)
+        # a checksum reads the whole tensor, whatever is drawn of it
+        mapped.add(row_bytes * int(bounds[number + 1] - bounds[number]))
     return found
 
 

@@ -133,6 +133,13 @@ def test_drawn_rows_are_of_the_whole_store_each_once(
     assert set(torch.cat([batch[1] for batch in draw_numbered(2)])[:, 0].tolist()) != set(rows)
 
 
+def test_drawing_rows_lets_go_of_the_shards_that_they_are_of(numbered: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog, sites = numbered.catalog, choose_depth(numbered, None)
+    monkeypatch.setattr("layerprobe.analysis.sweep._MOST_MAPPED_BYTES", 0)
+    drawn = draw_rows(numbered, sites, max_rows=1200, seed=0, progress=False)
+    assert len(next(drawn)[0]) == 1024 and catalog.num_open == 0
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "int8"])
 def test_drawn_rows_are_those_that_are_stored(dtype: str, tmp_path: Path) -> None:
     texts = [f"{first} {second}" for first in ("rain", "snow") for second in ("falls", "stops", "comes on")]
