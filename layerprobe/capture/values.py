@@ -48,20 +48,33 @@ def put_tensor(value: Any, held: Tensor, tensor: Tensor) -> Any:
 def take_part(root: nn.Module, part: Part, value: Tensor) -> Tensor:
     """Take query, key or value out of a fused projection's output."""
     if part.num_heads is None:
-        return value.chunk(3, dim=-1)[part.index]
-    by_head = value.unflatten(-1, (part.num_heads, 3, -1))
-    third = by_head[..., part.index, :].flatten(-2)
+        third = value.chunk(3, dim=-1)[part.index]
+    else:
+        third = value.unflatten(-1, (part.num_heads, 3, -1))[..., part.index, :].flatten(-2)
     return third if part.bias is None else third + root.get_parameter(part.bias)
 
 
-def put_part(part: Part, value: Tensor, change: Tensor) -> Tensor:
-    """Add `change` to query, key or value within a fused projection's output, and give a new one.
+def put_part(root: nn.Module, part: Part, value: Tensor, held: Tensor, made: Tensor, kept: Tensor | None) -> Tensor:
+    """Put query, key or value into a fused projection's output, and give a new one.
 
-    A change and not the third itself: the model adds a bias to some thirds afterwards, which would have to be taken off
-    again, and what is not changed would be rounded.
+    A bias that the model adds afterwards is taken off. To add what changes would be rounded as the old value is, and
+    would leave one that is not finite.
+
+    Args:
+        root: The unwrapped model.
+        part: Which third.
+        value: What the projection gave.
+        held: The third that `take_part` found in it.
+        made: What it is to be.
+        kept: Where it is to be so, to be broadcast to it; None for everywhere. What is left stays to the bit.
     """
     shape = (3,) if part.num_heads is None else (part.num_heads, 3)
     thirds = list(value.unflatten(-1, (*shape, -1)).unbind(-2))
-    change = change if part.num_heads is None else change.unflatten(-1, (part.num_heads, -1))
-    thirds[part.index] = thirds[part.index] + change
+    own = thirds[part.index] if part.num_heads is None else thirds[part.index].flatten(-2)
+    if part.bias is not None:
+        # what an edit has left as it was is not rounded either; its gradient is that of the edit
+        is_same = (made == held) & made.isfinite()
+        made = torch.where(is_same, own + (made - held), made - root.get_parameter(part.bias)).to(value.dtype)
+    third = made if kept is None else torch.where(kept, made, own)
+    thirds[part.index] = third if part.num_heads is None else third.unflatten(-1, (part.num_heads, -1))
     return torch.stack(thirds, dim=-2).flatten(-1 - len(shape))

@@ -209,7 +209,7 @@ class Editor(AbstractContextManager["Editor"]):
                 mask = moment.masks[number]
                 held = value if slot.site.part is None else take_part(self._root, slot.site.part, value)
                 extra = moment.give(slot, mask, held)
-                value = _put(slot, value, held, mask, slot.edit.change(held, mask, extra))
+                value = self._put(slot, value, held, mask, slot.edit.change(held, mask, extra))
         return value
 
     def _change_traced(self, point: Point, value: Tensor) -> Tensor:
@@ -223,8 +223,20 @@ class Editor(AbstractContextManager["Editor"]):
                 extra = ask_for_order(token, held, editor, key, number)
             elif slot.edit.need:
                 extra = ask_for_extra(token, held, editor, key, number)
-            value = _put(slot, value, held, mask, slot.edit.change(held, mask, extra))
+            value = self._put(slot, value, held, mask, slot.edit.change(held, mask, extra))
         return value
+
+    def _put(self, slot: Slot, value: Tensor, held: Tensor, mask: Tensor | None, made: Tensor) -> Tensor:
+        """Put a changed site back into the value it is of; what is not meant stays to the bit."""
+        if made is held:
+            return value
+        kept = slot.columns
+        if mask is not None:
+            mask = mask if mask.ndim == held.ndim else mask[..., None]
+            kept = mask if kept is None else mask & kept
+        if slot.site.part is not None:
+            return put_part(self._root, slot.site.part, value, held, made, kept)
+        return made if kept is None else torch.where(kept, made, held)
 
     # what graphs ask for
 
@@ -279,17 +291,3 @@ class Editor(AbstractContextManager["Editor"]):
         extra = moment.give(slot, moment.masks[number], value)
         assert extra is not None
         return extra.contiguous()
-
-
-def _put(slot: Slot, value: Tensor, held: Tensor, mask: Tensor | None, made: Tensor) -> Tensor:
-    """Put a changed site back into the value it is of; what is not meant stays to the bit."""
-    if made is held:
-        return value
-    kept = slot.columns
-    if mask is not None:
-        mask = mask if mask.ndim == held.ndim else mask[..., None]
-        kept = mask if kept is None else mask & kept
-    if slot.site.part is not None:
-        change = made - held
-        return put_part(slot.site.part, value, change if kept is None else torch.where(kept, change, 0))
-    return made if kept is None else torch.where(kept, made, held)

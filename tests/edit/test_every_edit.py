@@ -17,7 +17,7 @@ from families import FAMILIES, PLAIN, build, is_known, list_heads, make_batch
 from layerprobe.sites.resolve import Site
 from oracles import build_head, make_head_batch
 
-# Some are made of other roundings: a mean of another order, a third of a fused projection that gets the change on it.
+# Some are made of other roundings: a mean of another order, a third of a fused projection that gets a bias afterwards.
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-5}
 Rows = np.ndarray
 
