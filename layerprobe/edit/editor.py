@@ -7,6 +7,7 @@ operators tell it what only the running call knows.
 Hides the order of hooks and how a call is followed. Must never know what an edit does.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -122,6 +123,7 @@ class Editor(AbstractContextManager["Editor"]):
             watch_calls(self._hooks, self._given, self._mapped, self._frames, self._port)
             for point in self._points:
                 self._attach(point)
+                self._refuse_chosen_logits(point)
             watch_second_runs(self._hooks, self._root, self._frames, always=True)
         except BaseException:
             self._detach()
@@ -161,6 +163,25 @@ class Editor(AbstractContextManager["Editor"]):
         earlier = [number for number, other in beside.items() if hasattr(other, EDIT) and number != handle.id]
         for number in reversed(earlier):
             beside.move_to_end(number, last=False)
+
+    def _refuse_chosen_logits(self, point: Point) -> None:
+        """Refuse calls that choose which tokens have logits, where an edit has to know which they are."""
+        slots = [slot for slot in point.slots if slot.spot.kind != "all" or slot.edit.need == "rows"]
+        if not slots or not point.makes_logits:
+            return
+        task: Any = self._root if len(self._mapped.stacks) == 1 else self._root.decoder
+        parameters = list(inspect.signature(type(task).forward).parameters)[1:]
+
+        def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            given = {**dict(zip(parameters, args, strict=False)), **(kwargs or {})}
+            if isinstance(given.get("logits_to_keep"), Tensor):
+                raise CaptureError(
+                    f"lp.{slots[0].edit.name} at {slots[0].site.name!r}: logits_to_keep is a tensor, and which tokens "
+                    "its logits are of is not known here. Pass how many to keep, or edit all of them with where='all' "
+                    "and no rows."
+                )
+
+        self._hooks.keep(task, task.register_forward_pre_hook(refuse, with_kwargs=True))
 
     def _make_output_hook(self, point: Point) -> Callable[..., Any]:
         def edit_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -41,7 +41,7 @@ class Moment:
     Args:
         call: The call of the model.
         number: Which run of the module this is in the call.
-        start: The first position that the value holds; above 0 for a later chunk.
+        start: The first position that the value holds; above 0 for a later chunk, and for logits of the last tokens.
         masks: For each edit bool `[B, S]`, or None for every position.
         is_meant: For each edit whether it applies to this run.
     """
@@ -72,7 +72,9 @@ class Moment:
     def _generator(self, slot: Slot, device: torch.device) -> torch.Generator:
         """Make random numbers that depend on the seed and on the place of the value, and on nothing else."""
         edit: Any = slot.edit
-        name = f"{edit.seed}/{slot.site.name}/{self.call.state.number}/{self.start}"
+        # logits of the newest token are the only ones with a cache, and the last of several without
+        start = 0 if slot.site.name == "logits" else self.start
+        name = f"{edit.seed}/{slot.site.name}/{self.call.state.number}/{start}"
         digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
@@ -83,17 +85,18 @@ def note_value(call: Call, point: Point, shape: Sequence[int], device: torch.dev
     Raises:
         CaptureError: the value has no row per token, or the call does not tell which tokens are selected.
     """
-    number, start = call.counts.get(point.key, 0), 0
-    context = call.context(point.slots[0].index)
-    if point.is_chunked and _is_chunk(shape, context.shape):
-        assert context.shape is not None
+    number, start = call.counts.get(point.key, 0), None
+    num_missing = _count_missing(shape, call.context(point.slots[0].index).shape)
+    if num_missing and point.is_chunked:
         start = call.counts.get(~point.key, 0)
-        stop = start + shape[1]
-        call.counts[~point.key] = stop % context.shape[1]
-        if stop == context.shape[1]:
+        stop, size = start + shape[1], shape[1] + num_missing
+        call.counts[~point.key] = stop % size
+        if stop == size:
             call.counts[point.key] = number + 1
     else:
         call.counts[point.key] = number + 1
+        if num_missing and point.makes_logits:
+            start = num_missing  # `logits_to_keep`, which keeps the last ones
     is_meant = tuple(slot.site.call_index in (None, number) for slot in point.slots)
     masks = tuple(
         _mask_of(call, slot, shape, start, device) if meant else None
@@ -101,20 +104,22 @@ def note_value(call: Call, point: Point, shape: Sequence[int], device: torch.dev
     )
     for slot, meant in zip(point.slots, is_meant, strict=True):
         call.seen |= meant << slot.index
-    return Moment(call, number, start, masks, is_meant)
+    return Moment(call, number, start or 0, masks, is_meant)
 
 
-def _is_chunk(shape: Sequence[int], whole: tuple[int, int] | None) -> bool:
-    return whole is not None and len(shape) == 3 and shape[0] == whole[0] and shape[1] < whole[1]
+def _count_missing(shape: Sequence[int], whole: tuple[int, int] | None) -> int:
+    """Count the tokens of a call that a value has no row for; 0 where it is of another shape altogether."""
+    is_part = whole is not None and len(shape) == 3 and shape[0] == whole[0] and shape[1] < whole[1]
+    return whole[1] - shape[1] if whole is not None and is_part else 0
 
 
-def _mask_of(call: Call, slot: Slot, shape: Sequence[int], start: int, device: torch.device) -> Tensor | None:
-    """Find which tokens of a value an edit applies to."""
+def _mask_of(call: Call, slot: Slot, shape: Sequence[int], start: int | None, device: torch.device) -> Tensor | None:
+    """Find which tokens of a value an edit applies to; `start` is None where it is no part of a whole."""
     if slot.spot.kind == "all":
         return None
     context = _context_of(call, slot)
-    is_chunk = _is_chunk(shape, context.shape) and start + shape[1] <= (context.shape or (0, 0))[1]
-    if context.shape is None or len(shape) != 3 or (tuple(shape[:2]) != context.shape and not is_chunk):
+    is_part = start is not None and context.shape is not None and start + shape[1] <= context.shape[1]
+    if context.shape is None or len(shape) != 3 or (tuple(shape[:2]) != context.shape and not is_part):
         raise CaptureError(
             f"lp.{slot.edit.name} at {slot.site.name!r}: its value has shape {tuple(shape)}, not a row for each token "
             f"of {context.shape}. Edit every position with where='all'."
@@ -132,7 +137,7 @@ def _mask_of(call: Call, slot: Slot, shape: Sequence[int], start: int, device: t
             f"{shape[-1]}. Pass a mask [B, S], or one as wide as the site."
         )
     mask = mask if mask.device == device else mask.to(device)  # layers may lie on several devices
-    return mask[:, start : start + shape[1]] if is_chunk else mask
+    return mask if start is None else mask[:, start : start + shape[1]]
 
 
 def _context_of(call: Call, slot: Slot) -> Context:

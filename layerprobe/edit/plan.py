@@ -54,6 +54,11 @@ class Point:
     slots: tuple[Slot, ...]
     is_chunked: bool
 
+    @property
+    def makes_logits(self) -> bool:
+        """Whether it makes a row of logits per token, or for the tokens that `logits_to_keep` leaves."""
+        return any(slot.site.name == "logits" and slot.site.kind == "token" for slot in self.slots)
+
 
 def plan_points(
     mapped: ModelMap, asked: Mapping[str, Edit | Sequence[Edit]], tokenizer: Any

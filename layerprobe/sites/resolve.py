@@ -139,7 +139,7 @@ class ModelMap:
         `chunk_size_feed_forward` does that to what an FFN is made of, and so perhaps to a module known by its name.
         """
         config = self.stacks[site.stack or 0].base.config
-        in_ffn = ".ffn." in site.name or site.kind == "unknown"
+        in_ffn = ".ffn." in site.name or (site.kind == "unknown" and site.stack is not None)
         return in_ffn and bool(getattr(config, "chunk_size_feed_forward", 0))
 
     def _module_site(self, name: str) -> Site:
