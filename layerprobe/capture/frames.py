@@ -71,6 +71,9 @@ class Frames:
         self.is_open = False
         # the only thread whose calls are followed; None for every one
         self.thread: int | None = None
+        # whether a site is done with that an earlier call has made, and that a key-value cache holds since
+        self.spares_cached = False
+        self._made = 0
 
     def _bits(self, stack: int | None) -> int:
         return sum(1 << index for index, site in enumerate(self._sites) if site.stack == stack)
@@ -217,6 +220,7 @@ class Frames:
         call, frame.call = frame.call, None
         if call is None:
             return
+        self._made |= call.seen
         if call.expected and call.seen == call.expected and (completed or frame.is_stopped):
             if call.unchecked:
                 self._check_weights(call, call.unchecked)
@@ -225,11 +229,22 @@ class Frames:
         # one of which nothing was asked, as of an encoder alone for a site of the decoder, is none for the sink
         self._sink.abandon(call)
         if completed and self.is_open and call.seen != call.expected:
-            missing = [self._sites[index].name for index in call.made if not call.seen >> index & 1]
+            self._refuse_missing(call, [index for index in call.made if not call.seen >> index & 1])
+
+    def _refuse_missing(self, call: Call, missing: Sequence[int]) -> None:
+        """Refuse a call that has not made all its sites, unless a cache holds them as they are wanted."""
+        is_cached = all(self._sites[index].kind == "source" and _has_cache(call, index) for index in missing)
+        if is_cached and self.spares_cached and all(self._made >> index & 1 for index in missing):
+            return
+        named = f"{self._owner} ran without making {', '.join(repr(self._sites[index].name) for index in missing)}"
+        if is_cached:
             raise CaptureError(
-                f"{self._owner} ran without making {', '.join(map(repr, missing))}: the modules behind these sites "
-                "were not called. Leave the sites out, or call the model so that it uses them."
+                f"{named}: the key-value cache holds it, since an earlier call. Pass use_cache=False, or leave it out."
             )
+        raise CaptureError(
+            f"{named}: the modules behind these sites were not called. Leave the sites out, or call the model so that "
+            "it uses them."
+        )
 
     def _check_weights(self, call: Call, unchecked: Sequence[ContextComparison]) -> None:
         try:
@@ -237,6 +252,11 @@ class Frames:
         except BaseException:
             self._sink.abandon(call)
             raise
+
+
+def _has_cache(call: Call, index: int) -> bool:
+    """Whether a cache holds tokens before those of a call, or may, where a compiled graph cannot tell."""
+    return call.context(index).first_position != 0
 
 
 def _is_running(runner: FrameType | None) -> bool:

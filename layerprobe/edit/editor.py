@@ -108,6 +108,7 @@ class Editor(AbstractContextManager["Editor"]):
         self._root = self._mapped.model
         self.sites, self._points = plan_points(self._mapped, edits, tokenizer)
         self._frames = Frames(self.sites, len(self._mapped.stacks), _Numbering(), self._mapped.owner)
+        self._frames.spares_cached = True
         self._port = Port(self, find_device(self._root))
         self._hooks = HookSet()
         self._guarding = ExitStack()
