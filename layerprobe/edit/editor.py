@@ -9,6 +9,8 @@ Hides the order of hooks and how a call is followed. Must never know what an edi
 
 import inspect
 import itertools
+import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -52,6 +54,7 @@ def edit(
         SiteError: a pattern matches nothing, or a site cannot be edited.
         ArchitectureError: the model is not supported.
         OptionError: an edit does not fit a site: another width or device, heads that are not there.
+        CaptureError: as the block ends, where an edited module ran and the model was never called.
 
     Cost: one new tensor per edit and value, and one more where some tokens are left as they are.
 
@@ -73,12 +76,14 @@ class _Numbering:
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
+        self.has_begun = False
 
     def open(self, sites: Sequence[Site]) -> None:
         """Begin at 0."""
 
     def begin(self, call: Call) -> None:
         """Number a call."""
+        self.has_begun = True
         call.state = CallState(next(self._numbers))
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
@@ -107,12 +112,16 @@ class Editor(AbstractContextManager["Editor"]):
         self._mapped = map_model(model)
         self._root = self._mapped.model
         self.sites, self._points = plan_points(self._mapped, edits, tokenizer)
-        self._frames = Frames(self.sites, len(self._mapped.stacks), _Numbering(), self._mapped.owner)
+        self._calls = _Numbering()
+        self._frames = Frames(self.sites, len(self._mapped.stacks), self._calls, self._mapped.owner)
         self._frames.spares_cached = True
         self._port = Port(self, find_device(self._root))
         self._hooks = HookSet()
         self._guarding = ExitStack()
         self._has_graphs = False
+        # the thread of the block, and the first site there that was made outside a call and so left as it was
+        self._thread = 0
+        self._left: str | None = None
         self._state = Lifecycle.NEW
 
     def __enter__(self) -> "Editor":
@@ -129,17 +138,33 @@ class Editor(AbstractContextManager["Editor"]):
         except BaseException:
             self._detach()
             raise
+        self._thread = threading.get_ident()
         self._frames.is_open = True
         if has_compiled():
             forget_compiled_graphs()
         self._state = Lifecycle.OPEN
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._state = Lifecycle.CLOSED
         self._detach()
         if self._has_graphs:
             forget_compiled_graphs()
+        if self._left is not None and error is None:
+            self._tell_what_was_left(f"{self._left!r} of {self._mapped.owner}")
+
+    def _tell_what_was_left(self, site: str) -> None:
+        """Tell of a module that ran outside a call: an error as of a probe without a call, a warning beside others."""
+        if not self._calls.has_begun:
+            raise CaptureError(
+                f"{site} ran and was not edited, since the model was not called (model.forward() and a module by "
+                "itself go past its hooks): call model(...) inside the with block."
+            )
+        warnings.warn(
+            f"{site} ran outside a call of the model too, and was not edited there (model.forward() and a module by "
+            "itself go past the model's hooks).",
+            stacklevel=3,
+        )
 
     def _detach(self) -> None:
         self._frames.is_open = False
@@ -222,7 +247,7 @@ class Editor(AbstractContextManager["Editor"]):
         """Run the edits of a module on a value."""
         if torch.compiler.is_compiling():
             return self._change_traced(point, value)
-        call = self._frames.current()
+        call = self._find_call(point)
         if call is None:
             return value
         moment = note_value(call, point, value.shape, value.device)
@@ -233,6 +258,15 @@ class Editor(AbstractContextManager["Editor"]):
                 extra = moment.give(slot, mask, held)
                 value = self._put(slot, value, held, mask, slot.edit.change(held, mask, extra))
         return value
+
+    def _find_call(self, point: Point) -> Call | None:
+        """Give the call that is running; take note where there is none."""
+        call = self._frames.current()
+        if call is None and self._left is None and threading.get_ident() == self._thread:
+            # a call that ends early, or has not come to its base, is one all the same
+            is_outside = not self._frames.by_thread.get(self._thread)
+            self._left = point.slots[0].site.name if is_outside else None
+        return call
 
     def _change_traced(self, point: Point, value: Tensor) -> Tensor:
         """The same in a graph, where every edit runs and masks alone decide."""
@@ -277,7 +311,7 @@ class Editor(AbstractContextManager["Editor"]):
         """Tell a running graph which tokens of a value each edit applies to."""
         point, shape = self._points[key], value.shape[:-1]
         self._has_graphs = True
-        call = self._frames.current()
+        call = self._find_call(point)
         if call is None:
             return torch.zeros((len(point.slots), *shape), dtype=torch.bool, device=value.device)
         moment = note_value(call, point, value.shape, value.device)
