@@ -55,7 +55,8 @@ def patching(
 
     Args:
         model: A supported model in eval mode, or what `load_model` gave, with its tokenizer.
-        clean, corrupt: What the model is called with: one text each, of the same number of tokens.
+        clean, corrupt: What the model is called with: one text each, of the same number of tokens. Positions are those
+            of the stack that the sites are in: a decoder's by `decoder_input_ids` or `labels`.
         metric: From the model's output to one number per row, `[B]`: `lambda out: out.logits[:, 4, answer]`.
         sites: What is patched: sites with a vector per token.
         positions: Patch real tokens one by one; a list of them; or False, all at once.
@@ -120,15 +121,26 @@ def patching(
 
 
 @dataclass(frozen=True, eq=False)
+class _Tokens:
+    """The tokens of one text that a stack runs: their ids `[S]`, None of embeddings, and bool `[S]`, which are real."""
+
+    ids: Tensor | None
+    real: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class _Sweep:
-    """A sweep whose parts are known to fit each other; `positions` and `num_heads` are None where all go at once."""
+    """A sweep whose parts are known to fit each other; `positions` and `num_heads` are None where all go at once.
+
+    `tokens` are those of clean and of corrupt.
+    """
 
     model: nn.Module
     clean: Batch
     corrupt: Batch
     metric: Metric
     sites: tuple[Site, ...]
-    real: Tensor
+    tokens: tuple[_Tokens, _Tokens]
     positions: tuple[int, ...] | None
     num_heads: int | None
     head_widths: tuple[int, ...]
@@ -169,20 +181,20 @@ def _plan(
     widths = [_check_site(mapped, site, heads) for site in chosen]
     if heads and len({count for _, count in widths}) > 1:
         raise OptionError(f"patching: sites with {sorted({count for _, count in widths})} heads: sweep them apart.")
-    real = _check_texts(clean, corrupt)
+    tokens = _check_texts(mapped, chosen, clean, corrupt, has_positions=positions is not False)
     listed: tuple[int, ...] | None = None
     if positions is True:
-        listed = tuple(real.nonzero()[:, 0].tolist())
+        listed = tuple(tokens[0].real.nonzero()[:, 0].tolist())
     elif positions is not False:
         listed = tuple(positions)
-        size = len(real)
+        size = len(tokens[0].real)
         if not listed or not all(type(place) is int and -size <= place < size for place in listed):
             raise OptionError(
                 f"patching: positions={positions!r}: the texts have {size}. Give a list of them, or True."
             )
         listed = tuple(place % size for place in listed)
     num_heads = widths[0][1] if heads else None
-    return _Sweep(model, clean, corrupt, metric, chosen, real, listed, num_heads, tuple(w for w, _ in widths))
+    return _Sweep(model, clean, corrupt, metric, chosen, tokens, listed, num_heads, tuple(w for w, _ in widths))
 
 
 def _check_site(mapped: ModelMap, site: Site, heads: bool) -> tuple[int, int]:
@@ -195,8 +207,10 @@ def _check_site(mapped: ModelMap, site: Site, heads: bool) -> tuple[int, int]:
     return found
 
 
-def _check_texts(clean: Batch, corrupt: Batch) -> Tensor:
-    """Refuse texts whose positions do not match; gives bool `[S]`, the real tokens."""
+def _check_texts(
+    mapped: ModelMap, sites: Sequence[Site], clean: Batch, corrupt: Batch, *, has_positions: bool
+) -> tuple[_Tokens, _Tokens]:
+    """Refuse texts whose positions do not match, and give the tokens of both that the sites have rows of."""
     for name, batch in (("clean", clean), ("corrupt", corrupt)):
         if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
             raise OptionError(f"patching: {name} is {type(batch).__name__}: give what the model is called with.")
@@ -208,14 +222,34 @@ def _check_texts(clean: Batch, corrupt: Batch) -> Tensor:
         raise OptionError(
             f"patching: clean is {shapes[0]}, corrupt {shapes[1]}: give one text each, of the same number of tokens."
         )
-    masks = [batch.get("attention_mask") for batch in (clean, corrupt)]
-    if any(mask is not None for mask in masks) and not torch.equal(*masks):  # type: ignore[arg-type]
-        raise OptionError("patching: clean and corrupt have other attention masks: pad them alike.")
-    tokens = next((clean[key] for key in ("input_ids", "inputs_embeds") if clean.get(key) is not None), None)
+    last = len(mapped.stacks) - 1
+    stacks = {last if site.stack is None else site.stack for site in sites}
+    if has_positions and len(stacks) > 1:
+        raise OptionError(
+            "patching: sites of the encoder and of the decoder have other tokens: sweep them apart, or all positions "
+            "at once with positions=False."
+        )
+    prefix = "decoder_" if max(stacks) else ""
+    one, other = (_read_tokens(mapped.model, batch, prefix) for batch in (clean, corrupt))
+    masks = [[batch.get(f"{name}attention_mask") for name in ("", "decoder_")] for batch in (clean, corrupt)]
+    for pair in ((one.real, other.real), *zip(*masks, strict=True)):
+        if any(mask is not None for mask in pair) and not torch.equal(*pair):  # type: ignore[arg-type]
+            raise OptionError("patching: clean and corrupt have other attention masks: pad them alike.")
+    return one, other
+
+
+def _read_tokens(root: Any, batch: Batch, prefix: str) -> _Tokens:
+    """Read the tokens of a stack off what the model is called with; a decoder makes its own of labels."""
+    ids, embeds, mask = (batch.get(f"{prefix}{name}") for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    if prefix and ids is None and embeds is None and batch.get("labels") is not None:
+        ids = root.prepare_decoder_input_ids_from_labels(batch["labels"])
+        mask = ids != root.config.pad_token_id if mask is None else mask
+    tokens = embeds if ids is None else ids
     if tokens is None:
-        raise OptionError(f"patching: clean has {list(clean)}: give input_ids or inputs_embeds.")
+        accepted = "decoder_input_ids, decoder_inputs_embeds or labels" if prefix else "input_ids or inputs_embeds"
+        raise OptionError(f"patching: clean has {list(batch)}: give {accepted}.")
     everything = torch.ones(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-    return everything if masks[0] is None else masks[0][0].bool()
+    return _Tokens(None if ids is None else ids[0], everything if mask is None else mask[0].bool())
 
 
 def _run_patches(sweep: _Sweep, values: Mapping[str, Tensor], batch_size: int, progress: bool | None) -> Tensor:
@@ -247,7 +281,7 @@ def _make_edits(sweep: _Sweep, values: Mapping[str, Tensor], part: Sequence[tupl
         width = sweep.head_widths[number]
         (where if head is None else where[:, head * width : (head + 1) * width]).fill_(True)
     return {
-        sweep.sites[number].name: patch(values[sweep.sites[number].name], where=mask.to(sweep.real.device))
+        sweep.sites[number].name: patch(values[sweep.sites[number].name], where=mask.to(sweep.tokens[0].real.device))
         for number, mask in masks.items()
     }
 
@@ -283,12 +317,14 @@ def _attribute(sweep: _Sweep, values: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def _repeat(value: Any, count: int) -> Any:
-    return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value
+    # not a view: a model may ask for another one, as of labels
+    return value.expand(count, *value.shape[1:]).contiguous() if isinstance(value, Tensor) else value
 
 
 def _name_positions(sweep: _Sweep, tokenizer: Any) -> tuple[str, ...] | None:
-    if tokenizer is None or sweep.positions is None or sweep.clean.get("input_ids") is None:
+    ids = [tokens.ids.tolist() for tokens in sweep.tokens if tokens.ids is not None]
+    if tokenizer is None or sweep.positions is None or len(ids) < 2:
         return None
-    rows = [tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist()) for batch in (sweep.clean, sweep.corrupt)]
+    rows = [tokenizer.convert_ids_to_tokens(each) for each in ids]
     pairs = [(rows[0][place], rows[1][place]) for place in sweep.positions]
     return tuple(one if one == other else f"{one}/{other}" for one, other in pairs)

@@ -235,3 +235,75 @@ def test_shares_of_no_difference_are_refused(tiny_bert: Any) -> None:
     found = lp.patching(tiny_bert, CLEAN, CLEAN, metric, "layers.0")
     with pytest.raises(OptionError, match="clean and corrupt both give"):
         _ = found.normalised
+
+
+# pairs of an encoder and a decoder
+
+
+@pytest.fixture(scope="module")
+def pair() -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    decoder = transformers.BertConfig(**TINY, is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(transformers.BertConfig(**TINY), decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return transformers.EncoderDecoderModel(config).eval()
+
+
+def last_logit(output: Any) -> Tensor:
+    return output.logits[:, -1, 7]
+
+
+def make_pair_batch(third: int, **given: Any) -> dict[str, Any]:
+    return {"input_ids": torch.tensor([[5, third]]), "use_cache": False, **given}
+
+
+@pytest.mark.parametrize("method", ["exact", "attribution"])
+def test_sites_of_a_decoder_are_patched_at_its_own_tokens(pair: Any, tiny: Any, method: str) -> None:
+    clean, corrupt = (make_pair_batch(9, decoder_input_ids=torch.tensor([[1, 20, token, 22]])) for token in (30, 40))
+    sites = ["decoder.embeddings", "decoder.layers.*", "logits"]
+    found = lp.patching(pair, clean, corrupt, last_logit, sites, method=method, tokenizer=tiny.tokenizer)
+    assert found.positions == (0, 1, 2, 3) and found.tokens is not None
+    names = tiny.tokenizer.convert_ids_to_tokens([1, 20, 30, 22, 40])
+    assert found.tokens == (names[0], names[1], f"{names[2]}/{names[4]}", names[3])
+    # the texts differ at one token, and the last one's logits are the metric; a batch of copies rounds otherwise
+    reaches = found.effects.abs() > 1e-6
+    assert reaches[0].nonzero().tolist() == [[2]] and reaches[-1].nonzero().tolist() == [[3]]
+    if method == "exact":
+        assert float(found.effects[-1, 3]) == pytest.approx(found.clean - found.corrupt, abs=1e-6)
+
+
+def test_sites_of_an_encoder_are_patched_at_its_own_tokens(pair: Any) -> None:
+    target = torch.tensor([[1, 20, 30, 22]])
+    clean, corrupt = (make_pair_batch(third, decoder_input_ids=target) for third in (9, 8))
+    found = lp.patching(pair, clean, corrupt, last_logit, ["encoder.embeddings", "encoder.layers.*"])
+    assert found.positions == (0, 1) and (found.effects[0].abs() > 1e-6).nonzero().tolist() == [[1]]
+    both = ["encoder.embeddings", "decoder.layers.2"]
+    with pytest.raises(OptionError, match="sites of the encoder and of the decoder have other tokens"):
+        lp.patching(pair, clean, corrupt, last_logit, both)
+    whole = lp.patching(pair, clean, corrupt, last_logit, both, positions=False)
+    # all of the last layer, or of the only text that differs, is clean's metric, to the last bits of float32
+    assert whole.normalised.tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of what transformers does with labels
+def test_labels_and_masks_of_a_decoder_tell_its_tokens(pair: Any, tiny: Any) -> None:
+    labels = torch.tensor([[20, 30, 22, -100, -100]])
+    clean, corrupt = (make_pair_batch(third, labels=labels) for third in (9, 8))
+    found = lp.patching(pair, clean, corrupt, last_logit, "decoder.layers.*", tokenizer=tiny.tokenizer)
+    # shifted by one: the start token, and the labels as far as there are any
+    assert found.positions == (0, 1, 2, 3)
+    assert found.tokens == tuple(tiny.tokenizer.convert_ids_to_tokens([1, 20, 30, 22]))
+    given = {
+        "decoder_input_ids": torch.tensor([[1, 20, 30, 22]]),
+        "decoder_attention_mask": torch.tensor([[1, 1, 1, 0]]),
+    }
+    clean, corrupt = (make_pair_batch(third, **given) for third in (9, 8))
+    assert lp.patching(pair, clean, corrupt, last_logit, "decoder.layers.*").positions == (0, 1, 2)
+    corrupt["decoder_attention_mask"] = torch.tensor([[1, 1, 0, 0]])
+    with pytest.raises(OptionError, match="have other attention masks"):
+        lp.patching(pair, clean, corrupt, last_logit, "decoder.layers.*")
+    nothing = make_pair_batch(9)
+    with pytest.raises(OptionError, match=r"give decoder_input_ids, decoder_inputs_embeds or labels"):
+        lp.patching(pair, nothing, nothing, last_logit, "decoder.layers.*")
