@@ -41,7 +41,22 @@ __all__ = [
 Value = Tensor | ScaledRows
 
 
-class CapturedCall(Mapping[str, Value]):
+class _BySite(Mapping[str, Any]):
+    """A mapping by site whose errors say what is there; Mapping's own `in` and `get` know of no error but KeyError."""
+
+    __slots__ = ()
+
+    def __contains__(self, site: object) -> bool:
+        return isinstance(site, str) and self.get(site) is not None
+
+    def get(self, site: str, default: Any = None) -> Any:
+        try:
+            return self[site]
+        except (SiteError, CaptureError):
+            return default
+
+
+class CapturedCall(_BySite):
     """What one call of the model made, by site.
 
     `call["layers.-1"]` finds a site by any pattern that stands for one; negatives count from the model's last layer.
@@ -110,13 +125,6 @@ class CapturedCall(Mapping[str, Value]):
     def __getitem__(self, site: str) -> Value:
         return self._made[find_site(site, list(self._made), self._num_layers)]
 
-    def __contains__(self, site: object) -> bool:
-        # Mapping's own asks for KeyError, and a SiteError is none
-        try:
-            return isinstance(site, str) and bool(find_site(site, list(self._made), self._num_layers))
-        except SiteError:
-            return False
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
 
@@ -129,7 +137,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-class Gradients(Mapping[str, Tensor]):
+class Gradients(_BySite):
     """Gradients by site; a site that got none says so."""
 
     def __init__(self, values: dict[str, Tensor], names: Sequence[str], num_layers: Mapping[str, int]) -> None:

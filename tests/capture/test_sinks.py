@@ -35,6 +35,19 @@ def test_captured_call_is_asked_for_one_site() -> None:
         _ = _captured("layers.3", "layers.11")["layers.*"]
 
 
+def test_site_that_was_not_captured_is_in_no_mapping_and_gets_the_default(tiny_bert: Any, batch: Any) -> None:
+    """No gradient reaches attention weights but under eager attention."""
+    asked = ["layers.0", "layers.0.attention.weights"]
+    with lp.Probe(tiny_bert, asked, gradients=True) as probe:
+        tiny_bert(**batch).last_hidden_state.sum().backward()
+    for mapping, missing in [(probe.calls[0], "pooler"), (probe.gradients, asked[1]), (probe.gradients, "pooler")]:
+        assert missing not in mapping
+        assert mapping.get(missing) is None
+        assert mapping.get(missing, "nothing") == "nothing"
+        assert "layers.-3" in mapping
+        assert mapping.get("layers.-3") is mapping["layers.0"]
+
+
 @pytest.mark.parametrize("site", ["layers.5", "pooler", "module:pooler"])
 def test_site_that_was_not_captured_is_refused(site: str) -> None:
     with pytest.raises(SiteError, match=rf"no (site|module) '.*{site[-5:]}' in what was captured\."):
