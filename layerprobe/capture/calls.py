@@ -87,6 +87,10 @@ class Call:
             return stack, self.contexts[stack]
         return next(reversed(self.contexts.items()))
 
+    def find_source(self, index: int) -> Context | None:
+        """Give what the other stack was called with, which cross attention looks at; None where it did not run."""
+        return next((context for stack, context in self.contexts.items() if stack != self.stacks[index]), None)
+
     @property
     def made(self) -> list[int]:
         """Indices of the sites that this call makes."""

@@ -190,10 +190,27 @@ def select_tokens(context: Context, value: Tensor) -> tuple[BatchSelection, Tens
     return selection, take_ids(here.input_ids, selection)
 
 
-def shape_value(value: Tensor, context: Context, site: Site, pool: Pool, dtype: torch.dtype | None) -> Value:
+def _find_texts(call: Call, index: int, site: Site) -> Context:
+    """Find what the texts are whose tokens a value has a row for: in cross attention those of the encoder.
+
+    Raises:
+        CaptureError: the encoder did not run in this call.
+    """
+    if site.kind != "source":
+        return call.context(index)
+    source = call.find_source(index)
+    if source is None:
+        raise CaptureError(
+            f"{site.name!r} has a row per token of the encoder, which did not run in this call, so its padding is not "
+            "known. Leave out pool, or call the whole model."
+        )
+    return source
+
+
+def shape_value(value: Tensor, call: Call, index: int, site: Site, *, pool: Pool, dtype: torch.dtype | None) -> Value:
     """Pool and cast one value outside any store."""
     if pool is not None and is_per_token(site, value):
-        value = pool_rows(value, select_call(context, value), pool)
+        value = pool_rows(value, select_call(_find_texts(call, index, site), value), pool)
     if dtype is None or dtype == value.dtype:
         return value
     with torch.inference_mode(False):
@@ -270,7 +287,7 @@ class MemorySink(SinkAbilities):
                 _follow_gradient(call.sources.pop(index, None) or Source([value], itemgetter(0)), site.name, gradients)
             values[index] = value
             return
-        values[index] = shape_value(value.detach(), call.context(index), site, self._pool, self._dtype)
+        values[index] = shape_value(value.detach(), call, index, site, pool=self._pool, dtype=self._dtype)
 
     def finish(self, call: Call) -> None:
         values, gradients = call.state if call.values is None else (call.values, {})
@@ -342,7 +359,7 @@ class CallableSink:
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
         site = self._sites[index]
-        self._function(site.name, shape_value(value.detach(), call.context(index), site, self._pool, self._dtype))
+        self._function(site.name, shape_value(value.detach(), call, index, site, pool=self._pool, dtype=self._dtype))
 
     def finish(self, call: Call) -> None:
         return None

@@ -146,8 +146,9 @@ class ModelMap:
         takes = "input" if name.endswith(":input") else "output"
         path = name[len(MODULE_PREFIX) :].removesuffix(":input")
         width = _module_width(self.model.get_submodule(path), takes)
+        is_source = any(site.kind == "source" and site.module == path for site in self.table)
         owners = (i for i, stack in enumerate(self.stacks) if not stack.path or f"{path}.".startswith(f"{stack.path}."))
-        return Site(name, path, takes, "unknown", width, stack=next(owners, None))
+        return Site(name, path, takes, "source" if is_source else "unknown", width, stack=next(owners, None))
 
 
 def sites(model: nn.Module | LoadedModel, patterns: str | Sequence[str] | None = None) -> SiteTable:

@@ -11,6 +11,7 @@ from layerprobe.capture.calls import Context
 from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink, select_call
 from layerprobe.errors import CaptureError, SiteError
 from layerprobe.store.shards import ScaledRows
+from sizes import TINY
 
 
 def _captured(*names: str) -> CapturedCall:
@@ -87,6 +88,48 @@ def test_pool_reads_the_mask_of_the_call(tiny_bert: Any, batch: Any, pool: Any, 
         wanted = rows.sum(0) if callable(pool) else named[pool]
         torch.testing.assert_close(vector.double(), wanted, rtol=0, atol=2e-6)  # a float32 sum of up to 7 values near 3
     assert torch.equal(given["pooler"], output.pooler_output)
+
+
+@pytest.fixture
+def pair() -> Any:
+    """An encoder and a decoder that looks at it."""
+    import transformers
+
+    torch.manual_seed(0)
+    sides = transformers.BertConfig(**TINY), transformers.BertConfig(**TINY, is_decoder=True, add_cross_attention=True)
+    model = transformers.EncoderDecoderModel(
+        encoder=transformers.BertModel(sides[0]), decoder=transformers.BertLMHeadModel(sides[1])
+    )
+    model.generation_config.decoder_start_token_id, model.generation_config.pad_token_id = 1, 0
+    return model.eval()
+
+
+@pytest.mark.parametrize("to_callable", [False, True])
+@pytest.mark.parametrize(
+    "name", ["cross_attention.value", "module:decoder.bert.encoder.layer.0.crossattention.self.key"]
+)
+def test_pool_of_what_cross_attention_looks_at_reads_the_mask_of_the_encoder(
+    pair: Any, name: str, to_callable: bool
+) -> None:
+    """Both texts of the decoder are whole and as long as those of the encoder, whose second one is padded."""
+    site = name if name.startswith("module:") else f"decoder.layers.0.{name}"
+    given: Any = {"input_ids": torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]]), "decoder_input_ids": torch.ones(2, 4).long()}
+    given |= {"attention_mask": given["input_ids"].ne(0).long(), "use_cache": False}
+    pooled: Any = {}
+    to = pooled.__setitem__ if to_callable else None
+    with torch.no_grad(), lp.Probe(pair, site) as whole, lp.Probe(pair, site, to=to, pool="last") as probe:
+        pair(**given)
+    vectors = pooled[site] if to_callable else probe[site]
+    assert torch.equal(vectors, torch.stack([whole[site][0, 3], whole[site][1, 1]]))
+
+
+def test_pool_of_what_cross_attention_looks_at_is_refused_where_the_encoder_runs_apart(pair: Any) -> None:
+    site = "decoder.layers.0.cross_attention.key"
+    with (
+        lp.Probe(pair, site, pool="mean"),
+        pytest.raises(CaptureError, match=rf"'{site}' has a row per token of the encoder, which did not run in this"),
+    ):
+        pair.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
 
 
 def test_pool_of_a_call_without_a_mask_takes_every_token(tiny_bert: Any) -> None:
