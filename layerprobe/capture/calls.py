@@ -34,6 +34,15 @@ class Context:
     shape: tuple[int, int] | None
     first_position: int | None = 0
 
+    @property
+    def token_mask(self) -> Tensor | None:
+        """The mask of the S tokens: with a cache in use, the last S columns of one that has those before them too."""
+        mask, shape, first = self.attention_mask, self.shape, self.first_position
+        if mask is None or shape is None or first == 0 or mask.ndim != 2:
+            return mask
+        is_whole = mask.shape[1] > shape[1] if first is None else mask.shape[1] == first + shape[1]
+        return mask[:, -shape[1] :] if is_whole else mask
+
 
 class Source(NamedTuple):
     """The tensors of the model that a value is made of, and how its gradient is made of theirs."""

@@ -179,7 +179,7 @@ class ProbeRegistry:
         if context.shape is None:  # a model that is given neither ids nor embeddings
             call.contexts[stack] = context = replace(context, shape=shape)
         if stack not in call.places:
-            mask = context.attention_mask
+            mask = context.token_mask
             if mask is None or tuple(mask.shape) != shape:  # a mask of another shape is refused by the sink
                 call.places[stack] = torch.arange(num_sequences * num_positions, device=self._port.token.device)
             else:

@@ -178,7 +178,7 @@ def find_site(pattern: str, names: Sequence[str], num_layers: Mapping[str, int])
 def select_call(context: Context, value: Tensor) -> BatchSelection:
     """Work out the real tokens of a call from its mask; all of them where there is none."""
     shape = context.shape or (value.shape[0], value.shape[1])
-    return BatchSelection.from_mask(context.attention_mask, shape, value.device)
+    return BatchSelection.from_mask(context.token_mask, shape, value.device)
 
 
 def select_tokens(context: Context, value: Tensor) -> tuple[BatchSelection, Tensor]:

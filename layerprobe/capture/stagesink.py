@@ -97,7 +97,7 @@ class StageSink(SinkAbilities):
             )
         if not packer.has_places:
             context = call.context(index)
-            packer.mask = context.attention_mask
+            packer.mask = context.token_mask
             packer.find_places(context.shape or tuple(value.shape[:2]), value.device)
         packer.write(index, value.detach())
 
@@ -127,7 +127,10 @@ class _StageOutlet:
 
     def enter(self, stack: int, ids: Any, mask: Any, embeds: Any, cached: bool) -> None:
         if stack != ROOT and self.packer.stack in (None, stack):
-            self.packer.start(ids if ids is not None else embeds, mask, in_graph=True)
+            tokens = ids if ids is not None else embeds
+            if cached and mask is not None and mask.ndim == 2 and tokens is not None:
+                mask = mask[:, -tokens.shape[1] :]  # it may have columns for what lies in the cache too
+            self.packer.start(tokens, mask, in_graph=True)
 
     def receive(self, point: int, value: Any, is_rows: bool = False) -> None:
         packer = self.packer

@@ -452,6 +452,32 @@ def test_positions_of_a_compiled_decoder_with_a_cache_are_not_guessed(make_bert:
 
 
 @pytest.mark.slow
+def test_steps_of_a_compiled_decoder_with_a_cache_give_the_rows_of_their_own_tokens(
+    make_bert: Any, tmp_path: Path
+) -> None:
+    from transformers import DynamicCache
+
+    model, stage = make_bert("BertLMHeadModel", is_decoder=True, num_hidden_layers=1), lp.Stage(max_tokens=64)
+    compiled = _compile(model, fullgraph=False)
+    ids, mask = torch.randint(1, 100, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :2] = mask[1, 7:] = 0
+    with (
+        torch.no_grad(),
+        lp.Probe(compiled, "layers.0") as probe,
+        lp.Probe(compiled, "layers.0", to=tmp_path / "acts"),
+        lp.Probe(compiled, "layers.0", to=stage),
+    ):
+        cache = compiled(ids[:, :5], attention_mask=mask[:, :5], **{CACHE: DynamicCache(config=model.config)})[CACHE]
+        compiled(ids[:, 5:], attention_mask=mask, **{CACHE: cache})
+    made: Any = probe.calls
+    whole = [(made[0]["layers.0"], mask[:, :5]), (made[1]["layers.0"], mask[:, 5:])]
+    texts = [value[number, kept[number].bool()] for value, kept in whole for number in range(3)]
+    stored: Any = lp.open(tmp_path / "acts")["layers.0"]
+    assert all(torch.equal(stored[number], rows) for number, rows in enumerate(texts))
+    assert torch.equal(stage["layers.0"], torch.cat(texts[3:]))
+
+
+@pytest.mark.slow
 def test_compiled_training_step_has_the_same_gradients_with_a_probe(make_bert: Any) -> None:
     model = make_bert("BertForSequenceClassification", num_hidden_layers=1)
     compiled = _compile(model)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import layerprobe as lp
+from families import CACHE
 from layerprobe.errors import CaptureError
 from sizes import TINY
 
@@ -55,6 +56,60 @@ def test_generation_is_one_call_per_step_with_its_positions(decoder: Any, use_ca
     for call, step in zip(probe.calls, range(5, 9), strict=True):
         logits: Any = call["logits"]
         assert torch.equal(logits[:, -1].argmax(-1), made[:, step])
+
+
+def test_steps_with_a_cache_and_a_mask_give_the_rows_of_their_own_tokens_to_every_sink(
+    decoder: Any, tmp_path: Any
+) -> None:
+    """The mask of a step has columns for what lies in the cache too; here each step has padding, on another side."""
+    ids, mask = torch.randint(1, 100, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :2] = mask[1, 7] = 0
+    pooled, moments, stage = [], lp.Moments(), lp.Stage(max_tokens=16)
+    with (
+        torch.no_grad(),
+        lp.Probe(decoder, "layers.2") as probe,
+        lp.Probe(decoder, "layers.2", pool="last") as last,
+        lp.Probe(decoder, "layers.2", to=lambda _, vectors: pooled.append(vectors), pool="mean"),
+        lp.Probe(decoder, "layers.2", to=moments),
+        lp.Probe(decoder, "layers.2", to=tmp_path / "acts"),
+        lp.Probe(decoder, "layers.2", to=stage),
+    ):
+        cache = decoder(ids[:, :5], attention_mask=mask[:, :5])[CACHE]
+        decoder(ids[:, 5:], attention_mask=mask, **{CACHE: cache})
+    made: Any = probe.calls
+    whole = [(made[0]["layers.2"], mask[:, :5]), (made[1]["layers.2"], mask[:, 5:])]
+    texts = [value[number, kept[number].bool()] for value, kept in whole for number in range(2)]
+    stored: Any = lp.open(tmp_path / "acts")
+    assert torch.equal(torch.cat([call["layers.2"] for call in last.calls]), torch.stack([rows[-1] for rows in texts]))  # type: ignore[misc]
+    # a mean of up to five float32 values, summed in another order
+    torch.testing.assert_close(torch.cat(pooled), torch.stack([rows.mean(0) for rows in texts]), rtol=0, atol=1e-6)
+    assert moments["layers.2"].count == sum(map(len, texts)) == 13
+    assert all(torch.equal(stored["layers.2"][number], rows) for number, rows in enumerate(texts))
+    assert [row.tolist() for row in (stored.example(0).input_ids, stored.example(3).input_ids)] == [
+        ids[0, 2:5].tolist(),
+        ids[1, 5:7].tolist(),
+    ]
+    assert torch.equal(stage["layers.2"], torch.cat(texts[2:]))
+
+
+def test_generation_with_a_cache_and_a_mask_is_pooled_step_by_step(decoder: Any) -> None:
+    ids = torch.tensor([[0, 0, 5, 6], [5, 6, 7, 8]])
+    options: Any = {"max_new_tokens": 3, "min_new_tokens": 3, "pad_token_id": 0, "attention_mask": ids.ne(0).long()}
+    with lp.Probe(decoder, "layers.2") as probe, lp.Probe(decoder, "layers.2", pool="last") as last:
+        decoder.generate(ids, **options)
+    assert len(last.calls) == 3
+    for pooled, whole in zip(last.calls, probe.calls, strict=True):
+        assert torch.equal(pooled["layers.2"], whole["layers.2"][:, -1])  # type: ignore[arg-type,index]
+
+
+def test_mask_that_does_not_end_with_the_tokens_of_a_step_is_refused(decoder: Any) -> None:
+    ids, mask = torch.randint(1, 100, (2, 5)), torch.ones(2, 9, dtype=torch.long)
+    cache = decoder(ids)[CACHE]
+    with (
+        lp.Probe(decoder, "layers.2", pool="last"),
+        pytest.raises(CaptureError, match=r"attention_mask has shape \(2, 9\): rows need one of shape \(2, 1\)"),
+    ):
+        decoder.bert(ids[:, :1], attention_mask=mask, **{CACHE: cache})
 
 
 def test_generation_of_a_pair_calls_the_encoder_once(pair: Any) -> None:
