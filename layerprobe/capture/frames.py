@@ -100,7 +100,7 @@ class Frames:
             frames = self.by_thread[ident] = []
         if frames:
             self._drop_interrupted(frames)
-        if not frames or frames[-1].owner == number or number in frames[-1].inside or self._is_past(frames[-1]):
+        if not frames or frames[-1].owner == number or number in frames[-1].inside or self._is_past(frames[-1], number):
             frames.append(_Frame(number, runner))
         frame = frames[-1]
         frame.inside.add(number)
@@ -137,9 +137,13 @@ class Frames:
         # the length of a cache is no number that a graph of all lengths can give
         self.enter_base(number, replace(context, first_position=None) if is_cached else context, None)
 
-    def _is_past(self, frame: _Frame) -> bool:
-        """Whether what follows all stacks has begun: a base that is called then is called by a sink."""
-        return frame.call is not None and bool(frame.call.seen & self._after)
+    def _is_past(self, frame: _Frame, number: int) -> bool:
+        """Whether what follows a stack has begun: a base that is called then is called by a sink.
+
+        What stands between two stacks is of no stack either, and the second one is still to come.
+        """
+        call = frame.call
+        return call is not None and bool(call.seen & self._after) and max(call.contexts) >= number
 
     def mark_stopped(self) -> None:
         """End the innermost call of this thread, as one that has made all that was asked.

@@ -127,6 +127,29 @@ def test_generation_of_a_pair_calls_the_encoder_once(pair: Any) -> None:
     assert [list(call) for call in probe.calls] == [["encoder.layers.2"], *[["decoder.layers.2"]] * 3]
 
 
+@pytest.mark.parametrize("stop", [False, True])
+def test_module_between_the_halves_of_a_pair_is_of_their_call(stop: bool) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    narrow: Any = TINY | {"hidden_size": 16}
+    wide: Any = TINY | {"is_decoder": True, "add_cross_attention": True}
+    halves = transformers.BertConfig(**narrow), transformers.BertConfig(**wide)
+    pair: Any = transformers.EncoderDecoderModel(
+        encoder=transformers.BertModel(halves[0]), decoder=transformers.BertLMHeadModel(halves[1])
+    ).eval()
+    given = {"input_ids": torch.randint(1, 100, (2, 5)), "decoder_input_ids": torch.randint(1, 100, (2, 3))}
+    sites = ["encoder.layers.2", "module:enc_to_dec_proj", "decoder.layers.0"]
+    hidden = pair(**given, output_hidden_states=True)
+    with lp.Probe(pair, sites, stop=stop) as probe:
+        assert (pair(**given) is None) == stop
+    assert set(probe.calls[0]) == set(sites)
+    assert len(probe.calls) == 1
+    assert torch.equal(probe[sites[0]], hidden.encoder_hidden_states[3])
+    assert torch.equal(probe[sites[1]], pair.enc_to_dec_proj(hidden.encoder_last_hidden_state))
+    assert torch.equal(probe[sites[2]], hidden.decoder_hidden_states[1])
+
+
 def test_encoder_alone_is_no_call_for_sites_of_the_decoder(pair: Any, tmp_path: Any) -> None:
     ids, options = torch.randint(2, 100, (2, 5)), {"max_new_tokens": 3, "min_new_tokens": 3, "use_cache": False}
     pair.generation_config.decoder_start_token_id, pair.generation_config.pad_token_id = 1, 0
