@@ -212,6 +212,21 @@ FAMILIES: dict[str, Family] = {
 REFUSED: dict[str, Family] = {
     "squeezebert": Family("squeezebert", _SIZES | {"embedding_size": 32}),
     "funnel": Family("funnel", {"vocab_size": VOCABULARY, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48}),
+    "canine": Family("canine"),
+    "xlnet": Family("xlnet", {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+    # of encoders and decoders of one depth there are two lists of layers, which is refused for itself
+    "fsmt": Family(
+        "fsmt",
+        {"src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY, "langs": ["en", "de"], "d_model": 32}
+        | {"encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    ),
+    "mega": Family(
+        "mega", _SIZES | {"ema_projection_size": 4, "shared_representation_size": 16, "use_chunking": False}
+    ),
+    "transfo-xl": Family(
+        "transfo-xl",
+        {"vocab_size": VOCABULARY, "cutoffs": [20, 40], "d_model": 32, "d_embed": 32, "n_head": 4, "n_layer": 2},
+    ),
 }
 
 # One variant of each family, for what does not depend on the variant.

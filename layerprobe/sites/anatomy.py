@@ -194,10 +194,18 @@ _ROWS: dict[str, Anatomy] = {
     "jina_embeddings_v3": replace(_LLAMA_LIKE, down="mlp.fc2", pooler="pooler"),
 }
 
+_SHORTENS = "its layers shorten the sequence, so that no row stands for one token"
+_SEQUENCE_FIRST = "its layers take positions before sequences, so that rows of one text would be those of others"
+
 # What would be captured wrongly; everything else without a row may still be guessed from its structure.
 REFUSED = {
     "squeezebert": "its layers are called around their hooks, in another layout, and would be missed in silence",
-    "funnel": "its layers shorten the sequence, so that no row stands for one token",
+    "funnel": _SHORTENS,
+    "canine": _SHORTENS,
+    "xlnet": _SEQUENCE_FIRST,
+    "fsmt": _SEQUENCE_FIRST,
+    "mega": _SEQUENCE_FIRST,
+    "transfo-xl": _SEQUENCE_FIRST,
 }
 
 

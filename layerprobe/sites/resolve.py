@@ -17,7 +17,7 @@ from layerprobe.errors import ArchitectureError
 from layerprobe.models import LoadedModel
 from layerprobe.sites.anatomy import Anatomy, Fused, Place
 from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns, list_patterns
-from layerprobe.sites.stacks import Stack, config_of, find_stacks, has_module, unwrap
+from layerprobe.sites.stacks import Stack, config_of, find_stacks, guess_embeddings, has_module, unwrap
 from layerprobe.tables import format_table
 
 __all__ = ["ModelMap", "Part", "Site", "SiteTable", "map_model", "sites"]
@@ -236,7 +236,7 @@ class _Lister:
 def _list_stack(root: nn.Module, number: int, stack: Stack) -> Iterator[Site]:
     lister = _Lister(root, number, stack)
     anatomy, base = stack.anatomy, stack.base
-    embeddings = anatomy.embeddings if anatomy is not None else ("embeddings",)
+    embeddings = anatomy.embeddings if anatomy is not None else guess_embeddings(stack)
     for name in embeddings:
         if has_module(base, name):
             yield lister.make("embeddings", "", name, "token")

@@ -23,6 +23,7 @@ __all__ = [
     "find_called",
     "find_device",
     "find_stacks",
+    "guess_embeddings",
     "has_module",
     "is_compile_wrapper",
     "is_compiled",
@@ -166,6 +167,19 @@ def _guess_layers(base: Any) -> tuple[tuple[str, None], ...] | None:
         if isinstance(module, nn.ModuleList) and len(module) == wanted and len({type(m) for m in module}) == 1
     ]
     return tuple((f"{lists[0]}.{index}", None) for index in range(wanted)) if len(lists) == 1 else None
+
+
+def guess_embeddings(stack: Stack) -> tuple[str, ...]:
+    """Find the embedding block in a model without a row; none where a projection or a norm follows it."""
+    following, parent = [], stack.base
+    for step in stack.layers[0][0].split("."):
+        for name, child in parent.named_children():
+            if name == step:
+                break
+            following = [] if name == "embeddings" else [*following, child]
+        parent = parent.get_submodule(step)
+    has_more = any(next(child.parameters(), None) is not None and not child._modules for child in following)
+    return () if has_more else ("embeddings",)
 
 
 def has_module(module: Any, path: str) -> bool:

@@ -20,7 +20,7 @@ def test_rows_name_paths_and_thirds_of_fused_projections(model_type: str) -> Non
         assert ":" not in path
 
 
-@pytest.mark.parametrize("model_type", ["squeezebert", "funnel"])
+@pytest.mark.parametrize("model_type", anatomy.REFUSED)
 def test_architecture_that_would_be_read_wrongly_is_refused(model_type: str) -> None:
     with pytest.raises(ArchitectureError, match=f"architecture '{model_type}' is not supported: its layers"):
         find_anatomy(model_type)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import layerprobe as lp
 from layerprobe.errors import ArchitectureError, SiteError
 from layerprobe.sites.resolve import map_model
+from sizes import TINY
 
 TAILS = (
     "attention.query",
@@ -174,6 +175,21 @@ def test_architecture_without_a_row_has_the_layers_that_its_structure_shows() ->
     with lp.Probe(model, "layers.0") as probe:
         output = model(input_ids=torch.arange(5)[None], output_hidden_states=True)
     assert torch.equal(probe["layers.0"], output.hidden_states[1])
+
+
+@pytest.mark.parametrize(("name", "has_embeddings"), [("RemBert", False), ("Luke", True), ("FNet", True)])
+def test_embeddings_without_a_row_are_listed_where_nothing_follows_them(name: str, has_embeddings: bool) -> None:
+    """RemBERT widens them after the module of that name, Luke has others beside it, FNet widens them within it."""
+    import transformers
+
+    sizes = TINY | {"input_embedding_size": 16} if name == "RemBert" else TINY
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    with torch.no_grad(), lp.Probe(model, [site.name for site in lp.sites(model)]) as probe:
+        hidden = model(input_ids=torch.arange(3, 8)[None], output_hidden_states=True).hidden_states
+    assert ("embeddings" in probe) == has_embeddings
+    for site, states in zip(probe, hidden if has_embeddings else hidden[1:], strict=True):
+        assert torch.equal(probe[site], states)
 
 
 def test_architecture_without_a_row_or_a_structure_is_refused() -> None:
