@@ -218,7 +218,8 @@ class StoreSink(SinkAbilities):
         if self._stored is None or pending.values is not None:
             if pending.values is None:
                 pending.values = {}
-            pending.values[index] = value
+            # held until the call ends: what a module gave that is known by its name alone may be changed by then
+            pending.values[index] = value.clone() if self._sites[index].kind == "unknown" else value
             return
         if pending.selection is None:
             self._reserve(pending, call, value)

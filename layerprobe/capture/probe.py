@@ -60,7 +60,8 @@ class Probe(AbstractContextManager["Probe"]):
         OptionError: an option has a value that does not exist, or two options do not go together.
         StoreError: the folder cannot hold a new store.
 
-    Cost: in memory a reference per value; to a store one pass over each value and two shard buffers.
+    Cost: in memory a reference per value, a copy at `module:` sites; to a store one pass over each value and two shard
+        buffers.
 
     Example:
         >>> import torch, layerprobe as lp

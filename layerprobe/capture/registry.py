@@ -242,7 +242,8 @@ class ProbeRegistry:
         which: Any = point
         if self._is_plain(point):
             receive, which = self._receive, point.indices[0]
-        bit = 1 << which if self._is_plain(point) else 0
+        # the sink looks at what a module known by its name alone makes: the model may change it afterwards
+        bit = 1 << which if self._is_plain(point) and self.sites[which].kind != "unknown" else 0
         is_rows = bool(bit) and self.sites[point.indices[0]].kind == "token"
         if point.takes == "input":
 

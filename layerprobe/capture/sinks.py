@@ -239,6 +239,8 @@ def is_per_token(site: Site, value: Tensor) -> bool:
 class MemorySink(SinkAbilities):
     """Keep values in memory, call by call, as the model made them.
 
+    Of a `module:` site a copy, since a model may go on to change what such a module gave; with gradients where it did.
+
     Args:
         pool: Reduce each example's rows first.
         dtype: Cast to this; None keeps the very tensors.
@@ -269,7 +271,7 @@ class MemorySink(SinkAbilities):
         if self._as_made:
             call.values = [None] * len(self._names)
             return
-        call.state = [None] * len(self._names), {}
+        call.state = [None] * len(self._names), {}, {}
         if self.keeps_gradients:
             call.sources = {}
             if self.history is not None:
@@ -277,20 +279,28 @@ class MemorySink(SinkAbilities):
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
         if call.values is not None:
-            call.values[index] = value.detach() if value.requires_grad else value
+            value = value.detach() if value.requires_grad else value
+            call.values[index] = value.clone() if self._sites[index].kind == "unknown" else value
             return
-        values, gradients = call.state
+        values, gradients, copies = call.state
         site = self._sites[index]
         if self.keeps_gradients:
             if value.requires_grad:
                 assert call.sources is not None
                 _follow_gradient(call.sources.pop(index, None) or Source([value], itemgetter(0)), site.name, gradients)
-            values[index] = value
+                if site.kind == "unknown":
+                    copies[index] = value.clone(), value._version
+            values[index] = value if value.requires_grad or site.kind != "unknown" else value.clone()
             return
-        values[index] = shape_value(value.detach(), call, index, site, pool=self._pool, dtype=self._dtype)
+        value = value.detach()
+        shaped = shape_value(value, call, index, site, pool=self._pool, dtype=self._dtype)
+        values[index] = value.clone() if shaped is value and site.kind == "unknown" else shaped
 
     def finish(self, call: Call) -> None:
-        values, gradients = call.state if call.values is None else (call.values, {})
+        values, gradients, copies = call.state if call.values is None else (call.values, {}, {})
+        for index, (copy, version) in copies.items():
+            if values[index]._version != version:
+                values[index] = copy
         if call.expected == self._every:
             named = dict(zip(self._names, values, strict=True))
         else:

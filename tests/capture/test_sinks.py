@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import layerprobe as lp
+from families import build, make_batch
 from layerprobe.capture.calls import Context
 from layerprobe.capture.sinks import CallableSink, CapturedCall, MemorySink, select_call
 from layerprobe.errors import CaptureError, SiteError
@@ -53,6 +54,40 @@ def test_site_that_was_not_captured_is_in_no_mapping_and_gets_the_default(tiny_b
 def test_site_that_was_not_captured_is_refused(site: str) -> None:
     with pytest.raises(SiteError, match=rf"no (site|module) '.*{site[-5:]}' in what was captured\."):
         _ = _captured("layers.3")[site]
+
+
+@pytest.mark.parametrize("name", ["deberta", "convbert"])
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"gradients": True}], ids=str)
+def test_what_a_model_changes_in_place_afterwards_is_kept_as_its_module_made_it(name: str, options: Any) -> None:
+    """DeBERTa scales its projection of positions, ConvBERT adds a bias to a convolution."""
+    model, batch = build(name), make_batch()
+    path = {"deberta": "pos_q_proj", "convbert": "key_conv_attn_layer.pointwise"}[name]
+    path = f"encoder.layer.0.attention.self.{path}"
+    if name == "convbert":
+        torch.nn.init.ones_(model.encoder.layer[0].attention.self.key_conv_attn_layer.bias)
+    made: list[Tensor] = []
+    model.get_submodule(path).register_forward_hook(lambda *given: made.append(given[2].detach().clone()))
+    with lp.Probe(model, [f"module:{path}"], **options) as probe:
+        model(**batch).last_hidden_state.sum().backward()
+    assert torch.equal(probe[f"module:{path}"], made[0])
+
+
+def test_what_a_model_changes_in_place_afterwards_is_stored_as_its_module_made_it(
+    tiny_bert: Any, batch: Any, tmp_path: Any
+) -> None:
+    """Also of the first call, whose values a store holds until it knows how wide they are."""
+    site = "module:encoder.layer.0.intermediate"
+    made: list[Tensor] = []
+    layer = tiny_bert.encoder.layer[0]
+    layer.intermediate.register_forward_hook(lambda *given: made.append(given[2].clone()))
+    layer.output.register_forward_pre_hook(lambda _, given: (given[0].mul_(2), given[1]))
+    with torch.no_grad(), lp.Probe(tiny_bert, site, to=tmp_path / "acts"):
+        tiny_bert(**batch)
+        tiny_bert(**batch)
+    rows = [value[number, kept.bool()] for value in made for number, kept in enumerate(batch["attention_mask"])]
+    stored: Any = lp.open(tmp_path / "acts")[site]
+    assert len(stored) == len(rows) == 6
+    assert all(torch.equal(one, other) for one, other in zip(stored, rows, strict=True))
 
 
 def test_callable_is_given_each_value_as_it_is_made(tiny_bert: Any, batch: Any) -> None:
