@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from layerprobe.capture.frames import ROOT, Frames
@@ -61,15 +62,20 @@ def _wrap(frames: Frames, number: int | None, inner: Callable[..., Any]) -> Call
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a graph ends where it ends
+            return inner(*args, **kwargs)
+        frames.begin_catching(number)
         try:
             return inner(*args, **kwargs)
-        except Stop:
-            if not frames.is_of_thread():  # another probe's, which has put this around the model too
-                raise
+        except Stop as stop:
             if number is None:
                 frames.close_top()
             elif not frames.is_outermost(number):
                 raise
+            if stop.reader is not frames:  # another probe's, which has put this around the model too
+                raise
             return None
+        finally:
+            frames.end_catching()
 
     return forward

@@ -56,9 +56,10 @@ class Frames:
         num_stacks: Stacks of the model.
         sink: Told when a call begins and ends.
         owner: What to call the model in messages.
+        stops: Whether calls should end after the last requested site.
     """
 
-    def __init__(self, sites: Sequence[Site], num_stacks: int, sink: Sink, owner: str) -> None:
+    def __init__(self, sites: Sequence[Site], num_stacks: int, sink: Sink, owner: str, *, stops: bool = False) -> None:
         self._sites = sites
         self._stacks = [site.stack for site in sites]
         self._of_stack = [self._bits(number) for number in range(num_stacks)]
@@ -66,7 +67,10 @@ class Frames:
         self._after = self._bits(None)
         self._sink = sink
         self._owner = owner
+        self._stops = stops
         self.by_thread: dict[int, list[_Frame]] = {}
+        # by thread, the modules in which an early end comes out; None is a wrapper of torch.compile
+        self._catching: dict[int, list[int | None]] = {}
         # Hooks go on and come off one by one; calls that other threads make meanwhile are not this probe's.
         self.is_open = False
         # the only thread whose calls are followed; None for every one
@@ -145,6 +149,38 @@ class Frames:
         call = frame.call
         return call is not None and bool(call.seen & self._after) and max(call.contexts) >= number
 
+    # early end
+
+    def begin_catching(self, number: int | None) -> None:
+        """Take note that an early end comes out of a module that begins to run."""
+        self._catching.setdefault(threading.get_ident(), []).append(number)
+
+    def end_catching(self) -> None:
+        """Take note that it has run."""
+        ident = threading.get_ident()
+        self._catching[ident].pop()
+        if not self._catching[ident]:
+            del self._catching[ident]
+
+    def wants_stop(self) -> bool:
+        """Whether the call of this thread should end, and come out of its model, once nobody waits for a value."""
+        top = self._top()
+        if not self._stops or top is None or not self.is_of_thread():
+            return False
+        catching = self._catching.get(threading.get_ident(), ())
+        return top.owner in catching or None in catching
+
+    def is_within(self, other: "Frames") -> bool:
+        """Whether the call of this thread is made by one that another probe follows, which goes on after it."""
+        mine, theirs = self._top(), other._top()
+        inner, outer = (top.runner if top is not None else None for top in (mine, theirs))
+        return inner is not None and outer is not None and inner is not outer and _is_on_stack(outer, inner)
+
+    def is_waiting(self) -> bool:
+        """Whether the call of this thread has yet to make a site."""
+        call = self.current()
+        return call is not None and (call.seen != call.expected or bool(call.ahead))
+
     def mark_stopped(self) -> None:
         """End the innermost call of this thread, as one that has made all that was asked.
 
@@ -182,8 +218,12 @@ class Frames:
 
     def current(self) -> Call | None:
         """Give the call that is running in this thread."""
+        top = self._top()
+        return top.call if top is not None else None
+
+    def _top(self) -> _Frame | None:
         frames = self.by_thread.get(threading.get_ident())
-        return frames[-1].call if frames else None
+        return frames[-1] if frames else None
 
     def close_top(self) -> None:
         """End the innermost call of this thread, as one that has made what was asked."""

@@ -42,14 +42,25 @@ class Lifecycle(enum.Enum):
 
 
 class Stop(BaseException):
-    """Ends a forward after the last requested site; a BaseException, which no `except Exception` in a model stops."""
+    """Ends a forward after the last requested site; a BaseException, which no `except Exception` in a model stops.
+
+    Args:
+        reader: The one whose model the call comes out of.
+    """
+
+    def __init__(self, reader: "Reader") -> None:
+        self.reader = reader
 
 
 class Reader(Protocol):
     """A probe on a model that others may be on too."""
 
     def wants_stop(self) -> bool:
-        """Whether the call of this thread should end once nobody waits for a value."""
+        """Whether the call of this thread should end, and come out of its model, once nobody waits for a value."""
+        ...
+
+    def is_within(self, other: Any) -> bool:
+        """Whether the call of this thread is made by one that another reader follows, which goes on after it."""
         ...
 
     def is_waiting(self) -> bool:
@@ -92,19 +103,21 @@ class HookSet:
             guests.readers = (*guests.readers, reader)
             self._joined = guests, reader
 
-    def may_stop(self) -> bool:
-        """Whether a probe on the base model wants to end the forward and none still waits for a value."""
+    def stop_if_done(self) -> None:
+        """End the forward where a probe on the base model wants it, and none waits for a value or has a call around it.
+
+        Raises:
+            Stop: to be turned into None where the call began.
+        """
         readers = self._joined[0].readers if self._joined is not None else ()
-        for reader in readers:
-            if reader.wants_stop():
-                break
-        else:
-            return False
-        if any(reader.is_waiting() for reader in readers):
-            return False
-        for reader in readers:
-            reader.mark_stopped()
-        return True
+        ending = [reader for reader in readers if reader.wants_stop()]
+        if not ending or any(reader.is_waiting() for reader in readers):
+            return
+        for reader in ending:
+            if not any(reader.is_within(other) for other in readers):
+                for each in readers:
+                    each.mark_stopped()
+                raise Stop(reader)
 
     def remove(self) -> None:
         """Take everything off again."""

@@ -95,7 +95,7 @@ class ProbeRegistry:
         self._this_thread = this_thread
         if stop:
             require_an_end(model, self._root)
-        self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner)
+        self._frames = Frames(self.sites, len(mapped.stacks), sink, mapped.owner, stops=stop)
         device = find_device(self._root)
         self._port = Port(self, device, self._abilities.packs_rows, self._abilities.packed_dtype)
         self._points = self._group_points()
@@ -131,7 +131,7 @@ class ProbeRegistry:
                 self._attach_point(point)
             if self._abilities.keeps_gradients:
                 watch_second_runs(self._hooks, self._root, self._frames)
-            self._hooks.join(self._mapped.base, self)
+            self._hooks.join(self._mapped.base, self._frames)
             if self._stops:
                 end_early(self._hooks, self._given, self._mapped, self._frames)
         except BaseException:
@@ -237,7 +237,11 @@ class ProbeRegistry:
             return
         # Run at every layer of every call, so without the calls that would make it shorter.
         frames, get_ident, port, key = self._frames.by_thread, threading.get_ident, self._outlet, point.key
-        is_compiling, sink_receive, may_stop = torch.compiler.is_compiling, self._sink.receive, self._hooks.may_stop
+        is_compiling, sink_receive, stop_if_done = (
+            torch.compiler.is_compiling,
+            self._sink.receive,
+            self._hooks.stop_if_done,
+        )
         receive: Callable[[Call, Any, Any], None] = self._receive_at
         which: Any = point
         if self._is_plain(point):
@@ -274,8 +278,8 @@ class ProbeRegistry:
                             except Exception:
                                 if not call.is_orphan:
                                     raise
-                        if call.seen == call.expected and may_stop():
-                            raise Stop
+                        if call.seen == call.expected:
+                            stop_if_done()
                     else:
                         receive(call, which, output)
 
@@ -329,8 +333,8 @@ class ProbeRegistry:
             # the sink of a probe that another thread has closed meanwhile takes nothing any more
             if not call.is_orphan:
                 raise
-        if call.seen == call.expected and self._hooks.may_stop():
-            raise Stop
+        if call.seen == call.expected:
+            self._hooks.stop_if_done()
 
     def _take_tensor(self, index: int, value: Any) -> Tensor:
         first = find_tensor(value)
@@ -340,21 +344,6 @@ class ProbeRegistry:
                 "only modules that pass tensors can be read."
             )
         return first
-
-    # early end
-
-    def wants_stop(self) -> bool:
-        """Whether the call of this thread should end once nobody waits for a value."""
-        return self._stops and self._frames.is_of_thread()
-
-    def is_waiting(self) -> bool:
-        """Whether the call of this thread has yet to make a site."""
-        call = self._frames.current()
-        return call is not None and (call.seen != call.expected or bool(call.ahead))
-
-    def mark_stopped(self) -> None:
-        """Take note that the call of this thread ends early, with all that was asked."""
-        self._frames.mark_stopped()
 
 
 def _is_chunk(value: Tensor, shape: tuple[int, int]) -> bool:

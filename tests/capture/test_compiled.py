@@ -281,6 +281,14 @@ def test_early_end_that_nothing_around_a_graph_takes_lets_it_run_on(tiny_bert: A
         assert torch.equal(call["layers.0"], _eager_values(tiny_bert, "layers.0", length)["layers.0"])  # type: ignore[arg-type]
 
 
+def test_early_end_asked_of_a_compile_wrapper_lets_the_model_under_it_run_on(tiny_bert: Any) -> None:
+    expected = tiny_bert(**_batch(5)).last_hidden_state
+    with lp.Probe(_compile(tiny_bert), "layers.0", stop=True) as probe:
+        output = tiny_bert(**_batch(5))
+    assert torch.equal(output.last_hidden_state, expected)
+    assert torch.equal(probe["layers.0"], _eager_values(tiny_bert, "layers.0", 5)["layers.0"])
+
+
 @pytest.mark.slow
 def test_compiled_forward_is_stopped_after_the_last_asked_site(tiny_bert: Any) -> None:
     compiled = _compile(tiny_bert)

@@ -104,12 +104,11 @@ def test_generation_with_a_cache_and_a_mask_is_pooled_step_by_step(decoder: Any)
 
 def test_mask_that_does_not_end_with_the_tokens_of_a_step_is_refused(decoder: Any) -> None:
     ids, mask = torch.randint(1, 100, (2, 5)), torch.ones(2, 9, dtype=torch.long)
-    cache = decoder(ids)[CACHE]
     with (
         lp.Probe(decoder, "layers.2", pool="last"),
         pytest.raises(CaptureError, match=r"attention_mask has shape \(2, 9\): rows need one of shape \(2, 1\)"),
     ):
-        decoder.bert(ids[:, :1], attention_mask=mask, **{CACHE: cache})
+        decoder.bert(ids[:, :1], attention_mask=mask, **{CACHE: decoder(ids)[CACHE]})
 
 
 def test_generation_of_a_pair_calls_the_encoder_once(pair: Any) -> None:
@@ -132,19 +131,18 @@ def test_module_between_the_halves_of_a_pair_is_of_their_call(stop: bool) -> Non
     import transformers
 
     torch.manual_seed(0)
-    narrow: Any = TINY | {"hidden_size": 16}
-    wide: Any = TINY | {"is_decoder": True, "add_cross_attention": True}
-    halves = transformers.BertConfig(**narrow), transformers.BertConfig(**wide)
-    pair: Any = transformers.EncoderDecoderModel(
-        encoder=transformers.BertModel(halves[0]), decoder=transformers.BertLMHeadModel(halves[1])
-    ).eval()
+    sizes: Any = TINY | {"hidden_size": 16}
+    narrow, wide = (
+        transformers.BertConfig(**sizes),
+        transformers.BertConfig(**TINY, is_decoder=True, add_cross_attention=True),
+    )
+    halves: Any = {"encoder": transformers.BertModel(narrow), "decoder": transformers.BertLMHeadModel(wide)}
+    pair: Any = transformers.EncoderDecoderModel(**halves).eval()
     given = {"input_ids": torch.randint(1, 100, (2, 5)), "decoder_input_ids": torch.randint(1, 100, (2, 3))}
     sites = ["encoder.layers.2", "module:enc_to_dec_proj", "decoder.layers.0"]
     hidden = pair(**given, output_hidden_states=True)
     with lp.Probe(pair, sites, stop=stop) as probe:
         assert (pair(**given) is None) == stop
-    assert set(probe.calls[0]) == set(sites)
-    assert len(probe.calls) == 1
     assert torch.equal(probe[sites[0]], hidden.encoder_hidden_states[3])
     assert torch.equal(probe[sites[1]], pair.enc_to_dec_proj(hidden.encoder_last_hidden_state))
     assert torch.equal(probe[sites[2]], hidden.decoder_hidden_states[1])
@@ -200,6 +198,27 @@ def test_early_end_waits_for_every_probe_on_the_model(make_bert: Any, batch: Any
         assert model(**batch) is None
     assert torch.equal(second["layers.0"], expected[1])
     assert len(first.calls) == 1
+
+
+@pytest.mark.parametrize("site", ["layers.0", "layers.2", "logits"])
+@pytest.mark.parametrize("outer_stops", [True, False])
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_early_end_of_a_base_comes_out_of_the_model_around_it_or_not_at_all(
+    make_bert: Any, batch: Any, site: str, outer_stops: bool, outer_first: bool
+) -> None:
+    """A head is given what its base makes, or ends with it; what the probes ask is recorded either way."""
+    model = make_bert("BertForMaskedLM")
+    bare = model(**batch, output_hidden_states=True)
+    inner = lp.Probe(model.bert, "layers.0", stop=True)
+    outer = lp.Probe(model, site, stop=outer_stops)
+    with outer if outer_first else inner, inner if outer_first else outer:
+        for _ in range(2):
+            output = model(**batch)
+            assert output is None if outer_stops else torch.equal(output.logits, bare.logits)
+    expected: Any = {"logits": bare.logits, **{f"layers.{index}": bare.hidden_states[index + 1] for index in range(3)}}
+    for probe, name in ((inner, "layers.0"), (outer, site)):
+        assert all(torch.equal(call[name], expected[name]) for call in probe.calls)  # type: ignore[arg-type]
+        assert len(probe.calls) == 2
 
 
 def test_probes_on_a_model_and_on_its_base_see_the_same(make_bert: Any, batch: Any) -> None:
