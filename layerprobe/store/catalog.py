@@ -227,19 +227,37 @@ class Catalog:
         return self._keep(number, self._make_shard(number))
 
     def prefetch(self, numbers: Sequence[int], names: Sequence[str]) -> None:
-        """Begin to fetch tensors of shards that will be asked for soon.
+        """Begin to fetch tensors of shards that will be asked for soon, no more than can be kept until then.
 
         Args:
             numbers: Places of the shards in the order of the input; those beyond the last are left out.
             names: Of the tensors.
         """
         numbers = [number for number in numbers if number < len(self.shards)]
-        missing = [number for number in numbers if number not in self._open]
+        self._open_all(numbers)
+        room_bytes: int | None = None
+        for number in numbers:
+            room_bytes = self.shard(number).prefetch(names, room_bytes)
+
+    def fetch(self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str]) -> list[object]:
+        """Begin to fetch rows of tensors that will be asked for as pieces.
+
+        Args:
+            pieces: The place of a shard, and the first row in it and the one after the last.
+            names: Of the tensors.
+
+        Returns:
+            What keeps them at hand as long as it is held.
+        """
+        self._open_all([number for number, _, _ in pieces])
+        return [held for number, start, stop in pieces for held in self.shard(number).fetch(names, start, stop)]
+
+    def _open_all(self, numbers: Sequence[int]) -> None:
+        """Open shards that lie elsewhere, several at once."""
         if self.place.folder is None:
+            missing = [number for number in dict.fromkeys(numbers) if number not in self._open]
             for number, shard in zip(missing, self._cache.map(self._make_shard, missing), strict=True):
                 self._keep(number, shard)
-        for number in numbers:
-            self.shard(number).prefetch(names)
 
     def _keep(self, number: int, shard: Shard) -> Shard:
         self._open[number] = shard

@@ -1,8 +1,8 @@
 """One shard elsewhere than on a disk: header, rows and whole tensors by byte range.
 
 One example of one site costs its own bytes and, the first time in a shard, the first 64 KiB. Whole tensors are fetched
-in pieces, several at once, held against their checksums, and kept for as long as a bounded cache has room. Rows fetched
-by range cannot be held against the checksum of the whole; that they come in full is seen.
+by several requests at once, held against their checksums, and kept for as long as a bounded cache has room or someone
+holds them. Rows fetched by range cannot be held against the checksum of the whole; that they come in full is seen.
 
 Hides threads and the cache. Must never know of sites, or of what kind of place gives the bytes.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -27,9 +28,11 @@ __all__ = ["RangedShard", "TensorCache"]
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+# a file, a tensor in it, and its first row and the one after the last
+Key = tuple[str, str, int, int]
 
 # Of one request: large enough that a server's answer time is small beside it.
-_PIECE_BYTES = 8 << 20
+_REQUEST_BYTES = 8 << 20
 _NUM_REQUESTS = 8
 _NUM_TENSORS = 4
 # Rows are mixed over a GiB at a time; what is fetched ahead of them needs room beside it.
@@ -37,23 +40,26 @@ _CACHE_BYTES = 2 << 30
 
 
 class TensorCache:
-    """Whole tensors, fetched by threads, the latest kept. One per open store.
+    """Tensors, fetched by threads, the latest kept. One per open store.
+
+    What somebody holds is not fetched again, even where it is not kept here any more.
 
     Args:
         most_bytes: Kept at most; one tensor is kept however large it is.
     """
 
     def __init__(self, most_bytes: int = _CACHE_BYTES) -> None:
-        self._most_bytes = most_bytes
+        self.most_bytes = most_bytes
         self._reset()
 
     def __reduce__(self) -> "tuple[type[TensorCache], tuple[int]]":
-        return TensorCache, (self._most_bytes,)
+        return TensorCache, (self.most_bytes,)
 
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._held: OrderedDict[tuple[str, str], tuple[Future[Tensor], int]] = OrderedDict()
+        self._kept: OrderedDict[Key, tuple[Future[Tensor], int]] = OrderedDict()
+        self._known: WeakValueDictionary[Key, Future[Tensor]] = WeakValueDictionary()
         self._num_bytes = 0
         self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
 
@@ -61,7 +67,8 @@ class TensorCache:
         """Let go of everything and end the threads."""
         with self._lock:
             pools, self._pools = self._pools, None
-            self._held.clear()
+            self._kept.clear()
+            self._known.clear()
             self._num_bytes = 0
         for pool in pools or ():
             pool.shutdown(cancel_futures=True)
@@ -70,32 +77,36 @@ class TensorCache:
         """Make several requests at once; answers come in the order of the items."""
         return self._start()[1].map(ask, items)
 
-    def find(self, key: tuple[str, str]) -> Tensor | None:
+    def find(self, key: Key) -> Tensor | None:
         """Give a tensor that is here or on its way; None where it was not asked for, or did not come.
 
         Raises:
             FormatError: it came, and is damaged.
         """
-        held = self._held.get(key) if self._pid == os.getpid() else None
+        if self._pid != os.getpid():
+            return None
+        with self._lock:
+            known = self._known.get(key)
+            if key in self._kept:
+                self._kept.move_to_end(key)
         try:
-            return held[0].result() if held is not None else None
+            return known.result() if known is not None else None
         except FormatError:
             raise
         except StoreError:
             return None
 
-    def begin(self, key: tuple[str, str], size: int, load: Callable[[], Tensor]) -> Future[Tensor]:
+    def begin(self, key: Key, size: int, load: Callable[[], Tensor]) -> Future[Tensor]:
         """Have a tensor fetched, unless it is here or on its way."""
         tensors, _ = self._start()
         with self._lock:
-            if key in self._held and not _has_failed(self._held[key][0]):
-                self._held.move_to_end(key)
-                return self._held[key][0]
+            future = self._known.get(key)
+            if future is None or _has_failed(future):
+                future = self._known[key] = tensors.submit(load)
             self._forget(key)
-            while self._held and self._num_bytes + size > self._most_bytes:
-                self._forget(next(iter(self._held)))
-            future = tensors.submit(load)
-            self._held[key] = future, size
+            while self._kept and self._num_bytes + size > self.most_bytes:
+                self._forget(next(iter(self._kept)))
+            self._kept[key] = future, size
             self._num_bytes += size
             return future
 
@@ -111,10 +122,10 @@ class TensorCache:
                 )
             return self._pools
 
-    def _forget(self, key: tuple[str, str]) -> None:
-        if key in self._held:
+    def _forget(self, key: Key) -> None:
+        if key in self._kept:
             # not cancelled: someone may be waiting for it
-            self._num_bytes -= self._held.pop(key)[1]
+            self._num_bytes -= self._kept.pop(key)[1]
 
 
 class RangedShard:
@@ -162,19 +173,32 @@ class RangedShard:
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """Fetch some rows of a tensor, and no others."""
         entry = self._entry(name)
-        if (whole := self._cache.find((self._file, name))) is not None:
+        if (whole := self._cache.find(self._key(name))) is not None:
             return whole[start:stop]
-        count = entry.shape[0] if entry.shape else 0
-        start, stop = min(start, count), min(stop, count)
-        row_bytes = (entry.stop - entry.start) // count if count else 0
-        first, last = entry.start + start * row_bytes, entry.start + stop * row_bytes
-        return _view(bytearray(self._place.read(self._file, first, last)), entry, (stop - start, *entry.shape[1:]))
+        start, stop = min(start, _count(entry)), min(stop, _count(entry))
+        first, last = _bytes_of(entry, start, stop)
+        return _view(bytearray(self._place.read(self._file, first, last)), entry, stop - start)
 
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Begin to fetch whole tensors."""
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        """Fetch some rows of a tensor as one piece; held against the checksum where they are all of it."""
+        return self._begin(name, start, stop).result()
+
+    def fetch(self, names: Sequence[str], start: int, stop: int) -> list[object]:
+        """Begin to fetch pieces."""
+        return [self._begin(name, start, stop) for name in names]
+
+    def prefetch(self, names: Sequence[str], room_bytes: int | None = None) -> int:
+        """Begin to fetch whole tensors, the first however large it is."""
+        most = self._cache.most_bytes
+        left = most if room_bytes is None else room_bytes
         for name in names:
-            if name in self.header.tensors:
+            if (entry := self.header.tensors.get(name)) is not None:
+                size = entry.stop - entry.start
+                if size > left and left < most:
+                    return 0
                 self._begin(name)
+                left = max(0, left - size)
+        return left
 
     def span(self, ordinal: int) -> tuple[int, int, int]:
         """Find an example: its position in the shard, and its first and last row."""
@@ -187,21 +211,29 @@ class RangedShard:
         except KeyError as error:
             raise FormatError(f"{self._label}: has no tensor {name!r}.") from error
 
-    def _begin(self, name: str) -> "Future[Tensor]":
+    def _key(self, name: str) -> Key:
+        return self._file, name, 0, _count(self._entry(name))
+
+    def _begin(self, name: str, start: int = 0, stop: int | None = None) -> "Future[Tensor]":
+        """Have rows of a tensor fetched; all of them where no bounds are given."""
+        key = whole = self._key(name)
+        if stop is not None and (start, stop) != whole[2:]:
+            key = self._file, name, start, stop
+        first, last = _bytes_of(self._entry(name), *key[2:])
+        return self._cache.begin(key, last - first, partial(self._load, name, key == whole, *key[2:]))
+
+    def _load(self, name: str, is_whole: bool, start: int, stop: int) -> Tensor:
         entry = self._entry(name)
-        return self._cache.begin((self._file, name), entry.stop - entry.start, partial(self._load, name))
+        first, last = _bytes_of(entry, start, stop)
+        data = bytearray(last - first)
 
-    def _load(self, name: str) -> Tensor:
-        entry = self._entry(name)
-        data = bytearray(entry.stop - entry.start)
+        def ask(begin: int) -> None:
+            end = min(begin + _REQUEST_BYTES, last)
+            data[begin - first : end - first] = self._place.read(self._file, begin, end)
 
-        def fetch(start: int) -> None:
-            stop = min(start + _PIECE_BYTES, entry.stop)
-            data[start - entry.start : stop - entry.start] = self._place.read(self._file, start, stop)
-
-        for _ in self._cache.map(fetch, range(entry.start, entry.stop, _PIECE_BYTES)):
+        for _ in self._cache.map(ask, range(first, last, _REQUEST_BYTES)):
             pass
-        return self._finish(name, data)
+        return self._finish(name, data) if is_whole else _view(data, entry, stop - start)
 
     def _read_small(self, name: str, first: bytes) -> Tensor:
         """Take a tensor out of the first bytes of the file, or fetch what they do not hold."""
@@ -217,10 +249,21 @@ class RangedShard:
                 "Remove the file and run the same extraction again to make it anew."
             )
         entry = self._entry(name)
-        return _view(data, entry, entry.shape)
+        return _view(data, entry, _count(entry))
 
 
-def _view(data: bytearray, entry: TensorEntry, shape: tuple[int, ...]) -> Tensor:
+def _count(entry: TensorEntry) -> int:
+    return entry.shape[0] if entry.shape else 0
+
+
+def _bytes_of(entry: TensorEntry, start: int, stop: int) -> tuple[int, int]:
+    """Find where some rows of a tensor lie in the file."""
+    row_bytes = (entry.stop - entry.start) // max(1, _count(entry))
+    return entry.start + start * row_bytes, entry.start + stop * row_bytes
+
+
+def _view(data: bytearray, entry: TensorEntry, count: int) -> Tensor:
+    shape = (count, *entry.shape[1:])
     if not data:
         return torch.empty(shape, dtype=entry.dtype)
     return torch.frombuffer(data, dtype=entry.dtype).view(shape)

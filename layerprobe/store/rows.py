@@ -28,13 +28,14 @@ from layerprobe.store.writer import StoredSite
 __all__ = ["RowBatches", "RowOptions", "choose_sites", "take_rows"]
 
 # Rows of one group are mixed with each other: enough of them to come from many shards, few enough that the pages they
-# lie in stay in the page cache while rows are picked from all over them.
+# lie in stay in the page cache, or what was fetched of them in memory, while rows are picked from all over them.
 _GROUP_ROWS = 1 << 20
 _GROUP_BYTES = 1 << 30
 _LEAST_GROUP_PIECES = 8
 # A batch may lie across two groups.
 _MOST_GROUP_PIECES = MOST_OPEN_SHARDS // 2
-# A piece is a shard, or a part of one that is very long.
+# A piece is a shard, or a part of one that would fill too much of a group. Where rows are not mixed it is nearly always
+# a whole one, which can be held against its checksums.
 _PIECE_ROWS = 1 << 17
 # Small batches are gathered several at a time, to pay for finding their rows once. Fresh memory beyond the processor's
 # cache costs more than that saves.
@@ -144,18 +145,18 @@ class _Order:
         self._options = options
         catalog.check_claims()
         counts = [info.num_tokens if sites[0].kind == "token" else info.num_examples for info in catalog.shards]
-        pieces = [
-            (number, start, min(start + _PIECE_ROWS, count))
-            for number, count in enumerate(counts)
-            for start in range(0, count, _PIECE_ROWS)
-        ]
+        row_bytes = max(1, sum(site.bytes_per_vector for site in sites))
+        self._pair_rows = max(1, 2 * _GROUP_BYTES // row_bytes)
+        most_rows = min(_GROUP_ROWS, max(1, _GROUP_BYTES // row_bytes))
+        piece_rows = min(_PIECE_ROWS, max(1, most_rows // _LEAST_GROUP_PIECES)) if options.shuffle else self._pair_rows
+        pieces = [piece for number, count in enumerate(counts) for piece in _cut_shard(number, count, piece_rows)]
         self.num_rows = sum(counts)
         if options.shuffle:
             pieces = [pieces[place] for place in self._permute(len(pieces), 0).tolist()]
-        most_rows = min(_GROUP_ROWS, max(1, _GROUP_BYTES // max(1, sum(site.bytes_per_vector for site in sites))))
         wanted = min(-(-self.num_rows // most_rows), len(pieces) // _LEAST_GROUP_PIECES)
         num_groups = max(1, wanted, -(-len(pieces) // _MOST_GROUP_PIECES))
         cuts = [len(pieces) * group // num_groups for group in range(num_groups + 1)]
+        self._pieces, self._cuts = pieces, cuts
         self.groups = [pieces[start:stop] for start, stop in pairwise(cuts)]
         self.bounds = [np.cumsum([0, *(stop - start for _, start, stop in group)]) for group in self.groups]
         self.starts = np.cumsum([0, *(int(bounds[-1]) for bounds in self.bounds)]).tolist()
@@ -179,16 +180,28 @@ class _Order:
             first = last
 
     def find_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Find rows of an epoch that is not mixed: each group, each shard, and its rows from the first to the last."""
+        """Find rows of an epoch that is not mixed: each group, each piece of it, and its rows, first and last."""
         while start < stop:
             group = bisect_right(self.starts, start) - 1
             place = start - self.starts[group]
             piece = bisect_right(self.bounds[group], place) - 1
-            number, first, last = self.groups[group][piece]
-            first += place - int(self.bounds[group][piece])
-            last = min(last, first + stop - start)
-            yield group, number, first, last
+            first = place - int(self.bounds[group][piece])
+            last = min(int(self.bounds[group][piece + 1]) - int(self.bounds[group][piece]), first + stop - start)
+            yield group, piece, first, last
             start += last - first
+
+    def pieces_from(self, group: int, piece: int) -> list[tuple[int, int, int]]:
+        """Give a piece and, if both are not too much, the one that comes after it."""
+        first = self._cuts[group] + piece
+        pair = self._pieces[first : first + 2]
+        return pair if sum(stop - start for _, start, stop in pair) <= self._pair_rows else pair[:1]
+
+
+def _cut_shard(number: int, count: int, piece_rows: int) -> Iterator[tuple[int, int, int]]:
+    """Cut the rows of a shard into as few pieces as can be, of about the same size."""
+    num_pieces = -(-count // piece_rows)
+    for piece in range(num_pieces):
+        yield number, count * piece // num_pieces, count * (piece + 1) // num_pieces
 
 
 class RowBatches(Iterator[Batch], Generic[Batch]):
@@ -216,10 +229,11 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         self._given = 0  # batches of this share
         self._is_checked = False
         self._ready: deque[dict[str, Tensor]] = deque()
-        self._fetched = -1  # group whose tensors were asked for
+        # the pieces that were asked for last, and what keeps them at hand
+        self._fetched: tuple[object, list[object]] = None, []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": deque()}  # gathered again where it goes on
+        return {**self.__dict__, "_ready": deque(), "_fetched": (None, [])}  # gathered again where it goes on
 
     def __iter__(self) -> "RowBatches[Batch]":
         return self
@@ -312,20 +326,20 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
                 room[site.name + SCALE_SUFFIX] = torch.empty(num_rows, dtype=torch.float32)
         return room
 
-    def _prefetch(self, group: int, names: Sequence[str]) -> None:
-        if group != self._fetched:
-            self._catalog.prefetch([number for number, _, _ in self._order.groups[group]], names)
-            self._fetched = group
+    def _fetch(self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str]) -> None:
+        if pieces != self._fetched[0]:
+            self._fetched = pieces, self._catalog.fetch(pieces, names)
 
     def _copy_runs(self, spans: Sequence[tuple[int, int]], room: Mapping[str, Tensor]) -> None:
         """Bring rows together as they lie: what lies side by side in a shard is one copy."""
-        targets, sources, at, filled = [_as_bytes(out) for out in room.values()], list[np.ndarray](), -1, 0
+        targets, sources, at, filled = [_as_bytes(out) for out in room.values()], list[np.ndarray](), (-1, -1), 0
         for start, stop in spans:
-            for group, number, first, last in self._order.find_runs(start, stop):
-                self._prefetch(group, list(room))
-                if number != at:
-                    shard, at = self._catalog.shard(number), number
-                    sources = [_as_bytes(shard.tensor(name)) for name in room]
+            for group, piece, first, last in self._order.find_runs(start, stop):
+                if (group, piece) != at:
+                    pieces, at = self._order.pieces_from(group, piece), (group, piece)
+                    self._fetch(pieces, list(room))
+                    shard, span = self._catalog.shard(pieces[0][0]), pieces[0][1:]
+                    sources = [_as_bytes(shard.piece(name, *span)) for name in room]
                 end = filled + last - first
                 for target, source in zip(targets, sources, strict=True):
                     target[filled:end] = source[first:last]
@@ -339,12 +353,12 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
             inverse[first + sorted_at] = np.arange(first, last)
             places = places[sorted_at]
             bounds = self._order.bounds[group]
-            self._prefetch(group, list(room))
+            self._fetch(self._order.groups[group], list(room))
             cuts = np.searchsorted(places, bounds)
             for piece in np.flatnonzero(np.diff(cuts)).tolist():
-                number, start, _ = self._order.groups[group][piece]
+                number, *span = self._order.groups[group][piece]
                 shard, part = self._catalog.shard(number), slice(int(cuts[piece]), int(cuts[piece + 1]))
-                local = places[part] + (start - int(bounds[piece]))
+                local = places[part] - int(bounds[piece])
                 for name, out in room.items():
-                    _pick(shard.tensor(name), local, out[first + part.start : first + part.stop])
+                    _pick(shard.piece(name, *span), local, out[first + part.start : first + part.stop])
         return {name: _pick(tensor, inverse, torch.empty_like(tensor)) for name, tensor in room.items()}

@@ -99,8 +99,24 @@ class Shard(Protocol):
         """Give some rows of a tensor, without the others where that saves fetching them."""
         ...
 
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Begin to fetch whole tensors that will be asked for soon, where that takes time."""
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        """Give some rows of a tensor of which nearly all will be asked for."""
+        ...
+
+    def fetch(self, names: Sequence[str], start: int, stop: int) -> list[object]:
+        """Begin to fetch pieces that will be asked for soon; they stay at hand as long as what is given is held."""
+        ...
+
+    def prefetch(self, names: Sequence[str], room_bytes: int | None = None) -> int:
+        """Begin to fetch whole tensors that will be asked for soon, where that takes time and memory.
+
+        Args:
+            names: Of the tensors.
+            room_bytes: For as many bytes of them as this; None for as many as can be kept.
+
+        Returns:
+            How many bytes of the room are left.
+        """
         ...
 
     def span(self, ordinal: int) -> tuple[int, int, int]:
@@ -188,12 +204,25 @@ class MappedShard:
             self._read_ahead(entry.start + start * row_bytes, entry.start + stop * row_bytes)
         return tensor[start:stop]
 
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Have the system read tensors ahead: rows picked here and there of a cold file would come page by page."""
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        """Give a view of some rows of a tensor."""
+        return self.tensor(name)[start:stop]
+
+    def fetch(self, names: Sequence[str], start: int, stop: int) -> list[object]:
+        """Have the system read pieces ahead: rows picked here and there of a cold file would come page by page."""
+        for entry in (self.header.tensors[name] for name in names):
+            row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
+            if row_bytes and stop > start:
+                self._read_ahead(entry.start + start * row_bytes, entry.start + stop * row_bytes)
+        return []
+
+    def prefetch(self, names: Sequence[str], room_bytes: int | None = None) -> int:
+        """Have the system read tensors ahead; it knows itself how much there is room for."""
         for name in names:
             entry = self.header.tensors.get(name)
             if entry is not None and entry.stop > entry.start:
                 self._read_ahead(entry.start, entry.stop)
+        return room_bytes or 0
 
     def _read_ahead(self, start: int, stop: int) -> None:
         if not hasattr(mmap, "MADV_WILLNEED"):  # Windows: read page by page
