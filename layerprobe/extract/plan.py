@@ -45,7 +45,7 @@ from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device, need_one_device
 from layerprobe.store.format import ShardHeader
-from layerprobe.store.guard import MOST_SHARDS
+from layerprobe.store.guard import MOST_ROWS, MOST_SHARDS
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.writer import StoredSite
 from layerprobe.tables import format_bytes, format_count, format_dtype
@@ -258,6 +258,10 @@ def plan_extraction(
             described = describe_run(model, tokenizer, stored, options, rule, survey, name)
     if (num_units := len(survey.digests)) > MOST_SHARDS:
         raise OptionError(f"{num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
+    if (num_rows := survey.num_tokens + survey.num_examples) > MOST_ROWS:
+        raise OptionError(
+            f"{num_rows:,} tokens and texts; at most {MOST_ROWS:,} are read. Make several stores of them."
+        )
     batch_tokens, description = choose_batches(place, recalled, described, trials)
     is_exact = survey.num_examples <= len(sample)
     value_bytes = sum(map(rule.cost, sampled.lengths.tolist())) if is_exact else survey.value_bytes

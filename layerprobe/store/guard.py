@@ -64,8 +64,8 @@ MOST_SITES = 10_000
 MOST_SHARDS = 500_000
 # A sum of two counts, and a count times the size of an item, stay within 64 bits.
 MOST_COUNT = 10**17
-# An order of rows takes a few hundred megabytes at this many, which fill a petabyte.
-MOST_ROWS = 1 << 38
+# More than the shards that are read have by the rule that cuts them. An order of rows is in a million pieces at most.
+MOST_ROWS = 1 << 44
 NO_LINKS = "A store holds its files itself; make a copy that follows links, as 'cp -rL' does."
 # Far beyond what a store nests, far below what a C stack takes.
 _MOST_DEPTH = 64

@@ -37,6 +37,8 @@ _MOST_GROUP_PIECES = MOST_OPEN_SHARDS // 2
 # A piece is a shard, or a part of one that would fill too much of a group. Where rows are not mixed it is nearly always
 # a whole one, which can be held against its checksums.
 _PIECE_ROWS = 1 << 17
+# An order takes some hundred bytes for each, and whoever wrote the store says how wide a row is.
+_MOST_PIECES = 1 << 20
 # Small batches are gathered several at a time, to pay for finding their rows once. Fresh memory beyond the processor's
 # cache costs more than that saves.
 _WINDOW_BYTES = 4 << 20
@@ -149,8 +151,9 @@ class _Order:
         self._pair_rows = max(1, 2 * _GROUP_BYTES // row_bytes)
         most_rows = min(_GROUP_ROWS, max(1, _GROUP_BYTES // row_bytes))
         piece_rows = min(_PIECE_ROWS, max(1, most_rows // _LEAST_GROUP_PIECES)) if options.shuffle else self._pair_rows
-        pieces = [piece for number, count in enumerate(counts) for piece in _cut_shard(number, count, piece_rows)]
         self.num_rows = sum(counts)
+        piece_rows = max(piece_rows, -(-self.num_rows // _MOST_PIECES))
+        pieces = [piece for number, count in enumerate(counts) for piece in _cut_shard(number, count, piece_rows)]
         if options.shuffle:
             pieces = [pieces[place] for place in self._permute(len(pieces), 0).tolist()]
         wanted = min(-(-self.num_rows // most_rows), len(pieces) // _LEAST_GROUP_PIECES)

@@ -281,6 +281,14 @@ def test_a_store_larger_than_the_disk_is_refused_with_both_sizes(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_of_more_rows_than_are_read_is_refused_by_its_plan(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[plan_extraction.__module__], "MOST_ROWS", 10)
+    with pytest.raises(OptionError, match=r"tokens and texts; at most 10 are read. Make several stores"):
+        plan(tiny, texts, tmp_path / "acts", pool="mean")
+
+
 def test_shards_of_pooled_long_texts_are_about_the_size_asked_for(tiny: LoadedModel, tmp_path: Path) -> None:
     made = plan(tiny, ["the quick brown fox " * 100] * 60, tmp_path / "acts", pool="mean", shard_bytes=20_000)
     run_extraction(made)

@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ import layerprobe
 from layerprobe.errors import FormatError, OptionError, SiteError, StoreError
 from layerprobe.store import rows as rows_module
 from layerprobe.store.format import ShardHeader, commit_shard, read_header
-from layerprobe.store.writer import commit_description, commit_index
+from layerprobe.store.shards import ShardInfo
+from layerprobe.store.writer import StoredSite, commit_description, commit_index
 
 WriteStore = Callable[..., Any]
 FINGERPRINT = "0" * 32
@@ -300,3 +302,13 @@ def test_a_closed_store_gives_no_more_rows(numbered: Any) -> None:
     numbered.close()
     with pytest.raises(StoreError, match="this store was closed"):
         next(iterator)
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(1 << 44, 8), (1 << 30, 1 << 24), (100, 1 << 24)])
+def test_the_order_of_any_store_that_is_read_is_small(num_rows: int, width: int) -> None:
+    info = ShardInfo("shard-000000.safetensors", 0, 1, num_rows)
+    catalog: Any = SimpleNamespace(shards=[info], check_claims=lambda: None)
+    sites = [StoredSite(f"layers.{layer}", "token", torch.float32, width) for layer in range(100)]
+    order = rows_module._Order(catalog, sites, rows_module.RowOptions(shuffle=True))
+    assert order.num_rows == order.starts[-1] == num_rows
+    assert sum(map(len, order.groups)) <= min(num_rows, 1 << 20)

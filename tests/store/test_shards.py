@@ -11,7 +11,7 @@ import torch
 
 from layerprobe.errors import FormatError
 from layerprobe.store.format import ShardHeader, commit_shard
-from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo, check_index, pool_packed
+from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo, check_index, parse_index, pool_packed
 
 FINGERPRINT = "0" * 32
 FILE = "shard-000000.safetensors"
@@ -158,6 +158,20 @@ def test_an_index_with_a_gap_or_wrong_sums_is_refused(
     shards = [ShardInfo("a", firsts[0], 2, 4), ShardInfo("b", firsts[1], 1, 5)]
     with pytest.raises(FormatError, match=rf"index\.json: is damaged: {message}"):
         check_index("index.json", {"examples": examples, "tokens": tokens}, shards)
+
+
+def test_an_index_of_a_trillion_pooled_tokens_is_read() -> None:
+    # 50 billion texts of 20 tokens, as docs/performance.md has them, in fewer shards than there may be
+    counts = {"examples": 100_000, "tokens": 2_000_000}
+    shards = [
+        {"file": f"shard-{unit:06d}.safetensors", "first_example": unit * 100_000, **counts} for unit in range(500_000)
+    ]
+    index = {"examples": 50 * 10**9, "tokens": 10**12, "shards": shards}
+    assert len(parse_index("index.json", index)) == 500_000
+    for shard in shards:
+        shard["tokens"] *= 100
+    with pytest.raises(FormatError, match="claims more than 17,592,186,044,416 rows"):
+        parse_index("index.json", {**index, "tokens": 10**14})
 
 
 @pytest.mark.parametrize("pool", ["mean", "max", "cls", "last"])
