@@ -44,6 +44,7 @@ ORDER = (
     "layerprobe.store.ranges",
     "layerprobe.store.scanning",
     "layerprobe.store.writer",
+    "layerprobe.store.tokenizer",
     "layerprobe.store.checks",
     "layerprobe.store.mismatch",
     "layerprobe.store.merge",

@@ -33,6 +33,7 @@ from layerprobe.store.guard import brief, check_count
 from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.reader import Example, Store, open_store
 from layerprobe.store.shards import ScaledRows
+from layerprobe.store.tokenizer import load_tokenizer
 from layerprobe.tables import format_count, hide_bar
 
 __all__ = ["AuditProblem", "AuditReport", "audit"]
@@ -219,11 +220,10 @@ def _load_own_tokenizer(store: Store) -> Any:
     if not isinstance(said, dict):
         raise StoreError(f"{place}: does not say which tokenizer made its ids. Only its checksums can be checked.")
     check_tokenizer(place, said)
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     # The rules alone: a configuration beside them may be a stranger's, and name code.
-    rules = Tokenizer.from_buffer(place.read(TOKENIZER_FILE, 0, place.size(TOKENIZER_FILE)))
+    rules = load_tokenizer(place.label(TOKENIZER_FILE), place.read(TOKENIZER_FILE, 0, place.size(TOKENIZER_FILE)))
     return PreTrainedTokenizerFast(tokenizer_object=rules)
 
 

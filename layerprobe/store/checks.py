@@ -26,11 +26,12 @@ from layerprobe.store.format import (
     load_header,
     load_json,
 )
-from layerprobe.store.guard import LARGE, brief, parse_json
+from layerprobe.store.guard import LARGE, brief
 from layerprobe.store.headers import POSITIONS, check_description, check_stored
 from layerprobe.store.kept import Kept, parse_kept
 from layerprobe.store.places import Place
 from layerprobe.store.shards import count_pairs, read_order
+from layerprobe.store.tokenizer import load_tokenizer, parse_tokenizer
 from layerprobe.store.writer import StoredSite
 
 __all__ = [
@@ -121,15 +122,8 @@ def load_description(place: Place) -> dict[str, Any]:
     return description
 
 
-def hash_tokenizer(data: bytes) -> str:
-    """Work out from a `tokenizer.json` the hash by which `store.json` knows its tokenizer.
-
-    Raises:
-        ValueError: it is no JSON object.
-    """
-    rules = parse_json(data, LARGE)
-    if not isinstance(rules, dict):
-        raise ValueError("it is no JSON object")
+def hash_tokenizer(rules: Mapping[str, Any]) -> str:
+    """Work out from what a `tokenizer.json` says the hash by which `store.json` knows its tokenizer."""
     kept = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
     return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
 
@@ -143,21 +137,17 @@ def check_tokenizer(place: Place, said: Mapping[str, Any]) -> int:
     Raises:
         FormatError: it is not there, is none, or is another.
     """
-    from tokenizers import Tokenizer
-
     label = place.label(TOKENIZER_FILE)
     if not place.exists(TOKENIZER_FILE):
         raise FormatError(f"{label}: is not there.")
     if (size := place.size(TOKENIZER_FILE)) > LARGE.num_bytes:
         raise FormatError(f"{label}: has {size:,} bytes; at most {LARGE.num_bytes:,} are read.")
     data = place.read(TOKENIZER_FILE, 0, size)
-    try:
-        found = hash_tokenizer(data)
-        tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise FormatError(f"{label}: is not a tokenizer ({brief(error)}).") from error
-    if said.get("hash") not in (None, found):
+    rules = parse_tokenizer(label, data)
+    # before the whole file is given to the native parser
+    if said.get("hash") not in (None, found := hash_tokenizer(rules)):
         raise FormatError(f"{label}: its hash is {found}, {STORE_FILE} says {brief(said['hash'])}.")
+    tokenizer = load_tokenizer(label, data, rules)
     # ids may have holes
     return max([tokenizer.get_vocab_size(with_added_tokens=True) - 1, *tokenizer.get_vocab().values()])
 

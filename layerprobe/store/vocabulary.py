@@ -3,7 +3,7 @@
 A token is a token of the tokenizer, written as the tokenizer writes it (`bank`, `##er`, `Ġbank`). A word is the run of
 tokens that it is cut into, with no piece of a longer word before or after it.
 
-Hides the tokenizers package and the styles of its families. Must never know of shards.
+Hides the styles of the tokenizers' families. Must never know of shards.
 """
 
 import json
@@ -16,16 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError, OptionError
-from layerprobe.store.guard import LARGE, brief, parse_json
+from layerprobe.errors import OptionError
+from layerprobe.store.tokenizer import TokenNames, load_tokenizer, parse_tokenizer
 
 __all__ = ["Vocabulary", "WordRuns", "find_characters"]
 
 # what families of tokenizers put before a token that begins a word
 _MARKERS = {"ByteLevel": "Ġ", "Metaspace": "▁"}
-
-# of a tokenizer.json, what says which token an id is
-_NAMING_PARTS = ("version", "model", "added_tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,26 +90,20 @@ class Vocabulary:
     def __init__(self, label: str, data: bytes) -> None:
         self._label = label
         self._data = data
-        try:
-            said = parse_json(data, LARGE)
-            # The patterns of the other parts, which a stranger may have made slow, take no part in what an id is.
-            names = {key: said.get(key) if key in _NAMING_PARTS else None for key in said}
-        except (ValueError, AttributeError) as error:
-            raise FormatError(f"{label}: is not a tokenizer ({brief(error)}).") from error
-        self._names = _load(label, json.dumps(names).encode())
+        # the patterns of the other parts, which a stranger may have made slow, take no part in what an id is
+        self._names = TokenNames(label, parse_tokenizer(label, data))
 
     @cached_property
     def _tokenizer(self) -> Any:
         """The tokenizer with all its parts, to cut texts of the reader's own."""
-        found = _load(self._label, self._data)
+        found = load_tokenizer(self._label, self._data)
         found.no_padding()
         found.no_truncation()
         return found
 
     def tokens(self, ids: Tensor) -> list[str]:
         """Give each id's token; an id that has none gives an empty text."""
-        tokens = (self._names.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None for token_id in ids.tolist())
-        return ["" if token is None else token for token in tokens]
+        return [self._names.token_of(token_id) or "" for token_id in ids.tolist()]
 
     def offsets(self, text: str, ids: Tensor) -> list[tuple[int, int]] | None:
         """Find the characters of a text that each of its tokens stands for; nothing, (0, 0), for special tokens.
@@ -122,7 +113,7 @@ class Vocabulary:
         """
         encoding = self._tokenizer.encode(text)
         if len(encoding.ids) > len(ids):
-            limited = _load(self._label, self._data)
+            limited = load_tokenizer(self._label, self._data)
             limited.no_padding()
             limited.enable_truncation(max_length=len(ids))
             encoding = limited.encode(text)
@@ -147,7 +138,7 @@ class Vocabulary:
         Raises:
             OptionError: it is not a token; the message says which tokens it is cut into.
         """
-        found = self._names.token_to_id(token)
+        found = self._names.id_of(token)
         if found is None:
             pieces = ", ".join(map(repr, self._tokenizer.encode(token, add_special_tokens=False).tokens)) or "nothing"
             raise OptionError(
@@ -206,17 +197,6 @@ class Vocabulary:
         if marker == _MARKERS["Metaspace"]:
             return token.replace(marker, " ")
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
-
-
-def _load(label: str, data: bytes) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_buffer(data)
-    except BaseException as error:  # tokenizers raises bare Exception, and where it panics not even that
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise FormatError(f"{label}: is not a tokenizer ({brief(error)}).") from error
 
 
 def _is_of_word(sign: str) -> bool:
