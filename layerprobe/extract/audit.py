@@ -224,7 +224,9 @@ def _load_own_tokenizer(store: Store) -> Any:
 
     # The rules alone: a configuration beside them may be a stranger's, and name code.
     rules = load_tokenizer(place.label(TOKENIZER_FILE), place.read(TOKENIZER_FILE, 0, place.size(TOKENIZER_FILE)))
-    return PreTrainedTokenizerFast(tokenizer_object=rules)
+    splits = said.get("split_special_tokens") is True
+    side = "left" if said.get("truncation_side") == "left" else "right"
+    return PreTrainedTokenizerFast(tokenizer_object=rules, split_special_tokens=splits, truncation_side=side)
 
 
 def _choose(store: Store, count: int, seed: int) -> list[int]:

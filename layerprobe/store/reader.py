@@ -348,7 +348,7 @@ class Store:
             return None
         if (size := self.place.size(file)) > LARGE.num_bytes:
             raise FormatError(f"{self.place.label(file)}: has {size:,} bytes; at most {LARGE.num_bytes:,} are read.")
-        return Vocabulary(self.place.label(file), self.place.read(file, 0, size))
+        return Vocabulary(self.place.label(file), self.place.read(file, 0, size), self.description.get("tokenizer"))
 
 
 def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:

@@ -7,7 +7,7 @@ Hides the styles of the tokenizers' families. Must never know of shards.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -82,23 +82,29 @@ class Vocabulary:
     Args:
         label: What to call the file in messages.
         data: The bytes of a `tokenizer.json`.
+        said: What `store.json` says of how it was set.
 
     Raises:
         FormatError: it is not a tokenizer.
     """
 
-    def __init__(self, label: str, data: bytes) -> None:
+    def __init__(self, label: str, data: bytes, said: Mapping[str, Any] | None = None) -> None:
         self._label = label
         self._data = data
+        self._set = said or {}
         # the patterns of the other parts, which a stranger may have made slow, take no part in what an id is
         self._names = TokenNames(label, parse_tokenizer(label, data))
 
     @cached_property
     def _tokenizer(self) -> Any:
         """The tokenizer with all its parts, to cut texts of the reader's own."""
+        return self._load()
+
+    def _load(self) -> Any:
         found = load_tokenizer(self._label, self._data)
         found.no_padding()
         found.no_truncation()
+        found.encode_special_tokens = self._set.get("split_special_tokens") is True
         return found
 
     def tokens(self, ids: Tensor) -> list[str]:
@@ -113,9 +119,8 @@ class Vocabulary:
         """
         encoding = self._tokenizer.encode(text)
         if len(encoding.ids) > len(ids):
-            limited = load_tokenizer(self._label, self._data)
-            limited.no_padding()
-            limited.enable_truncation(max_length=len(ids))
+            limited, side = self._load(), self._set.get("truncation_side")
+            limited.enable_truncation(max_length=len(ids), direction="left" if side == "left" else "right")
             encoding = limited.encode(text)
         return list(encoding.offsets) if encoding.ids == ids.tolist() else None
 

@@ -14,7 +14,7 @@ from layerprobe.errors import FormatError, OptionError, PlanError, StoreError
 from layerprobe.extract import audit as audit_module
 from layerprobe.extract.audit import AuditReport, audit
 from layerprobe.extract.forward import REORDERED
-from layerprobe.models import LoadedModel
+from layerprobe.models import LoadedModel, load_model
 from layerprobe.store.format import commit_shard, read_header
 from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo
 from layerprobe.store.verify import verify
@@ -49,6 +49,20 @@ def test_a_store_of_int8_passes(tiny: LoadedModel, texts: list[str], tmp_path: P
     extract(tiny, texts, tmp_path / "acts", sites=["layers.*", "pooler"], dtype="int8")
     report = audit(tmp_path / "acts", tiny, num_examples=100)
     assert report.ok, report
+
+
+@pytest.mark.parametrize("option", [{"split_special_tokens": True}, {"truncation_side": "left"}, {}])
+def test_a_tokenizer_set_otherwise_cuts_the_texts_as_it_did(tmp_path: Path, option: dict[str, Any]) -> None:
+    model = load_model("demo")
+    for name, value in option.items():
+        setattr(model.tokenizer, name, value)
+    texts = ["It ends with [SEP] here, and then the rain fell on the roof.", "So it goes."]
+    store = extract(model, texts, tmp_path / "acts", sites="layers.0", max_length=12)
+    assert audit(tmp_path / "acts", model, num_examples=2).ok
+    for ordinal, text in enumerate(texts):
+        example = store.example(ordinal)
+        said = model.tokenizer(text, truncation=True, max_length=12, return_offsets_mapping=True)
+        assert store.token_offsets(ordinal) == said["offset_mapping"] and len(example.tokens) == len(said["input_ids"])
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "max", "last"])
