@@ -39,6 +39,7 @@ from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.fingerprint import fingerprint_run
 from layerprobe.store.format import ShardHeader
+from layerprobe.store.headers import MOST_EXAMPLES, MOST_TOKENS
 from layerprobe.store.lock import StoreLock
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_place, commit_description, commit_index
@@ -287,7 +288,9 @@ class StoreSink(SinkAbilities):
         if unit is not None:
             # not by the buffer's own room: one that has grown would take more, and the two take turns as they come free
             wanted = unit.used.plus(needed)
-            if batch is None and unit.used.examples and not self._room.holds(wanted, unit.buffer.kinds):
+            # sites with a vector per example have no room for rows to tell of; a shard has so many all the same
+            fits = self._room.holds(wanted, unit.buffer.kinds) and wanted.rows <= MOST_TOKENS
+            if batch is None and unit.used.examples and not fits:
                 self.end_unit()
             elif not unit.buffer.fits(wanted):
                 self._lane.fence()()  # what is on its way must land before its buffer moves
@@ -388,6 +391,7 @@ class StoreSink(SinkAbilities):
         pairs_per_row = max(1.0, first.pairs / max(1, first.rows))  # each token is a pair with itself
         # Texts average more than one token, so a vector per row is more than enough for vectors per example.
         rows = int(self._shard_bytes / (size["token"] + size["example"] + size["attention"] * pairs_per_row))
-        room = self._room = Room(*map(max, first, Room(rows, rows, int(rows * pairs_per_row))))
+        pairs = int(rows * pairs_per_row)
+        room = self._room = Room(*map(max, first, Room(min(rows, MOST_TOKENS), min(rows, MOST_EXAMPLES), pairs)))
         make = partial(HostBuffer, self._stored, room, self._lane.pinned)
         return BufferPool(make, self.writer.num_threads + 1, self._lane.is_busy)

@@ -27,6 +27,8 @@ from layerprobe.tables import format_dtype
 __all__ = [
     "BLANK_CHECKSUM",
     "FORMAT_VERSION",
+    "MOST_EXAMPLES",
+    "MOST_TOKENS",
     "POSITIONS",
     "SCALE_SUFFIX",
     "ShardHeader",
@@ -71,9 +73,9 @@ _DTYPES = {format_dtype(dtype): dtype for dtype in _TO_NAME}
 _ALIGNMENT = 4096
 BLANK_CHECKSUM = "0" * 16
 # Offsets and places of the examples of a shard are kept as Python numbers: 16 million are a gigabyte.
-_MOST_EXAMPLES = 1 << 24
+MOST_EXAMPLES = 1 << 24
 # The sum of the squares of lengths, which says where attention weights lie, fits 64 bits.
-_MOST_TOKENS = 1 << 31
+MOST_TOKENS = 1 << 31
 _MOST_UNIT = 10**12 - 1
 # torch counts elements, and bytes, in 64 bits, also those of a tensor that has none.
 _MOST_ELEMENTS = 1 << 48
@@ -242,8 +244,8 @@ def parse_header(text: bytes) -> ShardHeader:
 def _check_counts(header: ShardHeader) -> None:
     for what, count, most in (
         ("unit", header.unit, _MOST_UNIT),
-        ("examples", header.num_examples, _MOST_EXAMPLES),
-        ("tokens", header.num_tokens, _MOST_TOKENS),
+        ("examples", header.num_examples, MOST_EXAMPLES),
+        ("tokens", header.num_tokens, MOST_TOKENS),
         ("first_example", header.first_example, MOST_COUNT),
     ):
         if count > most:

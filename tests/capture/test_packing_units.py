@@ -10,14 +10,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertForSequenceClassification
 
 import layerprobe as lp
+from layerprobe.capture import packing, sinks
 from layerprobe.capture import probe as probe_module
-from layerprobe.capture import sinks
 from layerprobe.capture.packing import StoreSink
 from layerprobe.capture.staging import HostBuffer, Room
 from layerprobe.capture.units import AnnouncedBatch, OpenUnit, encode_record
 from layerprobe.errors import CaptureError, NonFiniteError, StoreError
+from layerprobe.store import headers
 from layerprobe.store.writer import ShardWriter, StoredSite
 
 
@@ -227,3 +229,25 @@ def test_mask_and_ids_of_a_call_are_fetched_together(
         rows_TD = example["layers.2"]
         assert isinstance(rows_TD, torch.Tensor)
         assert torch.equal(rows_TD, output.last_hidden_state[ordinal][real[ordinal]])
+
+
+@pytest.mark.parametrize(("most_examples", "most_tokens"), [(128, 1 << 31), (1 << 24, 300)])
+def test_shards_of_a_very_narrow_site_stay_within_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_examples: int, most_tokens: int
+) -> None:
+    # four bytes an example: what is read is reached before a shard is full
+    monkeypatch.setattr(probe_module, "DEFAULT_SHARD_BYTES", 4096)
+    for module in (headers, packing):
+        monkeypatch.setattr(module, "MOST_EXAMPLES", most_examples)
+        monkeypatch.setattr(module, "MOST_TOKENS", most_tokens)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=100
+    )
+    config.num_labels = 1
+    model = BertForSequenceClassification(config).eval()
+    ids = torch.randint(1, 100, (200, 5))
+    with torch.no_grad(), lp.Probe(model, "module:classifier", to=tmp_path / "acts"):
+        wanted = torch.cat([model(input_ids=part).logits for part in ids.split(4)])
+    store = lp.open(tmp_path / "acts")
+    assert len(store) == 200 and store.num_shards > 1
+    assert torch.equal(store["module:classifier"].pooled(), wanted)
