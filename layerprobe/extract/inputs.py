@@ -26,6 +26,7 @@ import xxhash
 
 from layerprobe.errors import InputError, first_line
 from layerprobe.packages import need_package
+from layerprobe.store.guard import check_record
 
 __all__ = ["HUB_PREFIX", "InputDigest", "Record", "TextSource", "check_text", "open_source"]
 
@@ -60,11 +61,13 @@ class InputDigest:
         """Take in one record; gives its bytes as JSON.
 
         Raises:
-            InputError: half a character in the text, or fields that are no JSON.
+            InputError: half a character in the text, or fields that are no JSON or more of it than is read back.
         """
         check_text(record.text, self._name, self._count)
         try:
             line = _encode([record.text, record.fields]).encode()
+            if record.fields:
+                check_record(line)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"{self._name}, text {self._count}: its other fields cannot be kept as JSON ({error}). "

@@ -34,6 +34,7 @@ __all__ = [
     "brief",
     "check_count",
     "check_flag",
+    "check_record",
     "exists_inside",
     "open_inside",
     "parse_json",
@@ -194,13 +195,22 @@ def parse_json(data: bytes, bounds: JsonBounds) -> Any:
     return value
 
 
+def check_record(data: bytes) -> None:
+    """Refuse a record that `parse_record` would not take for its size: also in brackets, in place of its own braces.
+
+    Raises:
+        ValueError: it has more values, or is nested deeper, than is read.
+    """
+    _check_structure(data, _MOST_RECORD_VALUES, _MOST_RECORD_DEPTH)
+
+
 def parse_record(data: bytes) -> dict[str, Any]:
     """Parse the record of an example. Its fields are the user's: numbers of any kind, as Python writes them.
 
     Raises:
         ValueError: it is no such record.
     """
-    _check_structure(data, _MOST_RECORD_VALUES, _MOST_RECORD_DEPTH)
+    check_record(data)
     try:
         record = json.loads(data.decode("utf-8"), parse_int=_parse_long)
     except RecursionError as error:

@@ -13,9 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from layerprobe.capture.units import encode_record
 from layerprobe.errors import InputError
 from layerprobe.extract.inputs import InputDigest, Record, check_text, open_source
+from layerprobe.store import guard
+from layerprobe.store.guard import parse_record
 
 TEXTS = ["one", "", "中文 text", "two 😀"]
 
@@ -307,3 +312,34 @@ def test_parquet_keeps_dates_as_texts_and_refuses_what_is_no_json(tmp_path: Path
     parquet.write_table(pyarrow.table({"text": ["a"], "raw": [b"a"]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b\.parquet, row 0: field 'raw' is bytes, which cannot be kept as JSON"):
         texts_of(tmp_path / "b.parquet")
+
+
+def test_fields_with_more_values_than_are_read_are_refused() -> None:
+    most = guard._MOST_RECORD_VALUES
+    with pytest.raises(
+        InputError, match=r"the texts, text 0: its other fields cannot be kept.*more than 1,048,576 value"
+    ):
+        InputDigest("the texts").add(Record("a", {"audio": [0] * (most + 1)}))
+    assert InputDigest("the texts").add(Record("," * (most + 1), {"audio": [0]}))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.text(',[]{}"\\a', max_size=8),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text("ab,"), inner),
+    ),
+    st.text(',[]{}"\\a'),
+)
+def test_what_a_digest_takes_is_read_back(value: Any, text: str) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(guard, "_MOST_RECORD_VALUES", 12)
+        patched.setattr(guard, "_MOST_RECORD_DEPTH", 4)
+        record = {"text": text, "fields": {"field": value}}
+        try:
+            InputDigest("the texts").add(Record(text, record["fields"]))
+        except InputError:
+            with pytest.raises(ValueError, match=r"values|nested"):
+                parse_record(encode_record(record))
+        else:
+            assert parse_record(encode_record(record)) == record
