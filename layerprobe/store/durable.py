@@ -33,6 +33,7 @@ __all__ = [
     "TRIAL_PREFIX",
     "commit_file",
     "commit_folder",
+    "flush_file",
     "flush_folder",
     "is_direct_better",
     "make_folder",
@@ -355,10 +356,7 @@ def make_folder(folder: Path) -> None:
 def commit_folder(partial: Path, folder: Path) -> None:
     """Make a folder that is written already permanent, with all that is in it, under its final name."""
     for file in [*partial.rglob("*"), partial]:
-        if file.is_dir():
-            flush_folder(file)
-        else:
-            _flush(file)
+        (flush_folder if file.is_dir() else flush_file)(file)
     os.replace(partial, folder)
     flush_folder(folder.parent)
 
@@ -366,10 +364,11 @@ def commit_folder(partial: Path, folder: Path) -> None:
 def flush_folder(folder: Path) -> None:
     """Make the names in a folder permanent, those that are gone too."""
     if os.name != "nt":  # Windows has no handle for a folder; its rename is durable by itself
-        _flush(folder)
+        flush_file(folder)
 
 
-def _flush(path: Path) -> None:
+def flush_file(path: Path) -> None:
+    """Make what is in a file permanent, whoever wrote it."""
     # Windows flushes only what may be written
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError
 from layerprobe.store.checks import Wanted, check_shard, check_tokenizer, load_description, tell
-from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
+from layerprobe.store.durable import commit_folder, flush_file, flush_folder, make_folder, tell_failure
 from layerprobe.store.format import (
     INDEX_FILE,
     STAGE_FOLDER,
@@ -57,6 +57,7 @@ class MergeReport:
         num_alike: Further copies of a shard, the same to the byte as far as headers and their checksums tell.
         damaged: Files that were left out, and why.
         missing: Units that no folder has whole.
+        lacks_tokenizer: Whether the plan has a tokenizer that no folder has whole.
     """
 
     out: Path
@@ -66,11 +67,12 @@ class MergeReport:
     num_alike: int = 0
     damaged: list[tuple[Path, str]] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
+    lacks_tokenizer: bool = False
 
     @property
     def is_complete(self) -> bool:
-        """Whether every unit is there, and with them the index."""
-        return not self.missing
+        """Whether every unit and the tokenizer are there, and with them the index."""
+        return not self.missing and not self.lacks_tokenizer
 
     def __str__(self) -> str:
         lines = [f"{path}: left out: {why}" for path, why in self.damaged]
@@ -84,6 +86,11 @@ class MergeReport:
             lines.append(
                 f"not complete: {format_count(len(self.missing), 'unit')} missing ({listed}). Merge the store that has "
                 "them into it, or run the same extraction there."
+            )
+        if self.lacks_tokenizer:
+            lines.append(
+                "not complete: no sound tokenizer. Merge a store that has it into it, or run 'layerprobe verify "
+                "--repair' and the same extraction there."
             )
         return "\n".join(lines)
 
@@ -172,7 +179,7 @@ def _merge_into(target: Path, sources: Sequence[Path], link: bool, progress: boo
         _fill(target, copies, descriptions, report, link, progress)
     finally:
         with contextlib.suppress(OSError):
-            _clear(target / STAGE_FOLDER)
+            _clear_leftovers(target)
     return report
 
 
@@ -256,12 +263,13 @@ def _fill(
     progress: bool | None,
 ) -> None:
     description = next(iter(descriptions.values()))
-    stage = target / STAGE_FOLDER
-    _clear(stage)
-    stage.mkdir()
+    _clear_leftovers(target)
+    (target / STAGE_FOLDER).mkdir()
     if not (target / STORE_FILE).exists():
         commit_description(target, description)
     highest_id = _bring_tokenizer(target, descriptions, report)
+    if report.lacks_tokenizer:
+        _remove(target / INDEX_FILE)
     wanted = Wanted.from_description(description, highest_id)
     headers: list[ShardHeader] = []
     size = sum(copy.path.stat().st_size for found in copies.values() for copy in found[:1])
@@ -290,6 +298,8 @@ def _bring(
             # the index, if there is one, speaks of a shard that is none
             _remove(target / INDEX_FILE if is_own else place / copy.header.file)
             continue
+        if is_own or link:  # whoever copied it may not have waited for the disk
+            flush_file(place / header.file)
         if not is_own:
             _remove(target / INDEX_FILE)
             os.replace(place / header.file, target / header.file)
@@ -303,7 +313,7 @@ def _bring(
 
 
 def _stage(target: Path, copy: _Copy, link: bool) -> Path:
-    """Put a shard beside the store, durably, under its own name; gives the folder."""
+    """Put a shard beside the store, under its own name; gives the folder. A copy is on the disk then."""
     stage = target / STAGE_FOLDER
     path = stage / copy.header.file
     _remove(path)
@@ -334,6 +344,7 @@ def _copy(folder: Path, file: str, path: Path) -> None:
 
 def _bring_tokenizer(target: Path, descriptions: Mapping[Path, dict[str, Any]], report: MergeReport) -> int | None:
     """Copy the first tokenizer that is the plan's, if the store has none; gives its highest id."""
+    report.lacks_tokenizer = isinstance(next(iter(descriptions.values())).get("tokenizer"), dict)
     for folder, description in {target: next(iter(descriptions.values())), **descriptions}.items():
         said = description.get("tokenizer")
         if not isinstance(said, dict) or not (folder / TOKENIZER_FOLDER).exists():
@@ -349,6 +360,7 @@ def _bring_tokenizer(target: Path, descriptions: Mapping[Path, dict[str, Any]], 
                         _copy(folder, f"{TOKENIZER_FOLDER}/{name}", partial / name)
                 shutil.rmtree(target / TOKENIZER_FOLDER, ignore_errors=True)
                 commit_folder(partial, target / TOKENIZER_FOLDER)
+            report.lacks_tokenizer = False
             return highest_id
         except FormatError as error:
             report.damaged.append((folder / TOKENIZER_FOLDER, tell(LocalPlace(folder), TOKENIZER_FOLDER, error)))
@@ -370,8 +382,13 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def _clear_leftovers(target: Path) -> None:
+    """Remove what an ended run or merge left; a link itself, never what it leads to."""
+    for path in [path for path in target.iterdir() if is_leftover(path.name)]:
+        _clear(path)
+
+
 def _clear(path: Path) -> None:
-    """Remove what an ended merge left; a link itself, never what it leads to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

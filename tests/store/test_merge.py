@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 import layerprobe as lp
+from faults import FaultySystem, Step
 from layerprobe.errors import FormatError, LockError, OptionError, PlanError, SpaceError, StoreError
 from layerprobe.models import LoadedModel
+from layerprobe.store import durable
 from layerprobe.store.format import commit_shard
 from layerprobe.store.lock import StoreLock
 from layerprobe.store.verify import verify
@@ -177,6 +179,33 @@ def test_a_tokenizer_that_is_another_is_left_out(whole: Path, part: Callable[...
     assert contents(tmp_path / "out") == contents(whole)
 
 
+def test_a_merge_without_a_sound_tokenizer_is_not_complete(
+    whole: Path, part: Callable[..., Path], tmp_path: Path, tiny: LoadedModel, texts: list[str]
+) -> None:
+    bad = part("bad", *range(count(whole)))
+    path = bad / "tokenizer" / "tokenizer.json"
+    sound = path.read_text()
+    path.write_text(sound.replace('"fox"', '"axe"'))
+    report = lp.merge(tmp_path / "out", [bad])
+    assert not report.missing and not report.is_complete and "not complete: no sound tokenizer" in str(report)
+    assert not lp.open(tmp_path / "out").is_complete
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    # as the report says, either way
+    assert lp.merge(tmp_path / "out", [whole]).is_complete
+    assert extract(tiny, texts, tmp_path / "again", shard_size=SHARD_BYTES).is_complete
+    assert contents(tmp_path / "out") == contents(tmp_path / "again") == contents(whole)
+
+
+def test_a_damaged_tokenizer_of_the_store_itself_takes_its_index_away(whole: Path, part: Callable[..., Path]) -> None:
+    other = part("other", 0)
+    path = whole / "tokenizer" / "tokenizer.json"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-9])
+    (other / "tokenizer" / "tokenizer.json").write_bytes(sound[:-9])
+    assert not lp.merge(whole, [other]).is_complete and not lp.open(whole).is_complete
+    assert verify(whole, repair=True).removed == ("tokenizer",)
+
+
 def test_links_in_a_store_are_not_followed(whole: Path, part: Callable[..., Path], tmp_path: Path) -> None:
     bad = part("bad", 0)
     (bad / shard(1)).symlink_to(whole / shard(1))
@@ -269,6 +298,41 @@ def test_a_stage_that_is_a_link_is_not_followed(
     assert lp.merge(out, [whole], link=link).is_complete
     assert contents(mine) == {shard(1): b"mine"} and contents(out) == contents(whole)
     assert not os.path.lexists(out / "merge.tmp")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_an_ended_run_left_is_removed_and_no_link_followed(whole: Path, tmp_path: Path, link: bool) -> None:
+    out, mine, folder = tmp_path / "out", tmp_path / "mine", tmp_path / "folder"
+    out.mkdir()
+    folder.mkdir()
+    mine.write_text("mine" * 9999)
+    for name in ("store.json", "index.json", shard(0), shard(77)):
+        (out / f"{name}.tmp").symlink_to(mine)
+    (out / f"{shard(78)}.tmp").write_bytes(bytes(4096))
+    (out / "tokenizer.tmp").symlink_to(folder)
+    assert lp.merge(out, [whole], link=link).is_complete
+    assert mine.read_text() == "mine" * 9999 and not list(folder.iterdir())
+    assert contents(out) == contents(whole) and not list(out.glob("*.tmp")) and not (out / "index.json").is_symlink()
+
+
+def test_every_shard_is_on_the_disk_before_the_index_is(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, flushed = tmp_path / "out", list[int]()
+    out.mkdir()
+    shutil.copy(whole / "store.json", out)
+    shutil.copy(whole / shard(0), out)  # by hand, and maybe not on the disk yet
+    before: list[set[int]] = []
+
+    def note(step: Step) -> None:
+        if step.name == "fsync":
+            flushed.append(step.inode)
+        if step.name == "replace" and Path(step.arguments[1]).name == "index.json":
+            before.append(set(flushed))
+
+    monkeypatch.setattr(durable, "os", FaultySystem(note))
+    assert lp.merge(out, [whole], link=True).is_complete
+    assert len(before) == 1 and before[0] >= {(out / shard(unit)).stat().st_ino for unit in range(count(whole))}
 
 
 def test_a_stage_that_was_left_is_named_and_removed_by_the_next_run(
