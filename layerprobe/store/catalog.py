@@ -36,7 +36,7 @@ from layerprobe.store.writer import StoredSite
 
 __all__ = ["MOST_OPEN_SHARDS", "Catalog"]
 
-# A mapping holds a file descriptor; a process may have about a thousand.
+# Before Python 3.13 a mapping holds a file descriptor; a process may have about a thousand.
 MOST_OPEN_SHARDS = 256
 # Of a run that does not say how many examples it has.
 _NO_END = 1 << 63

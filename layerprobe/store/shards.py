@@ -4,7 +4,10 @@ A shard is checked against its header, and its ordinals and offsets against its 
 Must never know of stores or sites.
 """
 
+import errno
 import mmap
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +44,9 @@ __all__ = [
     "positions_of",
     "read_order",
 ]
+
+# Before Python 3.13 each mapping holds a descriptor of its own.
+_HOLDS_NO_FILE: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) and os.name != "nt" else {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,13 +246,19 @@ def _map_file(path: Path, size: int) -> mmap.mmap:
     try:
         with open_inside(path.parent, path.name) as file:
             # Copy on write: tensors are writable, as torch wants them, and the file stays as it is.
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, **_HOLDS_NO_FILE)
     except FormatError:
         raise
     except ValueError as error:
         raise FormatError(f"{path}: was cut while it was opened.") from error
     except OSError as error:
-        raise StoreError(f"{path}: cannot be mapped ({error.strerror or error}).") from error
+        advice = ""
+        if error.errno == errno.EMFILE and not _HOLDS_NO_FILE:
+            advice = (
+                " Before Python 3.13 a view holds its shard's file open: keep copies, as view[i].clone() makes, or "
+                "allow more open files (ulimit -n)."
+            )
+        raise StoreError(f"{path}: cannot be mapped ({error.strerror or error}).{advice}") from error
 
 
 def check_header(label: str, header: ShardHeader, info: ShardInfo, fingerprint: str) -> None:

@@ -1,8 +1,12 @@
 """The shards of a store: mapped when they are asked for, compared once, let go of when the store is closed."""
 
 import json
+import os
 import pickle
+import re
+import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,3 +101,24 @@ def test_a_tensor_is_compared_once_however_often_its_shard_is_mapped(
     path.write_bytes(damaged)
     with pytest.raises(FormatError, match="bytes of 'pooler'"):
         store["pooler"][4]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its processes have another limit")
+def test_views_of_more_shards_than_a_process_may_have_files(write_store: WriteStore) -> None:
+    written = write_store(((1,),) * 100)
+    code = """
+        import resource, sys
+        import layerprobe as lp
+        store = lp.open(sys.argv[1])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+        print(len(list(store["layers.0"])))
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(written.folder)], capture_output=True, text=True
+    )
+    if sys.version_info >= (3, 13):
+        assert ended.stdout.split() == ["100"], ended.stderr
+    else:
+        assert re.search(
+            r"safetensors: cannot be mapped \(Too many open files\)\. .*view\[i\]\.clone\(\)", ended.stderr
+        )
