@@ -6,11 +6,12 @@ the disk does alone is measured beside it.
 Hides how the sample is taken. Must never write into the store itself.
 """
 
+import contextlib
 import itertools
 import math
 import shutil
-import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from layerprobe.extract.resume import check_place
 from layerprobe.extract.sampling import MOST_EXAMPLES, SamplePace, Sampler, check_records, grow_sample
 from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import find_device
-from layerprobe.store.durable import commit_file, make_noise, tell_failure
+from layerprobe.store.durable import TRIAL_PREFIX, commit_file, make_noise, tell_failure
 from layerprobe.store.places import find_place
 from layerprobe.tables import format_bytes, format_count, format_table, format_time
 
@@ -142,26 +143,38 @@ def price_extraction(
     if folder is None:
         raise OptionError(f"{to}: only what a local disk costs can be measured. Give a local folder with -o.")
     check_place(place)
-    parent = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
     source = open_source(texts, options.field)
     network, tokenizer = find_model(model, None, device)
     loaded = replace(model, model=network) if isinstance(model, LoadedModel) else network
-    try:
-        made = tempfile.TemporaryDirectory(prefix="layerprobe-plan-", dir=parent)
-    except OSError as error:
-        raise tell_failure(folder, error) from error
-    with made as scratch:
+    with _make_scratch(folder) as scratch:
         try:
             own = replace(options, field="text")
-            sample = _measure_sample(loaded, tokenizer, source, Path(scratch) / "acts", own, num_examples, seconds)
-            disk = _measure_disk(Path(scratch))
+            sample = _measure_sample(loaded, tokenizer, source, scratch / "acts", own, num_examples, seconds)
+            disk = _measure_disk(scratch)
         except SpaceError as error:
             raise SpaceError(
-                f"{to}: the disk has {format_bytes(shutil.disk_usage(parent).free)} free, too little for the sample "
+                f"{to}: the disk has {format_bytes(shutil.disk_usage(scratch).free)} free, too little for the sample "
                 "that a plan measures there. Make room, give another disk with -o, or ask for fewer sites, a smaller "
                 "dtype or a pool."
             ) from error
     return Price(num_examples, sample, disk, str(find_device(network)))
+
+
+@contextlib.contextmanager
+def _make_scratch(folder: Path) -> Iterator[Path]:
+    """Make a folder where a store will lie; in one that is there, under a name that the next run there removes."""
+    parent = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
+    is_inside = parent == folder.absolute()
+    scratch = parent / (f"{TRIAL_PREFIX}{time.time_ns()}.tmp" if is_inside else f"layerprobe-plan-{time.time_ns()}")
+    try:
+        scratch.mkdir(mode=0o700)
+    except OSError as error:
+        raise tell_failure(folder, error) from error
+    try:
+        yield scratch
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(scratch)
 
 
 def _measure_sample(

@@ -1,5 +1,6 @@
 """What a run would cost: the arithmetic against numbers worked out by hand, and the sample against a real run."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from layerprobe.extract import trials
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.pricing import DiskPace, Price, SamplePace, price_extraction
 from layerprobe.models import LoadedModel
+from layerprobe.store.format import is_leftover
 
 extract: Any = layerprobe.extract
 
@@ -39,6 +41,21 @@ def test_a_sample_that_is_the_whole_input_counts_what_the_run_counts(
     assert price.sample.num_examples == len(texts) and price.num_tokens == 10 * whole.num_tokens
     assert price.num_bytes == 10 * size and price.seconds > 0 and store.is_complete
     assert sorted(path.name for path in tmp_path.iterdir()) == ["acts", "whole"]
+
+
+def test_a_sample_inside_a_store_has_a_name_that_the_next_run_removes(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "acts"
+    extract(tiny, texts, folder)
+    before, seen = set(os.listdir(folder)), set[str]()
+    with tiny.model.register_forward_pre_hook(lambda *_: seen.update(os.listdir(folder))):
+        price_extraction(tiny, texts, folder, ExtractOptions(), 100)
+    assert len(seen - before) == 1 and all(map(is_leftover, seen - before)) and set(os.listdir(folder)) == before
+    # as after a kill
+    (folder / (seen - before).pop() / "acts").mkdir(parents=True)
+    extract(tiny, texts, folder)
+    assert set(os.listdir(folder)) == before
 
 
 def test_one_text_is_one(tiny: LoadedModel, tmp_path: Path) -> None:
