@@ -59,6 +59,8 @@ class Asked:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
                 raise OptionError(f"where({name}={value!r}): it must be of type {wanted.__name__}.")
+        if self.token_id is not None and not -(1 << 63) <= self.token_id < 1 << 63:
+            raise OptionError(f"where(token_id={self.token_id!r}): no token has it: an id has 64 bits.")
 
     @property
     def has_records(self) -> bool:

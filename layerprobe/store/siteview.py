@@ -18,6 +18,7 @@ from torch import Tensor
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.guard import brief
 from layerprobe.store.rows import RowBatches, RowOptions, choose_sites, take_rows
 from layerprobe.store.shards import ScaledRows, Shard, pool_packed
 
@@ -57,11 +58,8 @@ class SiteView(Sequence[Tensor | ScaledRows]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[ordinal] for ordinal in self.catalog.slice_ordinals(index)]
-        if isinstance(index, bool) or (type(index) is not int and np.ndim(index) > 0):
-            ordinals = np.asarray(index)
-            if ordinals.size and ordinals.dtype.kind not in "iu":
-                raise OptionError(f"{self.site!r} is indexed by ordinals: an index of {ordinals.dtype} is none.")
-            return [self[int(ordinal)] for ordinal in ordinals]
+        if type(index) is not int and (ordinals := self._list_ordinals(index)) is not None:
+            return [self[ordinal] for ordinal in ordinals]
         shard, ordinal = self.catalog.find(index)
         position, start, stop = shard.span(ordinal)
         if self.kind == "token":
@@ -75,6 +73,22 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         length, first = stop - start, self.width * shard.pairs_before[position]
         flat = shard.part(self.site, first, first + self.width * length * length)
         return flat.view(self.width, length, length)
+
+    def _list_ordinals(self, index: Any) -> list[int] | None:
+        """Read an index as a list of ordinals; None where it is no list."""
+        try:
+            ordinals = np.asarray(index)
+        except ValueError as error:  # lists of different lengths
+            raise OptionError(
+                f"{self.site!r} is indexed by ordinals: {brief(repr(index))} is no list of them."
+            ) from error
+        if ordinals.ndim == 0 and not isinstance(index, bool):
+            return None
+        if ordinals.ndim != 1:
+            raise OptionError(f"{self.site!r} is indexed by ordinals: {brief(repr(index))} is no list of them.")
+        if ordinals.size and ordinals.dtype.kind not in "iu":
+            raise OptionError(f"{self.site!r} is indexed by ordinals: an index of {ordinals.dtype} is none.")
+        return ordinals.tolist()
 
     def __iter__(self) -> Iterator[Tensor | ScaledRows]:
         for number, info in enumerate(self.catalog.shards):

@@ -134,6 +134,8 @@ def test_examples_of_a_pooled_store_give_their_vectors(tiny: Any, tmp_path: Path
         ({"token": 7}, "must be of type str"),
         ({"token_id": "7"}, "must be of type int"),
         ({"token_id": True}, "must be of type int"),
+        ({"token_id": 2**70}, "no token has it: an id has 64 bits"),
+        ({"token_id": -(2**63) - 1}, "no token has it"),
         ({"token": "dogs"}, r"no token 'dogs' in .*: it is cut into 'dog', '##s'\. Use word='dogs'"),
         ({"word": "☃"}, "no word '☃' for .*: it has no tokens"),
         ({"word": " "}, "no word ' '"),

@@ -101,3 +101,20 @@ def test_bounds_that_are_no_whole_numbers_are_refused(write_store: WriteStore, i
         view = open_store(write_store(complete=complete, name=name).folder)["layers.0"]
         with pytest.raises(OptionError, match=r"is sliced by ordinals, not by slice\(.*\): bounds are whole numbers"):
             view[index]
+
+
+@pytest.mark.parametrize("index", [[[0, 1]], [[0], [1, 2]], [0, [1]], np.array([[0, 1]]), torch.tensor([[0]]), True])
+def test_an_index_that_is_no_list_of_ordinals_is_refused(write_store: WriteStore, index: Any) -> None:
+    view = open_store(write_store().folder)["layers.0"]
+    with pytest.raises(OptionError, match=r"'layers\.0' is indexed by ordinals: "):
+        view[index]
+
+
+def test_a_list_of_ordinals_is_any_flat_one(write_store: WriteStore) -> None:
+    written = write_store()
+    view = open_store(written.folder)["layers.0"]
+    for index in ([1, -1], (1, -1), np.array([1, -1]), torch.tensor([1, -1]), range(1, 5, 3)):
+        assert all(map(torch.equal, view[index], (written.rows[1], written.rows[4])))
+    for index in (1, np.int64(1), torch.tensor(1), np.array(1)):
+        assert torch.equal(view[index], written.rows[1])
+    assert view[[]] == [] and view[np.array([], dtype=np.int64)] == []
