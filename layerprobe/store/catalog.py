@@ -226,18 +226,19 @@ class Catalog:
             raise StoreError(f"{self.place}: this store was closed. Open it again with layerprobe.open.")
         return self._keep(number, self._make_shard(number))
 
-    def prefetch(self, numbers: Sequence[int], names: Sequence[str]) -> None:
-        """Begin to fetch tensors of shards that will be asked for soon, no more than can be kept until then.
+    def prefetch(self, numbers: Sequence[int], names: Sequence[str]) -> list[object]:
+        """Begin to fetch tensors of shards that will be asked for soon, no more than there is room for.
 
         Args:
             numbers: Places of the shards in the order of the input; those beyond the last are left out.
             names: Of the tensors.
+
+        Returns:
+            What keeps them at hand as long as it is held.
         """
         numbers = [number for number in numbers if number < len(self.shards)]
         self._open_all(numbers)
-        room_bytes: int | None = None
-        for number in numbers:
-            room_bytes = self.shard(number).prefetch(names, room_bytes)
+        return [held for number in numbers for held in self.shard(number).prefetch(names)]
 
     def fetch(self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str]) -> list[object]:
         """Begin to fetch rows of tensors that will be asked for as pieces.

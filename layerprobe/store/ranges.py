@@ -39,27 +39,32 @@ _NUM_TENSORS = 4
 _CACHE_BYTES = 2 << 30
 
 
+class Held:
+    """A tensor that is fetched; it stays in the cache for as long as somebody has this."""
+
+    def __init__(self, future: "Future[Tensor]") -> None:
+        self.future = future
+
+
 class TensorCache:
     """Tensors, fetched by threads, the latest kept. One per open store.
 
-    What somebody holds is not fetched again, even where it is not kept here any more.
-
     Args:
-        most_bytes: Kept at most; one tensor is kept however large it is.
+        most_bytes: Kept at most, but for what somebody holds; one tensor is kept however large it is.
     """
 
     def __init__(self, most_bytes: int = _CACHE_BYTES) -> None:
-        self.most_bytes = most_bytes
+        self._most_bytes = most_bytes
         self._reset()
 
     def __reduce__(self) -> "tuple[type[TensorCache], tuple[int]]":
-        return TensorCache, (self.most_bytes,)
+        return TensorCache, (self._most_bytes,)
 
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, tuple[Future[Tensor], int]] = OrderedDict()
-        self._known: WeakValueDictionary[Key, Future[Tensor]] = WeakValueDictionary()
+        self._held: WeakValueDictionary[Key, Held] = WeakValueDictionary()
         self._num_bytes = 0
         self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
 
@@ -68,7 +73,7 @@ class TensorCache:
         with self._lock:
             pools, self._pools = self._pools, None
             self._kept.clear()
-            self._known.clear()
+            self._held.clear()
             self._num_bytes = 0
         for pool in pools or ():
             pool.shutdown(cancel_futures=True)
@@ -86,29 +91,50 @@ class TensorCache:
         if self._pid != os.getpid():
             return None
         with self._lock:
-            known = self._known.get(key)
-            if key in self._kept:
+            kept = self._kept.get(key)
+            if kept is not None:
                 self._kept.move_to_end(key)
         try:
-            return known.result() if known is not None else None
+            return kept[0].result() if kept is not None else None
         except FormatError:
             raise
         except StoreError:
             return None
 
-    def begin(self, key: Key, size: int, load: Callable[[], Tensor]) -> Future[Tensor]:
+    def begin(self, key: Key, size: int, load: Callable[[], Tensor]) -> Held:
         """Have a tensor fetched, unless it is here or on its way."""
+        held = self._begin(key, size, load, needs_room=False)
+        assert held is not None
+        return held
+
+    def begin_ahead(self, key: Key, size: int, load: Callable[[], Tensor]) -> Held | None:
+        """Have a tensor fetched as `begin` does, if it fits beside those that are held; None where it does not."""
+        return self._begin(key, size, load, needs_room=True)
+
+    def _begin(self, key: Key, size: int, load: Callable[[], Tensor], needs_room: bool) -> Held | None:
         tensors, _ = self._start()
         with self._lock:
-            future = self._known.get(key)
-            if future is None or _has_failed(future):
-                future = self._known[key] = tensors.submit(load)
-            self._forget(key)
-            while self._kept and self._num_bytes + size > self.most_bytes:
-                self._forget(next(iter(self._kept)))
-            self._kept[key] = future, size
-            self._num_bytes += size
-            return future
+            if key in self._kept and not _has_failed(self._kept[key][0]):
+                self._kept.move_to_end(key)
+            else:
+                self._forget(key)
+                self._make_room(size)
+                if needs_room and self._kept and self._num_bytes + size > self._most_bytes:
+                    return None
+                self._kept[key] = tensors.submit(load), size
+                self._num_bytes += size
+            held = self._held.get(key)
+            if held is None or held.future is not self._kept[key][0]:
+                held = self._held[key] = Held(self._kept[key][0])
+            return held
+
+    def _make_room(self, size: int) -> None:
+        """Forget what was asked for longest ago and nobody holds, as far as is needed."""
+        for key in list(self._kept) if self._num_bytes + size > self._most_bytes else ():
+            if self._num_bytes + size <= self._most_bytes:
+                return
+            if key not in self._held:
+                self._forget(key)
 
     def _start(self) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
         """Give the threads that wait for tensors and those that wait for requests."""
@@ -168,7 +194,7 @@ class RangedShard:
         """Fetch a whole tensor and hold it against its checksum."""
         if name == "offsets":
             return self._offsets
-        return self._begin(name).result()
+        return self._begin(name).future.result()
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """Fetch some rows of a tensor, and no others."""
@@ -181,24 +207,22 @@ class RangedShard:
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
         """Fetch some rows of a tensor as one piece; held against the checksum where they are all of it."""
-        return self._begin(name, start, stop).result()
+        return self._begin(name, start, stop).future.result()
 
     def fetch(self, names: Sequence[str], start: int, stop: int) -> list[object]:
         """Begin to fetch pieces."""
         return [self._begin(name, start, stop) for name in names]
 
-    def prefetch(self, names: Sequence[str], room_bytes: int | None = None) -> int:
-        """Begin to fetch whole tensors, the first however large it is."""
-        most = self._cache.most_bytes
-        left = most if room_bytes is None else room_bytes
+    def prefetch(self, names: Sequence[str]) -> list[object]:
+        """Begin to fetch whole tensors, as many as there is room for."""
+        found: list[object] = []
         for name in names:
-            if (entry := self.header.tensors.get(name)) is not None:
-                size = entry.stop - entry.start
-                if size > left and left < most:
-                    return 0
-                self._begin(name)
-                left = max(0, left - size)
-        return left
+            if name in self.header.tensors:
+                held = self._cache.begin_ahead(*self._request(name))
+                if held is None:
+                    break
+                found.append(held)
+        return found
 
     def span(self, ordinal: int) -> tuple[int, int, int]:
         """Find an example: its position in the shard, and its first and last row."""
@@ -214,13 +238,16 @@ class RangedShard:
     def _key(self, name: str) -> Key:
         return self._file, name, 0, _count(self._entry(name))
 
-    def _begin(self, name: str, start: int = 0, stop: int | None = None) -> "Future[Tensor]":
+    def _begin(self, name: str, start: int = 0, stop: int | None = None) -> Held:
         """Have rows of a tensor fetched; all of them where no bounds are given."""
+        return self._cache.begin(*self._request(name, start, stop))
+
+    def _request(self, name: str, start: int = 0, stop: int | None = None) -> tuple[Key, int, Callable[[], Tensor]]:
         key = whole = self._key(name)
         if stop is not None and (start, stop) != whole[2:]:
             key = self._file, name, start, stop
         first, last = _bytes_of(self._entry(name), *key[2:])
-        return self._cache.begin(key, last - first, partial(self._load, name, key == whole, *key[2:]))
+        return key, last - first, partial(self._load, name, key == whole, *key[2:])
 
     def _load(self, name: str, is_whole: bool, start: int, stop: int) -> Tensor:
         entry = self._entry(name)

@@ -121,8 +121,10 @@ class Store:
 
     def __iter__(self) -> Iterator[Example]:
         names = [*(name for site in self.sites for name in (site, site + SCALE_SUFFIX)), "input_ids", *RECORD_TENSORS]
+        held: list[object] = []
         for number, info in enumerate(self.catalog.shards):
-            self.catalog.prefetch([number, number + 1], names)
+            held.clear()
+            held += self.catalog.prefetch([number, number + 1], names)
             for ordinal in range(info.first_example, info.first_example + info.num_examples):
                 yield self.example(ordinal)
 

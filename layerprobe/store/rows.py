@@ -331,6 +331,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
 
     def _fetch(self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str]) -> None:
         if pieces != self._fetched[0]:
+            self._fetched = None, []  # let go of what is done with first
             self._fetched = pieces, self._catalog.fetch(pieces, names)
 
     def _copy_runs(self, spans: Sequence[tuple[int, int]], room: Mapping[str, Tensor]) -> None:

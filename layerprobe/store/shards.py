@@ -113,16 +113,8 @@ class Shard(Protocol):
         """Begin to fetch pieces that will be asked for soon; they stay at hand as long as what is given is held."""
         ...
 
-    def prefetch(self, names: Sequence[str], room_bytes: int | None = None) -> int:
-        """Begin to fetch whole tensors that will be asked for soon, where that takes time and memory.
-
-        Args:
-            names: Of the tensors.
-            room_bytes: For as many bytes of them as this; None for as many as can be kept.
-
-        Returns:
-            How many bytes of the room are left.
-        """
+    def prefetch(self, names: Sequence[str]) -> list[object]:
+        """Begin to fetch whole tensors that will be asked for soon, where there is room; what is given keeps them."""
         ...
 
     def span(self, ordinal: int) -> tuple[int, int, int]:
@@ -222,13 +214,13 @@ class MappedShard:
                 self._read_ahead(entry.start + start * row_bytes, entry.start + stop * row_bytes)
         return []
 
-    def prefetch(self, names: Sequence[str], room_bytes: int | None = None) -> int:
+    def prefetch(self, names: Sequence[str]) -> list[object]:
         """Have the system read tensors ahead; it knows itself how much there is room for."""
         for name in names:
             entry = self.header.tensors.get(name)
             if entry is not None and entry.stop > entry.start:
                 self._read_ahead(entry.start, entry.stop)
-        return room_bytes or 0
+        return []
 
     def _read_ahead(self, start: int, stop: int) -> None:
         if not hasattr(mmap, "MADV_WILLNEED"):  # Windows: read page by page

@@ -91,8 +91,9 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         return ordinals.tolist()
 
     def __iter__(self) -> Iterator[Tensor | ScaledRows]:
+        held: list[object] = []
         for number, info in enumerate(self.catalog.shards):
-            self._prefetch(number)
+            self._prefetch(number, held)
             for ordinal in range(info.first_example, info.first_example + info.num_examples):
                 yield self[ordinal]
 
@@ -164,14 +165,16 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         return self._iter_pooled(pool or "mean")
 
     def _iter_pooled(self, pool: str) -> Iterator[Tensor]:
+        held: list[object] = []
         for number in range(len(self.catalog.shards)):
-            self._prefetch(number)
+            self._prefetch(number, held)
             yield self._pool_shard(self.catalog.shard(number), pool)
 
-    def _prefetch(self, number: int) -> None:
-        """Have a shard's values fetched, and those of the next ones while it is worked on."""
+    def _prefetch(self, number: int, held: list[object]) -> None:
+        """Have a shard's values fetched, and those of the next ones while it is worked on; `held` keeps them."""
         names = [self.site] if self._scale_name is None else [self.site, self._scale_name]
-        self.catalog.prefetch(range(number, number + _SHARDS_AHEAD), names)
+        held.clear()
+        held += self.catalog.prefetch(range(number, number + _SHARDS_AHEAD), names)
 
     def _check_pool(self, pool: str | None) -> None:
         if self.kind == "attention":

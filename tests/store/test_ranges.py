@@ -80,6 +80,8 @@ PASSES: dict[str, tuple[Callable[[Any], object], int]] = {
     "in order, all sites": (lambda store: [None for _ in store.rows(16)], 2),
     "shuffled": (lambda store: [rows.sum() for rows in store["layers.0"].rows(16, shuffle=True)], 1),
     "shuffled, all sites": (lambda store: [None for _ in store.rows(16, shuffle=True)], 2),
+    "sites in step": (lambda store: [None for _ in zip(*(store[site] for site in SITES), strict=True)], 2),
+    "pools in step": (lambda store: list(zip(*(store[site].iter_pooled() for site in SITES), strict=True)), 2),
     "side by side": (
         lambda store: list(zip(*(store[site].rows(16, shuffle=True) for site in SITES), strict=True)),
         2,
