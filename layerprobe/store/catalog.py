@@ -240,7 +240,7 @@ class Catalog:
         self._open_all(numbers)
         return [held for number in numbers for held in self.shard(number).prefetch(names)]
 
-    def fetch(self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str]) -> list[object]:
+    def fetch(self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str]) -> list[list[object]]:
         """Begin to fetch rows of tensors that will be asked for as pieces.
 
         Args:
@@ -248,10 +248,10 @@ class Catalog:
             names: Of the tensors.
 
         Returns:
-            What keeps them at hand as long as it is held.
+            For each piece what keeps it at hand as long as it is held.
         """
         self._open_all([number for number, _, _ in pieces])
-        return [held for number, start, stop in pieces for held in self.shard(number).fetch(names, start, stop)]
+        return [self.shard(number).fetch(names, start, stop) for number, start, stop in pieces]
 
     def _open_all(self, numbers: Sequence[int]) -> None:
         """Open shards that lie elsewhere, several at once."""

@@ -232,11 +232,11 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         self._given = 0  # batches of this share
         self._is_checked = False
         self._ready: deque[dict[str, Tensor]] = deque()
-        # the pieces that were asked for last, and what keeps them at hand
-        self._fetched: tuple[object, list[object]] = None, []
+        # the pieces that were asked for last, with what keeps them at hand
+        self._held: dict[tuple[int, int, int], list[object]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": deque(), "_fetched": (None, [])}  # gathered again where it goes on
+        return {**self.__dict__, "_ready": deque(), "_held": {}}  # gathered again where it goes on
 
     def __iter__(self) -> "RowBatches[Batch]":
         return self
@@ -330,9 +330,11 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         return room
 
     def _fetch(self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str]) -> None:
-        if pieces != self._fetched[0]:
-            self._fetched = None, []  # let go of what is done with first
-            self._fetched = pieces, self._catalog.fetch(pieces, names)
+        if self._held.keys() != set(pieces):
+            # what is done with is let go of first
+            self._held = {piece: self._held[piece] for piece in pieces if piece in self._held}
+            missing = [piece for piece in pieces if piece not in self._held]
+            self._held |= zip(missing, self._catalog.fetch(missing, names), strict=True)
 
     def _copy_runs(self, spans: Sequence[tuple[int, int]], room: Mapping[str, Tensor]) -> None:
         """Bring rows together as they lie: what lies side by side in a shard is one copy."""
