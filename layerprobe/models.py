@@ -20,6 +20,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import nn
 
+from layerprobe.collecting import collecting_later
 from layerprobe.errors import ModelError, OptionError, first_line
 from layerprobe.packages import say_missing
 from layerprobe.sharing import SharedSetting
@@ -74,9 +75,14 @@ def load_model(name: str | Path, device: str | int | torch.device | None = None)
         raise ModelError(f"no model {name!r}: the folder does not exist. Use a folder, a hub id or 'demo'.")
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{name!r} is no model folder: it has no config.json. Use a folder, a hub id or 'demo'.")
+    device = _find_device(device)
+    with collecting_later():
+        return _load(name, source, device)
+
+
+def _load(name: str, source: str, device: torch.device) -> LoadedModel:
     import transformers
 
-    device = _find_device(device)
     try:
         with _quiet_loading():
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -209,13 +215,16 @@ def _scales_of(weight: torch.Tensor) -> torch.Tensor:
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """Say which tokenizer this is: class, a hash of its rules, the side it pads, and what else of it changes ids."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Set anew at each call, so they are options of the run and not of the tokenizer.
-    rules.pop("truncation", None)
-    rules.pop("padding", None)
+    with collecting_later():
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Set anew at each call, so they are options of the run and not of the tokenizer.
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+        rules_hash = xxhash.xxh3_128_hexdigest(json.dumps(rules, sort_keys=True).encode())
+        del rules
     return {
         "class": type(tokenizer).__name__,
-        "hash": xxhash.xxh3_128_hexdigest(json.dumps(rules, sort_keys=True).encode()),
+        "hash": rules_hash,
         "padding_side": tokenizer.padding_side,
         # only where they are not as usual, so that older stores keep their fingerprints
         **({"truncation_side": tokenizer.truncation_side} if tokenizer.truncation_side != "right" else {}),

@@ -21,6 +21,7 @@ ORDER = (
     "layerprobe.packages",
     "layerprobe.tables",
     "layerprobe.sharing",
+    "layerprobe.collecting",
     "layerprobe.cores",
     "layerprobe.rounding",
     "layerprobe.models",
@@ -281,6 +282,12 @@ def test_opening_a_door_loads_nothing_heavy(door: str) -> None:
     code = f"import sys, {door}; print([name for name in {HEAVY!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "[]"
+
+
+def test_what_runs_a_model_does_not_load_the_compiler() -> None:
+    code = "import sys, layerprobe.extract.run, layerprobe.edit.editor; print('torch._dynamo' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "False"
 
 
 def test_names_load_what_type_checkers_are_told_of() -> None:

@@ -144,7 +144,6 @@ def _leave(token: Tensor, probe: int, stack: int, completed: bool) -> None:
         receiver.leave_compiled(stack, completed)
 
 
-@torch.compiler.assume_constant_result
 def _takes_any_number() -> bool:
     """Whether the graph that is traced may hold an operator that gives a number of rows of its own choice.
 
@@ -168,6 +167,8 @@ class Port:
     def __init__(
         self, receiver: Follower, device: torch.device, packs: bool = False, dtype: torch.dtype | None = None
     ) -> None:
+        # here and not above the function, since it imports the compiler, which takes a second
+        torch.compiler.assume_constant_result(_takes_any_number)
         self.number = next(_NUMBERS)
         with torch.inference_mode(False):
             self.token = torch.zeros(1, device=device)

@@ -13,6 +13,7 @@ from layerprobe.cli.allocator import keep_freed_memory
 from layerprobe.cli.arguments import Device, Field, Model, Quiet, Sites, Texts
 from layerprobe.cli.outcomes import refuse_given
 from layerprobe.cli.signals import TERMINATED, Terminator, leaving_on_sigterm
+from layerprobe.collecting import keep_for_good
 from layerprobe.errors import OptionError, SpaceError
 
 __all__ = ["extract", "sites"]
@@ -183,6 +184,7 @@ def extract(
         if dry_run:
             return
         terminator.defer()
+        keep_for_good()
         try:
             report = run_extraction(plan, not quiet, terminator.stop)
         except KeyboardInterrupt:

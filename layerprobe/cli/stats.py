@@ -13,6 +13,7 @@ import typer
 from layerprobe.cli.allocator import keep_freed_memory
 from layerprobe.cli.arguments import Device, Field, Model, Sites, Texts
 from layerprobe.cli.outcomes import check_place, refuse_given
+from layerprobe.collecting import keep_for_good
 from layerprobe.errors import OptionError
 
 __all__ = ["stats"]
@@ -84,6 +85,7 @@ def stats(
             if site.width is not None and not -site.width <= unit < site.width:
                 raise OptionError(f"--unit {unit}: {site.name!r} has {site.width}.")
     keep_freed_memory()
+    keep_for_good()
     report = stream_texts(loaded, texts, measuring, options, progress=not quiet)
     said = measuring.list_tops(loaded.tokenizer, units) if isinstance(measuring, TopK) else measuring.summary()
     typer.echo(format_said(said) if isinstance(measuring, TopK) else str(measuring))

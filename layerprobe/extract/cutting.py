@@ -50,32 +50,44 @@ class UnitRule:
     def cut(self, records: Iterator[Record]) -> Iterator["Unit"]:
         """Cut records into units."""
         members: list[Record] = []
-        first = number = size = num_tokens = 0
+        first = number = size = num_tokens = value_bytes = 0
         for record in records:
-            text_bytes = len(record.text.encode())
+            text_bytes = len(record.text.encode(errors="surrogatepass"))
             tokens = self.estimate_tokens(text_bytes)
             # the text goes into the shard too, with 24 bytes of places: most of a pooled store
-            cost = self.cost(tokens) + text_bytes + 24
+            own_cost = self.cost(tokens)
+            cost = own_cost + text_bytes + 24
             doublings = 0 if self.unit_tokens is None else number // _UNITS_PER_DOUBLING
             most_tokens = math.inf if self.unit_tokens is None else self.unit_tokens << doublings
             is_full = size + cost > self.shard_bytes or len(members) == _MOST_UNIT_EXAMPLES << doublings
             if members and (is_full or num_tokens + tokens > most_tokens):
-                yield Unit(number, first, members, is_bound_by_tokens=not is_full)
-                first, number, size, num_tokens, members = first + len(members), number + 1, 0, 0, []
+                yield Unit(number, first, members, num_tokens, value_bytes, is_bound_by_tokens=not is_full)
+                first, number, members = first + len(members), number + 1, []
+                size = num_tokens = value_bytes = 0
             members.append(record)
             size += cost
             num_tokens += tokens
+            value_bytes += own_cost
         if members:
-            yield Unit(number, first, members)
+            yield Unit(number, first, members, num_tokens, value_bytes)
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """The run of consecutive examples that becomes one shard, and whether it has no more of them for its tokens."""
+    """The run of consecutive examples that becomes one shard.
+
+    Args:
+        number, first_example: Which it is, and where it begins.
+        records: Its examples.
+        num_tokens, value_bytes: About how many it has, and takes on disk without the texts; 0 where no rule cut it.
+        is_bound_by_tokens: Whether it has no more examples for its tokens.
+    """
 
     number: int
     first_example: int
     records: list[Record]
+    num_tokens: int = 0
+    value_bytes: int = 0
     is_bound_by_tokens: bool = False
 
 
@@ -104,9 +116,8 @@ def survey_input(source: TextSource, rule: UnitRule) -> Survey:
         is_bound_by_tokens |= unit.is_bound_by_tokens or len(unit.records) > _MOST_UNIT_EXAMPLES
         for record in unit.records:
             record_bytes += digest.add(record)
-            num_examples += 1
-            tokens = rule.estimate_tokens(len(record.text.encode()))
-            num_tokens += tokens
-            value_bytes += rule.cost(tokens)
+        num_examples += len(unit.records)
+        num_tokens += unit.num_tokens
+        value_bytes += unit.value_bytes
         digests.append(digest.digest())
     return Survey(num_examples, num_tokens, value_bytes, record_bytes, tuple(digests), is_bound_by_tokens)

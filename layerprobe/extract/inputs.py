@@ -63,19 +63,20 @@ class InputDigest:
         Raises:
             InputError: half a character in the text, or fields that are no JSON or more of it than is read back.
         """
-        check_text(record.text, self._name, self._count)
         try:
-            line = _encode([record.text, record.fields]).encode()
+            # the JSON of `[text, fields]`, in pieces: a text alone is encoded three times as fast
+            line = f"[{_encode(record.text)}, {_encode(record.fields) if record.fields else '{}'}]\n".encode()
             if record.fields:
                 check_record(line)
         except (TypeError, ValueError, RecursionError) as error:
+            check_text(record.text, self._name, self._count)
             raise InputError(
                 f"{self._name}, text {self._count}: its other fields cannot be kept as JSON ({error}). "
                 "Leave them out or clean them."
             ) from error
-        self._hash.update(line + b"\n")
+        self._hash.update(line)
         self._count += 1
-        return len(line)
+        return len(line) - 1
 
     def digest(self) -> bytes:
         """Give the fingerprint of what was taken in so far: 16 bytes."""

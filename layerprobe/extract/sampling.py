@@ -134,7 +134,8 @@ class Sampler(AbstractContextManager["Sampler"]):
     def _cut(self, records: Sequence[Record], first_example: int) -> Iterator[Unit]:
         first_unit = self._num_units
         for unit in self._plan.rule.cut(iter(records)):
-            yield Unit(first_unit + unit.number, first_example + unit.first_example, unit.records)
+            number, first = first_unit + unit.number, first_example + unit.first_example
+            yield replace(unit, number=number, first_example=first)
 
     def _sweep(self) -> None:
         """Remove the shards that are whole, and keep their sizes."""

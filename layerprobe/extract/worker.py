@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from layerprobe.capture.casting import resolve_dtype
+from layerprobe.collecting import keep_for_good
 from layerprobe.errors import LayerProbeError, ModelError
 from layerprobe.extract.ahead import prepare_ahead
 from layerprobe.extract.cutting import Unit, UnitRule
@@ -160,6 +161,7 @@ def _pick(units: Iterator[Unit], pipe: _Pipe) -> Iterator[Unit]:
 
 def _work(job: dict[str, Any], pipe: _Pipe, stop: threading.Event) -> None:
     plan = _rebuild_plan(job)
+    keep_for_good()
     report = RunReport()
 
     def tell(_: int = 0, **more: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -225,6 +226,14 @@ def test_a_digest_tells_texts_fields_and_order() -> None:
     others = [digest(), digest(one), digest(two, one), digest(one, two, one), digest(Record("one", {"x": 1}), two)]
     assert len({digest(one, two), *others}) == 6
     assert digest(Record("a", {"x": 1, "y": 2})) == digest(Record("a", {"y": 2, "x": 1}))
+
+
+@pytest.mark.parametrize("record", [Record('a\n"é\U0001f600'), Record("", {"y": [1.5, None], "x": "\u2028"})])
+def test_a_digest_is_of_the_json_of_texts_and_fields(record: Record) -> None:
+    line = json.dumps([record.text, record.fields], ensure_ascii=False, sort_keys=True).encode()
+    made = InputDigest("texts")
+    assert made.add(record) == len(line)
+    assert made.digest() == xxhash.xxh3_128(line + b"\n").digest()
 
 
 def test_half_a_character_is_refused_with_its_place() -> None:

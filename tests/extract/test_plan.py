@@ -235,6 +235,14 @@ def test_texts_that_cannot_be_kept_are_refused(tiny: LoadedModel, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_half_a_character_behind_the_first_texts_is_refused(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[plan_extraction.__module__], "_SAMPLE_EXAMPLES", 2)
+    with pytest.raises(InputError, match="text 3: holds half a character"):
+        plan(tiny, ["a", "b", "c", "\ud800", "d"], tmp_path / "acts")
+
+
 def test_an_unknown_site_is_refused_with_those_there_are(tiny: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(SiteError, match="layers are 0 to 2"):
         plan(tiny, ["a"], tmp_path / "acts", sites=["layers.3"])
