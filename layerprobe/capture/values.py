@@ -28,7 +28,10 @@ def find_tensor(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         items = [item for item in value if isinstance(item, Tensor)]
         # 4.x DistilBERT puts its weights, of four dimensions, before the hidden state
-        return next((item for item in items if item.ndim != 4), items[0] if items else value)
+        for item in items:  # torch 2.6 traces no `next` with a default
+            if item.ndim != 4:
+                return item
+        return items[0] if items else value
     return getattr(value, _STATE, value)
 
 

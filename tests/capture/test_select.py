@@ -231,6 +231,8 @@ class _Operators(TorchDispatchMode):
 def test_float8_is_clipped_before_a_cast_that_does_not(
     monkeypatch: pytest.MonkeyPatch, saturates: bool, dtype: torch.dtype
 ) -> None:
+    if saturates and not casting._saturates(CPU):
+        pytest.skip("this torch makes NaN of what is beyond the range")
     monkeypatch.setattr(casting, "_saturates", lambda _: saturates)
     value = torch.tensor([448.0, -448.0, 460.0, 1e4, -1e4, float("inf"), float("-inf"), float("nan"), 1.7]).to(dtype)
     overflow, out = torch.zeros((), dtype=torch.int64), torch.empty(9, dtype=torch.float8_e4m3fn)
@@ -279,7 +281,7 @@ def test_rows_go_to_their_stretch_of_a_buffer_and_nowhere_else(value: Tensor, ma
         assert torch.equal(target.scale, its_scale)
         beside = torch.ones(len(buffer), dtype=torch.bool)
         beside[start : start + count] = False
-        assert not buffer[beside].float().any()
+        assert not buffer.float()[beside].any()
         assert not scales[beside].any()
 
 

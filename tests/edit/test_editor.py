@@ -317,7 +317,8 @@ def test_generation_is_edited_step_by_step_with_a_cache_or_without(use_cache: bo
         seen[1, :2] = False
         torch.testing.assert_close(joined[seen], once["layers.1"][seen], rtol=0, atol=1e-5)
     else:
-        torch.testing.assert_close(probe.calls[-1]["layers.1"], once["layers.1"], rtol=0, atol=1e-5)
+        real = whole.bool()  # padding has other positions in transformers 4
+        torch.testing.assert_close(probe.calls[-1]["layers.1"][real], once["layers.1"][real], rtol=0, atol=1e-5)
 
 
 def test_threads_are_kept_apart(tiny_bert: Any) -> None:
@@ -400,6 +401,8 @@ def test_weights_are_refused_by_name_and_context_is_proposed(tiny_bert: Any) -> 
 
 @pytest.mark.parametrize("family", ["modernbert", "eurobert"])
 def test_residual_stream_that_passes_no_module_is_refused(family: str) -> None:
+    if not is_known(family):
+        pytest.skip("this transformers has no such family")
     with pytest.raises(SiteError, match=r"Edit 'layers.1.attention.out', which is added to it, or 'layers.1'"):
         lp.edit(build(family), {"layers.1.mid": lp.ablate()})
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import IS_V5
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -104,6 +105,8 @@ def test_token_ids_are_numbers(ids: Any) -> None:
 
 
 def test_calls_that_do_not_tell_are_errors(tiny_bert: Any, batch: Any) -> None:
+    if not IS_V5:
+        pytest.skip("transformers 4 takes no mask of four dimensions")
     embeds = torch.randn(3, 7, 32)
     mask = torch.ones(1, 5, dtype=torch.bool)
     for where, given_, message in (
