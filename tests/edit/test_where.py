@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import IS_V5
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import layerprobe as lp
+from families import IS_V5
 from layerprobe.capture.calls import Context
 from layerprobe.edit.where import check_where, pick_tokens, place_in_text, resolve_where
 from layerprobe.errors import CaptureError, OptionError
