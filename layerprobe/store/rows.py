@@ -39,6 +39,8 @@ _MOST_GROUP_PIECES = MOST_OPEN_SHARDS // 2
 _PIECE_ROWS = 1 << 17
 # An order takes some hundred bytes for each, and whoever wrote the store says how wide a row is.
 _MOST_PIECES = 1 << 20
+# How shuffled rows are put in order; another number for each other way, so that an epoch goes on as it began or not.
+_ORDER = 2
 # Small batches are gathered several at a time, to pay for finding their rows once. Fresh memory beyond the processor's
 # cache costs more than that saves.
 _WINDOW_BYTES = 4 << 20
@@ -290,6 +292,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         said = {name: int(value) for name, value in vars(self._options).items()}
         return {
             **said,
+            "order": _ORDER,
             "worker": worker.id if worker is not None else 0,
             "workers": worker.num_workers if worker is not None else 1,
             "fingerprint": self._catalog.fingerprint,

@@ -198,6 +198,7 @@ def test_an_iterator_that_is_told_to_go_back_gives_the_same_again(numbered: Any)
     ("change", "message"),
     [
         ({"seed": 1}, "seed=1 cannot go on here, where seed is 0"),
+        ({"order": None}, "order=None cannot go on here, where order is 2"),
         ({"batch_size": 9}, "batch_size=9"),
         ({"world": 2}, "world=2"),
         ({"fingerprint": "1" * 32}, "fingerprint="),
