@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,12 @@ def generations() -> Iterator[list[int]]:
     gc.callbacks.append(note)
     yield seen
     gc.callbacks.remove(note)
+
+
+@pytest.fixture(autouse=True)
+def _thawed() -> None:
+    """Let nothing be kept for good, as commands have it that other tests run in this process."""
+    gc.unfreeze()
 
 
 def make_lists(count: int = 20_000) -> list[list[int]]:
@@ -64,7 +71,8 @@ def test_what_somebody_keeps_for_good_stays_so() -> None:
         num_kept = gc.get_freeze_count()
         with collecting_later():
             pass
-        assert gc.get_freeze_count() >= num_kept > 0
+        # but for some that have gone meanwhile
+        assert gc.get_freeze_count() > 0.9 * num_kept > 0
     finally:
         gc.unfreeze()
 
@@ -94,6 +102,8 @@ def test_a_command_never_looks_at_the_model_and_the_packages_that_it_loads() -> 
             print(num_before, max(filter(None, full), default=0), gc.get_freeze_count(), file=sys.stderr)
         """
     )
-    done = subprocess.run([sys.executable, "-c", code, "docs/sample.txt"], capture_output=True, text=True, check=True)
+    texts = Path(__file__).parents[1] / "docs" / "sample.txt"
+    done = subprocess.run([sys.executable, "-c", code, str(texts)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     num_before, most_seen, num_kept = map(int, done.stderr.split()[-3:])
     assert most_seen < 1.5 * num_before < num_kept

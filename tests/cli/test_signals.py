@@ -20,6 +20,7 @@ from layerprobe.models import LoadedModel
 
 # The command line itself, but every forward says that it is there and waits for the end of standard input.
 COMMAND = """
+import select
 import sys
 from pathlib import Path
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -30,7 +31,9 @@ store, moment = Path(sys.argv.pop(1)), sys.argv.pop(1)
 def wait(module, args):
     if type(module).__name__ == "BertEncoder" and moment == ("run" if (store / "store.json").exists() else "plan"):
         print("computing", flush=True)
-        sys.stdin.read()
+        # a signal that comes before the first wait is seen after it
+        while not select.select([sys.stdin], [], [], 0.1)[0]:
+            pass
 
 register_module_forward_pre_hook(wait)
 main()
