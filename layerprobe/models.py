@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import xxhash
@@ -75,26 +75,31 @@ def load_model(name: str | Path, device: str | int | torch.device | None = None)
         raise ModelError(f"no model {name!r}: the folder does not exist. Use a folder, a hub id or 'demo'.")
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{name!r} is no model folder: it has no config.json. Use a folder, a hub id or 'demo'.")
-    device = _find_device(device)
+    # what is downloaded may take long: only imports are held
     with collecting_later():
-        return _load(name, source, device)
+        import transformers
 
-
-def _load(name: str, source: str, device: torch.device) -> LoadedModel:
-    import transformers
-
+    device = _find_device(device)
     try:
         with _quiet_loading():
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-            # The class that was saved, so that its pooler or head is the trained one and not a random one.
-            saved = str((getattr(config, "architectures", None) or [""])[0])
-            found = getattr(transformers, saved, None)
-            is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-            model_class = cast(Any, found if is_model else transformers.AutoModel)
+            model_class = _find_class(config)
             model = model_class.from_pretrained(source, config=config, trust_remote_code=False).to(device).eval()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"no model {name!r}: {_quote(error)} Use a folder, a hub id or 'demo'.") from error
     return LoadedModel(name, model, load_tokenizer(source))
+
+
+def _find_class(config: Any) -> Any:
+    """Find the class that was saved, so that its pooler or head is the trained one and not a random one."""
+    import transformers
+
+    saved = str((getattr(config, "architectures", None) or [""])[0])
+    with collecting_later():
+        found = getattr(transformers, saved, None)
+    return (
+        found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else transformers.AutoModel
+    )
 
 
 def _find_device(device: str | int | torch.device | None) -> torch.device:

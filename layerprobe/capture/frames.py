@@ -79,6 +79,11 @@ class Frames:
         self.spares_cached = False
         self._made = 0
 
+    @property
+    def has_made(self) -> bool:
+        """Whether a call has made one of the sites."""
+        return self._made != 0
+
     def _bits(self, stack: int | None) -> int:
         return sum(1 << index for index, site in enumerate(self._sites) if site.stack == stack)
 

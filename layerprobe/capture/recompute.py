@@ -36,7 +36,7 @@ def watch_second_runs(hooks: HookSet, model: nn.Module, frames: Frames, *, alway
         model: Its layers are watched where checkpointing is on.
         frames: Of the probe.
         always: Also where the first run was in the graph: what changes values has to change them again, and where it
-            cannot any more, a second run of a layer that it has changed raises CaptureError.
+            cannot any more, a second run of a layer in which it had a say raises CaptureError.
     """
 
     def watch(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

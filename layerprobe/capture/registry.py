@@ -299,7 +299,9 @@ class ProbeRegistry:
         shape, sources = call.context(point.indices[0]).shape, [value]
         if point.is_chunked and shape is not None and _is_chunk(value, shape):
             chunks = call.chunks.setdefault(point.key, [])
-            chunks.append(value)
+            # of a module known by its name alone, which the model may change before the next chunk
+            is_safe = value.requires_grad or all(self.sites[index].kind != "unknown" for index in point.indices)
+            chunks.append(value if is_safe else value.clone())
             if sum(chunk.shape[1] for chunk in chunks) < shape[1]:
                 return
             sources = call.chunks.pop(point.key)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,9 +39,10 @@ __all__ = [
 ]
 
 Value = Tensor | ScaledRows
+Item = TypeVar("Item")
 
 
-class _BySite(Mapping[str, Any]):
+class _BySite(Mapping[str, Item]):
     """A mapping by site whose errors say what is there; Mapping's own `in` and `get` know of no error but KeyError."""
 
     __slots__ = ()
@@ -49,14 +50,14 @@ class _BySite(Mapping[str, Any]):
     def __contains__(self, site: object) -> bool:
         return isinstance(site, str) and self.get(site) is not None
 
-    def get(self, site: str, default: Any = None) -> Any:
+    def get(self, site: str, default: Any = None) -> Any:  # type: ignore[override]
         try:
             return self[site]
         except (SiteError, CaptureError):
             return default
 
 
-class CapturedCall(_BySite):
+class CapturedCall(_BySite[Value]):
     """What one call of the model made, by site.
 
     `call["layers.-1"]` finds a site by any pattern that stands for one; negatives count from the model's last layer.
@@ -137,7 +138,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-class Gradients(_BySite):
+class Gradients(_BySite[Tensor]):
     """Gradients by site; a site that got none says so."""
 
     def __init__(self, values: dict[str, Tensor], names: Sequence[str], num_layers: Mapping[str, int]) -> None:

@@ -76,14 +76,12 @@ class _Numbering:
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
-        self.has_begun = False
 
     def open(self, sites: Sequence[Site]) -> None:
         """Begin at 0."""
 
     def begin(self, call: Call) -> None:
         """Number a call."""
-        self.has_begun = True
         call.state = CallState(next(self._numbers))
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
@@ -155,7 +153,7 @@ class Editor(AbstractContextManager["Editor"]):
 
     def _tell_what_was_left(self, site: str) -> None:
         """Tell of a module that ran outside a call: an error as of a probe without a call, a warning beside others."""
-        if not self._calls.has_begun:
+        if not self._frames.has_made:
             raise CaptureError(
                 f"{site} ran and was not edited, since the model was not called (model.forward() and a module by "
                 "itself go past its hooks): call model(...) inside the with block."

@@ -72,6 +72,17 @@ def test_what_a_model_changes_in_place_afterwards_is_kept_as_its_module_made_it(
     assert torch.equal(probe[f"module:{path}"], made[0])
 
 
+def test_chunks_that_a_model_changes_in_place_afterwards_are_kept_as_its_module_made_them(make_bert: Any) -> None:
+    model, made = make_bert(chunk_size_feed_forward=3), list[Tensor]()
+    layer = model.encoder.layer[0]
+    layer.intermediate.register_forward_hook(lambda *given: made.append(given[2].clone()))
+    layer.output.register_forward_pre_hook(lambda _, given: (given[0].mul_(2), given[1]))
+    with torch.no_grad(), lp.Probe(model, "module:encoder.layer.0.intermediate") as probe:
+        model(torch.arange(5, 17).view(2, 6))
+    assert len(made) == 2
+    assert torch.equal(probe["module:encoder.layer.0.intermediate"], torch.cat(made, 1))
+
+
 def test_what_a_model_changes_in_place_afterwards_is_stored_as_its_module_made_it(
     tiny_bert: Any, batch: Any, tmp_path: Any
 ) -> None:

@@ -8,6 +8,7 @@ import torch
 
 import layerprobe as lp
 from layerprobe.errors import CaptureError
+from sizes import TINY
 from traces import list_hooks
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -31,6 +32,20 @@ def test_block_in_which_the_model_ran_past_its_hooks_alone_is_an_error(tiny_bert
         ):
             run()
         assert not list_hooks(tiny_bert)
+
+
+def test_call_of_a_part_in_which_nothing_was_edited_is_an_error_too() -> None:
+    import transformers
+
+    half: Any = transformers.BertConfig(**TINY)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(half, half)
+    pair: Any = transformers.EncoderDecoderModel(config).eval()
+    with (
+        torch.no_grad(),
+        pytest.raises(CaptureError, match=r"'logits' of EncoderDecoderModel ran and was not edited.*call model\(...\)"),
+        lp.edit(pair, {"logits": lp.scale(0.0)}),
+    ):
+        pair.decoder(IDS)
 
 
 def test_module_that_also_ran_by_itself_is_warned_of(make_bert: Any) -> None:
