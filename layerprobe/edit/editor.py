@@ -155,8 +155,9 @@ class Editor(AbstractContextManager["Editor"]):
         """Tell of a module that ran outside a call: an error as of a probe without a call, a warning beside others."""
         if not self._frames.has_made:
             raise CaptureError(
-                f"{site} ran and was not edited, since the model was not called (model.forward() and a module by "
-                "itself go past its hooks): call model(...) inside the with block."
+                f"{site} ran and was not edited, since the model was not called (model.forward(), a module by itself "
+                "and a SentenceTransformer around it go past its hooks): call model(...) inside the with block, or "
+                "pass the SentenceTransformer."
             )
         warnings.warn(
             f"{site} ran outside a call of the model too, and was not edited there (model.forward() and a module by "
