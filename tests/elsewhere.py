@@ -1,12 +1,12 @@
-"""Stores elsewhere in tests: how patient to be, what to extract, every file of a store, a store copied to a place."""
+"""Stores elsewhere in tests: how patient to be, what to extract, every file of one, a copy, what is read of it."""
 
 from dataclasses import replace
 from typing import Any
 
 from layerprobe.store.places import Place
-from layerprobe.store.remote import Patience
+from layerprobe.store.remote import Patience, RemotePlace
 
-__all__ = ["OPTIONS", "PATIENCE", "SECOND", "SECRET", "SHARD_BYTES", "SHORT", "contents", "copy_store"]
+__all__ = ["OPTIONS", "PATIENCE", "SECOND", "SECRET", "SHARD_BYTES", "SHORT", "CountedPlace", "contents", "copy_store"]
 
 # Of a key that is never to be seen in a message.
 SECRET = "not-for-any-eyes"
@@ -18,6 +18,18 @@ OPTIONS: dict[str, Any] = {"sites": "layers.*", "dtype": "float16", "shard_size"
 # for answers that never come: what stalls does so until it is released
 SHORT = replace(PATIENCE, timeout_s=2)
 SECOND = "shard-000001.safetensors"
+
+
+class CountedPlace(RemotePlace):
+    """Counts the bytes that are read out of shards."""
+
+    num_bytes = 0
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        data = super().read(file, start, stop)
+        if file.startswith("shard-"):
+            self.num_bytes += len(data)
+        return data
 
 
 def contents(place: Place, folder: str = "") -> dict[str, bytes]:

@@ -33,7 +33,7 @@ def plant(
     """Write a store.
 
     Args:
-        folder: A new folder.
+        folder: A new folder; what is no path is taken as a URL.
         sites: `[T, D]` of each site, examples one after the other; `[N, D]` if `pool` is given.
         lengths: Rows of each example.
         ids: int64 `[T]`; None for the ordinal of each row modulo 7.
@@ -41,7 +41,8 @@ def plant(
         pool: How the store was pooled.
         shards: How many.
     """
-    folder.mkdir()
+    if isinstance(folder, Path):
+        folder.mkdir()
     kind = "token" if pool is None else "example"
     said = {
         name: {"kind": kind, "dtype": str(rows.dtype).removeprefix("torch."), "width": rows.shape[1]}

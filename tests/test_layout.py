@@ -71,6 +71,7 @@ ORDER = (
     "layerprobe.analysis.results",
     "layerprobe.analysis.figures",
     "layerprobe.analysis.sweep",
+    "layerprobe.analysis.drawing",
     "layerprobe.analysis.passes",
     "layerprobe.analysis.differences",
     "layerprobe.analysis.check",

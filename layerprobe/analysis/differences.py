@@ -12,11 +12,12 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
+from layerprobe.analysis.drawing import draw_rows
 from layerprobe.analysis.geometry import count_effective_rank, count_participation, find_outliers
 from layerprobe.analysis.moments import check_cosine
 from layerprobe.analysis.passes import CKA_ROWS, MovePass, ShapePass
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import choose_depth, count_rows, count_types, draw_rows, need_store, sweep
+from layerprobe.analysis.sweep import choose_depth, count_rows, count_types, need_store, sweep
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError, SiteError
 from layerprobe.store.guard import check_count

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerprobe.analysis.drawing import draw_numbers
 from layerprobe.analysis.geometry import find_neighbours, mean_cosine, neighbour_overlap, unbiased_hsic
 from layerprobe.analysis.moments import RunningMoments, Scaling, UnitSums
-from layerprobe.analysis.sweep import Chunk, draw_numbers
+from layerprobe.analysis.sweep import Chunk
 from layerprobe.store.writer import StoredSite
 
 __all__ = ["CKA_ROWS", "MOST_MOVES", "MovePass", "ShapePass"]
@@ -45,7 +46,7 @@ class ShapePass:
         # the first rows that come are of a few shards, where there are many
         self._sampled = draw_numbers(num_rows, sample, seed)
         self._num_seen = 0
-        self.kept: list[list[Tensor]] = [[] for _ in sites]
+        self._kept: list[list[Tensor]] = [[] for _ in sites]
 
     def add(self, values: list[Tensor]) -> None:
         """Take a batch of mixed rows in, the same rows at each site."""
@@ -54,7 +55,7 @@ class ShapePass:
         first, last = np.searchsorted(self._sampled, (self._num_seen, self._num_seen + len(values[0])))
         sampled = torch.from_numpy(self._sampled[first:last] - self._num_seen)
         self._num_seen += len(values[0])
-        for kept, rows in zip(self.kept, values, strict=True):
+        for kept, rows in zip(self._kept, values, strict=True):
             kept.append(rows[sampled])
         for first in range(0, len(values[0]), CKA_ROWS):
             batch = [rows[first : first + CKA_ROWS] for rows in values]
@@ -72,7 +73,7 @@ class ShapePass:
     @property
     def num_sampled(self) -> int:
         """Rows that were kept."""
-        return sum(len(rows) for rows in self.kept[0])
+        return sum(len(rows) for rows in self._kept[0])
 
     def overlap(self, pairs: Sequence[tuple[int, int]], scalings: Sequence[Scaling], k: int) -> list[float]:
         """Compare the neighbours of the kept rows at pairs of sites."""
@@ -80,7 +81,7 @@ class ShapePass:
             return [float("nan")] * len(pairs)
         found = [
             find_neighbours(scaling.apply(torch.cat(kept)), k)
-            for scaling, kept in zip(scalings, self.kept, strict=True)
+            for scaling, kept in zip(scalings, self._kept, strict=True)
         ]
         return [neighbour_overlap(found[a], found[b]) for a, b in pairs]
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerprobe.analysis.drawing import draw_numbers
 from layerprobe.analysis.results import plain
-from layerprobe.analysis.sweep import Mappings, bar_of, draw_numbers
+from layerprobe.analysis.sweep import Mappings, bar_of
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows

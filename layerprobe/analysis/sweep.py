@@ -32,8 +32,6 @@ __all__ = [
     "choose_depth",
     "count_rows",
     "count_types",
-    "draw_numbers",
-    "draw_rows",
     "need_store",
     "sweep",
 ]
@@ -42,12 +40,6 @@ _CHUNK_ROWS = 4096
 _SHARDS_AHEAD = 3
 # Read since mappings were last let go.
 _MOST_MAPPED_BYTES = 16 << 20
-# Rows that are drawn lie anywhere, and the system maps so much around each that it finds in its cache.
-_AROUND_BYTES = 64 << 10
-_DRAWN_ROWS = 1024
-# What is read at one time of rows that are drawn, and the shards that they are mixed over where there are as many.
-_BLOCK_BYTES = 64 << 20
-_LEAST_MIXED_SHARDS = 8
 # Of the keys of a draw, so that the last example that is taken is found among few.
 _BINS = 4096
 
@@ -252,92 +244,6 @@ def _refuse_nonfinite(store: Store, chunk: Chunk) -> None:
                 f"{site!r} in {store.place}: {where} is not finite, and no statistic is made of it. Leave the site "
                 "out, or extract it again in a wider dtype; 'layerprobe check' counts such rows."
             )
-
-
-def draw_numbers(count: int, wanted: int, seed: int) -> np.ndarray:
-    """Draw numbers from `0 .. count - 1`, rising, each at most once; all where there are no more than wanted.
-
-    Cost: some 400 bytes for each that is drawn, whatever the count.
-    """
-    if count <= wanted:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).choice(count, wanted, replace=False, shuffle=False))
-
-
-def draw_rows(
-    store: Store, sites: Sequence[StoredSite], *, max_rows: int | None, seed: int, progress: bool | None
-) -> Iterator[list[Tensor]]:
-    """Go through rows of several sites mixed, in batches of at most 1,024, float64; not whole examples.
-
-    Those of a draw lie anywhere in the store; all rows come in the order of an epoch of `store.rows`.
-
-    Raises:
-        NonFiniteError: as `sweep`.
-    """
-    names = [site.name for site in sites]
-    mapped = Mappings(store.catalog)
-    num_rows = count_rows(store, sites)
-    wanted = num_rows if max_rows is None else min(num_rows, max_rows)
-    batches: Iterator[dict[str, Tensor]] = (
-        store.rows(_DRAWN_ROWS, shuffle=True, seed=seed, sites=names)
-        if wanted == num_rows
-        else _read_drawn(store, sites, wanted, seed, mapped)
-    )
-    with bar_of(wanted, "moments", progress) as bar:
-        for batch in batches:
-            values = [batch[name].double() for name in names]
-            if not all(bool(torch.isfinite(value).all()) for value in values):
-                # the shuffled order does not know what a row belongs to; the order of the store does
-                for _ in sweep(store, sites, progress=False):
-                    pass
-            yield values
-            mapped.add(_AROUND_BYTES * len(names) * len(values[0]))
-            bar.update(len(values[0]))
-
-
-def _read_drawn(
-    store: Store, sites: Sequence[StoredSite], wanted: int, seed: int, mapped: Mappings
-) -> Iterator[dict[str, Tensor]]:
-    """Read rows that are drawn over the whole store, mixed, by blocks that fit in memory.
-
-    A block's rows are of all shards, or where there are many of eight or more, so that hardly one is read twice.
-    """
-    catalog, kind = store.catalog, sites[0].kind
-    catalog.check_claims()
-    counts = [info.num_tokens if kind == "token" else info.num_examples for info in catalog.shards]
-    bounds = np.cumsum([0, *counts])
-    numbers, maker = draw_numbers(int(bounds[-1]), wanted, seed), np.random.default_rng([seed, 29])
-    block_rows = max(_DRAWN_ROWS, _BLOCK_BYTES // sum(site.bytes_per_vector for site in sites))
-    num_groups = max(1, min(-(-len(numbers) // block_rows), len(counts) // _LEAST_MIXED_SHARDS))
-    group_of = maker.permutation(len(counts)) % num_groups
-    mixed = maker.permutation(numbers)
-    mixed = mixed[np.argsort(group_of[np.searchsorted(bounds, mixed, side="right") - 1], kind="stable")]
-    for first in range(0, len(mixed), block_rows):
-        rows = _gather(store, sites, mixed[first : first + block_rows], bounds, mapped)
-        for start in range(0, len(rows[sites[0].name]), _DRAWN_ROWS):
-            yield {name: values[start : start + _DRAWN_ROWS] for name, values in rows.items()}
-
-
-def _gather(
-    store: Store, sites: Sequence[StoredSite], numbers: np.ndarray, bounds: np.ndarray, mapped: Mappings
-) -> dict[str, Tensor]:
-    """Bring rows together by their numbers in the store, in the order of these; each shard is read once."""
-    catalog, order, found = store.catalog, np.argsort(numbers), dict[str, Tensor]()
-    for site in sites:
-        dtype = torch.float32 if site.dtype == torch.int8 else site.dtype
-        found[site.name] = torch.empty(len(numbers), site.width, dtype=dtype)
-    rising = numbers[order]
-    cuts = np.searchsorted(rising, bounds)
-    shards, row_bytes = np.flatnonzero(np.diff(cuts)).tolist(), sum(site.bytes_per_vector for site in sites)
-    for place, number in enumerate(shards):
-        catalog.prefetch(shards[place : place + _SHARDS_AHEAD], list(found))
-        part = slice(cuts[number], cuts[number + 1])
-        picked, places = torch.from_numpy(rising[part] - bounds[number]), torch.from_numpy(order[part])
-        for site in sites:
-            found[site.name][places] = take_rows(catalog.shard(number), site, picked)
-        # a checksum reads the whole tensor, whatever is drawn of it
-        mapped.add(row_bytes * int(bounds[number + 1] - bounds[number]))
-    return found
 
 
 def count_types(store: Store) -> tuple[Tensor, Tensor]:

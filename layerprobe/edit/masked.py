@@ -13,7 +13,7 @@ from layerprobe.edit.effects import Effects
 from layerprobe.edit.patching import patching
 from layerprobe.errors import OptionError
 from layerprobe.models import LoadedModel
-from layerprobe.sites.stacks import find_device
+from layerprobe.sites.stacks import fills_masks, find_device
 
 __all__ = ["patch_masked"]
 
@@ -47,15 +47,9 @@ def patch_masked(
         SiteError: a pattern matches nothing.
     """
     tokenizer = loaded.tokenizer
-    network: Any = loaded.model
-    name = type(network).__name__
-    # a discriminator is pretrained, too, and has no output for each word
-    fills = name.endswith("ForMaskedLM") or (
-        name.endswith("ForPreTraining") and network.get_output_embeddings() is not None
-    )
-    if not fills or tokenizer.mask_token is None:
+    if not fills_masks(loaded.model) or tokenizer.mask_token is None:
         raise OptionError(
-            f"patching {loaded.name!r}: {name} fills no masks. "
+            f"patching {loaded.name!r}: {type(loaded.model).__name__} fills no masks. "
             "Use a model for masked language, such as a BertForMaskedLM; lp.patching takes a metric of your own."
         )
     batches = [_encode(loaded, text) for text in (clean, corrupt)]

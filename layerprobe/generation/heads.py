@@ -15,17 +15,7 @@ from torch import Tensor, nn
 from layerprobe.errors import OptionError
 from layerprobe.sites.resolve import ModelMap, map_model
 
-__all__ = ["EmbeddingHead", "MaskedHead", "fit_ridge", "has_head"]
-
-
-def has_head(model: nn.Module) -> bool:
-    """Whether a model puts in words for masks, by the name of its class, as transformers names them.
-
-    What is pretrained otherwise, as a discriminator of words that were replaced, has no output for each word.
-    """
-    own: Any = model
-    name = type(model).__name__
-    return name.endswith("ForMaskedLM") or (name.endswith("ForPreTraining") and own.get_output_embeddings() is not None)
+__all__ = ["EmbeddingHead", "MaskedHead", "fit_ridge"]
 
 
 class _Given(nn.Module):

@@ -20,10 +20,10 @@ from layerprobe.errors import InputError, OptionError
 from layerprobe.extract.network import find_model
 from layerprobe.generation.depthlens import Lens, LensReading, LensSite
 from layerprobe.generation.gathering import TokenRows, gather_store, gather_texts
-from layerprobe.generation.heads import EmbeddingHead, MaskedHead, fit_ridge, has_head
+from layerprobe.generation.heads import EmbeddingHead, MaskedHead, fit_ridge
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.resolve import map_model
-from layerprobe.sites.stacks import find_device
+from layerprobe.sites.stacks import fills_masks, find_device
 from layerprobe.store.format import STORE_FILE
 from layerprobe.store.guard import check_count
 from layerprobe.store.places import find_place
@@ -95,7 +95,7 @@ def lens(
     network = mapped.model
     if getattr(network.config, "is_encoder_decoder", False):
         raise OptionError(f"lens of {mapped.owner}: it has an encoder and a decoder. Pass its encoder.")
-    share = _choose_mask(mask, store is not None, has_head(network))
+    share = _choose_mask(mask, store is not None, fills_masks(network))
     with using_few_cores():
         if store is not None:
             special = set(getattr(tokenizer, "all_special_ids", ()))
@@ -109,7 +109,7 @@ def lens(
         _check_width(network, mapped.owner, rows)
         write = _choose_writer(store, tokenizer)
         with evaluating(network), torch.no_grad():
-            if has_head(network):
+            if fills_masks(network):
                 return _look_by_head(network, rows, share, write, progress)
             return _look_by_embeddings(network, rows, share, write, seed, progress)
 
@@ -147,7 +147,7 @@ def _check_width(network: Any, owner: str, rows: TokenRows) -> None:
         raise OptionError(
             f"lens of {owner}: token {int(rows.ids.max())} is none of its {vocabulary}. Pass the model's own store."
         )
-    if has_head(network):
+    if fills_masks(network):
         width = getattr(network.config, "hidden_size", None)
         for site, values in rows.rows.items():
             if width is not None and values.shape[1] != width:

@@ -19,6 +19,7 @@ __all__ = [
     "Stack",
     "calls_forward",
     "config_of",
+    "fills_masks",
     "find_cache",
     "find_called",
     "find_device",
@@ -187,6 +188,16 @@ def has_module(module: Any, path: str) -> bool:
         return isinstance(module.get_submodule(path), nn.Module)
     except AttributeError:
         return False
+
+
+def fills_masks(model: nn.Module) -> bool:
+    """Whether a model puts in words for masks, by the name of its class, as transformers names them.
+
+    What is pretrained otherwise, as a discriminator of words that were replaced, has no output for each word.
+    """
+    own: Any = model
+    name = type(model).__name__
+    return name.endswith("ForMaskedLM") or (name.endswith("ForPreTraining") and own.get_output_embeddings() is not None)
 
 
 def find_cache(given: Mapping[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from torch import Tensor
 import layerprobe as lp
 import memory
 from layerprobe.analysis.features import read_site
-from layerprobe.analysis.passes import ShapePass
 from layerprobe.analysis.points import draw_points
-from layerprobe.analysis.sweep import choose_depth, count_types, draw_numbers, draw_rows, sweep
+from layerprobe.analysis.sweep import choose_depth, count_types, sweep
 from layerprobe.analysis.tasks import make_task
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.reader import Store
@@ -91,85 +89,6 @@ def test_vectors_of_examples_are_drawn_to_the_number(tmp_path: Path) -> None:
     assert [sum(len(chunk.examples) for chunk in sweep(pooled, sites, max_rows=most)) for most in (1, 5, 8, 9)] == [
         *(1, 5, 8, 8)
     ]
-
-
-@pytest.fixture
-def numbered(tmp_path: Path) -> Store:
-    """4,800 rows in 300 shards, more than an epoch mixes at once; each row is its number."""
-    rows = torch.arange(4800.0).view(-1, 1)
-    layers = {"layers.0": torch.cat([rows, -rows], 1), "layers.1": rows}
-    return lp.open(plant(tmp_path / "numbered", layers, [16] * 300, shards=300))
-
-
-def measure_evenness(rows: np.ndarray) -> float:
-    """How likely even draws are to hit the 300 shards as unevenly as these."""
-    from scipy.stats import chisquare
-
-    return float(chisquare(np.bincount(rows.astype(int) // 16, minlength=300)).pvalue)
-
-
-@pytest.mark.parametrize("block_rows", [None, 500])
-def test_drawn_rows_are_of_the_whole_store_each_once(
-    numbered: Store, block_rows: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sites = choose_depth(numbered, None)
-    if block_rows is not None:
-        monkeypatch.setattr("layerprobe.analysis.sweep._BLOCK_BYTES", 12 * block_rows)
-        monkeypatch.setattr("layerprobe.analysis.sweep._DRAWN_ROWS", block_rows // 2)
-
-    def draw_numbered(seed: int) -> list[list[Tensor]]:
-        return list(draw_rows(numbered, sites, max_rows=1200, seed=seed, progress=False))
-
-    batches = draw_numbered(1)
-    pairs, alone = (torch.cat(values) for values in zip(*batches, strict=True))
-    rows = alone[:, 0].numpy()
-    assert len(set(rows)) == 1200 and all(len(batch[0]) <= 1024 for batch in batches)
-    assert torch.equal(pairs, torch.cat([alone, -alone], 1))
-    assert measure_evenness(rows) > 0.001
-    if block_rows is None:
-        # mixed: rows that follow on each other lie as far apart as any two, by a third of all
-        assert abs(np.abs(np.diff(rows)).mean() - 1600) < 150
-    assert torch.equal(torch.cat([batch[1] for batch in draw_numbered(1)]), alone)
-    assert set(torch.cat([batch[1] for batch in draw_numbered(2)])[:, 0].tolist()) != set(rows)
-
-
-def test_drawing_rows_lets_go_of_the_shards_that_they_are_of(numbered: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    catalog, sites = numbered.catalog, choose_depth(numbered, None)
-    monkeypatch.setattr("layerprobe.analysis.sweep._MOST_MAPPED_BYTES", 0)
-    drawn = draw_rows(numbered, sites, max_rows=1200, seed=0, progress=False)
-    assert len(next(drawn)[0]) == 1024 and catalog.num_open == 0
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "int8"])
-def test_drawn_rows_are_those_that_are_stored(dtype: str, tmp_path: Path) -> None:
-    texts = [f"{first} {second}" for first in ("rain", "snow") for second in ("falls", "stops", "comes on")]
-    store = lp.extract("demo", texts, tmp_path / "acts", sites="layers.-2:", dtype=dtype, progress=False)
-    sites = choose_depth(store, None)
-    (drawn,) = draw_rows(store, sites, max_rows=9, seed=0, progress=False)
-    every = torch.cat([torch.cat([batch[site.name].double() for site in sites], 1) for batch in store.rows()])
-    rows = torch.cat(drawn, 1)
-    assert len(rows) == 9 and (rows[:, None] == every).all(2).any(1).all()
-
-
-@pytest.mark.parametrize("max_rows", [None, 2400])
-def test_rows_kept_for_neighbours_are_of_the_whole_store(numbered: Store, max_rows: int | None) -> None:
-    sites = choose_depth(numbered, None)
-    shape = ShapePass(sites, 1200, max_rows or 4800, 0)
-    for values in draw_rows(numbered, sites, max_rows=max_rows, seed=0, progress=False):
-        shape.add(values)
-    kept = torch.cat(shape.kept[1])[:, 0].numpy()
-    assert len(set(kept)) == shape.num_sampled == 1200
-    assert measure_evenness(kept) > 0.001
-
-
-def test_numbers_are_drawn_without_a_number_for_each_row() -> None:
-    tracemalloc.start()
-    numbers = draw_numbers(10**12, 2000, 0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(set(numbers.tolist())) == 2000 and (np.diff(numbers) > 0).all() and peak < 1 << 20
-    assert draw_numbers(5, 9, 0).tolist() == [0, 1, 2, 3, 4]
-    assert sorted({int(one) for seed in range(99) for one in draw_numbers(7, 2, seed)}) == list(range(7))
 
 
 def test_types_are_counted_from_the_ids(store: Store) -> None:

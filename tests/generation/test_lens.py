@@ -11,8 +11,9 @@ import torch
 import layerprobe as lp
 from families import FAMILIES, build, make_batch
 from layerprobe.errors import InputError, NonFiniteError, OptionError, SiteError
-from layerprobe.generation.heads import MaskedHead, fit_ridge, has_head
+from layerprobe.generation.heads import MaskedHead, fit_ridge
 from layerprobe.models import LoadedModel
+from layerprobe.sites.stacks import fills_masks
 from planting import plant
 
 
@@ -168,7 +169,7 @@ def test_a_discriminator_is_looked_at_through_word_embeddings(tiny: LoadedModel,
         sizes = {"vocab_size": own.config.vocab_size, "d_model": 32, "d_inner": 48, "n_head": 4, "block_sizes": [1, 1]}
     config = getattr(transformers, f"{name}Config")(**sizes)
     discriminator = getattr(transformers, f"{name}ForPreTraining")(config).eval()
-    assert not has_head(discriminator) and has_head(getattr(transformers, f"{name}ForMaskedLM")(config))
+    assert not fills_masks(discriminator) and fills_masks(getattr(transformers, f"{name}ForMaskedLM")(config))
     if name == "Electra":
         found = lp.lens(LoadedModel("", discriminator, tiny.tokenizer), texts[:9], sites="layers.*")
         assert found.method == "embedding" and len(found.sites) == 2
@@ -249,9 +250,9 @@ def test_the_result_is_a_table_files_and_a_picture(masked: LoadedModel, texts: l
     assert (tmp_path / "lens.png").stat().st_size > 5000
 
 
-def test_a_head_is_known_by_its_class(masked: LoadedModel, tiny: LoadedModel) -> None:
+def test_a_model_that_fills_masks_is_known_by_its_class(masked: LoadedModel, tiny: LoadedModel) -> None:
     import transformers
 
     own: Any = tiny.model
-    assert has_head(masked.model) and not has_head(tiny.model)
-    assert has_head(transformers.BertForPreTraining(own.config))
+    assert fills_masks(masked.model) and not fills_masks(tiny.model)
+    assert fills_masks(transformers.BertForPreTraining(own.config))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import layerprobe as lp
+from elsewhere import CountedPlace
 from layerprobe.errors import FormatError
 from layerprobe.store import rows as rows_module
 from layerprobe.store.format import ShardHeader, commit_shard
 from layerprobe.store.ranges import TensorCache
-from layerprobe.store.remote import RemotePlace
 from layerprobe.store.writer import commit_description, commit_index
 
 FINGERPRINT = "0" * 32
@@ -24,18 +24,6 @@ SITES = ("layers.0", "layers.1")
 # a thousandth of what they are, and so are the shards: a mebibyte of a site in each
 GROUP_BYTES, CACHE_BYTES, START_BYTES = 1 << 20, 2 << 20, 64 << 10
 SITE_BYTES = NUM_SHARDS * sum(LENGTHS) * WIDTH * 2
-
-
-class CountedPlace(RemotePlace):
-    """Counts the bytes that are read out of shards."""
-
-    num_bytes = 0
-
-    def read(self, file: str, start: int, stop: int) -> bytes:
-        data = super().read(file, start, stop)
-        if file.startswith("shard-"):
-            self.num_bytes += len(data)
-        return data
 
 
 def write_store(where: Any) -> None:
