@@ -169,11 +169,11 @@ class Frames:
 
     def wants_stop(self) -> bool:
         """Whether the call of this thread should end, and come out of its model, once nobody waits for a value."""
-        top = self._top()
-        if not self._stops or top is None or not self.is_of_thread():
+        # first of all: a compiler that traces a layer with its hooks does not know of threads
+        if not self._stops or not self.is_of_thread():
             return False
-        catching = self._catching.get(threading.get_ident(), ())
-        return top.owner in catching or None in catching
+        top, catching = self._top(), self._catching.get(threading.get_ident(), ())
+        return top is not None and (top.owner in catching or None in catching)
 
     def is_within(self, other: "Frames") -> bool:
         """Whether the call of this thread is made by one that another probe follows, which goes on after it."""
