@@ -21,14 +21,18 @@ SECOND = "shard-000001.safetensors"
 
 
 class CountedPlace(RemotePlace):
-    """Counts the bytes that are read out of shards."""
+    """Counts the bytes that are read out of shards, and remembers which file each request is of."""
 
-    num_bytes = 0
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.num_bytes = 0
+        self.requests: list[str] = []
 
     def read(self, file: str, start: int, stop: int) -> bytes:
         data = super().read(file, start, stop)
-        if file.startswith("shard-"):
+        if file.startswith("shard-") and data:
             self.num_bytes += len(data)
+            self.requests.append(file)
         return data
 
 

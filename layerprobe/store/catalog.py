@@ -226,19 +226,25 @@ class Catalog:
             raise StoreError(f"{self.place}: this store was closed. Open it again with layerprobe.open.")
         return self._keep(number, self._make_shard(number))
 
-    def prefetch(self, numbers: Sequence[int], names: Sequence[str]) -> list[object]:
-        """Begin to fetch tensors of shards that will be asked for soon, no more than there is room for.
+    def prefetch(self, numbers: Sequence[int], names: Sequence[str], num_needed: int = 0) -> list[object]:
+        """Begin to fetch tensors of shards that will be asked for soon.
 
         Args:
             numbers: Places of the shards in the order of the input; those beyond the last are left out.
             names: Of the tensors.
+            num_needed: So many of the first shards are fetched whether there is room or not, since whoever reads them
+                example by example would find no whole tensor, and ask for each row alone, unverified.
 
         Returns:
             What keeps them at hand as long as it is held.
         """
         numbers = [number for number in numbers if number < len(self.shards)]
         self._open_all(numbers)
-        return [held for number in numbers for held in self.shard(number).prefetch(names)]
+        return [
+            held
+            for place, number in enumerate(numbers)
+            for held in self.shard(number).prefetch(names, needs_room=place >= num_needed)
+        ]
 
     def fetch(self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str]) -> list[list[object]]:
         """Begin to fetch rows of tensors that will be asked for as pieces.

@@ -213,12 +213,13 @@ class RangedShard:
         """Begin to fetch pieces."""
         return [self._begin(name, start, stop) for name in names]
 
-    def prefetch(self, names: Sequence[str]) -> list[object]:
-        """Begin to fetch whole tensors, as many as there is room for."""
+    def prefetch(self, names: Sequence[str], needs_room: bool = True) -> list[object]:
+        """Begin to fetch whole tensors: as many as there is room for, or all of them."""
+        begin = self._cache.begin_ahead if needs_room else self._cache.begin
         found: list[object] = []
         for name in names:
             if name in self.header.tensors:
-                held = self._cache.begin_ahead(*self._request(name))
+                held = begin(*self._request(name))
                 if held is None:
                     break
                 found.append(held)

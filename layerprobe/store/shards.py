@@ -113,8 +113,11 @@ class Shard(Protocol):
         """Begin to fetch pieces that will be asked for soon; they stay at hand as long as what is given is held."""
         ...
 
-    def prefetch(self, names: Sequence[str]) -> list[object]:
-        """Begin to fetch whole tensors that will be asked for soon, where there is room; what is given keeps them."""
+    def prefetch(self, names: Sequence[str], needs_room: bool = True) -> list[object]:
+        """Begin to fetch whole tensors that will be asked for soon; what is given keeps them.
+
+        Those for which there is no room are left out, unless `needs_room` is False.
+        """
         ...
 
     def span(self, ordinal: int) -> tuple[int, int, int]:
@@ -214,7 +217,7 @@ class MappedShard:
                 self._read_ahead(entry.start + start * row_bytes, entry.start + stop * row_bytes)
         return []
 
-    def prefetch(self, names: Sequence[str]) -> list[object]:
+    def prefetch(self, names: Sequence[str], needs_room: bool = True) -> list[object]:
         """Have the system read tensors ahead; it knows itself how much there is room for."""
         for name in names:
             entry = self.header.tensors.get(name)

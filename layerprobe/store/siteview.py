@@ -174,7 +174,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         """Have a shard's values fetched, and those of the next ones while it is worked on; `held` keeps them."""
         names = [self.site] if self._scale_name is None else [self.site, self._scale_name]
         held.clear()
-        held += self.catalog.prefetch(range(number, number + _SHARDS_AHEAD), names)
+        held += self.catalog.prefetch(range(number, number + _SHARDS_AHEAD), names, num_needed=1)
 
     def _check_pool(self, pool: str | None) -> None:
         if self.kind == "attention":

@@ -1,4 +1,4 @@
-"""Stores elsewhere that are larger than the cache: every pass fetches the bytes of its sites once."""
+"""Stores elsewhere that are larger than the cache: every pass fetches the bytes of its sites once, and checks them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,10 +97,29 @@ def test_shuffled_rows_of_parts_of_shards_are_every_row_once(counted: Any, tmp_p
         assert torch.equal((one["layers.0"][:, 0].double() + 1).half(), one["layers.1"][:, 0])
 
 
-def test_a_damaged_tensor_is_found_where_rows_come_in_order(counted: Any) -> None:
+IN_STEP: dict[str, tuple[Callable[[Any], object], int]] = {
+    "sites": (lambda store: list(zip(*(store[site] for site in SITES), strict=True)), 2),
+    "a site twice": (lambda store: list(zip(store["layers.1"], store["layers.1"], strict=True)), 1),
+    "a difference": (lambda store: list(store.difference(*SITES)), 2),
+    "examples and a site": (lambda store: list(zip(store, store["layers.1"], strict=True)), 3),
+}
+
+
+@pytest.mark.parametrize("name", IN_STEP)
+def test_what_is_read_in_step_comes_by_whole_tensors(counted: Any, name: str) -> None:
+    read, num_tensors = IN_STEP[name]
+    read(counted)
+    counted.catalog._cache.close()  # what is on its way counts
+    assert len(counted.place.requests) <= NUM_SHARDS * (1 + num_tensors)  # the beginning of a shard is one
+
+
+@pytest.mark.parametrize(
+    "read", [*(read for read, _ in IN_STEP.values()), lambda store: list(store["layers.1"].rows(16))]
+)
+def test_a_damaged_tensor_is_found_in_step_and_in_order(counted: Any, read: Callable[[Any], object]) -> None:
     file = "shard-000004.safetensors"
     data = bytearray(counted.place.read(file, 0, counted.place.size(file)))
     data[-1000] ^= 1
     counted.place.commit(file, [bytes(data)])
     with pytest.raises(FormatError, match=r"shard-000004.*'layers.1' are not those that were written"):
-        list(counted["layers.1"].rows(16))
+        read(counted)
