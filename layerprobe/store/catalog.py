@@ -246,18 +246,24 @@ class Catalog:
             for held in self.shard(number).prefetch(names, needs_room=place >= num_needed)
         ]
 
-    def fetch(self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str]) -> list[list[object]]:
+    def fetch(
+        self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str], num_needed: int
+    ) -> list[list[object]]:
         """Begin to fetch rows of tensors that will be asked for as pieces.
 
         Args:
             pieces: The place of a shard, and the first row in it and the one after the last.
             names: Of the tensors.
+            num_needed: So many of the first pieces are fetched whether there is room or not.
 
         Returns:
-            For each piece what keeps it at hand as long as it is held.
+            For each piece what keeps it at hand as long as it is held: an item for each tensor that there was room for.
         """
         self._open_all([number for number, _, _ in pieces])
-        return [self.shard(number).fetch(names, start, stop) for number, start, stop in pieces]
+        return [
+            self.shard(number).fetch(names, start, stop, needs_room=place >= num_needed)
+            for place, (number, start, stop) in enumerate(pieces)
+        ]
 
     def _open_all(self, numbers: Sequence[int]) -> None:
         """Open shards that lie elsewhere, several at once."""

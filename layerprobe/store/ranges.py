@@ -30,6 +30,8 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 # a file, a tensor in it, and its first row and the one after the last
 Key = tuple[str, str, int, int]
+# the bytes of a tensor, and what fetches it
+_Request = tuple[Key, int, Callable[[], Tensor]]
 
 # Of one request: large enough that a server's answer time is small beside it.
 _REQUEST_BYTES = 8 << 20
@@ -39,11 +41,15 @@ _NUM_TENSORS = 4
 _CACHE_BYTES = 2 << 30
 
 
-class Held:
+class _Held:
     """A tensor that is fetched; it stays in the cache for as long as somebody has this."""
 
     def __init__(self, future: "Future[Tensor]") -> None:
         self.future = future
+
+
+_GONE: "Future[Tensor]" = Future()
+_GONE.cancel()
 
 
 class TensorCache:
@@ -64,7 +70,7 @@ class TensorCache:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, tuple[Future[Tensor], int]] = OrderedDict()
-        self._held: WeakValueDictionary[Key, Held] = WeakValueDictionary()
+        self._held: WeakValueDictionary[Key, _Held] = WeakValueDictionary()
         self._num_bytes = 0
         self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
 
@@ -72,6 +78,8 @@ class TensorCache:
         """Let go of everything and end the threads."""
         with self._lock:
             pools, self._pools = self._pools, None
+            for held in list(self._held.values()):
+                held.future = _GONE  # iterators may live on
             self._kept.clear()
             self._held.clear()
             self._num_bytes = 0
@@ -101,32 +109,37 @@ class TensorCache:
         except StoreError:
             return None
 
-    def begin(self, key: Key, size: int, load: Callable[[], Tensor]) -> Held:
+    def begin(self, key: Key, size: int, load: Callable[[], Tensor]) -> _Held:
         """Have a tensor fetched, unless it is here or on its way."""
         held = self._begin(key, size, load, needs_room=False)
         assert held is not None
         return held
 
-    def begin_ahead(self, key: Key, size: int, load: Callable[[], Tensor]) -> Held | None:
+    def begin_ahead(self, key: Key, size: int, load: Callable[[], Tensor]) -> _Held | None:
         """Have a tensor fetched as `begin` does, if it fits beside those that are held; None where it does not."""
         return self._begin(key, size, load, needs_room=True)
 
-    def _begin(self, key: Key, size: int, load: Callable[[], Tensor], needs_room: bool) -> Held | None:
+    def _begin(self, key: Key, size: int, load: Callable[[], Tensor], needs_room: bool) -> _Held | None:
         tensors, _ = self._start()
         with self._lock:
             if key in self._kept and not _has_failed(self._kept[key][0]):
                 self._kept.move_to_end(key)
             else:
                 self._forget(key)
-                self._make_room(size)
-                if needs_room and self._kept and self._num_bytes + size > self._most_bytes:
+                if needs_room and not self._has_room(size):
                     return None
+                self._make_room(size)
                 self._kept[key] = tensors.submit(load), size
                 self._num_bytes += size
             held = self._held.get(key)
             if held is None or held.future is not self._kept[key][0]:
-                held = self._held[key] = Held(self._kept[key][0])
+                held = self._held[key] = _Held(self._kept[key][0])
             return held
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so much fits beside what somebody holds; anything does where nobody holds a tensor."""
+        held_bytes = sum(size for key, (_, size) in self._kept.items() if key in self._held)
+        return not held_bytes or held_bytes + size <= self._most_bytes
 
     def _make_room(self, size: int) -> None:
         """Forget what was asked for longest ago and nobody holds, as far as is needed."""
@@ -209,20 +222,22 @@ class RangedShard:
         """Fetch some rows of a tensor as one piece; held against the checksum where they are all of it."""
         return self._begin(name, start, stop).future.result()
 
-    def fetch(self, names: Sequence[str], start: int, stop: int) -> list[object]:
-        """Begin to fetch pieces."""
-        return [self._begin(name, start, stop) for name in names]
+    def fetch(self, names: Sequence[str], start: int, stop: int, needs_room: bool = False) -> list[object]:
+        """Begin to fetch pieces: all of them, or as many as there is room for."""
+        return self._begin_all([self._request(name, start, stop) for name in names], needs_room)
 
     def prefetch(self, names: Sequence[str], needs_room: bool = True) -> list[object]:
         """Begin to fetch whole tensors: as many as there is room for, or all of them."""
+        return self._begin_all([self._request(name) for name in names if name in self.header.tensors], needs_room)
+
+    def _begin_all(self, requests: Sequence[_Request], needs_room: bool) -> list[object]:
         begin = self._cache.begin_ahead if needs_room else self._cache.begin
         found: list[object] = []
-        for name in names:
-            if name in self.header.tensors:
-                held = begin(*self._request(name))
-                if held is None:
-                    break
-                found.append(held)
+        for request in requests:
+            held = begin(*request)
+            if held is None:
+                break
+            found.append(held)
         return found
 
     def span(self, ordinal: int) -> tuple[int, int, int]:
@@ -239,11 +254,11 @@ class RangedShard:
     def _key(self, name: str) -> Key:
         return self._file, name, 0, _count(self._entry(name))
 
-    def _begin(self, name: str, start: int = 0, stop: int | None = None) -> Held:
+    def _begin(self, name: str, start: int = 0, stop: int | None = None) -> _Held:
         """Have rows of a tensor fetched; all of them where no bounds are given."""
         return self._cache.begin(*self._request(name, start, stop))
 
-    def _request(self, name: str, start: int = 0, stop: int | None = None) -> tuple[Key, int, Callable[[], Tensor]]:
+    def _request(self, name: str, start: int = 0, stop: int | None = None) -> _Request:
         key = whole = self._key(name)
         if stop is not None and (start, stop) != whole[2:]:
             key = self._file, name, start, stop

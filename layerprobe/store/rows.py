@@ -37,6 +37,8 @@ _MOST_GROUP_PIECES = MOST_OPEN_SHARDS // 2
 # A piece is a shard, or a part of one that would fill too much of a group. Where rows are not mixed it is nearly always
 # a whole one, which can be held against its checksums.
 _PIECE_ROWS = 1 << 17
+# Where rows come in order, so many pieces are fetched at once at most: the server's answer time is paid once for them.
+_PIECES_AHEAD = 16
 # An order takes some hundred bytes for each, and whoever wrote the store says how wide a row is.
 _MOST_PIECES = 1 << 20
 # How shuffled rows are put in order; another number for each other way, so that an epoch goes on as it began or not.
@@ -161,7 +163,6 @@ class _Order:
         wanted = min(-(-self.num_rows // most_rows), len(pieces) // _LEAST_GROUP_PIECES)
         num_groups = max(1, wanted, -(-len(pieces) // _MOST_GROUP_PIECES))
         cuts = [len(pieces) * group // num_groups for group in range(num_groups + 1)]
-        self._pieces, self._cuts = pieces, cuts
         self.groups = [pieces[start:stop] for start, stop in pairwise(cuts)]
         self.bounds = [np.cumsum([0, *(stop - start for _, start, stop in group)]) for group in self.groups]
         self.starts = np.cumsum([0, *(int(bounds[-1]) for bounds in self.bounds)]).tolist()
@@ -195,11 +196,24 @@ class _Order:
             yield group, piece, first, last
             start += last - first
 
-    def pieces_from(self, group: int, piece: int) -> list[tuple[int, int, int]]:
-        """Give a piece and, if both are not too much, the one that comes after it."""
-        first = self._cuts[group] + piece
-        pair = self._pieces[first : first + 2]
-        return pair if sum(stop - start for _, start, stop in pair) <= self._pair_rows else pair[:1]
+    def list_coming(self, row: int, share: range, batch_size: int) -> list[tuple[int, int, int]]:
+        """List the piece that a row of an unmixed epoch lies in, and those that a share's batches come to next."""
+        found, left = list[tuple[int, int, int]](), self._pair_rows
+        while row < self.num_rows and len(found) < _PIECES_AHEAD:
+            turn = max(
+                0, -((share.start - row // batch_size) // share.step)
+            )  # whose batch is that row's, or comes next
+            if turn >= len(share):
+                break
+            row = max(row, share[turn] * batch_size)
+            group, piece, _, _ = next(self.find_runs(row, row + 1))
+            _, start, stop = self.groups[group][piece]
+            left -= stop - start
+            if found and left < 0:
+                break
+            found.append(self.groups[group][piece])
+            row = self.starts[group] + int(self.bounds[group][piece + 1])
+        return found
 
 
 def _cut_shard(number: int, count: int, piece_rows: int) -> Iterator[tuple[int, int, int]]:
@@ -250,6 +264,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         if not self._ready:
             numbers = self._share()[self._given : self._given + self._window]
             if not numbers:
+                self._held = {}
                 raise StopIteration
             self._ready.extend(self._gather(numbers))
         batch = self._finish(self._ready.popleft())
@@ -279,6 +294,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
             )
         self._given = given
         self._ready.clear()
+        self._held = {}
 
     def _share(self) -> range:
         """The numbers of the batches of this rank and, inside a `DataLoader`, of this worker."""
@@ -332,12 +348,21 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
                 room[site.name + SCALE_SUFFIX] = torch.empty(num_rows, dtype=torch.float32)
         return room
 
-    def _fetch(self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str]) -> None:
+    def _fetch_group(self, group: int, names: Sequence[str]) -> None:
+        pieces = self._order.groups[group]
         if self._held.keys() != set(pieces):
-            # what is done with is let go of first
-            self._held = {piece: self._held[piece] for piece in pieces if piece in self._held}
-            missing = [piece for piece in pieces if piece not in self._held]
-            self._held |= zip(missing, self._catalog.fetch(missing, names), strict=True)
+            self._held = {}  # what is done with is let go of first
+            self._held = dict(zip(pieces, self._catalog.fetch(pieces, names, len(pieces)), strict=True))
+
+    def _fetch_coming(self, row: int, names: Sequence[str]) -> tuple[int, int, int]:
+        """Have the piece fetched that a row lies in, and give it; and those that come next, several at a time."""
+        pieces = self._order.list_coming(row, self._share(), int(self._options.batch_size))
+        self._held = {piece: self._held[piece] for piece in pieces if piece in self._held}
+        missing = [piece for piece in pieces if len(self._held.get(piece, ())) < len(names)]
+        if pieces[0] in missing or 2 * len(missing) >= len(pieces):
+            num_needed = int(pieces[0] in missing)
+            self._held |= zip(missing, self._catalog.fetch(missing, names, num_needed), strict=True)
+        return pieces[0]
 
     def _copy_runs(self, spans: Sequence[tuple[int, int]], room: Mapping[str, Tensor]) -> None:
         """Bring rows together as they lie: what lies side by side in a shard is one copy."""
@@ -345,9 +370,9 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         for start, stop in spans:
             for group, piece, first, last in self._order.find_runs(start, stop):
                 if (group, piece) != at:
-                    pieces, at = self._order.pieces_from(group, piece), (group, piece)
-                    self._fetch(pieces, list(room))
-                    shard, span = self._catalog.shard(pieces[0][0]), pieces[0][1:]
+                    row, at = self._order.starts[group] + int(self._order.bounds[group][piece]) + first, (group, piece)
+                    number, *span = self._fetch_coming(row, list(room))
+                    shard = self._catalog.shard(number)
                     sources = [_as_bytes(shard.piece(name, *span)) for name in room]
                 end = filled + last - first
                 for target, source in zip(targets, sources, strict=True):
@@ -362,7 +387,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
             inverse[first + sorted_at] = np.arange(first, last)
             places = places[sorted_at]
             bounds = self._order.bounds[group]
-            self._fetch(self._order.groups[group], list(room))
+            self._fetch_group(group, list(room))
             cuts = np.searchsorted(places, bounds)
             for piece in np.flatnonzero(np.diff(cuts)).tolist():
                 number, *span = self._order.groups[group][piece]

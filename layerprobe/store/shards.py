@@ -109,8 +109,11 @@ class Shard(Protocol):
         """Give some rows of a tensor of which nearly all will be asked for."""
         ...
 
-    def fetch(self, names: Sequence[str], start: int, stop: int) -> list[object]:
-        """Begin to fetch pieces that will be asked for soon; they stay at hand as long as what is given is held."""
+    def fetch(self, names: Sequence[str], start: int, stop: int, needs_room: bool = False) -> list[object]:
+        """Begin to fetch pieces that will be asked for soon; they stay at hand as long as what is given is held.
+
+        With `needs_room` only as many of them as there is room for; what is given has one item for each.
+        """
         ...
 
     def prefetch(self, names: Sequence[str], needs_room: bool = True) -> list[object]:
@@ -209,13 +212,13 @@ class MappedShard:
         """Give a view of some rows of a tensor."""
         return self.tensor(name)[start:stop]
 
-    def fetch(self, names: Sequence[str], start: int, stop: int) -> list[object]:
+    def fetch(self, names: Sequence[str], start: int, stop: int, needs_room: bool = False) -> list[object]:
         """Have the system read pieces ahead: rows picked here and there of a cold file would come page by page."""
         for entry in (self.header.tensors[name] for name in names):
             row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
             if row_bytes and stop > start:
                 self._read_ahead(entry.start + start * row_bytes, entry.start + stop * row_bytes)
-        return []
+        return [None] * len(names)
 
     def prefetch(self, names: Sequence[str], needs_room: bool = True) -> list[object]:
         """Have the system read tensors ahead; it knows itself how much there is room for."""

@@ -1,8 +1,10 @@
 """Stores elsewhere that are larger than the cache: every pass fetches the bytes of its sites once, and checks them."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -26,17 +28,17 @@ GROUP_BYTES, CACHE_BYTES, START_BYTES = 1 << 20, 2 << 20, 64 << 10
 SITE_BYTES = NUM_SHARDS * sum(LENGTHS) * WIDTH * 2
 
 
-def write_store(where: Any) -> None:
+def write_store(where: Any, num_shards: int = NUM_SHARDS, lengths: tuple[int, ...] = LENGTHS) -> None:
     sites = {site: {"kind": "token", "dtype": "float16", "width": WIDTH} for site in SITES}
     commit_description(where, {"sites": sites, "fingerprint": FINGERPRINT, "pool": None})
     headers, first = [], 0
-    for unit in range(NUM_SHARDS):
-        count, num_tokens = len(LENGTHS), sum(LENGTHS)
+    for unit in range(num_shards):
+        count, num_tokens = len(lengths), sum(lengths)
         numbers = torch.arange(num_tokens) + unit * num_tokens
         values = (numbers[:, None] % 2048).half().expand(num_tokens, WIDTH)
         tensors: list[tuple[str, Tensor]] = [
             ("example", torch.arange(first, first + count)),
-            ("offsets", torch.tensor([0, *LENGTHS]).cumsum(0)),
+            ("offsets", torch.tensor([0, *lengths]).cumsum(0)),
             ("input_ids", numbers),
             *((site, (values + place).contiguous()) for place, site in enumerate(SITES)),
         ]
@@ -123,3 +125,87 @@ def test_a_damaged_tensor_is_found_in_step_and_in_order(counted: Any, read: Call
     counted.place.commit(file, [bytes(data)])
     with pytest.raises(FormatError, match=r"shard-000004.*'layers.1' are not those that were written"):
         read(counted)
+
+
+def test_rows_in_order_hold_no_more_ahead_than_there_is_room_for(counted: Any) -> None:
+    iterators = [counted[SITES[place % 2]].rows(16) for place in range(4)]
+    most = 0
+    for place, iterator in enumerate(iterators):
+        iterator.load_state_dict({**iterator.state_dict(), "given": 100 * place})
+    for _ in range(100):
+        for iterator in iterators:
+            next(iterator)
+            most = max(most, counted.catalog._cache._num_bytes)
+    assert most <= CACHE_BYTES + len(iterators) * SITE_BYTES // NUM_SHARDS
+
+
+def _watch_tensors(store: Any) -> list[Any]:
+    return [ref(future.result()) for future, _ in store.catalog._cache._kept.values()]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_rows_that_are_done_with_are_let_go_of(counted: Any, shuffle: bool) -> None:
+    held, iterator = counted.catalog._cache._held, counted["layers.0"].rows(16, shuffle=shuffle)
+    state = iterator.state_dict()
+    next(iterator)
+    assert len(held) > 0
+    iterator.load_state_dict(state)
+    assert len(held) == 0
+    assert sum(len(rows) for rows in iterator) == NUM_SHARDS * sum(LENGTHS)
+    assert len(held) == 0
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_closed_store_lets_go_of_what_its_iterators_held(counted: Any, shuffle: bool) -> None:
+    readers = [counted["layers.0"].rows(16, shuffle=shuffle), iter(counted["layers.1"])]
+    for reader in readers:
+        next(reader)
+    tensors = _watch_tensors(counted)
+    assert len(tensors) >= 2 and None not in [tensor() for tensor in tensors]
+    counted.close()
+    gc.collect()
+    assert [tensor() for tensor in tensors] == [None] * len(tensors)
+
+
+def test_nothing_is_thrown_out_for_what_is_declined_then() -> None:
+    cache = TensorCache(100)
+
+    def begin(name: str, size: int, ahead: bool = False) -> Any:
+        return (cache.begin_ahead if ahead else cache.begin)((name, "", 0, 1), size, lambda: torch.zeros(1))
+
+    held = begin("a", 60)
+    begin("b", 30)  # which nobody holds
+    assert begin("c", 50, ahead=True) is None
+    assert [file for file, *_ in cache._kept] == ["a", "b"]
+    assert begin("d", 40, ahead=True) is not None  # in place of `b`
+    assert [file for file, *_ in cache._kept] == ["a", "d"] and held is not None
+    cache.close()
+
+
+@pytest.fixture
+def small_shards(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A store of 64 shards of a hundred rows."""
+    url = f"memory://small-{request.node.name}/acts"
+    write_store(url, 64, (50, 50))
+    with lp.open(CountedPlace(url)) as store:
+        yield store
+
+
+def test_small_shards_are_opened_several_at_once_where_rows_come_in_order(small_shards: Any) -> None:
+    place, num_waits, num_rows = small_shards.place, 0, 0
+    iterator = small_shards["layers.0"].rows(20)
+    iterator._window = 1
+    before: set[str] = set()
+    for rows in iterator:
+        num_rows += len(rows)
+        num_waits += set(place.requests) != before
+        before = set(place.requests)
+    assert num_rows == 6400 and len(before) == 64
+    assert num_waits <= 64 // 4
+
+
+def test_a_share_asks_for_no_shard_that_it_has_no_batch_in(small_shards: Any) -> None:
+    share = small_shards["layers.0"].rows(100, rank=3, world=8)
+    assert sum(len(rows) for rows in share) == 800
+    first_and_own = {f"shard-{number:06d}.safetensors" for number in (0, *range(3, 64, 8))}
+    assert set(small_shards.place.requests) == first_and_own
