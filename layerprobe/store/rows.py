@@ -283,10 +283,10 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         """
         for name, own in self._identity().items():
             if state.get(name) != own:
-                raise OptionError(
-                    f"a state with {name}={state.get(name)!r} cannot go on here, where {name} is {own!r}: "
-                    "ask for the same rows in the same way."
-                )
+                way = "ask for the same rows in the same way"
+                way = "rows are mixed otherwise now, begin the epoch anew" if name == "order" else way
+                message = f"a state with {name}={state.get(name)!r} cannot go on here, where {name} is {own!r}: {way}."
+                raise OptionError(message)
         given = state.get("given")
         if type(given) is not int or not 0 <= given <= len(self._share()):
             raise OptionError(
@@ -308,7 +308,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         said = {name: int(value) for name, value in vars(self._options).items()}
         return {
             **said,
-            "order": _ORDER,
+            **({"order": _ORDER} if self._options.shuffle else {}),
             "worker": worker.id if worker is not None else 0,
             "workers": worker.num_workers if worker is not None else 1,
             "fingerprint": self._catalog.fingerprint,
