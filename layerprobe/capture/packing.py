@@ -288,8 +288,10 @@ class StoreSink(SinkAbilities):
         if unit is not None:
             # not by the buffer's own room: one that has grown would take more, and the two take turns as they come free
             wanted = unit.used.plus(needed)
-            # sites with a vector per example have no room for rows to tell of; a shard has so many all the same
-            fits = self._room.holds(wanted, unit.buffer.kinds) and wanted.rows <= MOST_TOKENS
+            # sites with a vector per example have no room for rows to tell of, those with rows none for examples; a
+            # shard has so many all the same
+            is_read = wanted.rows <= MOST_TOKENS and wanted.examples <= MOST_EXAMPLES
+            fits = is_read and self._room.holds(wanted, unit.buffer.kinds)
             if batch is None and unit.used.examples and not fits:
                 self.end_unit()
             elif not unit.buffer.fits(wanted):

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
 import layerprobe as lp
 from layerprobe.capture import packing, sinks
@@ -251,3 +251,23 @@ def test_shards_of_a_very_narrow_site_stay_within_what_is_read(
     store = lp.open(tmp_path / "acts")
     assert len(store) == 200 and store.num_shards > 1
     assert torch.equal(store["module:classifier"].pooled(), wanted)
+
+
+def test_shards_of_a_very_narrow_site_per_token_stay_within_the_examples_that_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a token an example, of four bytes: no site has room for examples to tell of
+    monkeypatch.setattr(probe_module, "DEFAULT_SHARD_BYTES", 4096)
+    for module in (headers, packing):
+        monkeypatch.setattr(module, "MOST_EXAMPLES", 128)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=100
+    )
+    config.num_labels = 1
+    model = BertForTokenClassification(config).eval()
+    with torch.no_grad(), lp.Probe(model, "module:classifier", to=tmp_path / "acts"):
+        wanted = torch.cat([model(input_ids=part).logits for part in torch.randint(1, 100, (400, 1)).split(4)])
+    store = lp.open(tmp_path / "acts")
+    assert len(store) == 400 and store.num_shards == 4
+    values = store["module:classifier"]
+    assert torch.equal(torch.cat([values[place] for place in range(400)]), wanted[:, 0])
