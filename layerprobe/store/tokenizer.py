@@ -30,14 +30,17 @@ class TokenNames:
 
     def __init__(self, label: str, rules: Mapping[str, Any]) -> None:
         try:
-            ids = dict(_list_tokens(rules["model"]["vocab"]))
-            ids |= _number_added(rules.get("added_tokens") or (), ids)
+            listed = list(_list_tokens(rules["model"]["vocab"]))
+            ids = dict(listed)
+            # a piece that is listed twice has two ids, each of which is that piece
+            added = _number_added(rules.get("added_tokens") or (), ids, len(listed))
+            ids |= added
             if not all(type(token_id) is int and 0 <= token_id < _MOST_IDS for token_id in ids.values()):
                 raise ValueError("an id is no whole number of 32 bits")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{label}: is not a tokenizer ({brief(error)}).") from error
         self._ids = ids
-        self._tokens = {token_id: token for token, token_id in ids.items()}
+        self._tokens = {token_id: token for token, token_id in (*listed, *added.items())}
 
     def token_of(self, token_id: int) -> str | None:
         """Give the token that an id is; None where it is none."""
@@ -57,10 +60,9 @@ def _list_tokens(vocab: Any) -> Iterator[tuple[str, int]]:
         yield token, token_id
 
 
-def _number_added(added_tokens: Any, ids: Mapping[str, int]) -> dict[str, int]:
+def _number_added(added_tokens: Any, ids: Mapping[str, int], following: int) -> dict[str, int]:
     """Give added tokens the ids that the tokenizers package gives them when it reads the file, whatever it says."""
     found: dict[str, int] = {}
-    following = len(ids)
     for added in added_tokens:
         token = added["content"]
         if not isinstance(token, str):
