@@ -161,7 +161,8 @@ def _gather(
     row_bytes, held = sum(site.bytes_per_vector for site in sites), list[object]()
     for place, piece in enumerate(pieces):
         held = held[1:]  # what is done with is let go of first
-        held += catalog.fetch(spans[place + len(held) : place + ahead], names)
+        # what is read now comes whether there is room for it or not
+        held += catalog.fetch(spans[place + len(held) : place + ahead], names, num_needed=1 - len(held))
         shard, end = catalog.shard(piece.shard), filled + len(piece.drawn)
         for site in sites:
             found[site.name][filled:end] = _take_drawn(shard, site, piece)
