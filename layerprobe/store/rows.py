@@ -354,15 +354,15 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
             self._held = {}  # what is done with is let go of first
             self._held = dict(zip(pieces, self._catalog.fetch(pieces, names, len(pieces)), strict=True))
 
-    def _fetch_coming(self, row: int, names: Sequence[str]) -> tuple[int, int, int]:
-        """Have the piece fetched that a row lies in, and give it; and those that come next, several at a time."""
+    def _fetch_coming(self, row: int, names: Sequence[str]) -> None:
+        """Have the piece fetched that a row lies in, and those that come next, several at a time; held in order."""
         pieces = self._order.list_coming(row, self._share(), int(self._options.batch_size))
         self._held = {piece: self._held[piece] for piece in pieces if piece in self._held}
         missing = [piece for piece in pieces if len(self._held.get(piece, ())) < len(names)]
         if pieces[0] in missing or 2 * len(missing) >= len(pieces):
             num_needed = int(pieces[0] in missing)
-            self._held |= zip(missing, self._catalog.fetch(missing, names, num_needed), strict=True)
-        return pieces[0]
+            found = self._held | dict(zip(missing, self._catalog.fetch(missing, names, num_needed), strict=True))
+            self._held = {piece: found[piece] for piece in pieces}
 
     def _copy_runs(self, spans: Sequence[tuple[int, int]], room: Mapping[str, Tensor]) -> None:
         """Bring rows together as they lie: what lies side by side in a shard is one copy."""
@@ -370,10 +370,12 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         for start, stop in spans:
             for group, piece, first, last in self._order.find_runs(start, stop):
                 if (group, piece) != at:
-                    row, at = self._order.starts[group] + int(self._order.bounds[group][piece]) + first, (group, piece)
-                    number, *span = self._fetch_coming(row, list(room))
-                    shard = self._catalog.shard(number)
-                    sources = [_as_bytes(shard.piece(name, *span)) for name in room]
+                    at, current = (group, piece), self._order.groups[group][piece]
+                    if next(iter(self._held), None) != current:  # else it was, for the batch before
+                        row = self._order.starts[group] + int(self._order.bounds[group][piece]) + first
+                        self._fetch_coming(row, list(room))
+                    shard = self._catalog.shard(current[0])
+                    sources = [_as_bytes(shard.piece(name, *current[1:])) for name in room]
                 end = filled + last - first
                 for target, source in zip(targets, sources, strict=True):
                     target[filled:end] = source[first:last]
