@@ -8,7 +8,6 @@ Hides which part of which shard is read when. Must never know of formulas.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from layerprobe.analysis.sweep import Mappings, bar_of, count_rows, sweep
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.reader import Store
+from layerprobe.store.rows import cut_shard
 from layerprobe.store.shards import ScaledRows, Shard, ShardInfo
 from layerprobe.store.writer import StoredSite
 
@@ -111,37 +111,28 @@ def _mix(rows: dict[str, Tensor], maker: np.random.Generator) -> Iterator[dict[s
 
 def _plan_blocks(catalog: Catalog, sites: Sequence[StoredSite], wanted: int, seed: int) -> Iterator[list[_Piece]]:
     """Draw rows, and put the pieces that they are of into blocks at random, each piece into one."""
-    bounds = np.cumsum([0, *(_count_rows(info, sites[0]) for info in catalog.shards)])
-    num_rows = int(bounds[-1])
+    counts = [_count_rows(info, sites[0]) for info in catalog.shards]
+    num_rows = sum(counts)
     held_bytes = max(1, sum(site.width * _held_dtype(site).itemsize for site in sites))
     num_blocks = -(-wanted // max(_DRAWN_ROWS, _BLOCK_BYTES // held_bytes))
     piece_rows = _PIECE_BYTES // max(1, sum(site.bytes_per_vector for site in sites))
     if num_blocks > 1:
         piece_rows = min(piece_rows, num_rows // (num_blocks * _LEAST_BLOCK_PIECES))
-    edges = _cut_shards(bounds, max(1, piece_rows, -(-num_rows // _MOST_PIECES)))
+    piece_rows = max(1, piece_rows, -(-num_rows // _MOST_PIECES))
+    spans = [span for number, count in enumerate(counts) for span in cut_shard(number, count, piece_rows)]
+    edges = np.cumsum([0, *(stop - start for _, start, stop in spans)])
     numbers, maker = draw_numbers(num_rows, wanted, seed), np.random.default_rng([seed, 31])
     cuts = np.searchsorted(numbers, edges)
-    order = maker.permutation(len(edges) - 1)
+    order = maker.permutation(len(spans))
     order = order[np.diff(cuts)[order] > 0]
     # blocks are of as many drawn rows, up to those of one piece
     block_of = (np.cumsum(np.diff(cuts)[order]) - 1) * num_blocks // wanted
     for block in np.split(order, np.flatnonzero(np.diff(block_of)) + 1):
         pieces = []
         for place in block.tolist():
-            start, stop = edges[place : place + 2].tolist()
-            shard = int(np.searchsorted(bounds, start, side="right")) - 1
-            first = int(bounds[shard])
-            pieces.append(_Piece(shard, start - first, stop - first, numbers[cuts[place] : cuts[place + 1]] - start))
+            shard, start, stop = spans[place]
+            pieces.append(_Piece(shard, start, stop, numbers[cuts[place] : cuts[place + 1]] - edges[place]))
         yield pieces
-
-
-def _cut_shards(bounds: np.ndarray, piece_rows: int) -> np.ndarray:
-    """Cut each shard into as few pieces of about the same size as can be; give where each begins and the last ends."""
-    edges = [0]
-    for first, last in pairwise(bounds.tolist()):
-        count = -(-(last - first) // piece_rows)
-        edges += [first + (last - first) * part // count for part in range(1, count + 1)]
-    return np.array(edges)
 
 
 def _held_dtype(site: StoredSite) -> torch.dtype:

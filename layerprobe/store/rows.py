@@ -25,7 +25,7 @@ from layerprobe.store.guard import check_count, check_flag
 from layerprobe.store.shards import ScaledRows, Shard
 from layerprobe.store.writer import StoredSite
 
-__all__ = ["RowBatches", "RowOptions", "choose_sites", "take_rows"]
+__all__ = ["RowBatches", "RowOptions", "choose_sites", "cut_shard", "take_rows"]
 
 # Rows of one group are mixed with each other: enough of them to come from many shards, few enough that the pages they
 # lie in stay in the page cache, or what was fetched of them in memory, while rows are picked from all over them.
@@ -157,7 +157,7 @@ class _Order:
         piece_rows = min(_PIECE_ROWS, max(1, most_rows // _LEAST_GROUP_PIECES)) if options.shuffle else self._pair_rows
         self.num_rows = sum(counts)
         piece_rows = max(piece_rows, -(-self.num_rows // _MOST_PIECES))
-        pieces = [piece for number, count in enumerate(counts) for piece in _cut_shard(number, count, piece_rows)]
+        pieces = [piece for number, count in enumerate(counts) for piece in cut_shard(number, count, piece_rows)]
         if options.shuffle:
             pieces = [pieces[place] for place in self._permute(len(pieces), 0).tolist()]
         wanted = min(-(-self.num_rows // most_rows), len(pieces) // _LEAST_GROUP_PIECES)
@@ -216,7 +216,7 @@ class _Order:
         return found
 
 
-def _cut_shard(number: int, count: int, piece_rows: int) -> Iterator[tuple[int, int, int]]:
+def cut_shard(number: int, count: int, piece_rows: int) -> Iterator[tuple[int, int, int]]:
     """Cut the rows of a shard into as few pieces as can be, of about the same size."""
     num_pieces = -(-count // piece_rows)
     for piece in range(num_pieces):
