@@ -24,9 +24,10 @@ from harness import Rival, emit, interleave, make_parser
 from safetensors import safe_open
 
 import layerprobe as lp
+from layerprobe.store.description import commit_description
 from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.index import commit_index
 from layerprobe.store.reader import Store
-from layerprobe.store.writer import commit_description, commit_index
 from layerprobe.tables import format_table
 
 _SITES = [f"layers.{number}" for number in range(7)]

@@ -21,8 +21,9 @@ from harness import emit, make_parser
 from torch import Tensor
 
 import layerprobe as lp
+from layerprobe.store.description import commit_description
 from layerprobe.store.format import ShardHeader, commit_shard
-from layerprobe.store.writer import commit_description, commit_index
+from layerprobe.store.index import commit_index
 
 SITES = ("embeddings", *(f"layers.{layer}" for layer in range(6)))
 WIDTH = 384

@@ -20,8 +20,9 @@ from torch import Tensor
 import layerprobe as lp
 from layerprobe.models import LoadedModel
 from layerprobe.sites import anatomy
+from layerprobe.store.description import commit_description
 from layerprobe.store.format import ShardHeader, commit_shard
-from layerprobe.store.writer import commit_description, commit_index
+from layerprobe.store.index import commit_index
 from sizes import TINY
 
 FINGERPRINT = "0" * 32

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerprobe.store.description import commit_description
 from layerprobe.store.format import ShardHeader, commit_shard
-from layerprobe.store.writer import commit_description, commit_index
+from layerprobe.store.index import commit_index
 
 __all__ = ["FINGERPRINT", "IndexedColumn", "plant"]
 

@@ -20,9 +20,9 @@ from layerprobe.analysis.results import table_cell, write_csv, write_json
 from layerprobe.analysis.sweep import Chunk, choose_depth, count_rows, need_store, sweep
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError
+from layerprobe.store.description import StoredSite
 from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store
-from layerprobe.store.writer import StoredSite
 from layerprobe.tables import format_count, format_table
 
 __all__ = ["Check", "SiteCheck", "check"]

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from layerprobe.analysis.sweep import Mappings, bar_of, count_rows, sweep
 from layerprobe.store.catalog import Catalog
+from layerprobe.store.description import StoredSite
 from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.index import ShardInfo
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import cut_shard
-from layerprobe.store.shards import ScaledRows, Shard, ShardInfo
-from layerprobe.store.writer import StoredSite
+from layerprobe.store.shards import ScaledRows, Shard
 
 __all__ = ["draw_numbers", "draw_rows"]
 

@@ -17,7 +17,7 @@ from layerprobe.analysis.drawing import draw_numbers
 from layerprobe.analysis.geometry import find_neighbours, mean_cosine, neighbour_overlap, unbiased_hsic
 from layerprobe.analysis.moments import RunningMoments, Scaling, UnitSums
 from layerprobe.analysis.sweep import Chunk
-from layerprobe.store.writer import StoredSite
+from layerprobe.store.description import StoredSite
 
 __all__ = ["CKA_ROWS", "MOST_MOVES", "MovePass", "ShapePass"]
 

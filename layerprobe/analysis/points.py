@@ -20,10 +20,10 @@ from layerprobe.analysis.drawing import draw_numbers
 from layerprobe.analysis.results import plain
 from layerprobe.analysis.sweep import Mappings, bar_of
 from layerprobe.errors import InputError, NonFiniteError, OptionError
+from layerprobe.store.description import StoredSite
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, pool_packed, positions_of
-from layerprobe.store.writer import StoredSite
 
 __all__ = ["Colours", "Points", "choose_points", "colour_points", "draw_points", "has_field"]
 

@@ -18,12 +18,12 @@ from tqdm import tqdm
 from layerprobe.errors import NonFiniteError, SiteError
 from layerprobe.sites.grammar import list_patterns
 from layerprobe.store.catalog import Catalog
+from layerprobe.store.description import StoredSite
 from layerprobe.store.difference import take_depth
 from layerprobe.store.naming import is_stored, match_sites, need_name
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.rows import choose_sites, take_rows
 from layerprobe.store.shards import Shard, positions_of
-from layerprobe.store.writer import StoredSite
 
 __all__ = [
     "Chunk",

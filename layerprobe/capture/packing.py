@@ -27,22 +27,18 @@ from layerprobe.capture.select import BatchSelection, Run, copy_runs, write_pair
 from layerprobe.capture.sinks import is_per_token, select_tokens
 from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer, Lane, Room, make_lane
 from layerprobe.capture.turns import Turns
-from layerprobe.capture.units import (
-    AnnouncedBatch,
-    OpenUnit,
-    check_storable,
-    list_tensors,
-    measure_site,
-    room_for,
-)
+from layerprobe.capture.units import AnnouncedBatch, OpenUnit, check_storable, list_tensors, measure_site, room_for
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
+from layerprobe.store.claiming import claim_place
+from layerprobe.store.description import StoredSite, commit_description
 from layerprobe.store.fingerprint import fingerprint_run
 from layerprobe.store.format import ShardHeader
 from layerprobe.store.headers import MOST_EXAMPLES, MOST_TOKENS
+from layerprobe.store.index import commit_index
 from layerprobe.store.lock import StoreLock
 from layerprobe.store.places import Place, find_place
-from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_place, commit_description, commit_index
+from layerprobe.store.writer import ShardJob, ShardWriter
 
 __all__ = ["StoreSink"]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from layerprobe.capture.streams import CudaStreams, PlainCopies, Streams
 from layerprobe.capture.target import Target
-from layerprobe.store.writer import StoredSite
+from layerprobe.store.description import StoredSite
 
 __all__ = [
     "MOST_COPIES",

@@ -18,9 +18,9 @@ from layerprobe.capture.sinks import check_pooled, is_per_token
 from layerprobe.capture.staging import NO_ROOM, HostBuffer, Room
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
+from layerprobe.store.description import StoredSite
 from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.headers import POSITIONS
-from layerprobe.store.writer import StoredSite
 
 __all__ = [
     "AnnouncedBatch",

@@ -17,8 +17,8 @@ from layerprobe.extract.forward import CUDA_GRAPHS, find_precision
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.models import describe_model, describe_tokenizer
 from layerprobe.sites.resolve import map_model
+from layerprobe.store.description import StoredSite
 from layerprobe.store.fingerprint import fingerprint_run
-from layerprobe.store.writer import StoredSite
 from layerprobe.version import __version__
 
 __all__ = ["add_batches", "describe_run"]

@@ -12,9 +12,9 @@ from typing import Any
 
 from layerprobe.extract.plan import Plan
 from layerprobe.store.abandoned import wait_for_abandoned
+from layerprobe.store.description import commit_description
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
 from layerprobe.store.places import Place
-from layerprobe.store.writer import commit_description
 
 __all__ = ["begin_remote"]
 

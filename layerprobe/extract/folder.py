@@ -18,10 +18,10 @@ from layerprobe.extract.plan import Plan
 from layerprobe.extract.resume import check_finite, find_done
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.tokens import tokenizing
+from layerprobe.store.description import commit_description
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, is_leftover, parse_shard_name
 from layerprobe.store.lock import StoreLock
-from layerprobe.store.writer import commit_description
 
 __all__ = ["hold_store"]
 

@@ -44,10 +44,10 @@ from layerprobe.extract.trials import Trials, can_resume, choose_batches
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device, need_one_device
+from layerprobe.store.description import StoredSite
 from layerprobe.store.format import ShardHeader
 from layerprobe.store.guard import MOST_ROWS, MOST_SHARDS
 from layerprobe.store.places import Place, find_place, need_folder
-from layerprobe.store.writer import StoredSite
 from layerprobe.tables import format_bytes, format_count, format_dtype
 
 __all__ = ["Plan", "plan_extraction"]

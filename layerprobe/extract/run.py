@@ -34,10 +34,10 @@ from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.stream import stream_texts
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import ShardHeader
+from layerprobe.store.index import commit_index
 from layerprobe.store.places import Place
 from layerprobe.store.progress import Done, ProgressFile
 from layerprobe.store.reader import Store, open_store
-from layerprobe.store.writer import commit_index
 from layerprobe.tables import format_bytes
 
 __all__ = ["RunReport", "extract", "run_extraction"]

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from layerprobe.capture.staging import Room
 from layerprobe.capture.units import list_shapes
 from layerprobe.errors import SpaceError
+from layerprobe.store.description import StoredSite
 from layerprobe.store.durable import reserve_file
 from layerprobe.store.format import ShardHeader, bound_shard
-from layerprobe.store.writer import StoredSite
 
 __all__ = ["RoomKeeper"]
 

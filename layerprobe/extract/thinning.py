@@ -11,8 +11,8 @@ from typing import Any
 
 from layerprobe.errors import OptionError
 from layerprobe.extract.tokens import tokenize
+from layerprobe.store.description import StoredSite
 from layerprobe.store.kept import Kept
-from layerprobe.store.writer import StoredSite
 
 __all__ = ["find_kept"]
 

@@ -24,9 +24,9 @@ from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.extract.warmup import LEAST_TOKENS, choose_batch_cost, choose_batch_tokens, find_batch_tokens
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import find_device
+from layerprobe.store.description import StoredSite
 from layerprobe.store.kept import Kept
 from layerprobe.store.places import Place
-from layerprobe.store.writer import StoredSite
 
 __all__ = ["Trials", "can_resume", "choose_batches"]
 

@@ -25,8 +25,8 @@ from layerprobe.extract.forward import running
 from layerprobe.extract.memory import ran_out
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.sites.stacks import find_device
+from layerprobe.store.description import StoredSite
 from layerprobe.store.kept import Kept
-from layerprobe.store.writer import StoredSite
 
 __all__ = ["LEAST_TOKENS", "choose_batch_cost", "choose_batch_tokens", "climb", "find_batch_tokens"]
 

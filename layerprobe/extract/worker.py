@@ -37,9 +37,9 @@ from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.thinning import find_kept
 from layerprobe.models import describe_model, describe_tokenizer, load_model
 from layerprobe.sites.resolve import map_model
+from layerprobe.store.description import StoredSite
 from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.places import find_place
-from layerprobe.store.writer import StoredSite
 from layerprobe.tables import format_dtype
 
 __all__ = ["describe_job", "main"]

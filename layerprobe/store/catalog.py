@@ -17,22 +17,16 @@ from typing import Any
 
 from layerprobe.errors import FormatError, MissingExample, OptionError, StoreError
 from layerprobe.store.checks import read_totals
-from layerprobe.store.format import (
-    FORMAT_VERSION,
-    INDEX_FILE,
-    STORE_FILE,
-    load_header,
-    load_json,
-    parse_shard_name,
-)
+from layerprobe.store.description import StoredSite, check_description
+from layerprobe.store.format import FORMAT_VERSION, INDEX_FILE, STORE_FILE, load_header, load_json, parse_shard_name
 from layerprobe.store.guard import brief
-from layerprobe.store.headers import POSITIONS, check_description, check_stored
+from layerprobe.store.headers import POSITIONS, check_stored
+from layerprobe.store.index import ShardInfo, check_apart, parse_index
 from layerprobe.store.kept import parse_kept
 from layerprobe.store.naming import need_name
 from layerprobe.store.places import Place
 from layerprobe.store.ranges import RangedShard, TensorCache
-from layerprobe.store.shards import MappedShard, Shard, ShardInfo, check_apart, parse_index
-from layerprobe.store.writer import StoredSite
+from layerprobe.store.shards import MappedShard, Shard
 
 __all__ = ["MOST_OPEN_SHARDS", "Catalog"]
 

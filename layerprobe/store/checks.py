@@ -17,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 from layerprobe.errors import FormatError
+from layerprobe.store.description import StoredSite, check_description
 from layerprobe.store.fingerprint import fingerprint_run
 from layerprobe.store.format import (
     FORMAT_VERSION,
@@ -27,12 +28,11 @@ from layerprobe.store.format import (
     load_json,
 )
 from layerprobe.store.guard import LARGE, brief
-from layerprobe.store.headers import POSITIONS, check_description, check_stored
+from layerprobe.store.headers import POSITIONS, check_stored
 from layerprobe.store.kept import Kept, parse_kept
 from layerprobe.store.places import Place
 from layerprobe.store.shards import count_pairs, read_order
 from layerprobe.store.tokenizer import load_tokenizer, parse_tokenizer
-from layerprobe.store.writer import StoredSite
 
 __all__ = [
     "TOKENIZER_FILE",

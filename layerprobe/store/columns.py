@@ -22,13 +22,13 @@ from torch import Tensor
 
 from layerprobe.errors import FormatError, LayerProbeError, OptionError, StoreError
 from layerprobe.packages import need_package
+from layerprobe.store.description import StoredSite
 from layerprobe.store.fingerprint import fingerprint_of
 from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.records import has_records, read_record
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, positions_of
-from layerprobe.store.writer import StoredSite
 from layerprobe.tables import format_dtype
 
 __all__ = [

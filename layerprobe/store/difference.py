@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import OptionError, SiteError
+from layerprobe.store.description import StoredSite
 from layerprobe.store.rows import RowBatches, RowOptions, choose_sites
 from layerprobe.store.siteview import SiteView
-from layerprobe.store.writer import StoredSite
 
 __all__ = ["Difference", "pair_depth", "take_depth"]
 

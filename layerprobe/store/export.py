@@ -21,6 +21,7 @@ from tqdm import tqdm
 from layerprobe.errors import LayerProbeError, OptionError, StoreError
 from layerprobe.packages import need_package
 from layerprobe.store.columns import Columns, column_dtype, write_arrow, write_parquet
+from layerprobe.store.description import StoredSite
 from layerprobe.store.durable import commit_folder, flush_folder, need_parent, tell_failure
 from layerprobe.store.guard import check_flag
 from layerprobe.store.headers import checksum
@@ -29,7 +30,6 @@ from layerprobe.store.naming import match_sites
 from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_zarr
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.shards import Shard
-from layerprobe.store.writer import StoredSite
 from layerprobe.tables import format_bytes, format_count, format_dtype, hide_bar
 
 __all__ = ["FORMATS", "ExportReport", "export"]

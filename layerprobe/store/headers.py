@@ -20,12 +20,11 @@ import torch
 import xxhash
 
 from layerprobe.errors import StoreError
-from layerprobe.store.guard import MOST_COUNT, MOST_SITES, SMALL, brief, parse_json
-from layerprobe.store.kept import parse_kept
-from layerprobe.tables import format_dtype
+from layerprobe.store.guard import MOST_COUNT, SMALL, brief, parse_json
 
 __all__ = [
     "BLANK_CHECKSUM",
+    "DTYPES",
     "FORMAT_VERSION",
     "MOST_EXAMPLES",
     "MOST_TOKENS",
@@ -34,10 +33,7 @@ __all__ = [
     "ShardHeader",
     "TensorEntry",
     "build_header",
-    "check_description",
     "check_shapes",
-    "check_site",
-    "check_sites",
     "check_stored",
     "checksum",
     "lay_out",
@@ -67,7 +63,7 @@ _TO_NAME = {
     torch.bool: "BOOL",
 }
 _FROM_NAME = {name: dtype for dtype, name in _TO_NAME.items()}
-_DTYPES = {format_dtype(dtype): dtype for dtype in _TO_NAME}
+DTYPES = tuple(_TO_NAME)
 # The values of the first site begin at a multiple of this in the file: mapped they begin with a page, and they can
 # be written past the page cache from where they lie.
 _ALIGNMENT = 4096
@@ -80,8 +76,6 @@ _MOST_UNIT = 10**12 - 1
 # torch counts elements, and bytes, in 64 bits, also those of a tensor that has none.
 _MOST_ELEMENTS = 1 << 48
 _MOST_DIMENSIONS = 8
-_MOST_WIDTH = 1 << 24
-_MOST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -308,48 +302,6 @@ def _parse_entry(name: str, entry: dict[str, Any]) -> TensorEntry:
     if stop - start != elements * dtype.itemsize:
         raise ValueError(f"{brief(repr(name))} of shape {brief(shape)} does not fill its {stop - start} bytes")
     return TensorEntry(dtype, shape, start, stop)
-
-
-def check_description(description: Mapping[str, Any]) -> None:
-    """Check what a reader uses of `store.json`; what is wrong is a KeyError, TypeError or ValueError."""
-    check_sites(description["sites"])
-    pool, model = description["pool"], description.get("model")
-    for name, value in (("fingerprint", description["fingerprint"]), ("pool", "" if pool is None else pool)):
-        if not isinstance(value, str) or not value.isprintable() or len(value) > _MOST_NAME:
-            raise ValueError(f"its {name} is {brief(repr(value))}")
-    if not isinstance(model, dict | None) or not all(isinstance(said, str | None) for said in (model or {}).values()):
-        raise ValueError(f"its model is {brief(repr(model))}")
-    for name in ("input", "plan", "tokenizer"):
-        if not isinstance(description.get(name), dict | None):
-            raise ValueError(f"its {name} is {brief(repr(description[name]))}")
-    parse_kept(description.get("plan"))
-    if POSITIONS in description["sites"]:
-        raise ValueError(f"a site is named {POSITIONS!r}, which is the name of another tensor")
-
-
-def check_sites(sites: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check what `store.json` says of its sites; what is wrong is a KeyError, TypeError or ValueError."""
-    if not isinstance(sites, dict):
-        raise TypeError(f"sites are {type(sites).__name__}, not an object")
-    if len(sites) > MOST_SITES:
-        raise ValueError(f"{len(sites):,} sites; at most {MOST_SITES:,} are read")
-    for site, said in sites.items():
-        check_site(site, said)
-
-
-def check_site(site: str, said: Mapping[str, Any]) -> None:
-    """Check what `store.json` says of a site; what is wrong is a KeyError, TypeError or ValueError."""
-    kind, dtype, width = said["kind"], said["dtype"], said["width"]
-    name = brief(repr(site))
-    if not site.isprintable() or len(site) > _MOST_NAME:
-        raise ValueError(f"{name} is no name of a site: it is too long, or holds control characters")
-    is_known = kind in ("token", "example", "attention") and isinstance(dtype, str) and dtype in _DTYPES
-    if not is_known or type(width) is not int or not 0 <= width <= _MOST_WIDTH:
-        raise ValueError(
-            f"{name} is of kind {brief(repr(kind))}, dtype {brief(repr(dtype))}, width {brief(repr(width))}"
-        )
-    if kind == "attention" and dtype == "int8":
-        raise ValueError(f"{name} is of kind 'attention' and dtype 'int8', which has no scale there")
 
 
 def check_stored(header: ShardHeader, layout: "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]") -> None:

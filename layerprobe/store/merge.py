@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError
 from layerprobe.store.checks import Wanted, check_shard, check_tokenizer, load_description, tell
+from layerprobe.store.description import commit_description
 from layerprobe.store.durable import commit_folder, flush_file, flush_folder, make_folder, tell_failure
 from layerprobe.store.format import (
     INDEX_FILE,
@@ -33,10 +34,10 @@ from layerprobe.store.format import (
     read_header,
 )
 from layerprobe.store.guard import check_flag, open_inside
+from layerprobe.store.index import commit_index
 from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.mismatch import list_differences
 from layerprobe.store.places import LocalPlace, find_place, need_folder
-from layerprobe.store.writer import commit_description, commit_index
 from layerprobe.tables import format_bytes, format_count, hide_bar
 
 __all__ = ["MergeReport", "merge"]

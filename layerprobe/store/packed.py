@@ -18,9 +18,9 @@ import numpy as np
 from layerprobe.errors import FormatError
 from layerprobe.packages import need_package
 from layerprobe.store.columns import column_dtype, cut_places, rows_of, take_site
+from layerprobe.store.description import StoredSite
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.shards import Shard
-from layerprobe.store.writer import StoredSite
 from layerprobe.tables import format_dtype
 
 __all__ = ["OFFSETS_SUFFIX", "PackedArray", "list_arrays", "write_npz", "write_zarr"]

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.format import ShardHeader, TensorEntry, checksum, load_start
+from layerprobe.store.index import ShardInfo
 from layerprobe.store.places import Place
-from layerprobe.store.shards import ShardInfo, check_header, count_pairs, read_order
+from layerprobe.store.shards import check_header, count_pairs, read_order
 
 __all__ = ["RangedShard", "TensorCache"]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from layerprobe.errors import FormatError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import Columns, open_dataset
+from layerprobe.store.description import StoredSite
 from layerprobe.store.difference import Difference, pair_depth
 from layerprobe.store.examples import Example
 from layerprobe.store.format import SCALE_SUFFIX, TOKENIZER_FOLDER, need_store
@@ -32,7 +33,6 @@ from layerprobe.store.selection import Asked, Selection, select
 from layerprobe.store.shards import Shard
 from layerprobe.store.siteview import SiteView
 from layerprobe.store.vocabulary import Vocabulary, find_characters
-from layerprobe.store.writer import StoredSite
 
 __all__ = ["Example", "Store", "open_store"]
 

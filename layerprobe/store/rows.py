@@ -20,10 +20,10 @@ from torch.utils.data import get_worker_info
 
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.catalog import MOST_OPEN_SHARDS, Catalog
+from layerprobe.store.description import StoredSite
 from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.guard import check_count, check_flag
 from layerprobe.store.shards import ScaledRows, Shard
-from layerprobe.store.writer import StoredSite
 
 __all__ = ["RowBatches", "RowOptions", "choose_sites", "cut_shard", "take_rows"]
 

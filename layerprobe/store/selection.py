@@ -16,11 +16,11 @@ from torch import Tensor
 
 from layerprobe.errors import OptionError
 from layerprobe.store.catalog import Catalog
+from layerprobe.store.description import StoredSite
 from layerprobe.store.records import RECORD_TENSORS, has_records, read_record
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, positions_of
 from layerprobe.store.vocabulary import Vocabulary, WordRuns
-from layerprobe.store.writer import StoredSite
 
 __all__ = ["Asked", "Selection", "select"]
 

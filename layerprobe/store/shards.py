@@ -8,10 +8,9 @@ import errno
 import mmap
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,27 +18,17 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
-from layerprobe.store.format import (
-    INDEX_FILE,
-    STORE_FILE,
-    ShardHeader,
-    checksum,
-    parse_shard_name,
-    read_header,
-)
-from layerprobe.store.guard import MOST_COUNT, MOST_ROWS, brief, open_inside
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, checksum, read_header
+from layerprobe.store.guard import open_inside
 from layerprobe.store.headers import POSITIONS
+from layerprobe.store.index import ShardInfo
 
 __all__ = [
     "MappedShard",
     "ScaledRows",
     "Shard",
-    "ShardInfo",
-    "check_apart",
     "check_header",
-    "check_index",
     "count_pairs",
-    "parse_index",
     "pool_packed",
     "positions_of",
     "read_order",
@@ -71,16 +60,6 @@ class ScaledRows:
     def float(self) -> Tensor:
         """Decode to float32, of the shape of `values`."""
         return self.values.float() * self.scale[..., None]
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """What the index, or else the header, says of a shard."""
-
-    file: str
-    first_example: int
-    num_examples: int
-    num_tokens: int
 
 
 class Shard(Protocol):
@@ -294,62 +273,6 @@ def count_pairs(offsets: Tensor) -> list[int]:
     """Count, for each example, the pairs of tokens of those that lie before it."""
     lengths = offsets.diff()
     return [0, *(lengths * lengths).cumsum(0).tolist()]
-
-
-def parse_index(label: str, index: Mapping[str, Any]) -> list[ShardInfo]:
-    """Read which shards an index names.
-
-    Raises:
-        FormatError: it names none, another file than a shard, a count that cannot be, or leaves an example out.
-    """
-    shards: list[ShardInfo] = []
-    named = index.get("shards")
-    for said in named if isinstance(named, list) else [None]:
-        found: dict[str, Any] = said if isinstance(said, dict) else {}
-        file = found.get("file")
-        counts: list[Any] = [found.get(key) for key in ("first_example", "examples", "tokens")]
-        if not all(type(count) is int and 0 <= count <= MOST_COUNT for count in counts):
-            raise FormatError(f"{label}: is damaged: {brief(repr(said))} does not name a shard and its counts.")
-        if not isinstance(file, str) or parse_shard_name(file) is None:
-            raise FormatError(f"{label}: {brief(repr(file))} is not the name of a shard.")
-        shards.append(ShardInfo(file, *counts))
-    check_index(label, index, shards)
-    lost, cut = index.get("nonfinite", {}), index.get("truncated", 0)
-    sums = [cut, *lost.values()] if isinstance(lost, dict) else [None]
-    if not all(type(count) is int and count >= 0 for count in sums):
-        raise FormatError(f"{label}: is damaged: its truncated or nonfinite are no counts.")
-    if sum(shard.num_examples + shard.num_tokens for shard in shards) > MOST_ROWS:
-        raise FormatError(f"{label}: claims more than {MOST_ROWS:,} rows, which no store holds.")
-    return shards
-
-
-def check_apart(place: str, shards: Sequence[ShardInfo]) -> None:
-    """Make sure that no two shards of an unfinished store claim the same example.
-
-    Raises:
-        FormatError: two do.
-    """
-    ordered = sorted(shards, key=lambda shard: (shard.first_example, shard.num_examples))
-    for one, other in pairwise(ordered):
-        if one.first_example + one.num_examples > other.first_example:
-            raise FormatError(f"{place}: {one.file} and {other.file} both hold example {other.first_example}.")
-
-
-def check_index(label: str, index: Mapping[str, Any], shards: Sequence[ShardInfo]) -> None:
-    """Make sure that an index names shards without a gap, with the counts that it says.
-
-    Raises:
-        FormatError: it does not.
-    """
-    if len({shard.file for shard in shards}) != len(shards):
-        raise FormatError(f"{label}: is damaged: it names a shard twice.")
-    place = 0
-    for shard in sorted(shards, key=lambda shard: shard.first_example):
-        if shard.first_example != place:
-            raise FormatError(f"{label}: is damaged: no shard has example {place}.")
-        place += shard.num_examples
-    if (place, sum(shard.num_tokens for shard in shards)) != (index.get("examples"), index.get("tokens")):
-        raise FormatError(f"{label}: is damaged: its shards do not add up to the counts that it says.")
 
 
 def positions_of(shard: Shard, rows: Tensor, places: Tensor) -> Tensor:

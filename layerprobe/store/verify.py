@@ -32,9 +32,9 @@ from layerprobe.store.format import (
     parse_shard_name,
 )
 from layerprobe.store.guard import brief, check_flag
+from layerprobe.store.index import sum_headers
 from layerprobe.store.lock import StoreLock, find_holder
 from layerprobe.store.places import Place, find_place
-from layerprobe.store.writer import sum_headers
 from layerprobe.tables import format_bytes, format_count, hide_bar
 
 __all__ = ["Problem", "VerifyReport", "verify"]

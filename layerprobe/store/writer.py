@@ -6,183 +6,26 @@ none of it. Its failures are raised in the caller's thread, with their cause, at
 Must never know of models, hooks or devices: it is handed CPU tensors and two callables.
 """
 
-import json
 import queue
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from layerprobe.errors import LayerProbeError, NonFiniteError, StoreError
-from layerprobe.store.abandoned import abandon, wait_for_abandoned
-from layerprobe.store.durable import is_direct_better, make_folder
-from layerprobe.store.format import (
-    FORMAT_VERSION,
-    INDEX_FILE,
-    SCALE_SUFFIX,
-    STORE_FILE,
-    ShardHeader,
-    checksum_file,
-    commit_shard,
-)
-from layerprobe.store.guard import MOST_SHARDS, MOST_SITES
+from layerprobe.store.abandoned import abandon
+from layerprobe.store.durable import is_direct_better
+from layerprobe.store.format import SCALE_SUFFIX, ShardHeader, commit_shard
 from layerprobe.store.headers import check_shapes, lay_out
-from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.places import LocalPlace, Place, find_place
 from layerprobe.store.remote import RemotePlace
 from layerprobe.store.scanning import scan_tensor
-from layerprobe.tables import format_dtype
 
-__all__ = [
-    "NONFINITE_POLICIES",
-    "ShardJob",
-    "ShardWriter",
-    "StoredSite",
-    "claim_place",
-    "commit_description",
-    "commit_index",
-    "sum_headers",
-]
+__all__ = ["NONFINITE_POLICIES", "ShardJob", "ShardWriter"]
 
 NONFINITE_POLICIES = ("warn", "error")
-
-
-@dataclass(frozen=True)
-class StoredSite:
-    """A site as it lies on disk.
-
-    Args:
-        name: The site.
-        kind: `token` for a row per token, `example` for a vector per example, `attention` for `[H, len, len]` per
-            example, flat.
-        dtype: As stored.
-        width: D; H for `attention`.
-    """
-
-    name: str
-    kind: str
-    dtype: torch.dtype
-    width: int
-
-    @classmethod
-    def from_description(cls, name: str, said: Mapping[str, Any]) -> "StoredSite":
-        """Read what `describe` gives, out of a `store.json` that was checked."""
-        return cls(name, said["kind"], getattr(torch, said["dtype"]), said["width"])
-
-    @property
-    def bytes_per_vector(self) -> int:
-        """Bytes of one vector, its scale included; for `attention` of one pair of a query and a key."""
-        return self.width * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
-
-    def layout(
-        self, num_tokens: int, num_examples: int, num_pairs: int
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Give dtype and shape of each of its tensors in a shard of so many tokens, examples and pairs."""
-        count = num_tokens if self.kind == "token" else num_examples
-        shape = (self.width * num_pairs,) if self.kind == "attention" else (count, self.width)
-        scale = {self.name + SCALE_SUFFIX: (torch.float32, (count,))} if self.dtype == torch.int8 else {}
-        return {self.name: (self.dtype, shape), **scale}
-
-    def describe(self) -> dict[str, Any]:
-        """Give what `store.json` says of the site."""
-        return {"kind": self.kind, "dtype": format_dtype(self.dtype), "width": self.width}
-
-
-def claim_place(where: Path | Place) -> StoreLock | None:
-    """Make sure that a place is empty, and hold it for a new store.
-
-    Returns:
-        The folder's lock, held; the caller gives it back. None elsewhere: object stores have no locks.
-
-    Raises:
-        LockError: another run is writing there.
-        StoreError: it holds something, or cannot be written.
-    """
-    place = find_place(where)
-    folder = place.folder
-    if folder is None:
-        wait_for_abandoned(str(place))
-        _refuse_content(place, place.list_files())
-        return None
-    try:
-        make_folder(folder)
-        lock = StoreLock(folder).acquire()
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{folder}: cannot be written ({error.strerror or error}). Choose another folder.") from error
-    try:
-        _refuse_content(place, [name for name in place.list_files() if name != LOCK_FILE])
-    except BaseException:
-        lock.release()
-        raise
-    return lock
-
-
-def _refuse_content(place: Place, names: Sequence[str]) -> None:
-    if names:
-        what = "holds another run" if STORE_FILE in names else f"is not a store: it holds {names[0]!r}"
-        raise StoreError(f"{place}: {what}. Choose an empty or new folder.")
-
-
-def commit_description(where: Path | Place, description: Mapping[str, Any]) -> None:
-    """Write `store.json`, the first file of a store.
-
-    Raises:
-        StoreError: it would name more sites than a reader takes.
-    """
-    if (count := len(description.get("sites", {}))) > MOST_SITES:
-        raise StoreError(f"{find_place(where)}: {count:,} sites; at most {MOST_SITES:,} are read. Ask for fewer sites.")
-    text = json.dumps({"format": FORMAT_VERSION, **description}, indent=2, ensure_ascii=False)
-    find_place(where).commit(STORE_FILE, [text.encode()])
-
-
-def commit_index(where: Path | Place, headers: Iterable[ShardHeader]) -> None:
-    """Write `index.json`, the last file of a store: its presence means complete.
-
-    Raises:
-        StoreError: it would name more shards than a reader takes.
-    """
-    headers = sorted(headers, key=lambda header: header.unit)
-    if len(headers) > MOST_SHARDS:
-        raise StoreError(
-            f"{find_place(where).label(INDEX_FILE)}: cannot be written ({len(headers):,} shards; at most "
-            f"{MOST_SHARDS:,} are read). Ask for larger shards."
-        )
-    place = find_place(where)
-    index = {
-        "format": FORMAT_VERSION,
-        "store_checksum": checksum_file(place, STORE_FILE),
-        **sum_headers(headers),
-        "shards": [
-            {
-                "file": header.file,
-                "first_example": header.first_example,
-                "examples": header.num_examples,
-                "tokens": header.num_tokens,
-            }
-            for header in headers
-        ],
-    }
-    place.commit(INDEX_FILE, [json.dumps(index, indent=1).encode()])
-
-
-def sum_headers(headers: Sequence[ShardHeader]) -> dict[str, Any]:
-    """Give what `index.json` says of all shards together."""
-    nonfinite: Counter[str] = Counter()
-    for header in headers:
-        nonfinite.update(header.nonfinite)
-    return {
-        "examples": sum(header.num_examples for header in headers),
-        "tokens": sum(header.num_tokens for header in headers),
-        "truncated": sum(header.num_truncated for header in headers),
-        "nonfinite": dict(nonfinite),
-    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,8 @@ from layerprobe.capture.staging import HostBuffer, Room
 from layerprobe.capture.units import AnnouncedBatch, OpenUnit, encode_record
 from layerprobe.errors import CaptureError, NonFiniteError, StoreError
 from layerprobe.store import headers
-from layerprobe.store.writer import ShardWriter, StoredSite
+from layerprobe.store.description import StoredSite
+from layerprobe.store.writer import ShardWriter
 
 
 def _announced_sink(model: Any, folder: Path, shard_bytes: int = 1, **options: Any) -> tuple[StoreSink, ShardWriter]:

@@ -35,7 +35,8 @@ from layerprobe.capture.streams import PlainCopies
 from layerprobe.capture.target import Target
 from layerprobe.capture.units import AnnouncedBatch
 from layerprobe.errors import StoreError
-from layerprobe.store.writer import ShardWriter, StoredSite
+from layerprobe.store.description import StoredSite
+from layerprobe.store.writer import ShardWriter
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,8 @@ from layerprobe.extract.audit import AuditReport, audit
 from layerprobe.extract.forward import REORDERED
 from layerprobe.models import LoadedModel, load_model
 from layerprobe.store.format import commit_shard, read_header
-from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo
+from layerprobe.store.index import ShardInfo
+from layerprobe.store.shards import MappedShard, ScaledRows
 from layerprobe.store.verify import verify
 
 extract: Any = layerprobe.extract

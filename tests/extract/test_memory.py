@@ -16,7 +16,7 @@ from layerprobe.extract.run import run_extraction
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.extract.warmup import find_batch_tokens
 from layerprobe.models import LoadedModel
-from layerprobe.store.writer import StoredSite
+from layerprobe.store.description import StoredSite
 
 SITE = StoredSite("layers.0", "token", torch.float32, 32)
 

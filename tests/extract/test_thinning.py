@@ -15,8 +15,9 @@ from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import commit_shard, read_header
+from layerprobe.store.index import ShardInfo
 from layerprobe.store.kept import draw
-from layerprobe.store.shards import MappedShard, ShardInfo
+from layerprobe.store.shards import MappedShard
 from layerprobe.store.verify import verify
 
 extract: Any = layerprobe.extract

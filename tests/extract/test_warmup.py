@@ -16,8 +16,8 @@ from layerprobe.extract.run import run_extraction
 from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.extract.warmup import climb, find_batch_tokens
 from layerprobe.models import LoadedModel
+from layerprobe.store.description import StoredSite
 from layerprobe.store.kept import Kept
-from layerprobe.store.writer import StoredSite
 
 SITE = StoredSite("layers.0", "token", torch.float32, 32)
 

@@ -27,10 +27,11 @@ from fuzz.fuzz_header import forge_checksum
 from fuzz.mutations import mutate_bytes, mutate_json, write_json
 from layerprobe.cli.views import describe_example, describe_store
 from layerprobe.errors import FormatError, LayerProbeError, SiteError, StoreError
+from layerprobe.store.description import commit_description
 from layerprobe.store.format import ShardHeader, commit_shard
 from layerprobe.store.guard import LARGE, SMALL, open_inside, parse_json, parse_record, read_inside
+from layerprobe.store.index import commit_index
 from layerprobe.store.shards import ScaledRows
-from layerprobe.store.writer import commit_description, commit_index
 
 FINGERPRINT = "0" * 32
 FIRST, SECOND = "shard-000000.safetensors", "shard-000001.safetensors"
@@ -519,11 +520,11 @@ def test_stores_that_ask_for_memory_are_refused_within_bounds(sound: Sound, tmp_
 def test_a_store_with_more_shards_or_sites_than_are_read_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerprobe.store.writer.MOST_SHARDS", 2)
+    monkeypatch.setattr("layerprobe.store.index.MOST_SHARDS", 2)
     headers = [ShardHeader(unit, 1, 1, unit, FINGERPRINT) for unit in range(3)]
     with pytest.raises(StoreError, match=r"index\.json: cannot be written \(3 shards; at most 2 are read\)"):
         commit_index(tmp_path, headers)
-    monkeypatch.setattr("layerprobe.store.writer.MOST_SITES", 2)
+    monkeypatch.setattr("layerprobe.store.description.MOST_SITES", 2)
     with pytest.raises(StoreError, match="3 sites; at most 2 are read"):
         commit_description(tmp_path, {"sites": {name: {} for name in "abc"}})
     sites = [(f"layers.{number}" + "x" * 900, torch.empty(0, 1)) for number in range(9000)]

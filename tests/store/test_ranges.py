@@ -14,9 +14,10 @@ import layerprobe as lp
 from elsewhere import CountedPlace
 from layerprobe.errors import FormatError
 from layerprobe.store import rows as rows_module
+from layerprobe.store.description import commit_description
 from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.index import commit_index
 from layerprobe.store.ranges import TensorCache
-from layerprobe.store.writer import commit_description, commit_index
 
 FINGERPRINT = "0" * 32
 WIDTH = 768

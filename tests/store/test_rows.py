@@ -18,9 +18,9 @@ from torch import Tensor
 import layerprobe
 from layerprobe.errors import FormatError, OptionError, SiteError, StoreError
 from layerprobe.store import rows as rows_module
+from layerprobe.store.description import StoredSite, commit_description
 from layerprobe.store.format import ShardHeader, commit_shard, read_header
-from layerprobe.store.shards import ShardInfo
-from layerprobe.store.writer import StoredSite, commit_description, commit_index
+from layerprobe.store.index import ShardInfo, commit_index
 
 WriteStore = Callable[..., Any]
 FINGERPRINT = "0" * 32

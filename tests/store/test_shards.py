@@ -11,7 +11,8 @@ import torch
 
 from layerprobe.errors import FormatError
 from layerprobe.store.format import ShardHeader, commit_shard
-from layerprobe.store.shards import MappedShard, ScaledRows, ShardInfo, check_index, parse_index, pool_packed
+from layerprobe.store.index import ShardInfo
+from layerprobe.store.shards import MappedShard, ScaledRows, pool_packed
 
 FINGERPRINT = "0" * 32
 FILE = "shard-000000.safetensors"
@@ -134,44 +135,6 @@ def test_scaled_rows_decode_to_values_times_scale() -> None:
     assert len(scaled) == 2 and scaled.shape == (2, 2)
     assert torch.equal(scaled.float(), torch.tensor([[63.5, -32.0], [2.0, 0.0]]))
     assert torch.equal(ScaledRows(values[0], torch.tensor(0.5)).float(), torch.tensor([63.5, -32.0]))
-
-
-def test_an_index_without_gaps_and_with_true_sums_is_taken_in_any_order() -> None:
-    shards = [ShardInfo("b", 2, 1, 5), ShardInfo("a", 0, 2, 4)]
-    check_index("index.json", {"examples": 3, "tokens": 9}, shards)
-    check_index("index.json", {"examples": 0, "tokens": 0}, [])
-
-
-@pytest.mark.parametrize(
-    ("examples", "tokens", "firsts", "message"),
-    [
-        (3, 9, (0, 3), "no shard has example 2"),
-        (3, 9, (1, 3), "no shard has example 0"),
-        (3, 9, (0, 1), "no shard has example 2"),
-        (4, 9, (0, 2), "its shards do not add up to the counts that it says"),
-        (3, 8, (0, 2), "its shards do not add up to the counts that it says"),
-    ],
-)
-def test_an_index_with_a_gap_or_wrong_sums_is_refused(
-    examples: int, tokens: int, firsts: tuple[int, int], message: str
-) -> None:
-    shards = [ShardInfo("a", firsts[0], 2, 4), ShardInfo("b", firsts[1], 1, 5)]
-    with pytest.raises(FormatError, match=rf"index\.json: is damaged: {message}"):
-        check_index("index.json", {"examples": examples, "tokens": tokens}, shards)
-
-
-def test_an_index_of_a_trillion_pooled_tokens_is_read() -> None:
-    # 50 billion texts of 20 tokens, as docs/performance.md has them, in fewer shards than there may be
-    counts = {"examples": 100_000, "tokens": 2_000_000}
-    shards = [
-        {"file": f"shard-{unit:06d}.safetensors", "first_example": unit * 100_000, **counts} for unit in range(500_000)
-    ]
-    index = {"examples": 50 * 10**9, "tokens": 10**12, "shards": shards}
-    assert len(parse_index("index.json", index)) == 500_000
-    for shard in shards:
-        shard["tokens"] *= 100
-    with pytest.raises(FormatError, match="claims more than 17,592,186,044,416 rows"):
-        parse_index("index.json", {**index, "tokens": 10**14})
 
 
 @pytest.mark.parametrize("pool", ["mean", "max", "cls", "last"])

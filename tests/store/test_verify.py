@@ -16,9 +16,10 @@ import layerprobe
 from layerprobe.errors import LockError, OptionError, StoreError
 from layerprobe.models import LoadedModel
 from layerprobe.store.format import commit_shard, read_header
+from layerprobe.store.index import ShardInfo
 from layerprobe.store.lock import StoreLock
 from layerprobe.store.progress import read_status
-from layerprobe.store.shards import MappedShard, ShardInfo
+from layerprobe.store.shards import MappedShard
 from layerprobe.store.verify import verify
 
 extract: Any = layerprobe.extract

@@ -1,7 +1,6 @@
 """The writer thread: order, failures in the caller's thread, values counted, buffers always given back."""
 
 import contextlib
-import json
 import linecache
 import signal
 import sys
@@ -15,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-import xxhash
 from torch import Tensor
 
 from faults import check_shards
 from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer
-from layerprobe.errors import LockError, NonFiniteError, StoreError
+from layerprobe.errors import NonFiniteError, StoreError
+from layerprobe.store.description import StoredSite
 from layerprobe.store.durable import commit_file
 from layerprobe.store.format import ShardHeader, read_header
-from layerprobe.store.writer import ShardJob, ShardWriter, StoredSite, claim_place, commit_index
+from layerprobe.store.writer import ShardJob, ShardWriter
 
 
 def make_job(unit: int, rows: Tensor | None = None, released: list[int] | None = None, **changes: Any) -> ShardJob:
@@ -347,21 +346,6 @@ def test_the_error_policy_writes_no_shard_that_holds_such_values(tmp_path: Path)
     assert [file.name for file in tmp_path.iterdir()] == ["shard-000000.safetensors"]
 
 
-def test_the_index_sums_what_the_headers_say_in_the_order_of_units(tmp_path: Path) -> None:
-    headers = [
-        ShardHeader(1, 2, 7, 3, "f", 1, {"layers.0": 2}),
-        ShardHeader(0, 3, 5, 0, "f", 0, {"layers.0": 1, "layers.1": 4}),
-    ]
-    (tmp_path / "store.json").write_bytes(b"{}")
-    commit_index(tmp_path, headers)
-    index = json.loads((tmp_path / "index.json").read_text())
-    assert (index["examples"], index["tokens"], index["truncated"]) == (5, 12, 1)
-    assert index["store_checksum"] == xxhash.xxh3_64_hexdigest(b"{}")
-    assert index["nonfinite"] == {"layers.0": 3, "layers.1": 4}
-    assert [shard["file"] for shard in index["shards"]] == ["shard-000000.safetensors", "shard-000001.safetensors"]
-    assert [shard["first_example"] for shard in index["shards"]] == [0, 3]
-
-
 def test_a_thread_that_dies_between_two_jobs_is_told_and_nobody_waits_for_it(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path)
     writer.start()
@@ -375,31 +359,6 @@ def test_a_thread_that_dies_between_two_jobs_is_told_and_nobody_waits_for_it(tmp
     buffers.release(held)
     writer.close()
     assert [header.unit for header in writer.committed] == [0] and check_shards(tmp_path) == 1
-
-
-def test_a_new_folder_is_made_with_its_parents_and_locked(tmp_path: Path) -> None:
-    lock = claim_place(tmp_path / "a" / "b")
-    assert lock is not None
-    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["run.lock"]
-    with pytest.raises(LockError, match=r"b: another run is writing there \(process \d+ on "):
-        claim_place(tmp_path / "a" / "b")
-    lock.release()
-    assert not list((tmp_path / "a" / "b").iterdir())
-    again = claim_place(tmp_path / "a" / "b")
-    assert again is not None
-    again.release()
-
-
-def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "notes").touch()
-    with pytest.raises(StoreError, match="is not a store: it holds 'notes'"):
-        claim_place(tmp_path)
-    (tmp_path / "store.json").touch()
-    with pytest.raises(StoreError, match="holds another run"):
-        claim_place(tmp_path)
-    with pytest.raises(StoreError, match="cannot be written"):
-        claim_place(tmp_path / "notes" / "below")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["notes", "store.json"]
 
 
 def test_a_site_knows_its_bytes_on_disk_with_its_scale() -> None:

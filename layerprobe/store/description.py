@@ -1,0 +1,121 @@
+"""What `store.json` says of a store and its sites: written first, and read by someone who believes none of it.
+
+Must never know of shards' bytes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerprobe.errors import StoreError
+from layerprobe.store.format import STORE_FILE
+from layerprobe.store.guard import MOST_SITES, brief
+from layerprobe.store.headers import DTYPES, FORMAT_VERSION, POSITIONS, SCALE_SUFFIX
+from layerprobe.store.kept import parse_kept
+from layerprobe.store.places import Place, find_place
+from layerprobe.tables import format_dtype
+
+__all__ = ["StoredSite", "check_description", "commit_description"]
+
+_DTYPES = {format_dtype(dtype): dtype for dtype in DTYPES}
+_MOST_WIDTH = 1 << 24
+_MOST_NAME = 1000
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """A site as it lies on disk.
+
+    Args:
+        name: The site.
+        kind: `token` for a row per token, `example` for a vector per example, `attention` for `[H, len, len]` per
+            example, flat.
+        dtype: As stored.
+        width: D; H for `attention`.
+    """
+
+    name: str
+    kind: str
+    dtype: torch.dtype
+    width: int
+
+    @classmethod
+    def from_description(cls, name: str, said: Mapping[str, Any]) -> "StoredSite":
+        """Read what `describe` gives, out of a `store.json` that was checked."""
+        return cls(name, said["kind"], _DTYPES[said["dtype"]], said["width"])
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Bytes of one vector, its scale included; for `attention` of one pair of a query and a key."""
+        return self.width * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
+
+    def layout(
+        self, num_tokens: int, num_examples: int, num_pairs: int
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Give dtype and shape of each of its tensors in a shard of so many tokens, examples and pairs."""
+        count = num_tokens if self.kind == "token" else num_examples
+        shape = (self.width * num_pairs,) if self.kind == "attention" else (count, self.width)
+        scale = {self.name + SCALE_SUFFIX: (torch.float32, (count,))} if self.dtype == torch.int8 else {}
+        return {self.name: (self.dtype, shape), **scale}
+
+    def describe(self) -> dict[str, Any]:
+        """Give what `store.json` says of the site."""
+        return {"kind": self.kind, "dtype": format_dtype(self.dtype), "width": self.width}
+
+
+def commit_description(where: Path | Place, description: Mapping[str, Any]) -> None:
+    """Write `store.json`, the first file of a store.
+
+    Raises:
+        StoreError: it would name more sites than a reader takes.
+    """
+    if (count := len(description.get("sites", {}))) > MOST_SITES:
+        raise StoreError(f"{find_place(where)}: {count:,} sites; at most {MOST_SITES:,} are read. Ask for fewer sites.")
+    text = json.dumps({"format": FORMAT_VERSION, **description}, indent=2, ensure_ascii=False)
+    find_place(where).commit(STORE_FILE, [text.encode()])
+
+
+def check_description(description: Mapping[str, Any]) -> None:
+    """Check what a reader uses of `store.json`; what is wrong is a KeyError, TypeError or ValueError."""
+    _check_sites(description["sites"])
+    pool, model = description["pool"], description.get("model")
+    for name, value in (("fingerprint", description["fingerprint"]), ("pool", "" if pool is None else pool)):
+        if not isinstance(value, str) or not value.isprintable() or len(value) > _MOST_NAME:
+            raise ValueError(f"its {name} is {brief(repr(value))}")
+    if not isinstance(model, dict | None) or not all(isinstance(said, str | None) for said in (model or {}).values()):
+        raise ValueError(f"its model is {brief(repr(model))}")
+    for name in ("input", "plan", "tokenizer"):
+        if not isinstance(description.get(name), dict | None):
+            raise ValueError(f"its {name} is {brief(repr(description[name]))}")
+    parse_kept(description.get("plan"))
+    if POSITIONS in description["sites"]:
+        raise ValueError(f"a site is named {POSITIONS!r}, which is the name of another tensor")
+
+
+def _check_sites(sites: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check what `store.json` says of its sites; what is wrong is a KeyError, TypeError or ValueError."""
+    if not isinstance(sites, dict):
+        raise TypeError(f"sites are {type(sites).__name__}, not an object")
+    if len(sites) > MOST_SITES:
+        raise ValueError(f"{len(sites):,} sites; at most {MOST_SITES:,} are read")
+    for site, said in sites.items():
+        _check_site(site, said)
+
+
+def _check_site(site: str, said: Mapping[str, Any]) -> None:
+    """Check what `store.json` says of a site; what is wrong is a KeyError, TypeError or ValueError."""
+    kind, dtype, width = said["kind"], said["dtype"], said["width"]
+    name = brief(repr(site))
+    if not site.isprintable() or len(site) > _MOST_NAME:
+        raise ValueError(f"{name} is no name of a site: it is too long, or holds control characters")
+    is_known = kind in ("token", "example", "attention") and isinstance(dtype, str) and dtype in _DTYPES
+    if not is_known or type(width) is not int or not 0 <= width <= _MOST_WIDTH:
+        raise ValueError(
+            f"{name} is of kind {brief(repr(kind))}, dtype {brief(repr(dtype))}, width {brief(repr(width))}"
+        )
+    if kind == "attention" and dtype == "int8":
+        raise ValueError(f"{name} is of kind 'attention' and dtype 'int8', which has no scale there")

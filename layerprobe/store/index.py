@@ -1,0 +1,129 @@
+"""What `index.json` says: which shards there are and what they add up to; written last, its presence means complete.
+
+It is read by someone who believes none of it. Must never know of sites.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from layerprobe.errors import FormatError, StoreError
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, checksum_file
+from layerprobe.store.guard import MOST_COUNT, MOST_ROWS, MOST_SHARDS, brief
+from layerprobe.store.headers import FORMAT_VERSION, ShardHeader, parse_shard_name
+from layerprobe.store.places import Place, find_place
+
+__all__ = ["ShardInfo", "check_apart", "check_index", "commit_index", "parse_index", "sum_headers"]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the index, or else the header, says of a shard."""
+
+    file: str
+    first_example: int
+    num_examples: int
+    num_tokens: int
+
+
+def commit_index(where: Path | Place, headers: Iterable[ShardHeader]) -> None:
+    """Write `index.json`, the last file of a store: its presence means complete.
+
+    Raises:
+        StoreError: it would name more shards than a reader takes.
+    """
+    headers = sorted(headers, key=lambda header: header.unit)
+    if len(headers) > MOST_SHARDS:
+        raise StoreError(
+            f"{find_place(where).label(INDEX_FILE)}: cannot be written ({len(headers):,} shards; at most "
+            f"{MOST_SHARDS:,} are read). Ask for larger shards."
+        )
+    place = find_place(where)
+    index = {
+        "format": FORMAT_VERSION,
+        "store_checksum": checksum_file(place, STORE_FILE),
+        **sum_headers(headers),
+        "shards": [
+            {
+                "file": header.file,
+                "first_example": header.first_example,
+                "examples": header.num_examples,
+                "tokens": header.num_tokens,
+            }
+            for header in headers
+        ],
+    }
+    place.commit(INDEX_FILE, [json.dumps(index, indent=1).encode()])
+
+
+def sum_headers(headers: Sequence[ShardHeader]) -> dict[str, Any]:
+    """Give what `index.json` says of all shards together."""
+    nonfinite: Counter[str] = Counter()
+    for header in headers:
+        nonfinite.update(header.nonfinite)
+    return {
+        "examples": sum(header.num_examples for header in headers),
+        "tokens": sum(header.num_tokens for header in headers),
+        "truncated": sum(header.num_truncated for header in headers),
+        "nonfinite": dict(nonfinite),
+    }
+
+
+def parse_index(label: str, index: Mapping[str, Any]) -> list[ShardInfo]:
+    """Read which shards an index names.
+
+    Raises:
+        FormatError: it names none, another file than a shard, a count that cannot be, or leaves an example out.
+    """
+    shards: list[ShardInfo] = []
+    named = index.get("shards")
+    for said in named if isinstance(named, list) else [None]:
+        found: dict[str, Any] = said if isinstance(said, dict) else {}
+        file = found.get("file")
+        counts: list[Any] = [found.get(key) for key in ("first_example", "examples", "tokens")]
+        if not all(type(count) is int and 0 <= count <= MOST_COUNT for count in counts):
+            raise FormatError(f"{label}: is damaged: {brief(repr(said))} does not name a shard and its counts.")
+        if not isinstance(file, str) or parse_shard_name(file) is None:
+            raise FormatError(f"{label}: {brief(repr(file))} is not the name of a shard.")
+        shards.append(ShardInfo(file, *counts))
+    check_index(label, index, shards)
+    lost, cut = index.get("nonfinite", {}), index.get("truncated", 0)
+    sums = [cut, *lost.values()] if isinstance(lost, dict) else [None]
+    if not all(type(count) is int and count >= 0 for count in sums):
+        raise FormatError(f"{label}: is damaged: its truncated or nonfinite are no counts.")
+    if sum(shard.num_examples + shard.num_tokens for shard in shards) > MOST_ROWS:
+        raise FormatError(f"{label}: claims more than {MOST_ROWS:,} rows, which no store holds.")
+    return shards
+
+
+def check_apart(place: str, shards: Sequence[ShardInfo]) -> None:
+    """Make sure that no two shards of an unfinished store claim the same example.
+
+    Raises:
+        FormatError: two do.
+    """
+    ordered = sorted(shards, key=lambda shard: (shard.first_example, shard.num_examples))
+    for one, other in pairwise(ordered):
+        if one.first_example + one.num_examples > other.first_example:
+            raise FormatError(f"{place}: {one.file} and {other.file} both hold example {other.first_example}.")
+
+
+def check_index(label: str, index: Mapping[str, Any], shards: Sequence[ShardInfo]) -> None:
+    """Make sure that an index names shards without a gap, with the counts that it says.
+
+    Raises:
+        FormatError: it does not.
+    """
+    if len({shard.file for shard in shards}) != len(shards):
+        raise FormatError(f"{label}: is damaged: it names a shard twice.")
+    place = 0
+    for shard in sorted(shards, key=lambda shard: shard.first_example):
+        if shard.first_example != place:
+            raise FormatError(f"{label}: is damaged: no shard has example {place}.")
+        place += shard.num_examples
+    if (place, sum(shard.num_tokens for shard in shards)) != (index.get("examples"), index.get("tokens")):
+        raise FormatError(f"{label}: is damaged: its shards do not add up to the counts that it says.")
