@@ -17,7 +17,7 @@ from torch import Tensor
 from layerprobe.analysis.geometry import find_outliers, find_rogues
 from layerprobe.analysis.moments import RunningMoments, UnitSums
 from layerprobe.analysis.results import table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import Chunk, choose_depth, count_rows, need_store, sweep
+from layerprobe.analysis.sweep import Chunk, choose_depth, need_store, sweep
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError
 from layerprobe.store.description import StoredSite
@@ -293,8 +293,9 @@ def check(
         check_count("max_rows", max_rows, 2)
     store = need_store(store)
     chosen = choose_depth(store, sites)
-    if count_rows(store, chosen) < 2:
-        raise InputError(f"check of {store.place}: it has {count_rows(store, chosen)} rows; two are the least.")
+    num_rows = chosen[0].count_vectors(store.catalog)
+    if num_rows < 2:
+        raise InputError(f"check of {store.place}: it has {num_rows} rows; two are the least.")
     sums = [_SiteSums(site) for site in chosen]
 
     with using_few_cores():

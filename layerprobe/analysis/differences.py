@@ -17,7 +17,7 @@ from layerprobe.analysis.geometry import count_effective_rank, count_participati
 from layerprobe.analysis.moments import check_cosine
 from layerprobe.analysis.passes import CKA_ROWS, MovePass, ShapePass
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import choose_depth, count_rows, count_types, need_store, sweep
+from layerprobe.analysis.sweep import choose_depth, count_types, need_store, sweep
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError, SiteError
 from layerprobe.store.guard import check_count
@@ -278,7 +278,7 @@ def differences(
     names = [site.name for site in chosen]
     if len(chosen) < 2:
         raise SiteError(f"differences of {names[0]!r} alone: it takes two sites. {store.place} holds {store.sites}.")
-    num_rows = count_rows(store, chosen)
+    num_rows = chosen[0].count_vectors(store.catalog)
     if num_rows < 2:
         raise InputError(f"differences of {store.place}: it has {num_rows} rows; two are the least.")
     neighbours, notes = _fit_neighbours(neighbours, min(sample, num_rows, max_rows or num_rows))

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.analysis.sweep import Mappings, bar_of, count_rows, sweep
+from layerprobe.analysis.sweep import Mappings, bar_of, sweep
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.description import StoredSite
 from layerprobe.store.format import SCALE_SUFFIX
-from layerprobe.store.index import ShardInfo
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import cut_shard
 from layerprobe.store.shards import ScaledRows, Shard
@@ -66,7 +65,7 @@ def draw_rows(
     """
     names = [site.name for site in sites]
     mapped = Mappings(store.catalog)
-    num_rows = count_rows(store, sites)
+    num_rows = sites[0].count_vectors(store.catalog)
     wanted = num_rows if max_rows is None else min(num_rows, max_rows)
     batches: Iterator[dict[str, Tensor]] = (
         store.rows(_DRAWN_ROWS, shuffle=True, seed=seed, sites=names)
@@ -112,7 +111,7 @@ def _mix(rows: dict[str, Tensor], maker: np.random.Generator) -> Iterator[dict[s
 
 def _plan_blocks(catalog: Catalog, sites: Sequence[StoredSite], wanted: int, seed: int) -> Iterator[list[_Piece]]:
     """Draw rows, and put the pieces that they are of into blocks at random, each piece into one."""
-    counts = [_count_rows(info, sites[0]) for info in catalog.shards]
+    counts = [sites[0].count_vectors(info) for info in catalog.shards]
     num_rows = sum(counts)
     held_bytes = max(1, sum(site.width * _held_dtype(site).itemsize for site in sites))
     num_blocks = -(-wanted // max(_DRAWN_ROWS, _BLOCK_BYTES // held_bytes))
@@ -150,7 +149,7 @@ def _gather(
     spans = [(piece.shard, piece.start, piece.stop) for piece in pieces]
     # the next one of a folder would be let go of before its turn, and mapped again
     ahead = 1 if catalog.place.folder is not None else _PIECES_AHEAD
-    row_bytes, held = sum(site.bytes_per_vector for site in sites), list[object]()
+    held = list[object]()
     for place, piece in enumerate(pieces):
         held = held[1:]  # what is done with is let go of first
         # what is read now comes whether there is room for it or not
@@ -159,13 +158,8 @@ def _gather(
         for site in sites:
             found[site.name][filled:end] = _take_drawn(shard, site, piece)
         filled = end
-        # a checksum reads the whole tensor, whatever is drawn of it
-        mapped.add(row_bytes * _count_rows(catalog.shards[piece.shard], sites[0]))
+        mapped.add_shard(sites, catalog.shards[piece.shard])
     return found
-
-
-def _count_rows(info: ShardInfo, site: StoredSite) -> int:
-    return info.num_tokens if site.kind == "token" else info.num_examples
 
 
 def _take_drawn(shard: Shard, site: StoredSite, piece: _Piece) -> Tensor:

@@ -92,7 +92,7 @@ def read_site(store: Store, site: str, task: Task, pool: str | None) -> np.ndarr
             f"by {store.pool}, and no row per token. Extract it again without a pool."
         )
     out = np.empty((len(task.examples), view.width), dtype=np.float32)
-    row_bytes, mapped = view.width * view.dtype.itemsize, Mappings(view.catalog)
+    stored, mapped = store.stored_sites[site], Mappings(store.catalog)
     if task.spans is None:
         ordinals = np.fromiter(store.ordinals(), dtype=np.int64)
         wanted, first, row = np.searchsorted(ordinals, task.examples), 0, 0
@@ -101,14 +101,13 @@ def read_site(store: Store, site: str, task: Task, pool: str | None) -> np.ndarr
             own = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(vectors))] - first
             out[row : row + len(own)] = vectors.numpy()[own]
             first, row = first + len(vectors), row + len(own)
-            info = shards[number]
-            mapped.add(row_bytes * (info.num_tokens if view.kind == "token" else info.num_examples))
+            mapped.add_shard([stored], shards[number])
     else:
         known, rows = -1, torch.empty(0, 0)
         for place, (ordinal, (start, stop)) in enumerate(zip(task.examples.tolist(), task.spans.tolist(), strict=True)):
             if ordinal != known:
                 rows, known = cast(Tensor | ScaledRows, view[ordinal]).float(), ordinal
-                mapped.add(row_bytes * len(rows))
+                mapped.add(stored.bytes_per_vector * len(rows))
             out[place] = rows[start:stop].mean(0).numpy()
     is_bad = ~np.isfinite(out).all(1)
     if is_bad.any():

@@ -131,7 +131,7 @@ def draw_points(
     first = 0
     if not by_rows and any(site.kind == "token" for site in sites):
         store.catalog.need_every_row("a picture of examples", "Draw rows, or extract with a pool.")
-    row_bytes, mapped = sum(site.bytes_per_vector for site in sites), Mappings(store.catalog)
+    mapped = Mappings(store.catalog)
     with bar_of(len(chosen), "points", progress, kind) as bar:
         for shard in store.iter_shards():
             count = shard.header.num_tokens if by_rows else shard.header.num_examples
@@ -145,9 +145,7 @@ def draw_points(
                 is_single = by_rows or site.kind != "token"
                 rows = take_rows(shard, site, picked) if is_single else _pool(shard, site, picked, pool or "mean")
                 found[site.name].append(rows.double())
-            # a checksum reads the whole tensor, whatever is drawn of it
-            header = shard.header
-            mapped.add(row_bytes * (header.num_tokens if sites[0].kind == "token" else header.num_examples))
+            mapped.add_shard(sites, shard.header)
             bar.update(len(part))
     examples, positions, ids = (torch.cat(parts) for parts in zip(*identity, strict=True))
     values = {name: torch.cat(rows) for name, rows in found.items()}

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from layerprobe.errors import NonFiniteError, SiteError
 from layerprobe.sites.grammar import list_patterns
 from layerprobe.store.catalog import Catalog
-from layerprobe.store.description import StoredSite
+from layerprobe.store.description import Counts, StoredSite
 from layerprobe.store.difference import take_depth
 from layerprobe.store.naming import is_stored, match_sites, need_name
 from layerprobe.store.reader import Store, open_store
@@ -30,7 +30,6 @@ __all__ = [
     "Mappings",
     "bar_of",
     "choose_depth",
-    "count_rows",
     "count_types",
     "need_store",
     "sweep",
@@ -79,6 +78,10 @@ class Mappings:
             self._catalog.release()
             self._num_bytes = 0
 
+    def add_shard(self, sites: Sequence[StoredSite], counts: Counts) -> None:
+        """Take note of a shard at some sites: a checksum reads the whole tensor, whatever is drawn of it."""
+        self.add(sum(site.bytes_per_vector * site.count_vectors(counts) for site in sites))
+
 
 def need_store(store: Any) -> Store:
     """Take a store, or open the one that a path names."""
@@ -110,11 +113,6 @@ def choose_depth(store: Store, patterns: str | Sequence[str] | None) -> list[Sto
     if not names:
         raise SiteError(f"no site with rows in {store.place}: it holds {', '.join(store.sites) or 'none'}.")
     return list(choose_sites(store.catalog, names))
-
-
-def count_rows(store: Store, sites: Sequence[StoredSite]) -> int:
-    """Count the rows of sites that were chosen together."""
-    return store.num_tokens if sites[0].kind == "token" else len(store)
 
 
 def bar_of(total: int, what: str, progress: bool | None, unit: str = "rows") -> "tqdm[Any]":
@@ -150,12 +148,12 @@ def sweep(
     Raises:
         NonFiniteError: a row is not finite; the message names the first.
     """
-    num_rows = count_rows(store, sites)
+    num_rows = sites[0].count_vectors(store.catalog)
     total = num_rows if max_rows is None else min(num_rows, max_rows)
     catalog, kind = store.catalog, sites[0].kind
     most = None if total == num_rows else _find_most(store, kind, total, seed)
     names = [site.name for site in sites]
-    row_bytes, mapped = sum(site.bytes_per_vector for site in sites), Mappings(catalog)
+    mapped = Mappings(catalog)
     with bar_of(total, what, progress) as bar:
         for number, shard in enumerate(store.iter_shards()):
             catalog.prefetch(range(number, number + _SHARDS_AHEAD), names)
@@ -166,8 +164,7 @@ def sweep(
                     _refuse_nonfinite(store, chunk)
                 yield chunk
                 bar.update(len(rows))
-            header = shard.header
-            mapped.add(row_bytes * (header.num_tokens if kind == "token" else header.num_examples))
+            mapped.add_shard(sites, shard.header)
 
 
 def _draw_keys(shard: Shard, number: int, seed: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.capture.sinks import find_site
+from layerprobe.capture.staging import Room
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.guard import check_count
@@ -76,8 +77,8 @@ class Stage:
     @property
     def offsets(self) -> Tensor:
         """`[B + 1]` int64, a view: rows `offsets[b]` to `offsets[b + 1]` are those of sequence b."""
-        tensors, _, num_examples = self._look()
-        return tensors.offsets[: num_examples + 1]
+        tensors, room = self._look()
+        return tensors.offsets[: room.examples + 1]
 
     def __getitem__(self, site: str) -> Tensor:
         """Give what the last call made, a view: `[T, D]` rows, or `[B, D]` where a site has one vector per example.
@@ -86,11 +87,11 @@ class Stage:
             SiteError: the site is not among those of the probe.
             CaptureError: no call has ended, or the last one had more than there is room for.
         """
-        tensors, num_tokens, num_examples = self._look()
+        tensors, room = self._look()
         index, kind = self._kinds[find_site(site, list(self._kinds), self._num_layers)]
-        return tensors.values[index][: num_tokens if kind == "token" else num_examples]
+        return tensors.values[index][: room.of(kind)]
 
-    def _look(self) -> tuple[StageTensors, int, int]:
+    def _look(self) -> tuple[StageTensors, Room]:
         """Ask the device how much the last call has made."""
         if self._tensors is None or not self._tensors.is_done:
             raise CaptureError(
@@ -103,7 +104,7 @@ class Stage:
                 f"the last call had {num_tokens} tokens in {num_examples} examples: the stage has room for "
                 f"{self.max_tokens} in {self.max_examples}. Make a larger one, or call the model with fewer texts."
             )
-        return self._tensors, num_tokens, num_examples
+        return self._tensors, Room(num_tokens, num_examples)
 
     def take(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> StageTensors:
         """Get ready for these sites; the tensors of the last probe stay where they are if they fit.

@@ -331,9 +331,7 @@ class Catalog:
     def _check_site(self, shard: Shard, site: StoredSite) -> None:
         """Refuse a shard that holds a site otherwise than `store.json` says."""
         try:
-            check_stored(
-                shard.header, site.layout(shard.header.num_tokens, shard.header.num_examples, shard.pairs_before[-1])
-            )
+            check_stored(shard.header, site.layout(shard.header, shard.pairs_before[-1]))
         except ValueError as error:
             raise FormatError(f"{self.place.label(shard.header.file)}: {error}.") from error
 

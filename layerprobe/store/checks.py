@@ -257,7 +257,7 @@ def _check_sites(header: ShardHeader, sites: Sequence[StoredSite], num_pairs: in
     """Check dtype and shape of every tensor, that none is missing and none is unknown."""
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for site in sites:
-        wanted |= site.layout(header.num_tokens, header.num_examples, num_pairs)
+        wanted |= site.layout(header, num_pairs)
     try:
         check_stored(header, wanted)
     except ValueError as error:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,11 +19,21 @@ from layerprobe.store.kept import parse_kept
 from layerprobe.store.places import Place, find_place
 from layerprobe.tables import format_dtype
 
-__all__ = ["StoredSite", "check_description", "commit_description"]
+__all__ = ["Counts", "StoredSite", "check_description", "commit_description"]
 
 _DTYPES = {format_dtype(dtype): dtype for dtype in DTYPES}
 _MOST_WIDTH = 1 << 24
 _MOST_NAME = 1000
+
+
+class Counts(Protocol):
+    """What has so many tokens and examples: a shard's header, a shard as the index names it, a whole store."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_examples(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -53,11 +63,13 @@ class StoredSite:
         """Bytes of one vector, its scale included; for `attention` of one pair of a query and a key."""
         return self.width * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
 
-    def layout(
-        self, num_tokens: int, num_examples: int, num_pairs: int
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def count_vectors(self, counts: Counts) -> int:
+        """Count its vectors among so many tokens and examples: it has one for each of the former or of the latter."""
+        return counts.num_tokens if self.kind == "token" else counts.num_examples
+
+    def layout(self, counts: Counts, num_pairs: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Give dtype and shape of each of its tensors in a shard of so many tokens, examples and pairs."""
-        count = num_tokens if self.kind == "token" else num_examples
+        count = self.count_vectors(counts)
         shape = (self.width * num_pairs,) if self.kind == "attention" else (count, self.width)
         scale = {self.name + SCALE_SUFFIX: (torch.float32, (count,))} if self.dtype == torch.int8 else {}
         return {self.name: (self.dtype, shape), **scale}

@@ -142,8 +142,7 @@ def _list_site(shards: Shards, site: StoredSite, totals: _Totals) -> list[Packed
             ),
             PackedArray(site.name, dtype, (site.width * totals.num_pairs,), values),
         ]
-    count = totals.num_tokens if site.kind == "token" else totals.num_examples
-    return [PackedArray(site.name, dtype, (count, site.width), values)]
+    return [PackedArray(site.name, dtype, (site.count_vectors(totals), site.width), values)]
 
 
 def _accumulate(shards: Shards, sizes: Callable[[Shard], np.ndarray]) -> Iterator[np.ndarray]:

@@ -150,7 +150,7 @@ class _Order:
     def __init__(self, catalog: Catalog, sites: Sequence[StoredSite], options: RowOptions) -> None:
         self._options = options
         catalog.check_claims()
-        counts = [info.num_tokens if sites[0].kind == "token" else info.num_examples for info in catalog.shards]
+        counts = [sites[0].count_vectors(info) for info in catalog.shards]
         row_bytes = max(1, sum(site.bytes_per_vector for site in sites))
         self._pair_rows = max(1, 2 * _GROUP_BYTES // row_bytes)
         most_rows = min(_GROUP_ROWS, max(1, _GROUP_BYTES // row_bytes))
