@@ -9,13 +9,13 @@ Must never know what is in a file.
 import contextlib
 import os
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from layerprobe.errors import FormatError, OptionError, StoreError
-from layerprobe.store.durable import commit_file, make_folder
+from layerprobe.store.durable import commit_file, is_direct_better, make_folder
 from layerprobe.store.guard import NO_LINKS, brief, exists_inside, open_inside
 from layerprobe.store.remote import RemotePlace, is_url
 
@@ -60,6 +60,14 @@ class Place(Protocol):
 
     def remove(self, file: str) -> None:
         """Remove a file if it is there. Raises StoreError."""
+        ...
+
+    def checked_by(self, check: Callable[[], None]) -> "Place":
+        """Give the same place for someone who may come to wait no longer: `check` raises where nobody does."""
+        ...
+
+    def tried(self) -> "Place":
+        """Try how large files are best written here, and give the place that writes them so."""
         ...
 
 
@@ -135,6 +143,12 @@ class LocalPlace:
             (self.folder / file).unlink(missing_ok=True)
         except OSError as error:
             raise _refuse(self.folder / file, "removed", error) from error
+
+    def checked_by(self, check: Callable[[], None]) -> "LocalPlace":
+        return self
+
+    def tried(self) -> "LocalPlace":
+        return replace(self, is_direct=is_direct_better(self.folder))
 
 
 def names_place(where: object) -> bool:

@@ -119,6 +119,10 @@ class RemotePlace:
         checked.__dict__ = {**self.__dict__, "_check": check}
         return checked
 
+    def tried(self) -> "RemotePlace":
+        """Give the place itself: there is one way to write an object."""
+        return self
+
     def __str__(self) -> str:
         return _mask(self.url)
 

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from layerprobe.errors import LayerProbeError, NonFiniteError, StoreError
 from layerprobe.store.abandoned import abandon
-from layerprobe.store.durable import is_direct_better
 from layerprobe.store.format import SCALE_SUFFIX, ShardHeader, commit_shard
 from layerprobe.store.headers import check_shapes, lay_out
-from layerprobe.store.places import LocalPlace, Place, find_place
-from layerprobe.store.remote import RemotePlace
+from layerprobe.store.places import Place, find_place
 from layerprobe.store.scanning import scan_tensor
 
 __all__ = ["NONFINITE_POLICIES", "ShardJob", "ShardWriter"]
@@ -80,10 +78,8 @@ class ShardWriter:
         num_threads: int = 1,
         probes_disk: bool = False,
     ) -> None:
-        self.place = find_place(where)
-        if isinstance(self.place, RemotePlace):
-            # a shard that was given up is not asked for again
-            self.place = self.place.checked_by(self.check)
+        # a shard that was given up is not asked for again
+        self.place = find_place(where).checked_by(self.check)
         self.num_threads = num_threads
         self._attempt = attempt
         self._probes_disk = probes_disk
@@ -192,8 +188,8 @@ class ShardWriter:
 
     def _run(self, probes_disk: bool) -> None:
         try:
-            if probes_disk and isinstance(self.place, LocalPlace):
-                self.place = replace(self.place, is_direct=is_direct_better(self.place.folder))
+            if probes_disk:
+                self.place = self.place.tried()
             while (job := self._jobs.get()) is not None:
                 self._take(job)
         except BaseException as error:

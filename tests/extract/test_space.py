@@ -20,7 +20,7 @@ from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.run import run_extraction
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel
-from layerprobe.store import durable, progress, writer
+from layerprobe.store import durable, places, progress, writer
 from layerprobe.store.progress import StoreStatus, read_status
 
 OPTIONS = ExtractOptions(shard_bytes=10_000)
@@ -110,7 +110,7 @@ def test_a_long_run_tries_the_disk_and_a_short_one_does_not(
         tried.append(folder)
         return False
 
-    monkeypatch.setattr(writer, "is_direct_better", probe)
+    monkeypatch.setattr(places, "is_direct_better", probe)
     if is_long:
         monkeypatch.setattr(engine, "_PROBED_BYTES", 50_000)
     store = lp.extract(tiny, texts, tmp_path / "acts", shard_size=10_000)

@@ -70,7 +70,7 @@ def test_a_disk_is_tried_once_before_the_first_shard_and_written_the_better_way(
         said.append(is_direct)
         commit_file(path, pieces, is_direct)
 
-    monkeypatch.setattr("layerprobe.store.writer.is_direct_better", probe)
+    monkeypatch.setattr("layerprobe.store.places.is_direct_better", probe)
     monkeypatch.setattr("layerprobe.store.places.commit_file", commit)
     writer = ShardWriter(tmp_path, probes_disk=True)
     write_all(writer, *map(make_job, range(3)))
