@@ -57,6 +57,7 @@ ORDER = (
     "layerprobe.store.catalog",
     "layerprobe.store.records",
     "layerprobe.store.vocabulary",
+    "layerprobe.store.order",
     "layerprobe.store.rows",
     "layerprobe.store.selection",
     "layerprobe.store.siteview",

@@ -17,8 +17,8 @@ from layerprobe.analysis.sweep import Mappings, bar_of, sweep
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.description import StoredSite
 from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.order import cut_shard
 from layerprobe.store.reader import Store
-from layerprobe.store.rows import cut_shard
 from layerprobe.store.shards import ScaledRows, Shard
 
 __all__ = ["draw_numbers", "draw_rows"]

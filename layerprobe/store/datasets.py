@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from layerprobe.errors import SiteError
+from layerprobe.store.order import RowOptions
 from layerprobe.store.reader import Store
-from layerprobe.store.rows import RowBatches, RowOptions
+from layerprobe.store.rows import RowBatches
 from layerprobe.store.shards import ScaledRows
 
 __all__ = ["ExampleDataset", "RowDataset"]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.description import StoredSite
-from layerprobe.store.rows import RowBatches, RowOptions, choose_sites
+from layerprobe.store.order import RowOptions
+from layerprobe.store.rows import RowBatches, choose_sites
 from layerprobe.store.siteview import SiteView
 
 __all__ = ["Difference", "pair_depth", "take_depth"]

@@ -25,10 +25,11 @@ from layerprobe.store.guard import LARGE, check_flag
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.kept import Kept
 from layerprobe.store.naming import is_stored, match_sites
+from layerprobe.store.order import RowOptions
 from layerprobe.store.padded import EncoderOutputs, choose_layer, pad_examples
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.records import RECORD_TENSORS, read_record
-from layerprobe.store.rows import RowBatches, RowOptions, choose_sites
+from layerprobe.store.rows import RowBatches, choose_sites
 from layerprobe.store.selection import Asked, Selection, select
 from layerprobe.store.shards import Shard
 from layerprobe.store.siteview import SiteView

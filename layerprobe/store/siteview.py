@@ -19,7 +19,8 @@ from layerprobe.errors import OptionError, StoreError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.guard import brief
-from layerprobe.store.rows import RowBatches, RowOptions, choose_sites, take_rows
+from layerprobe.store.order import RowOptions
+from layerprobe.store.rows import RowBatches, choose_sites, take_rows
 from layerprobe.store.shards import ScaledRows, Shard, pool_packed
 
 __all__ = ["SiteView"]

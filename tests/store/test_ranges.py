@@ -13,6 +13,7 @@ from torch import Tensor
 import layerprobe as lp
 from elsewhere import CountedPlace
 from layerprobe.errors import FormatError
+from layerprobe.store import order as order_module
 from layerprobe.store import rows as rows_module
 from layerprobe.store.description import commit_description
 from layerprobe.store.format import ShardHeader, commit_shard
@@ -53,7 +54,7 @@ def write_store(where: Any, num_shards: int = NUM_SHARDS, lengths: tuple[int, ..
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A store of ten shards whose one site is five times the cache."""
-    monkeypatch.setattr(rows_module, "_GROUP_BYTES", GROUP_BYTES)
+    monkeypatch.setattr(order_module, "_GROUP_BYTES", GROUP_BYTES)
     monkeypatch.setattr(rows_module, "_WINDOW_BYTES", 64 << 10)
     url = f"memory://ranges-{request.node.name}/acts"
     write_store(url)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 import layerprobe
 from layerprobe.errors import FormatError, OptionError, SiteError, StoreError
-from layerprobe.store import rows as rows_module
+from layerprobe.store import order as order_module
 from layerprobe.store.description import StoredSite, commit_description
 from layerprobe.store.format import ShardHeader, commit_shard, read_header
 from layerprobe.store.index import ShardInfo, commit_index
+from layerprobe.store.order import EpochOrder, RowOptions
 
 WriteStore = Callable[..., Any]
 FINGERPRINT = "0" * 32
@@ -106,8 +107,8 @@ def test_an_epoch_is_every_row_of_every_site_once_and_side_by_side(
 def test_rows_unmixed_come_as_they_lie(
     numbered: Any, monkeypatch: pytest.MonkeyPatch, piece_rows: int, batch_size: int
 ) -> None:
-    monkeypatch.setattr(rows_module, "_PIECE_ROWS", piece_rows)
-    monkeypatch.setattr(rows_module, "_MOST_GROUP_PIECES", 3)
+    monkeypatch.setattr(order_module, "_PIECE_ROWS", piece_rows)
+    monkeypatch.setattr(order_module, "_MOST_GROUP_PIECES", 3)
     assert places(numbered.rows(batch_size)) == list(range(2905))
     share = numbered.rows(batch_size, rank=1, world=3)
     wanted = [list(range(2905))[first : first + batch_size] for first in range(batch_size, 2905, 3 * batch_size)]
@@ -141,9 +142,9 @@ def test_a_batch_is_mixed_from_all_shards(numbered: Any) -> None:
 def test_a_store_of_many_groups_is_mixed_inside_each_and_whole_over_all(
     numbered: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows_module, "_PIECE_ROWS", 50)
-    monkeypatch.setattr(rows_module, "_GROUP_ROWS", 400)
-    monkeypatch.setattr(rows_module, "_LEAST_GROUP_PIECES", 2)
+    monkeypatch.setattr(order_module, "_PIECE_ROWS", 50)
+    monkeypatch.setattr(order_module, "_GROUP_ROWS", 400)
+    monkeypatch.setattr(order_module, "_LEAST_GROUP_PIECES", 2)
     iterator = numbered["float32"].rows(90, shuffle=True)
     assert len(iterator._order.groups) == 8
     found = places(iterator)
@@ -233,7 +234,7 @@ def test_the_order_of_rows_has_a_number_of_its_own() -> None:
         hash_order(64, [54_000] * 60 + [700_000, 0, 1_300_000]),  # of a million rows
         hash_order(64, [1_000] * 1280),  # of so many pieces
     ]
-    assert (rows_module._ORDER, hashes) == (2, ["6bfa71142dd80704", "0b62edf9228b937e", "2741445b7d2466f0"])
+    assert (order_module.ORDER, hashes) == (2, ["6bfa71142dd80704", "0b62edf9228b937e", "2741445b7d2466f0"])
 
 
 def hash_order(width: int, counts: list[int]) -> str:
@@ -241,7 +242,7 @@ def hash_order(width: int, counts: list[int]) -> str:
     infos = [ShardInfo(f"shard-{unit:06d}.safetensors", unit, 1, count) for unit, count in enumerate(counts)]
     catalog: Any = SimpleNamespace(shards=infos, check_claims=lambda: None)
     sites = [StoredSite("layers.0", "token", torch.float16, width)]
-    order = rows_module._Order(catalog, sites, rows_module.RowOptions(shuffle=True, seed=3, epoch=1))
+    order = EpochOrder(catalog, sites, RowOptions(shuffle=True, seed=3, epoch=1))
     assert len(order.groups) > 2
     hashed = hashlib.sha256()
     for group, _, _, places in order.locate(np.arange(0, order.num_rows, 1000)):
@@ -346,6 +347,6 @@ def test_the_order_of_any_store_that_is_read_is_small(num_rows: int, width: int)
     info = ShardInfo("shard-000000.safetensors", 0, 1, num_rows)
     catalog: Any = SimpleNamespace(shards=[info], check_claims=lambda: None)
     sites = [StoredSite(f"layers.{layer}", "token", torch.float32, width) for layer in range(100)]
-    order = rows_module._Order(catalog, sites, rows_module.RowOptions(shuffle=True))
+    order = EpochOrder(catalog, sites, RowOptions(shuffle=True))
     assert order.num_rows == order.starts[-1] == num_rows
     assert sum(map(len, order.groups)) <= min(num_rows, 1 << 20)
