@@ -131,10 +131,11 @@ def _mask_of(call: Call, slot: Slot, shape: Sequence[int], start: int | None, de
     mask = masks[key]
     if mask is None:
         return None
-    if mask.ndim == 3 and mask.shape[-1] != shape[-1]:
+    width = shape[-1] if slot.site.part is None else shape[-1] // 3
+    if mask.ndim == 3 and mask.shape[-1] != width:
         raise CaptureError(
             f"lp.{slot.edit.name} at {slot.site.name!r}: where is a mask of {mask.shape[-1]} columns, the value has "
-            f"{shape[-1]}. Pass a mask [B, S], or one as wide as the site."
+            f"{width}. Pass a mask [B, S], or one as wide as the site."
         )
     mask = mask if mask.device == device else mask.to(device)  # layers may lie on several devices
     return mask if start is None else mask[:, start : start + shape[1]]

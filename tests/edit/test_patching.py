@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import layerprobe as lp
+from families import build
 from layerprobe.errors import CaptureError, OptionError, SiteError, StoreError
 from sizes import TINY
 from traces import look_at
@@ -71,6 +73,32 @@ def test_every_head_is_what_one_patch_at_a_time_gives(tiny_bert: Any) -> None:
             assert float(whole.effects[row, head]) == pytest.approx(expected, abs=1e-5)
             expected = patch_one(tiny_bert, site, [5], columns) - each.corrupt
             assert float(each.effects[row, 1, head]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("modernbert", "layers.1.attn.Wqkv"), ("deberta", "encoder.layer.1.attention.self.in_proj")]
+)
+def test_heads_of_a_fused_projection_are_patched_one_by_one(name: str, path: str) -> None:
+    model = build(name)
+    module = model.get_submodule(path)
+    sites = [f"layers.1.attention.{third}" for third in ("query", "key", "value")]
+    found = lp.patching(model, CLEAN, CORRUPT, metric, sites, positions=[2, 4], heads=True)
+    kept: list[Tensor] = []
+    with torch.no_grad(), module.register_forward_hook(lambda _, __, output: kept.append(output)):
+        model(**CLEAN)
+    for third, place, head in product(range(3), (2, 4), range(4)):
+        # ModernBERT lays out all queries, keys and values behind one another, DeBERTa those of a head
+        first = 32 * third + 8 * head if name == "modernbert" else 24 * head + 8 * third
+
+        def put(_: Any, __: Any, output: Tensor, place: int = place, first: int = first) -> Tensor:
+            output = output.clone()
+            output[:, place, first : first + 8] = kept[0][:, place, first : first + 8]
+            return output
+
+        with torch.no_grad(), module.register_forward_hook(put):
+            expected = float(metric(model(**CORRUPT))) - found.corrupt
+        # another batch is another matrix product: the last bits of float32
+        assert float(found.effects[third, (2, 4).index(place), head]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_patching_all_of_a_layer_gives_cleans_metric(tiny_bert: Any) -> None:

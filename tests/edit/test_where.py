@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import layerprobe as lp
-from families import IS_V5
+from families import IS_V5, build
 from layerprobe.capture.calls import Context
 from layerprobe.edit.where import check_where, pick_tokens, place_in_text, resolve_where
 from layerprobe.errors import CaptureError, OptionError
@@ -120,3 +120,26 @@ def test_calls_that_do_not_tell_are_errors(tiny_bert: Any, batch: Any) -> None:
             tiny_bert(**given_)
     with lp.edit(tiny_bert, {"layers.1": lp.ablate(where="all")}), torch.no_grad():
         tiny_bert(**{**batch, "attention_mask": torch.ones(3, 1, 7, 7)})
+
+
+@pytest.mark.parametrize("name", ["modernbert", "deberta"])
+@pytest.mark.parametrize("third", ["query", "key", "value"])
+def test_mask_of_single_values_is_as_wide_as_a_site_that_is_a_third_of_its_module(name: str, third: str) -> None:
+    model, site = build(name), f"layers.1.attention.{third}"
+    ids = torch.tensor([[0, 10, 11, 12, 2], [0, 13, 14, 15, 2]])
+    mask = torch.zeros(2, 5, 32, dtype=torch.bool)
+    mask[0, 2, 8:16] = mask[1, 4, 31] = True
+    with torch.no_grad(), lp.Probe(model, site) as before:
+        model(ids)
+    with torch.no_grad(), lp.edit(model, {site: lp.ablate(where=mask)}), lp.Probe(model, site) as after:
+        model(ids)
+    # DeBERTa adds a bias to what is put in: zero to the rounding of that sum
+    torch.testing.assert_close(after[site], before[site].masked_fill(mask, 0), rtol=0, atol=1e-6)
+    assert torch.equal(after[site][~mask], before[site][~mask])
+    wide = lp.ablate(where=mask.repeat(1, 1, 3))
+    with (
+        torch.no_grad(),
+        lp.edit(model, {site: wide}),
+        pytest.raises(CaptureError, match="96 columns, the value has 32"),
+    ):
+        model(ids)
