@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerprobe.edit.where import check_where
 from layerprobe.errors import CaptureError, OptionError
@@ -220,7 +220,10 @@ class ProjectOut(Edit):
         super().__post_init__()
         _require_tensor(self.name, "directions", self.directions, (1, 2))
         with torch.no_grad():
-            rank = int(torch.linalg.matrix_rank(self.rows.double()))
+            units_KD = nn.functional.normalize(self.rows.double(), dim=1, eps=torch.finfo(torch.float64).tiny)
+            # what follows from the others does so up to the rounding of its own dtype: class means less their mean
+            rounding = max(4 * torch.finfo(self.rows.dtype).eps, max(units_KD.shape) * torch.finfo(torch.float64).eps)
+            rank = int(torch.linalg.matrix_rank(units_KD, rtol=rounding))
         if rank < len(self.rows):
             raise OptionError(
                 f"lp.project_out: {len(self.rows)} directions span {rank} dimensions: one is zero, or follows from the "

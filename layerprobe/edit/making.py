@@ -91,11 +91,11 @@ def project_out(directions: Tensor, *, where: Any = None) -> Edit:
     """Remove the part of each value that lies in the span of some directions.
 
     Args:
-        directions: `[D]`, or `[K, D]` of any lengths and angles, none of which follows from the others.
+        directions: `[D]`, or `[K, D]` of any lengths and angles, none of which follows from the others, rounding aside.
         where: As in `steer`.
 
     Raises:
-        OptionError: a direction is zero, or follows from the others.
+        OptionError: a direction is zero, or follows from the others (of class means less their mean, leave out one).
 
     Example:
         >>> import torch, layerprobe as lp

@@ -46,6 +46,20 @@ def test_directions_are_projected_out(tiny_bert: Any, batch: Any, values: Tensor
     assert (after[real] @ directions.T).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_directions_that_follow_from_the_others_but_for_rounding_are_refused(dtype: torch.dtype) -> None:
+    """Class means less their mean add up to zero; what rounding leaves of it is a direction that means nothing."""
+    noise = torch.Generator().manual_seed(0)
+    means = (torch.randn(4, 384, generator=noise, dtype=torch.float64) + 2).to(dtype)
+    apart = means - means.mean(0)
+    with pytest.raises(OptionError, match="4 directions span 3 dimensions"):
+        lp.project_out(apart)
+    # short beside the others is not nothing, and near to another is not the same
+    lengths = torch.tensor([[1.0], [1e-4], [1e4]], dtype=dtype)
+    lp.project_out(apart[:3] * lengths)
+    lp.project_out(torch.stack([apart[0], apart[0] + apart[1] / 8]))
+
+
 def test_a_learned_direction_is_projected_out_like_a_given_one(tiny_bert: Any, batch: Any) -> None:
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     fixed = read(tiny_bert, batch, lp.project_out(direction))
