@@ -27,7 +27,7 @@ from layerprobe.edit.plan import head_width, require_editable
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import ModelMap, Site, map_model
-from layerprobe.sites.stacks import need_model
+from layerprobe.sites.stacks import find_called, need_model
 from layerprobe.store.guard import check_count
 from layerprobe.tables import hide_bar
 
@@ -54,7 +54,8 @@ def patching(
     """Measure how far the metric moves from corrupt towards clean when one value is taken from clean.
 
     Args:
-        model: A supported model in eval mode, or what `load_model` gave, with its tokenizer.
+        model: A supported model in eval mode, or what `load_model` gave, with its tokenizer; of a SentenceTransformer
+            the model in it.
         clean, corrupt: What the model is called with: one text each, of the same number of tokens. Positions are those
             of the stack that the sites are in: a decoder's by `decoder_input_ids` or `labels`.
         metric: From the model's output to one number per row, `[B]`: `lambda out: out.logits[:, 4, answer]`.
@@ -92,7 +93,7 @@ def patching(
     """
     if isinstance(model, LoadedModel):
         model, tokenizer = model.model, tokenizer or model.tokenizer
-    model = need_model(model)
+    model = find_called(need_model(model))
     sweep = _plan(model, clean, corrupt, metric, sites, positions, heads)
     if method not in ("exact", "attribution"):
         raise OptionError(f"patching: no method {method!r}: use 'exact' or 'attribution'.")

@@ -101,6 +101,16 @@ def test_heads_of_a_fused_projection_are_patched_one_by_one(name: str, path: str
         assert float(found.effects[third, (2, 4).index(place), head]) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["exact", "attribution"])
+def test_of_a_sentence_transformer_the_model_in_it_is_swept(tiny_model_folder: Any, method: str) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    sentences = library.SentenceTransformer(str(tiny_model_folder), device="cpu")
+    found = lp.patching(sentences, CLEAN, CORRUPT, metric, method=method)
+    expected = lp.patching(sentences[0].auto_model, CLEAN, CORRUPT, metric, method=method)
+    assert found.clean != found.corrupt
+    assert torch.equal(found.effects, expected.effects)
+
+
 def test_patching_all_of_a_layer_gives_cleans_metric(tiny_bert: Any) -> None:
     found = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, ["embeddings", "layers.*"], positions=False)
     assert found.clean != found.corrupt
