@@ -323,7 +323,8 @@ def _describe_place(site: Site) -> str:
 
 def _module_width(module: nn.Module, takes: str) -> int | None:
     """Read a module's width off its attributes, where it tells."""
-    for name in ("in_features",) if takes == "input" else ("out_features", "embedding_dim"):
+    # nx and nf: the Conv1D of transformers, a Linear as GPT-2 has it
+    for name in ("in_features", "nx") if takes == "input" else ("out_features", "embedding_dim", "nf"):
         width = getattr(module, name, None)
         if isinstance(width, int):
             return width

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import layerprobe as lp
 from layerprobe.errors import ArchitectureError
@@ -48,3 +49,26 @@ def test_sites_of_a_layer_are_listed_in_the_order_in_which_it_runs_them(tiny_ber
     with lp.Probe(tiny_bert, patterns, to=lambda site, _: seen.append(site)) as probe:
         tiny_bert(**batch)
     assert seen == [site.name for site in probe.sites]
+
+
+def test_projections_of_gpt2_are_as_wide_as_their_values(restored_rows: None) -> None:
+    """They are transformers' Conv1D, which has other attributes than a Linear; heads lie by these widths."""
+    fused: Any = {name: anatomy.Fused("attn.c_attn", part) for part, name in enumerate(("query", "key", "value"))}
+    places: Any = {"layers": "h", "attention": "attn", "out": "attn.c_proj", "down": "mlp.c_proj", "norm": "ln_f"}
+    row = lp.Anatomy(embeddings=("drop",), mid="ln_2:input", pooler=None, **places, **fused)
+    lp.register_architecture("gpt2", row)
+    torch.manual_seed(0)
+    sizes: Any = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 16}
+    model = transformers.GPT2Model(transformers.GPT2Config(**sizes)).eval()
+    ids, site = torch.tensor([[5, 6, 7]]), "layers.1.attention.context"
+    names = [found.name for found in lp.sites(model) if found.kind == "token"]
+    with torch.no_grad(), lp.Probe(model, names) as probe:
+        model(ids)
+    assert {found.name: found.width for found in lp.sites(model, names)} == {
+        name: probe[name].shape[-1] for name in names
+    }
+    with torch.no_grad(), lp.edit(model, {site: lp.ablate(heads=[2])}), lp.Probe(model, site) as after:
+        model(ids)
+    expected = probe[site].clone()
+    expected[..., 16:24] = 0
+    assert torch.equal(after[site], expected)
