@@ -240,4 +240,7 @@ def _suggest(pattern: Pattern, names: Sequence[str]) -> str:
     if not close:
         return f" Its sites are {', '.join(shape.replace('.0', '.i') for shape in shapes)}."
     selector = pattern.segments[pattern.selector_at] if pattern.selector_at is not None else "*"
-    return f" Did you mean {close[0].replace('layers.0', f'layers.{selector}')!r}?"
+    guess = close[0].replace("layers.0", f"layers.{selector}")
+    if guess == pattern.text:  # of captured sites some layers may be missing
+        return f" It holds {', '.join(name for name in names if _DIGITS.sub('0', name) == close[0])}."
+    return f" Did you mean {guess!r}?"

@@ -56,6 +56,12 @@ def test_site_that_was_not_captured_is_refused(site: str) -> None:
         _ = _captured("layers.3")[site]
 
 
+@pytest.mark.parametrize("site", ["layers.5", "layers.-1"])
+def test_layer_that_was_not_captured_is_answered_with_those_that_were(site: str) -> None:
+    with pytest.raises(SiteError, match=rf"no site '{site}' in what was captured\. It holds layers\.3, layers\.4\.$"):
+        _ = _captured("layers.3", "layers.4", "layers.11.ffn.act")[site]
+
+
 @pytest.mark.parametrize("name", ["deberta", "convbert"])
 @pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"gradients": True}], ids=str)
 def test_what_a_model_changes_in_place_afterwards_is_kept_as_its_module_made_it(name: str, options: Any) -> None:
