@@ -224,7 +224,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             batch_size: Vectors per batch; the last may be smaller.
             shuffle: Mix them. Shards are put in a random order and taken by groups of about a million rows or 1 GiB,
                 from 8 shards to 128, large ones in parts; all rows of a group are mixed. Unmixed, they come as they
-                lie.
+                lie: texts of like length together, not in the order of the input.
             seed: The order is a function of it; goes with `shuffle`.
             rank: Which share of the batches to give: every `world`-th, beginning with this.
             world: Number of shares. Inside a worker of a `DataLoader` a share is split again, so that over all
