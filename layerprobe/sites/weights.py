@@ -95,7 +95,7 @@ class EagerTwin:
         if handed:
             return handed[0]
         eager = _kernel(self._module) == "eager"
-        if eager and not self._module.training and (returned := _four_dimensional(output)) is not None:
+        if eager and not self._module.training and (returned := self._find_weights(output)) is not None:
             return returned
         return self._again(args, kwargs, output)
 
@@ -111,13 +111,16 @@ class EagerTwin:
             asked["attention_mask"] = _additive(mask, states_BSD.dtype)
             if isinstance(seen := asked.get("encoder_attention_mask"), Tensor):  # ESM's cross attention reads this one
                 asked["encoder_attention_mask"] = _additive(_spread(seen), states_BSD.dtype)
-        elif "mask" in self._parameters:  # only 4.x DistilBERT calls it so, and only it wants B,S, ones to keep
+        elif "mask" in self._parameters and "query" in self._parameters:  # 4.x DistilBERT wants B,S, ones to keep
             asked["mask"] = _kept_keys(asked.get("mask"), states_BSD)
+        elif "mask" in self._parameters:  # T5
+            mask = _with_pattern(asked.get("mask"), self._module, states_BSD, asked)
+            asked["mask"] = _additive(mask, states_BSD.dtype)
         if "output_attentions" in self._parameters:
             asked["output_attentions"] = True
         with torch.no_grad():
             again = self._forward(self._twin, **asked)
-        weights = _four_dimensional(again)
+        weights = self._find_weights(again)
         if weights is None:
             raise CaptureError(f"{self._name}: its eager code returns no weights. {_LOAD_EAGER}")
         # In training the kernel dropped some of its weights: its context is another, rightly.
@@ -129,6 +132,12 @@ class EagerTwin:
             else:
                 self._later.extend(compared)
         return weights
+
+    def _find_weights(self, output: Any) -> Tensor | None:
+        """Find the weights in what the module gives; one that takes a position bias (T5) gives it before them."""
+        items = output if isinstance(output, tuple) else ()
+        found = [item for item in items if isinstance(item, Tensor) and item.ndim == 4]
+        return next(iter(found["position_bias" in self._parameters :]), None)
 
 
 class _Replay(nn.Module):
@@ -151,7 +160,8 @@ class _Replay(nn.Module):
             return first
         recorded, output = self.calls[self.given]
         self.given += 1
-        if isinstance(first, Tensor) and first is not recorded:
+        # places in a table of positions are numbers, and no context
+        if isinstance(first, Tensor) and first is not recorded and first.is_floating_point():
             self.other.append((first, recorded))
         return output
 
@@ -192,11 +202,6 @@ def _first(args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
     if not isinstance(args, tuple):
         return args
     return args[0] if args else next(iter((kwargs or {}).values()), None)
-
-
-def _four_dimensional(output: Any) -> Tensor | None:
-    items = output if isinstance(output, tuple) else ()
-    return next((item for item in items if isinstance(item, Tensor) and item.ndim == 4), None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import layerprobe as lp
@@ -75,6 +76,33 @@ def test_batch_without_a_mask_is_a_batch_without_padding(name: str) -> None:
     batch = make_batch(0)
     got, _ = read(build(name), {"input_ids": batch["input_ids"]})
     assert_like_eager(got, name, batch, 0)
+
+
+@pytest.mark.skipif(not IS_V5, reason="in transformers 4 T5 shows no weights unless it is asked for them")
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("num_padded", [0, 2])
+def test_weights_of_a_registered_t5_are_not_its_position_bias(
+    kernel: str, num_padded: int, restored_rows: None
+) -> None:
+    """It gives the bias before the weights, both of four dimensions, and calls its mask by another name."""
+    places: Any = {name: f"layer.0.SelfAttention.{name[0]}" for name in ("query", "key", "value", "out")}
+    places |= {"layers": "encoder.block", "attention": "layer.0.SelfAttention", "mid": "layer.0", "pooler": None}
+    lp.register_architecture("t5", lp.Anatomy(down="layer.1.DenseReluDense.wo", **places))
+    torch.manual_seed(0)
+    sizes: Any = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
+    model = transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+    ids, mask = torch.arange(2, 16).view(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[0, 7 - num_padded :] = 0
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
+    model.set_attn_implementation(kernel)
+    with torch.no_grad(), lp.Probe(model, "layers.*.attention.weights") as probe:
+        model(input_ids=ids, attention_mask=mask)
+    for layer, weights in enumerate(expected):
+        found = probe[f"layers.{layer}.attention.weights"]
+        # two kernels add up in different orders
+        torch.testing.assert_close(found, weights, rtol=0, atol=0 if kernel == "eager" else 1e-5)
 
 
 @pytest.mark.parametrize("name", KNOWN)
