@@ -21,7 +21,7 @@ from layerprobe.analysis.keeping import KeptProbe, load_probe
 from layerprobe.errors import InputError, OptionError
 from layerprobe.extract.batching import cut_batches
 from layerprobe.extract.forward import find_precision, running
-from layerprobe.extract.inputs import check_text
+from layerprobe.extract.inputs import check_list, check_text
 from layerprobe.extract.looking import look
 from layerprobe.extract.network import find_max_length
 from layerprobe.extract.padding import sees_padding
@@ -70,6 +70,8 @@ class Classifier:
         """
         if isinstance(texts, str):
             raise InputError("predict: got one text. Give a list of texts.")
+        check_list(texts, "a list of texts")
+        texts = list(texts)
         if (spans is not None) != (self.probe.kind == "spans"):
             raise OptionError(
                 f"predict(spans={'...' if spans is not None else None}): this classifier is of {self.probe.kind}. "
@@ -77,10 +79,13 @@ class Classifier:
             )
         if spans is not None and len(spans) != len(texts):
             raise OptionError(f"predict: {len(spans)} spans for {len(texts)} texts. Give one for each.")
-        checked = [check_text(text, "texts", number) for number, text in enumerate(texts)]
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"predict: text {number} is {type(text).__name__}, not a text. Give a list of texts.")
+            check_text(text, "texts", number)
         found: list[Any] = []
-        for first in range(0, len(checked), _TEXTS_AHEAD):
-            part = checked[first : first + _TEXTS_AHEAD]
+        for first in range(0, len(texts), _TEXTS_AHEAD):
+            part = texts[first : first + _TEXTS_AHEAD]
             found += self._predict(part, None if spans is None else spans[first : first + _TEXTS_AHEAD])
         return found
 

@@ -28,7 +28,7 @@ from layerprobe.errors import InputError, first_line
 from layerprobe.packages import need_package
 from layerprobe.store.guard import check_record
 
-__all__ = ["HUB_PREFIX", "InputDigest", "Record", "TextSource", "check_text", "open_source"]
+__all__ = ["HUB_PREFIX", "InputDigest", "Record", "TextSource", "check_list", "check_text", "open_source"]
 
 _MOST_FIELD_CHARACTERS = (1 << 31) - 1
 _SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
@@ -99,6 +99,17 @@ def check_text(text: str, name: str, number: int) -> str:
     return text
 
 
+def check_list(texts: Any, wanted: str) -> None:
+    """Refuse what does not give its texts, in an order of its own, when it is gone through."""
+    # a data frame gives the names of its columns
+    if hasattr(texts, "columns"):
+        wanted += ", such as a column of it, or its rows as mappings: frame.to_dict('records')"
+    # a set has another order in each process, so a run over one could not be gone on with
+    elif isinstance(texts, Iterable) and not isinstance(texts, (Mapping, set, frozenset, bytes)):
+        return
+    raise InputError(f"{type(texts).__name__} is no input: give {wanted}.")
+
+
 @dataclass(frozen=True)
 class TextSource:
     """Texts that can be gone through again and again.
@@ -132,9 +143,7 @@ def open_source(texts: Any, field: str = "text") -> TextSource:
     """
     if isinstance(texts, (str, Path)):
         return _open_path(str(texts), field)
-    # a set has another order in each process, so a run over one could not be gone on with
-    if isinstance(texts, (Mapping, set, frozenset, bytes)) or not isinstance(texts, Iterable):
-        raise InputError(f"{type(texts).__name__} is no input: give a path, '-', or a list of texts.")
+    check_list(texts, "a path, '-', or a list of texts")
     # An iterator can be gone through only once.
     records = texts if hasattr(texts, "__len__") and hasattr(texts, "__getitem__") else list(texts)
     return TextSource("the list of texts", lambda: _iterate_list(records, field))

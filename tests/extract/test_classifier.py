@@ -200,6 +200,10 @@ def test_one_text_is_no_list_of_texts(store: Store, tiny: LoadedModel, tmp_path:
     classifier = lp.load_classifier(lp.classify(store, sites="layers.0").probe.save(tmp_path / "kept"), tiny)
     with pytest.raises(InputError, match="Give a list of texts"):
         classifier.predict("the fox")
+    with pytest.raises(InputError, match=r"predict: text 1 is dict, not a text"):
+        classifier.predict(["the fox", {"text": "the dog"}])  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"dict is no input: give a list of texts\.$"):
+        classifier.predict({"text": "the dog"})  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"this classifier is of examples. Leave spans out"):
         classifier.predict(["the fox"], [(0, 3)])
 

@@ -165,6 +165,14 @@ def test_what_is_no_input_is_refused(texts: Any, message: str) -> None:
         texts_of(texts)
 
 
+def test_a_data_frame_is_refused_and_its_rows_and_columns_are_read() -> None:
+    """Going through one gives the names of its columns."""
+    frame = pytest.importorskip("pandas").DataFrame({"text": ["one", "two"], "label": [1, 2]})
+    with pytest.raises(InputError, match=r"DataFrame is no input: give .* frame\.to_dict\('records'\)\.$"):
+        texts_of(frame)
+    assert texts_of(frame["text"]) == ["one", "two"] == texts_of(frame.to_dict("records"))
+
+
 def test_data_sets_are_read_by_split_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
