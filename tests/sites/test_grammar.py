@@ -123,6 +123,12 @@ def test_unknown_stack_is_named() -> None:
         _expand("encoder.layers.3")
 
 
+@pytest.mark.parametrize("text", ["layers.0", "layers.-2", "layers.0,2", "layers.2:3"])
+def test_a_site_of_other_layers_is_not_offered_as_it_was_asked(text: str) -> None:
+    with pytest.raises(SiteError, match=rf"no site '{text}' in acts\. It holds layers\.1, layers\.3\.$"):
+        expand_patterns(text, ["embeddings", "layers.1", "layers.3", "layers.3.mid"], {"layers": 4}, "acts")
+
+
 def test_misspelt_site_gets_the_nearest_with_the_layers_that_were_asked() -> None:
     with pytest.raises(SiteError, match=r"no site 'layers\.3\.ffn\.atc' .*Did you mean 'layers\.3\.ffn\.act'\?"):
         _expand("layers.3.ffn.atc")
