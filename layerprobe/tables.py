@@ -3,6 +3,7 @@
 In one place, so that every table and every message of the library looks alike. Knows nothing of what the cells mean.
 """
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,24 +19,42 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> st
     """Lay out rows under headers, numbers to the right, everything else to the left.
 
     Returns:
-        The table as one string, without a newline at its end.
+        The table as one string, without a newline at its end; a control character in a cell becomes a space.
     """
     rows = [list(row) for row in rows]
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    widths = [max(len(line[column]) for line in [list(headers), *cells]) for column in range(len(headers))]
+    headers = [_make_printable(header) for header in headers]
+    cells = [["" if cell is None else _make_printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(_count_columns(line[column]) for line in [headers, *cells]) for column in range(len(headers))]
     to_right = [
         all(isinstance(row[column], (int, float)) for row in rows if row[column] is not None)
         for column in range(len(headers))
     ]
 
     def line(texts: Sequence[str]) -> str:
-        aligned = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(texts, widths, to_right, strict=True)
-        ]
+        aligned = []
+        for text, width, right in zip(texts, widths, to_right, strict=True):
+            space = " " * (width - _count_columns(text))
+            aligned.append(space + text if right else text + space)
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def _make_printable(text: str) -> str:
+    """Bring a text to one line that commands nothing of a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _count_columns(text: str) -> int:
+    """Count what a text takes of a terminal's line: two columns for a wide character, none for an accent on another."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.category(character) in ("Mn", "Me") else 1 + (unicodedata.east_asian_width(character) in "WF")
+        for character in text
+    )
 
 
 def format_count(count: int, noun: str) -> str:

@@ -21,6 +21,24 @@ def test_numbers_stand_to_the_right_and_words_to_the_left() -> None:
     ]
 
 
+def test_wide_letters_and_accents_keep_columns_in_line() -> None:
+    """A terminal gives a Chinese letter two columns, and an accent on its own none."""
+    table = format_table(("token", "norm"), [("模型", 1.5), ("e\u0301", 2.25), ("日本語の", 0.5), ("ok", 1.0)])
+    assert table.split("\n") == [
+        "token     norm",
+        "--------  ----",
+        "模型       1.5",
+        "e\u0301         2.25",
+        "日本語の   0.5",
+        "ok         1.0",
+    ]
+
+
+def test_a_cell_stays_on_its_line_and_commands_no_terminal() -> None:
+    table = format_table(("token", "n"), [("a\x1b[31mb\nc\td", 1)])
+    assert table == "token        n\n-----------  -\na [31mb c d  1"
+
+
 def test_table_without_rows_is_its_headers() -> None:
     assert format_table(("a", "bcd"), []) == "a  bcd\n-  ---"
 
