@@ -24,6 +24,7 @@ from layerprobe.store.description import StoredSite
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, pool_packed, positions_of
+from layerprobe.tables import format_count
 
 __all__ = ["Colours", "Points", "choose_points", "colour_points", "draw_points", "has_field"]
 
@@ -124,7 +125,7 @@ def draw_points(
     by_rows = kind == "rows"
     num_all = store.num_tokens if by_rows else len(store)
     if num_all < 3:
-        raise InputError(f"a picture of {store.place}: it has {num_all} {kind}; three are the least.")
+        raise InputError(f"a picture of {store.place}: it has {format_count(num_all, kind[:-1])}; three are the least.")
     chosen = draw_numbers(num_all, max_points, seed)
     found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     identity: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -183,10 +184,11 @@ def _refuse_useless(store: Store, points: Points, pool: str | None) -> None:
                 "and has no place in a picture. Leave the site out; 'layerprobe check' counts such rows."
             )
         if bool((values == values[0]).all()):
-            why = " the first token's vector there does not depend on the text." if pool == "cls" else ""
+            is_first = points.kind == "examples" and "cls" in (pool, store.pool)
+            why = ": the first token's vector there does not depend on the text" if is_first else ""
             raise OptionError(
-                f"a picture of {name!r}: all {len(points):,} points are the same.{why} "
-                "Leave the site out, or use pool='mean'."
+                f"a picture of {name!r}: all {len(points):,} points are the same{why}. "
+                f"Leave the site out{', or use another pool' if pool == 'cls' and store.pool is None else ''}."
             )
 
 

@@ -23,7 +23,7 @@ from layerprobe.report.content import gather
 from layerprobe.store.durable import need_parent
 from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store
-from layerprobe.tables import format_bytes
+from layerprobe.tables import format_bytes, format_count
 
 __all__ = ["Report", "report"]
 
@@ -63,10 +63,11 @@ class Report:
     def table(self) -> str:
         """Say in a few lines what the page holds."""
         left_out = [f"left out  {', '.join(self.left_out)}"] if self.left_out else []
+        sites = format_count(len(self.sites), "site")
         return "\n".join(
             [
                 f"{self.path}  {format_bytes(self.num_bytes)}",
-                f"points  {self.num_points:,} of {self.num_all:,} {self.kind} at {len(self.sites)} sites",
+                f"points  {self.num_points:,} of {self.num_all:,} {self.kind} at {sites}",
                 f"colours {', '.join(self.fields)}",
                 *left_out,
                 f"parts   {', '.join(self.parts) or 'none besides'}",

@@ -229,10 +229,15 @@ def test_points_that_say_nothing_are_refused(tmp_path: Path) -> None:
     rows = draw()
     rows[torch.tensor([0, *LENGTHS[:-1]]).cumsum(0)] = 1.0
     folder = plant(tmp_path / "acts", {"embeddings": rows}, LENGTHS)
-    with pytest.raises(
-        OptionError, match=r"all 30 points are the same. the first token's vector there does not depend"
-    ):
+    first = "all 30 points are the same: the first token's vector there does not depend on the text"
+    with pytest.raises(OptionError, match=rf"{first}\. Leave the site out, or use another pool\.$"):
         lp.plot(folder, site="embeddings", pool="cls")
+    pooled = plant(tmp_path / "pooled", {"embeddings": torch.ones(30, 4)}, LENGTHS, pool="cls")
+    with pytest.raises(OptionError, match=rf"{first}\. Leave the site out\.$"):
+        lp.plot(pooled, site="embeddings")
+    even = plant(tmp_path / "even", {"layers.0": torch.ones_like(rows)}, LENGTHS)
+    with pytest.raises(OptionError, match=r"all 30 points are the same\. Leave the site out\.$"):
+        lp.plot(even, points="examples")
     rows[8] = float("nan")
     folder = plant(tmp_path / "nan", {"layers.0": rows}, LENGTHS)
     with pytest.raises(NonFiniteError, match=r"'layers.0' in .*: example 2 is not finite"):
