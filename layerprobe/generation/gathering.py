@@ -27,6 +27,7 @@ from layerprobe.extract.tokens import TokenizedUnit, tokenize
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.reader import Store
+from layerprobe.tables import format_count
 
 __all__ = ["TokenRows", "gather_store", "gather_texts"]
 
@@ -77,7 +78,8 @@ class _Pile:
     def close(self) -> TokenRows:
         count = sum(len(ids) for ids, *_ in self._places)
         if count < 2:
-            raise InputError(f"lens of {self._owner}: it has {count} tokens that are no special ones. Give more text.")
+            judged = format_count(count, "token")
+            raise InputError(f"lens of {self._owner}: it has {judged} to judge; two are the least. Give more text.")
         columns = [torch.cat(parts) for parts in zip(*self._places, strict=True)]
         return TokenRows({site: torch.cat(parts) for site, parts in self._rows.items()}, *columns)
 

@@ -220,8 +220,11 @@ def test_what_cannot_be_is_one_clear_error(
         lp.lens(masked, store, sites="layers.0.ffn.act")
     with pytest.raises(OptionError, match="max_tokens is 1"):
         lp.lens(masked, texts, max_tokens=1)
-    with pytest.raises(InputError, match="it has 0 tokens that are no special ones"):
+    with pytest.raises(InputError, match="it has 0 tokens to judge; two are the least"):
         lp.lens(masked, ["", ""])
+    # of its four words one is masked
+    with pytest.raises(InputError, match="it has 1 token to judge; two are the least"):
+        lp.lens(masked, ["the quick brown fox"])
     with pytest.raises(InputError, match="all tokens are of one text"):
         lp.lens(tiny, texts[3:4])
     with pytest.raises(SiteError, match="layers are 0 to 2"):
