@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli.arguments import Device, Model
-from layerprobe.cli.outcomes import check_place
+from layerprobe.cli.outcomes import check_place, say_wrote
 from layerprobe.errors import OptionError
 
 __all__ = ["profile"]
@@ -86,3 +86,4 @@ def profile(
         found.plot(out)
     if trace is not None:
         found.to_chrome_trace(trace)
+    say_wrote(json_file, out, trace)

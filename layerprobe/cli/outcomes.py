@@ -12,7 +12,7 @@ import typer
 
 from layerprobe.errors import OptionError, StoreError
 
-__all__ = ["PICTURES", "check_out", "check_place", "conclude", "refuse_given"]
+__all__ = ["PICTURES", "check_out", "check_place", "conclude", "refuse_given", "say_wrote"]
 
 PICTURES = (".png", ".svg", ".pdf")
 _TEXTS = (".csv", ".json")
@@ -101,6 +101,11 @@ def conclude(
         suffix = Path(out).suffix.lower()
         write = found.to_csv if suffix == ".csv" else found.to_json if suffix == ".json" else found.plot
         write(out)
-    for path in (kept, json, out):
+    say_wrote(kept, json, out, quiet=quiet)
+
+
+def say_wrote(*paths: str | Path | None, quiet: bool = False) -> None:
+    """Name the files that were written, a line each; None stands for one that was not asked for."""
+    for path in paths:
         if path is not None and not quiet:
             typer.echo(f"wrote {path}")

@@ -12,7 +12,7 @@ import typer
 
 from layerprobe.cli.allocator import keep_freed_memory
 from layerprobe.cli.arguments import Device, Field, Model, Sites, Texts
-from layerprobe.cli.outcomes import check_place, refuse_given
+from layerprobe.cli.outcomes import check_place, refuse_given, say_wrote
 from layerprobe.collecting import keep_for_good
 from layerprobe.errors import OptionError
 
@@ -97,6 +97,7 @@ def stats(
         write_text(json_file, json.dumps(document, ensure_ascii=False) + "\n")
     if out is not None:
         commit_file(out, [save(measuring.state_dict())])
+    say_wrote(json_file, out, quiet=quiet)
 
 
 def _plain(said: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,15 @@ from layerprobe.errors import OptionError
 __all__ = ["info", "show", "status", "verify"]
 
 
+def _parse_ordinal(text: str) -> int:
+    """Read an ordinal that may begin like an option, as -1 does."""
+    try:
+        return int(text)
+    except ValueError as error:
+        what = "neither an option nor a whole number" if text.startswith("-") else "no whole number"
+        raise typer.BadParameter(f"{text!r} is {what}") from error
+
+
 def info(folder: Where) -> None:
     """Show what a store holds.
 
@@ -27,7 +36,10 @@ def info(folder: Where) -> None:
 def show(
     folder: Where,
     example: Annotated[
-        int, typer.Argument(metavar="EXAMPLE", help="The example's ordinal; negative ones count from the last.")
+        int,
+        typer.Argument(
+            metavar="EXAMPLE", parser=_parse_ordinal, help="The example's ordinal; negative ones count from the last."
+        ),
     ],
 ) -> None:
     """Print an example's tokens and the norm of each site.

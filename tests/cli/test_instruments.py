@@ -29,6 +29,7 @@ def test_profile_prints_writes_and_compares(
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert status == 0 and all(file.is_file() for file in files)
+    assert printed.endswith("".join(f"wrote {file}\n" for file in files))
     assert "2 x 8 tokens" in printed and "layers.*.ffn.act" in printed and "watched by" in printed
     document = json.loads(files[0].read_text())
     assert document["batch"] == 2 and document["length"] == 8

@@ -60,6 +60,8 @@ def test_info_and_show_read_the_store(run: Run, tiny_model_folder: Path, source:
     assert code == 0 and "text    the quick brown fox" in printed and "[CLS]" in printed
     assert run("show", tmp_path / "acts", "-1")[1].startswith("example 3: 4 tokens\ntext    中文")
     refused(run("show", tmp_path / "acts", "4"), "no example 4 in")
+    refused(run("show", tmp_path / "acts", "--sites", "0"), "'--sites' is neither an option nor a whole number. Try")
+    refused(run("show", tmp_path / "acts", "1.5"), "'1.5' is no whole number. Try 'layerprobe show --help'.")
     refused(run("info", tmp_path / "none"), "does not exist. Make one with 'layerprobe extract")
     refused(run("show", tmp_path, "1"), "is not a store")
 
