@@ -3,12 +3,13 @@
 Parse and call; compute nothing. `main` gives each its name and place.
 """
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from layerprobe.cli.arguments import Where
-from layerprobe.errors import OptionError
+from layerprobe.errors import FormatError, MissingExample, OptionError
 
 __all__ = ["info", "show", "status", "verify"]
 
@@ -92,6 +93,13 @@ def verify(
     if recompute is not None and recompute < 1:
         raise OptionError(f"--recompute is {recompute}: it must be at least 1.")
     progress = False if quiet else None
+    audit = None
+    if recompute is not None:
+        from layerprobe.extract.audit import plan_audit
+
+        # reading may take hours, and what cannot be run is said before; of a damaged store the report says more
+        with suppress(FormatError, MissingExample):
+            audit = plan_audit(folder, model, recompute, seed or 0, device=device)
     report = verify_store(folder, repair, progress)
     typer.echo(str(report))
     if not report.ok:
@@ -100,9 +108,9 @@ def verify(
             typer.echo(f"no example was run again: the store is damaged, {after}")
         raise typer.Exit(1)
     if recompute is not None:
-        from layerprobe.extract.audit import audit
+        from layerprobe.extract.audit import plan_audit
 
-        audited = audit(folder, model, recompute, seed or 0, device=device, progress=progress)
+        audited = (audit or plan_audit(folder, model, recompute, seed or 0, device=device)).run(progress)
         typer.echo(str(audited))
         if not audited.ok:
             raise typer.Exit(1)

@@ -36,7 +36,7 @@ from layerprobe.store.shards import ScaledRows
 from layerprobe.store.tokenizer import load_tokenizer
 from layerprobe.tables import format_count, hide_bar
 
-__all__ = ["AuditProblem", "AuditReport", "audit"]
+__all__ = ["Audit", "AuditProblem", "AuditReport", "audit", "plan_audit"]
 
 # TF32, which a GPU multiplies float32 in where it is told to, keeps as many bits as float16.
 _REORDERED_TF32 = 2e-2
@@ -127,39 +127,71 @@ def audit(
         >>> lp.audit(folder, num_examples=2).ok
         True
     """
+    return plan_audit(folder, model, num_examples, seed, device=device).run(progress)
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """An audit that can be run: its store, the model and tokenizer, and the examples that were drawn."""
+
+    store: Store
+    network: nn.Module
+    tokenizer: Any
+    examples: tuple[int, ...]
+    max_length: int
+    precision: str | None
+
+    def run(self, progress: bool | None = None) -> AuditReport:
+        """Run the examples and compare, under a bar as of `audit`."""
+        store = self.store
+        problems: list[AuditProblem] = []
+        num_values, largest = 0, 0.0
+        with running(self.network, self.precision):
+            for ordinal in tqdm(self.examples, unit=" examples", disable=hide_bar(progress), leave=False):
+                example = store.example(ordinal)
+                if example.text is None:
+                    raise StoreError(
+                        f"{store.place}: keeps no text of example {ordinal}. Only its checksums can be checked."
+                    )
+                made = tokenize(self.tokenizer, [example.text], self.max_length)
+                ids = made.ids.tolist()
+                rows = None if store.kept is None else store.kept.choose(made.ids, made.offsets, [ordinal]).positions
+                if rows is not None and not torch.equal(rows, example.positions):
+                    problems.append(AuditProblem(ordinal, "positions", f"are not the rows that {store.kept} are"))
+                    continue
+                wanted, stored_ids = ids if rows is None else [ids[row] for row in rows], example.input_ids.tolist()
+                if wanted != stored_ids:
+                    problems.append(AuditProblem(ordinal, "input_ids", _compare_ids(wanted, stored_ids)))
+                if len(wanted) != len(stored_ids) or not ids:
+                    continue
+                for site, what, share, count in _compare(store, self.network, example, ids, self.precision):
+                    num_values, largest = num_values + count, max(largest, share)
+                    if what:
+                        problems.append(AuditProblem(ordinal, site, what))
+        return AuditReport(str(store.place), self.examples, num_values, tuple(problems), largest)
+
+
+def plan_audit(
+    folder: str | Path,
+    model: nn.Module | LoadedModel | str | None = None,
+    num_examples: int = 16,
+    seed: int = 0,
+    *,
+    device: str | int | None = None,
+) -> Audit:
+    """Check everything that an audit needs and load its model, before any example is run; takes what `audit` takes.
+
+    Raises:
+        PlanError, StoreError, FormatError, ModelError, OptionError: as `audit`.
+    """
     check_count("num_examples", num_examples)
     check_count("seed", seed, 0)
     store = open_store(folder)
     plan = _check_auditable(store)
     network = _find_model(store, model, device)
     tokenizer = _load_own_tokenizer(store)
-    chosen = _choose(store, num_examples, seed)
-    problems: list[AuditProblem] = []
-    num_values, largest = 0, 0.0
-    precision = plan.get("precision")
-    with running(network, precision):
-        for ordinal in tqdm(chosen, unit=" examples", disable=hide_bar(progress), leave=False):
-            example = store.example(ordinal)
-            if example.text is None:
-                raise StoreError(
-                    f"{store.place}: keeps no text of example {ordinal}. Only its checksums can be checked."
-                )
-            made = tokenize(tokenizer, [example.text], plan["max_length"])
-            ids = made.ids.tolist()
-            rows = None if store.kept is None else store.kept.choose(made.ids, made.offsets, [ordinal]).positions
-            if rows is not None and not torch.equal(rows, example.positions):
-                problems.append(AuditProblem(ordinal, "positions", f"are not the rows that {store.kept} are"))
-                continue
-            wanted, stored_ids = ids if rows is None else [ids[row] for row in rows], example.input_ids.tolist()
-            if wanted != stored_ids:
-                problems.append(AuditProblem(ordinal, "input_ids", _compare_ids(wanted, stored_ids)))
-            if len(wanted) != len(stored_ids) or not ids:
-                continue
-            for site, what, share, count in _compare(store, network, example, ids, precision):
-                num_values, largest = num_values + count, max(largest, share)
-                if what:
-                    problems.append(AuditProblem(ordinal, site, what))
-    return AuditReport(str(store.place), tuple(chosen), num_values, tuple(problems), largest)
+    chosen = tuple(_choose(store, num_examples, seed))
+    return Audit(store, network, tokenizer, chosen, plan["max_length"], plan.get("precision"))
 
 
 def _check_auditable(store: Store) -> Mapping[str, Any]:

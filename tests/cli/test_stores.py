@@ -35,7 +35,8 @@ def test_verify_names_each_damaged_shard_in_a_line_and_exits_with_1(run: Run, fo
         (folder / name).write_bytes((folder / name).read_bytes()[:-1])
     code, printed, said = run("verify", folder, "--recompute", 3)
     lines = printed.splitlines()
-    assert (code, said) == (1, "") and "examples run again" not in printed
+    assert code == 1 and said.startswith("layerprobe: loading the model ") and said.count("\n") == 1
+    assert "examples run again" not in printed
     assert lines[-1] == "no example was run again: the store is damaged, repair it first"
     assert [line.split(":")[0] for line in lines[:2]] == ["shard-000000.safetensors", "shard-000001.safetensors"]
     code, printed, _ = run("verify", folder, "--repair", "--recompute", 3)
@@ -65,7 +66,22 @@ def test_recompute_runs_examples_again(run: Run, folder: Path, tiny_model_folder
     first = run("verify", folder, "--recompute", 9, "--model", tiny_model_folder, "--seed", 4)
     assert first[0] == 0 and not first[2] and ": 4 examples run again, " in first[1]
     code, printed, said = run("verify", folder, "--recompute", 3, "--model", "demo")
-    assert code == 2 and "was made with another model (config_hash: " in said
+    assert (code, printed) == (2, "") and "was made with another model (config_hash: " in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "none"], "no model 'none'"),
+        (["--device", "gpu"], "no device 'gpu' here"),
+        (["--seed", -1], "seed is -1"),
+    ],
+)
+def test_what_recompute_cannot_do_is_said_before_every_byte_is_read(
+    run: Run, folder: Path, options: list[Any], said: str
+) -> None:
+    code, printed, message = run("verify", folder, "--recompute", 3, *options)
+    assert (code, printed) == (2, "") and said in message
 
 
 def test_an_audit_that_fails_exits_with_1(run: Run, folder: Path) -> None:
