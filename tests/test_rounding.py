@@ -9,34 +9,25 @@ from layerprobe.extract.forward import compute_in
 from layerprobe.rounding import rounds_products, rounds_products_outside
 
 
-def test_rounding_of_products_is_told_by_either_name() -> None:
+def test_rounding_of_products_is_told_by_either_name_and_kernels_go_by_the_new_one() -> None:
     """In a process of its own: torch keeps no way back to how it begins."""
     code = """
 import torch
 from layerprobe.rounding import rounds_products
 assert not rounds_products()
-torch.set_float32_matmul_precision("high")
-assert rounds_products()
-torch.set_float32_matmul_precision("highest")
-assert not rounds_products()
+for name in ("high", "highest", "high"):
+    torch.set_float32_matmul_precision(name)
+    assert rounds_products() == (name == "high")
 if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert torch.get_float32_matmul_precision() == "high"
+    assert not rounds_products()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # the old name raises from here on
     assert rounds_products()
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    assert not rounds_products()
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_kernels_go_by_the_new_name_where_the_old_one_says_otherwise() -> None:
-    code = """
-import torch
-from layerprobe.rounding import rounds_products
-torch.set_float32_matmul_precision("high")
-if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    assert torch.get_float32_matmul_precision() == "high"
     assert not rounds_products()
 """
     subprocess.run([sys.executable, "-c", code], check=True)

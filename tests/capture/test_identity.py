@@ -2,7 +2,6 @@
 
 import functools
 import re
-import subprocess
 import sys
 import textwrap
 import threading
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 import layerprobe as lp
+from forks import run_each
 from layerprobe.capture.identity import describe_changes, describe_pool
 
 SCALE: Any = 1.0
@@ -124,19 +124,23 @@ def test_pool_is_the_same_in_another_process(tmp_path: Path) -> None:
     )
     (tmp_path / "helpers.py").write_text("def first(rows):\n    return rows[0]\n")
     (tmp_path / "later.py").write_text("")
-    code = "import later, mine; from layerprobe.capture.identity import describe_pool as d; "
-    code += "print(d(mine.pool), d(mine.Pool()))"
+    setup = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from layerprobe.capture.identity import describe_pool as d"
+    )
+    say = "import later, mine; print(d(mine.pool), d(mine.Pool()))"
+    change = f"open({str(tmp_path)!r} + '/{{}}', 'w').write({{!r}})\n{say}".format
 
-    def run() -> list[str]:
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return done.stdout.split()
+    def run(*pieces: str) -> list[list[str]]:
+        ended = run_each(setup, pieces)
+        assert not any(one.status for one in ended), ended
+        return [one.said.split() for one in ended]
 
-    first = run()
-    assert first == run() and first[0].startswith("mine.pool#") and first[1].startswith("mine.Pool#")
-    (tmp_path / "helpers.py").write_text("def first(rows):\n    return rows[-1]\n")
-    assert run()[0] == first[0] and run()[1] != first[1]
-    (tmp_path / "later.py").write_text("A = 1")
-    assert run()[0] != first[0]
+    [first] = run(say)
+    changes = [change("helpers.py", "def first(rows):\n    return rows[-1]\n"), change("later.py", "A = 1")]
+    again, other_helper, other_module = run(say, *changes)
+    assert first == again and first[0].startswith("mine.pool#") and first[1].startswith("mine.Pool#")
+    assert other_helper[0] == first[0] and other_helper[1] != first[1]
+    assert other_module[0] != first[0]
 
 
 def test_what_goes_round_comes_to_an_end() -> None:

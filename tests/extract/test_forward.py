@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import layerprobe
+from forks import Ended, run_each
 from layerprobe.errors import OptionError, PlanError
 from layerprobe.extract import audit as auditing
 from layerprobe.extract import plan as planning
@@ -242,13 +242,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("said", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("precision", [None, "tf32"])
-def test_products_are_rounded_as_the_plan_says_whatever_a_program_has_set(said: str, precision: str | None) -> None:
-    """Else a run would not be that of its plan. In a process of its own: torch keeps no way back to how it begins."""
-    if "fp32_precision" in said and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("torch 2.9 has the new names")
-    code = f"""
+SETUP = """
 import torch
 from layerprobe.extract.forward import compute_in
 
@@ -258,7 +252,15 @@ def look():
         return [*new, torch.get_float32_matmul_precision()]
     except RuntimeError:  # old and new names differ
         return [*new, "mixed"]
+"""
 
+
+@pytest.fixture(scope="module")
+def rounded() -> dict[tuple[str, str | None], Ended]:
+    """What happens in a process that has one setting and computes in one precision: torch keeps no way back."""
+    cases = list(itertools.product(SETTINGS.values(), (None, "tf32")))
+    pieces = [
+        f"""
 {said}
 before = look()
 with compute_in(torch.nn.Linear(1, 1), {precision!r}):
@@ -268,8 +270,22 @@ if {said!r}.startswith("torch.backends.fp32"):  # what came from there still doe
     torch.backends.fp32_precision = "ieee"
     assert look()[:2] == ["ieee", "ieee"], look()
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == ("highest" if precision is None else "high")
+        for said, precision in cases
+    ]
+    return dict(zip(cases, run_each(SETUP, pieces), strict=True))
+
+
+@pytest.mark.parametrize("said", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("precision", [None, "tf32"])
+def test_products_are_rounded_as_the_plan_says_whatever_a_program_has_set(
+    rounded: dict[tuple[str, str | None], Ended], said: str, precision: str | None
+) -> None:
+    """Else a run would not be that of its plan."""
+    if "fp32_precision" in said and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 has the new names")
+    ended = rounded[said, precision]
+    assert ended.status == 0, ended.said
+    assert ended.said.strip() == ("highest" if precision is None else "high")
 
 
 def test_the_rounding_of_products_is_put_back_by_the_last_of_several_runs() -> None:

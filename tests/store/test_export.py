@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -18,6 +20,7 @@ import torch
 
 import layerprobe as lp
 import memory
+from forks import run_each
 from layerprobe.errors import FormatError, OptionError, SiteError, SpaceError, StoreError
 from layerprobe.models import LoadedModel
 from layerprobe.store import columns, lock, naming, packed
@@ -430,18 +433,32 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
 from layerprobe.store.export import _committed
-with _committed(Path(sys.argv[1]), overwrite=False) as partial:
-    partial.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next_to_that_name_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("out.npz", "other.npz"):
-        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], check=False)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which two exports were killed, to `out.npz` and to `other.npz`."""
+    folder = tmp_path_factory.mktemp("killed")
+    pieces = [
+        f"""
+with _committed(Path({str(folder / name)!r}), overwrite=False) as partial:
+    partial.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+        for name in ("out.npz", "other.npz")
+    ]
+    assert [ended.status for ended in run_each(KILLED, pieces)] == [-signal.SIGKILL] * 2
+    return folder
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_to_that_name_and_nothing_else(
+    killed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     left = {path.name for path in tmp_path.iterdir()}
     assert len(left) == 2 and all(name.startswith(".layerprobe-o") and name.endswith(".tmp") for name in left)
     mine = tmp_path / ".layerprobe-out.npz-mine.tmp"
@@ -458,10 +475,11 @@ def test_what_a_killed_export_left_is_removed_by_the_next_to_that_name_and_nothi
 
 @pytest.mark.parametrize("cause", ["no locks in Python", "none on the file system", "not locked yet"])
 def test_an_export_that_may_be_under_way_is_nobodys_leftover(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: str
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: str
 ) -> None:
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out.npz")], check=False)
-    (left,) = tmp_path.iterdir()
+    (name,) = (path.name for path in killed.iterdir() if "out.npz" in path.name)
+    left = tmp_path / name
+    shutil.copytree(killed / name, left)
     if cause == "not locked yet":
         (left / lock.LOCK_FILE).write_bytes(b"")
     else:

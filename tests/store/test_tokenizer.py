@@ -1,8 +1,6 @@
 """A tokenizer that may be untrusted: the native parser's own names, and no file that ends the process."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import layerprobe as lp
+from forks import Ended, run_each
 from layerprobe.errors import FormatError
 from layerprobe.models import LoadedModel
 from layerprobe.store.checks import check_tokenizer
@@ -45,15 +44,20 @@ def encode(model: Any, **parts: Any) -> bytes:
     return json.dumps({**BARE, "model": model, **parts}).encode()
 
 
-@pytest.mark.parametrize("model", BAD_MERGES)
-def test_merges_that_are_not_of_the_vocabulary_are_refused(model: dict[str, Any]) -> None:
-    data = encode(model)
-    # in a process of its own, which is what they would end
-    code = f"from layerprobe.store.tokenizer import load_tokenizer; load_tokenizer('tokenizer.json', {data!r})"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 1 and "FormatError: tokenizer.json: is not a tokenizer" in ended.stderr
+@pytest.fixture(scope="module")
+def refusals() -> list[Ended]:
+    """How each ends in a process of its own, which is what it would end."""
+    pieces = [f"load_tokenizer('tokenizer.json', {encode(model)!r})" for model in BAD_MERGES]
+    return run_each("from layerprobe.store.tokenizer import load_tokenizer", pieces)
+
+
+@pytest.mark.parametrize("number", range(len(BAD_MERGES)))
+def test_merges_that_are_not_of_the_vocabulary_are_refused(refusals: list[Ended], number: int) -> None:
+    ended = refusals[number]
+    assert ended.status == 1 and "FormatError: tokenizer.json: is not a tokenizer" in ended.said
     # which token an id is takes no merges
-    assert Vocabulary("tokenizer.json", data).tokens(torch.tensor([0, 9])) == ["a", ""]
+    found = Vocabulary("tokenizer.json", encode(BAD_MERGES[number]))
+    assert found.tokens(torch.tensor([0, 9])) == ["a", ""]
 
 
 def test_merges_of_the_vocabulary_are_taken() -> None:
