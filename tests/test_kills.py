@@ -116,7 +116,7 @@ class Killer:
 
 @pytest.fixture
 def killer(tiny_model_folder: Path, tmp_path: Path) -> Iterator[Killer]:
-    lines = ["the quick brown fox jumps over the lazy dog . " * (1 + line % 5) for line in range(40)]
+    lines = ["the quick brown fox jumps over the lazy dog . " * (1 + line % 5) for line in range(24)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     arguments = ["extract", str(tiny_model_folder), str(tmp_path / "a.txt"), "--shard-size", "200kB", "-q"]
     process = subprocess.Popen(
