@@ -52,6 +52,7 @@ def _eager_values(model: Any, sites: Any, length: int) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_every_site_of_a_compiled_model_is_captured_in_one_graph_for_all_lengths(tiny_bert: Any) -> None:
     compiled = _compile(tiny_bert)
     graphs = set()
@@ -97,6 +98,7 @@ def test_hooks_put_on_after_the_first_compiled_call_fire(tiny_bert: Any) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_model_compiled_in_place_is_captured(make_bert: Any) -> None:
     model = make_bert("BertForMaskedLM", num_hidden_layers=1)
     expected = _eager_values(model, ["layers.*", "logits"], 7)
@@ -139,6 +141,7 @@ def test_without_fullgraph_a_store_takes_every_layer_and_cuts_no_graph(
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_compiled_model_is_streamed_to_a_store(tiny_bert: Any, tmp_path: Path) -> None:
     compiled = _compile(tiny_bert)
     with torch.no_grad(), lp.Probe(compiled, "layers.*", to=tmp_path / "acts", dtype="float16"):
@@ -255,6 +258,7 @@ def test_masks_of_any_shape_keep_the_rows_that_eager_keeps(
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_model_that_is_given_neither_ids_nor_embeddings_loses_nothing(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTModel
 
@@ -442,6 +446,7 @@ def test_history_of_a_module_that_runs_several_times_is_refused(make_bert: Any) 
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_positions_of_a_compiled_decoder_with_a_cache_are_not_guessed(make_bert: Any) -> None:
     from transformers import DynamicCache
 
@@ -460,6 +465,7 @@ def test_positions_of_a_compiled_decoder_with_a_cache_are_not_guessed(make_bert:
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_steps_of_a_compiled_decoder_with_a_cache_give_the_rows_of_their_own_tokens(
     make_bert: Any, tmp_path: Path
 ) -> None:

@@ -189,6 +189,7 @@ WAYS: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_is_left_after_any_way_to_run(make_bert: Any, batch: Any, way: str) -> None:

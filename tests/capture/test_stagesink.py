@@ -49,6 +49,7 @@ def _pack(value: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_graph_for_all_lengths_writes_rows_that_never_move(model: Any, backend: str) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
@@ -148,6 +149,7 @@ def test_a_training_step_has_the_gradients_that_it_has_without(make_bert: Any) -
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", ["bert", "deberta", "distilbert", "albert-inner", "modernbert", "electra-small"])
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_a_stage_holds_the_real_rows_of_every_family(name: str, mode: str) -> None:
@@ -186,6 +188,7 @@ def test_masks_of_any_shape_keep_what_is_real(make_bert: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_each_half_of_a_pair_has_a_stage_of_its_own() -> None:
     from transformers import EncoderDecoderModel
 

@@ -78,6 +78,7 @@ def check_site(model: Any, batch: dict[str, Any], site: Site) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_edit_does_what_it_says_at_every_site_of_every_family(name: str) -> None:
     if not is_known(name):

@@ -13,6 +13,12 @@ from layerprobe.errors import CaptureError
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
+@pytest.fixture
+def tiny_bert(make_bert: Any) -> Any:
+    """Two layers: a compiler traces each of them anew in every test."""
+    return make_bert(num_hidden_layers=2)
+
+
 def compile_model(model: Any, **options: Any) -> Any:
     return torch.compile(model, **options)
 
@@ -35,21 +41,30 @@ def make_edits() -> dict[str, Any]:
         "layers.0.attention.context": [lp.ablate(heads=[1]), lp.ablate("resample", units=[3, 4])],
         "layers.1.ffn.act": [lp.scale(torch.full((64,), 0.5), where=[0, -1]), lp.clamp(-0.5, 0.5)],
         "layers.1": [lp.project_out(torch.ones(32)), lp.ablate("mean", where=lp.token_ids(*range(50)))],
-        "layers.2.attention.value": [lp.replace(torch.tanh), lp.patch(torch.ones(32), where=0)],
+        "layers.1.attention.value": [lp.replace(torch.tanh), lp.patch(torch.ones(32), where=0)],
         "pooler": lp.scale(2.0),
     }
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_every_edit_joins_one_graph_for_all_lengths(tiny_bert: Any) -> None:
     expected = run(tiny_bert, tiny_bert, make_edits())
-    bare = tiny_bert(**make_batch(5)).last_hidden_state
     compiled = compile_model(tiny_bert, fullgraph=True, dynamic=True, backend="aot_eager")
-    compiled(**make_batch(5))
     made = run(tiny_bert, compiled, make_edits())
     assert all(torch.equal(one, other) for one, other in zip(made, expected, strict=True))
     assert not torch._dynamo.utils.counters["graph_break"]
-    # with the block the edits are gone, from graphs too
+
+
+@pytest.mark.slow
+def test_edits_enter_a_graph_that_ran_before_and_are_gone_from_it_with_the_block(make_bert: Any) -> None:
+    model = make_bert(num_hidden_layers=1)
+    edits = {"layers.0": lp.steer(torch.ones(32), 2.0), "layers.0.ffn.act": lp.scale(2.0)}
+    bare, edited = model(**make_batch(5)).last_hidden_state, run(model, model, edits, (5, 9))
+    compiled = compile_model(model, fullgraph=True, dynamic=True, backend="eager")
+    assert torch.equal(compiled(**make_batch(5)).last_hidden_state, bare)
+    made = run(model, compiled, edits, (5, 9))
+    assert all(torch.equal(one, other) for one, other in zip(made, edited, strict=True))
     assert torch.equal(compiled(**make_batch(5)).last_hidden_state, bare)
 
 
@@ -67,9 +82,10 @@ def test_shared_and_fused_modules_are_edited_in_the_graph(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_layers_that_share_a_piece_of_a_broken_graph_are_never_edited_for_one_another() -> None:
     """DeBERTa's own code breaks the graph, and the compiler may take the piece of one layer for another's."""
-    model = build("deberta")
+    model = build("deberta", num_hidden_layers=2)
     compiled = compile_model(model, dynamic=False, backend="eager")
     first, second = ({f"layers.{layer}.attention.value": lp.steer(torch.ones(32))} for layer in (0, 1))
     for edits in (first, second):
@@ -90,7 +106,7 @@ def test_values_of_a_probe_are_patched_in_the_graph(tiny_bert: Any) -> None:
     with torch.no_grad(), lp.Probe(tiny_bert, "layers.*") as probe:
         clean = tiny_bert(**make_batch(9)).last_hidden_state
     compiled = compile_model(tiny_bert, fullgraph=True, dynamic=True, backend="eager")
-    with torch.no_grad(), lp.edit(compiled, {"layers.2": lp.patch(probe, where="all")}):
+    with torch.no_grad(), lp.edit(compiled, {"layers.1": lp.patch(probe, where="all")}):
         assert torch.equal(compiled(**{**make_batch(9), "input_ids": torch.full((3, 9), 4)}).last_hidden_state, clean)
         with pytest.raises(CaptureError, match="do not fit"):
             compiled(**make_batch(7))
@@ -145,10 +161,11 @@ def test_what_a_graph_cannot_do_is_refused_in_words(tiny_bert: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_a_model_that_breaks_its_graph_is_edited_inside_its_last_layer() -> None:
-    model = build("deberta")
+    model = build("deberta", num_hidden_layers=2)
     ids = torch.arange(1, 13).view(2, 6)
-    edits = {"layers.2.attention.query": lp.scale(3.0)}
+    edits = {"layers.1.attention.query": lp.scale(3.0)}
     with torch.no_grad():
         with lp.edit(model, edits):
             expected = model(input_ids=ids).last_hidden_state
