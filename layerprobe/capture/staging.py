@@ -57,8 +57,11 @@ MOST_COPIES = {"cpu": 64, "cuda": 4}
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the host to a device; to CUDA without waiting for what that has yet to do."""
+    if device.type != "cuda":
+        # mps would read memory that by then is another tensor's (pytorch/pytorch#189690)
+        return tensor.to(device)
     # from memory that is not pinned, CUDA copies when the model's stream is empty, and the host waits for that
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerprobe as lp
 from layerprobe.capture import packing, probe
@@ -196,6 +197,21 @@ def test_lane_gives_back_its_stages_once_their_values_have_arrived() -> None:
     lane.put(0, buffer.target(0, 4, 8), produce)  # and goes on
     lane.fence()()
     assert torch.equal(buffer.target(0, 0, 8).values, torch.full((8, 3), 2.0))
+
+
+def test_a_copy_to_a_device_that_is_not_cuda_is_over_when_it_is_made() -> None:
+    """On mps a copy that is not waited for reads what has come into the memory of its source by then."""
+    seen: list[tuple[str, bool]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append((func.overloadpacket.__name__, (kwargs or {}).get("non_blocking") or False))
+            return func(*args, **(kwargs or {}))
+
+    source = torch.arange(5)
+    with Watch():
+        sent = send(source, torch.device("meta"))
+    assert sent.device.type == "meta" and seen == [("_to_copy", False)]
 
 
 @pytest.mark.gpu
