@@ -217,6 +217,14 @@ def test_the_better_way_to_a_disk_is_found_by_trying(
     assert system.num_bytes == 6 << 20 and not list(tmp_path.iterdir())
 
 
+def test_where_there_is_but_one_way_to_a_disk_nothing_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where the trial's open file would keep its name."""
+    called: list[str] = []
+    monkeypatch.setattr(durable, "_DIRECT", 0)
+    monkeypatch.setattr(durable, "os", FaultySystem(lambda step: called.append(step.name)))
+    assert is_direct_better(tmp_path) and not called
+
+
 @pytest.mark.parametrize("call", ["open", "write", "fsync"])
 def test_what_keeps_a_disk_from_being_tried_is_no_error_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
