@@ -29,7 +29,7 @@ from layerprobe.store.durable import need_parent
 from layerprobe.store.guard import check_count
 from layerprobe.tables import format_dtype
 
-__all__ = ["check_runs", "find_network", "profile"]
+__all__ = ["check_runs", "profile"]
 
 _WARM_UP = 2
 
@@ -55,7 +55,7 @@ def profile(
 
     Raises:
         SiteError: a pattern matches nothing.
-        OptionError: the model is compiled, or on a device without a clock; attention weights are requested.
+        OptionError: the model is compiled, no model, or on a device without a clock; attention weights are requested.
         CaptureError: two forwards of the batch ran different modules.
 
     Cost: one forward slowed down by counting, then twice `repeats` and a few to warm up.
@@ -70,7 +70,7 @@ def profile(
         >>> found.total.flops == sum(cost.flops for cost in found.layers) > 0
         True
     """
-    network = find_network(model)
+    network = find_called(model)
     device = check_runs(network, repeats)
     points = find_points(map_model(network), sites)
     shape = _find_shape(batch)
@@ -88,12 +88,6 @@ def profile(
         peaks=measure_peaks(device, dtype),
         _trace=partial(_write_trace, weakref.ref(network), dict(batch), points, account.steps),
     )
-
-
-def find_network(model: nn.Module | LoadedModel) -> nn.Module:
-    """Give what is called with ids and mask: of a SentenceTransformer the model in it."""
-    network = model.model if isinstance(model, LoadedModel) else model
-    return find_called(network)
 
 
 def check_runs(network: nn.Module, repeats: int) -> torch.device:

@@ -109,7 +109,7 @@ def find_nonfinite(model: nn.Module | LoadedModel, batch: Mapping[str, Any]) -> 
 
     Raises:
         ArchitectureError: the model is not supported.
-        OptionError: it is compiled.
+        OptionError: it is compiled, or no model.
 
     Cost: a forward, and a few passes over each value.
 
@@ -124,7 +124,7 @@ def find_nonfinite(model: nn.Module | LoadedModel, batch: Mapping[str, Any]) -> 
         >>> lp.find_nonfinite(model, batch).site
         'layers.1.attention.key'
     """
-    network = find_called(model.model if isinstance(model, LoadedModel) else model)
+    network = find_called(model)
     require_uncompiled(network, "find_nonfinite")
     mapped = map_model(network)
     sites = [site for site in mapped.table if site.kind != "attention"]

@@ -25,8 +25,9 @@ from layerprobe.capture.sinks import select_call
 from layerprobe.capture.target import Target
 from layerprobe.capture.vitals import Vitals
 from layerprobe.errors import CaptureError, OptionError
+from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import map_model
-from layerprobe.sites.stacks import calls_forward
+from layerprobe.sites.stacks import calls_forward, need_model
 from layerprobe.store.guard import check_count
 
 __all__ = ["WatchCallback", "Watcher", "watch"]
@@ -176,7 +177,7 @@ class Watcher(AbstractContextManager["Watcher"]):
         return rows_TD
 
 
-def watch(model: nn.Module, sites: str | Sequence[str], *, every: int = 50, log: Any) -> Watcher:
+def watch(model: nn.Module | LoadedModel, sites: str | Sequence[str], *, every: int = 50, log: Any) -> Watcher:
     """Watch a model while it is trained: norms, dead and saturated units, gradients, by site.
 
     A `with` block around the training loop. Calls under `no_grad` are not steps. What a step measured is logged when
@@ -184,14 +185,14 @@ def watch(model: nn.Module, sites: str | Sequence[str], *, every: int = 50, log:
     the optimizer each call is a step.
 
     Args:
-        model: A supported model, not compiled.
+        model: A supported model, or what `load_model` gave; not compiled.
         sites: Patterns.
         every: The first step is watched, and then one step in every so many.
         log: Called with the step and numbers by name, `layers.3/norm`; or a TensorBoard writer.
 
     Raises:
         SiteError: a pattern matches nothing.
-        OptionError: `every` or `log` is not valid; the model is compiled; attention weights are requested.
+        OptionError: `every` or `log` is not valid; the model is compiled, or no model; attention weights are requested.
 
     Cost: a hook per call; in a watched one a few passes over each value, and over each gradient.
 
@@ -213,7 +214,7 @@ def watch(model: nn.Module, sites: str | Sequence[str], *, every: int = 50, log:
         step = next(steps)
         return step if step % every == 0 else None
 
-    return Watcher(model, sites, log, choose)
+    return Watcher(need_model(model), sites, log, choose)
 
 
 class WatchCallback:

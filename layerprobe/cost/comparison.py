@@ -26,7 +26,8 @@ from layerprobe.capture.probe import Probe
 from layerprobe.cost.results import median_ratio
 from layerprobe.errors import OptionError
 from layerprobe.models import LoadedModel, evaluating
-from layerprobe.profile import check_runs, find_network
+from layerprobe.profile import check_runs
+from layerprobe.sites.stacks import find_called
 from layerprobe.tables import format_table
 
 __all__ = ["COMPARISONS", "Comparison", "compare"]
@@ -98,7 +99,7 @@ def compare(
     """
     if what not in COMPARISONS:
         raise OptionError(f"compare {what!r}: use {', '.join(COMPARISONS)}.")
-    network = find_network(model)
+    network = find_called(model)
     device = check_runs(network, repeats)
     taken: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, evaluating(network), torch.inference_mode():

@@ -100,8 +100,13 @@ def calls_forward(model: nn.Module) -> bool:
     return isinstance(model, nn.Sequential) and len(model) > 0 and hasattr(model[0], "auto_model")
 
 
-def find_called(model: nn.Module) -> nn.Module:
-    """Give what is called with ids and mask: of a SentenceTransformer the model in it."""
+def find_called(model: nn.Module | LoadedModel) -> nn.Module:
+    """Give what is called with ids and mask: of a SentenceTransformer the model in it.
+
+    Raises:
+        OptionError: it is no model.
+    """
+    model = need_model(model)
     return unwrap(model) if calls_forward(model) else model
 
 

@@ -11,8 +11,18 @@ import layerprobe as lp
 from layerprobe.capture import watching
 from layerprobe.capture.vitals import Vitals
 from layerprobe.errors import CaptureError, OptionError, SiteError
+from layerprobe.models import LoadedModel
 
 SITES = ["embeddings", "layers.*", "layers.1.ffn.act", "layers.0.attention.context", "pooler"]
+
+
+def test_what_load_model_gave_is_watched_as_the_model_in_it(tiny_bert: Any, batch: dict[str, Tensor]) -> None:
+    seen: list[dict[int, dict[str, float]]] = [{}, {}]
+    for model, log in zip((tiny_bert, LoadedModel("tiny", tiny_bert, None)), seen, strict=True):
+        tiny_bert.zero_grad()
+        with lp.watch(model, "layers.*", log=log.__setitem__):
+            train(tiny_bert, batch)
+    assert seen[0] == seen[1] != {}
 
 
 def count_hooks(model: Any) -> int:

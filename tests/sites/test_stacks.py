@@ -231,6 +231,9 @@ def test_what_is_no_model_is_refused(model: Any) -> None:
         lambda: lp.Probe(model, "layers.*"),
         lambda: lp.edit(model, {"layers.0": lp.scale(2.0)}),
         lambda: lp.patching(model, {}, {}, lambda out: out),
+        lambda: lp.find_nonfinite(model, {}),
+        lambda: lp.profile(model, {}),
+        lambda: lp.watch(model, "layers.*", log=print),
     ]
     for call in calls:
         with pytest.raises(OptionError, match=rf"the model is of type {type(model).__name__}: .* lp\.load_model"):
