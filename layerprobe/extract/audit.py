@@ -22,9 +22,10 @@ from layerprobe.capture.casting import cast_into
 from layerprobe.capture.identity import describe_changes
 from layerprobe.capture.pooling import POOLS
 from layerprobe.capture.target import Target
-from layerprobe.errors import OptionError, PlanError, StoreError
+from layerprobe.errors import PlanError, StoreError
 from layerprobe.extract.forward import PRECISIONS, REORDERED, running
 from layerprobe.extract.looking import look
+from layerprobe.extract.network import need_own
 from layerprobe.extract.tokens import tokenize
 from layerprobe.models import LoadedModel, describe_model, load_model
 from layerprobe.sites.stacks import find_device
@@ -116,7 +117,7 @@ def audit(
             function pooled it; it keeps no texts.
         FormatError: it is damaged.
         ModelError: the model cannot be loaded.
-        OptionError: `num_examples` or `seed` is not a count, or a device without a name.
+        OptionError: `num_examples` or `seed` is not a count, the model is none, or a device without a name.
 
     Cost: a forward for each example; memory for one.
 
@@ -217,6 +218,7 @@ def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, devic
 
     Raises:
         PlanError: it is another, or `store.json` names none.
+        OptionError: it is no model, or a device is given beside one that is not named.
     """
     said = store.description["model"]
     if model is None:
@@ -225,12 +227,7 @@ def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, devic
             raise PlanError(f"{store.place}: does not name its model. Pass the model (--model).")
         # a stranger's word, perhaps
         print(f"layerprobe: loading the model {brief(repr(model))}, as {store.place} says", file=sys.stderr)
-    if isinstance(model, str):
-        network = load_model(model, device).model
-    elif device is not None:
-        raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
-    else:
-        network = model.model if isinstance(model, LoadedModel) else model
+    network = load_model(model, device).model if isinstance(model, str) else need_own(model, device)
     differing = list_model_differences(said, describe_model(network))
     if differing:
         raise PlanError(

@@ -158,7 +158,8 @@ def load_classifier(
     Raises:
         StoreError: there is none in the folder, or it is damaged.
         ModelError: the model is not the one that it was fitted on.
-        OptionError: it was fitted on vectors that a function pooled.
+        OptionError: it was fitted on vectors that a function pooled, or a device is given beside a model that is not
+            named.
 
     Example:
         >>> import layerprobe as lp

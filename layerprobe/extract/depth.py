@@ -114,6 +114,7 @@ def depth_profile(
     Raises:
         InputError: the store keeps no texts, fewer than 30, or none that any task can be made of.
         ModelError: the model is not the store's.
+        OptionError: a device is given beside a model that is not named.
 
     Source: the tasks are those of Conneau et al. 2018, "What you can cram into a single vector", section 2: SentLen,
     WC (one word, present or not) and BShift.
@@ -150,12 +151,14 @@ def depth_profile(
         notes.append(f"order is left out: {len(swapped)} texts have two neighbours to swap; {_LEAST} are the least.")
     if not given and len(swapped) < _LEAST:
         raise InputError(f"a profile of {store.place}: no task can be made of its texts. {' '.join(notes)}")
+    found = None
+    if len(swapped) >= _LEAST:  # before any work, since it may be another model
+        found = find_model(store.description.get("model") or {}, str(store.place), model, device)
     tasks = {
         name: classify(store, labels, sites=sites, pool=pool, max_examples=max_examples, seed=seed, progress=progress)
         for name, labels in given.items()
     }
-    if len(swapped) >= _LEAST:
-        found = find_model(store.description.get("model") or {}, str(store.place), model, device)
+    if found is not None:
         tasks["order"] = _classify_order(store, found, swapped, sites, pool, seed, progress)
     return DepthProfile(tasks, tuple(notes))
 

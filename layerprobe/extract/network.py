@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from layerprobe.errors import ModelError, OptionError
 from layerprobe.models import LoadedModel, check_tokenizer, load_model, load_tokenizer
 from layerprobe.sites.resolve import map_model
-from layerprobe.sites.stacks import calls_forward, find_device, unwrap
+from layerprobe.sites.stacks import calls_forward, find_device, need_model, unwrap
 
-__all__ = ["choose_max_length", "find_max_length", "find_model", "find_position_padding", "make_random_batch"]
+__all__ = [
+    "choose_max_length",
+    "find_max_length",
+    "find_model",
+    "find_position_padding",
+    "make_random_batch",
+    "need_own",
+]
 
 
 def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | int | None) -> tuple[nn.Module, Any]:
@@ -29,6 +36,17 @@ def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str
     return network, tokenizer
 
 
+def need_own(model: nn.Module | LoadedModel, device: str | int | None) -> nn.Module:
+    """Take a model that was not given by its name, and so is where it is.
+
+    Raises:
+        OptionError: it is no model, or a device is named too.
+    """
+    if device is not None:
+        raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
+    return need_model(model)
+
+
 def _find_pair(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | int | None) -> tuple[nn.Module, Any]:
     if not isinstance(model, (str, LoadedModel, nn.Module)):
         what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
@@ -38,10 +56,9 @@ def _find_pair(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str
     if isinstance(model, str):
         loaded = load_model(model, device)
         return loaded.model, tokenizer or loaded.tokenizer
-    if device is not None:
-        raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
+    own = need_own(model, device)
     if isinstance(model, LoadedModel):
-        return model.model, tokenizer or model.tokenizer
+        return own, tokenizer or model.tokenizer
     if calls_forward(model):
         model, tokenizer = unwrap(model), tokenizer or model.tokenizer
     if tokenizer is not None:

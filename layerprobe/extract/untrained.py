@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from layerprobe.errors import InputError, ModelError
+from layerprobe.extract.network import need_own
 from layerprobe.extract.run import extract
 from layerprobe.models import LoadedModel, describe_model, load_model, load_tokenizer
 from layerprobe.store.mismatch import list_model_differences
@@ -35,17 +36,17 @@ def find_model(
 
     Raises:
         ModelError: it is another, or none is named.
+        OptionError: it is no model, or a device is given beside one that is not named.
     """
     name = model if model is not None else said.get("id") or ""
     if not name:
         raise ModelError(f"{where}: does not name its model. Pass model=.")
     if isinstance(name, str):
         found = load_model(name, device)
-    elif isinstance(name, LoadedModel):
-        found = name
     else:
-        checkpoint = getattr(getattr(name, "config", None), "_name_or_path", "")
-        found = LoadedModel(checkpoint, name, load_tokenizer(checkpoint))
+        own = need_own(name, device)
+        checkpoint = getattr(getattr(own, "config", None), "_name_or_path", "")
+        found = name if isinstance(name, LoadedModel) else LoadedModel(checkpoint, own, load_tokenizer(checkpoint))
     differing = list_model_differences(said, describe_model(found.model))
     if differing:
         raise ModelError(f"{where}: was made with another model ({'; '.join(differing)}). Pass the very model.")
@@ -96,6 +97,7 @@ def extract_untrained(
     Raises:
         InputError: the store keeps no texts.
         ModelError: the model is not the store's.
+        OptionError: a device is given beside a model that is not named.
 
     Source: as a baseline of probes, Zhang and Bowman 2018, "Language Modeling Teaches You More than Translation Does".
 

@@ -245,6 +245,9 @@ def test_what_cannot_be_repeated_is_refused(tiny: LoadedModel, tmp_path: Path) -
     extract(tiny, ["the dog"], tmp_path / "rows")
     with pytest.raises(OptionError, match="device goes with a model's name"):
         audit(tmp_path / "rows", tiny, device="cpu")
+    model: Any = 3
+    with pytest.raises(OptionError, match=r"the model is of type int: .* lp\.load_model"):
+        audit(tmp_path / "rows", model)
 
 
 def test_a_store_without_texts_is_refused(tiny: LoadedModel, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From text to class and back: the untrained baseline, what is kept, what it predicts, the profile without labels."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,22 @@ def test_another_model_is_refused(store: Store, tmp_path: Path) -> None:
         lp.load_classifier(kept, "demo")
     with pytest.raises(ModelError, match="was made with another model"):
         lp.extract_untrained(store, tmp_path / "untrained", model="demo")
+
+
+@pytest.mark.parametrize("device", ["cpu", 0])
+def test_a_device_is_refused_where_no_model_is_named(
+    device: str | int, store: Store, tiny: LoadedModel, tmp_path: Path
+) -> None:
+    kept = lp.classify(store, sites="layers.0").probe.save(tmp_path / "kept")
+    calls: list[Callable[[], object]] = [
+        lambda: lp.load_classifier(kept, tiny, device=device),
+        lambda: lp.extract_untrained(store, tmp_path / "untrained", model=tiny.model, device=device),
+        lambda: lp.depth_profile(store, model=tiny, device=device),
+    ]
+    for call in calls:
+        with pytest.raises(OptionError, match="device goes with a model's name"):
+            call()
+    assert not (tmp_path / "untrained").exists()
 
 
 def test_folders_that_hold_no_classifier_are_refused(store: Store, tiny: LoadedModel, tmp_path: Path) -> None:
