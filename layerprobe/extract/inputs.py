@@ -15,6 +15,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +35,7 @@ _MOST_FIELD_CHARACTERS = (1 << 31) - 1
 _SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 HUB_PREFIX = "hf:"
 
-# made once: json.dumps makes one for each record
-_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode  # made once: json.dumps makes one for each record
 # What JSON says as it is, and the kinds of numpy's dtypes whose `tolist` gives that.
 _PLAIN = (str, int, float, bool, type(None))
 _PLAIN_KINDS = "biufU"
@@ -178,7 +178,10 @@ def _open_path(path: str, field: str) -> TextSource:
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file}: is gone. Put it back and run the same command again.")
-            yield from _READERS[file.suffix.lower()](file, field)
+            try:
+                yield from _READERS[file.suffix.lower()](file, field)
+            except OSError as error:
+                raise InputError(f"{file}: cannot be read ({error.strerror or error}).") from error
 
     return TextSource(path, iterate)
 
@@ -212,23 +215,28 @@ def _open_dataset(path: str, field: str) -> TextSource:
 class _Spool:
     """A temporary file that lives as long as anyone who reads it."""
 
-    def __init__(self) -> None:
-        self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
 
     def __del__(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # what did not fit is tried once more
+            self.file.close()
 
 
 def _spool_stdin() -> TextSource:
     """Keep standard input in a temporary file: the plan goes through it once, the run again."""
-    spool = _Spool()
-    while block := sys.stdin.buffer.read(1 << 20):
-        spool.file.write(block)
+    try:
+        spool = _Spool(tempfile.TemporaryFile())  # noqa: SIM115 - closed above
+        while block := sys.stdin.buffer.read(1 << 20):
+            spool.file.write(block)
+        spool.file.flush()
+    except OSError as error:
+        why = error.strerror or error
+        raise InputError(f"standard input: cannot be kept ({why}). Name a folder with room in TMPDIR.") from error
 
     def iterate() -> Iterator[Record]:
         spool.file.seek(0)
-        for _, line in _decode_lines(spool.file, "standard input"):
-            yield Record(_strip_end(line))
+        yield from _split_lines(spool.file, "standard input")
 
     return TextSource("standard input", iterate)
 
@@ -315,8 +323,7 @@ def _check_names(fields: Mapping[Any, Any], name: str, where: str) -> None:
 def _decode_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(file, start=1):
         try:
-            # a byte order mark is no part of the first text
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # a byte order mark is no part of a text
         except UnicodeDecodeError as error:
             raise InputError(
                 f"{name}, line {number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start}). "
@@ -325,8 +332,9 @@ def _decode_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
         yield number, text
 
 
-def _strip_end(line: str) -> str:
-    return line.removesuffix("\n").removesuffix("\r")
+def _split_lines(file: IO[bytes], name: str) -> Iterator[Record]:
+    for _, line in _decode_lines(file, name):
+        yield Record(line.removesuffix("\n").removesuffix("\r"))
 
 
 def _refuse_field(name: str, field: str) -> None:
@@ -337,8 +345,7 @@ def _refuse_field(name: str, field: str) -> None:
 def _read_txt(path: Path, field: str) -> Iterator[Record]:
     _refuse_field(str(path), field)
     with open(path, "rb") as file:
-        for _number, line in _decode_lines(file, str(path)):
-            yield Record(_strip_end(line))
+        yield from _split_lines(file, str(path))
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
@@ -381,6 +388,9 @@ def _read_parquet(path: Path, field: str) -> Iterator[Record]:
     parquet = need_package("pyarrow.parquet", str(path), "data", InputError)
     try:
         file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise InputError(f"{path}: names a column twice. Rename one.")
         row = 0
         for batch in file.iter_batches(batch_size=1024):
             for record in batch.to_pylist():

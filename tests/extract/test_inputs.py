@@ -4,6 +4,7 @@ import datetime
 import decimal
 import io
 import json
+import subprocess
 import sys
 import types
 import uuid
@@ -222,6 +223,37 @@ def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(InputError, match=r"b\.jsonl: is gone\. Put it back"):
         list(opened)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process reads its own memory as a file")
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_file_that_the_disk_does_not_give_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/proc/self/mem")  # opens like a file, and its first page is an EIO
+    with pytest.raises(InputError, match=rf"{name}: cannot be read \(Input/output error\)") as caught:
+        list(open_source(tmp_path / name))
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_columns_of_one_name_are_refused_in_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table([pyarrow.array(["one"]), pyarrow.array(["two"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: names a column twice\. Rename one"):
+        list(open_source(tmp_path / "a.parquet"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+def test_standard_input_that_fits_nowhere_is_refused() -> None:
+    code = (
+        "import resource; from layerprobe.errors import InputError; from layerprobe.extract.inputs import open_source\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: open_source('-')\n"
+        "except InputError as error: print(error)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], input="text\n" * 1000, capture_output=True, text=True)
+    said = "standard input: cannot be kept (File too large). Name a folder with room in TMPDIR.\n"
+    assert (ended.stdout, ended.stderr) == (said, "")
 
 
 def test_a_digest_tells_texts_fields_and_order() -> None:
