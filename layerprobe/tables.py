@@ -3,6 +3,7 @@
 In one place, so that every table and every message of the library looks alike. Knows nothing of what the cells mean.
 """
 
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -87,4 +88,5 @@ def format_time(seconds: float) -> str:
 
 def hide_bar(progress: bool | None) -> bool | None:
     """Say what a bar of tqdm takes as `disable`: None for only on a terminal, as `progress` has it."""
-    return None if progress is None else not progress
+    # a process without a stderr, as Windows makes them, has no terminal either
+    return True if sys.stderr is None else None if progress is None else not progress

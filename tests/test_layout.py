@@ -20,6 +20,7 @@ ORDER = (
     "layerprobe.version",
     "layerprobe.packages",
     "layerprobe.tables",
+    "layerprobe.telling",
     "layerprobe.sharing",
     "layerprobe.collecting",
     "layerprobe.cores",

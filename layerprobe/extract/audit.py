@@ -8,7 +8,6 @@ Hides that tolerance. Must never write.
 """
 
 import random
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from layerprobe.store.reader import Example, Store, open_store
 from layerprobe.store.shards import ScaledRows
 from layerprobe.store.tokenizer import load_tokenizer
 from layerprobe.tables import format_count, hide_bar
+from layerprobe.telling import find_stderr
 
 __all__ = ["Audit", "AuditProblem", "AuditReport", "audit", "plan_audit"]
 
@@ -226,7 +226,7 @@ def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, devic
         if not model:
             raise PlanError(f"{store.place}: does not name its model. Pass the model (--model).")
         # a stranger's word, perhaps
-        print(f"layerprobe: loading the model {brief(repr(model))}, as {store.place} says", file=sys.stderr)
+        print(f"layerprobe: loading the model {brief(repr(model))}, as {store.place} says", file=find_stderr())
     network = load_model(model, device).model if isinstance(model, str) else need_own(model, device)
     differing = list_model_differences(said, describe_model(network))
     if differing:

@@ -6,18 +6,17 @@ batches are cut before they fail. The cut of the plan stays as it is, so the sam
 Hides how much fits. Must never know of stores.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from layerprobe.capture.staging import send
 from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.flat import FlatForm, find_arguments, laying
 from layerprobe.extract.memory import ran_out
+from layerprobe.telling import say
 
 __all__ = ["ModelCaller"]
 
@@ -72,7 +71,7 @@ class ModelCaller:
                 return
             self.num_halved += 1
             self.most_tokens = max(1, num_tokens // 2)
-            _say(f"{self._device}: no memory for {num_tokens:,} tokens at once, going on with {self.most_tokens:,}.")
+            say(f"{self._device}: no memory for {num_tokens:,} tokens at once, going on with {self.most_tokens:,}.")
         for half in batch.halves():
             if half.members:
                 self.call(half, announce)
@@ -96,7 +95,3 @@ class ModelCaller:
 
 def _nothing_to_check() -> None:
     return None
-
-
-def _say(text: str) -> None:
-    tqdm.write(f"layerprobe: {text}", file=sys.stderr)

@@ -5,7 +5,6 @@ buffer to the writer while that goes on. A unit is committed whole or not at all
 same thing again.
 """
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +38,7 @@ from layerprobe.store.places import Place
 from layerprobe.store.progress import Done, ProgressFile
 from layerprobe.store.reader import Store, open_store
 from layerprobe.tables import format_bytes
+from layerprobe.telling import find_stderr
 
 __all__ = ["RunReport", "extract", "run_extraction"]
 
@@ -202,14 +202,14 @@ def extract(
         compile=compile,
         writers=writers,
     )
-    shows_progress = sys.stderr.isatty() if progress is None else progress
+    shows_progress = find_stderr().isatty() if progress is None else progress
     if is_sink(to):
         beside = {"overwrite": overwrite, "wait_for_space": wait_for_space, "devices": devices is not None}
         if given := [*options.list_for_stores(), *(name for name, value in beside.items() if value)]:
             raise OptionError(f"extract into a {type(to).__name__}: {given[0]} concerns stores. Leave it out.")
         streamed = stream_texts(model, texts, to, options, tokenizer=tokenizer, device=device, progress=shows_progress)
         if shows_progress:
-            print(streamed, file=sys.stderr)
+            print(streamed, file=find_stderr())
         return to
     plan = plan_extraction(
         model,
@@ -223,10 +223,10 @@ def extract(
         wait_for_space=wait_for_space,
     )
     if shows_progress:
-        print(plan, file=sys.stderr)
+        print(plan, file=find_stderr())
     report = run_extraction(plan, shows_progress)
     if shows_progress or report.nonfinite:
-        print(report, file=sys.stderr)
+        print(report, file=find_stderr())
     return open_store(to)
 
 
@@ -267,7 +267,7 @@ def _run_plan(
 ) -> RunReport:
     start = time.perf_counter()
     # a log file wants a line now and then, and none of a short run
-    interval_s = 0.1 if sys.stderr.isatty() else _LOG_INTERVAL_S
+    interval_s = 0.1 if find_stderr().isatty() else _LOG_INTERVAL_S
     bar = tqdm(
         total=plan.num_examples,
         initial=sum(header.num_examples for header in plan.done.values()),
@@ -276,6 +276,8 @@ def _run_plan(
         leave=False,
         mininterval=interval_s,
         delay=interval_s,
+        file=find_stderr(),
+        dynamic_ncols=True,
     )
 
     def advance(num_examples: int) -> None:

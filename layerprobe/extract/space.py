@@ -4,14 +4,11 @@ A full disk stops a run between two units, or pauses it there, and loses nothing
 meanwhile, and that several threads may wait at once. Must never know of models.
 """
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
-
-from tqdm import tqdm
 
 from layerprobe.capture.staging import Room
 from layerprobe.capture.units import list_shapes
@@ -19,6 +16,7 @@ from layerprobe.errors import SpaceError
 from layerprobe.store.description import StoredSite
 from layerprobe.store.durable import reserve_file
 from layerprobe.store.format import ShardHeader, bound_shard
+from layerprobe.telling import say
 
 __all__ = ["RoomKeeper"]
 
@@ -97,14 +95,15 @@ class RoomKeeper:
                             f"{error} With wait_for_space=True (--wait-for-space) it waits for room."
                         ) from error
                     if not has_said:
-                        has_said = _say(f"{error} Waiting for room.")
+                        say(f"{error} Waiting for room.")
+                        has_said = True
                         self._count(1)
                     self._stop.wait(delay_s)
                     self._count(0)
                     delay_s = min(2 * delay_s, _LONGEST_WAIT_S)
                 else:
                     if has_said:
-                        _say("there is room again: going on.")
+                        say("there is room again: going on.")
                     return result
         finally:
             if has_said:
@@ -119,8 +118,3 @@ class RoomKeeper:
             self._told = now
             if self._tell is not None:
                 self._tell(waited_s, self._num_waiting > 0)
-
-
-def _say(text: str) -> bool:
-    tqdm.write(f"layerprobe: {text}", file=sys.stderr)
-    return True

@@ -7,7 +7,6 @@ Hides how texts become calls of the model. Must never know of stores.
 """
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -36,6 +35,7 @@ from layerprobe.extract.tokens import TokenizedUnit, tokenize
 from layerprobe.extract.warmup import choose_batch_cost, choose_batch_tokens
 from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import find_device
+from layerprobe.telling import find_stderr
 
 __all__ = ["stream_texts"]
 
@@ -103,8 +103,16 @@ def stream_texts(
         equal_lengths=equal_lengths,
     )
     start = time.perf_counter()
-    interval_s = 0.1 if sys.stderr.isatty() else 10.0
-    bar = tqdm(unit=" examples", disable=not progress, leave=False, mininterval=interval_s, delay=interval_s)
+    interval_s = 0.1 if find_stderr().isatty() else 10.0
+    bar = tqdm(
+        unit=" examples",
+        disable=not progress,
+        leave=False,
+        mininterval=interval_s,
+        delay=interval_s,
+        file=find_stderr(),
+        dynamic_ncols=True,
+    )
     with bar, running(network, precision), using_cores(), probe:
         for unit, tokenized, batches in prepare_ahead(_cut_chunks(iter(source)), prepare):
             for batch in batches:

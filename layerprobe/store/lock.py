@@ -20,6 +20,7 @@ from typing import Any
 
 from layerprobe.errors import LockError, StoreError
 from layerprobe.store.guard import open_inside
+from layerprobe.telling import find_stderr
 
 try:
     import fcntl
@@ -123,7 +124,7 @@ class StoreLock(AbstractContextManager["StoreLock"]):
                 reason = error.strerror or str(error)
         print(
             f"layerprobe: {self._folder}: cannot be locked ({reason}). Make sure that no other run writes there.",
-            file=sys.stderr,
+            file=find_stderr(),
         )
 
     def _forget(self) -> None:

@@ -1,0 +1,54 @@
+"""What a run says on stderr while it goes on: bars and lines.
+
+They are a courtesy. A pipe that nobody reads any more, a log on a full disk and a terminal that is gone take no more of
+them, and that stops nothing. Must never know what is said.
+"""
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Stderr", "find_stderr", "say"]
+
+
+@dataclass(frozen=True)
+class Stderr:
+    """A stream whose failures end nobody's work; equal for the same stream, since bars of one give way to lines of it.
+
+    Args:
+        stream: As `sys.stderr` is; None where a process has none.
+    """
+
+    stream: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Write a text, if the stream takes it."""
+        with suppress(AttributeError, OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        """Pass on what was written, if the stream takes it."""
+        with suppress(AttributeError, OSError, ValueError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        with suppress(AttributeError, OSError, ValueError):
+            return self.stream.isatty()
+        return False
+
+
+def find_stderr() -> Stderr:
+    """Give the stderr of this moment; a notebook and a test put their own in its place."""
+    return Stderr(sys.stderr)
+
+
+def say(text: str) -> None:
+    """Say something in a line of its own, above the bars."""
+    from tqdm import tqdm
+
+    tqdm.write(f"layerprobe: {text}", file=find_stderr())

@@ -1,0 +1,64 @@
+"""What is said on stderr: it comes through where that takes it, and stops nothing where it does not."""
+
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from tqdm import tqdm
+
+import layerprobe as lp
+from layerprobe.extract import run
+from layerprobe.models import LoadedModel
+from layerprobe.telling import Stderr, find_stderr, say
+
+
+def make_broken(kind: str) -> Any:
+    """Give a stream that takes nothing: a pipe without a reader, a closed file, none at all."""
+    if kind == "none":
+        return None
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = open(writer, "w", buffering=1)  # noqa: SIM115 - closed by the test
+    if kind == "closed":
+        stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("kind", ["pipe", "closed", "none"])
+def test_a_stderr_that_takes_nothing_ends_no_run(
+    kind: str, tiny: LoadedModel, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_LOG_INTERVAL_S", 0.0)
+    whole = lp.extract(tiny, texts, "memory://told")
+    stream = make_broken(kind)
+    monkeypatch.setattr(sys, "stderr", stream)
+    store = lp.extract(tiny, texts, "memory://untold", progress=True)
+    lp.extract(tiny, texts, lp.Moments(), progress=True)
+    if kind != "closed":
+        assert lp.verify("memory://untold").ok
+    say("nobody hears it")
+    monkeypatch.undo()
+    with suppress(AttributeError, BrokenPipeError):
+        stream.close()
+    assert store.is_complete and len(store) == len(whole)
+
+
+def test_lines_stand_above_the_bars_of_the_same_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    with tqdm(total=2, file=find_stderr(), leave=False, mininterval=0) as bar:
+        bar.update()
+        before = len(written.getvalue())
+        say("the disk is full")
+    # the bar is wiped out before the line, and drawn anew after it
+    assert written.getvalue()[before:].lstrip("\r ").startswith("layerprobe: the disk is full\n\r")
+
+
+def test_what_a_stream_has_more_of_is_there() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    assert find_stderr() == Stderr(sys.stderr) != Stderr(stream)
+    assert Stderr(stream).encoding == "utf-8"
+    assert not Stderr(stream).isatty() and not Stderr(None).isatty()
