@@ -64,6 +64,7 @@ app.command(short_help="Measure how values are distributed over all texts, witho
 
 def main() -> None:
     """Run the command line and turn errors into exit codes."""
+    _open_missing()
     # tokenizers would warn of every fork after its first use
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # --debug counts wherever it stands
@@ -80,6 +81,13 @@ def main() -> None:
     except Exception as error:
         status = _report_usage(error)
     sys.exit(status)
+
+
+def _open_missing() -> None:
+    """Open the standard streams that a command was started without: files of its own would get their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as the process lives
 
 
 def _report_usage(error: Exception) -> int:

@@ -264,3 +264,15 @@ def test_a_terminal_gets_a_bar_that_leaves_nothing_behind(
     for part in ("/1500 [", "<", "tokens/s", "B written"):  # [elapsed<remaining
         assert part in shown
     assert shown.endswith("\r") and not shown.rstrip("\r").rsplit("\r", 1)[-1].strip()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell that closes descriptors")
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
+def test_no_file_of_a_command_gets_the_number_of_a_closed_stream(closed: str) -> None:
+    code = (
+        "import os, sys\nfrom layerprobe.cli.main import main\nsys.argv[1:] = ['--version']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "sys.exit(not all(os.path.exists(f'/dev/fd/{number}') for number in range(3)))"
+    )
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
