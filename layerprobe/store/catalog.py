@@ -28,6 +28,11 @@ from layerprobe.store.places import Place
 from layerprobe.store.ranges import RangedShard, TensorCache
 from layerprobe.store.shards import MappedShard, Shard
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 __all__ = ["MOST_OPEN_SHARDS", "Catalog"]
 
 # Before Python 3.13 a mapping holds a file descriptor; a process may have about a thousand.
@@ -268,7 +273,7 @@ class Catalog:
 
     def _keep(self, number: int, shard: Shard) -> Shard:
         self._open[number] = shard
-        if len(self._open) > MOST_OPEN_SHARDS:
+        if len(self._open) > _count_openable():
             self._open.popitem(last=False)
         return shard
 
@@ -345,3 +350,9 @@ class Catalog:
         shards = [ShardInfo(h.file, h.first_example, h.num_examples, h.num_tokens) for h in headers]
         check_apart(str(self.place), shards)
         return shards
+
+
+def _count_openable() -> int:
+    """Count the shards that may be mapped: of the files that a process may have, a third; on macOS it has 256."""
+    limit = -1 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_OPEN_SHARDS if limit < 0 else min(MOST_OPEN_SHARDS, max(1, limit // 3))

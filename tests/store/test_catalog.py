@@ -122,3 +122,21 @@ def test_views_of_more_shards_than_a_process_may_have_files(write_store: WriteSt
         assert re.search(
             r"safetensors: cannot be mapped \(Too many open files\)\. .*view\[i\]\.clone\(\)", ended.stderr
         )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its processes have another limit")
+def test_a_store_of_more_shards_than_a_process_may_have_files_is_read(write_store: WriteStore) -> None:
+    written = write_store(((1,),) * 100)
+    code = """
+        import resource, sys
+        import layerprobe as lp
+        store = lp.open(sys.argv[1])
+        view = store["layers.0"]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+        print(len(view.pooled("mean")), sum(1 for ordinal in range(100) if view[ordinal] is not None))
+        print(sum(map(len, view.rows(batch_size=7))), sum(map(len, view.rows(batch_size=7, shuffle=True, seed=0))))
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(written.folder)], capture_output=True, text=True
+    )
+    assert ended.stdout.split() == ["100"] * 4, ended.stderr
