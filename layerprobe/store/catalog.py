@@ -336,7 +336,8 @@ class Catalog:
     def _check_site(self, shard: Shard, site: StoredSite) -> None:
         """Refuse a shard that holds a site otherwise than `store.json` says."""
         try:
-            check_stored(shard.header, site.layout(shard.header, shard.pairs_before[-1]))
+            pairs = shard.pairs_before[-1] if site.kind == "attention" else 0
+            check_stored(shard.header, site.layout(shard.header, pairs))
         except ValueError as error:
             raise FormatError(f"{self.place.label(shard.header.file)}: {error}.") from error
 

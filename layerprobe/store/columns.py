@@ -118,7 +118,7 @@ def rows_of(shard: Shard, places: Sequence[int]) -> tuple[Tensor, Tensor]:
     Returns:
         int64 `[n]`, the rows of the shard; int64 `[len(places) + 1]`, where each example begins among them.
     """
-    offsets = torch.tensor(shard.offsets)
+    offsets = torch.from_numpy(np.asarray(shard.offsets))
     starts, lengths = offsets[list(places)], offsets.diff()[list(places)]
     begins = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     rows = torch.arange(int(begins[-1])) + torch.repeat_interleave(starts - begins[:-1], lengths)

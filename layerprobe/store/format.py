@@ -7,13 +7,14 @@ exists when its final name does.
 Must never know of models, hooks or devices.
 """
 
+import contextlib
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ __all__ = [
     "load_json",
     "load_start",
     "need_store",
+    "open_shard",
     "parse_shard_name",
     "read_header",
     "read_json",
@@ -214,16 +216,24 @@ def read_header(path: Path) -> ShardHeader:
         FormatError: the file is cut, damaged, or no shard of format 1.
         StoreError: the file cannot be read.
     """
-    try:
-        with open_inside(path.parent, path.name) as file:
+    with open_shard(path) as (_, header):
+        return header
+
+
+@contextlib.contextmanager
+def open_shard(path: Path) -> Iterator[tuple[BinaryIO, ShardHeader]]:
+    """Hold a shard open, its header read; as `read_header`."""
+    with contextlib.ExitStack() as held:
+        try:
+            file = held.enter_context(open_inside(path.parent, path.name))
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             text = file.read(_header_length(str(path), prefix, size))
-    except FormatError:
-        raise
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    return _check_header(str(path), path.name, text, size)
+        except FormatError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        yield file, _check_header(str(path), path.name, text, size)
 
 
 def load_header(place: Place, file: str) -> ShardHeader:

@@ -78,7 +78,9 @@ _INTEGER_DIGITS = 19
 # What Python itself converts without being asked twice; beyond it the time grows with the square.
 _LONG_DIGITS = 4300
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_OPENING = np.frombuffer(b"[{", dtype=np.uint8)
+# of each bracket, by its byte
+_STEPS = np.full(256, -1, dtype=np.int8)
+_STEPS[list(b"[{")] = 1
 
 
 def brief(value: object) -> str:
@@ -233,8 +235,7 @@ def _check_structure(data: bytes, most_values: int, most_depth: int) -> None:
     brackets = np.frombuffer(re.sub(rb"[^\[\]{}]+", b"", bare), dtype=np.uint8)
     if len(brackets) > 2 * most_values:
         raise ValueError(f"more than {most_values:,} values")
-    steps = np.where(np.isin(brackets, _OPENING), 1, -1).astype(np.int8)
-    if steps.cumsum(dtype=np.int32).max(initial=0) > most_depth:
+    if _STEPS[brackets].cumsum(dtype=np.int32).max(initial=0) > most_depth:
         raise ValueError(f"nested more than {most_depth} deep")
 
 

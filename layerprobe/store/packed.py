@@ -79,7 +79,7 @@ def list_arrays(shards: Shards, sites: Sequence[StoredSite]) -> list[PackedArray
 
     def ordinals() -> Iterator[np.ndarray]:
         for shard in shards():
-            yield shard.tensor("example")[shard.position].numpy()
+            yield shard.tensor("example").numpy()[shard.position]
 
     def ids() -> Iterator[np.ndarray]:
         for shard in shards():

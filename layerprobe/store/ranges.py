@@ -200,7 +200,7 @@ class RangedShard:
         )
 
     @cached_property
-    def pairs_before(self) -> list[int]:
+    def pairs_before(self) -> Sequence[int]:
         """For each example the pairs of tokens of those that lie before it."""
         return count_pairs(self._offsets)
 

@@ -154,7 +154,7 @@ class Selection:
     def _shards(self, spans: Sequence[tuple[int, slice]]) -> Iterator[tuple[Shard, "_Part"]]:
         for number, part in spans:
             shard = self.catalog.shard(number)
-            places = torch.tensor(shard.position)[self.examples[part] - shard.header.first_example]
+            places = torch.from_numpy(np.asarray(shard.position))[self.examples[part] - shard.header.first_example]
             yield shard, _Part(part, places)
 
     def _take(self, shard: Shard, stored: StoredSite, part: "_Part", pieces: str) -> Tensor:

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, checksum, read_header
-from layerprobe.store.guard import open_inside
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, checksum, open_shard
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.index import ShardInfo
 
@@ -67,12 +67,12 @@ class Shard(Protocol):
 
     header: ShardHeader
     # where the rows of each example begin, in the order of the shard
-    offsets: list[int]
+    offsets: Sequence[int]
     # where each example of the unit lies in the shard
-    position: list[int]
+    position: Sequence[int]
 
     @cached_property
-    def pairs_before(self) -> list[int]:
+    def pairs_before(self) -> Sequence[int]:
         """For each example the pairs of tokens of those that lie before it."""
         ...
 
@@ -124,17 +124,18 @@ class MappedShard:
     def __init__(
         self, path: Path, info: ShardInfo, fingerprint: str, check: bool, checked: set[str] | None = None
     ) -> None:
-        self.header: ShardHeader = read_header(path)
-        check_header(str(path), self.header, info, fingerprint)
+        self.header: ShardHeader
+        with open_shard(path) as (file, self.header):
+            check_header(str(path), self.header, info, fingerprint)
+            self._memory = _map_file(path, file, max(entry.stop for entry in self.header.tensors.values()))
         self._path = path
         self._check = check
         self._checked = set() if checked is None else checked
-        self._memory = _map_file(path, max(entry.stop for entry in self.header.tensors.values()))
         self._tensors: dict[str, Tensor] = {}
         self.offsets, self.position = read_order(str(path), self.header, self.tensor("example"), self.tensor("offsets"))
 
     @cached_property
-    def pairs_before(self) -> list[int]:
+    def pairs_before(self) -> Sequence[int]:
         """For each example the pairs of tokens of those that lie before it: where its attention weights begin."""
         return count_pairs(self.tensor("offsets"))
 
@@ -219,13 +220,10 @@ class MappedShard:
         return position, self.offsets[position], self.offsets[position + 1]
 
 
-def _map_file(path: Path, size: int) -> mmap.mmap:
+def _map_file(path: Path, file: BinaryIO, size: int) -> mmap.mmap:
     try:
-        with open_inside(path.parent, path.name) as file:
-            # Copy on write: tensors are writable, as torch wants them, and the file stays as it is.
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, **_HOLDS_NO_FILE)
-    except FormatError:
-        raise
+        # Copy on write: tensors are writable, as torch wants them, and the file stays as it is.
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, **_HOLDS_NO_FILE)
     except ValueError as error:
         raise FormatError(f"{path}: was cut while it was opened.") from error
     except OSError as error:
@@ -251,28 +249,35 @@ def check_header(label: str, header: ShardHeader, info: ShardInfo, fingerprint: 
         raise FormatError(f"{label}: does not hold the examples that {INDEX_FILE} says.")
 
 
-def read_order(label: str, header: ShardHeader, example: Tensor, offsets: Tensor) -> tuple[list[int], list[int]]:
+def read_order(
+    label: str, header: ShardHeader, example: Tensor, offsets: Tensor
+) -> tuple[Sequence[int], Sequence[int]]:
     """Read in which order examples lie in a shard.
 
     Returns:
-        Where the rows of each begin, and where each example of the unit lies in the shard.
+        Where the rows of each begin, and where each example of the unit lies in the shard. In 8 bytes a number, as
+        lists of Python's own would not be: hundreds of shards may be open.
 
     Raises:
         FormatError: ordinals or offsets are not what the counts ask for.
     """
-    starts: list[int] = offsets.tolist()
-    order = example - header.first_example
-    if not torch.equal(order.sort().values, torch.arange(header.num_examples)):
+    starts, order = offsets.numpy().copy(), example.numpy() - header.first_example
+    position = np.full(header.num_examples, -1, dtype=np.int64)
+    # each ordinal of the run has a place, and so none is there twice
+    if len(order) and order.min() >= 0 and order.max() < len(order):
+        position[order] = np.arange(len(order))
+    if len(position) and position.min() < 0:
         raise FormatError(f"{label}: its ordinals are not a run of {header.num_examples} examples.")
-    if starts[:1] != [0] or starts[-1] != header.num_tokens or sorted(starts) != starts:
+    if not len(starts) or starts[0] != 0 or starts[-1] != header.num_tokens or (starts[1:] < starts[:-1]).any():
         raise FormatError(f"{label}: its offsets do not rise from 0 to {header.num_tokens}.")
-    return starts, torch.argsort(order).tolist()
+    return starts.data, position.data
 
 
-def count_pairs(offsets: Tensor) -> list[int]:
+def count_pairs(offsets: Tensor) -> Sequence[int]:
     """Count, for each example, the pairs of tokens of those that lie before it."""
-    lengths = offsets.diff()
-    return [0, *(lengths * lengths).cumsum(0).tolist()]
+    pairs = np.zeros(len(offsets), dtype=np.int64)
+    np.cumsum(np.square(np.diff(offsets.numpy())), out=pairs[1:])
+    return pairs.data
 
 
 def positions_of(shard: Shard, rows: Tensor, places: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
     def _pool_shard(self, shard: Shard, pool: str) -> Tensor:
         """Give a shard's vectors in the order of the input."""
-        order = torch.tensor(shard.position, dtype=torch.long)
+        order = torch.from_numpy(np.asarray(shard.position))
         if self.kind != "token":
             return take_rows(shard, self._stored, order).float()
         offsets = shard.tensor("offsets")

@@ -44,6 +44,22 @@ def test_tensors_are_views_of_one_mapping(write_store: Callable[..., Any]) -> No
     assert path.read_bytes()[entry.start : entry.stop] == rows.numpy().tobytes()
 
 
+def test_where_examples_lie_takes_eight_bytes_a_number_and_is_given_as_whole_numbers(tmp_path: Path) -> None:
+    info = commit(tmp_path, [2, 0, 1], [0, 2, 2, 5], 5)
+    shard = MappedShard(tmp_path / FILE, info, FINGERPRINT, True)
+    found = (shard.offsets, shard.position, shard.pairs_before)
+    assert [list(numbers) for numbers in found] == [[0, 2, 2, 5], [1, 2, 0], [0, 4, 4, 13]]
+    assert [memoryview(numbers).nbytes for numbers in found] == [32, 24, 32]  # type: ignore[arg-type]
+    assert all(type(number) is int for numbers in found for number in numbers)
+
+
+@pytest.mark.parametrize("example", [[0, 1, 1], [0, 1, 3], [-1, 0, 1], [0, 1, -(1 << 63)]])
+def test_ordinals_that_are_no_run_are_refused(tmp_path: Path, example: list[int]) -> None:
+    info = commit(tmp_path, example, [0, 2, 2, 5], 5)
+    with pytest.raises(FormatError, match="ordinals are not a run of 3 examples"):
+        MappedShard(tmp_path / FILE, info, FINGERPRINT, True)
+
+
 def test_writing_to_a_view_leaves_the_file_as_it_is(write_store: Callable[..., Any]) -> None:
     written = write_store()
     path = written.folder / FILE
