@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.analysis.geometry import find_outliers, find_rogues
-from layerprobe.analysis.moments import RunningMoments, UnitSums
+from layerprobe.analysis.moments import RunningMoments, Scaling, UnitSums
 from layerprobe.analysis.results import table_cell, write_csv, write_json
 from layerprobe.analysis.sweep import Chunk, choose_depth, need_store, sweep
 from layerprobe.cores import using_few_cores
@@ -205,11 +205,12 @@ class _SiteSums:
 
     def __init__(self, site: StoredSite) -> None:
         self.name = site.name
-        self.moments = RunningMoments(site.width)
+        self.moments = RunningMoments(site.width, has_covariance=False)
         self.cosines = {way: UnitSums(site.width) for way in ("raw", "centred", "zscored")}
         self.first = _FirstRows()
         self._norms = [0.0, 0.0]
         self._nonfinite = 0
+        self._scalings: dict[str, Scaling] = {}
 
     def add(self, chunk: Chunk) -> None:
         rows = chunk.values[self.name]
@@ -227,8 +228,10 @@ class _SiteSums:
     def add_prepared(self, chunk: Chunk) -> None:
         rows = chunk.values[self.name]
         rows = rows[torch.isfinite(rows).all(1)]
-        for way in ("centred", "zscored"):
-            self.cosines[way].add(self.moments.scaling(way).apply(rows))
+        # the moments are whole by now
+        self._scalings = self._scalings or {way: self.moments.scaling(way) for way in ("centred", "zscored")}
+        for way, scaling in self._scalings.items():
+            self.cosines[way].add(scaling.apply(rows))
 
     def conclude(self) -> SiteCheck:
         moments, count = self.moments, self.moments.count
@@ -286,7 +289,7 @@ def check(
         >>> lp.check(store).verdict[0]
         "embeddings: the first row of every example is the same, so pool 'cls' says nothing of the text there: ..."
 
-    Cost: two passes over the store; memory per site 8 D^2 bytes, and a chunk of 4,096 rows.
+    Cost: two passes over the store; memory per site about 100 D bytes, and a chunk of 4,096 rows.
     """
     check_count("seed", seed, 0)
     if max_rows is not None:

@@ -59,6 +59,14 @@ def test_planted_dimensions_are_found_and_named(tmp_path: Path) -> None:
     assert found.is_sound
 
 
+def test_rows_of_a_million_dimensions_are_checked(tmp_path: Path) -> None:
+    # every pair of dimensions would be 8 TB
+    rows = torch.randn(6, 1 << 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[:, 7] = 0.5
+    (site,) = lp.check(plant(tmp_path / "acts", {"layers.0": rows}, [2, 3, 1])).sites
+    assert site.dead == (7,) and site.cosine_raw == pytest.approx(slow_mean_cosine(rows.numpy()), rel=CLOSE)
+
+
 def test_a_constant_dimension_in_any_dtype_is_dead(tmp_path: Path) -> None:
     rows = draw().float()
     rows[:, 3] = 0.1
