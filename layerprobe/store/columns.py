@@ -26,7 +26,7 @@ from layerprobe.store.description import StoredSite
 from layerprobe.store.fingerprint import fingerprint_of
 from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.headers import POSITIONS
-from layerprobe.store.records import has_records, read_record
+from layerprobe.store.records import read_records
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, positions_of
 from layerprobe.tables import format_dtype
@@ -308,12 +308,8 @@ def _nest(pyarrow: Any, begins: Tensor, values: Any) -> Any:
 
 def _read_records(pyarrow: Any, shard: Shard, places: Sequence[int]) -> tuple[Any, Any]:
     """Give the texts, and the other fields as JSON, since what they are differs from record to record."""
-    if has_records(shard):
-        # whole, and held against their checksums
-        shard.tensor("record_offsets")
-        shard.tensor("records")
     ordinals = shard.tensor("example")[list(places)].tolist()
-    records = [read_record(shard, ordinal, shard.header.file) for ordinal in ordinals]
+    records = list(read_records(shard, ordinals, shard.header.file))
     try:
         texts = pyarrow.array([record.get("text") for record in records], pyarrow.string())
         fields = [

@@ -214,7 +214,7 @@ def parse_record(data: bytes) -> dict[str, Any]:
     """
     check_record(data)
     try:
-        record = json.loads(data.decode("utf-8"), parse_int=_parse_long)
+        record = _RECORDS.decode(data.decode("utf-8"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(record, dict):
@@ -255,6 +255,10 @@ def _parse_int(digits: str, most_digits: int = _INTEGER_DIGITS) -> int:
 
 def _parse_long(digits: str) -> int:
     return _parse_int(digits, _LONG_DIGITS)
+
+
+# made once, and not for each of millions of records
+_RECORDS = json.JSONDecoder(parse_int=_parse_long)
 
 
 def _parse_float(digits: str) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from layerprobe.errors import OptionError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.description import StoredSite
-from layerprobe.store.records import RECORD_TENSORS, has_records, read_record
+from layerprobe.store.records import RECORD_TENSORS, has_records, read_records
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, positions_of
 from layerprobe.store.vocabulary import Vocabulary, WordRuns
@@ -244,8 +244,9 @@ def _filter_records(catalog: Catalog, shard: Shard, ordinals: np.ndarray, asked:
     if asked.record is not None and not has_records(shard):
         raise OptionError(f"where(function): {catalog.place} keeps no records. Use id=, token= or token_id=.")
     kept = []
-    for ordinal in ordinals.tolist():
-        record = read_record(shard, ordinal, catalog.place.label(shard.header.file))
+    asked_for: list[int] = ordinals.tolist()
+    records = read_records(shard, asked_for, catalog.place.label(shard.header.file))
+    for ordinal, record in zip(asked_for, records, strict=True):
         flat = {**record.get("fields", {}), **({"text": record["text"]} if "text" in record else {})}
         seen.update(flat)
         has_fields = all(name in flat and flat[name] == value for name, value in asked.fields.items())
