@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 _CHUNK_ROWS = 4096
-_SHARDS_AHEAD = 3
 # Read since mappings were last let go.
 _MOST_MAPPED_BYTES = 16 << 20
 # Of the keys of a draw, so that the last example that is taken is found among few.
@@ -156,7 +155,7 @@ def sweep(
     mapped = Mappings(catalog)
     with bar_of(total, what, progress) as bar:
         for number, shard in enumerate(store.iter_shards()):
-            catalog.prefetch(range(number, number + _SHARDS_AHEAD), names)
+            catalog.prefetch(range(number, len(catalog.shards)), names)
             drawn = None if most is None else _draw_keys(shard, number, seed) <= most
             for rows, places in _cut(shard, kind, drawn):
                 chunk = _read(shard, sites, rows, places)
@@ -193,7 +192,7 @@ def _find_most(store: Store, kind: str, wanted: int, seed: int) -> float:
 def _key_shards(store: Store, kind: str, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Go through the keys of all examples, and how many rows each has."""
     for number, shard in enumerate(store.iter_shards()):
-        store.catalog.prefetch(range(number, number + _SHARDS_AHEAD), ["offsets"])
+        store.catalog.prefetch(range(number, store.num_shards), ["offsets"])
         yield _draw_keys(shard, number, seed), np.diff(_offsets(shard, kind))
 
 

@@ -37,6 +37,10 @@ __all__ = ["MOST_OPEN_SHARDS", "Catalog"]
 
 # Before Python 3.13 a mapping holds a file descriptor; a process may have about a thousand.
 MOST_OPEN_SHARDS = 256
+# Of a store under a URL: the shard that is worked on and those whose tensors are fetched meanwhile, and how many are
+# opened at once when the next of those is not: the server's answer time is paid once for them.
+_SHARDS_AHEAD = 3
+_OPENED_AT_ONCE = 16
 # Of a run that does not say how many examples it has.
 _NO_END = 1 << 63
 
@@ -226,10 +230,10 @@ class Catalog:
         return self._keep(number, self._make_shard(number))
 
     def prefetch(self, numbers: Sequence[int], names: Sequence[str], num_needed: int = 0) -> list[object]:
-        """Begin to fetch tensors of shards that will be asked for soon.
+        """Begin to fetch tensors of the shards that will be asked for next.
 
         Args:
-            numbers: Places of the shards in the order of the input; those beyond the last are left out.
+            numbers: Places of all shards that will be asked for, in turn; the first few are fetched.
             names: Of the tensors.
             num_needed: So many of the first shards are fetched whether there is room or not, since whoever reads them
                 example by example would find no whole tensor, and ask for each row alone, unverified.
@@ -237,11 +241,12 @@ class Catalog:
         Returns:
             What keeps them at hand as long as it is held.
         """
-        numbers = [number for number in numbers if number < len(self.shards)]
-        self._open_all(numbers)
+        ahead = numbers[:_SHARDS_AHEAD]
+        if any(number not in self._open for number in ahead):
+            self._open_all(numbers[:_OPENED_AT_ONCE])
         return [
             held
-            for place, number in enumerate(numbers)
+            for place, number in enumerate(ahead)
             for held in self.shard(number).prefetch(names, needs_room=place >= num_needed)
         ]
 
@@ -265,11 +270,17 @@ class Catalog:
         ]
 
     def _open_all(self, numbers: Sequence[int]) -> None:
-        """Open shards that lie elsewhere, several at once."""
+        """Open shards that lie elsewhere, several at once; what is wrong with any but the first is not said yet."""
         if self.place.folder is None:
             missing = [number for number in dict.fromkeys(numbers) if number not in self._open]
-            for number, shard in zip(missing, self._cache.map(self._make_shard, missing), strict=True):
-                self._keep(number, shard)
+            found = self._cache.map(self._make_shard, missing)
+            for number in missing:
+                try:
+                    self._keep(number, next(found))
+                except StoreError:
+                    if number == numbers[0]:
+                        raise
+                    return  # told when it is asked for
 
     def _keep(self, number: int, shard: Shard) -> Shard:
         self._open[number] = shard
@@ -331,7 +342,11 @@ class Catalog:
 
     def iter_shards(self) -> Iterator[Shard]:
         """Go through the mapped shards in the order of the input."""
-        return (self.shard(number) for number in range(len(self.shards)))
+        numbers = range(len(self.shards))
+        for number in numbers:
+            if number not in self._open:
+                self._open_all(numbers[number : number + _OPENED_AT_ONCE])
+            yield self.shard(number)
 
     def _check_site(self, shard: Shard, site: StoredSite) -> None:
         """Refuse a shard that holds a site otherwise than `store.json` says."""

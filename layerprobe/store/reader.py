@@ -125,7 +125,7 @@ class Store:
         held: list[object] = []
         for number, info in enumerate(self.catalog.shards):
             held.clear()
-            held += self.catalog.prefetch([number, number + 1], names, num_needed=1)
+            held += self.catalog.prefetch(range(number, self.num_shards), names, num_needed=1)
             for ordinal in range(info.first_example, info.first_example + info.num_examples):
                 yield self.example(ordinal)
 

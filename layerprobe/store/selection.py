@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import OptionError
-from layerprobe.store.catalog import Catalog
+from layerprobe.store.catalog import MOST_OPEN_SHARDS, Catalog
 from layerprobe.store.description import StoredSite
 from layerprobe.store.records import RECORD_TENSORS, has_records, read_records
 from layerprobe.store.rows import take_rows
@@ -23,9 +23,6 @@ from layerprobe.store.shards import Shard, positions_of
 from layerprobe.store.vocabulary import Vocabulary, WordRuns
 
 __all__ = ["Asked", "Selection", "select"]
-
-# Of a store under a URL, the one that is looked at and those that are fetched meanwhile.
-_SHARDS_AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -205,7 +202,7 @@ def select(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary |
     names = [*(() if runs is None else ("input_ids",)), *(RECORD_TENSORS if asked.has_records else ())]
     numbers = list(by_shard)
     for place, (number, ordinals) in enumerate(by_shard.items()):
-        catalog.prefetch(numbers[place : place + _SHARDS_AHEAD], names)
+        catalog.prefetch(numbers[place : place + MOST_OPEN_SHARDS], names)
         shard = catalog.shard(number)
         if asked.has_records:
             ordinals = _filter_records(catalog, shard, ordinals, asked, seen)

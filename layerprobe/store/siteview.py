@@ -28,8 +28,6 @@ __all__ = ["SiteView"]
 _NUMPY_DTYPES = (torch.float64, torch.float32, torch.float16)
 # Rows in float32 at one time while pooling.
 _POOLED_ROWS = 1 << 15
-# Of a store under a URL, the one that is worked on and those that are fetched meanwhile.
-_SHARDS_AHEAD = 3
 
 
 class SiteView(Sequence[Tensor | ScaledRows]):
@@ -175,7 +173,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         """Have a shard's values fetched, and those of the next ones while it is worked on; `held` keeps them."""
         names = [self.site] if self._scale_name is None else [self.site, self._scale_name]
         held.clear()
-        held += self.catalog.prefetch(range(number, number + _SHARDS_AHEAD), names, num_needed=1)
+        held += self.catalog.prefetch(range(number, len(self.catalog.shards)), names, num_needed=1)
 
     def _check_pool(self, pool: str | None) -> None:
         if self.kind == "attention":

@@ -206,6 +206,24 @@ def test_small_shards_are_opened_several_at_once_where_rows_come_in_order(small_
     assert num_waits <= 64 // 4
 
 
+@pytest.mark.parametrize("way", ["pooled", "iteration", "examples", "shards", "where"])
+def test_small_shards_are_opened_several_at_once_where_they_come_in_turn(small_shards: Any, way: str) -> None:
+    ways: dict[str, Any] = {
+        "pooled": small_shards["layers.0"].iter_pooled(),
+        "iteration": small_shards["layers.0"],
+        "examples": small_shards,
+        "shards": small_shards.iter_shards(),
+        "where": iter([small_shards.where(token_id=1)]),
+    }
+    place, num_waits = small_shards.place, 0
+    before: set[str] = set()
+    for _ in ways[way]:
+        num_waits += set(place.requests) != before
+        before = set(place.requests)
+    assert len([file for file in before if file.startswith("shard-")]) == 64
+    assert num_waits <= 64 // 4
+
+
 def test_a_share_asks_for_no_shard_that_it_has_no_batch_in(small_shards: Any) -> None:
     share = small_shards["layers.0"].rows(100, rank=3, world=8)
     assert sum(len(rows) for rows in share) == 800
