@@ -220,7 +220,7 @@ def _list_weights(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _scales_of(weight: torch.Tensor) -> torch.Tensor:
     per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
-    return weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale())
+    return weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale(), device="cpu")
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:

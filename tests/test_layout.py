@@ -214,6 +214,25 @@ TOP = {"layerprobe", "tests", "benchmarks", "docs", "pyproject.toml", "README.md
 MOST_LINES = 400
 # the tree of errors is drawn in its docstring
 TREE_LINE = re.compile(r"^(LayerProbeError$|\s*[├└│])")
+MAKERS = {
+    f"torch.{name}"
+    for name in [
+        "arange",
+        "as_tensor",
+        "asarray",
+        "empty",
+        "eye",
+        "full",
+        "linspace",
+        "ones",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+        "tensor",
+        "zeros",
+    ]
+}
 HEAVY = (
     "torch",
     "numpy",
@@ -281,6 +300,14 @@ def test_files_are_short_and_say_what_they_are(name: str) -> None:
     if any(isinstance(node, (ast.ClassDef, ast.FunctionDef)) for node in tree.body):
         lines = [line for line in docstring.splitlines() if not TREE_LINE.match(line)]
         assert 3 <= len(lines) <= 12
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if name != "layerprobe.generation.narrow"])
+def test_tensors_are_made_on_a_named_device(name: str) -> None:
+    # else torch.set_default_device decides; only the modules of a decoder are left to it
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in MAKERS:
+            assert "device" in {one.arg for one in node.keywords}, f"{name}:{node.lineno}: {ast.unparse(node)}"
 
 
 def test_opening_a_door_loads_nothing_heavy_and_what_runs_a_model_no_compiler() -> None:

@@ -236,7 +236,7 @@ class _SiteSums:
     def conclude(self) -> SiteCheck:
         moments, count = self.moments, self.moments.count
         has_pairs = count > 1
-        parts = self.cosines["raw"].parts if has_pairs else torch.zeros(0, dtype=torch.float64)
+        parts = self.cosines["raw"].parts if has_pairs else torch.zeros(0, dtype=torch.float64, device="cpu")
         rogue = find_rogues(parts) if has_pairs else []
         dead = moments.dead if has_pairs else []
         mean = self._norms[0] / count if count else float("nan")

@@ -352,7 +352,7 @@ def _list_tokens(
     found = []
     for pair, (a, b) in enumerate(places):
         moved = moves.most_moved_types(pair)
-        ids = torch.tensor([token_id for token_id, _, _ in moved], dtype=torch.int64)
+        ids = torch.tensor([token_id for token_id, _, _ in moved], dtype=torch.int64, device="cpu")
         tokens = store.id_to_tokens(ids) if store.id_to_tokens is not None else [None] * len(moved)
         found += [
             TokenMove(names[a], names[b], token_id, token, count, mean)

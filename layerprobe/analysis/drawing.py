@@ -144,7 +144,7 @@ def _gather(
 ) -> dict[str, Tensor]:
     """Bring the drawn rows of pieces together, piece by piece."""
     num_rows, filled = sum(len(piece.drawn) for piece in pieces), 0
-    found = {site.name: torch.empty(num_rows, site.width, dtype=_held_dtype(site)) for site in sites}
+    found = {site.name: torch.empty(num_rows, site.width, dtype=_held_dtype(site), device="cpu") for site in sites}
     names = [*found, *(site.name + SCALE_SUFFIX for site in sites if site.dtype == torch.int8)]
     spans = [(piece.shard, piece.start, piece.stop) for piece in pieces]
     # the next one of a folder would be let go of before its turn, and mapped again

@@ -103,7 +103,7 @@ def read_site(store: Store, site: str, task: Task, pool: str | None) -> np.ndarr
             first, row = first + len(vectors), row + len(own)
             mapped.add_shard([stored], shards[number])
     else:
-        known, rows = -1, torch.empty(0, 0)
+        known, rows = -1, torch.empty(0, 0, device="cpu")
         for place, (ordinal, (start, stop)) in enumerate(zip(task.examples.tolist(), task.spans.tolist(), strict=True)):
             if ordinal != known:
                 rows, known = cast(Tensor | ScaledRows, view[ordinal]).float(), ordinal
@@ -138,9 +138,11 @@ def learn_mix(values: Sequence[np.ndarray], sites: Sequence[str], task: Task, se
     views = [torch.from_numpy(value) for value in values]
     labels = torch.from_numpy(task.labels)
     maker = torch.Generator().manual_seed(seed)
-    mix = torch.zeros(len(views), requires_grad=True)
-    weights_DK = torch.zeros(views[0].shape[1], len(task.classes), requires_grad=True)
-    bias_K = torch.zeros(len(task.classes), requires_grad=True)
+    mix = torch.zeros(len(views), dtype=torch.float32, requires_grad=True, device="cpu")
+    weights_DK = torch.zeros(
+        views[0].shape[1], len(task.classes), dtype=torch.float32, requires_grad=True, device="cpu"
+    )
+    bias_K = torch.zeros(len(task.classes), dtype=torch.float32, requires_grad=True, device="cpu")
     optimizer = torch.optim.Adam(
         [{"params": [mix], "lr": 0.05}, {"params": [weights_DK, bias_K], "lr": 0.003, "weight_decay": 1e-3}]
     )
@@ -156,7 +158,7 @@ def learn_mix(values: Sequence[np.ndarray], sites: Sequence[str], task: Task, se
     best, kept, waited = float("inf"), mix.detach().softmax(0), 0
     epochs = max(_EPOCHS, -(-_LEAST_STEPS * _BATCH // len(own)))
     for _ in range(min(epochs, _LEAST_STEPS)):
-        for batch in own[torch.randperm(len(own), generator=maker)].split(_BATCH):
+        for batch in own[torch.randperm(len(own), generator=maker, device="cpu")].split(_BATCH):
             optimizer.zero_grad()
             loss_of(batch).backward()
             optimizer.step()

@@ -79,7 +79,7 @@ def find_neighbours(rows_nD: Tensor, k: int) -> Tensor:
     units = normalise(rows_nD)
     cosines = (units @ units.T).fill_diagonal_(-torch.inf)
     order = cosines.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros(len(units), len(units), dtype=torch.bool).scatter_(1, order, True)
+    return torch.zeros(len(units), len(units), dtype=torch.bool, device="cpu").scatter_(1, order, True)
 
 
 def neighbour_overlap(one_nn: Tensor, other_nn: Tensor) -> float:

@@ -69,9 +69,9 @@ class RunningMoments:
     def __init__(self, width: int, has_covariance: bool = True) -> None:
         self.count = 0
         self._shift: Tensor | None = None
-        self._sum = torch.zeros(width, dtype=torch.float64)
+        self._sum = torch.zeros(width, dtype=torch.float64, device="cpu")
         shape = (width, width) if has_covariance else (width,)
-        self._second = torch.zeros(shape, dtype=torch.float64)
+        self._second = torch.zeros(shape, dtype=torch.float64, device="cpu")
 
     def add(self, rows_nD: Tensor) -> None:
         """Take rows in."""
@@ -146,8 +146,8 @@ class UnitSums:
     def __init__(self, width: int) -> None:
         self.num_rows = 0
         self._num_units = 0.0
-        self._sum = torch.zeros(width, dtype=torch.float64)
-        self._squares = torch.zeros(width, dtype=torch.float64)
+        self._sum = torch.zeros(width, dtype=torch.float64, device="cpu")
+        self._squares = torch.zeros(width, dtype=torch.float64, device="cpu")
 
     def add(self, rows_nD: Tensor) -> Tensor:
         """Take rows in; gives them scaled to length 1, float64 `[n, D]`."""

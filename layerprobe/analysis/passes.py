@@ -42,7 +42,7 @@ class ShapePass:
 
     def __init__(self, sites: Sequence[StoredSite], sample: int, num_rows: int, seed: int) -> None:
         self.moments = [RunningMoments(site.width) for site in sites]
-        self._hsic = torch.zeros(len(sites), len(sites), dtype=torch.float64)
+        self._hsic = torch.zeros(len(sites), len(sites), dtype=torch.float64, device="cpu")
         # the first rows that come are of a few shards, where there are many
         self._sampled = draw_numbers(num_rows, sample, seed)
         self._num_seen = 0
@@ -109,25 +109,25 @@ class MovePass:
         self._pairs, self._scalings = list(pairs), list(scalings)
         self._is_even = [sites[a].width == sites[b].width for a, b in pairs]
         self.num_rows = 0
-        self._norms = torch.zeros(len(sites), dtype=torch.float64)
+        self._norms = torch.zeros(len(sites), dtype=torch.float64, device="cpu")
         self.units = [UnitSums(site.width) for site in sites]
         # sums of L2, of relative L2, of cosine distance; and of rows whose relative L2 exists
-        self._sums = torch.zeros(4, len(pairs), dtype=torch.float64)
+        self._sums = torch.zeros(4, len(pairs), dtype=torch.float64, device="cpu")
         self._best: list[list[tuple[float, int, int]]] = [[] for _ in pairs]
         self._ids = types[0] if types is not None else None
-        self._type_counts = torch.zeros(0 if types is None else len(types[0]), dtype=torch.int64)
-        self._type_moves = torch.zeros(len(pairs), len(self._type_counts), dtype=torch.float64)
-        words = torch.zeros(0, dtype=torch.int64)
+        self._type_counts = torch.zeros(0 if types is None else len(types[0]), dtype=torch.int64, device="cpu")
+        self._type_moves = torch.zeros(len(pairs), len(self._type_counts), dtype=torch.float64, device="cpu")
+        words = torch.zeros(0, dtype=torch.int64, device="cpu")
         if types is not None:
             words = (types[1] >= _LEAST_CONTEXTS).nonzero().flatten()
             drawn = np.random.default_rng(seed).permutation(len(words))[:_MOST_WORDS]
             words = words[torch.from_numpy(np.sort(drawn))]
         # which of the drawn words a type is, the last place for those that were not
-        self._word_of = torch.full((len(self._type_counts),), len(words), dtype=torch.int64)
-        self._word_of[words] = torch.arange(len(words))
-        self._word_counts = torch.zeros(len(words) + 1, dtype=torch.int64)
-        self._word_squares = torch.zeros(len(sites), len(words) + 1, dtype=torch.float64)
-        self._word_sums = [torch.zeros(len(words) + 1, site.width, dtype=torch.float64) for site in sites]
+        self._word_of = torch.full((len(self._type_counts),), len(words), dtype=torch.int64, device="cpu")
+        self._word_of[words] = torch.arange(len(words), device="cpu")
+        self._word_counts = torch.zeros(len(words) + 1, dtype=torch.int64, device="cpu")
+        self._word_squares = torch.zeros(len(sites), len(words) + 1, dtype=torch.float64, device="cpu")
+        self._word_sums = [torch.zeros(len(words) + 1, site.width, dtype=torch.float64, device="cpu") for site in sites]
 
     def add(self, chunk: Chunk) -> None:
         """Take whole examples in."""
@@ -157,7 +157,7 @@ class MovePass:
             self._sums[:, pair] += torch.stack([value.double() for value in sums])
             if types is not None:
                 self._type_moves[pair].index_add_(0, types, turned)
-            means = torch.zeros(len(ordinals), dtype=torch.float64).index_add_(0, of_row, turned) / counts
+            means = torch.zeros(len(ordinals), dtype=torch.float64, device="cpu").index_add_(0, of_row, turned) / counts
             self._keep_best(pair, means, ordinals, counts)
 
     def _add_words(self, units: Sequence[Tensor], words: Tensor) -> None:

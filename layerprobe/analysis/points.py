@@ -158,7 +158,7 @@ def draw_points(
 def _identify(shard: Shard, picked: Tensor, by_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Say of some rows or examples of a shard which example each is of, its position there, and its token id."""
     if not by_rows:
-        nothing = torch.zeros(0, dtype=torch.int64)
+        nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
         return shard.tensor("example")[picked], nothing, nothing
     of = torch.searchsorted(shard.tensor("offsets"), picked, right=True) - 1
     return shard.tensor("example")[of], positions_of(shard, picked, of), shard.tensor("input_ids")[picked]
@@ -169,7 +169,11 @@ def _pool(shard: Shard, site: StoredSite, picked: Tensor, pool: str) -> Tensor:
     offsets = shard.tensor("offsets")
     starts, stops = offsets[picked], offsets[picked + 1]
     pooled = [
-        pool_packed(take_rows(shard, site, torch.arange(start, stop)).float(), torch.tensor([0, stop - start]), pool)
+        pool_packed(
+            take_rows(shard, site, torch.arange(start, stop, device="cpu")).float(),
+            torch.tensor([0, stop - start], device="cpu"),
+            pool,
+        )
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
     ]
     return torch.cat(pooled)

@@ -254,4 +254,6 @@ def count_types(store: Store) -> tuple[Tensor, Tensor]:
         for token_id, count in zip(ids.tolist(), times.tolist(), strict=True):
             counts[token_id] = counts.get(token_id, 0) + count
     ordered = sorted(counts)
-    return torch.tensor(ordered, dtype=torch.int64), torch.tensor([counts[one] for one in ordered], dtype=torch.int64)
+    return torch.tensor(ordered, dtype=torch.int64, device="cpu"), torch.tensor(
+        [counts[one] for one in ordered], dtype=torch.int64, device="cpu"
+    )

@@ -295,5 +295,5 @@ def _name_item(store: Store, own: tuple[int, ...], text: str | None, is_whole: b
     if not is_whole and store.id_to_tokens is not None:
         import torch
 
-        return " ".join(store.id_to_tokens(torch.tensor(own, dtype=torch.int64)))
+        return " ".join(store.id_to_tokens(torch.tensor(own, dtype=torch.int64, device="cpu")))
     return " ".join(map(str, own))

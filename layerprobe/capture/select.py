@@ -187,7 +187,7 @@ class BatchSelection:
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Where among the rows those of each example begin and end, `[N]` each, int64, on the model's device."""
-        bounds = send(torch.tensor([0, *accumulate(self.lengths)]), self.device)
+        bounds = send(torch.tensor([0, *accumulate(self.lengths)], device="cpu"), self.device)
         return bounds[:-1], bounds[1:]
 
     @cached_property
@@ -210,7 +210,7 @@ class BatchSelection:
         rows_of = (0,) * len(kept) if self.is_flat else numbers
         firsts = [row * self.num_positions + start for row, (start, _) in zip(rows_of, self.spans, strict=True)]
         rows = [first + those for first, those in zip(firsts, kept, strict=True)]
-        index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
+        index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long, device="cpu")
         index = send(index, self.device)
         lengths = tuple(map(len, kept))
         return BatchSelection(lengths, self.num_positions, None, index, numbers, self.spans, self.device, self.is_flat)
@@ -237,7 +237,7 @@ class BatchSelection:
 
     @cached_property
     def _repeated(self) -> Tensor:
-        return send(torch.tensor(self.sequences), self.device)
+        return send(torch.tensor(self.sequences, device="cpu"), self.device)
 
     @cached_property
     def _repeated_rows(self) -> Tensor:
@@ -354,7 +354,7 @@ def take_ids(input_ids: Tensor | None, selection: BatchSelection) -> Tensor:
         CaptureError: they are not of `[B, S]`.
     """
     if input_ids is None:
-        return torch.full((selection.num_rows,), -1, dtype=torch.int64)
+        return torch.full((selection.num_rows,), -1, dtype=torch.int64, device="cpu")
     # by numpy, whose small operators cost a fifth of torch's
     ids_BS = input_ids.cpu().numpy()
     if ids_BS.shape != (selection.num_sequences, selection.num_positions):

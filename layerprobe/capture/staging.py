@@ -160,9 +160,9 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tenso
     with torch.inference_mode(False):
         num_bytes = math.prod(shape) * dtype.itemsize
         if pinned:  # nothing is read that was not written, and zeros would be a pass over all of it
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
+            return torch.empty(shape, dtype=dtype, pin_memory=True, device="cpu")
         if num_bytes < _PAGED_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
-            return torch.zeros(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype, device="cpu")
         # No large pages are asked for: a virtual machine that gives free ones back to its host pays for each anew, at a
         # third of a gigabyte a second, where the small ones at hand cost a fifth of that.
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

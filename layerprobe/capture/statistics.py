@@ -56,13 +56,13 @@ class Tokens:
     @cached_property
     def examples(self) -> Tensor:
         """Place of each row's sequence in the batch."""
-        lengths = torch.tensor(self.lengths)
-        return torch.arange(len(lengths)).repeat_interleave(lengths).to(self.ids.device)
+        lengths = torch.tensor(self.lengths, device="cpu")
+        return torch.arange(len(lengths), device="cpu").repeat_interleave(lengths).to(self.ids.device)
 
     @cached_property
     def positions(self) -> Tensor:
         """Position of each row among its sequence's real tokens."""
-        starts = torch.tensor([0, *self.lengths]).cumsum(0)[:-1].to(self.ids.device)
+        starts = torch.tensor([0, *self.lengths], device="cpu").cumsum(0)[:-1].to(self.ids.device)
         return torch.arange(len(self.ids), device=self.ids.device) - starts[self.examples]
 
 
@@ -240,9 +240,9 @@ class RowSink(SinkAbilities, Generic[View]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Give all sums by name, `layers.3/mean`, on the host: a file of safetensors takes them as they are."""
-        state = {_COUNTER: torch.tensor(self._num_examples), **self._options}
+        state = {_COUNTER: torch.tensor(self._num_examples, device="cpu"), **self._options}
         for order, (key, sums) in enumerate(self._sums.items()):
-            state[f"{key}/{_ORDER}"] = torch.tensor(order)
+            state[f"{key}/{_ORDER}"] = torch.tensor(order, device="cpu")
             state.update({f"{key}/{name}": sums[name].cpu().clone() for name in self._fields})
         return state
 
@@ -258,7 +258,7 @@ class RowSink(SinkAbilities, Generic[View]):
             key, separator, leaf = name.rpartition("/")
             target = found.setdefault(key, {}) if separator else options
             target[leaf] = tensor.clone()
-        count = int(options.pop(_COUNTER, torch.tensor(0)))
+        count = int(options.pop(_COUNTER, torch.tensor(0, device="cpu")))
         self._check_options(options)
         for key, sums in found.items():
             if set(sums) != {*self._fields, _ORDER}:

@@ -229,7 +229,7 @@ class Histogram(RowSink[SiteHistogram]):
     def __init__(self, low: float = -10.0, high: float = 10.0, bins: int = 200) -> None:
         if not (math.isfinite(low) and math.isfinite(high) and low < high) or type(bins) is not int or bins < 1:
             raise OptionError(f"a histogram of {bins!r} bins from {low!r} to {high!r}: give at least one, low first.")
-        edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+        edges = torch.linspace(low, high, bins + 1, dtype=torch.float64, device="cpu")
         super().__init__(
             ("counts", "nonfinite"),
             partial(_measure_bins, edges),

@@ -117,7 +117,11 @@ class TopK(RowSink[SiteTops]):
     def __init__(self, k: int = 10, *, context: int = 5, magnitude: bool = False) -> None:
         if type(k) is not int or k < 1 or type(context) is not int or context < 0:
             raise OptionError(f"the top {k!r} with a context of {context!r}: give at least 1, and at least 0.")
-        options = {"k": torch.tensor(k), "width": torch.tensor(context), "magnitude": torch.tensor(magnitude)}
+        options = {
+            "k": torch.tensor(k, device="cpu"),
+            "width": torch.tensor(context, device="cpu"),
+            "magnitude": torch.tensor(magnitude, device="cpu"),
+        }
         super().__init__(
             _FIELDS,
             partial(_measure, k, context, magnitude),

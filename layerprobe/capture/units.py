@@ -181,16 +181,16 @@ def list_shapes(
 
 def list_tensors(unit: OpenUnit, stored: Sequence[StoredSite]) -> list[tuple[str, Tensor]]:
     """Put the tensors of a shard in file order: widest dtype first, so that each is aligned, and records last."""
-    lengths = torch.tensor([0, *unit.lengths], dtype=torch.int64)
+    lengths = torch.tensor([0, *unit.lengths], dtype=torch.int64, device="cpu")
     tensors = [
-        ("example", torch.tensor(unit.ordinals, dtype=torch.int64)),
+        ("example", torch.tensor(unit.ordinals, dtype=torch.int64, device="cpu")),
         ("offsets", lengths.cumsum(0)),
-        ("input_ids", torch.cat(unit.input_ids) if unit.input_ids else torch.empty(0, dtype=torch.int64)),
+        ("input_ids", torch.cat(unit.input_ids) if unit.input_ids else torch.empty(0, dtype=torch.int64, device="cpu")),
     ]
     if unit.positions:
         tensors.append((POSITIONS, torch.cat(unit.positions)))
     if unit.records:
-        sizes = torch.tensor([0, *map(len, unit.records)], dtype=torch.int64)
+        sizes = torch.tensor([0, *map(len, unit.records)], dtype=torch.int64, device="cpu")
         tensors.append(("record_offsets", sizes.cumsum(0)))
         tensors.append(("records", torch.frombuffer(bytearray(b"".join(unit.records)), dtype=torch.uint8)))
     for index, site in enumerate(stored):

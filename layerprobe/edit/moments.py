@@ -61,11 +61,13 @@ class Moment:
             maker = self._generator(slot, value.device)
             return torch.randn(value.shape, generator=maker, device=value.device, dtype=value.dtype)
         if need == "order":
-            meant = torch.ones(value.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
+            meant = torch.ones(value.shape[:-1], dtype=torch.bool, device="cpu") if mask is None else mask.cpu()
             meant = meant.any(-1) if meant.ndim == value.ndim else meant
             places = meant.flatten().nonzero()[:, 0]
-            order = torch.arange(meant.numel())
-            order[places] = places[torch.randperm(len(places), generator=self._generator(slot, torch.device("cpu")))]
+            order = torch.arange(meant.numel(), device="cpu")
+            order[places] = places[
+                torch.randperm(len(places), generator=self._generator(slot, torch.device("cpu")), device="cpu")
+            ]
             return order.to(value.device)
         return None
 

@@ -258,7 +258,7 @@ def _run_patches(sweep: _Sweep, values: Mapping[str, Tensor], batch_size: int, p
     places = sweep.positions if sweep.positions is not None else (None,)
     numbers = range(sweep.num_heads) if sweep.num_heads is not None else (None,)
     jobs = list(product(range(len(sweep.sites)), places, numbers))
-    found = torch.empty(len(jobs), dtype=torch.float64)
+    found = torch.empty(len(jobs), dtype=torch.float64, device="cpu")
     bar = tqdm(total=len(jobs), unit=" patches", disable=hide_bar(progress), leave=False)
     with bar:
         for start in range(0, len(jobs), batch_size):
@@ -277,7 +277,7 @@ def _make_edits(sweep: _Sweep, values: Mapping[str, Tensor], part: Sequence[tupl
         value = values[sweep.sites[number].name]
         if number not in masks:
             size = (len(part), *value.shape[1 : 2 if head is None else 3])
-            masks[number] = torch.zeros(size, dtype=torch.bool)
+            masks[number] = torch.zeros(size, dtype=torch.bool, device="cpu")
         where = masks[number][row] if place is None else masks[number][row, place : place + 1]
         width = sweep.head_widths[number]
         (where if head is None else where[:, head * width : (head + 1) * width]).fill_(True)

@@ -178,8 +178,8 @@ def place_in_text(context: Context) -> tuple[Tensor, Tensor]:
         )
     assert context.shape is not None
     stop = context.first_position + size
-    place = torch.arange(context.first_position, stop).expand(context.shape[0], -1)
-    return place, torch.full((context.shape[0], 1), stop)
+    place = torch.arange(context.first_position, stop, device="cpu").expand(context.shape[0], -1)
+    return place, torch.full((context.shape[0], 1), stop, device="cpu")
 
 
 def _among(positions: tuple[int, ...] | slice, place_BS: Tensor, length_B1: Tensor) -> Tensor:

@@ -282,7 +282,10 @@ def _compare(
     store: Store, network: nn.Module, example: Example, ids: list[int], precision: str | None
 ) -> Iterator[tuple[str, str | None, float, int]]:
     """Run an example by itself; for each site give what is wrong, the share of the tolerance, and how many values."""
-    made = {site: value[0] for site, value in look(network, store.sites, torch.tensor([ids]), pool=store.pool).items()}
+    made = {
+        site: value[0]
+        for site, value in look(network, store.sites, torch.tensor([ids], device="cpu"), pool=store.pool).items()
+    }
     if store.kept is not None:
         rows = example.positions.to(find_device(network))
         made = {site: value[rows] if store[site].kind == "token" else value for site, value in made.items()}
@@ -306,8 +309,8 @@ def _measure(stored: Tensor | ScaledRows, made: Tensor, precision: str | None = 
         return float("inf")
     dtype = stored.values.dtype if isinstance(stored, ScaledRows) else stored.dtype
     target = Target(
-        torch.empty(made.shape, dtype=dtype),
-        torch.empty(made.shape[:-1], dtype=torch.float32) if dtype == torch.int8 else None,
+        torch.empty(made.shape, dtype=dtype, device="cpu"),
+        torch.empty(made.shape[:-1], dtype=torch.float32, device="cpu") if dtype == torch.int8 else None,
     )
     cast_into(target, made.cpu())
     repeated = target.values.double()

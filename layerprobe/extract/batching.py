@@ -290,9 +290,9 @@ def _pad(unit: TokenizedUnit, texts: Sequence[_Text], pad_id: int, shape: tuple[
     On the left, padding would move them to other positions than each has alone, and a class token away from the first.
     """
     num_rows, longest = shape
-    input_ids = torch.full((num_rows, longest), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((num_rows, longest), dtype=torch.int64)
-    of_text = torch.arange(longest) < torch.tensor([text.length for text in texts])[:, None]
+    input_ids = torch.full((num_rows, longest), pad_id, dtype=torch.int64, device="cpu")
+    attention_mask = torch.zeros((num_rows, longest), dtype=torch.int64, device="cpu")
+    of_text = torch.arange(longest, device="cpu") < torch.tensor([text.length for text in texts], device="cpu")[:, None]
     attention_mask[: len(texts)] = of_text
     input_ids[: len(texts)][of_text] = unit.gather(text.members[0] for text in texts)
     # attention over nothing at all is not a number

@@ -115,7 +115,9 @@ class Classifier:
             assert span is not None
             rows = [value[span[0] : span[1]].mean(0, keepdim=True) for value in rows]
         elif probe.kind == "examples" and rows[0].ndim == 2:
-            rows = [pool_packed(value, torch.tensor([0, len(value)]), probe.pool or "mean") for value in rows]
+            rows = [
+                pool_packed(value, torch.tensor([0, len(value)], device="cpu"), probe.pool or "mean") for value in rows
+            ]
         vectors = probe.feature.combine([np.atleast_2d(value.numpy()) for value in rows])
         labels = [probe.classes[number] for number in probe.linear.predict(vectors)]
         return labels if probe.kind == "tokens" else labels[0]

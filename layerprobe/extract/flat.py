@@ -59,7 +59,7 @@ class _Layout:
 
     @cached_property
     def _bounds(self) -> Tensor:
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device="cpu")
 
     def bounds(self, device: torch.device) -> Tensor:
         """Where texts begin and end, int32, as kernels for texts of many lengths take it."""
@@ -264,7 +264,10 @@ def _gives_same_rows(model: nn.Module, sites: Sequence[Site], ids: list[int], pr
     device = find_device(model)
     texts = [ids, ids[::-1][: max(1, len(ids) // 2)]]
     flat = FlatBatch(
-        [0, 1], [len(text) for text in texts], [0, 1], torch.tensor([[one for text in texts for one in text]])
+        [0, 1],
+        [len(text) for text in texts],
+        [0, 1],
+        torch.tensor([[one for text in texts for one in text]], device="cpu"),
     )
     names = [site.name for site in sites]
     with running(model, precision), Probe(model, names, this_thread=True) as probe:

@@ -112,7 +112,9 @@ def make_random_batch(loaded: LoadedModel, size: int, length: int, seed: int = 0
     if length > limit:
         raise OptionError(f"length is {length}: the model takes at most {limit} tokens.")
     config = map_model(loaded.model).base.config
-    drawn = torch.randint(config.vocab_size, (size, length), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(
+        config.vocab_size, (size, length), generator=torch.Generator().manual_seed(seed), device="cpu"
+    )
     # a padding id in a text would move the positions of RoBERTa's kin
     unwanted = config.pad_token_id
     ids = drawn if unwanted is None else torch.where(drawn == unwanted, (unwanted + 1) % config.vocab_size, drawn)

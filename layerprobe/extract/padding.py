@@ -50,10 +50,10 @@ def sees_padding(
     if not names or not half:
         return False
     short = long[:half]
-    batch = torch.tensor([long, short + [pad_id] * (len(long) - half)])
-    mask = torch.tensor([[1] * len(long), [1] * half + [0] * (len(long) - half)])
+    batch = torch.tensor([long, short + [pad_id] * (len(long) - half)], device="cpu")
+    mask = torch.tensor([[1] * len(long), [1] * half + [0] * (len(long) - half)], device="cpu")
     try:
-        alone, padded = look(model, names, torch.tensor([short])), look(model, names, batch, mask)
+        alone, padded = look(model, names, torch.tensor([short], device="cpu")), look(model, names, batch, mask)
     except LayerProbeError:
         raise
     except Exception as error:  # whatever a model says of so short a text

@@ -80,7 +80,9 @@ def find_batch_tokens(
     Cost: three batches of each size that is tried.
     """
     device = find_device(model)
-    text = torch.tensor(unit[int(np.argsort(unit.lengths)[len(unit) // 2])].tolist() or [0], dtype=torch.int64)
+    text = torch.tensor(
+        unit[int(np.argsort(unit.lengths)[len(unit) // 2])].tolist() or [0], dtype=torch.int64, device="cpu"
+    )
     form = FlatForm.of(model) if is_flat else None
 
     def measure(num_tokens: int) -> float:

@@ -178,11 +178,11 @@ class _Data:
     def batch(self, ordinals: Sequence[int]) -> _Batch:
         targets = [self.places[ordinal] for ordinal in ordinals]
         longest = max(map(len, targets)) + 1
-        places = torch.full((len(targets), longest), PAD)
-        labels = torch.full((len(targets), longest), PAD)
+        places = torch.full((len(targets), longest), PAD, device="cpu")
+        labels = torch.full((len(targets), longest), PAD, device="cpu")
         for row, target in enumerate(targets):
-            places[row, : len(target) + 1] = torch.tensor([START, *target])
-            labels[row, : len(target) + 1] = torch.tensor([*target, END])
+            places[row, : len(target) + 1] = torch.tensor([START, *target], device="cpu")
+            labels[row, : len(target) + 1] = torch.tensor([*target, END], device="cpu")
         places, labels = places.to(self.device), labels.to(self.device)
         if self.site is None:
             return _Batch(places, labels, None, None)
@@ -191,7 +191,7 @@ class _Data:
 
     def measure(self, ordinals: Sequence[int], decoder: NarrowDecoder) -> None:
         """Give a decoder the mean and deviation of the rows of some examples."""
-        total = square = torch.zeros((), dtype=torch.float64)
+        total = square = torch.zeros((), dtype=torch.float64, device="cpu")
         count = 0
         for first in range(0, len(ordinals), _MOST_SCALED):
             outputs = self.store.encoder_outputs(str(self.site), list(ordinals[first : first + _MOST_SCALED]))

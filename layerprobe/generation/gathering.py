@@ -107,7 +107,7 @@ def gather_store(
         ids = store.input_ids(ordinal)
         wanted = [at for at, token in enumerate(ids.tolist()) if token not in special]
         rows: dict[str, Any] = {site.name: store[site.name][ordinal].float() for site in chosen}
-        pile.add(ordinal, ids, torch.tensor(wanted, dtype=torch.int64), rows)
+        pile.add(ordinal, ids, torch.tensor(wanted, dtype=torch.int64, device="cpu"), rows)
     return pile.close()
 
 

@@ -193,7 +193,7 @@ def _check_contents(place: Place, header: ShardHeader, wanted: Wanted, advance: 
     if damaged:
         listed = ", ".join(brief(repr(name)) for name in damaged[:3]) + (", ..." if len(damaged) > 3 else "")
         raise FormatError(f"the bytes of {listed} are not those that were written")
-    empty = torch.empty(0, dtype=torch.int64)
+    empty = torch.empty(0, dtype=torch.int64, device="cpu")
     offsets = kept.get("offsets", empty)
     read_order(place.label(header.file), header, kept.get("example", empty), offsets)
     _check_records(header, kept.get("record_offsets", empty))
@@ -218,7 +218,7 @@ def _read_pieces(place: Place, file: str, start: int, stop: int, advance: Callab
 
 def _check_positions(positions: Tensor, offsets: Tensor) -> None:
     """Check that the positions of the rows that are kept rise in each example, from 0 or later."""
-    is_first = torch.zeros(len(positions) + 1, dtype=torch.bool).index_fill_(0, offsets, True)[:-1]
+    is_first = torch.zeros(len(positions) + 1, dtype=torch.bool, device="cpu").index_fill_(0, offsets, True)[:-1]
     rises = torch.cat([positions[:1] >= 0, positions.diff() > 0])
     if not bool(torch.where(is_first, positions >= 0, rises).all()):
         raise FormatError(f"its {POSITIONS} do not rise in each example")

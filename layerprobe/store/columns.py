@@ -120,8 +120,8 @@ def rows_of(shard: Shard, places: Sequence[int]) -> tuple[Tensor, Tensor]:
     """
     offsets = torch.from_numpy(np.asarray(shard.offsets))
     starts, lengths = offsets[list(places)], offsets.diff()[list(places)]
-    begins = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    rows = torch.arange(int(begins[-1])) + torch.repeat_interleave(starts - begins[:-1], lengths)
+    begins = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), lengths.cumsum(0)])
+    rows = torch.arange(int(begins[-1]), device="cpu") + torch.repeat_interleave(starts - begins[:-1], lengths)
     return rows, begins
 
 
@@ -133,7 +133,9 @@ def take_site(shard: Shard, site: StoredSite, places: Sequence[int]) -> np.ndarr
     """
     dtype = np.dtype(format_dtype(column_dtype(site)))
     if site.kind == "example":
-        return take_rows(shard, site, torch.tensor(places, dtype=torch.int64)).to(column_dtype(site)).numpy()
+        return (
+            take_rows(shard, site, torch.tensor(places, dtype=torch.int64, device="cpu")).to(column_dtype(site)).numpy()
+        )
     # where the values of each example begin in the shard
     begins = shard.offsets if site.kind == "token" else [site.width * pairs for pairs in shard.pairs_before]
     values = shard.tensor(site.name)
@@ -274,7 +276,7 @@ def _build_examples(pyarrow: Any, shard: Shard, places: Sequence[int], columns: 
             heads = lengths.repeat_interleave(site.width)
             by_query = _nest(pyarrow, _sum_up(heads.repeat_interleave(heads)), values)
             by_head = _nest(pyarrow, _sum_up(heads), by_query)
-            built[site.name] = _nest(pyarrow, torch.arange(len(places) + 1) * site.width, by_head)
+            built[site.name] = _nest(pyarrow, torch.arange(len(places) + 1, device="cpu") * site.width, by_head)
         else:
             vectors = pyarrow.FixedSizeListArray.from_arrays(values, site.width)
             built[site.name] = _nest(pyarrow, begins, vectors) if site.kind == "token" else vectors
@@ -284,7 +286,7 @@ def _build_examples(pyarrow: Any, shard: Shard, places: Sequence[int], columns: 
 def _build_tokens(pyarrow: Any, shard: Shard, places: Sequence[int], columns: Columns) -> Mapping[str, Any]:
     rows, begins = rows_of(shard, places)
     ids = shard.tensor("input_ids")[rows]
-    lengths, of_places = begins.diff(), torch.tensor(places)
+    lengths, of_places = begins.diff(), torch.tensor(places, device="cpu")
     built = {
         "index": pyarrow.array(shard.tensor("example")[list(places)].repeat_interleave(lengths).numpy()),
         "position": pyarrow.array(positions_of(shard, rows, of_places.repeat_interleave(lengths)).numpy()),
@@ -299,7 +301,7 @@ def _build_tokens(pyarrow: Any, shard: Shard, places: Sequence[int], columns: Co
 
 
 def _sum_up(lengths: Tensor) -> Tensor:
-    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    return torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), lengths.cumsum(0)])
 
 
 def _nest(pyarrow: Any, begins: Tensor, values: Any) -> Any:

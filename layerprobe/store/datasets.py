@@ -106,7 +106,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
         self.options = RowOptions(batch_size, shuffle, seed, rank, world)
         self._num_batches = len(self._start(0))
         # shared, so that workers that outlive an epoch see the next one's number
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros(1, dtype=torch.int64, device="cpu").share_memory_()
 
     def __len__(self) -> int:
         return self._num_batches

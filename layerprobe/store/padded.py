@@ -102,12 +102,12 @@ def pad_examples(view: SiteView, examples: Any, dtype: torch.dtype) -> EncoderOu
     rows: list[Any] = found if isinstance(found, list) else [found]
     if not rows:
         raise OptionError(f"states of {view.site!r}: no example is asked for. Name one at least.")
-    lengths = torch.tensor([len(one) for one in rows])
+    lengths = torch.tensor([len(one) for one in rows], device="cpu")
     if int(lengths.min()) == 0:
         place = int(lengths.argmin())
         raise OptionError(f"states of {view.site!r}: example {place} of those asked for has no tokens. Leave it out.")
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    states = torch.zeros(*mask.shape, view.width, dtype=dtype)
+    mask = (torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]).long()
+    states = torch.zeros(*mask.shape, view.width, dtype=dtype, device="cpu")
     for place, one in enumerate(rows):
         # float8 has no arithmetic of its own, so all come by way of float32
         states[place, : len(one)] = one.float().to(dtype)

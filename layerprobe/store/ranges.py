@@ -309,7 +309,7 @@ def _bytes_of(entry: TensorEntry, start: int, stop: int) -> tuple[int, int]:
 def _view(data: bytearray, entry: TensorEntry, count: int) -> Tensor:
     shape = (count, *entry.shape[1:])
     if not data:
-        return torch.empty(shape, dtype=entry.dtype)
+        return torch.empty(shape, dtype=entry.dtype, device="cpu")
     return torch.frombuffer(data, dtype=entry.dtype).view(shape)
 
 

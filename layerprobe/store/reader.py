@@ -209,7 +209,7 @@ class Store:
         """Give the places of an example's rows among all its tokens, int64 `[T]`; raises as `input_ids` does."""
         shard, ordinal = self.catalog.find(ordinal)
         _, start, stop = shard.span(ordinal)
-        return torch.arange(stop - start) if self.kept is None else shard.part(POSITIONS, start, stop)
+        return torch.arange(stop - start, device="cpu") if self.kept is None else shard.part(POSITIONS, start, stop)
 
     @property
     def kept(self) -> Kept | None:

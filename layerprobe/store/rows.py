@@ -86,10 +86,10 @@ def _as_bytes(tensor: Tensor) -> np.ndarray:
 def take_rows(shard: Shard, site: StoredSite, rows: Tensor) -> Tensor:
     """Copy some rows of a site out of a shard: `[n, D]` in the stored dtype, float32 where that is int8."""
     places = rows.numpy()
-    values = _pick(shard.tensor(site.name), places, torch.empty(len(rows), site.width, dtype=site.dtype))
+    values = _pick(shard.tensor(site.name), places, torch.empty(len(rows), site.width, dtype=site.dtype, device="cpu"))
     if site.dtype != torch.int8:
         return values
-    scale = _pick(shard.tensor(site.name + SCALE_SUFFIX), places, torch.empty(len(rows), dtype=torch.float32))
+    scale = _pick(shard.tensor(site.name + SCALE_SUFFIX), places, values.new_empty(len(rows), dtype=torch.float32))
     return ScaledRows(values, scale).float()
 
 
@@ -213,9 +213,9 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
             self._is_checked = True
         room: dict[str, Tensor] = {}
         for site in self._sites:
-            room[site.name] = torch.empty(num_rows, site.width, dtype=site.dtype)
+            room[site.name] = torch.empty(num_rows, site.width, dtype=site.dtype, device="cpu")
             if site.dtype == torch.int8:
-                room[site.name + SCALE_SUFFIX] = torch.empty(num_rows, dtype=torch.float32)
+                room[site.name + SCALE_SUFFIX] = torch.empty(num_rows, dtype=torch.float32, device="cpu")
         return room
 
     def _fetch_group(self, group: int, names: Sequence[str]) -> None:

@@ -120,7 +120,7 @@ class Selection:
         else:
             count = len(self)
         is_wide = stored.dtype == torch.int8 or (pieces == "mean" and self.positions is not None)
-        out = torch.empty(count, stored.width, dtype=torch.float32 if is_wide else stored.dtype)
+        out = torch.empty(count, stored.width, dtype=torch.float32 if is_wide else stored.dtype, device="cpu")
         row = 0
         for shard, part in self._shards(spans):
             found = self._take(shard, stored, part, pieces)
@@ -162,7 +162,9 @@ class Selection:
             lengths = _lengths(shard, part)
             begins = lengths.cumsum(0) - lengths
             return take_rows(
-                shard, stored, torch.arange(int(lengths.sum())) + (starts - begins).repeat_interleave(lengths)
+                shard,
+                stored,
+                torch.arange(int(lengths.sum()), device="cpu") + (starts - begins).repeat_interleave(lengths),
             )
         rows, lengths = starts + self.places[part.span], self.lengths[part.span]
         if pieces != "mean":
@@ -214,7 +216,7 @@ def select(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary |
         raise OptionError(f"no record in {catalog.place} has a field {name!r}: {held}.")
     columns = [torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int64)])) for parts in zip(*found, strict=True)]
     if not columns:
-        columns = [torch.empty(0, dtype=torch.int64)] * 4
+        columns = [torch.empty(0, dtype=torch.int64, device="cpu")] * 4
     return Selection(catalog, *(columns if runs is not None else columns[:1]))
 
 

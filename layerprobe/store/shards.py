@@ -159,7 +159,7 @@ class MappedShard:
                 self._let_go(entry.start, entry.stop)
             count = (entry.stop - entry.start) // entry.dtype.itemsize
             if count == 0:
-                self._tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+                self._tensors[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
             else:
                 flat = torch.frombuffer(self._memory, dtype=entry.dtype, count=count, offset=entry.start)
                 self._tensors[name] = flat.view(entry.shape)

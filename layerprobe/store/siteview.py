@@ -139,7 +139,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         self._check_pool(pool)
         self.catalog.check_claims()
         try:
-            out = torch.empty(len(self), self.width, dtype=torch.float32)
+            out = torch.empty(len(self), self.width, dtype=torch.float32, device="cpu")
         except RuntimeError as error:
             raise StoreError(
                 f"{self.catalog.place}: {len(self):,} vectors of {self.width:,} values do not fit into memory. "
@@ -194,10 +194,10 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         if pool in ("cls", "last"):
             is_empty = (offsets[1:] == offsets[:-1])[order]
             picked = (offsets[:-1] if pool == "cls" else offsets[1:] - 1)[order]
-            vectors = torch.full((len(order), self.width), float("nan"))
+            vectors = torch.full((len(order), self.width), float("nan"), dtype=torch.float32, device="cpu")
             vectors[~is_empty] = take_rows(shard, self._stored, picked[~is_empty]).float()
             return vectors
-        vectors = torch.empty(len(order), self.width)
+        vectors = torch.empty(len(order), self.width, dtype=torch.float32, device="cpu")
         first = 0
         while first < len(order):
             most = shard.offsets[first] + _POOLED_ROWS

@@ -42,7 +42,7 @@ class WordRuns:
     @classmethod
     def of_token(cls, token_id: int) -> "WordRuns":
         """Look for one token, wherever it stands."""
-        nothing = torch.zeros(1, dtype=torch.bool)
+        nothing = torch.zeros(1, dtype=torch.bool, device="cpu")
         return cls(((token_id,),), nothing, nothing)
 
     def find(self, input_ids: Tensor, offsets: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +61,8 @@ class WordRuns:
             is_inside = starts + len(run) <= stops
             starts, stops = starts[is_inside], stops[is_inside]
             is_cut = (starts + len(run) < stops) & self._look_up(self.continues, input_ids, starts + len(run))
-            if bool(self._look_up(self.continues, torch.tensor([run[0]]), torch.tensor([0]))):
+            first, start = torch.tensor([[run[0]], [0]], device="cpu")
+            if bool(self._look_up(self.continues, first, start)):
                 is_first = torch.isin(starts, offsets)
                 is_cut |= ~is_first & self._look_up(self.ends_in_word, input_ids, starts - 1)
             rows.append(starts[~is_cut].numpy())
@@ -186,7 +187,7 @@ class Vocabulary:
         prefix = model.get("continuing_subword_prefix") if model.get("type") in ("WordPiece", "BPE") else None
         size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        continues = torch.zeros(max([size - 1, *ids.values()]) + 1, dtype=torch.bool)
+        continues = torch.zeros(max([size - 1, *ids.values()]) + 1, dtype=torch.bool, device="cpu")
         ends_in_word = torch.zeros_like(continues)
         for token, token_id in ids.items():
             if prefix:

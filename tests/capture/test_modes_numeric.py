@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,75 @@ def test_autocast_values_have_the_types_of_autocast(make_bert: Any, batch: Any) 
         model(**batch)
     assert probe["layers.0.attention.query"].dtype == torch.bfloat16  # a matrix product
     assert probe["layers.0"].dtype == torch.float32  # a norm
+
+
+@pytest.fixture(params=["meta", torch.float64], ids=str)
+def default(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """Let torch make tensors on a device, or in a dtype, that nothing here is of."""
+
+    def choose() -> None:
+        if isinstance(request.param, str):
+            torch.set_default_device(request.param)
+        else:
+            torch.set_default_dtype(request.param)
+
+    yield choose
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_defaults_of_torch_change_no_store(
+    make_bert: Any, batch: Any, default: Any, dtype: str | None, tmp_path: Path
+) -> None:
+    sites = ["layers.*", "layers.0.attention.weights"] if dtype is None else ["layers.*"]
+    model = make_bert()
+
+    def read(folder: Path) -> list[torch.Tensor]:
+        with torch.no_grad(), lp.Probe(model, sites, to=folder, dtype=dtype):
+            model(**batch)
+        store = lp.open(folder)
+        view: Any = store["layers.1"]
+        mixed = view.rows(batch_size=4, shuffle=True, seed=0)
+        single = [one if dtype is None else one.float() for one in (view[0], *view[[2, 1]])]
+        found = [*single, *view.rows(batch_size=4), *mixed, store.where(id=[1]).rows("layers.1")]
+        found += [view.pooled(pool) for pool in ("mean", "max", "cls", "last")] + [store.input_ids(0)]
+        return found + list(store["layers.0.attention.weights"] if dtype is None else [])
+
+    expected = read(tmp_path / "before")
+    default()
+    for one, other in zip(read(tmp_path / "acts"), expected, strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype
+
+
+def test_defaults_of_torch_change_no_edit(make_bert: Any, batch: Any, default: Any) -> None:
+    model = make_bert()
+    edits = {
+        "embeddings": [lp.noise(0.1, seed=3, where=[0, -1]), lp.project_out(torch.ones(model.config.hidden_size))],
+        "layers.0": [lp.ablate("resample", seed=1), lp.ablate("mean", where=lp.token_ids(7))],
+        "layers.0.attention.context": lp.ablate(heads=[0]),
+        "layers.1": [lp.clamp(-1.0, 1.0), lp.scale(0.5, where=slice(1, None))],
+    }
+    with torch.no_grad(), lp.edit(model, edits):
+        expected = model(**batch).last_hidden_state
+    default()
+    with torch.no_grad(), lp.edit(model, edits):
+        assert torch.equal(model(**batch).last_hidden_state, expected)
+
+
+def test_defaults_of_torch_change_no_summary(make_bert: Any, batch: Any, default: Any) -> None:
+    model = make_bert()
+
+    def summarise() -> tuple[torch.Tensor, torch.Tensor]:
+        moments, top = lp.Moments(), lp.TopK(2)
+        for sink in (moments, top):
+            with torch.no_grad(), lp.Probe(model, "layers.1", to=sink):
+                model(**batch)
+        return moments["layers.1"].mean, top["layers.1"].values
+
+    expected = summarise()
+    default()
+    assert all(torch.equal(*pair) for pair in zip(summarise(), expected, strict=True))
 
 
 def test_tied_weights_stay_tied(make_bert: Any, batch: Any, tmp_path: Path) -> None:
