@@ -138,6 +138,7 @@ ORDER = (
     "layerprobe.edit.effects",
     "layerprobe.edit.patching",
     "layerprobe.edit.masked",
+    "layerprobe.extract.records",
     "layerprobe.extract.inputs",
     "layerprobe.extract.tokens",
     "layerprobe.extract.batching",

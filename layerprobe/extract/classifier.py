@@ -21,10 +21,11 @@ from layerprobe.analysis.keeping import KeptProbe, load_probe
 from layerprobe.errors import InputError, OptionError
 from layerprobe.extract.batching import cut_batches
 from layerprobe.extract.forward import find_precision, running
-from layerprobe.extract.inputs import check_list, check_text
+from layerprobe.extract.inputs import check_list
 from layerprobe.extract.looking import look
 from layerprobe.extract.network import find_max_length
 from layerprobe.extract.padding import sees_padding
+from layerprobe.extract.records import check_text
 from layerprobe.extract.tokens import TokenizedUnit, tokenize, tokenizing
 from layerprobe.extract.untrained import find_model
 from layerprobe.models import LoadedModel

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from layerprobe.extract.inputs import InputDigest, Record, TextSource
+from layerprobe.extract.inputs import TextSource
+from layerprobe.extract.records import InputDigest, Record
 from layerprobe.store.kept import Kept
 
 __all__ = ["MOST_UNIT_TOKENS", "Survey", "Unit", "UnitRule", "survey_input"]

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from layerprobe.errors import OptionError
-from layerprobe.extract.inputs import HUB_PREFIX, Record, TextSource, open_source
+from layerprobe.extract.inputs import HUB_PREFIX, TextSource, open_source
+from layerprobe.extract.records import Record
 
 __all__ = ["Crew", "gather_crew", "name_devices"]
 

@@ -1,102 +1,32 @@
 """Texts from wherever they are: lists, files, folders, standard input, data sets of the hub.
 
 A source can be gone through more than once and always gives the same records in the same order; that is what makes a
-run resumable. What else a record holds is what JSON says of it. Every error names the file and the line.
+run resumable. Every error names the file and the line.
 
 Hides file formats. Must never know of tokens or models.
 """
 
 import csv
-import datetime
-import decimal
 import json
 import re
 import sys
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-import torch
-import xxhash
-
 from layerprobe.errors import InputError, first_line
+from layerprobe.extract.records import Record, keep_plain, split_record
 from layerprobe.packages import need_package
-from layerprobe.store.guard import check_record
 
-__all__ = ["HUB_PREFIX", "InputDigest", "Record", "TextSource", "check_list", "check_text", "open_source"]
+__all__ = ["HUB_PREFIX", "TextSource", "check_list", "open_source"]
 
 _MOST_FIELD_CHARACTERS = (1 << 31) - 1
 _SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 HUB_PREFIX = "hf:"
-
-_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode  # made once: json.dumps makes one for each record
-# What JSON says as it is, and the kinds of numpy's dtypes whose `tolist` gives that.
-_PLAIN = (str, int, float, bool, type(None))
-_PLAIN_KINDS = "biufU"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One input: its text and whatever else came with it."""
-
-    text: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-
-class InputDigest:
-    """A fingerprint of records, in their order; equal for the same input and, in all likelihood, for no other."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._hash = xxhash.xxh3_128()
-        self._count = 0
-
-    def add(self, record: Record) -> int:
-        """Take in one record; gives its bytes as JSON.
-
-        Raises:
-            InputError: half a character in the text, or fields that are no JSON or more of it than is read back.
-        """
-        try:
-            # the JSON of `[text, fields]`, in pieces: a text alone is encoded three times as fast
-            line = f"[{_encode(record.text)}, {_encode(record.fields) if record.fields else '{}'}]\n".encode()
-            if record.fields:
-                check_record(line)
-        except (TypeError, ValueError, RecursionError) as error:
-            check_text(record.text, self._name, self._count)
-            raise InputError(
-                f"{self._name}, text {self._count}: its other fields cannot be kept as JSON ({error}). "
-                "Leave them out or clean them."
-            ) from error
-        self._hash.update(line)
-        self._count += 1
-        return len(line) - 1
-
-    def digest(self) -> bytes:
-        """Give the fingerprint of what was taken in so far: 16 bytes."""
-        return self._hash.digest()
-
-
-def check_text(text: str, name: str, number: int) -> str:
-    """Refuse a text that no tokenizer takes.
-
-    Raises:
-        InputError: it holds half a character.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{name}, text {number}: holds half a character ({text[error.start]!r} at {error.start}), which no "
-            "tokenizer takes. Clean the text first."
-        ) from error
-    return text
 
 
 def check_list(texts: Any, wanted: str) -> None:
@@ -207,7 +137,7 @@ def _open_dataset(path: str, field: str) -> TextSource:
 
     def iterate() -> Iterator[Record]:
         for number, record in enumerate(rows):
-            yield _keep_plain(record, field, f"{path}, row {number}")
+            yield keep_plain(record, field, f"{path}, row {number}")
 
     return TextSource(path, iterate)
 
@@ -247,77 +177,9 @@ def _iterate_list(records: Any, field: str) -> Iterator[Record]:
             _refuse_field(f"text {number}", field)
             yield Record(record)
         elif isinstance(record, Mapping):
-            yield _keep_plain(record, field, f"text {number}")
+            yield keep_plain(record, field, f"text {number}")
         else:
             raise InputError(f"text {number} is {type(record).__name__}, not a text: give strings or mappings.")
-
-
-def _split_record(record: Mapping[str, Any], field: str, where: str) -> Record:
-    if field not in record:
-        found = ", ".join(map(repr, record)) or "nothing"
-        raise InputError(f"{where}: no field {field!r}; it holds {found}. Name the field (--field).")
-    text = record[field]
-    if not isinstance(text, str):
-        raise InputError(f"{where}: field {field!r} is {type(text).__name__}, not a text.")
-    return Record(text, {key: value for key, value in record.items() if key != field})
-
-
-def _keep_plain(given: Mapping[str, Any], field: str, where: str) -> Record:
-    """Split a record whose fields may be anything, and turn them into what JSON says of them.
-
-    Raises:
-        InputError: it has no word for one.
-    """
-    record = _split_record(given, field, where)
-    try:
-        return Record(record.text, _make_plain(record.fields, "", where))
-    except RecursionError as error:
-        raise InputError(
-            f"{where}: its fields are nested too deeply, which cannot be kept as JSON. Leave them out."
-        ) from error
-
-
-def _make_plain(value: Any, name: str, where: str) -> Any:
-    if type(value) in _PLAIN:
-        return value
-    dtype = ""
-    if isinstance(value, (np.ndarray, np.generic)):
-        if value.dtype == np.longdouble:  # whose own `tolist` gives what JSON does not know
-            value = value.astype(np.float64)
-        if value.dtype.kind in _PLAIN_KINDS:
-            return value.tolist()
-        if value.dtype.kind == "O":
-            return _make_plain(value.tolist(), name, where)
-        dtype = f" of {value.dtype}"
-    elif isinstance(value, torch.Tensor):
-        if not value.is_complex() and value.layout == torch.strided and not value.is_meta:
-            return value.tolist()
-        dtype = f" of {value.dtype}"
-    elif isinstance(value, (datetime.date, datetime.time)):
-        return value.isoformat()
-    elif isinstance(value, (decimal.Decimal, uuid.UUID)):
-        return str(value)
-    elif isinstance(value, Mapping):
-        _check_names(value, name, where)
-        return {key: _make_plain(inner, f"{name}.{key}" if name else key, where) for key, inner in value.items()}
-    elif isinstance(value, (list, tuple)):
-        return [_make_plain(inner, f"{name}[{place}]", where) for place, inner in enumerate(value)]
-    elif isinstance(value, _PLAIN):  # a subclass, which JSON takes for what it is derived from
-        return value
-    raise InputError(
-        f"{where}: field {name!r} is {type(value).__name__}{dtype}, which cannot be kept as JSON. "
-        "Give a text, a number, a list or a mapping of them, or leave it out; save the columns that you need anew."
-    )
-
-
-def _check_names(fields: Mapping[Any, Any], name: str, where: str) -> None:
-    for key in fields:
-        if not isinstance(key, str):
-            inside = f" in {name!r}" if name else ""
-            raise InputError(
-                f"{where}: a field{inside} is named {key!r}, which is {type(key).__name__} and cannot be kept as JSON. "
-                "Name it by a text, or leave it out."
-            )
 
 
 def _decode_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
@@ -360,7 +222,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
                 raise InputError(f"{where}: is not JSON ({error}).") from error
             if not isinstance(record, dict):
                 raise InputError(f"{where}: holds {type(record).__name__}, not an object with a field {field!r}.")
-            yield _split_record(record, field, where)
+            yield split_record(record, field, where)
 
 
 def _read_csv(path: Path, field: str) -> Iterator[Record]:
@@ -377,7 +239,7 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
                 where = f"{path}, line {reader.line_num}"
                 if None in record or None in record.values():
                     raise InputError(f"{where}: has not the {len(reader.fieldnames or ())} columns of the first line.")
-                yield _split_record(record, field, where)
+                yield split_record(record, field, where)
         except csv.Error as error:
             # the DictReader counts a line only once it has read it
             raise InputError(f"{path}, line {reader.reader.line_num}: is not CSV ({error}).") from error
@@ -394,7 +256,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[Record]:
         row = 0
         for batch in file.iter_batches(batch_size=1024):
             for record in batch.to_pylist():
-                yield _keep_plain(record, field, f"{path}, row {row}")
+                yield keep_plain(record, field, f"{path}, row {row}")
                 row += 1
     except (arrow_error, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: is not parquet ({first_line(error)}).") from error

@@ -25,10 +25,11 @@ from layerprobe.extract.cutting import Unit, UnitRule, survey_input
 from layerprobe.extract.description import describe_run
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
 from layerprobe.extract.forward import CUDA_GRAPHS, check_device, find_precision, running
-from layerprobe.extract.inputs import TextSource, check_text, open_source
+from layerprobe.extract.inputs import TextSource, open_source
 from layerprobe.extract.looking import try_out
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
+from layerprobe.extract.records import check_text
 from layerprobe.extract.resume import (
     check_finite,
     check_place,

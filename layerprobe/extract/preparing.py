@@ -15,8 +15,8 @@ from layerprobe.errors import InputError
 from layerprobe.extract.ahead import make_first
 from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.cutting import Unit
-from layerprobe.extract.inputs import InputDigest, Record
 from layerprobe.extract.plan import Plan
+from layerprobe.extract.records import InputDigest, Record
 from layerprobe.extract.tokens import TokenizedUnit, tokenize
 from layerprobe.store.kept import KeptRows
 

@@ -21,9 +21,10 @@ from layerprobe.extract.cutting import Unit
 from layerprobe.extract.engine import UnitEngine, ending_waits
 from layerprobe.extract.folder import hold_store
 from layerprobe.extract.forward import CUDA_GRAPHS, count_compiled
-from layerprobe.extract.inputs import InputDigest, Record, TextSource
+from layerprobe.extract.inputs import TextSource
 from layerprobe.extract.plan import Plan
 from layerprobe.extract.preparing import prepare_missing
+from layerprobe.extract.records import InputDigest, Record
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.tokens import NO_TEXTS

@@ -26,10 +26,11 @@ from layerprobe.extract.batching import Batch, cut_batches
 from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.cutting import Unit
 from layerprobe.extract.forward import find_precision, running
-from layerprobe.extract.inputs import Record, check_text, open_source
+from layerprobe.extract.inputs import open_source
 from layerprobe.extract.network import choose_max_length, find_model
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.padding import sees_padding
+from layerprobe.extract.records import Record, check_text
 from layerprobe.extract.reports import StreamReport
 from layerprobe.extract.tokens import TokenizedUnit, tokenize
 from layerprobe.extract.warmup import choose_batch_cost, choose_batch_tokens

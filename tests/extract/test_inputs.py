@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from layerprobe.capture.units import encode_record
 from layerprobe.errors import InputError
-from layerprobe.extract.inputs import InputDigest, Record, check_text, open_source
+from layerprobe.extract.inputs import open_source
+from layerprobe.extract.records import InputDigest, Record, check_text
 from layerprobe.store import guard
 from layerprobe.store.guard import parse_record
 

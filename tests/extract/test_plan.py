@@ -28,9 +28,10 @@ from layerprobe.errors import (
 from layerprobe.extract import cutting, resume
 from layerprobe.extract.cutting import Unit, UnitRule, survey_input
 from layerprobe.extract.engine import UnitEngine
-from layerprobe.extract.inputs import Record, TextSource
+from layerprobe.extract.inputs import TextSource
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
+from layerprobe.extract.records import Record
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.resume import choose_size, recall_run
 from layerprobe.extract.run import run_extraction

@@ -12,10 +12,11 @@ from layerprobe.extract import engine, preparing, sampling
 from layerprobe.extract import plan as planning
 from layerprobe.extract.engine import UnitEngine
 from layerprobe.extract.forward import count_compiled
-from layerprobe.extract.inputs import Record, open_source
+from layerprobe.extract.inputs import open_source
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.preparing import PreparedUnit
+from layerprobe.extract.records import Record
 from layerprobe.extract.sampling import Sampler, grow_sample
 from layerprobe.models import LoadedModel
 
