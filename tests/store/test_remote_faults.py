@@ -68,7 +68,8 @@ def test_a_server_that_stays_ill_is_an_error_that_names_the_object(
     server.faults.clear()
     # what failed is asked for again
     assert torch.equal(store["layers.1"][0], local["layers.1"][0])
-    server.spoil(*[fault] * (4 * PATIENCE.attempts))
+    # both shards to come are asked for at once, and the first of them again when it is needed
+    server.spoil(*[fault] * 12 * PATIENCE.attempts)
     with pytest.raises(StoreError, match="after 4 attempts"):
         store["layers.1"].pooled()
     server.faults.clear()
