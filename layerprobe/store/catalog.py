@@ -244,11 +244,16 @@ class Catalog:
         ahead = numbers[:_SHARDS_AHEAD]
         if any(number not in self._open for number in ahead):
             self._open_all(numbers[:_OPENED_AT_ONCE])
-        return [
-            held
-            for place, number in enumerate(ahead)
-            for held in self.shard(number).prefetch(names, needs_room=place >= num_needed)
-        ]
+        held: list[object] = []
+        for place, number in enumerate(ahead):
+            try:
+                shard = self.shard(number)
+            except StoreError:
+                if place == 0:
+                    raise
+                break  # told when it is asked for
+            held += shard.prefetch(names, needs_room=place >= num_needed)
+        return held
 
     def fetch(
         self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str], num_needed: int
@@ -271,7 +276,7 @@ class Catalog:
 
     def _open_all(self, numbers: Sequence[int]) -> None:
         """Open shards that lie elsewhere, several at once; what is wrong with any but the first is not said yet."""
-        if self.place.folder is None:
+        if self.place.folder is None and not self._is_closed:
             missing = [number for number in dict.fromkeys(numbers) if number not in self._open]
             found = self._cache.map(self._make_shard, missing)
             for number in missing:

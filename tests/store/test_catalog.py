@@ -39,6 +39,18 @@ def test_a_closed_store_reads_no_more_but_what_was_read_stays(write_store: Write
     assert len(store) == 5
 
 
+def test_a_closed_store_elsewhere_reads_no_more_either(write_store: WriteStore, tmp_path: Path) -> None:
+    written = write_store()
+    place = RemotePlace(f"memory://{tmp_path.name}-closed/acts")
+    copy_store(open_store(written.folder), place)
+    opened: Any = layerprobe.open(place)
+    opened.close()
+    view = opened["layers.0"]
+    for read in (view.pooled, lambda: list(view), lambda: list(opened), lambda: list(opened.iter_shards())):
+        with pytest.raises(StoreError, match=r"this store was closed\. Open it again"):
+            read()
+
+
 def test_ten_thousand_shards_open_without_one_being_touched(write_store: WriteStore) -> None:
     written = write_store(((2, 3),))
     path = written.folder / "index.json"
@@ -82,6 +94,24 @@ def test_a_shard_that_is_gone_elsewhere_too_is_named_with_its_examples(
                 read()
     layerprobe.extract(tiny, texts, tmp_path / "acts", sites="layers.0", shard_size=4_000)
     assert len(list(layerprobe.open(tmp_path / "acts"))) == len(texts)
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_what_lies_before_a_damaged_shard_is_given(write_store: WriteStore, tmp_path: Path, is_elsewhere: bool) -> None:
+    written = write_store(((1, 2),) * 6)
+    path = written.folder / "shard-000003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    where: Any = written.folder
+    if is_elsewhere:
+        where = RemotePlace(f"memory://{tmp_path.name}-before/acts")
+        copy_store(open_store(written.folder), where)
+    found: list[int] = []
+    for values in (open_store(where), open_store(where)["layers.0"], open_store(where)["layers.0"].iter_pooled()):
+        given: list[Any] = []
+        with pytest.raises(FormatError, match="shard-000003"):
+            given.extend(iter(values))
+        found.append(len(given))
+    assert found == [6, 6, 3]
 
 
 def test_a_tensor_is_compared_once_however_often_its_shard_is_mapped(
