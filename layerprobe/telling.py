@@ -51,4 +51,6 @@ def say(text: str) -> None:
     """Say something in a line of its own, above the bars."""
     from tqdm import tqdm
 
-    tqdm.write(f"layerprobe: {text}", file=find_stderr())
+    # bars of the caller's own, around a run, are on the stream itself
+    with suppress(AttributeError, OSError, ValueError), tqdm.external_write_mode(sys.stderr):
+        tqdm.write(f"layerprobe: {text}", file=find_stderr())
