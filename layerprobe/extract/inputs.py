@@ -33,7 +33,7 @@ def check_list(texts: Any, wanted: str) -> None:
     """Refuse what does not give its texts, in an order of its own, when it is gone through."""
     # a data frame gives the names of its columns
     if hasattr(texts, "columns"):
-        wanted += ", such as a column of it, or its rows as mappings: frame.to_dict('records')"
+        wanted += ", such as a column of it as a list, or its rows as mappings (in pandas frame.to_dict('records'))"
     # a set has another order in each process, so a run over one could not be gone on with
     elif isinstance(texts, Iterable) and not isinstance(texts, (Mapping, set, frozenset, bytes)):
         return

@@ -170,9 +170,13 @@ def test_what_is_no_input_is_refused(texts: Any, message: str) -> None:
 def test_a_data_frame_is_refused_and_its_rows_and_columns_are_read() -> None:
     """Going through one gives the names of its columns."""
     frame = pytest.importorskip("pandas").DataFrame({"text": ["one", "two"], "label": [1, 2]})
-    with pytest.raises(InputError, match=r"DataFrame is no input: give .* frame\.to_dict\('records'\)\.$"):
+    with pytest.raises(InputError, match=r"DataFrame is no input: give .* frame\.to_dict\('records'\)\)\.$"):
         texts_of(frame)
     assert texts_of(frame["text"]) == ["one", "two"] == texts_of(frame.to_dict("records"))
+    table = pytest.importorskip("pyarrow").Table.from_pandas(frame)
+    with pytest.raises(InputError, match=r"Table is no input: give .* a column of it as a list, .*in pandas"):
+        texts_of(table)
+    assert texts_of(table["text"].to_pylist()) == ["one", "two"] == texts_of(table.to_pylist())
 
 
 def test_data_sets_are_read_by_split_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
