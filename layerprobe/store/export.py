@@ -25,7 +25,7 @@ from layerprobe.store.description import StoredSite
 from layerprobe.store.durable import commit_folder, flush_folder, need_parent, tell_failure
 from layerprobe.store.guard import check_flag
 from layerprobe.store.headers import checksum
-from layerprobe.store.lock import StoreLock, is_abandoned
+from layerprobe.store.lock import LOCK_FILE, StoreLock, is_abandoned
 from layerprobe.store.naming import match_sites
 from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_zarr
 from layerprobe.store.reader import Store, open_store
@@ -219,11 +219,9 @@ def _committed(out: Path, overwrite: bool) -> Iterator[Path]:
         except BaseException:
             if old.exists() and not out.exists():
                 os.replace(old, out)
-            shutil.rmtree(work, ignore_errors=True)
             raise
         finally:
-            lock.release()
-        shutil.rmtree(work)
+            _remove_work(work, lock)
         flush_folder(out.parent)
     except LayerProbeError:
         raise
@@ -231,13 +229,35 @@ def _committed(out: Path, overwrite: bool) -> Iterator[Path]:
         raise tell_failure(out, error) from error
 
 
+def _remove_work(work: Path, lock: StoreLock) -> None:
+    """Remove the folder of an export that has ended; where something in it stays, so does what tells it is left."""
+    new, old = work / "new", work / "old"
+    try:
+        if not _has_only_copy(work):
+            for path in (new, old):
+                with contextlib.suppress(OSError):
+                    # a file can be removed where no more of them can be opened, which `rmtree` has to do
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    finally:
+        is_empty = not os.path.lexists(new) and not os.path.lexists(old)
+        lock.release(keeps_file=not is_empty)
+    if is_empty:
+        with contextlib.suppress(OSError):
+            (work / LOCK_FILE).unlink(missing_ok=True)
+            work.rmdir()
+
+
 def _remove_leftovers(folder: Path, prefix: str) -> None:
     """Remove what killed exports to this name left: folders with the lock that each makes, and nobody who holds it."""
     for path in list(folder.iterdir()):
         is_work = path.name.startswith(prefix) and path.suffix == ".tmp" and path.is_dir() and not path.is_symlink()
-        # one that replaced a folder and was killed before the new one had its name still has the only copy
-        if is_work and not (path / "old").exists() and is_abandoned(path):
+        if is_work and not _has_only_copy(path) and is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _has_only_copy(work: Path) -> bool:
+    """Whether what an export moved aside is there, and what replaces it has not got its name."""
+    return (work / "old").exists() and (work / "new").exists()
 
 
 def _bar(num_passes: int, progress: bool | None) -> "tqdm[Any]":

@@ -75,13 +75,18 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         """The open file that holds the lock, for processes that are to hold it too; None while it is not held."""
         return self._descriptor
 
-    def release(self) -> None:
-        """Give the lock back, if it is held."""
+    def release(self, keeps_file: bool = False) -> None:
+        """Give the lock back, if it is held.
+
+        Args:
+            keeps_file: Whether its file stays, so that the folder is one that was abandoned.
+        """
         if self._descriptor is None:
             return
         # The name goes before the lock does: whoever takes it in between sees that its file has no name any more.
-        with suppress(OSError):
-            self._path.unlink()
+        if not keeps_file:
+            with suppress(OSError):
+                self._path.unlink()
         descriptor, self._descriptor = self._descriptor, None
         with suppress(OSError):  # the descriptor is gone all the same, and the caller's error says more
             os.close(descriptor)

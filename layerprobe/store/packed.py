@@ -9,7 +9,9 @@ Must never know of folders or stores.
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -190,14 +192,17 @@ def _write_npy(member: IO[bytes], array: PackedArray) -> None:
 def write_zarr(path: Path, arrays: Sequence[PackedArray]) -> None:
     """Write arrays into a Zarr group, format 3, a chunk at a time."""
     zarr = need_package("zarr", "Zarr", "data")
-    group = zarr.open_group(str(path), mode="w", zarr_format=3)
-    for array in arrays:
-        chunks = (min(_chunk_rows(array), max(1, array.shape[0])), *array.shape[1:])
-        target = group.create_array(array.name, shape=array.shape, dtype=array.dtype, chunks=chunks)
-        start = 0
-        for piece in _cut_evenly(array):
-            target[start : start + len(piece)] = piece
-            start += len(piece)
+    # zarr writes in threads of its own, which a call that Ctrl-C cuts short does not wait for: so none is cut short
+    with ThreadPoolExecutor(1, "layerprobe-zarr") as thread:
+        group = thread.submit(zarr.open_group, str(path), mode="w", zarr_format=3).result()
+        for array in arrays:
+            chunks = (min(_chunk_rows(array), max(1, array.shape[0])), *array.shape[1:])
+            make = partial(group.create_array, shape=array.shape, dtype=array.dtype, chunks=chunks)
+            target = thread.submit(make, array.name).result()
+            start = 0
+            for piece in _cut_evenly(array):
+                thread.submit(target.__setitem__, slice(start, start + len(piece)), piece).result()
+                start += len(piece)
 
 
 def _chunk_rows(array: PackedArray) -> int:

@@ -426,6 +426,24 @@ def test_a_folder_moved_aside_comes_back_when_the_new_one_cannot_be_named(tmp_pa
     assert (out / "zarr.json").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
 
 
+def test_an_only_copy_that_cannot_come_back_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out.zarr"
+    out.mkdir()
+    (out / "zarr.json").write_text("old")
+
+    def replace() -> None:
+        with _committed(out, overwrite=True) as partial:
+            partial.mkdir()
+            os.replace(out, partial.parent / "old")
+            # takes neither the new folder nor the old one
+            out.write_text("mine")
+
+    with pytest.raises(StoreError, match="cannot be written"):
+        replace()
+    (kept,) = tmp_path.glob(".layerprobe-out.zarr-*/old/zarr.json")
+    assert kept.read_text() == "old" and out.read_text() == "mine"
+
+
 def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match="Make room"), _committed(tmp_path / "out", overwrite=False):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -488,6 +506,46 @@ def test_an_export_that_may_be_under_way_is_nobodys_leftover(
     with _committed(tmp_path / "out.npz", overwrite=False) as partial:
         partial.write_text("whole")
     assert {path.name for path in tmp_path.iterdir()} == {"out.npz", left.name}
+
+
+def test_what_cannot_be_removed_is_left_to_the_next_export_to_that_name(tmp_path: Path) -> None:
+    code = f"""
+import errno, resource
+from pathlib import Path
+from layerprobe.errors import StoreError
+from layerprobe.store.export import _committed
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+for number in range(3):
+    try:
+        with _committed(Path({str(tmp_path / "out")!r}), overwrite=False) as partial:
+            (partial / "part").mkdir(parents=True) if number == 1 else partial.write_text("half")
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+            raise OSError(errno.EMFILE, "Too many open files")
+    except StoreError:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    print(len(list(Path({str(tmp_path)!r}).iterdir())))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    # a file goes without another one being opened; of a folder the lock's file stays, by which the next finds it
+    assert ended.stdout.split() == ["0", "1", "0"], ended.stderr
+
+
+def test_what_was_replaced_goes_with_the_leftovers_once_the_new_one_has_its_name(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from layerprobe.store import export
+export._remove_work = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+out = Path({str(tmp_path / "out")!r})
+out.mkdir()
+with export._committed(out, overwrite=True) as partial:
+    partial.mkdir()
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".layerprobe-out-*/old"))) == 1
+    with _committed(tmp_path / "out", overwrite=True) as partial:
+        partial.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def refuse_locks(*_: object) -> None:
