@@ -7,12 +7,14 @@ stand in the other files of this folder.
 import os
 import sys
 import traceback
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from layerprobe.cli import analyses, classifiers, edits, exports, generations, instruments, runs, stats, stores
 from layerprobe.errors import LayerProbeError
+from layerprobe.telling import find_stderr
 from layerprobe.version import __version__
 
 __all__ = ["app", "main"]
@@ -74,12 +76,17 @@ def main() -> None:
     except LayerProbeError as error:
         if "--debug" in sys.argv[1:]:
             traceback.print_exc()
-        print(f"layerprobe: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"layerprobe: {' '.join(str(error).splitlines())}", file=find_stderr())
         status = 2
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
-        status = _report_usage(error)
+        lost = _give_up_stdout() if isinstance(error, OSError) else None
+        if lost is None:
+            status = _report_usage(error)
+        else:
+            print(f"layerprobe: standard output: cannot be written ({lost.strerror or lost}).", file=find_stderr())
+            status = 2
     sys.exit(status)
 
 
@@ -88,6 +95,19 @@ def _open_missing() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as the process lives
+
+
+def _give_up_stdout() -> OSError | None:
+    """Find out whether standard output takes no more, as on a full disk; it is then not tried again at the end."""
+    try:
+        print(flush=True)
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        return error
+    return None
 
 
 def _report_usage(error: Exception) -> int:

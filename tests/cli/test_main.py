@@ -276,3 +276,15 @@ def test_no_file_of_a_command_gets_the_number_of_a_closed_stream(closed: str) ->
     )
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code]
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_stdout_that_takes_nothing_is_an_error_in_one_line(unbuffered: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "layerprobe", "--version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == "layerprobe: standard output: cannot be written (No space left on device).\n"
