@@ -10,6 +10,7 @@ import pytest
 from tqdm import tqdm
 
 import layerprobe as lp
+from layerprobe.analysis.sweep import bar_of
 from layerprobe.extract import run
 from layerprobe.models import LoadedModel
 from layerprobe.telling import Stderr, find_stderr, say
@@ -64,3 +65,18 @@ def test_what_a_stream_has_more_of_is_there() -> None:
     assert find_stderr() == Stderr(sys.stderr) != Stderr(stream)
     assert Stderr(stream).encoding == "utf-8"
     assert not Stderr(stream).isatty() and not Stderr(None).isatty()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "closed", "none"])
+@pytest.mark.parametrize("progress", [None, True])
+def test_a_stderr_that_takes_nothing_ends_no_sweep(
+    kind: str, progress: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = make_broken(kind)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with bar_of(2, "rows", progress) as bar:
+        bar.update()
+    monkeypatch.undo()
+    with suppress(AttributeError, BrokenPipeError):
+        stream.close()
+    assert bar.total == 2

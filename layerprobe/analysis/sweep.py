@@ -24,6 +24,7 @@ from layerprobe.store.naming import is_stored, match_sites, need_name
 from layerprobe.store.reader import Store, open_store
 from layerprobe.store.rows import choose_sites, take_rows
 from layerprobe.store.shards import Shard, positions_of
+from layerprobe.telling import find_stderr
 
 __all__ = [
     "Chunk",
@@ -118,7 +119,14 @@ def bar_of(total: int, what: str, progress: bool | None, unit: str = "rows") -> 
     """Make a progress bar; None shows it only on a terminal, and not for what is done at once."""
     disable, delay = (None, 0.5) if progress is None else (not progress, 0.0)
     return tqdm(
-        total=total, desc=what, unit=f" {unit}", unit_scale=unit == "rows", disable=disable, leave=False, delay=delay
+        total=total,
+        desc=what,
+        unit=f" {unit}",
+        unit_scale=unit == "rows",
+        disable=disable,
+        leave=False,
+        delay=delay,
+        file=find_stderr(),
     )
 
 
