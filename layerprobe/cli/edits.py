@@ -46,13 +46,16 @@ def patch(
     check_out(out)
     from layerprobe.edit.masked import patch_masked
     from layerprobe.models import load_model
+    from layerprobe.sites.resolve import map_model
 
+    loaded = load_model(model, device)
+    default = ["layers.*.attention.context"] if heads else map_model(loaded.model).leave_out_missing()
     found = patch_masked(
-        load_model(model, device),
+        loaded,
         clean,
         corrupt,
         answer,
-        patterns or ("layers.*.attention.context" if heads else ["embeddings", "layers.*"]),
+        patterns or default,
         positions=not heads,
         heads=heads,
         method=method,

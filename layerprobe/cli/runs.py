@@ -125,12 +125,12 @@ def extract(
     Example: layerprobe extract demo texts.txt -o acts --dtype float16
     """
     from layerprobe.extract.forward import CUDA_GRAPHS
-    from layerprobe.extract.options import DEFAULT_SITES, ExtractOptions
+    from layerprobe.extract.options import ExtractOptions
     from layerprobe.extract.plan import plan_extraction
     from layerprobe.extract.run import run_extraction
 
     options = ExtractOptions(
-        sites=patterns or DEFAULT_SITES,
+        sites=patterns or None,
         dtype=dtype,
         pool=pool,
         field=field,

@@ -63,7 +63,8 @@ def stats(
     from layerprobe.analysis.results import write_text
     from layerprobe.capture.statistics import format_said
     from layerprobe.capture.topk import TopK
-    from layerprobe.extract.options import DEFAULT_SITES, ExtractOptions
+    from layerprobe.extract.network import choose_sites
+    from layerprobe.extract.options import ExtractOptions
     from layerprobe.extract.stream import stream_texts
     from layerprobe.models import load_model
     from layerprobe.sites.resolve import map_model
@@ -76,11 +77,9 @@ def stats(
     for path in (json_file, out):
         if path is not None:
             check_place(path)
-    options = ExtractOptions(
-        sites=patterns or DEFAULT_SITES, field=field, max_length=max_length, batch_tokens=batch_tokens
-    )
+    options = ExtractOptions(sites=patterns or None, field=field, max_length=max_length, batch_tokens=batch_tokens)
     loaded = load_model(model, device)
-    for site in map_model(loaded.model).select(list(options.sites)):
+    for site in choose_sites(map_model(loaded.model), options.sites):
         for unit in units or []:
             if site.width is not None and not -site.width <= unit < site.width:
                 raise OptionError(f"--unit {unit}: {site.name!r} has {site.width}.")

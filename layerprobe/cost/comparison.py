@@ -27,14 +27,13 @@ from layerprobe.cost.results import median_ratio
 from layerprobe.errors import OptionError
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.profile import check_runs
+from layerprobe.sites.resolve import DEFAULT_SITES, map_model
 from layerprobe.sites.stacks import find_called
 from layerprobe.tables import format_table
 
 __all__ = ["COMPARISONS", "Comparison", "compare"]
 
 COMPARISONS = ("hidden_states",)
-# The sites that `output_hidden_states` gives, but for a final norm.
-_SITES = ("embeddings", "layers.*")
 # Of one round of one way: long enough for the end of a store to be a small part of it.
 _ROUND_S = 0.25
 _MOST_CALLS = 64
@@ -47,10 +46,12 @@ class Comparison:
     Args:
         seconds: By way; `bare` is the model alone.
         num_calls: Forwards in a round.
+        sites: Patterns that were watched.
     """
 
     seconds: Mapping[str, tuple[float, ...]]
     num_calls: int
+    sites: tuple[str, ...] = DEFAULT_SITES
 
     def ratio(self, way: str) -> float:
         """Time of a way over that of the bare model just before it; the median over rounds."""
@@ -63,13 +64,13 @@ class Comparison:
         ]
         rounds = len(self.seconds["bare"])
         table = format_table(("watched by", "ms per forward", "of bare"), rows)
-        return f"{table}\n\nmedians of {rounds} rounds of {self.num_calls} forwards, in turns; {', '.join(_SITES)}"
+        return f"{table}\n\nmedians of {rounds} rounds of {self.num_calls} forwards, in turns; {', '.join(self.sites)}"
 
     def describe(self) -> dict[str, Any]:
         """Give everything as plain values, for JSON."""
         return {
             "calls": self.num_calls,
-            "sites": list(_SITES),
+            "sites": list(self.sites),
             "seconds": {way: list(taken) for way, taken in self.seconds.items()},
             "ratios": {way: self.ratio(way) for way in self.seconds},
         }
@@ -90,7 +91,7 @@ def compare(
 
     Args:
         model, batch, repeats: As for `lp.profile`; a repeat is a round of all ways.
-        what: `hidden_states`: the embeddings and every layer.
+        what: `hidden_states`: the embeddings and every layer, as far as the model has them.
 
     Raises:
         OptionError: another word, or a model whose times cannot be taken.
@@ -101,9 +102,11 @@ def compare(
         raise OptionError(f"compare {what!r}: use {', '.join(COMPARISONS)}.")
     network = find_called(model)
     device = check_runs(network, repeats)
+    # what `output_hidden_states` gives, but for a final norm
+    sites = map_model(network).leave_out_missing()
     taken: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, evaluating(network), torch.inference_mode():
-        ways = _list_ways(network, Path(folder))
+        ways = _list_ways(network, sites, Path(folder))
         # the first forward of a process is slower than any other
         _, once = (_time_way(network, batch, *ways[0][1:], 1, 0, device) for _ in range(2))
         num_calls = max(1, min(_MOST_CALLS, math.ceil(_ROUND_S / once)))
@@ -113,20 +116,22 @@ def compare(
                 if number >= 0:
                     taken.setdefault(way, []).append(seconds / num_calls)
             shutil.rmtree(Path(folder) / str(number))
-    return Comparison({way: tuple(seconds) for way, seconds in taken.items()}, num_calls)
+    return Comparison({way: tuple(seconds) for way, seconds in taken.items()}, num_calls, tuple(sites))
 
 
 Enter = Callable[[int], AbstractContextManager[Any]]
 
 
-def _list_ways(network: nn.Module, folder: Path) -> Sequence[tuple[str, Enter, Mapping[str, Any]]]:
+def _list_ways(
+    network: nn.Module, sites: Sequence[str], folder: Path
+) -> Sequence[tuple[str, Enter, Mapping[str, Any]]]:
     """Name each way, with what is entered around its forwards and what these are called with besides."""
     return (
         ("bare", lambda _: nullcontext(), {}),
-        ("hooks", lambda _: Probe(network, _SITES, to=_keep_nothing), {}),
+        ("hooks", lambda _: Probe(network, sites, to=_keep_nothing), {}),
         ("hidden_states", lambda _: nullcontext(), {"output_hidden_states": True}),
-        ("memory", lambda _: Probe(network, _SITES), {}),
-        ("store", lambda number: Probe(network, _SITES, to=folder / str(number)), {}),
+        ("memory", lambda _: Probe(network, sites), {}),
+        ("store", lambda number: Probe(network, sites, to=folder / str(number)), {}),
     )
 
 

@@ -4,6 +4,7 @@ Also a batch of random tokens for it, where only its speed is asked for. Hides w
 never know of stores.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from layerprobe.errors import ModelError, OptionError
 from layerprobe.models import LoadedModel, check_tokenizer, load_model, load_tokenizer
-from layerprobe.sites.resolve import map_model
+from layerprobe.sites.resolve import ModelMap, Site, map_model
 from layerprobe.sites.stacks import calls_forward, find_device, need_model, unwrap
 
 __all__ = [
     "choose_max_length",
+    "choose_sites",
     "find_max_length",
     "find_model",
     "find_position_padding",
@@ -84,6 +86,15 @@ def find_position_padding(base: nn.Module) -> int | None:
     """Find the padding id behind which a base model's positions begin, as those of RoBERTa's kin do, or None."""
     table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     return table.padding_idx if isinstance(table, nn.Embedding) else None
+
+
+def choose_sites(mapped: ModelMap, asked: str | Sequence[str] | None) -> tuple[Site, ...]:
+    """Find the sites of a run: what is asked for, or of the embeddings and every layer what the model has.
+
+    Raises:
+        SiteError: a pattern is malformed or matches nothing.
+    """
+    return mapped.select(mapped.leave_out_missing() if asked is None else asked)
 
 
 def choose_max_length(model: nn.Module, tokenizer: Any, asked: int | None) -> int:

@@ -18,9 +18,8 @@ from layerprobe.store.kept import check_kept
 from layerprobe.store.places import names_place
 from layerprobe.store.writer import NONFINITE_POLICIES
 
-__all__ = ["DEFAULT_SITES", "ExtractOptions", "check_call"]
+__all__ = ["ExtractOptions", "check_call"]
 
-DEFAULT_SITES = ("embeddings", "layers.*")
 # What a run into a sink takes; all other options concern stores.
 _FOR_SINKS = ("sites", "field", "max_length", "batch_tokens")
 # Where the name of an option is another than that of its field.
@@ -32,7 +31,7 @@ class ExtractOptions:
     """What to extract and how; checked when made.
 
     Args:
-        sites: A pattern, or several.
+        sites: A pattern, or several; None for the embeddings and every layer, as far as the model has them.
         dtype: Stored dtype by name, or None for the model's own.
         pool: As for `Probe`.
         field: Which field of a record holds the text.
@@ -52,7 +51,7 @@ class ExtractOptions:
         OptionError: a value that does not exist.
     """
 
-    sites: str | Sequence[str] = DEFAULT_SITES
+    sites: str | Sequence[str] | None = None
     dtype: str | torch.dtype | None = None
     pool: Pool = None
     field: str = "text"
@@ -68,7 +67,7 @@ class ExtractOptions:
     writers: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sites", _list_patterns(self.sites))
+        object.__setattr__(self, "sites", None if self.sites is None else _list_patterns(self.sites))
         if not isinstance(self.field, str):
             raise OptionError(f"field is {self.field!r}: it must be the name of a field, a text such as 'text'.")
         resolve_dtype(self.dtype)

@@ -27,7 +27,7 @@ from layerprobe.extract.devices import Crew, gather_crew, name_devices
 from layerprobe.extract.forward import CUDA_GRAPHS, check_device, find_precision, running
 from layerprobe.extract.inputs import TextSource, open_source
 from layerprobe.extract.looking import try_out
-from layerprobe.extract.network import choose_max_length, find_model
+from layerprobe.extract.network import choose_max_length, choose_sites, find_model
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.records import check_text
 from layerprobe.extract.resume import (
@@ -228,7 +228,7 @@ def plan_extraction(
     name = model.name if isinstance(model, LoadedModel) else model if isinstance(model, str) else ""
     model, tokenizer = find_model(model, tokenizer, device)
     check_device(need_one_device(model), options.compile)
-    sites = map_model(model).select(options.sites)
+    sites = choose_sites(map_model(model), options.sites)
     max_length = choose_max_length(model, tokenizer, options.max_length)
     stored = _measure_sites(model, tokenizer, sites, options)
     sample = _read_sample(source)

@@ -24,7 +24,7 @@ from layerprobe.extract.crew import run_crew
 from layerprobe.extract.engine import UnitEngine, ending_waits
 from layerprobe.extract.folder import hold_store
 from layerprobe.extract.forward import find_dtype
-from layerprobe.extract.options import DEFAULT_SITES, ExtractOptions, check_call
+from layerprobe.extract.options import ExtractOptions, check_call
 from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.preparing import check_units, prepare_missing
 from layerprobe.extract.reports import RunReport
@@ -54,7 +54,7 @@ def extract(
     texts: Any,
     to: str | Path | Place,
     *,
-    sites: str | Sequence[str] = ...,
+    sites: str | Sequence[str] | None = ...,
     dtype: str | torch.dtype | None = ...,
     pool: Pool = ...,
     tokenizer: Any = ...,
@@ -81,7 +81,7 @@ def extract(
     texts: Any,
     to: SinkType,
     *,
-    sites: str | Sequence[str] = ...,
+    sites: str | Sequence[str] | None = ...,
     tokenizer: Any = ...,
     field: str = ...,
     max_length: int | None = ...,
@@ -94,7 +94,7 @@ def extract(
     texts: Any,
     to: Any,
     *,
-    sites: str | Sequence[str] = DEFAULT_SITES,
+    sites: str | Sequence[str] | None = None,
     dtype: str | torch.dtype | None = None,
     pool: Pool = None,
     tokenizer: Any = None,
@@ -125,7 +125,7 @@ def extract(
             per line.
         to: Folder of the store, or a URL under `s3://`, `gs://`, `hf://` or `memory://`. A store that already holds
             part of the same run is resumed. Or a sink, such as `Moments()`: options for stores are then refused.
-        sites: Patterns.
+        sites: Patterns; None for the embeddings and every layer, as far as the model has them.
         dtype: Stored dtype; None for what the model makes. Under `precision` CUDA's autocast computes norms in float32,
             so most encoders' layers are then stored in it: give `float16` or `bfloat16`.
         pool: None for a row per token, or `cls`, `mean`, `max`, `last`, or a callable on `[T, D]` rows. Over all real

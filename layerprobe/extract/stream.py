@@ -27,7 +27,7 @@ from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.cutting import Unit
 from layerprobe.extract.forward import find_precision, running
 from layerprobe.extract.inputs import open_source
-from layerprobe.extract.network import choose_max_length, find_model
+from layerprobe.extract.network import choose_max_length, choose_sites, find_model
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.padding import sees_padding
 from layerprobe.extract.records import Record, check_text
@@ -35,6 +35,7 @@ from layerprobe.extract.reports import StreamReport
 from layerprobe.extract.tokens import TokenizedUnit, tokenize
 from layerprobe.extract.warmup import choose_batch_cost, choose_batch_tokens
 from layerprobe.models import LoadedModel
+from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.telling import find_stderr
 
@@ -74,7 +75,8 @@ def stream_texts(
         raise InputError(f"{source.name}: holds no texts. Give at least one.")
     network, tokenizer = find_model(model, tokenizer, device)
     max_length = choose_max_length(network, tokenizer, options.max_length)
-    probe = Probe(network, list(options.sites), to=sink, stop=can_end_early(network), this_thread=True)
+    sites = [site.name for site in choose_sites(map_model(network), options.sites)]
+    probe = Probe(network, sites, to=sink, stop=can_end_early(network), this_thread=True)
     on_device = find_device(network)
     batch_tokens = options.batch_tokens or choose_batch_tokens(on_device)
     announce = abilities_of(sink).announce_examples

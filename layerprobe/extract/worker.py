@@ -29,6 +29,7 @@ from layerprobe.extract.ahead import prepare_ahead
 from layerprobe.extract.cutting import Unit, UnitRule
 from layerprobe.extract.engine import UnitEngine, ending_waits
 from layerprobe.extract.inputs import TextSource, open_source
+from layerprobe.extract.network import choose_sites
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan
 from layerprobe.extract.preparing import check_units, prepare_missing
@@ -98,7 +99,7 @@ def _rebuild_plan(job: dict[str, Any]) -> Plan:
         tokenizer=loaded.tokenizer,
         source=TextSource(job["name"], source.iterate),
         options=options,
-        sites=tuple(map_model(loaded.model).select(list(options.sites))),
+        sites=tuple(choose_sites(map_model(loaded.model), options.sites)),
         stored=stored,
         rule=UnitRule(**job["rule"], kept=kept),
         batch_tokens=job["batch_tokens"],

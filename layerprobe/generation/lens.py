@@ -22,7 +22,7 @@ from layerprobe.generation.depthlens import Lens, LensReading, LensSite
 from layerprobe.generation.gathering import TokenRows, gather_store, gather_texts
 from layerprobe.generation.heads import EmbeddingHead, MaskedHead, fit_ridge
 from layerprobe.models import LoadedModel, evaluating
-from layerprobe.sites.resolve import map_model
+from layerprobe.sites.resolve import DEFAULT_SITES, ModelMap, map_model
 from layerprobe.sites.stacks import fills_masks, find_device
 from layerprobe.store.format import STORE_FILE
 from layerprobe.store.guard import check_count
@@ -103,7 +103,7 @@ def lens(
             rows = gather_store(store, sites, special, max_tokens, seed)
         else:
             rows = gather_texts(
-                network, tokenizer, source, _choose_sites(mapped.table, sites),
+                network, tokenizer, source, _choose_sites(mapped, sites),
                 mask=share, most=max_tokens, seed=seed, progress=progress,
             )  # fmt: skip
         _check_width(network, mapped.owner, rows)
@@ -134,11 +134,10 @@ def _choose_mask(mask: float | None, is_store: bool, is_masked_model: bool) -> f
     return float(mask)
 
 
-def _choose_sites(table: Any, sites: str | Sequence[str] | None) -> list[str]:
+def _choose_sites(mapped: ModelMap, sites: str | Sequence[str] | None) -> list[str]:
     if sites is not None:
         return [sites] if isinstance(sites, str) else list(sites)
-    names = {site.name for site in table}
-    return [name for name in ("embeddings", "layers.*", "norm") if name == "layers.*" or name in names]
+    return mapped.leave_out_missing((*DEFAULT_SITES, "norm"))
 
 
 def _check_width(network: Any, owner: str, rows: TokenRows) -> None:

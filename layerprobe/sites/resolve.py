@@ -13,14 +13,17 @@ from typing import Any, Literal, overload
 
 from torch import nn
 
-from layerprobe.errors import ArchitectureError
+from layerprobe.errors import ArchitectureError, SiteError
 from layerprobe.models import LoadedModel
 from layerprobe.sites.anatomy import Anatomy, Fused, Place
 from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns, list_patterns
 from layerprobe.sites.stacks import Stack, config_of, find_stacks, guess_embeddings, has_module, unwrap
 from layerprobe.tables import format_table
 
-__all__ = ["ModelMap", "Part", "Site", "SiteTable", "map_model", "sites"]
+__all__ = ["DEFAULT_SITES", "ModelMap", "Part", "Site", "SiteTable", "map_model", "sites"]
+
+# What is looked at where no sites are asked for, as far as the model has it.
+DEFAULT_SITES = ("embeddings", "layers.*")
 
 Kind = Literal["token", "example", "attention", "source", "unknown"]
 
@@ -132,6 +135,17 @@ class ModelMap:
         known = {site.name: site for site in self.table}
         names = expand_patterns(patterns, list(known), self.num_layers, self.owner, modules)
         return tuple(known.get(name) or self._module_site(name) for name in names)
+
+    def leave_out_missing(self, patterns: Sequence[str] = DEFAULT_SITES) -> list[str]:
+        """Give those of some patterns that the model has sites for, where nobody asked for them; all if it has none."""
+        known = []
+        for pattern in patterns:
+            try:
+                self.select(pattern)
+            except SiteError:
+                continue
+            known.append(pattern)
+        return known or list(patterns)
 
     def is_chunked(self, site: Site) -> bool:
         """Whether the module of a site may run several times in one call, each time on a few positions.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import layerprobe as lp
 from layerprobe.errors import OptionError, SiteError
@@ -18,7 +19,6 @@ extract: Any = lp.extract
     ("options", "message"),
     [
         ({"sites": 3}, "sites is 3: give a pattern such as 'layers.*', or a list of them"),
-        ({"sites": None}, "sites is None: give a pattern"),
         ({"sites": b"layers.1"}, "sites is b'layers.1': give a pattern"),
         ({"sites": {"layers.1": 1}}, "sites is {'layers.1': 1}: give a pattern"),
         ({"sites": ["layers.1", 3]}, "sites holds 3, which is int: a pattern is a text such as 'layers.3'."),
@@ -77,7 +77,20 @@ def test_a_class_of_models_is_refused(tmp_path: Path, tiny: LoadedModel) -> None
 
 @pytest.mark.parametrize("sites", ["layers.1", ["layers.1"], ("layers.1",), {"layers.1"}])
 def test_sites_may_be_one_pattern_or_several(sites: Any) -> None:
-    assert list(ExtractOptions(sites=sites).sites) == ["layers.1"]
+    assert ExtractOptions(sites=sites).sites == ("layers.1",)
+
+
+def test_default_sites_are_those_that_the_model_has(tiny: LoadedModel, tmp_path: Path) -> None:
+    # GPT-2 has no row, and no module that is called so makes its embeddings
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=len(tiny.tokenizer))
+    decoder = GPT2LMHeadModel(config)
+    layers = ["layers.0", "layers.1"]
+    assert extract(decoder, ["a"], tmp_path / "acts", tokenizer=tiny.tokenizer).sites == layers
+    counted = extract(decoder, ["a"], lp.Moments(), tokenizer=tiny.tokenizer)
+    assert [line["site"] for line in counted.summary()] == layers
+    with pytest.raises(SiteError, match="no site 'embeddings' in GPT2LMHeadModel"):
+        extract(decoder, ["a"], tmp_path / "other", tokenizer=tiny.tokenizer, sites=["embeddings", "layers.*"])
+    assert extract(tiny, ["a"], tmp_path / "both").sites[:2] == ["embeddings", "layers.0"]
 
 
 def test_no_pattern_at_all_is_refused(tiny: LoadedModel, tmp_path: Path) -> None:
