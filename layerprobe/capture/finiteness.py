@@ -16,7 +16,7 @@ from layerprobe.capture.readings import Readings, Taken, require_uncompiled
 from layerprobe.errors import OptionError
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import map_model
-from layerprobe.sites.stacks import find_called, find_device
+from layerprobe.sites.stacks import find_called, find_device, find_sum_device
 
 __all__ = ["Nonfinite", "ValueRange", "find_nonfinite"]
 
@@ -176,7 +176,8 @@ def _judge(records: list[_Record], parameters: tuple[str, ...], num_sites: int) 
 
 
 def _measure(value: Tensor) -> Tensor:
-    """Low, high, NaNs and infinities as float64 `[4]`, where the value is."""
+    """Low, high, NaNs and infinities as float64 `[4]`, where sums of it are kept."""
+    value = value.detach().to(find_sum_device(value.device))
     if not value.numel():
         return torch.tensor([float("nan"), float("nan"), 0.0, 0.0], device=value.device, dtype=torch.float64)
     finite = value.isfinite()

@@ -25,6 +25,7 @@ from layerprobe.capture.sinks import select_call
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.resolve import Site
+from layerprobe.sites.stacks import find_sum_device
 from layerprobe.tables import format_table
 
 __all__ = ["RowSink", "Rows", "Said", "Sums", "Tokens", "format_said"]
@@ -339,6 +340,7 @@ def _take_rows(call: Call, index: int, site: Site, value: Tensor) -> Rows:
     stack, context = call.find_context(index)
     state: _CallState = call.state
     value = value.detach()
+    value = value.to(find_sum_device(value.device))
     is_token = site.kind == "token" or (site.kind == "unknown" and value.ndim == 3)
     if value.ndim != (3 if is_token else 2):
         raise CaptureError(

@@ -9,6 +9,8 @@ Letters: T rows, D units.
 import torch
 from torch import Tensor
 
+from layerprobe.sites.stacks import find_sum_device
+
 __all__ = ["MOVES_LESS", "NEAR_TOP", "Vitals"]
 
 # A unit is dead if it moves by less than this part of the site's root mean square over all tokens of a step ...
@@ -32,6 +34,7 @@ class Vitals:
     def add_rows(self, rows_TD: Tensor) -> None:
         """Take the rows of a call; one with a NaN or an infinity is counted, and left out of all else."""
         rows_TD = rows_TD.detach()
+        rows_TD = rows_TD.to(find_sum_device(rows_TD.device))
         rows_TD = rows_TD if rows_TD.dtype == torch.float64 else rows_TD.float()
         if not len(rows_TD):
             return
@@ -56,7 +59,7 @@ class Vitals:
     def add_gradient(self, gradient: Tensor) -> None:
         """Take what a backward sent to a value, or to a part of it."""
         norm = torch.linalg.vector_norm(gradient.detach().float())
-        self._gradient = _sum(self._gradient, norm.double().square())
+        self._gradient = _sum(self._gradient, norm.to(find_sum_device(norm.device)).double().square())
 
     def read(self) -> dict[str, float]:
         """Give the numbers; those that nothing was measured for are left out.

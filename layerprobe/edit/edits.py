@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from layerprobe.edit.where import check_where
 from layerprobe.errors import CaptureError, OptionError
+from layerprobe.sites.stacks import find_sum_device
 from layerprobe.store.guard import check_count
 
 __all__ = ["Ablate", "Clamp", "Edit", "Noise", "Patch", "ProjectOut", "Replace", "Resample", "Scale", "Steer"]
@@ -220,7 +221,9 @@ class ProjectOut(Edit):
         super().__post_init__()
         _require_tensor(self.name, "directions", self.directions, (1, 2))
         with torch.no_grad():
-            units_KD = nn.functional.normalize(self.rows.double(), dim=1, eps=torch.finfo(torch.float64).tiny)
+            units_KD = nn.functional.normalize(
+                self.rows.to(find_sum_device(self.rows.device)).double(), dim=1, eps=torch.finfo(torch.float64).tiny
+            )
             # what follows from the others does so up to the rounding of its own dtype: class means less their mean
             rounding = max(4 * torch.finfo(self.rows.dtype).eps, max(units_KD.shape) * torch.finfo(torch.float64).eps)
             rank = int(torch.linalg.matrix_rank(units_KD, rtol=rounding))
@@ -350,7 +353,8 @@ class Replace(Edit):
 
 def _orthonormal(rows_KD: Tensor) -> Tensor:
     """Give an orthonormal basis of what the rows span, computed in float64 and rounded once."""
-    return torch.linalg.qr(rows_KD.double().T)[0].T.to(torch.promote_types(rows_KD.dtype, torch.float32))
+    wide_KD = rows_KD.to(find_sum_device(rows_KD.device)).double()
+    return torch.linalg.qr(wide_KD.T)[0].T.to(torch.promote_types(rows_KD.dtype, torch.float32)).to(rows_KD.device)
 
 
 def _look_up(values: Any, site: str) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "find_called",
     "find_device",
     "find_stacks",
+    "find_sum_device",
     "guess_embeddings",
     "has_module",
     "is_compile_wrapper",
@@ -219,6 +220,11 @@ def find_device(model: nn.Module) -> torch.device:
         places = (getattr(hook, "execution_device", None) for hook in hooks)
         device = torch.device(next((place for place in places if place is not None), "cpu"))
     return device
+
+
+def find_sum_device(device: torch.device) -> torch.device:
+    """Find where sums of values on a device are kept in float64: there, or on the host if it has none, as mps."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def need_one_device(model: nn.Module) -> torch.device:

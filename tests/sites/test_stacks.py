@@ -12,7 +12,14 @@ import layerprobe as lp
 from families import build, make_batch
 from layerprobe.errors import ArchitectureError, OptionError
 from layerprobe.models import LoadedModel
-from layerprobe.sites.stacks import is_compile_wrapper, is_compiled, is_compiled_in_place, unwrap
+from layerprobe.sites.stacks import find_sum_device, is_compile_wrapper, is_compiled, is_compiled_in_place, unwrap
+
+
+@pytest.mark.parametrize(
+    ("device", "where"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("meta", "meta"), ("mps", "cpu"), ("mps:0", "cpu")]
+)
+def test_sums_are_kept_where_there_is_float64(device: str, where: str) -> None:
+    assert find_sum_device(torch.device(device)) == torch.device(where)
 
 
 class _Named(nn.Module):
