@@ -249,6 +249,11 @@ def _read_tokens(root: Any, batch: Batch, prefix: str) -> _Tokens:
     if tokens is None:
         accepted = "decoder_input_ids, decoder_inputs_embeds or labels" if prefix else "input_ids or inputs_embeds"
         raise OptionError(f"patching: clean has {list(batch)}: give {accepted}.")
+    if tokens.ndim != (3 if ids is None else 2):
+        raise OptionError(
+            f"patching: {prefix}{'inputs_embeds' if ids is None else 'input_ids'} of shape {tuple(tokens.shape)}: a "
+            "text with several choices has no one row of positions. Patch the base model, a choice at a time."
+        )
     everything = torch.ones(tokens.shape[1], dtype=torch.bool, device=tokens.device)
     return _Tokens(None if ids is None else ids[0], everything if mask is None else mask[0].bool())
 

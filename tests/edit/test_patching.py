@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForMultipleChoice
 
 import layerprobe as lp
 from families import build
@@ -345,3 +346,11 @@ def test_labels_and_masks_of_a_decoder_tell_its_tokens(pair: Any, tiny: Any) -> 
     nothing = make_pair_batch(9)
     with pytest.raises(OptionError, match=r"give decoder_input_ids, decoder_inputs_embeds or labels"):
         lp.patching(pair, nothing, nothing, last_logit, "decoder.layers.*")
+
+
+def test_several_choices_are_refused() -> None:
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    model = BertForMultipleChoice(config).eval()
+    batch = {"input_ids": torch.arange(12).reshape(1, 2, 6)}
+    with pytest.raises(OptionError, match=r"input_ids of shape \(1, 2, 6\): a text with several choices"):
+        lp.patching(model, batch, batch, lambda out: out.logits[:, 0])
