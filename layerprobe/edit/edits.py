@@ -220,13 +220,10 @@ class ProjectOut(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_tensor(self.name, "directions", self.directions, (1, 2))
+        if not bool(_widen(self.directions).isfinite().all()):
+            raise OptionError("lp.project_out: directions are not finite: give finite ones.")
         with torch.no_grad():
-            units_KD = nn.functional.normalize(
-                self.rows.to(find_sum_device(self.rows.device)).double(), dim=1, eps=torch.finfo(torch.float64).tiny
-            )
-            # what follows from the others does so up to the rounding of its own dtype: class means less their mean
-            rounding = max(4 * torch.finfo(self.rows.dtype).eps, max(units_KD.shape) * torch.finfo(torch.float64).eps)
-            rank = int(torch.linalg.matrix_rank(units_KD, rtol=rounding))
+            rank = _count_dimensions(self.rows)
         if rank < len(self.rows):
             raise OptionError(
                 f"lp.project_out: {len(self.rows)} directions span {rank} dimensions: one is zero, or follows from the "
@@ -351,10 +348,26 @@ class Replace(Edit):
         return made
 
 
+def _widen(tensor: Tensor) -> Tensor:
+    """Give values in float64, on the host where their device has none."""
+    return tensor.to(find_sum_device(tensor.device)).double()
+
+
+def _count_dimensions(rows_KD: Tensor) -> int:
+    """Count the dimensions that rows span, but for what rounding alone made, as of class means less their mean."""
+    units_KD = nn.functional.normalize(_widen(rows_KD), dim=1, eps=torch.finfo(torch.float64).tiny)
+    # Rounding is held against the length of a unit row, whatever the rows have in common: that is long, and known no
+    # worse for it. A mean of many rows rounds often; of narrow ones torch takes it in float32.
+    most = (4 if rows_KD.dtype.itemsize <= 2 else 64) * torch.finfo(rows_KD.dtype).eps
+    least = max(units_KD.shape) * torch.finfo(torch.float64).eps
+    return int(torch.linalg.matrix_rank(units_KD, atol=most, rtol=least))
+
+
 def _orthonormal(rows_KD: Tensor) -> Tensor:
     """Give an orthonormal basis of what the rows span, computed in float64 and rounded once."""
-    wide_KD = rows_KD.to(find_sum_device(rows_KD.device)).double()
-    return torch.linalg.qr(wide_KD.T)[0].T.to(torch.promote_types(rows_KD.dtype, torch.float32)).to(rows_KD.device)
+    return (
+        torch.linalg.qr(_widen(rows_KD).T)[0].T.to(torch.promote_types(rows_KD.dtype, torch.float32)).to(rows_KD.device)
+    )
 
 
 def _look_up(values: Any, site: str) -> Tensor:

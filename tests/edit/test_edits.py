@@ -60,6 +60,26 @@ def test_directions_that_follow_from_the_others_but_for_rounding_are_refused(dty
     lp.project_out(torch.stack([apart[0], apart[0] + apart[1] / 8]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_directions_that_have_most_in_common_are_taken(dtype: torch.dtype) -> None:
+    """Class means as they are: the longest that they add up to is long, and says nothing of what tells them apart."""
+    noise = torch.Generator().manual_seed(0)
+    common = 10 * torch.randn(384, generator=noise, dtype=torch.float64)
+    means = (torch.randn(100, 384, generator=noise, dtype=torch.float64) + common).to(dtype)
+    units = means.double() / means.double().norm(dim=1, keepdim=True)
+    lengths = torch.linalg.svdvals(units)
+    assert lengths[0] > 9 and lengths[-1] > 0.04
+    lp.project_out(means)
+
+
+@pytest.mark.parametrize("num_classes", [20, 100])
+def test_what_a_mean_of_many_rows_rounds_away_is_no_direction(num_classes: int) -> None:
+    noise = torch.Generator().manual_seed(0)
+    means = torch.randn(num_classes, 384, generator=noise) + 5 * torch.randn(384, generator=noise)
+    with pytest.raises(OptionError, match=f"{num_classes} directions span {num_classes - 1} dimensions"):
+        lp.project_out(means - means.mean(0))
+
+
 def test_a_learned_direction_is_projected_out_like_a_given_one(tiny_bert: Any, batch: Any) -> None:
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     fixed = read(tiny_bert, batch, lp.project_out(direction))
@@ -232,6 +252,8 @@ def test_a_function_replaces_values_where_it_is_asked(tiny_bert: Any, batch: Any
         (lambda: loose.patch(3), "lp.patch: values are int"),
         (lambda: loose.project_out(torch.zeros(4)), "1 directions span 0 dimensions"),
         (lambda: loose.project_out(torch.ones(2, 4)), "2 directions span 1 dimensions"),
+        (lambda: loose.project_out(torch.tensor([1.0, float("nan")])), "directions are not finite: give finite ones"),
+        (lambda: loose.project_out(torch.tensor([[1.0, float("inf")]])), "directions are not finite: give finite ones"),
         (lambda: loose.noise(-1.0), "std=-1.0: give a number from 0 on"),
         (lambda: loose.noise(torch.ones(())), "lp.noise: std="),
         (lambda: loose.clamp(), "low=None, high=None: give one number or both"),
