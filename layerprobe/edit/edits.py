@@ -365,9 +365,8 @@ def _count_dimensions(rows_KD: Tensor) -> int:
 
 def _orthonormal(rows_KD: Tensor) -> Tensor:
     """Give an orthonormal basis of what the rows span, computed in float64 and rounded once."""
-    return (
-        torch.linalg.qr(_widen(rows_KD).T)[0].T.to(torch.promote_types(rows_KD.dtype, torch.float32)).to(rows_KD.device)
-    )
+    basis_KD = torch.linalg.qr(_widen(rows_KD).T)[0].T
+    return basis_KD.to(torch.promote_types(rows_KD.dtype, torch.float32)).to(rows_KD.device)
 
 
 def _look_up(values: Any, site: str) -> Tensor:
