@@ -26,7 +26,7 @@ from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_called, find_device, is_compiled
 from layerprobe.store.durable import need_parent
-from layerprobe.store.guard import check_count
+from layerprobe.store.guard import check_count, need_batch
 from layerprobe.tables import format_dtype
 
 __all__ = ["check_runs", "profile"]
@@ -71,6 +71,7 @@ def profile(
         True
     """
     network = find_called(model)
+    need_batch("a profile", batch)
     device = check_runs(network, repeats)
     points = find_points(map_model(network), sites)
     shape = _find_shape(batch)

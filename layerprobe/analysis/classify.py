@@ -26,7 +26,7 @@ from layerprobe.analysis.verdict import BaselineScore, Classification, Mix, Site
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError
 from layerprobe.packages import need_package
-from layerprobe.store.guard import check_count
+from layerprobe.store.guard import check_count, check_flag
 from layerprobe.store.reader import Store
 
 __all__ = ["MakeUntrained", "classify"]
@@ -119,6 +119,8 @@ def classify(
     """
     need_package("sklearn", "a classifier", "analysis")
     check_count("seed", seed, 0)
+    for name, value in (("control", control), ("mdl", mdl)):
+        check_flag(name, value)
     if max_examples is not None:
         check_count("max_examples", max_examples, 3)
     if untrained is not None and not isinstance(untrained, Store) and not callable(untrained):

@@ -18,6 +18,7 @@ import numpy as np
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.packages import need_package
 from layerprobe.store.durable import need_parent
+from layerprobe.store.guard import need_path
 
 __all__ = [
     "GREY",
@@ -93,7 +94,7 @@ def check_suffix(path: str | Path) -> Path:
         OptionError: its suffix is not a picture format.
         StoreError: its folder does not exist.
     """
-    path = Path(path)
+    path = need_path("path", path)
     if path.suffix.lower() not in _SUFFIXES:
         raise OptionError(f"no picture {str(path)!r}: {path.suffix or 'no suffix'!r} is not {', '.join(_SUFFIXES)}.")
     return need_parent(path)

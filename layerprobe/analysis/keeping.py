@@ -17,7 +17,7 @@ from layerprobe.analysis.features import Feature
 from layerprobe.analysis.probing import LinearProbe
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.format import check_keepable
-from layerprobe.store.guard import SMALL, brief, exists_inside, parse_json, read_inside
+from layerprobe.store.guard import SMALL, brief, exists_inside, need_path, parse_json, read_inside
 
 __all__ = ["KeptProbe", "load_probe"]
 
@@ -58,7 +58,7 @@ class KeptProbe:
         """
         from safetensors.numpy import save_file
 
-        folder = Path(folder)
+        folder = need_path("folder", folder)
         check_keepable(folder)
         said = {
             "format": _FORMAT,
@@ -91,7 +91,7 @@ def load_probe(folder: str | Path) -> KeptProbe:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    folder = Path(folder)
+    folder = need_path("folder", folder)
     if not all(exists_inside(folder, file) for file in (_SAID, _ARRAYS)):
         raise StoreError(f"no classifier in {folder}: it has no {_SAID} and {_ARRAYS}. Keep one with probe.save().")
     try:

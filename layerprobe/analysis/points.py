@@ -9,7 +9,6 @@ Hides shards and records. Must never know of projections or figures.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from layerprobe.analysis.results import plain
 from layerprobe.analysis.sweep import Mappings, bar_of
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.store.description import StoredSite
+from layerprobe.store.guard import is_number
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, pool_packed, positions_of
@@ -223,8 +223,8 @@ def colour_points(store: Store, points: Points, color: str) -> Colours:
     # a number that is none is missing, as in JSON
     values = plain(_read_field(store, points, color))
     given = [value for value in values if value is not None]
-    is_number = all(isinstance(value, Real) and not isinstance(value, bool) for value in given)
-    if is_number and len(set(given)) > _MOST_CATEGORIES:
+    is_scale = all(is_number(value) for value in given)
+    if is_scale and len(set(given)) > _MOST_CATEGORIES:
         return Colours(color, np.asarray(values, dtype=float))
     return _categorise(color, ["none" if value is None else str(value) for value in values])
 

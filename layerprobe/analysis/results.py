@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import StoreError
+from layerprobe.store.guard import need_path
 
 __all__ = ["Number", "give_text", "plain", "shorten", "table_cell", "write_csv", "write_json", "write_text"]
 
@@ -96,7 +97,7 @@ def write_text(path: str | Path, text: str) -> Path:
     Raises:
         StoreError: the file cannot be written.
     """
-    path = Path(path)
+    path = need_path("path", path)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -16,6 +16,7 @@ import numpy as np
 
 from layerprobe.analysis.splits import SIDES, TEST, TRAIN, split_by_field, split_by_group
 from layerprobe.errors import InputError, OptionError
+from layerprobe.store.guard import brief, need_list
 from layerprobe.store.reader import Store
 
 __all__ = ["Task", "make_task"]
@@ -82,6 +83,10 @@ def make_task(
     """
     if split is not None and group is not None:
         raise OptionError("split and group: both say which side an example is on. Use one of the two.")
+    if span is not None and not (isinstance(span, (tuple, list)) and len(span) == 2):
+        raise OptionError(
+            f"span is {brief(repr(span))}: give two fields, of the first character and of the one after the last."
+        )
     if not len(store):
         raise InputError(f"labels for {store.place}: it has no examples. Extract some first.")
     store.catalog.need_every_row("a classification", "Extract all rows, or with a pool.")
@@ -154,7 +159,7 @@ def _column(
         if isinstance(given, Mapping):
             raise OptionError(f"{what}: a {type(given).__name__} has no order. Give a value per example, in order.")
         # in its order: a column of a table is indexed by labels of its own
-        ordered = list(given)
+        ordered = need_list(what, given, "the name of a field, or a value per example, in order")
         if len(ordered) != len(store):
             raise OptionError(f"{what}: {len(ordered):,} values for the {len(store):,} examples of {store.place}.")
         values = [_unwrap(ordered[place]) for place in places.tolist()]

@@ -32,8 +32,8 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """
     if dtype is None or dtype in DTYPES.values():
         return dtype if isinstance(dtype, torch.dtype) else None
-    if dtype in DTYPES:
-        return DTYPES[str(dtype)]
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
     raise OptionError(f"no dtype {str(dtype)!r}: use {', '.join(DTYPES)}, or None for the model's own.")
 
 

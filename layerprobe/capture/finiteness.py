@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from layerprobe.capture.hooks import HookSet
 from layerprobe.capture.readings import Readings, Taken, require_uncompiled
-from layerprobe.errors import OptionError
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_called, find_device, find_sum_device
+from layerprobe.store.guard import need_batch
 
 __all__ = ["Nonfinite", "ValueRange", "find_nonfinite"]
 
@@ -125,6 +125,7 @@ def find_nonfinite(model: nn.Module | LoadedModel, batch: Mapping[str, Any]) -> 
         'layers.1.attention.key'
     """
     network = find_called(model)
+    need_batch("find_nonfinite", batch)
     require_uncompiled(network, "find_nonfinite")
     mapped = map_model(network)
     sites = [site for site in mapped.table if site.kind != "attention"]
@@ -202,6 +203,4 @@ def _find_length(batch: Mapping[str, Any]) -> int | None:
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(batch.get(name), Tensor):
             return batch[name].shape[-1 if name == "input_ids" else -2]
-    if not batch:
-        raise OptionError("find_nonfinite of an empty batch: give input_ids.")
     return None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from layerprobe.capture.statistics import Rows, RowSink, Said, Sums
 from layerprobe.errors import OptionError
+from layerprobe.store.guard import is_number
 
 __all__ = ["Histogram", "Moments", "SiteHistogram", "SiteMoments"]
 
@@ -188,7 +189,7 @@ class SiteHistogram:
 
         Infinite where it lies beyond the edges, NaN where there are no values.
         """
-        if not 0 <= share <= 1:
+        if not is_number(share) or not 0 <= share <= 1:
             raise OptionError(f"quantile {share!r}: it must be between 0 and 1.")
         reached = self.below + self.counts.cumsum(0)
         rank = share * (int(reached[-1]) + self.above)
@@ -227,7 +228,8 @@ class Histogram(RowSink[SiteHistogram]):
     """
 
     def __init__(self, low: float = -10.0, high: float = 10.0, bins: int = 200) -> None:
-        if not (math.isfinite(low) and math.isfinite(high) and low < high) or type(bins) is not int or bins < 1:
+        is_range = is_number(low) and is_number(high) and math.isfinite(low) and math.isfinite(high) and low < high
+        if not is_range or type(bins) is not int or bins < 1:
             raise OptionError(f"a histogram of {bins!r} bins from {low!r} to {high!r}: give at least one, low first.")
         edges = torch.linspace(low, high, bins + 1, dtype=torch.float64, device="cpu")
         super().__init__(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from layerprobe.edit.where import check_where
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.stacks import find_sum_device
-from layerprobe.store.guard import check_count
+from layerprobe.store.guard import check_count, is_number
 
 __all__ = ["Ablate", "Clamp", "Edit", "Noise", "Patch", "ProjectOut", "Replace", "Resample", "Scale", "Steer"]
 
@@ -286,7 +286,7 @@ class Clamp(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         bounds = [bound for bound in (self.low, self.high) if bound is not None]
-        if not bounds or any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in bounds):
+        if not bounds or not all(is_number(bound) for bound in bounds):
             raise OptionError(f"lp.clamp: low={self.low!r}, high={self.high!r}: give one number or both.")
         if len(bounds) == 2 and not bounds[0] <= bounds[1]:
             raise OptionError(f"lp.clamp: low={self.low!r} is above high={self.high!r}. Swap them.")
@@ -391,6 +391,5 @@ def _require_tensor(name: str, label: str, value: Any, ndims: tuple[int, ...]) -
 
 def _require_number(name: str, label: str, value: Any, most: int = 0) -> None:
     is_tensor = isinstance(value, Tensor) and value.ndim <= most and value.is_floating_point()
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not (is_tensor or is_number):
+    if not is_tensor and not (is_number(value) and math.isfinite(value)):
         raise OptionError(f"lp.{name}: {label}={value!r}: give a finite number{' or a tensor [D]' if most else ''}.")

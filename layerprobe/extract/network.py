@@ -57,12 +57,12 @@ def _find_pair(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str
         )
     if isinstance(model, str):
         loaded = load_model(model, device)
-        return loaded.model, tokenizer or loaded.tokenizer
+        return loaded.model, loaded.tokenizer if tokenizer is None else tokenizer
     own = need_own(model, device)
     if isinstance(model, LoadedModel):
-        return own, tokenizer or model.tokenizer
+        return own, model.tokenizer if tokenizer is None else tokenizer
     if calls_forward(model):
-        model, tokenizer = unwrap(model), tokenizer or model.tokenizer
+        model, tokenizer = unwrap(model), model.tokenizer if tokenizer is None else tokenizer
     if tokenizer is not None:
         return model, tokenizer
     checkpoint = getattr(getattr(model, "config", None), "_name_or_path", "")

@@ -3,7 +3,7 @@
 Must never look at a model, an input or a folder.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,7 +13,7 @@ from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.pooling import Pool, check_pool
 from layerprobe.errors import OptionError
 from layerprobe.extract.forward import check_backend, resolve_precision
-from layerprobe.store.guard import brief, check_flag
+from layerprobe.store.guard import brief, check_flag, need_list
 from layerprobe.store.kept import check_kept
 from layerprobe.store.places import names_place
 from layerprobe.store.writer import NONFINITE_POLICIES
@@ -73,6 +73,8 @@ class ExtractOptions:
         resolve_dtype(self.dtype)
         check_pool(self.pool)
         check_kept(self.tokens, self.keep)
+        # as JSON writes it, whatever kind of number it came as
+        object.__setattr__(self, "keep", float(self.keep))
         check_backend(self.compile)
         # by one name, since it is part of what the run is
         object.__setattr__(self, "precision", resolve_precision(self.precision))
@@ -87,7 +89,8 @@ class ExtractOptions:
             "writers": self.writers,
         }
         for name, value in sizes.items():
-            if value is not None and (type(value) is not int or value < 1):
+            may_be_left = name != "writers" and value is None
+            if not may_be_left and (type(value) is not int or value < 1):
                 raise OptionError(f"{name} is {value!r}: it must be a whole number of at least 1.")
 
     def list_for_stores(self) -> list[str]:
@@ -99,9 +102,7 @@ class ExtractOptions:
 def _list_patterns(sites: object) -> tuple[str, ...]:
     if isinstance(sites, str):
         return (sites,)
-    if not isinstance(sites, Iterable) or isinstance(sites, (Mapping, bytes)):
-        raise OptionError(f"sites is {brief(repr(sites))}: give a pattern such as 'layers.*', or a list of them.")
-    patterns = tuple(sites)
+    patterns = tuple(need_list("sites", sites, "a pattern such as 'layers.*', or a list of them"))
     for pattern in patterns:
         if not isinstance(pattern, str):
             meant = f"layers.{pattern}" if type(pattern) is int else "layers.*"

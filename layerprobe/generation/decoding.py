@@ -21,7 +21,7 @@ from layerprobe.errors import ModelError, OptionError
 from layerprobe.generation.results import Generated, Generation
 from layerprobe.models import LoadedModel, evaluating, load_model
 from layerprobe.sites.stacks import find_device, unwrap
-from layerprobe.store.guard import check_count
+from layerprobe.store.guard import check_count, is_number
 from layerprobe.store.padded import EncoderOutputs
 from layerprobe.store.reader import Store
 from layerprobe.tables import hide_bar
@@ -141,7 +141,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
         if options.get(name) is not None:
             check_count(name, options[name])
     top_p = options.get("top_p")
-    if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
+    if top_p is not None and (not is_number(top_p) or not 0 < top_p <= 1):
         raise OptionError(f"top_p is {top_p!r}: it is a share of the probability, above 0 and at most 1.")
     known = set(GenerationConfig().to_dict()) - {"transformers_version"}
     for name in options:

@@ -18,7 +18,7 @@ from torch import Tensor
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.generation.narrow import DecoderShape, NarrowDecoder
 from layerprobe.store.format import check_keepable
-from layerprobe.store.guard import SMALL, brief, exists_inside, parse_json, read_inside
+from layerprobe.store.guard import SMALL, brief, exists_inside, need_path, parse_json, read_inside
 
 __all__ = ["is_kept", "read_decoders", "write_decoders"]
 
@@ -42,7 +42,7 @@ def write_decoders(folder: str | Path, decoders: Mapping[str, NarrowDecoder], sa
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
+    folder = need_path("folder", folder)
     check_keepable(folder)
     first = next(iter(decoders.values()))
     own = {"format": _FORMAT, "sites": list(decoders), "shape": asdict(first.shape), "types": list(first.types)}
@@ -75,7 +75,7 @@ def read_decoders(folder: str | Path) -> tuple[dict[str, NarrowDecoder], dict[st
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    folder = Path(folder)
+    folder = need_path("folder", folder)
     if not is_kept(folder) or not exists_inside(folder, _TENSORS):
         raise StoreError(f"no decoders in {folder}: it has no {_SAID} and {_TENSORS}. Keep some with save().")
     try:

@@ -22,10 +22,11 @@ from layerprobe.generation.depthlens import Lens, LensReading, LensSite
 from layerprobe.generation.gathering import TokenRows, gather_store, gather_texts
 from layerprobe.generation.heads import EmbeddingHead, MaskedHead, fit_ridge
 from layerprobe.models import LoadedModel, evaluating
+from layerprobe.sites.grammar import list_patterns
 from layerprobe.sites.resolve import DEFAULT_SITES, ModelMap, map_model
 from layerprobe.sites.stacks import fills_masks, find_device
 from layerprobe.store.format import STORE_FILE
-from layerprobe.store.guard import check_count
+from layerprobe.store.guard import check_count, is_number
 from layerprobe.store.places import find_place
 from layerprobe.store.reader import Store, open_store
 from layerprobe.tables import hide_bar
@@ -125,7 +126,7 @@ def _find_store(source: Any) -> Store | None:
 def _choose_mask(mask: float | None, is_store: bool, is_masked_model: bool) -> float:
     if mask is None:
         return 0.0 if is_store or not is_masked_model else _MASK
-    if isinstance(mask, bool) or not isinstance(mask, (int, float)) or not 0 <= mask < 1:
+    if not is_number(mask) or not 0 <= mask < 1:
         raise OptionError(f"mask is {mask!r}: it is a share from 0 to below 1.")
     if mask and is_store:
         raise OptionError(f"mask={mask} for a store: its states were made already. Give texts, or mask=0.")
@@ -136,7 +137,7 @@ def _choose_mask(mask: float | None, is_store: bool, is_masked_model: bool) -> f
 
 def _choose_sites(mapped: ModelMap, sites: str | Sequence[str] | None) -> list[str]:
     if sites is not None:
-        return [sites] if isinstance(sites, str) else list(sites)
+        return list_patterns(sites)
     return mapped.leave_out_missing((*DEFAULT_SITES, "norm"))
 
 

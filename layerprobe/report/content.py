@@ -10,7 +10,6 @@ import base64
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from layerprobe.analysis.sweep import bar_of, choose_depth
 from layerprobe.analysis.verdict import Classification
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import NonFiniteError, OptionError, SiteError
+from layerprobe.store.guard import brief, is_number, need_list
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_dtype
 from layerprobe.version import __version__
@@ -60,6 +60,8 @@ def gather(
     progress: bool | None,
 ) -> dict[str, Any]:
     """Put together what a report shows; arguments as of `layerprobe.report`."""
+    if labels is not None and not isinstance(labels, str):
+        raise OptionError(f"labels is {brief(repr(labels))}: give the name of a field.")
     chosen = choose_depth(store, sites)
     names = [site.name for site in chosen]
     # first what is quick to refuse
@@ -182,8 +184,8 @@ def _lay_out_field(name: str, values: Sequence[Any]) -> dict[str, Any]:
     title = shorten(name, _MOST_VALUE)
     values = plain(list(values))
     given = [value for value in values if value is not None]
-    is_number = all(isinstance(value, Real) and not isinstance(value, bool) for value in given)
-    if is_number and len(set(given)) > _MOST_CATEGORIES:
+    is_scale = all(is_number(value) for value in given)
+    if is_scale and len(set(given)) > _MOST_CATEGORIES:
         return {"name": title, "numbers": [None if value is None else float(value) for value in values]}
     texts = ["none" if value is None else shorten(str(value), _MOST_VALUE) for value in values]
     ranked = [value for value, _ in Counter(sorted(texts)).most_common()]
@@ -282,11 +284,12 @@ def _gather_attention(store: Store, asked: Sequence[int] | None) -> dict[str, An
         OptionError: they would make the page too large.
         NonFiniteError: a weight is not finite.
     """
+    asked = None if asked is None else need_list("attention", asked, "a list of ordinals of examples")
     names = [name for name in store.sites if store[name].kind == "attention"]
     if not names:
         if asked is not None:
             raise SiteError(
-                f"attention={list(asked)}: {store.place} holds no attention weights but {', '.join(store.sites)}. "
+                f"attention={asked}: {store.place} holds no attention weights but {', '.join(store.sites)}. "
                 "Extract with sites='layers.*.attention.weights' (--sites)."
             )
         return None

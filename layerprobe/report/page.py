@@ -21,7 +21,7 @@ from layerprobe.errors import OptionError, StoreError
 from layerprobe.packages import need_package
 from layerprobe.report.content import gather
 from layerprobe.store.durable import need_parent
-from layerprobe.store.guard import check_count
+from layerprobe.store.guard import check_count, need_path
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_bytes, format_count
 
@@ -163,7 +163,7 @@ def report(
 
 def _check_path(path: str | Path) -> Path:
     """Make sure before anything is computed that a page can be written under a name."""
-    path = Path(path)
+    path = need_path("path", path)
     if path.suffix.lower() not in _SUFFIXES:
         raise OptionError(f"no report {str(path)!r}: {path.suffix or 'no suffix'!r} is not {' or '.join(_SUFFIXES)}.")
     return need_parent(path)

@@ -23,7 +23,7 @@ from layerprobe.analysis.sweep import bar_of, choose_depth, need_store
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.packages import need_package
-from layerprobe.store.guard import check_count
+from layerprobe.store.guard import brief, check_count, check_flag, need_list
 from layerprobe.store.naming import match_sites
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_table
@@ -158,6 +158,9 @@ def plot(
         raise OptionError(f"method={method!r}: use {', '.join(METHODS)}.")
     check_count("max_points", _MOST_POINTS[method] if max_points is None else max_points, 3)
     check_count("seed", seed, 0)
+    check_flag("shared", shared)
+    if color is not None and not isinstance(color, str):
+        raise OptionError(f"color is {brief(repr(color))}: use token, position, norm, or the name of a field.")
     if path is not None:
         check_suffix(path)
     need_package("matplotlib", "a picture", "analysis")
@@ -334,8 +337,9 @@ def plot_attention(
         check_suffix(path)
     store = need_store(store)
     site = _find_weights(store, site)
+    example = store.catalog.find(example)[1]
     weights = store[site][example].float()
-    chosen = list(range(len(weights))) if heads is None else list(heads)
+    chosen = list(range(len(weights))) if heads is None else need_list("heads", heads, "a list of whole numbers")
     if not chosen or any(head not in range(len(weights)) for head in chosen):
         raise OptionError(f"heads={chosen}: {site!r} has heads 0 to {len(weights) - 1}.")
     ids = store.input_ids(example)

@@ -9,7 +9,7 @@ Hides how patterns are parsed and matched. Never sees a model: it works on names
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layerprobe.errors import SiteError
@@ -21,6 +21,7 @@ _INPUT_SUFFIX = ":input"
 _LITERAL = re.compile(r"[a-z][a-z0-9_]*\Z")
 _INDEX = re.compile(r"-?\d+\Z")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?\Z")
+_MOST_SAID = 80
 _DIGITS = re.compile(r"\d+")
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 # the names that families give their layers: `bert.encoder.layer.0`, `transformer.h.0`, `blocks.0`
@@ -48,12 +49,24 @@ def list_patterns(patterns: str | Sequence[str]) -> list[str]:
     """
     if isinstance(patterns, str):
         return [patterns]
-    if isinstance(patterns, bytes) or not isinstance(patterns, Iterable):
-        raise SiteError(f"{patterns!r} is no site pattern: give a text such as 'layers.*', or a list of them.")
-    listed = list(patterns)
+    try:
+        listed = [] if isinstance(patterns, bytes) else list(patterns)
+        is_list = not isinstance(patterns, bytes)
+    except TypeError:  # also of a tensor or an array of no dimension
+        listed, is_list = [], False
+    if not is_list:
+        raise SiteError(f"{_say(patterns)} is no site pattern: give a text such as 'layers.*', or a list of them.")
     if wrong := [one for one in listed if not isinstance(one, str)]:
-        raise SiteError(f"{wrong[0]!r} is not a site pattern: a pattern is a text such as 'layers.*' or 'layers.-1'.")
+        raise SiteError(
+            f"{_say(wrong[0])} is not a site pattern: a pattern is a text such as 'layers.*' or 'layers.-1'."
+        )
     return listed
+
+
+def _say(value: object) -> str:
+    """Name a value in a message: of one that takes several lines or a long one, as a module does, the kind."""
+    said = repr(value)
+    return said if len(said) <= _MOST_SAID and said.isprintable() else f"a {type(value).__name__}"
 
 
 def parse_pattern(text: str) -> Pattern:

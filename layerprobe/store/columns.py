@@ -25,6 +25,7 @@ from layerprobe.packages import need_package
 from layerprobe.store.description import StoredSite
 from layerprobe.store.fingerprint import fingerprint_of
 from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.guard import need_path
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.records import read_records
 from layerprobe.store.rows import take_rows
@@ -199,7 +200,7 @@ def open_dataset(
         cache: Folder of the stream; None for the one of `datasets`.
     """
     datasets = need_package("datasets", "to_datasets", "data")
-    folder = Path(cache) if cache is not None else Path(datasets.config.HF_DATASETS_CACHE) / "layerprobe"
+    folder = need_path("cache", cache) if cache is not None else Path(datasets.config.HF_DATASETS_CACHE) / "layerprobe"
     names = [site.name for site in columns.sites]
     # the checksums of what is written, so that a shard that was added or made anew gives another name
     contents = [[shard.header.file, sorted(shard.header.checksums.items())] for shard in shards()]

@@ -7,6 +7,7 @@ Must never know how shards or orders are made.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from layerprobe.errors import SiteError
+from layerprobe.store.naming import list_names
 from layerprobe.store.order import RowOptions
-from layerprobe.store.reader import Store
+from layerprobe.store.reader import Store, open_store
 from layerprobe.store.rows import RowBatches
 from layerprobe.store.shards import ScaledRows
 
@@ -30,7 +32,7 @@ class ExampleDataset(Dataset[dict[str, Any]]):
     unless the store is pooled.
 
     Args:
-        store: An open store.
+        store: A store, or its path or URL.
         sites: Which to read, a name or several; None for all.
 
     Raises:
@@ -44,8 +46,9 @@ class ExampleDataset(Dataset[dict[str, Any]]):
         (2, torch.Size([384]), [101, 2040, 2187, 1029, 102])
     """
 
-    def __init__(self, store: Store, sites: str | Sequence[str] | None = None) -> None:
-        names = [sites] if isinstance(sites, str) else list(store.sites if sites is None else sites)
+    def __init__(self, store: Store | str | Path, sites: str | Sequence[str] | None = None) -> None:
+        store = _need_store(store)
+        names = list_names(store.sites if sites is None else sites)
         if not names:
             raise SiteError(f"no site asked of {store.place}: it holds {', '.join(store.sites) or 'none'}.")
         for name in names:
@@ -77,7 +80,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
     workers. Each epoch has the same order until `set_epoch` says otherwise.
 
     Args:
-        store: An open store.
+        store: A store, or its path or URL.
         sites, batch_size, shuffle, seed, rank, world: As in `store.rows`.
 
     Raises:
@@ -93,7 +96,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        store: Store,
+        store: Store | str | Path,
         sites: str | Sequence[str] | None = None,
         batch_size: int = 4096,
         shuffle: bool = False,
@@ -101,7 +104,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.store = store
+        self.store = _need_store(store)
         self.sites = sites
         self.options = RowOptions(batch_size, shuffle, seed, rank, world)
         self._num_batches = len(self._start(0))
@@ -127,3 +130,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
         return self.store.rows(
             options.batch_size, options.shuffle, options.seed, self.sites, options.rank, options.world, epoch
         )
+
+
+def _need_store(store: Store | str | Path) -> Store:
+    return store if isinstance(store, Store) else open_store(store)

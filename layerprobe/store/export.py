@@ -23,7 +23,7 @@ from layerprobe.packages import need_package
 from layerprobe.store.columns import Columns, column_dtype, write_arrow, write_parquet
 from layerprobe.store.description import StoredSite
 from layerprobe.store.durable import commit_folder, flush_folder, need_parent, tell_failure
-from layerprobe.store.guard import check_flag
+from layerprobe.store.guard import check_flag, need_path
 from layerprobe.store.headers import checksum
 from layerprobe.store.lock import LOCK_FILE, StoreLock, is_abandoned
 from layerprobe.store.naming import match_sites
@@ -119,13 +119,13 @@ def export(
         >>> numpy.load(out)["layers.5"].shape
         (2, 384)
     """
-    to = _choose_format(Path(out), to)
+    out = need_path("out", out)
+    to = _choose_format(out, to)
     check_flag("overwrite", overwrite)
     if rows is not None and to in _PACKED:
         raise OptionError(f"rows={rows!r} goes with a table: {to} holds packed rows with the offsets of examples.")
     if to in _MODULES:
         _require(to)
-    out = Path(out)
     if not isinstance(store, Store):
         store = open_store(store)
     columns = _choose_columns(store, sites, rows or "examples")

@@ -14,9 +14,11 @@ import os
 import re
 import stat
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 
@@ -36,6 +38,10 @@ __all__ = [
     "check_flag",
     "check_record",
     "exists_inside",
+    "is_number",
+    "need_batch",
+    "need_list",
+    "need_path",
     "open_inside",
     "parse_json",
     "parse_record",
@@ -108,6 +114,53 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise OptionError(f"{name} is {value!r}: it must be a whole number of at least {least}.")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is one real number, of Python or numpy; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def need_path(name: str, value: object) -> Path:
+    """Take what names a file or a folder.
+
+    Raises:
+        OptionError: it is no path.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise OptionError(f"{name} is {brief(repr(value))}: give a path.")
+    return Path(value)
+
+
+def need_list(name: str, value: object, what: str) -> list[Any]:
+    """Take several values as a list.
+
+    Args:
+        name: Of the option.
+        value: What was given.
+        what: What to give, for the message.
+
+    Raises:
+        OptionError: it is one value, or a mapping.
+    """
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        try:
+            return list(value)
+        except TypeError:  # a tensor or an array of no dimension
+            pass
+    raise OptionError(f"{name} is {brief(repr(value))}: give {what}.")
+
+
+def need_batch(what: str, batch: object) -> Mapping[str, Any]:
+    """Take what a model is called with.
+
+    Raises:
+        OptionError: it names nothing.
+    """
+    if not isinstance(batch, Mapping) or not batch:
+        got = "an empty batch" if isinstance(batch, Mapping) else brief(repr(batch))
+        raise OptionError(f"{what} of {got}: give what the model is called with, by name, such as input_ids.")
+    return batch
 
 
 def open_inside(folder: Path, file: str) -> BinaryIO:

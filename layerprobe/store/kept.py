@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import OptionError
+from layerprobe.store.guard import is_number
 
 __all__ = ["TOKENS", "Kept", "KeptRows", "check_kept", "draw", "parse_kept"]
 
@@ -129,10 +130,8 @@ def check_kept(tokens: object, keep: object) -> None:
     if tokens not in TOKENS:
         raise OptionError(f"no tokens {tokens!r} to keep: use {', '.join(TOKENS)}.")
     # beside False and True: shares below 2 ** -64 would keep nothing at all
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 2.0**-64 <= keep <= 1:
-        raise OptionError(
-            f"keep is {keep!r}: it is the share of the rows to keep, above 0 and at most 1, such as 0.05."
-        )
+    if not is_number(keep) or not 2.0**-64 <= keep <= 1:
+        raise OptionError(f"keep is {keep!r}: it is the share of the rows to keep, from 2**-64 to 1, such as 0.05.")
 
 
 def parse_kept(plan: Mapping[str, Any] | None) -> Kept | None:

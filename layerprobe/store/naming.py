@@ -8,12 +8,13 @@ Hides how stored names are matched. Must never know of files or models.
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any, cast
 
 from layerprobe.errors import SiteError
 from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns, list_patterns
 from layerprobe.store.guard import brief
 
-__all__ = ["is_stored", "match_sites", "need_name"]
+__all__ = ["is_stored", "list_names", "match_sites", "need_name"]
 
 _INPUT_SUFFIX = ":input"
 _COUNTED = re.compile(r"(?:[a-z_]+\.)?layers\.-\d+(?:\.[a-z_.]+)?\Z")
@@ -56,6 +57,14 @@ def _count_layers(names: Iterable[str]) -> dict[str, int]:
                 stack = ".".join(segments[: place + 1])
                 counts[stack] = max(counts.get(stack, 0), int(segments[place + 1]) + 1)
     return counts
+
+
+def list_names(sites: object) -> list[Any]:
+    """Take the name of one site, or several, as a list; what is neither stays in it, for `need_name` to refuse."""
+    try:
+        return [sites] if isinstance(sites, str) else list(cast("Iterable[Any]", sites))
+    except TypeError:
+        return [sites]
 
 
 def need_name(site: object, names: Collection[str], owner: str) -> str:

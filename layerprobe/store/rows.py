@@ -16,6 +16,7 @@ from layerprobe.errors import OptionError, SiteError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.description import StoredSite
 from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.naming import list_names
 from layerprobe.store.order import ORDER, EpochOrder, RowOptions
 from layerprobe.store.shards import ScaledRows, Shard
 
@@ -46,8 +47,7 @@ def choose_sites(catalog: Catalog, sites: str | Sequence[str] | None) -> tuple[S
         }
         chosen = by_kind["token"] or by_kind["example"]
     else:
-        names = [sites] if isinstance(sites, str) else list(sites)
-        chosen = list({site.name: site for site in map(catalog.need_site, names)}.values())
+        chosen = list({site.name: site for site in map(catalog.need_site, list_names(sites))}.values())
     if not chosen:
         raise SiteError(f"no site to take rows of in {catalog.place}: it holds {', '.join(catalog.sites) or 'none'}.")
     for site in chosen:

@@ -8,6 +8,7 @@ Hides how conditions are tested. Must never know of models.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,17 @@ from torch import Tensor
 from layerprobe.errors import OptionError
 from layerprobe.store.catalog import MOST_OPEN_SHARDS, Catalog
 from layerprobe.store.description import StoredSite
+from layerprobe.store.guard import brief
 from layerprobe.store.records import RECORD_TENSORS, has_records, read_records
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, positions_of
 from layerprobe.store.vocabulary import Vocabulary, WordRuns
 
 __all__ = ["Asked", "Selection", "select"]
+
+_ONE_VALUE = (
+    "a field equals one value. For several give a function, such as lambda record: record['label'] in ('a', 'b')."
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class Asked:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
                 raise OptionError(f"where({name}={value!r}): it must be of type {wanted.__name__}.")
+        for name, value in self.fields.items():
+            # as records are read: a list is one, and what holds several values otherwise equals none of them
+            if not isinstance(value, (str, Real, list, dict, np.generic, type(None))):
+                raise OptionError(f"where({name}={brief(repr(value))}): {_ONE_VALUE}")
         if self.token_id is not None and not -(1 << 63) <= self.token_id < 1 << 63:
             raise OptionError(f"where(token_id={self.token_id!r}): no token has it: an id has 64 bits.")
 
@@ -200,6 +210,7 @@ def select(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary |
     runs = _find_runs(catalog, asked, vocabulary)
     unseen = set(asked.fields)
     seen: set[str] = set()
+    lists: set[str] = set()
     found: list[tuple[np.ndarray, ...]] = []
     names = [*(() if runs is None else ("input_ids",)), *(RECORD_TENSORS if asked.has_records else ())]
     numbers = list(by_shard)
@@ -207,9 +218,12 @@ def select(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary |
         catalog.prefetch(numbers[place : place + MOST_OPEN_SHARDS], names)
         shard = catalog.shard(number)
         if asked.has_records:
-            ordinals = _filter_records(catalog, shard, ordinals, asked, seen)
+            ordinals = _filter_records(catalog, shard, ordinals, asked, seen, lists)
         none = np.empty(0, np.int64)
         found.append((ordinals, none, none, none) if runs is None else _find_tokens(shard, ordinals, runs))
+    if singles := [name for name, value in asked.fields.items() if isinstance(value, list) and name in seen - lists]:
+        name = singles[0]
+        raise OptionError(f"where({name}={brief(repr(asked.fields[name]))}): no record has a list there; {_ONE_VALUE}")
     if (lacking := unseen - seen) and by_shard:
         name = min(lacking)
         held = f"they have {', '.join(sorted(seen))}" if seen else "no records were kept. Use id=, token= or token_id="
@@ -239,15 +253,20 @@ def _by_shard(catalog: Catalog, wanted: int | Sequence[int] | None) -> dict[int,
     return {number: np.array(ordinals, np.int64) for number, ordinals in by_shard.items()}
 
 
-def _filter_records(catalog: Catalog, shard: Shard, ordinals: np.ndarray, asked: Asked, seen: set[str]) -> np.ndarray:
+def _filter_records(
+    catalog: Catalog, shard: Shard, ordinals: np.ndarray, asked: Asked, seen: set[str], lists: set[str]
+) -> np.ndarray:
+    """Keep the ordinals whose records are as asked; adds which fields they have, and which of those lists are in."""
     if asked.record is not None and not has_records(shard):
         raise OptionError(f"where(function): {catalog.place} keeps no records. Use id=, token= or token_id=.")
     kept = []
+    as_lists = [name for name, value in asked.fields.items() if isinstance(value, list)]
     asked_for: list[int] = ordinals.tolist()
     records = read_records(shard, asked_for, catalog.place.label(shard.header.file))
     for ordinal, record in zip(asked_for, records, strict=True):
         flat = {**record.get("fields", {}), **({"text": record["text"]} if "text" in record else {})}
         seen.update(flat)
+        lists.update(name for name in as_lists if isinstance(flat.get(name), list))
         has_fields = all(name in flat and flat[name] == value for name, value in asked.fields.items())
         if has_fields and (asked.record is None or asked.record(flat)):
             kept.append(ordinal)
