@@ -244,7 +244,7 @@ def test_what_cannot_be_profiled_is_refused(make_bert: Callable[..., Any], batch
         lp.profile(torch.compile(model), batch)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="'meta'"):
         check_device(torch.device("meta"))
-    with pytest.raises(OptionError, match="give input_ids"):
+    with pytest.raises(OptionError, match="give what the model is called with, by name, such as input_ids"):
         lp.profile(model, {})
     profile = lp.profile(model, batch, repeats=1)
     with pytest.raises(OptionError, match="by='head'"):
