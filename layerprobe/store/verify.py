@@ -255,7 +255,8 @@ def _check_index(
     except (KeyError, TypeError, ValueError) as error:
         found.add(INDEX_FILE, f"is damaged ({brief(repr(error))})", INDEX_FILE)
         return
-    lost = [file for file in listed if file not in shards]
+    there = set(shards)
+    lost = [file for file in listed if file not in there]
     for file in lost:
         found.add(brief(file), f"{_GONE}; {INDEX_FILE} names it", INDEX_FILE)
     wrong = [f"does not name {file}" for file in shards if file not in listed]
