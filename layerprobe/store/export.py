@@ -67,7 +67,7 @@ class ExportReport:
     def __str__(self) -> str:
         lines = [
             f"{self.out}: {format_count(self.num_examples, 'example')}, {format_count(self.num_tokens, 'token')}, "
-            f"{format_count(len(self.sites), 'site')}, {format_bytes(self.num_bytes)}"
+            f"{format_count(len(self.sites), 'site')}, {format_bytes(self.num_bytes)} as {self.format}"
         ]
         if self.widened:
             dtypes = " and ".join(dict.fromkeys(self.widened.values()))

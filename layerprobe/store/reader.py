@@ -34,6 +34,7 @@ from layerprobe.store.selection import Asked, Selection, select
 from layerprobe.store.shards import Shard
 from layerprobe.store.siteview import SiteView
 from layerprobe.store.vocabulary import Vocabulary, find_characters
+from layerprobe.tables import format_count
 
 __all__ = ["Example", "Store", "open_store"]
 
@@ -131,7 +132,8 @@ class Store:
 
     def __repr__(self) -> str:
         state = "complete" if self.is_complete else "incomplete"
-        return f"Store({str(self.place)!r}, {len(self)} examples, {len(self.sites)} sites, {state})"
+        counts = f"{format_count(len(self), 'example')}, {format_count(len(self.sites), 'site')}"
+        return f"Store({str(self.place)!r}, {counts}, {state})"
 
     def __getitem__(self, site: str) -> SiteView:
         name = self.catalog.need_site(site).name

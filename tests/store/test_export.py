@@ -130,6 +130,7 @@ def test_a_dtype_is_kept_or_widened_and_the_report_says_so(
     name = str(dtype).removeprefix("torch.")
     assert report.widened == ({} if is_kept else {"layers.0": name})
     assert (f"1 site of {name} became float32" in str(report)) is not is_kept
+    assert f" as {to}" in str(report)
     rows = [rows.double() for rows in written.rows]
     if to in ("npz", "zarr"):
         found = read_packed(tmp_path / f"out.{to}")

@@ -393,6 +393,10 @@ def test_a_damaged_tokenizer_is_an_error_that_names_it(write_store: WriteStore) 
         open_store(folder).example(0)
 
 
+def test_a_store_of_one_example_says_so(write_store: WriteStore) -> None:
+    assert "1 example, 2 sites, complete" in repr(open_store(write_store(((3,),)).folder))
+
+
 def test_views_and_stores_say_what_they_are(write_store: WriteStore) -> None:
     store = open_store(write_store(dtype=torch.float16).folder)
     assert "5 examples, 2 sites, complete" in repr(store)
