@@ -7,9 +7,14 @@ them, and that stops nothing. Must never know what is said.
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Stderr", "find_stderr", "say"]
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+__all__ = ["Stderr", "find_stderr", "make_run_bar", "say"]
+
+_TERMINAL_INTERVAL_S, _LOG_INTERVAL_S = 0.1, 10.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,32 @@ class Stderr:
 def find_stderr() -> Stderr:
     """Give the stderr of this moment; a notebook and a test put their own in its place."""
     return Stderr(sys.stderr)
+
+
+def make_run_bar(shows: bool, total: int | None = None, initial: int = 0) -> "tqdm[Any]":
+    """Make the bar of a run over examples, as wide as the terminal is at the moment.
+
+    Args:
+        shows: Whether there is one at all.
+        total: How many examples there are, where that is known.
+        initial: How many of them an earlier run has done.
+    """
+    from tqdm import tqdm
+
+    stderr = find_stderr()
+    # a log file wants a line now and then, and none of a short run
+    interval_s = _TERMINAL_INTERVAL_S if stderr.isatty() else _LOG_INTERVAL_S
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit=" examples",
+        disable=not shows,
+        leave=False,
+        mininterval=interval_s,
+        delay=interval_s,
+        file=stderr,
+        dynamic_ncols=True,
+    )
 
 
 def say(text: str) -> None:

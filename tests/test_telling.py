@@ -10,8 +10,8 @@ import pytest
 from tqdm import tqdm
 
 import layerprobe as lp
+from layerprobe import telling
 from layerprobe.analysis.sweep import bar_of
-from layerprobe.extract import run
 from layerprobe.models import LoadedModel
 from layerprobe.telling import Stderr, find_stderr, say
 
@@ -32,7 +32,7 @@ def make_broken(kind: str) -> Any:
 def test_a_stderr_that_takes_nothing_ends_no_run(
     kind: str, tiny: LoadedModel, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_LOG_INTERVAL_S", 0.0)
+    monkeypatch.setattr(telling, "_LOG_INTERVAL_S", 0.0)
     whole = lp.extract(tiny, texts, "memory://told")
     stream = make_broken(kind)
     monkeypatch.setattr(sys, "stderr", stream)

@@ -14,7 +14,6 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from layerprobe.capture.calls import Sink, is_sink
 from layerprobe.capture.pooling import Pool
@@ -38,12 +37,9 @@ from layerprobe.store.places import Place
 from layerprobe.store.progress import Done, ProgressFile
 from layerprobe.store.reader import Store, open_store
 from layerprobe.tables import format_bytes
-from layerprobe.telling import find_stderr
+from layerprobe.telling import find_stderr, make_run_bar
 
 __all__ = ["RunReport", "extract", "run_extraction"]
-
-_LOG_INTERVAL_S = 10.0
-
 
 SinkType = TypeVar("SinkType", bound=Sink)
 
@@ -266,24 +262,12 @@ def _run_plan(
     report: RunReport,
 ) -> RunReport:
     start = time.perf_counter()
-    # a log file wants a line now and then, and none of a short run
-    interval_s = 0.1 if find_stderr().isatty() else _LOG_INTERVAL_S
-    bar = tqdm(
-        total=plan.num_examples,
-        initial=sum(header.num_examples for header in plan.done.values()),
-        unit=" examples",
-        disable=not progress,
-        leave=False,
-        mininterval=interval_s,
-        delay=interval_s,
-        file=find_stderr(),
-        dynamic_ncols=True,
-    )
+    num_done = sum(header.num_examples for header in plan.done.values())
+    bar = make_run_bar(progress, plan.num_examples, num_done)
 
     def advance(num_examples: int) -> None:
         bar.update(num_examples)
         told.tick()
-
         bar.set_postfix_str(_describe_pace(report, time.perf_counter() - start), False)
 
     told.begin(lambda: _measure(plan, report))

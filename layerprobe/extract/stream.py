@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
-from tqdm import tqdm
 
 from layerprobe.capture.abilities import abilities_of
 from layerprobe.capture.calls import Sink
@@ -37,7 +36,7 @@ from layerprobe.extract.warmup import choose_batch_cost, choose_batch_tokens
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_device
-from layerprobe.telling import find_stderr
+from layerprobe.telling import make_run_bar
 
 __all__ = ["stream_texts"]
 
@@ -106,17 +105,7 @@ def stream_texts(
         equal_lengths=equal_lengths,
     )
     start = time.perf_counter()
-    interval_s = 0.1 if find_stderr().isatty() else 10.0
-    bar = tqdm(
-        unit=" examples",
-        disable=not progress,
-        leave=False,
-        mininterval=interval_s,
-        delay=interval_s,
-        file=find_stderr(),
-        dynamic_ncols=True,
-    )
-    with bar, running(network, precision), using_cores(), probe:
+    with make_run_bar(progress) as bar, running(network, precision), using_cores(), probe:
         for unit, tokenized, batches in prepare_ahead(_cut_chunks(iter(source)), prepare):
             for batch in batches:
                 first = unit.first_example

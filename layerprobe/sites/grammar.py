@@ -10,6 +10,7 @@ Hides how patterns are parsed and matched. Never sees a model: it works on names
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from layerprobe.errors import SiteError
@@ -49,12 +50,11 @@ def list_patterns(patterns: str | Sequence[str]) -> list[str]:
     """
     if isinstance(patterns, str):
         return [patterns]
-    try:
-        listed = [] if isinstance(patterns, bytes) else list(patterns)
-        is_list = not isinstance(patterns, bytes)
-    except TypeError:  # also of a tensor or an array of no dimension
-        listed, is_list = [], False
-    if not is_list:
+    listed: list[str] | None = None
+    if not isinstance(patterns, bytes):
+        with suppress(TypeError):  # also of a tensor or an array of no dimension
+            listed = list(patterns)
+    if listed is None:
         raise SiteError(f"{_say(patterns)} is no site pattern: give a text such as 'layers.*', or a list of them.")
     if wrong := [one for one in listed if not isinstance(one, str)]:
         raise SiteError(
