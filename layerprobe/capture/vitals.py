@@ -9,7 +9,7 @@ Letters: T rows, D units.
 import torch
 from torch import Tensor
 
-from layerprobe.sites.stacks import find_sum_device
+from layerprobe.sites.stacks import find_sum_device, widen
 
 __all__ = ["MOVES_LESS", "NEAR_TOP", "Vitals"]
 
@@ -59,7 +59,7 @@ class Vitals:
     def add_gradient(self, gradient: Tensor) -> None:
         """Take what a backward sent to a value, or to a part of it."""
         norm = torch.linalg.vector_norm(gradient.detach().float())
-        self._gradient = _sum(self._gradient, norm.to(find_sum_device(norm.device)).double().square())
+        self._gradient = _sum(self._gradient, widen(norm).square())
 
     def read(self) -> dict[str, float]:
         """Give the numbers; those that nothing was measured for are left out.

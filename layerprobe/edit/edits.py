@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from layerprobe.edit.where import check_where
 from layerprobe.errors import CaptureError, OptionError
-from layerprobe.sites.stacks import find_sum_device
+from layerprobe.sites.stacks import widen
 from layerprobe.store.guard import check_count, is_number
 
 __all__ = ["Ablate", "Clamp", "Edit", "Noise", "Patch", "ProjectOut", "Replace", "Resample", "Scale", "Steer"]
@@ -220,7 +220,7 @@ class ProjectOut(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_tensor(self.name, "directions", self.directions, (1, 2))
-        if not bool(_widen(self.directions).isfinite().all()):
+        if not bool(widen(self.directions).isfinite().all()):
             raise OptionError("lp.project_out: directions are not finite: give finite ones.")
         with torch.no_grad():
             rank = _count_dimensions(self.rows)
@@ -348,14 +348,9 @@ class Replace(Edit):
         return made
 
 
-def _widen(tensor: Tensor) -> Tensor:
-    """Give values in float64, on the host where their device has none."""
-    return tensor.to(find_sum_device(tensor.device)).double()
-
-
 def _count_dimensions(rows_KD: Tensor) -> int:
     """Count the dimensions that rows span, but for what rounding alone made, as of class means less their mean."""
-    units_KD = nn.functional.normalize(_widen(rows_KD), dim=1, eps=torch.finfo(torch.float64).tiny)
+    units_KD = nn.functional.normalize(widen(rows_KD), dim=1, eps=torch.finfo(torch.float64).tiny)
     # Rounding is held against the length of a unit row, whatever the rows have in common: that is long, and known no
     # worse for it. A mean of many rows rounds often; of narrow ones torch takes it in float32.
     most = (4 if rows_KD.dtype.itemsize <= 2 else 64) * torch.finfo(rows_KD.dtype).eps
@@ -365,7 +360,7 @@ def _count_dimensions(rows_KD: Tensor) -> int:
 
 def _orthonormal(rows_KD: Tensor) -> Tensor:
     """Give an orthonormal basis of what the rows span, computed in float64 and rounded once."""
-    basis_KD = torch.linalg.qr(_widen(rows_KD).T)[0].T
+    basis_KD = torch.linalg.qr(widen(rows_KD).T)[0].T
     return basis_KD.to(torch.promote_types(rows_KD.dtype, torch.float32)).to(rows_KD.device)
 
 

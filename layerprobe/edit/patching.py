@@ -27,7 +27,7 @@ from layerprobe.edit.plan import head_width, require_editable
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import ModelMap, Site, map_model
-from layerprobe.sites.stacks import find_called, find_sum_device, need_model
+from layerprobe.sites.stacks import find_called, need_model, widen
 from layerprobe.store.guard import check_count
 from layerprobe.tables import hide_bar
 
@@ -160,7 +160,7 @@ class _Sweep:
                 f"patching: the metric gave {got} for {num_rows} rows: it must give one number per row, as in "
                 "lambda out: out.logits[:, 4, answer]."
             )
-        return found.to(find_sum_device(found.device)).double()
+        return widen(found)
 
 
 def _plan(
@@ -311,9 +311,8 @@ def _attribute(sweep: _Sweep, values: Mapping[str, Tensor]) -> tuple[Tensor, Ten
         gradients = torch.autograd.grad(measured.sum(), [nothing[name] for name in names], allow_unused=True)
     effects = []
     for number, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
-        place = find_sum_device(values[name].device)
-        change = values[name].to(place).double() - probe[name].detach().to(place).double()
-        effect = (change * (0 if gradient is None else gradient.to(place).double()))[0]
+        change = widen(values[name]) - widen(probe[name].detach())
+        effect = (change * (0 if gradient is None else widen(gradient)))[0]
         if sweep.num_heads is not None:
             width = sweep.head_widths[number] * sweep.num_heads
             effect = effect[:, :width].unflatten(-1, (sweep.num_heads, -1)).sum(-1)

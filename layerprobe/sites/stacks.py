@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layerprobe.errors import ArchitectureError, OptionError
 from layerprobe.models import LoadedModel
@@ -33,6 +33,7 @@ __all__ = [
     "need_model",
     "need_one_device",
     "unwrap",
+    "widen",
 ]
 
 
@@ -225,6 +226,11 @@ def find_device(model: nn.Module) -> torch.device:
 def find_sum_device(device: torch.device) -> torch.device:
     """Find where sums of values on a device are kept in float64: there, or on the host if it has none, as mps."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def widen(values: Tensor) -> Tensor:
+    """Give values in float64, where sums of them are kept."""
+    return values.to(find_sum_device(values.device)).double()
 
 
 def need_one_device(model: nn.Module) -> torch.device:
