@@ -1,7 +1,5 @@
 """Texts into a sink: every text once, whatever the batches, in parts, and at constant memory."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +183,7 @@ print(measure(lp.TopK(2), 24_000))
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_number_of_texts(tiny_model_folder: Path) -> None:
     """And a row that were kept of each would show."""
-    command = [sys.executable, "-c", PEAKS, str(tiny_model_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(memory.__file__).parent)
-    few, many, few_of_top, many_of_top, leaky = map(int, done.stdout.split())
+    few, many, few_of_top, many_of_top, leaky = map(int, memory.run_measured(PEAKS, tiny_model_folder).split())
     found = f"kB for 8,000 and 24,000 texts, and with a leak: {few, many}, {few_of_top, many_of_top, leaky}"
     # two chunks of 4,096 texts are there in the smaller run too: what differs is some 500
     assert many - few < 4000 and many_of_top - few_of_top < 4000 < leaky - few_of_top, found
