@@ -31,6 +31,7 @@ ORDER = (
     "layerprobe.sites.stacks",
     "layerprobe.sites.resolve",
     "layerprobe.sites.weights",
+    "layerprobe.store.paths",
     "layerprobe.store.durable",
     "layerprobe.store.guard",
     "layerprobe.store.fingerprint",

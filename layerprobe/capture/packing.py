@@ -144,9 +144,9 @@ class StoreSink(SinkAbilities):
         self._sites = sites
         if self._description is not None:
             folder = self.place.folder
-            is_new = folder is not None and not folder.exists()
+            made = None if folder is None or folder.path.exists() else folder.path
             self._lock = claim_place(self.place)
-            self._made_folder = folder if is_new else None
+            self._made_folder = made
         try:
             self.writer.start()
         except BaseException:

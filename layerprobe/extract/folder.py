@@ -22,6 +22,7 @@ from layerprobe.store.description import commit_description
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, is_leftover, parse_shard_name
 from layerprobe.store.lock import StoreLock
+from layerprobe.store.paths import NamedPath
 
 __all__ = ["hold_store"]
 
@@ -45,18 +46,18 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
         yield plan, None
         return
     try:
-        make_folder(folder)
+        make_folder(folder.path)
     except OSError as error:
         raise tell_failure(folder, error) from error
     with StoreLock(folder) as lock:
         if not plan.overwrite:
-            done, num_damaged = find_done(folder, plan.description)
+            done, num_damaged = find_done(plan.place, plan.description)
             plan = replace(plan, done=done, num_damaged=num_damaged)
             if plan.options.nonfinite == "error":
                 check_finite(done.values())
         try:
             try:
-                _clear(folder, plan)
+                _clear(folder.path, plan)
                 _begin(plan, folder, keeper)
             except OSError as error:
                 raise error if isinstance(error, StoreError) else tell_failure(folder, error) from error
@@ -64,7 +65,7 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
         finally:
             # gives back what was kept for a unit that did not come about
             with contextlib.suppress(OSError):
-                _remove_partial(folder)
+                _remove_partial(folder.path)
 
 
 def _clear(folder: Path, plan: Plan) -> None:
@@ -95,16 +96,16 @@ def _remove(file: Path) -> None:
         file.unlink()
 
 
-def _begin(plan: Plan, folder: Path, keeper: RoomKeeper) -> None:
+def _begin(plan: Plan, folder: NamedPath, keeper: RoomKeeper) -> None:
     """Write what comes before the first shard."""
-    if not (folder / STORE_FILE).exists() or plan.overwrite:
-        keeper.attempt(lambda: commit_description(folder, plan.description))
-    if not (folder / TOKENIZER_FOLDER).exists():
+    if not (folder / STORE_FILE).path.exists() or plan.overwrite:
+        keeper.attempt(lambda: commit_description(plan.place, plan.description))
+    if not (folder / TOKENIZER_FOLDER).path.exists():
         keeper.attempt(lambda: _commit_tokenizer(plan.tokenizer, folder))
 
 
-def _commit_tokenizer(tokenizer: Any, folder: Path) -> None:
-    partial, final = folder / (TOKENIZER_FOLDER + ".tmp"), folder / TOKENIZER_FOLDER
+def _commit_tokenizer(tokenizer: Any, folder: NamedPath) -> None:
+    partial, final = (folder / (TOKENIZER_FOLDER + ".tmp")).path, folder / TOKENIZER_FOLDER
     if partial.exists():
         _remove(partial)
     try:
@@ -119,6 +120,6 @@ def _commit_tokenizer(tokenizer: Any, folder: Path) -> None:
             if number is None:
                 raise
             raise OSError(int(number.group(1)), str(error)) from error
-        commit_folder(partial, final)
+        commit_folder(partial, final.path)
     except OSError as error:
         raise tell_failure(final, error) from error

@@ -97,12 +97,12 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """The local folder of the store.
+        """The local folder of the store; absolute.
 
         Raises:
             StoreError: it lies elsewhere.
         """
-        return need_folder(self.place)
+        return need_folder(self.place).path
 
     @property
     def num_units(self) -> int:
@@ -135,7 +135,7 @@ class Plan:
         """Free space where the store is or will be; None where that has no bound to be known."""
         if self.place.folder is None:
             return None
-        place = self.folder.absolute()
+        place = self.folder
         while not place.exists():
             place = place.parent
         # what a run that was killed had reserved goes before anything is written

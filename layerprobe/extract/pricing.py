@@ -26,6 +26,7 @@ from layerprobe.extract.sampling import MOST_EXAMPLES, SamplePace, Sampler, chec
 from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.durable import TRIAL_PREFIX, commit_file, make_noise, tell_failure
+from layerprobe.store.paths import NamedPath
 from layerprobe.store.places import find_place
 from layerprobe.tables import format_bytes, format_count, format_table, format_time
 
@@ -161,10 +162,10 @@ def price_extraction(
 
 
 @contextlib.contextmanager
-def _make_scratch(folder: Path) -> Iterator[Path]:
+def _make_scratch(folder: NamedPath) -> Iterator[Path]:
     """Make a folder where a store will lie; in one that is there, under a name that the next run there removes."""
-    parent = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
-    is_inside = parent == folder.absolute()
+    parent = next(one for one in (folder.path, *folder.path.parents) if one.is_dir())
+    is_inside = parent == folder.path
     scratch = parent / (f"{TRIAL_PREFIX}{time.time_ns()}.tmp" if is_inside else f"layerprobe-plan-{time.time_ns()}")
     try:
         scratch.mkdir(mode=0o700)

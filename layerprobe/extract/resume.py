@@ -28,6 +28,7 @@ from layerprobe.store.format import (
 )
 from layerprobe.store.lock import LOCK_FILE, refuse_held
 from layerprobe.store.mismatch import list_differences
+from layerprobe.store.paths import NamedPath
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.progress import PROGRESS_FILE
 
@@ -65,19 +66,19 @@ def check_place(place: Place) -> None:
         raise StoreError(f"{place}: is not a store: it holds {names[0]!r}. Choose an empty or new prefix.")
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: NamedPath) -> None:
     """Make sure that a store can be written there, without making anything that stays."""
     try:
-        place = _find_existing(folder.absolute())
+        place = _find_existing(folder.path)
         if not place.is_dir():
-            what = "is a file, not a folder" if place == folder.absolute() else f"{place} is not a folder"
+            what = "is a file, not a folder" if place == folder.path else f"{place} is not a folder"
             raise StoreError(f"{folder}: {what}. Choose another folder.")
         if not os.access(place, os.W_OK | os.X_OK):
             raise StoreError(f"{folder}: cannot be written (no permission in {place}). Choose another folder.")
-        if folder.is_dir() and not (folder / STORE_FILE).exists():
+        if folder.path.is_dir() and not (folder / STORE_FILE).path.exists():
             # what a run has that is at its very beginning, or was killed there
             ours = (LOCK_FILE, PROGRESS_FILE)
-            names = (file.name for file in folder.iterdir())
+            names = (file.name for file in folder.path.iterdir())
             foreign = next((name for name in names if name not in ours and not is_leftover(name)), None)
             if foreign is not None:
                 raise StoreError(f"{folder}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")

@@ -223,7 +223,7 @@ def extract(
     report = run_extraction(plan, shows_progress)
     if shows_progress or report.nonfinite:
         print(report, file=find_stderr())
-    return open_store(to)
+    return open_store(plan.place)
 
 
 def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | None = None) -> RunReport:

@@ -16,6 +16,7 @@ from layerprobe.errors import SpaceError
 from layerprobe.store.description import StoredSite
 from layerprobe.store.durable import reserve_file
 from layerprobe.store.format import ShardHeader, bound_shard
+from layerprobe.store.paths import NamedPath
 from layerprobe.telling import say
 
 __all__ = ["RoomKeeper"]
@@ -40,7 +41,7 @@ class RoomKeeper:
 
     def __init__(
         self,
-        folder: Path | None,
+        folder: Path | NamedPath | None,
         waits: bool,
         stop: threading.Event,
         tell: Callable[[float, bool], None] | None = None,

@@ -57,7 +57,7 @@ def describe_job(plan: Plan, device: str, share: int) -> dict[str, Any]:
         "share": share,
         "texts": plan.crew.texts,
         "name": plan.source.name,
-        "to": str(plan.place) if plan.place.folder is None else str(plan.folder.absolute()),
+        "to": str(plan.place if plan.place.folder is None else plan.folder),
         "options": {
             **asdict(plan.options),
             "sites": [site.name for site in plan.sites],

@@ -33,7 +33,7 @@ def claim_place(where: Path | Place) -> StoreLock | None:
         _refuse_content(place, place.list_files())
         return None
     try:
-        make_folder(folder)
+        make_folder(folder.path)
         lock = StoreLock(folder).acquire()
     except OSError as error:
         if isinstance(error, StoreError):

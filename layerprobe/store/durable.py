@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from layerprobe.errors import SpaceError, StoreError
+from layerprobe.store.paths import NamedPath
 
 try:
     import fcntl
@@ -60,7 +61,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
-def commit_file(path: Path, pieces: "Sequence[bytes | memoryview]", is_direct: bool = True) -> None:
+def commit_file(path: Path | NamedPath, pieces: "Sequence[bytes | memoryview]", is_direct: bool = True) -> None:
     """Write a file and make it permanent, replacing an older one whole.
 
     Args:
@@ -134,7 +135,7 @@ def _time_write(folder: Path, block: memoryview, is_direct: bool) -> float:
         os.close(descriptor)
 
 
-def reserve_file(path: Path, size: int) -> None:
+def reserve_file(path: Path | NamedPath, size: int) -> None:
     """Set space aside for a file that `commit_file` will write: in the very `.tmp` that it writes into.
 
     Where the file system cannot do that, only what is free now is looked at.
@@ -190,7 +191,7 @@ def _find_fallocate() -> Callable[[int, int, int], None] | None:
 _fallocate = _find_fallocate()
 
 
-def _allocate(descriptor: int, path: Path, size: int) -> None:
+def _allocate(descriptor: int, path: Path | NamedPath, size: int) -> None:
     if _fallocate is not None:
         try:
             _fallocate(descriptor, 0, size)
@@ -202,7 +203,7 @@ def _allocate(descriptor: int, path: Path, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def tell_failure(path: Path, error: OSError, size: int = 0) -> StoreError:
+def tell_failure(path: Path | NamedPath, error: OSError, size: int = 0) -> StoreError:
     """Put a refusal of the system into words: what it hit, why, what is missing, and how to continue.
 
     Args:
@@ -228,7 +229,7 @@ def tell_failure(path: Path, error: OSError, size: int = 0) -> StoreError:
     )
 
 
-def _open(path: Path, is_direct: bool) -> int:
+def _open(path: Path | NamedPath, is_direct: bool) -> int:
     # no O_TRUNC: it would give back what was reserved
     flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     if is_direct and _DIRECT:
@@ -361,13 +362,13 @@ def commit_folder(partial: Path, folder: Path) -> None:
     flush_folder(folder.parent)
 
 
-def flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path | NamedPath) -> None:
     """Make the names in a folder permanent, those that are gone too."""
     if os.name != "nt":  # Windows has no handle for a folder; its rename is durable by itself
         flush_file(folder)
 
 
-def flush_file(path: Path) -> None:
+def flush_file(path: Path | NamedPath) -> None:
     """Make what is in a file permanent, whoever wrote it."""
     # Windows flushes only what may be written
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -183,7 +183,7 @@ def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:
     need_parent(out)
     folder = store.place.folder
     if folder is not None:
-        inside, target = folder.resolve(), out.resolve()
+        inside, target = folder.path.resolve(), out.resolve()
         if target == inside or inside in target.parents or target in inside.parents:
             raise OptionError(f"{out}: lies in or around the store {folder}. Choose another place.")
     if not os.path.lexists(out):

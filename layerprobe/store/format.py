@@ -33,6 +33,7 @@ from layerprobe.store.headers import (
     parse_header,
     parse_shard_name,
 )
+from layerprobe.store.paths import NamedPath
 from layerprobe.store.places import Place, find_place
 
 __all__ = [
@@ -89,9 +90,9 @@ def need_store(place: Place) -> None:
         StoreError: there is none.
     """
     if not place.exists(STORE_FILE):
-        if place.folder is not None and place.folder.is_file():
+        if place.folder is not None and place.folder.path.is_file():
             raise StoreError(f"{place}: is a file, not the folder of a store. Give the folder.")
-        is_there = place.folder.is_dir() if place.folder is not None else bool(place.list_files())
+        is_there = place.folder.path.is_dir() if place.folder is not None else bool(place.list_files())
         what = f"is not a store: it has no {STORE_FILE}" if is_there else "does not exist"
         raise StoreError(f"{place}: {what}. Make one with 'layerprobe extract MODEL INPUT -o {place}'.")
 
@@ -170,7 +171,7 @@ def bound_shard(header: ShardHeader, shapes: "Sequence[tuple[str, torch.dtype, S
     return len(head) + sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in shapes)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | NamedPath) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
@@ -209,7 +210,7 @@ def _parse_json(label: str, file: str, text: bytes) -> dict[str, Any]:
     return value
 
 
-def read_header(path: Path) -> ShardHeader:
+def read_header(path: Path | NamedPath) -> ShardHeader:
     """Read and check the header of a shard against itself and against the file's size.
 
     Raises:
@@ -221,7 +222,7 @@ def read_header(path: Path) -> ShardHeader:
 
 
 @contextlib.contextmanager
-def open_shard(path: Path) -> Iterator[tuple[BinaryIO, ShardHeader]]:
+def open_shard(path: Path | NamedPath) -> Iterator[tuple[BinaryIO, ShardHeader]]:
     """Hold a shard open, its header read; as `read_header`."""
     with contextlib.ExitStack() as held:
         try:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 
 from layerprobe.errors import FormatError, OptionError
+from layerprobe.store.paths import NamedPath
 
 __all__ = [
     "LARGE",
@@ -163,7 +164,7 @@ def need_batch(what: str, batch: object) -> Mapping[str, Any]:
     return batch
 
 
-def open_inside(folder: Path, file: str) -> BinaryIO:
+def open_inside(folder: Path | NamedPath, file: str) -> BinaryIO:
     """Open a regular file that lies in a store's folder itself.
 
     Args:
@@ -176,11 +177,13 @@ def open_inside(folder: Path, file: str) -> BinaryIO:
     """
     path = folder / file
     parts = PurePosixPath(file).parts
-    if not parts or path.is_absolute() is not folder.is_absolute() or {"..", "/"} & set(parts):
+    # an absolute one, of Windows too, would replace the folder
+    if not parts or Path(file).anchor or {"..", "/"} & set(parts):
         raise FormatError(f"{folder}: {brief(repr(file))} is no file of a store.")
-    for count in range(1, len(parts)):
-        if not stat.S_ISDIR(os.lstat(folder.joinpath(*parts[:count])).st_mode):
-            raise FormatError(f"{folder.joinpath(*parts[:count])}: is not a folder. {NO_LINKS}")
+    for part in parts[:-1]:
+        folder = folder / part
+        if not stat.S_ISDIR(os.lstat(folder).st_mode):
+            raise FormatError(f"{folder}: is not a folder. {NO_LINKS}")
     # Opening a device can do something already, so it is looked at first.
     _refuse_irregular(path, os.lstat(path).st_mode)
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -198,19 +201,19 @@ def open_inside(folder: Path, file: str) -> BinaryIO:
         raise
 
 
-def _refuse_irregular(path: Path, mode: int) -> None:
+def _refuse_irregular(path: Path | NamedPath, mode: int) -> None:
     if stat.S_ISLNK(mode):
         raise FormatError(f"{path}: is a link. {NO_LINKS}")
     if not stat.S_ISREG(mode):
         raise FormatError(f"{path}: is not a regular file. Remove it.")
 
 
-def exists_inside(folder: Path, file: str) -> bool:
+def exists_inside(folder: Path | NamedPath, file: str) -> bool:
     """Whether a name is there, were it a link that leads nowhere; what a link leads to is not looked at."""
     return os.path.lexists(folder / file)
 
 
-def read_inside(folder: Path, file: str, most_bytes: int) -> bytes:
+def read_inside(folder: Path | NamedPath, file: str, most_bytes: int) -> bytes:
     """Read a whole small file of a store.
 
     Raises:

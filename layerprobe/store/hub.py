@@ -76,7 +76,7 @@ def push(folder: str | Path, url: str, *, private: bool = False, api: Any = None
     repo, revision = _parse(url)
     if revision is not None:
         raise OptionError(f"{url}: a store is pushed to the main branch. Leave '@{revision}' out.")
-    where = need_folder(find_place(folder))
+    where = need_folder(find_place(folder)).said
     with open_store(where, check=False) as store:
         _check_store(store, where)
         fingerprint = store.fingerprint
@@ -117,7 +117,7 @@ def pull(url: str, folder: str | Path, *, api: Any = None) -> Moved:
         StoreError: the folder holds something, the store there is not complete, or the hub refused.
     """
     repo, revision = _parse(url)
-    target = need_folder(find_place(folder))
+    target = need_folder(find_place(folder)).said
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: exists already. Choose a new or empty folder.")
     api = api or _connect()

@@ -20,6 +20,7 @@ from typing import Any
 
 from layerprobe.errors import LockError, StoreError
 from layerprobe.store.guard import open_inside
+from layerprobe.store.paths import NamedPath
 from layerprobe.telling import find_stderr
 
 try:
@@ -46,9 +47,9 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         StoreError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._path = folder / LOCK_FILE
+    def __init__(self, folder: Path | NamedPath) -> None:
+        self._folder = NamedPath.of(folder)
+        self._path = self._folder / LOCK_FILE
         self._descriptor: int | None = None
 
     def __enter__(self) -> "StoreLock":
@@ -86,7 +87,7 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         # The name goes before the lock does: whoever takes it in between sees that its file has no name any more.
         if not keeps_file:
             with suppress(OSError):
-                self._path.unlink()
+                os.unlink(self._path)
         descriptor, self._descriptor = self._descriptor, None
         with suppress(OSError):  # the descriptor is gone all the same, and the caller's error says more
             os.close(descriptor)
@@ -139,7 +140,7 @@ class StoreLock(AbstractContextManager["StoreLock"]):
             self._descriptor = None
 
 
-def find_holder(folder: Path) -> str | None:
+def find_holder(folder: Path | NamedPath) -> str | None:
     """Say who is writing into a store, as far as that can be told from here; None if nobody is.
 
     Args:
@@ -171,7 +172,7 @@ def is_abandoned(folder: Path) -> bool:
         return False
 
 
-def refuse_held(folder: Path) -> None:
+def refuse_held(folder: Path | NamedPath) -> None:
     """Refuse a folder into which another run is writing, before work is done that would be lost.
 
     Only a lock that is taken afterwards keeps others out.
@@ -183,7 +184,7 @@ def refuse_held(folder: Path) -> None:
         raise _refuse(folder, holder)
 
 
-def _refuse(folder: Path, holder: str) -> LockError:
+def _refuse(folder: Path | NamedPath, holder: str) -> LockError:
     return LockError(
         f"{folder}: another run is writing there ({holder}). Wait for it or end it, and run the same command again; or "
         "choose another folder."
@@ -215,7 +216,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 
-def _has_name(descriptor: int, path: Path) -> bool:
+def _has_name(descriptor: int, path: NamedPath) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -232,7 +233,7 @@ def _describe_holder() -> str:
     return json.dumps(holder, indent=1)
 
 
-def _name_holder(path: Path) -> str:
+def _name_holder(path: Path | NamedPath) -> str:
     """Say who holds a lock, as far as its file tells."""
     found: Any = None
     with suppress(OSError, ValueError, RecursionError), open_inside(path.parent, path.name) as file:

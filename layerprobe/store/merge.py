@@ -37,7 +37,7 @@ from layerprobe.store.guard import check_flag, open_inside
 from layerprobe.store.index import commit_index
 from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.mismatch import list_differences
-from layerprobe.store.places import LocalPlace, find_place, need_folder
+from layerprobe.store.places import find_place, need_folder
 from layerprobe.tables import format_bytes, format_count, hide_bar
 
 __all__ = ["MergeReport", "merge"]
@@ -143,8 +143,8 @@ def merge(
     if isinstance(folders, (str, Path)) or not folders:
         raise OptionError(f"folders is {folders!r}: give a list of at least one store.")
     check_flag("link", link)
-    target = need_folder(find_place(out))
-    sources = list(dict.fromkeys(need_folder(find_place(folder)) for folder in folders))
+    target = need_folder(find_place(out)).said
+    sources = list(dict.fromkeys(need_folder(find_place(folder)).said for folder in folders))
     if not (target / STORE_FILE).exists():
         _check_new(target)
     made = [path for path in (target, *target.parents) if not path.exists()]
@@ -185,8 +185,8 @@ def _merge_into(target: Path, sources: Sequence[Path], link: bool, progress: boo
 
 
 def _describe(folder: Path) -> dict[str, Any]:
-    need_store(LocalPlace(folder))
-    description = load_description(LocalPlace(folder))
+    need_store(find_place(folder))
+    description = load_description(find_place(folder))
     plan = description.get("plan")
     if not isinstance(plan, dict) or type(plan.get("units")) is not int:
         raise PlanError(f"{folder}: has no plan that says how many units there are. Only stores of extract are merged.")
@@ -218,7 +218,7 @@ def _list_copies(target: Path, folders: Mapping[Path, dict[str, Any]], report: M
                 if header.unit >= report.num_units:
                     raise FormatError(f"is unit {header.unit}; the plan has {report.num_units}")
             except StoreError as error:
-                report.damaged.append((folder / name, tell(LocalPlace(folder), name, error)))
+                report.damaged.append((folder / name, tell(find_place(folder), name, error)))
                 continue
             found[header.unit].append(_Copy(folder, header))
     for copies in found.values():
@@ -293,9 +293,9 @@ def _bring(
         is_own = copy.folder == target
         place = copy.folder if is_own else _stage(target, copy, link)
         try:
-            header = check_shard(LocalPlace(place), copy.header.file, wanted, bar.update)
+            header = check_shard(find_place(place), copy.header.file, wanted, bar.update)
         except FormatError as error:
-            report.damaged.append((copy.path, tell(LocalPlace(place), copy.header.file, error)))
+            report.damaged.append((copy.path, tell(find_place(place), copy.header.file, error)))
             # the index, if there is one, speaks of a shard that is none
             _remove(target / INDEX_FILE if is_own else place / copy.header.file)
             continue
@@ -351,7 +351,7 @@ def _bring_tokenizer(target: Path, descriptions: Mapping[Path, dict[str, Any]], 
         if not isinstance(said, dict) or not (folder / TOKENIZER_FOLDER).exists():
             continue
         try:
-            highest_id = check_tokenizer(LocalPlace(folder), said)
+            highest_id = check_tokenizer(find_place(folder), said)
             if folder != target:
                 partial = target / (TOKENIZER_FOLDER + ".tmp")
                 _clear(partial)
@@ -364,7 +364,7 @@ def _bring_tokenizer(target: Path, descriptions: Mapping[Path, dict[str, Any]], 
             report.lacks_tokenizer = False
             return highest_id
         except FormatError as error:
-            report.damaged.append((folder / TOKENIZER_FOLDER, tell(LocalPlace(folder), TOKENIZER_FOLDER, error)))
+            report.damaged.append((folder / TOKENIZER_FOLDER, tell(find_place(folder), TOKENIZER_FOLDER, error)))
     return None
 
 

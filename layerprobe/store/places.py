@@ -17,6 +17,7 @@ from typing import Protocol
 from layerprobe.errors import FormatError, OptionError, StoreError
 from layerprobe.store.durable import commit_file, is_direct_better, make_folder
 from layerprobe.store.guard import NO_LINKS, brief, exists_inside, open_inside
+from layerprobe.store.paths import NamedPath
 from layerprobe.store.remote import RemotePlace, is_url
 
 __all__ = ["LocalPlace", "Place", "find_place", "names_place", "need_folder"]
@@ -26,7 +27,7 @@ class Place(Protocol):
     """Where a store lies. `str(place)` names it in messages, without secrets."""
 
     @property
-    def folder(self) -> Path | None:
+    def folder(self) -> NamedPath | None:
         """The local folder; None elsewhere."""
         ...
 
@@ -80,7 +81,7 @@ class LocalPlace:
         is_direct: Whether large files go past the page cache, where the file system lets them.
     """
 
-    folder: Path
+    folder: NamedPath
     is_direct: bool = field(default=True, compare=False)
 
     def __str__(self) -> str:
@@ -91,7 +92,7 @@ class LocalPlace:
 
     def list_files(self, folder: str = "") -> list[str]:
         try:
-            if folder and (self.folder / folder).is_symlink():
+            if folder and os.path.islink(self.folder / folder):
                 raise FormatError(f"{self.folder / folder}: is a link. {NO_LINKS}")
             return os.listdir(self.folder / folder)
         except FormatError:
@@ -135,12 +136,12 @@ class LocalPlace:
     def commit(self, file: str, pieces: "Sequence[bytes | memoryview]") -> None:
         path = self.folder / file
         if path.parent != self.folder:
-            make_folder(path.parent)
+            make_folder(path.parent.path)
         commit_file(path, pieces, self.is_direct)
 
     def remove(self, file: str) -> None:
         try:
-            (self.folder / file).unlink(missing_ok=True)
+            (self.folder / file).path.unlink(missing_ok=True)
         except OSError as error:
             raise _refuse(self.folder / file, "removed", error) from error
 
@@ -148,30 +149,36 @@ class LocalPlace:
         return self
 
     def tried(self) -> "LocalPlace":
-        return replace(self, is_direct=is_direct_better(self.folder))
+        return replace(self, is_direct=is_direct_better(self.folder.path))
 
 
 def names_place(where: object) -> bool:
     """Whether a value is a path or a URL, or a place itself."""
     is_place = not isinstance(where, type) and all(hasattr(where, name) for name in ("label", "list_files", "commit"))
-    return is_place or isinstance(where, (str, Path))
+    return is_place or isinstance(where, (str, Path, NamedPath))
 
 
-def find_place(where: "str | Path | Place") -> Place:
+def find_place(where: "str | Path | NamedPath | Place") -> Place:
     """Find the place that a path or a URL names; a place is itself.
 
     Raises:
         OptionError: it names none, stores do not lie under such a URL, or what it takes is not installed.
+        StoreError: it is relative to a working folder that is gone.
     """
     # an empty text, which a shell makes of what is not set, would be the folder of the program
     if where == "" or not names_place(where):
         raise OptionError(f"{brief(repr(where))} names no store: give a path, or a URL such as s3://bucket/acts.")
-    if not isinstance(where, (str, Path)):
+    if not isinstance(where, (str, Path, NamedPath)):
         return where
-    return RemotePlace(str(where)) if is_url(where) else LocalPlace(Path(where))
+    if is_url(where):
+        return RemotePlace(str(where))
+    try:
+        return LocalPlace(NamedPath.of(where))
+    except OSError as error:
+        raise StoreError(f"{where}: the working folder is gone. Give an absolute path.") from error
 
 
-def need_folder(place: Place) -> Path:
+def need_folder(place: Place) -> NamedPath:
     """Give the folder of a place, for what only a folder can do.
 
     Raises:
@@ -182,5 +189,5 @@ def need_folder(place: Place) -> Path:
     return place.folder
 
 
-def _refuse(path: Path, what: str, error: OSError) -> StoreError:
+def _refuse(path: NamedPath, what: str, error: OSError) -> StoreError:
     return StoreError(f"{path}: cannot be {what} ({error.strerror or error}).")

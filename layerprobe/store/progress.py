@@ -33,6 +33,7 @@ from layerprobe.store.format import (
     parse_shard_name,
 )
 from layerprobe.store.guard import brief
+from layerprobe.store.paths import NamedPath
 from layerprobe.store.places import Place, find_place
 from layerprobe.tables import format_count
 
@@ -127,8 +128,8 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
     has ended, and why.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._path = None if folder is None else folder / PROGRESS_FILE
+    def __init__(self, folder: Path | NamedPath | None) -> None:
+        self._path = None if folder is None else NamedPath.of(folder).path / PROGRESS_FILE
         self._measure: Callable[[], Done] | None = None
         self._paces: deque[tuple[float, Done]] = deque()
         self._next = 0.0

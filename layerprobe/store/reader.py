@@ -66,12 +66,12 @@ class Store:
 
     @property
     def folder(self) -> Path:
-        """The local folder that the store is.
+        """The local folder that the store is; absolute.
 
         Raises:
             StoreError: it lies elsewhere.
         """
-        return need_folder(self.place)
+        return need_folder(self.place).path
 
     @property
     def place(self) -> Place:

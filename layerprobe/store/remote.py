@@ -14,11 +14,11 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from layerprobe.errors import OptionError, StoreError, first_line
 from layerprobe.packages import need_package
+from layerprobe.store.paths import NamedPath
 
 __all__ = ["Patience", "RemotePlace", "is_url"]
 
@@ -86,7 +86,7 @@ class RemotePlace:
         OptionError: stores do not lie under such URLs, or what it takes is not installed.
     """
 
-    folder: Path | None = None
+    folder: NamedPath | None = None
 
     def __init__(self, url: str, patience: Patience | None = None) -> None:
         match = _URL.match(url)

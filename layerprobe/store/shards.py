@@ -22,6 +22,7 @@ from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, checksum, open_shard
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.index import ShardInfo
+from layerprobe.store.paths import NamedPath
 
 __all__ = [
     "MappedShard",
@@ -122,7 +123,7 @@ class MappedShard:
     """
 
     def __init__(
-        self, path: Path, info: ShardInfo, fingerprint: str, check: bool, checked: set[str] | None = None
+        self, path: Path | NamedPath, info: ShardInfo, fingerprint: str, check: bool, checked: set[str] | None = None
     ) -> None:
         self.header: ShardHeader
         with open_shard(path) as (file, self.header):
@@ -220,7 +221,7 @@ class MappedShard:
         return position, self.offsets[position], self.offsets[position + 1]
 
 
-def _map_file(path: Path, file: BinaryIO, size: int) -> mmap.mmap:
+def _map_file(path: Path | NamedPath, file: BinaryIO, size: int) -> mmap.mmap:
     try:
         # Copy on write: tensors are writable, as torch wants them, and the file stays as it is.
         return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, **_HOLDS_NO_FILE)

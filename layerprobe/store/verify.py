@@ -299,7 +299,7 @@ def _remove(
     removed = sorted(found.removable | {INDEX_FILE}, key=lambda file: (file != INDEX_FILE, file))
     removed = [file for file in removed if file in files or file == TOKENIZER_FOLDER]
     for file in removed:
-        path = None if place.folder is None else place.folder / file
+        path = None if place.folder is None else (place.folder / file).path
         try:
             if path is not None and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -410,3 +410,17 @@ def test_a_pool_that_calls_the_model_is_refused(
 
     with pytest.raises(CaptureError, match="another call of the model began inside this one, from a pool or a hook"):
         run()
+
+
+def test_a_program_that_goes_elsewhere_within_the_block_fills_the_same_store(
+    tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = _batches(3)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with lp.Probe(tiny_bert, SITES, to="acts"):
+        for batch in batches:
+            tiny_bert(**batch)
+            monkeypatch.chdir(tmp_path / "elsewhere")
+    assert not list((tmp_path / "elsewhere").iterdir()) and lp.open(tmp_path / "acts").is_complete
+    assert len(_read(tmp_path / "acts")) == sum(len(batch["input_ids"]) for batch in batches)

@@ -26,6 +26,7 @@ from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.store import writer as writing
 from layerprobe.store.format import ShardHeader
+from layerprobe.store.paths import NamedPath
 from layerprobe.store.writer import commit_shard
 
 extract: Any = layerprobe.extract
@@ -355,7 +356,7 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     if os.access(tmp_path, os.W_OK):
         pytest.skip("root may write anywhere")
     with pytest.raises(StoreError, match="cannot be written"):
-        check_folder(tmp_path / "acts")
+        check_folder(NamedPath.of(tmp_path / "acts"))
 
 
 def start_extraction(model: Path, source: Path, folder: Path) -> "subprocess.Popen[str]":

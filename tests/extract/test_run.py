@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -551,3 +552,20 @@ def test_a_model_compiled_in_place_and_a_sentence_transformer_are_extracted_too(
             for number in range(2):
                 # one of the two was saved and loaded, and both may be fused otherwise
                 assert torch.allclose(store[site][number], expected[site][number], atol=1e-5)
+
+
+def test_a_program_that_goes_elsewhere_during_a_run_gets_its_store_where_it_asked(
+    tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    away = str(tmp_path / "elsewhere")
+
+    def pool(rows: torch.Tensor) -> torch.Tensor:
+        os.chdir(away)
+        return rows.mean(0)
+
+    store = extract(tiny, texts, "acts", sites="layers.-1", pool=pool, shard_size=4000)
+    assert store.folder == tmp_path / "acts" and str(store.place) == "acts" and store.num_shards > 1
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert layerprobe.verify(tmp_path / "acts").ok

@@ -27,6 +27,7 @@ from layerprobe.store.durable import (
     need_parent,
     reserve_file,
 )
+from layerprobe.store.paths import NamedPath
 from layerprobe.store.places import LocalPlace
 
 BOUNCE = 4 << 20
@@ -251,7 +252,7 @@ def test_a_large_file_goes_through_the_page_cache_where_that_is_asked(
     written = Written()
     monkeypatch.setattr(durable, "os", FaultySystem(written.before, written.after))
     pieces = _place([BOUNCE + 100], [0])
-    LocalPlace(tmp_path, is_direct).commit("file", pieces)
+    LocalPlace(NamedPath.of(tmp_path), is_direct).commit("file", pieces)
     assert (tmp_path / "file").read_bytes() == b"".join(pieces)
     assert written.num_direct == (BOUNCE if is_direct else 0)
 

@@ -11,6 +11,7 @@ import pytest
 
 import layerprobe
 from layerprobe.errors import OptionError, StoreError
+from layerprobe.store.paths import NamedPath
 from layerprobe.store.places import LocalPlace, Place, find_place, need_folder
 from layerprobe.store.remote import Patience, RemotePlace
 
@@ -19,7 +20,7 @@ from layerprobe.store.remote import Patience, RemotePlace
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     if request.param == "local":
         (tmp_path / "acts").mkdir()
-        yield LocalPlace(tmp_path / "acts")
+        yield LocalPlace(NamedPath.of(tmp_path / "acts"))
     elif request.param == "memory":
         yield RemotePlace(f"memory://{uuid.uuid4()}/acts")
     else:
@@ -89,7 +90,7 @@ def test_a_place_can_be_pickled(place: Place) -> None:
 
 def test_paths_are_folders_urls_are_not_and_a_place_is_itself(tmp_path: Path) -> None:
     for where in (tmp_path, str(tmp_path)):
-        assert find_place(where) == LocalPlace(tmp_path) and need_folder(find_place(where)) == tmp_path
+        assert isinstance(find_place(where), LocalPlace) and need_folder(find_place(where)).path == tmp_path
     remote = find_place("memory://acts/")
     assert remote.folder is None and str(remote) == "memory://acts" and remote.label("x") == "memory://acts/x"
     assert find_place(remote) is remote
@@ -124,7 +125,7 @@ def test_what_names_no_place_is_refused(where: Any) -> None:
 def test_no_name_at_all_is_not_the_folder_of_the_program() -> None:
     with pytest.raises(OptionError, match=r"'' names no store: give a path"):
         find_place("")
-    assert find_place(".") == LocalPlace(Path("."))
+    assert find_place(".") == find_place(Path("."))
 
 
 @pytest.mark.parametrize(

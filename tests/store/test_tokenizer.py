@@ -15,7 +15,7 @@ from forks import Ended, run_each
 from layerprobe.errors import FormatError
 from layerprobe.models import LoadedModel
 from layerprobe.store.checks import check_tokenizer
-from layerprobe.store.places import LocalPlace
+from layerprobe.store.places import find_place
 from layerprobe.store.tokenizer import TokenNames, load_tokenizer
 from layerprobe.store.vocabulary import Vocabulary
 
@@ -124,4 +124,4 @@ def test_verify_tells_of_a_tokenizer_that_the_native_parser_panics_at(tiny: Load
     assert "tokenizer/tokenizer.json: its hash is" in str(lp.verify(folder))
     # as of a store that says no hash, or one that was forged
     with pytest.raises(FormatError, match=r"tokenizer\.json: is not a tokenizer"):
-        check_tokenizer(LocalPlace(folder), {})
+        check_tokenizer(find_place(folder), {})
