@@ -46,7 +46,7 @@ from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device, need_one_device
 from layerprobe.store.description import StoredSite
-from layerprobe.store.format import ShardHeader
+from layerprobe.store.format import STORE_FILE, ShardHeader
 from layerprobe.store.guard import MOST_ROWS, MOST_SHARDS
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.tables import format_bytes, format_count, format_dtype
@@ -269,7 +269,7 @@ def plan_extraction(
     # beside values and ids: an ordinal and two offsets per example; the records
     num_bytes = value_bytes + 24 * survey.num_examples + survey.record_bytes
     # the same command goes on, with this option too: a job that is sent back to its queue has nothing else
-    overwrite = overwrite and not is_same_run(recalled, description)
+    overwrite = overwrite and place.exists(STORE_FILE) and not is_same_run(recalled, description)
     done, num_damaged = ({}, 0) if overwrite else find_done(place, description)
     if options.nonfinite == "error":
         check_finite(done.values())

@@ -6,7 +6,7 @@ missing. Must never write.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,9 @@ from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
 from layerprobe.extract.cutting import MOST_UNIT_TOKENS
 from layerprobe.store.format import (
     FORMAT_VERSION,
+    INDEX_FILE,
     STORE_FILE,
+    TOKENIZER_FOLDER,
     ShardHeader,
     is_leftover,
     load_header,
@@ -61,9 +63,8 @@ def check_place(place: Place) -> None:
         check_folder(place.folder)
         refuse_held(place.folder)
         return
-    names = place.list_files()
-    if names and STORE_FILE not in names:
-        raise StoreError(f"{place}: is not a store: it holds {names[0]!r}. Choose an empty or new prefix.")
+    if (foreign := _find_foreign(place.list_files())) is not None:
+        raise StoreError(f"{place}: is not a store: it holds {foreign!r}. Choose an empty or new prefix.")
 
 
 def check_folder(folder: NamedPath) -> None:
@@ -75,19 +76,27 @@ def check_folder(folder: NamedPath) -> None:
             raise StoreError(f"{folder}: {what}. Choose another folder.")
         if not os.access(place, os.W_OK | os.X_OK):
             raise StoreError(f"{folder}: cannot be written (no permission in {place}). Choose another folder.")
-        if folder.path.is_dir() and not (folder / STORE_FILE).path.exists():
-            # what a run has that is at its very beginning, or was killed there
-            ours = (LOCK_FILE, PROGRESS_FILE)
-            names = (file.name for file in folder.path.iterdir())
-            foreign = next((name for name in names if name not in ours and not is_leftover(name)), None)
-            if foreign is not None:
-                raise StoreError(f"{folder}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")
+        if folder.path.is_dir() and (foreign := _find_foreign(os.listdir(folder))) is not None:
+            raise StoreError(f"{folder}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")
     except StoreError:
         raise
     except (OSError, ValueError) as error:
         raise StoreError(
             f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}). Choose another folder."
         ) from error
+
+
+def _find_foreign(names: Sequence[str]) -> str | None:
+    """Find what is in a place that is no store; None where it is one, or may become one."""
+    if STORE_FILE in names:
+        return None
+    # what a run has that is at its very beginning, or was killed there
+    ours = {LOCK_FILE, PROGRESS_FILE}
+    if any(parse_shard_name(name) is not None for name in names):
+        # or one whose `store.json` was lost: `find_done` looks at its shards
+        ours |= {INDEX_FILE, TOKENIZER_FOLDER}
+    foreign = (name for name in names if name not in ours and parse_shard_name(name) is None)
+    return next((name for name in foreign if not is_leftover(name)), None)
 
 
 def _find_existing(path: Path) -> Path:
@@ -197,12 +206,13 @@ def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[in
     """Find the shards of this very run that are there already, and count those that are damaged.
 
     Raises:
-        PlanError: the folder holds another run.
+        PlanError: the folder holds another run, or shards without a `store.json` that are not all of this run.
         FormatError: it holds a store of another format.
     """
     place = find_place(where)
+    names = [name for name in place.list_files() if parse_shard_name(name) is not None]
     if not place.exists(STORE_FILE):
-        return {}, 0
+        return _adopt(place, names, description), 0
     found = load_json(place, STORE_FILE)
     if found.get("format") != FORMAT_VERSION:
         raise FormatError(
@@ -216,14 +226,26 @@ def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[in
         )
     done: dict[int, ShardHeader] = {}
     num_damaged = 0
-    names = [name for name in place.list_files() if parse_shard_name(name) is not None]
     for header in _load_headers(place, names):
         if header is None:
             num_damaged += 1
         elif header.fingerprint == description["fingerprint"]:
-            # where its tensors lie is nobody's business here, and is most of what a header holds
-            done[header.unit] = replace(header, checksums={}, tensors={})
+            done[header.unit] = header
     return done, num_damaged
+
+
+def _adopt(place: Place, names: Sequence[str], description: Mapping[str, Any]) -> dict[int, ShardHeader]:
+    """Take up the shards of a run whose `store.json` was lost; what may be anybody's is not touched."""
+    done: dict[int, ShardHeader] = {}
+    for name, header in zip(names, _load_headers(place, names), strict=True):
+        if header is None or header.fingerprint != description["fingerprint"]:
+            what = "is damaged or no shard" if header is None else "is of another run than this command asks for"
+            raise PlanError(
+                f"{place}: has no {STORE_FILE}, and {name} {what}. Copy {STORE_FILE} back, repeat the options of the "
+                "run that was there, or choose another folder."
+            )
+        done[header.unit] = header
+    return done
 
 
 def _load_headers(place: Place, names: list[str]) -> Iterator[ShardHeader | None]:
@@ -231,7 +253,8 @@ def _load_headers(place: Place, names: list[str]) -> Iterator[ShardHeader | None
 
     def load(name: str) -> ShardHeader | None:
         try:
-            return load_header(place, name)
+            # where its tensors lie is nobody's business here, and is most of what a header holds
+            return replace(load_header(place, name), checksums={}, tensors={})
         except StoreError as error:
             # a server that does not answer does not make a shard a damaged one
             if place.folder is None and not isinstance(error, FormatError):

@@ -417,3 +417,44 @@ def test_a_complete_store_stays_complete_while_nothing_is_done_to_it(
     stop.set()
     run_extraction(plan_extraction(tiny, texts, tmp_path / "acts", ExtractOptions(shard_bytes=10_000)), stop=stop)
     assert layerprobe.open(tmp_path / "acts").is_complete
+
+
+def test_a_run_whose_store_json_was_lost_is_taken_up_by_its_shards(
+    tiny: LoadedModel, texts: list[str], whole: Path
+) -> None:
+    before = contents(whole)
+    shards = {path: path.stat().st_mtime_ns for path in whole.glob("shard-*")}
+    (whole / "store.json").unlink()
+    for overwrite in (False, True):
+        plan = plan_extraction(tiny, texts, whole, ExtractOptions(shard_bytes=SHARD_BYTES), overwrite=overwrite)
+        assert len(plan.done) == plan.num_units == len(shards) and not plan.overwrite
+    assert resume(tiny, texts, whole) == before
+    assert {path: path.stat().st_mtime_ns for path in whole.glob("shard-*")} == shards
+    for name in ("store.json", "index.json", "shard-000001.safetensors"):
+        (whole / name).unlink()
+    assert resume(tiny, texts, whole) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_shards_without_a_store_json_that_may_be_of_another_run_are_not_touched(
+    tiny: LoadedModel, texts: list[str], whole: Path, overwrite: bool
+) -> None:
+    (whole / "store.json").unlink()
+    before = contents(whole)
+    message = r"has no store\.json, and shard-00000\d\.safetensors is of another run .* Copy store\.json back, "
+    with pytest.raises(PlanError, match=message):
+        extract(tiny, texts[1:], whole, shard_size=SHARD_BYTES, overwrite=overwrite)
+    assert contents(whole) == before
+    (whole / "shard-000002.safetensors").write_bytes(b"mine")
+    with pytest.raises(PlanError, match=r"and shard-000002\.safetensors is damaged or no shard"):
+        extract(tiny, texts, whole, shard_size=SHARD_BYTES, overwrite=overwrite)
+    assert (whole / "shard-000002.safetensors").read_bytes() == b"mine"
+
+
+def test_a_folder_of_the_user_beside_shards_is_not_taken_for_a_store(
+    tiny: LoadedModel, texts: list[str], whole: Path
+) -> None:
+    (whole / "store.json").unlink()
+    (whole / "thesis.tex").touch()
+    with pytest.raises(StoreError, match=r"is not a store: it holds 'thesis\.tex'"):
+        extract(tiny, texts, whole, shard_size=SHARD_BYTES)
