@@ -167,6 +167,7 @@ ORDER = (
     "layerprobe.extract.reports",
     "layerprobe.extract.stream",
     "layerprobe.extract.engine",
+    "layerprobe.extract.leash",
     "layerprobe.extract.worker",
     "layerprobe.extract.crew",
     "layerprobe.extract.run",

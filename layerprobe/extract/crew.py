@@ -30,7 +30,11 @@ __all__ = ["run_crew"]
 
 _POLL_S = 0.2
 # -c puts the working folder first, where something of the user's may have the name of a module
-_CODE = "import sys; sys.path[:] = filter(None, sys.path); from layerprobe.extract.worker import main; main()"
+_CODE = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from layerprobe.extract.leash import end_with; end_with(int(sys.argv[1])); "
+    "from layerprobe.extract.worker import main; main()"
+)
 # glibc keeps freed memory for the next forward pass
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -269,3 +270,23 @@ def test_a_signal_ends_all_processes_and_the_same_command_goes_on(
     # one process goes on with what several began
     run_extraction(plan_on(None, tiny_model_folder, source, folder))
     assert contents(folder) == whole
+
+
+def test_a_process_ends_with_the_one_that_started_it_while_it_still_imports(tmp_path: Path) -> None:
+    # a package that is never imported to its end
+    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport threading\nthreading.Event().wait()\n")
+    ours, theirs = Pipe()
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command = [sys.executable, "-c", crew._CODE, str(theirs.fileno())]
+    with subprocess.Popen(
+        command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        theirs.close()
+        try:
+            # what was said before is no reason to stay
+            ours.send_bytes(b"{}")
+            assert process.stdout is not None and process.stdout.readline() == "importing\n"
+            ours.close()
+            assert process.wait(timeout=120) == 1
+        finally:
+            process.kill()
