@@ -6,8 +6,10 @@ none of it. Its failures are raised in the caller's thread, with their cause, at
 Must never know of models, hooks or devices: it is handed CPU tensors and two callables.
 """
 
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,6 +102,7 @@ class ShardWriter:
         Raises:
             StoreError: the system gives no more of them; none is left then.
         """
+        _started.add(self)
         for number in range(self.num_threads):
             hand = self._make_hand(self._probes_disk and not number)
             self._hands.append(hand)
@@ -186,6 +189,14 @@ class ShardWriter:
         if cut is not None:
             raise cut
 
+    def _give_up(self) -> None:
+        """Stop in a forked process: it has none of the threads, and what it committed would be another's store."""
+        self._counting, self._hands = threading.Lock(), []
+        self._error = StoreError(
+            f"{self.place}: only the process that opened it writes there, and this one was forked from that. Open a "
+            "store of its own here, or end this process by os._exit."
+        )
+
     def _run(self, probes_disk: bool) -> None:
         try:
             if probes_disk:
@@ -235,3 +246,15 @@ class ShardWriter:
         # another writer may have failed while this one waited for room
         self.check()
         return commit_shard(self.place, header, tensors, checksums)
+
+
+_started: "weakref.WeakSet[ShardWriter]" = weakref.WeakSet()
+
+
+def _give_up_all() -> None:
+    for writer in list(_started):
+        writer._give_up()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_give_up_all)

@@ -1,6 +1,7 @@
 """Rows in shards against a forward of each call alone, read back by a stock safetensors reader."""
 
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import layerprobe as lp
+from forks import run_each
 from layerprobe.capture import probe as probe_module
 from layerprobe.capture.identity import describe_pool
 from layerprobe.capture.select import BatchSelection, take_ids
@@ -424,3 +426,37 @@ def test_a_program_that_goes_elsewhere_within_the_block_fills_the_same_store(
             monkeypatch.chdir(tmp_path / "elsewhere")
     assert not list((tmp_path / "elsewhere").iterdir()) and lp.open(tmp_path / "acts").is_complete
     assert len(_read(tmp_path / "acts")) == sum(len(batch["input_ids"]) for batch in batches)
+
+
+def test_a_process_forked_within_the_block_leaves_it_and_the_store_alone(tmp_path: Path) -> None:
+    setup = """
+import os
+import torch
+import layerprobe as lp
+from transformers import BertConfig, BertModel
+config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+model = BertModel(config).eval()
+"""
+    piece = """
+torch.set_num_threads(1)
+folder, leave, child = {folder!r}, {leave!r}, None
+try:
+    with lp.Probe(model, "layers.*", to=folder):
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+        if (child := os.fork()) == 0:
+            exec(leave)
+        else:
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+            model(input_ids=torch.tensor([[4, 5]]))
+except BaseException as error:
+    print(type(error).__name__, error, flush=True)
+if child == 0:
+    os._exit(7)
+assert lp.verify(folder).ok and len(lp.open(folder)) == 2
+"""
+    leaves = ["pass", "model(input_ids=torch.tensor([[1]]))", "1 / 0", "raise SystemExit(3)"]
+    pieces = [piece.format(folder=str(tmp_path / str(place)), leave=leave) for place, leave in enumerate(leaves)]
+    refused = "StoreError .*: only the process that opened it writes there, and this one was forked from that"
+    says = [refused, refused, "ZeroDivisionError", "SystemExit 3"]
+    for one, said in zip(run_each(setup, pieces), says, strict=True):
+        assert one.status == 0 and re.match(said, one.said), one.said
