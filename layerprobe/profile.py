@@ -25,7 +25,7 @@ from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_called, find_device, is_compiled
-from layerprobe.store.durable import need_parent
+from layerprobe.store.format import need_parent
 from layerprobe.store.guard import check_count, need_batch
 from layerprobe.tables import format_dtype
 

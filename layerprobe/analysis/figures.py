@@ -17,7 +17,7 @@ import numpy as np
 
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.packages import need_package
-from layerprobe.store.durable import need_parent
+from layerprobe.store.format import need_parent
 from layerprobe.store.guard import need_path
 
 __all__ = [
@@ -91,7 +91,7 @@ def check_suffix(path: str | Path) -> Path:
     """Make sure that a picture can be written under a name.
 
     Raises:
-        OptionError: its suffix is not a picture format.
+        OptionError: its suffix is not a picture format, or it would lie in a store.
         StoreError: its folder does not exist.
     """
     path = need_path("path", path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import StoreError
+from layerprobe.store.format import need_parent
 from layerprobe.store.guard import need_path
 
 __all__ = ["Number", "give_text", "plain", "shorten", "table_cell", "write_csv", "write_json", "write_text"]
@@ -95,9 +96,10 @@ def write_text(path: str | Path, text: str) -> Path:
     """Write a text.
 
     Raises:
+        OptionError: it would lie in a store.
         StoreError: the file cannot be written.
     """
-    path = need_path("path", path)
+    path = need_parent(need_path("path", path))
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -28,7 +28,7 @@ def check_out(
     """Make sure that a result can be written under a name, beside it as JSON, and kept in a folder.
 
     Raises:
-        OptionError: the suffix says nothing that is written here, or the folder to keep it in is that of a store.
+        OptionError: the suffix says nothing that is written here, or it would lie in a store.
         StoreError: a folder is not there, or a file is in the place of one.
     """
     if json is not None:
@@ -68,9 +68,10 @@ def check_place(name: str | Path) -> None:
     """Make sure that a file can be written under a name.
 
     Raises:
+        OptionError: it would lie in a store.
         StoreError: its folder is not there, or it is a folder itself.
     """
-    from layerprobe.store.durable import need_parent
+    from layerprobe.store.format import need_parent
 
     need_parent(Path(name))
     if Path(name).is_dir():

@@ -20,7 +20,7 @@ from layerprobe.analysis.sweep import need_store
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.packages import need_package
 from layerprobe.report.content import gather
-from layerprobe.store.durable import need_parent
+from layerprobe.store.format import need_parent
 from layerprobe.store.guard import check_count, need_path
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_bytes, format_count

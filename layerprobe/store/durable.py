@@ -39,7 +39,6 @@ __all__ = [
     "is_direct_better",
     "make_folder",
     "make_noise",
-    "need_parent",
     "reserve_file",
     "tell_failure",
 ]
@@ -386,15 +385,3 @@ def _sync(descriptor: int) -> None:
             fcntl.fcntl(descriptor, full_sync)
             return
     os.fsync(descriptor)
-
-
-def need_parent(path: str | Path) -> Path:
-    """Make sure, before anything is computed, that the folder of a file is there; gives the path.
-
-    Raises:
-        StoreError: it is not.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise StoreError(f"{path}: there is no folder {path.parent}. Make it, or choose another path.")
-    return path

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,6 +55,7 @@ __all__ = [
     "load_header",
     "load_json",
     "load_start",
+    "need_parent",
     "need_store",
     "open_shard",
     "parse_shard_name",
@@ -107,9 +108,35 @@ def check_keepable(folder: Path) -> None:
     above = [one for one in (folder.absolute(), *folder.absolute().parents) if one.exists()]
     if not above[0].is_dir():
         raise StoreError(f"{folder}: {above[0]} is a file. Choose another folder.")
-    for one in above:
-        if (one / STORE_FILE).is_file():
-            raise OptionError(f"{folder}: lies in the store {one}. Choose another folder.")
+    _refuse_inside(folder, above)
+
+
+def need_parent(path: str | Path) -> Path:
+    """Make sure, before anything is computed, that a file that is none of a store can be written; gives the path.
+
+    Raises:
+        OptionError: it would lie in a store.
+        StoreError: its folder is not there.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise StoreError(f"{path}: there is no folder {path.parent}. Make it, or choose another path.")
+    _refuse_inside(path, path.absolute().parents)
+    return path
+
+
+def _refuse_inside(path: Path, folders: Iterable[Path]) -> None:
+    for folder in folders:
+        if _is_store(folder):
+            raise OptionError(f"{path}: lies in the store {folder}. Choose another folder.")
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether a folder holds a store; what other programs call `store.json` is none."""
+    try:
+        return (folder / STORE_FILE).is_file() and "fingerprint" in read_json(folder / STORE_FILE)
+    except StoreError:  # damaged, as far as that can be told
+        return True
 
 
 def checksum_file(place: Place, file: str) -> str:

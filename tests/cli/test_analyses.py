@@ -94,6 +94,10 @@ def test_mistakes_are_one_line_and_write_nothing(run: Run, acts: Path, tmp_path:
         "--seed with --attention: a map of weights has no points",
     )
     refused(run("check", acts, "--json", tmp_path / "none" / "a.json"), "there is no folder")
+    refused(run("check", acts, "--json", acts / "index.json"), f"index.json: lies in the store {acts}. Choose another")
+    refused(run("diff", acts, "-o", acts / "a.csv"), f"a.csv: lies in the store {acts}")
+    refused(run("plot", acts, "-o", acts / "a.png"), f"a.png: lies in the store {acts}")
+    refused(run("report", acts, "-o", acts / "a.html"), f"a.html: lies in the store {acts}")
     refused(
         run("plot", acts, "-o", tmp_path / "a.png", "--attention", 0, "-s", "layers.0", "-s", "layers.1"),
         "--attention with 2 sites: one picture holds the heads of one",

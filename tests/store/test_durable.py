@@ -24,7 +24,6 @@ from layerprobe.store.durable import (
     commit_folder,
     is_direct_better,
     make_folder,
-    need_parent,
     reserve_file,
 )
 from layerprobe.store.paths import NamedPath
@@ -453,12 +452,3 @@ for act in (lambda path: reserve_file(path, 60_000), lambda path: commit_file(pa
 """
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout.count("file: cannot be written (File too large)") == 2
-
-
-def test_a_file_needs_its_folder(tmp_path: Path) -> None:
-    assert need_parent(str(tmp_path / "a.json")) == tmp_path / "a.json"
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "none", tmp_path / "file"):
-        message = f"{folder / 'a.json'}: there is no folder {folder}. Make it, or choose another path."
-        with pytest.raises(StoreError, match=re.escape(message)):
-            need_parent(folder / "a.json")

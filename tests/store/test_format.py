@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import re
 import stat
 import struct
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from layerprobe.errors import FormatError, StoreError
+from layerprobe.errors import FormatError, OptionError, StoreError
 from layerprobe.store import format as fmt
 from layerprobe.store.durable import commit_file
-from layerprobe.store.format import ShardHeader, commit_shard, read_header, read_json
+from layerprobe.store.format import ShardHeader, commit_shard, need_parent, read_header, read_json
 
 DTYPES = [
     torch.float32,
@@ -413,3 +415,27 @@ def test_a_full_device_is_an_error_not_a_crash(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="No space left"):
         commit_file(tmp_path / "index.json", [b"{}"])
     assert not (tmp_path / "index.json").exists()
+
+
+def test_a_file_needs_its_folder(tmp_path: Path) -> None:
+    assert need_parent(str(tmp_path / "a.json")) == tmp_path / "a.json"
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "none", tmp_path / "file"):
+        message = f"{folder / 'a.json'}: there is no folder {folder}. Make it, or choose another path."
+        with pytest.raises(StoreError, match=re.escape(message)):
+            need_parent(folder / "a.json")
+
+
+@pytest.mark.parametrize("name", ["index.json", "tokenizer/layers.png", "plots/layers.png"])
+def test_nothing_else_is_written_into_a_store(write_store: Callable[..., Any], name: str) -> None:
+    folder = write_store().folder
+    (folder / name).parent.mkdir(exist_ok=True)
+    for _ in ("whole", "damaged"):
+        with pytest.raises(OptionError, match=rf"{name}: lies in the store {folder}\. Choose another folder\."):
+            need_parent(folder / name)
+        (folder / "store.json").write_text("{")
+
+
+def test_what_other_programs_call_store_json_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "store.json").write_text('{"items": []}')
+    assert need_parent(tmp_path / "layers.png") == tmp_path / "layers.png"
