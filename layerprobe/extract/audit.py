@@ -24,10 +24,10 @@ from layerprobe.capture.target import Target
 from layerprobe.errors import PlanError, StoreError
 from layerprobe.extract.forward import PRECISIONS, REORDERED, running
 from layerprobe.extract.looking import look
-from layerprobe.extract.network import need_own
+from layerprobe.extract.network import load_named
 from layerprobe.extract.tokens import tokenize
-from layerprobe.models import LoadedModel, describe_model, load_model
-from layerprobe.sites.stacks import find_device
+from layerprobe.models import LoadedModel, describe_model
+from layerprobe.sites.stacks import find_device, need_model
 from layerprobe.store.checks import TOKENIZER_FILE, check_tokenizer
 from layerprobe.store.guard import brief, check_count
 from layerprobe.store.mismatch import list_model_differences
@@ -227,7 +227,7 @@ def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, devic
             raise PlanError(f"{store.place}: does not name its model. Pass the model (--model).")
         # a stranger's word, perhaps
         print(f"layerprobe: loading the model {brief(repr(model))}, as {store.place} says", file=find_stderr())
-    network = load_model(model, device).model if isinstance(model, str) else need_own(model, device)
+    network = need_model(load_named(model, device))
     differing = list_model_differences(said, describe_model(network))
     if differing:
         raise PlanError(

@@ -27,7 +27,7 @@ from layerprobe.extract.network import find_max_length
 from layerprobe.extract.padding import sees_padding
 from layerprobe.extract.records import check_text
 from layerprobe.extract.tokens import TokenizedUnit, tokenize, tokenizing
-from layerprobe.extract.untrained import find_model
+from layerprobe.extract.untrained import find_same_model
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import map_model
 from layerprobe.store.shards import pool_packed
@@ -178,4 +178,4 @@ def load_classifier(
     probe = load_probe(folder)
     if probe.kind == "examples" and probe.pool not in POOLS:
         raise OptionError(f"{folder}: its vectors were pooled by {probe.pool!r}, which no file holds. Pool by a name.")
-    return Classifier(probe, find_model(probe.model, str(folder), model, device))
+    return Classifier(probe, find_same_model(probe.model, str(folder), model, device))

@@ -23,7 +23,7 @@ from layerprobe.analysis.results import table_cell, write_csv, write_json
 from layerprobe.analysis.verdict import Classification
 from layerprobe.errors import InputError
 from layerprobe.extract.run import extract
-from layerprobe.extract.untrained import find_model, read_texts
+from layerprobe.extract.untrained import find_same_model, read_texts
 from layerprobe.models import LoadedModel
 from layerprobe.packages import need_package
 from layerprobe.store.guard import check_count
@@ -153,7 +153,7 @@ def depth_profile(
         raise InputError(f"a profile of {store.place}: no task can be made of its texts. {' '.join(notes)}")
     found = None
     if len(swapped) >= _LEAST:  # before any work, since it may be another model
-        found = find_model(store.description.get("model") or {}, str(store.place), model, device)
+        found = find_same_model(store.description.get("model") or {}, str(store.place), model, device)
     tasks = {
         name: classify(store, labels, sites=sites, pool=pool, max_examples=max_examples, seed=seed, progress=progress)
         for name, labels in given.items()

@@ -21,8 +21,8 @@ __all__ = [
     "find_max_length",
     "find_model",
     "find_position_padding",
+    "load_named",
     "make_random_batch",
-    "need_own",
 ]
 
 
@@ -33,42 +33,39 @@ def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str
         ModelError: there is no such model, nothing tells which tokenizer it was trained with, or that is a slow one.
         OptionError: it is neither a model nor a name, or a device for a model that has one already.
     """
-    network, tokenizer = _find_pair(model, tokenizer, device)
-    check_tokenizer(tokenizer)
-    return network, tokenizer
-
-
-def need_own(model: nn.Module | LoadedModel, device: str | int | None) -> nn.Module:
-    """Take a model that was not given by its name, and so is where it is.
-
-    Raises:
-        OptionError: it is no model, or a device is named too.
-    """
-    if device is not None:
-        raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
-    return need_model(model)
-
-
-def _find_pair(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | int | None) -> tuple[nn.Module, Any]:
     if not isinstance(model, (str, LoadedModel, nn.Module)):
         what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
         raise OptionError(
             f"model is {what}: give a model, what load_model gave, or a name: a hub id, a folder or 'demo'."
         )
+    given: Any = load_named(model, device)
+    network = given.model if isinstance(given, LoadedModel) else unwrap(given) if calls_forward(given) else given
+    if tokenizer is None:
+        tokenizer = _find_tokenizer(network) if network is given else given.tokenizer
+    check_tokenizer(tokenizer)
+    return network, tokenizer
+
+
+def load_named(model: nn.Module | LoadedModel | str, device: str | int | None) -> nn.Module | LoadedModel:
+    """Load a model given by its name; any other is where it is, and is given back.
+
+    Raises:
+        ModelError: there is no such model.
+        OptionError: it is no model, or a device for one that has one already.
+    """
     if isinstance(model, str):
-        loaded = load_model(model, device)
-        return loaded.model, loaded.tokenizer if tokenizer is None else tokenizer
-    own = need_own(model, device)
-    if isinstance(model, LoadedModel):
-        return own, model.tokenizer if tokenizer is None else tokenizer
-    if calls_forward(model):
-        model, tokenizer = unwrap(model), model.tokenizer if tokenizer is None else tokenizer
-    if tokenizer is not None:
-        return model, tokenizer
+        return load_model(model, device)
+    if device is not None:
+        raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
+    need_model(model)
+    return model
+
+
+def _find_tokenizer(model: nn.Module) -> Any:
     checkpoint = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not checkpoint:
         raise ModelError(f"{type(model).__name__} does not say which tokenizer it was trained with. Pass tokenizer=.")
-    return model, load_tokenizer(checkpoint)
+    return load_tokenizer(checkpoint)
 
 
 def find_max_length(model: nn.Module, tokenizer: Any) -> int:

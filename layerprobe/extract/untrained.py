@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from layerprobe.errors import InputError, ModelError
-from layerprobe.extract.network import need_own
+from layerprobe.extract.network import load_named
 from layerprobe.extract.run import extract
-from layerprobe.models import LoadedModel, describe_model, load_model, load_tokenizer
+from layerprobe.models import LoadedModel, describe_model, load_tokenizer
 from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.reader import Store, open_store
 
-__all__ = ["extract_untrained", "find_model", "read_texts"]
+__all__ = ["extract_untrained", "find_same_model", "read_texts"]
 
 
-def find_model(
+def find_same_model(
     said: Mapping[str, Any], where: str, model: nn.Module | LoadedModel | str | None, device: str | int | None = None
 ) -> LoadedModel:
     """Find the model that something was made with, and make sure that it is the same.
@@ -41,12 +41,10 @@ def find_model(
     name = model if model is not None else said.get("id") or ""
     if not name:
         raise ModelError(f"{where}: does not name its model. Pass model=.")
-    if isinstance(name, str):
-        found = load_model(name, device)
-    else:
-        own = need_own(name, device)
-        checkpoint = getattr(getattr(own, "config", None), "_name_or_path", "")
-        found = name if isinstance(name, LoadedModel) else LoadedModel(checkpoint, own, load_tokenizer(checkpoint))
+    found = load_named(name, device)
+    if not isinstance(found, LoadedModel):
+        checkpoint = getattr(getattr(found, "config", None), "_name_or_path", "")
+        found = LoadedModel(checkpoint, found, load_tokenizer(checkpoint))
     differing = list_model_differences(said, describe_model(found.model))
     if differing:
         raise ModelError(f"{where}: was made with another model ({'; '.join(differing)}). Pass the very model.")
@@ -110,7 +108,7 @@ def extract_untrained(
     """
     store = store if isinstance(store, Store) else open_store(store)
     texts = read_texts(store)
-    trained = find_model(store.description.get("model") or {}, str(store.place), model, device)
+    trained = find_same_model(store.description.get("model") or {}, str(store.place), model, device)
     network: Any = trained.model
     with torch.random.fork_rng():
         torch.manual_seed(seed)

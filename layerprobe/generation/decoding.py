@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from layerprobe.analysis.sweep import need_store
 from layerprobe.errors import ModelError, OptionError
+from layerprobe.extract.network import load_named
 from layerprobe.generation.results import Generated, Generation
-from layerprobe.models import LoadedModel, evaluating, load_model
+from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.stacks import find_device, unwrap
 from layerprobe.store.guard import check_count, is_number
 from layerprobe.store.padded import EncoderOutputs
@@ -85,10 +86,7 @@ def generate(
     check_count("batch_size", batch_size)
     check_count("seed", seed, 0)
     store = need_store(store)
-    if isinstance(model, str):
-        model = load_model(model, device)
-    elif device is not None:
-        raise OptionError("device goes with a model's name: move a model of your own with model.to(device) first.")
+    model = load_named(model, device)
     if isinstance(model, LoadedModel):
         model, tokenizer = model.model, tokenizer or model.tokenizer
     decoder: Any = unwrap(model)
