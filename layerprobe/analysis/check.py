@@ -17,12 +17,12 @@ from torch import Tensor
 from layerprobe.analysis.geometry import find_outliers, find_rogues
 from layerprobe.analysis.moments import RunningMoments, Scaling, UnitSums
 from layerprobe.analysis.results import table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import Chunk, choose_depth, need_store, sweep
+from layerprobe.analysis.sweep import Chunk, choose_depth, sweep
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError
 from layerprobe.store.description import StoredSite
 from layerprobe.store.guard import check_count
-from layerprobe.store.reader import Store
+from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import format_count, format_table
 
 __all__ = ["Check", "SiteCheck", "check"]
@@ -294,7 +294,7 @@ def check(
     check_count("seed", seed, 0)
     if max_rows is not None:
         check_count("max_rows", max_rows, 2)
-    store = need_store(store)
+    store = take_store(store)
     chosen = choose_depth(store, sites)
     num_rows = chosen[0].count_vectors(store.catalog)
     if num_rows < 2:

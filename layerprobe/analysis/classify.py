@@ -20,14 +20,14 @@ from layerprobe.analysis.keeping import KeptProbe
 from layerprobe.analysis.probing import Fit, code_length, fit_best, fitting
 from layerprobe.analysis.scores import score
 from layerprobe.analysis.splits import DEV, TEST, TRAIN
-from layerprobe.analysis.sweep import bar_of, choose_depth, need_store
+from layerprobe.analysis.sweep import bar_of, choose_depth
 from layerprobe.analysis.tasks import Task, make_task
 from layerprobe.analysis.verdict import BaselineScore, Classification, Mix, SiteScore, TaskSummary, judge
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError
 from layerprobe.packages import need_package
 from layerprobe.store.guard import check_count, check_flag
-from layerprobe.store.reader import Store
+from layerprobe.store.reader import Store, take_store
 
 __all__ = ["MakeUntrained", "classify"]
 
@@ -127,7 +127,7 @@ def classify(
         raise OptionError(
             f"untrained={untrained!r}: give a store of the same texts, or what makes one: lp.extract_untrained."
         )
-    store = need_store(store)
+    store = take_store(store)
     if not len(store):
         raise InputError(f"labels for {store.place}: it has no examples. Extract some first.")
     names, own_pool = _choose(store, sites, pool)

@@ -17,11 +17,11 @@ from layerprobe.analysis.geometry import count_effective_rank, count_participati
 from layerprobe.analysis.moments import check_cosine
 from layerprobe.analysis.passes import CKA_ROWS, MovePass, ShapePass
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import choose_depth, count_types, need_store, sweep
+from layerprobe.analysis.sweep import choose_depth, count_types, sweep
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError, SiteError
 from layerprobe.store.guard import check_count
-from layerprobe.store.reader import Store
+from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import format_count, format_table
 
 __all__ = ["Differences", "ExampleMove", "PairDifference", "SiteShape", "TokenMove", "differences"]
@@ -273,7 +273,7 @@ def differences(
     check_count("seed", seed, 0)
     if max_rows is not None:
         check_count("max_rows", max_rows, 2)
-    store = need_store(store)
+    store = take_store(store)
     chosen = choose_depth(store, sites)
     names = [site.name for site in chosen]
     if len(chosen) < 2:

@@ -21,7 +21,7 @@ from layerprobe.store.catalog import Catalog
 from layerprobe.store.description import Counts, StoredSite
 from layerprobe.store.difference import take_depth
 from layerprobe.store.naming import is_stored, match_sites, need_name
-from layerprobe.store.reader import Store, open_store
+from layerprobe.store.reader import Store
 from layerprobe.store.rows import choose_sites, take_rows
 from layerprobe.store.shards import Shard, positions_of
 from layerprobe.telling import find_stderr
@@ -32,7 +32,6 @@ __all__ = [
     "bar_of",
     "choose_depth",
     "count_types",
-    "need_store",
     "sweep",
 ]
 
@@ -81,11 +80,6 @@ class Mappings:
     def add_shard(self, sites: Sequence[StoredSite], counts: Counts) -> None:
         """Take note of a shard at some sites: a checksum reads the whole tensor, whatever is drawn of it."""
         self.add(sum(site.bytes_per_vector * site.count_vectors(counts) for site in sites))
-
-
-def need_store(store: Any) -> Store:
-    """Take a store, or open the one that a path names."""
-    return store if isinstance(store, Store) else open_store(store)
 
 
 def choose_depth(store: Store, patterns: str | Sequence[str] | None) -> list[StoredSite]:

@@ -27,7 +27,7 @@ from layerprobe.extract.untrained import find_same_model, read_texts
 from layerprobe.models import LoadedModel
 from layerprobe.packages import need_package
 from layerprobe.store.guard import check_count
-from layerprobe.store.reader import Store, open_store
+from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import format_table
 
 __all__ = ["DepthProfile", "depth_profile"]
@@ -130,7 +130,7 @@ def depth_profile(
     """
     need_package("sklearn", "a classifier", "analysis")
     check_count("max_examples", max_examples, _LEAST)
-    store = store if isinstance(store, Store) else open_store(store)
+    store = take_store(store)
     texts = read_texts(store)
     if len(texts) < _LEAST:
         raise InputError(f"a profile of {store.place}: it has {len(texts)} texts; {_LEAST} are the least.")

@@ -18,7 +18,7 @@ from layerprobe.extract.network import load_named
 from layerprobe.extract.run import extract
 from layerprobe.models import LoadedModel, describe_model, load_tokenizer
 from layerprobe.store.mismatch import list_model_differences
-from layerprobe.store.reader import Store, open_store
+from layerprobe.store.reader import Store, take_store
 
 __all__ = ["extract_untrained", "find_same_model", "read_texts"]
 
@@ -106,7 +106,7 @@ def extract_untrained(
         >>> untrained.sites, untrained["layers.5"][0].shape == store["layers.5"][0].shape
         (['layers.5'], True)
     """
-    store = store if isinstance(store, Store) else open_store(store)
+    store = take_store(store)
     texts = read_texts(store)
     trained = find_same_model(store.description.get("model") or {}, str(store.place), model, device)
     network: Any = trained.model

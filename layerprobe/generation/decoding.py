@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from layerprobe.analysis.sweep import need_store
 from layerprobe.errors import ModelError, OptionError
 from layerprobe.extract.network import load_named
 from layerprobe.generation.results import Generated, Generation
@@ -24,7 +23,7 @@ from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.stacks import find_device, unwrap
 from layerprobe.store.guard import check_count, is_number
 from layerprobe.store.padded import EncoderOutputs
-from layerprobe.store.reader import Store
+from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import hide_bar
 
 __all__ = ["generate", "list_examples"]
@@ -85,7 +84,7 @@ def generate(
     """
     check_count("batch_size", batch_size)
     check_count("seed", seed, 0)
-    store = need_store(store)
+    store = take_store(store)
     model = load_named(model, device)
     if isinstance(model, LoadedModel):
         model, tokenizer = model.model, tokenizer or model.tokenizer

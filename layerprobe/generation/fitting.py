@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from layerprobe.analysis.sweep import choose_depth, need_store
+from layerprobe.analysis.sweep import choose_depth
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError
 from layerprobe.generation.narrow import END, PAD, START, UNKNOWN, DecoderShape, NarrowDecoder
@@ -27,7 +27,7 @@ from layerprobe.generation.targets import Split, Targets, choose_types, find_tar
 from layerprobe.models import need_device
 from layerprobe.store.guard import check_count
 from layerprobe.store.padded import choose_layer
-from layerprobe.store.reader import Store
+from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import hide_bar
 
 __all__ = ["fit_decoder"]
@@ -113,7 +113,7 @@ def fit_decoder(
             f"test_share={test_share}, learning_rate={learning_rate}: a share is between 0 and 1, a rate above 0."
         )
     place = need_device("cpu" if device is None else device)
-    store = need_store(store)
+    store = take_store(store)
     sites = _choose_sites(store, layer)
     split = split_examples(store, store.ordinals(), max_examples, test_share, seed)
     wanted = find_targets(store, targets, max_length, [*split.train, *split.test])

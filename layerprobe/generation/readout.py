@@ -12,7 +12,6 @@ import torch
 
 from layerprobe.analysis.figures import Curve, draw_curves
 from layerprobe.analysis.results import table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import need_store
 from layerprobe.errors import FormatError, OptionError, SiteError
 from layerprobe.generation.decoding import list_examples
 from layerprobe.generation.keeping import read_decoders, write_decoders
@@ -21,7 +20,7 @@ from layerprobe.generation.results import Generated, Generation
 from layerprobe.store.fingerprint import MODEL_FIELDS
 from layerprobe.store.guard import brief
 from layerprobe.store.padded import choose_layer
-from layerprobe.store.reader import Store
+from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import format_table
 
 __all__ = ["LayerReading", "Readout", "load_decoder"]
@@ -129,7 +128,7 @@ class Readout:
         decoder = self.decoders.get(site)
         if decoder is None:
             raise SiteError(f"no decoder for {site!r}: there are those of {', '.join(self.decoders)}.")
-        store = need_store(store)
+        store = take_store(store)
         self._check_model(store)
         ordinals, found = list_examples(store, examples), []
         vocabulary = store.vocabulary

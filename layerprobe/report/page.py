@@ -16,13 +16,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from layerprobe.analysis.sweep import need_store
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.packages import need_package
 from layerprobe.report.content import gather
 from layerprobe.store.format import need_parent
 from layerprobe.store.guard import check_count, need_path
-from layerprobe.store.reader import Store
+from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import format_bytes, format_count
 
 __all__ = ["Report", "report"]
@@ -132,7 +131,7 @@ def report(
         check_count("max_rows", max_rows, 2)
     need_package("sklearn", "a report", "analysis")
     found = gather(
-        need_store(store),
+        take_store(store),
         sites=site,
         labels=labels,
         points=points,

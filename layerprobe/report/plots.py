@@ -19,13 +19,13 @@ from layerprobe.analysis.figures import GREY, MARKERS, PALETTE, check_suffix, sa
 from layerprobe.analysis.points import Colours, Points, choose_points, colour_points, draw_points, has_field
 from layerprobe.analysis.projection import METHODS, Panel, project
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import bar_of, choose_depth, need_store
+from layerprobe.analysis.sweep import bar_of, choose_depth
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.packages import need_package
 from layerprobe.store.guard import brief, check_count, check_flag, need_list
 from layerprobe.store.naming import match_sites
-from layerprobe.store.reader import Store
+from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import format_table
 
 __all__ = ["Picture", "plot", "plot_attention"]
@@ -164,7 +164,7 @@ def plot(
     if path is not None:
         check_suffix(path)
     need_package("matplotlib", "a picture", "analysis")
-    store = need_store(store)
+    store = take_store(store)
     sites = choose_depth(store, site)
     if color is None:
         color = "label" if has_field(store, "label") else "norm"
@@ -335,7 +335,7 @@ def plot_attention(
     """
     if path is not None:
         check_suffix(path)
-    store = need_store(store)
+    store = take_store(store)
     site = _find_weights(store, site)
     example = store.catalog.find(example)[1]
     weights = store[site][example].float()

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from layerprobe.errors import SiteError
 from layerprobe.store.naming import list_names
 from layerprobe.store.order import RowOptions
-from layerprobe.store.reader import Store, open_store
+from layerprobe.store.reader import Store, take_store
 from layerprobe.store.rows import RowBatches
 from layerprobe.store.shards import ScaledRows
 
@@ -47,7 +47,7 @@ class ExampleDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, store: Store | str | Path, sites: str | Sequence[str] | None = None) -> None:
-        store = _need_store(store)
+        store = take_store(store)
         names = list_names(store.sites if sites is None else sites)
         if not names:
             raise SiteError(f"no site asked of {store.place}: it holds {', '.join(store.sites) or 'none'}.")
@@ -104,7 +104,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.store = _need_store(store)
+        self.store = take_store(store)
         self.sites = sites
         self.options = RowOptions(batch_size, shuffle, seed, rank, world)
         self._num_batches = len(self._start(0))
@@ -130,7 +130,3 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
         return self.store.rows(
             options.batch_size, options.shuffle, options.seed, self.sites, options.rank, options.world, epoch
         )
-
-
-def _need_store(store: Store | str | Path) -> Store:
-    return store if isinstance(store, Store) else open_store(store)

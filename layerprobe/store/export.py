@@ -29,7 +29,7 @@ from layerprobe.store.headers import checksum
 from layerprobe.store.lock import LOCK_FILE, StoreLock, is_abandoned
 from layerprobe.store.naming import match_sites
 from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_zarr
-from layerprobe.store.reader import Store, open_store
+from layerprobe.store.reader import Store, take_store
 from layerprobe.store.shards import Shard
 from layerprobe.tables import format_bytes, format_count, format_dtype, hide_bar
 
@@ -127,8 +127,7 @@ def export(
         raise OptionError(f"rows={rows!r} goes with a table: {to} holds packed rows with the offsets of examples.")
     if to in _MODULES:
         _require(to)
-    if not isinstance(store, Store):
-        store = open_store(store)
+    store = take_store(store)
     columns = _choose_columns(store, sites, rows or "examples")
     _check_target(store, out, to, overwrite)
     with _committed(out, overwrite) as partial:

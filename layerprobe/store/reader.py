@@ -36,7 +36,7 @@ from layerprobe.store.siteview import SiteView
 from layerprobe.store.vocabulary import Vocabulary, find_characters
 from layerprobe.tables import format_count
 
-__all__ = ["Example", "Store", "open_store"]
+__all__ = ["Example", "Store", "open_store", "take_store"]
 
 
 class Store:
@@ -381,3 +381,8 @@ def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:
     place = find_place(folder)
     need_store(place)
     return Store(place, check)
+
+
+def take_store(store: Store | str | Path) -> Store:
+    """Take a store, or open the one that a path names."""
+    return store if isinstance(store, Store) else open_store(store)
