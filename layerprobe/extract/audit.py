@@ -28,8 +28,9 @@ from layerprobe.extract.network import load_named
 from layerprobe.extract.tokens import tokenize
 from layerprobe.models import LoadedModel, describe_model
 from layerprobe.sites.stacks import find_device, need_model
-from layerprobe.store.checks import TOKENIZER_FILE, check_tokenizer
-from layerprobe.store.guard import brief, check_count
+from layerprobe.store.checks import check_tokenizer
+from layerprobe.store.format import TOKENIZER_FILE, read_bounded
+from layerprobe.store.guard import LARGE, brief, check_count
 from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.reader import Example, Store, open_store
 from layerprobe.store.shards import ScaledRows
@@ -252,7 +253,7 @@ def _load_own_tokenizer(store: Store) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     # The rules alone: a configuration beside them may be a stranger's, and name code.
-    rules = load_tokenizer(place.label(TOKENIZER_FILE), place.read(TOKENIZER_FILE, 0, place.size(TOKENIZER_FILE)))
+    rules = load_tokenizer(place.label(TOKENIZER_FILE), read_bounded(place, TOKENIZER_FILE, LARGE))
     splits = said.get("split_special_tokens") is True
     side = "left" if said.get("truncation_side") == "left" else "right"
     return PreTrainedTokenizerFast(tokenizer_object=rules, split_special_tokens=splits, truncation_side=side)

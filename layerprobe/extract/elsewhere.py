@@ -13,12 +13,10 @@ from typing import Any
 from layerprobe.extract.plan import Plan
 from layerprobe.store.abandoned import wait_for_abandoned
 from layerprobe.store.description import commit_description
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FILE, TOKENIZER_FOLDER, parse_shard_name
 from layerprobe.store.places import Place
 
 __all__ = ["begin_remote"]
-
-_TOKENIZER_FILE = "tokenizer.json"
 
 
 def begin_remote(plan: Plan) -> None:
@@ -40,15 +38,15 @@ def begin_remote(plan: Plan) -> None:
             place.remove(f"{TOKENIZER_FOLDER}/{name}")
     if plan.overwrite or not place.exists(STORE_FILE):
         commit_description(place, plan.description)
-    if not place.exists(f"{TOKENIZER_FOLDER}/{_TOKENIZER_FILE}"):
+    if not place.exists(TOKENIZER_FILE):
         _commit_tokenizer(plan.tokenizer, place)
 
 
 def _commit_tokenizer(tokenizer: Any, place: Place) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        saved = Path(folder) / TOKENIZER_FOLDER
+        tokenizer.save_pretrained(saved)
+        names = [f"{TOKENIZER_FOLDER}/{file.name}" for file in saved.iterdir() if file.is_file()]
         # last the one by whose name it is known to be there
-        files = sorted(Path(folder).iterdir(), key=lambda file: (file.name == _TOKENIZER_FILE, file.name))
-        for file in files:
-            if file.is_file():
-                place.commit(f"{TOKENIZER_FOLDER}/{file.name}", [file.read_bytes()])
+        for name in sorted(names, key=lambda name: (name == TOKENIZER_FILE, name)):
+            place.commit(name, [(Path(folder) / name).read_bytes()])

@@ -22,10 +22,11 @@ from layerprobe.store.fingerprint import fingerprint_run
 from layerprobe.store.format import (
     FORMAT_VERSION,
     STORE_FILE,
-    TOKENIZER_FOLDER,
+    TOKENIZER_FILE,
     ShardHeader,
     load_header,
     load_json,
+    read_bounded,
 )
 from layerprobe.store.guard import LARGE, brief
 from layerprobe.store.headers import POSITIONS, check_stored
@@ -35,7 +36,6 @@ from layerprobe.store.shards import count_pairs, read_order
 from layerprobe.store.tokenizer import load_tokenizer, parse_tokenizer
 
 __all__ = [
-    "TOKENIZER_FILE",
     "Wanted",
     "check_shard",
     "check_tokenizer",
@@ -45,7 +45,6 @@ __all__ = [
     "tell",
 ]
 
-TOKENIZER_FILE = f"{TOKENIZER_FOLDER}/tokenizer.json"
 # A multiple of every item's size, so that a piece of ids is whole ids.
 _PIECE_BYTES = 8 << 20
 _ADVICE = re.compile(r"\. (Remove|Give|The file|Run|A store holds).*", re.DOTALL)
@@ -140,9 +139,7 @@ def check_tokenizer(place: Place, said: Mapping[str, Any]) -> int:
     label = place.label(TOKENIZER_FILE)
     if not place.exists(TOKENIZER_FILE):
         raise FormatError(f"{label}: is not there.")
-    if (size := place.size(TOKENIZER_FILE)) > LARGE.num_bytes:
-        raise FormatError(f"{label}: has {size:,} bytes; at most {LARGE.num_bytes:,} are read.")
-    data = place.read(TOKENIZER_FILE, 0, size)
+    data = read_bounded(place, TOKENIZER_FILE, LARGE)
     rules = parse_tokenizer(label, data)
     # before the whole file is given to the native parser
     if said.get("hash") not in (None, found := hash_tokenizer(rules)):

@@ -43,6 +43,7 @@ __all__ = [
     "SCALE_SUFFIX",
     "STAGE_FOLDER",
     "STORE_FILE",
+    "TOKENIZER_FILE",
     "TOKENIZER_FOLDER",
     "ShardHeader",
     "TensorEntry",
@@ -59,6 +60,7 @@ __all__ = [
     "need_store",
     "open_shard",
     "parse_shard_name",
+    "read_bounded",
     "read_header",
     "read_json",
 ]
@@ -66,6 +68,7 @@ __all__ = [
 STORE_FILE = "store.json"
 INDEX_FILE = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FILE = f"{TOKENIZER_FOLDER}/tokenizer.json"
 PROGRESS_FILE = "progress.json"
 # Where merge holds a shard against its header before it is one of the store.
 STAGE_FOLDER = "merge.tmp"
@@ -217,10 +220,19 @@ def load_json(place: Place, file: str) -> dict[str, Any]:
     """Read a JSON object, wherever it lies; as `read_json`."""
     if place.folder is not None:
         return read_json(place.folder / file)
-    size = place.size(file)
-    if size > (most := _bound_json(file).num_bytes):
-        raise FormatError(f"{place.label(file)}: has {size:,} bytes; at most {most:,} are read.")
-    return _parse_json(place.label(file), file, place.read(file, 0, size))
+    return _parse_json(place.label(file), file, read_bounded(place, file, _bound_json(file)))
+
+
+def read_bounded(place: Place, file: str, bounds: JsonBounds) -> bytes:
+    """Read a whole file of a store.
+
+    Raises:
+        FormatError: it is larger than that.
+        StoreError: it cannot be read.
+    """
+    if (size := place.size(file)) > bounds.num_bytes:
+        raise FormatError(f"{place.label(file)}: has {size:,} bytes; at most {bounds.num_bytes:,} are read.")
+    return place.read(file, 0, size)
 
 
 def _bound_json(file: str) -> JsonBounds:

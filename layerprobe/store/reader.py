@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.columns import Columns, open_dataset
 from layerprobe.store.description import StoredSite
 from layerprobe.store.difference import Difference, pair_depth
 from layerprobe.store.examples import Example
-from layerprobe.store.format import SCALE_SUFFIX, TOKENIZER_FOLDER, need_store
+from layerprobe.store.format import SCALE_SUFFIX, TOKENIZER_FILE, need_store, read_bounded
 from layerprobe.store.guard import LARGE, check_flag
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.kept import Kept
@@ -265,7 +264,7 @@ class Store:
         input_ids, record = self.input_ids(ordinal), self.record(ordinal)
         text, fields = record.get("text"), record.get("fields", {})
         sites = {site: self[site][ordinal] for site in self.catalog.sites}
-        tokens = self._vocabulary.tokens(input_ids) if self._vocabulary is not None else None
+        tokens = self.vocabulary.tokens(input_ids) if self.vocabulary is not None else None
         return Example(ordinal, input_ids, self.positions(ordinal), tokens, text, fields, sites)
 
     def where(
@@ -302,7 +301,7 @@ class Store:
         Cost: one pass over the ids, and over the records if they are asked for; not over any site.
         """
         asked = Asked(record, token, token_id, word, id, fields)
-        return select(self.catalog, asked, lambda: self._vocabulary)
+        return select(self.catalog, asked, lambda: self.vocabulary)
 
     def to_datasets(self, sites: str | Sequence[str] | None = None, *, cache: str | Path | None = None) -> Any:
         """Give the store as a `datasets.Dataset` that maps an Arrow file: a row per example, a column per site.
@@ -334,26 +333,20 @@ class Store:
         text = self.record(ordinal).get("text")
         self.catalog.need_every_row("token_offsets()", "Cut the text with its tokenizer, and take positions().")
         what = f"characters of example {ordinal} of {self.place}"
-        return find_characters(self._vocabulary, text, self.input_ids(ordinal), what)
+        return find_characters(self.vocabulary, text, self.input_ids(ordinal), what)
 
     @property
     def id_to_tokens(self) -> Callable[[Tensor], list[str]] | None:
         """What turns ids into tokens; None where the store has no tokenizer."""
-        return self._vocabulary.tokens if self._vocabulary is not None else None
-
-    @property
-    def vocabulary(self) -> Vocabulary | None:
-        """The tokenizer in the store; None where it has none."""
-        return self._vocabulary
+        return self.vocabulary.tokens if self.vocabulary is not None else None
 
     @cached_property
-    def _vocabulary(self) -> Vocabulary | None:
-        file = f"{TOKENIZER_FOLDER}/tokenizer.json"
-        if not self.place.exists(file):
+    def vocabulary(self) -> Vocabulary | None:
+        """The tokenizer in the store; None where it has none."""
+        if not self.place.exists(TOKENIZER_FILE):
             return None
-        if (size := self.place.size(file)) > LARGE.num_bytes:
-            raise FormatError(f"{self.place.label(file)}: has {size:,} bytes; at most {LARGE.num_bytes:,} are read.")
-        return Vocabulary(self.place.label(file), self.place.read(file, 0, size), self.description.get("tokenizer"))
+        data = read_bounded(self.place, TOKENIZER_FILE, LARGE)
+        return Vocabulary(self.place.label(TOKENIZER_FILE), data, self.description.get("tokenizer"))
 
 
 def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from layerprobe.errors import FormatError, StoreError
-from layerprobe.store.checks import TOKENIZER_FILE, Wanted, check_shard, check_tokenizer, load_description, tell
+from layerprobe.store.checks import Wanted, check_shard, check_tokenizer, load_description, tell
 from layerprobe.store.durable import flush_folder
 from layerprobe.store.format import (
     FORMAT_VERSION,
     INDEX_FILE,
     STORE_FILE,
+    TOKENIZER_FILE,
     TOKENIZER_FOLDER,
     ShardHeader,
     checksum_file,
