@@ -6,7 +6,6 @@ that are gone. Must never know of models or units.
 
 import contextlib
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,14 @@ from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.tokens import tokenizing
 from layerprobe.store.description import commit_description
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, is_leftover, parse_shard_name
+from layerprobe.store.format import (
+    INDEX_FILE,
+    STORE_FILE,
+    TOKENIZER_FOLDER,
+    clear_leftovers,
+    parse_shard_name,
+    remove_path,
+)
 from layerprobe.store.lock import StoreLock
 from layerprobe.store.paths import NamedPath
 
@@ -65,7 +71,7 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
         finally:
             # gives back what was kept for a unit that did not come about
             with contextlib.suppress(OSError):
-                _remove_partial(folder.path)
+                clear_leftovers(folder.path)
 
 
 def _clear(folder: Path, plan: Plan) -> None:
@@ -75,25 +81,12 @@ def _clear(folder: Path, plan: Plan) -> None:
         # first of all, and permanently: an index beside missing shards would call the store complete
         (folder / INDEX_FILE).unlink()
         flush_folder(folder)
-    _remove_partial(folder)
+    clear_leftovers(folder)
     if overwrite:
         for file in list(folder.iterdir()):
             if file.name == TOKENIZER_FOLDER or parse_shard_name(file.name) is not None:
-                _remove(file)
+                remove_path(file)
         flush_folder(folder)
-
-
-def _remove_partial(folder: Path) -> None:
-    for file in list(folder.iterdir()):
-        if is_leftover(file.name):
-            _remove(file)
-
-
-def _remove(file: Path) -> None:
-    if file.is_dir() and not file.is_symlink():
-        shutil.rmtree(file)
-    else:
-        file.unlink()
 
 
 def _begin(plan: Plan, folder: NamedPath, keeper: RoomKeeper) -> None:
@@ -106,8 +99,7 @@ def _begin(plan: Plan, folder: NamedPath, keeper: RoomKeeper) -> None:
 
 def _commit_tokenizer(tokenizer: Any, folder: NamedPath) -> None:
     partial, final = (folder / (TOKENIZER_FOLDER + ".tmp")).path, folder / TOKENIZER_FOLDER
-    if partial.exists():
-        _remove(partial)
+    remove_path(partial)
     try:
         try:
             with tokenizing:

@@ -10,6 +10,7 @@ Must never know of models, hooks or devices.
 import contextlib
 import math
 import os
+import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -51,6 +52,7 @@ __all__ = [
     "check_keepable",
     "checksum",
     "checksum_file",
+    "clear_leftovers",
     "commit_shard",
     "is_leftover",
     "load_header",
@@ -63,6 +65,7 @@ __all__ = [
     "read_bounded",
     "read_header",
     "read_json",
+    "remove_path",
 ]
 
 STORE_FILE = "store.json"
@@ -85,6 +88,20 @@ def is_leftover(name: str) -> bool:
     is_trial = final.startswith(TRIAL_PREFIX) and final.removeprefix(TRIAL_PREFIX).isdigit()
     is_own = final in own or parse_shard_name(final) is not None or is_trial
     return name == STAGE_FOLDER or (name != final and is_own)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what an ended run or merge left in a store's folder."""
+    for path in [path for path in folder.iterdir() if is_leftover(path.name)]:
+        remove_path(path)
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there; a link itself, never what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def need_store(place: Place) -> None:

@@ -28,10 +28,12 @@ from layerprobe.store.format import (
     STORE_FILE,
     TOKENIZER_FOLDER,
     ShardHeader,
+    clear_leftovers,
     is_leftover,
     need_store,
     parse_shard_name,
     read_header,
+    remove_path,
 )
 from layerprobe.store.guard import check_flag, open_inside
 from layerprobe.store.index import commit_index
@@ -83,7 +85,7 @@ class MergeReport:
             line += f"; {format_count(self.num_alike, 'shard')} came twice and alike"
         lines.append(line)
         if self.missing:
-            listed = ", ".join(map(str, self.missing[:_MOST_LISTED])) + (", ..." if len(self.missing) > 8 else "")
+            listed = ", ".join(map(str, self.missing[:_MOST_LISTED])) + ", ..." * (len(self.missing) > _MOST_LISTED)
             lines.append(
                 f"not complete: {format_count(len(self.missing), 'unit')} missing ({listed}). Merge the store that has "
                 "them into it, or run the same extraction there."
@@ -180,7 +182,7 @@ def _merge_into(target: Path, sources: Sequence[Path], link: bool, progress: boo
         _fill(target, copies, descriptions, report, link, progress)
     finally:
         with contextlib.suppress(OSError):
-            _clear_leftovers(target)
+            clear_leftovers(target)
     return report
 
 
@@ -264,13 +266,13 @@ def _fill(
     progress: bool | None,
 ) -> None:
     description = next(iter(descriptions.values()))
-    _clear_leftovers(target)
+    clear_leftovers(target)
     (target / STAGE_FOLDER).mkdir()
     if not (target / STORE_FILE).exists():
         commit_description(target, description)
     highest_id = _bring_tokenizer(target, descriptions, report)
     if report.lacks_tokenizer:
-        _remove(target / INDEX_FILE)
+        (target / INDEX_FILE).unlink(missing_ok=True)
     wanted = Wanted.from_description(description, highest_id)
     headers: list[ShardHeader] = []
     size = sum(copy.path.stat().st_size for found in copies.values() for copy in found[:1])
@@ -297,19 +299,19 @@ def _bring(
         except FormatError as error:
             report.damaged.append((copy.path, tell(find_place(place), copy.header.file, error)))
             # the index, if there is one, speaks of a shard that is none
-            _remove(target / INDEX_FILE if is_own else place / copy.header.file)
+            (target / INDEX_FILE if is_own else place / copy.header.file).unlink(missing_ok=True)
             continue
         if is_own or link:  # whoever copied it may not have waited for the disk
             flush_file(place / header.file)
         if not is_own:
-            _remove(target / INDEX_FILE)
+            (target / INDEX_FILE).unlink(missing_ok=True)
             os.replace(place / header.file, target / header.file)
             flush_folder(target)
         report.num_added += not is_own
         report.num_kept += is_own
         report.num_alike += len(copies) - 1 - copies.index(copy)
         return header
-    _remove(target / INDEX_FILE)
+    (target / INDEX_FILE).unlink(missing_ok=True)
     return None
 
 
@@ -317,7 +319,7 @@ def _stage(target: Path, copy: _Copy, link: bool) -> Path:
     """Put a shard beside the store, under its own name; gives the folder. A copy is on the disk then."""
     stage = target / STAGE_FOLDER
     path = stage / copy.header.file
-    _remove(path)
+    path.unlink(missing_ok=True)
     if not link:
         _copy(copy.folder, copy.header.file, path)
         return stage
@@ -354,7 +356,7 @@ def _bring_tokenizer(target: Path, descriptions: Mapping[Path, dict[str, Any]], 
             highest_id = check_tokenizer(find_place(folder), said)
             if folder != target:
                 partial = target / (TOKENIZER_FOLDER + ".tmp")
-                _clear(partial)
+                remove_path(partial)
                 partial.mkdir()
                 for name in sorted(os.listdir(folder / TOKENIZER_FOLDER)):
                     if (folder / TOKENIZER_FOLDER / name).is_file():
@@ -377,20 +379,3 @@ def _check_run(target: Path, headers: Sequence[ShardHeader], wanted: Wanted) -> 
         place += header.num_examples
     if wanted.num_examples not in (None, place):
         raise FormatError(f"{target}: its shards hold {place} examples; {STORE_FILE} says {wanted.num_examples}.")
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
-
-
-def _clear_leftovers(target: Path) -> None:
-    """Remove what an ended run or merge left; a link itself, never what it leads to."""
-    for path in [path for path in target.iterdir() if is_leftover(path.name)]:
-        _clear(path)
-
-
-def _clear(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        _remove(path)
