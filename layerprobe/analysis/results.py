@@ -7,6 +7,7 @@ Must never know of stores or of what the numbers mean.
 """
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -54,8 +55,6 @@ def write_csv(path: str | Path, headers: Sequence[str], rows: Iterable[Sequence[
     Raises:
         StoreError: the file cannot be written.
     """
-    import io
-
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(headers)

@@ -25,6 +25,7 @@ from layerprobe.capture.stage import Stage, StageTensors
 from layerprobe.capture.values import find_tensor, take_part
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
+from layerprobe.tables import format_dtype
 
 __all__ = ["StageSink"]
 
@@ -46,7 +47,7 @@ class StageSink(SinkAbilities):
     def __init__(self, stage: Stage, dtype: torch.dtype | None, model: nn.Module) -> None:
         if dtype is not None and dtype not in _DTYPES:
             raise OptionError(
-                f"dtype={str(dtype).removeprefix('torch.')!r} of a stage: rows there are cast and no more. "
+                f"dtype={format_dtype(dtype)!r} of a stage: rows there are cast and no more. "
                 "Use float32, float16, bfloat16, or None for that of the weights."
             )
         own = (weight.dtype for weight in model.parameters() if weight.is_floating_point())

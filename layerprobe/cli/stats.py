@@ -4,7 +4,6 @@ Parse and call; compute nothing. `main` gives it its name and place.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +59,7 @@ def stats(
     """
     from safetensors.torch import save
 
-    from layerprobe.analysis.results import write_text
+    from layerprobe.analysis.results import plain, write_text
     from layerprobe.capture.statistics import format_said
     from layerprobe.capture.topk import TopK
     from layerprobe.extract.network import choose_sites
@@ -92,18 +91,11 @@ def stats(
         typer.echo(f"\n{report}")
     if json_file is not None:
         told = {"examples": report.num_examples, "tokens": report.num_tokens, "truncated": report.num_truncated}
-        document = {"model": model, "input": texts, "sink": sink, **told, "sites": [_plain(line) for line in said]}
+        document = {"model": model, "input": texts, "sink": sink, **told, "sites": plain(said)}
         write_text(json_file, json.dumps(document, ensure_ascii=False) + "\n")
     if out is not None:
         commit_file(out, [save(measuring.state_dict())])
     say_wrote(json_file, out, quiet=quiet)
-
-
-def _plain(said: dict[str, Any]) -> dict[str, Any]:
-    """Put null where JSON has no number, as for a quantile beyond all bins."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in said.items()
-    }
 
 
 def _make_sink(name: str, own: dict[str, Any]) -> Any:

@@ -3,6 +3,9 @@
 Turns objects of the library into text. Computes nothing but what it takes to lay them out.
 """
 
+from functools import partial
+
+from layerprobe.analysis.results import shorten
 from layerprobe.store.format import parse_shard_name
 from layerprobe.store.guard import brief
 from layerprobe.store.progress import StoreStatus
@@ -10,6 +13,8 @@ from layerprobe.store.reader import Example, Store
 from layerprobe.tables import format_bytes, format_count, format_dtype, format_table
 
 __all__ = ["describe_example", "describe_status", "describe_store"]
+
+_shorten = partial(shorten, most=200)
 
 
 def describe_store(store: Store) -> str:
@@ -117,9 +122,3 @@ def describe_example(example: Example) -> str:
     means = ("", None, "mean norm", *(round(sum(site) / max(1, len(site)), 2) for site in norms))
     table = format_table(("", "id", "token", *per_token), [*rows, means])
     return "\n".join([*head, "", table])
-
-
-def _shorten(text: str) -> str:
-    """Bring a text to one line without control characters, of at most 200 characters."""
-    line = "".join(character if character.isprintable() else " " for character in text[:200])
-    return line + ("..." if len(text) > 200 else "")

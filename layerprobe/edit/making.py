@@ -4,6 +4,7 @@ Each takes what a user writes, such as a list of heads, and gives a frozen `Edit
 computes nothing. Must never know of models.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -190,13 +191,9 @@ def replace(function: Callable[[Tensor], Tensor], *, where: Any = None) -> Edit:
 
 
 def _listed(name: str, numbers: Any) -> tuple[int, ...] | None:
-    if numbers is None or isinstance(numbers, (str, bytes)):
-        return numbers if numbers is None else _refuse(name, numbers)
-    try:
-        return tuple(int(number) for number in numbers)
-    except (TypeError, ValueError):
-        return _refuse(name, numbers)
-
-
-def _refuse(name: str, numbers: Any) -> tuple[int, ...]:
+    if numbers is None:
+        return None
+    with contextlib.suppress(TypeError, ValueError):
+        if not isinstance(numbers, (str, bytes)):
+            return tuple(int(number) for number in numbers)
     raise OptionError(f"lp.{name}: {numbers!r} is no list of heads or units: give numbers, as in [0, 3].")

@@ -147,13 +147,13 @@ def _context_of(call: Call, slot: Slot) -> Context:
     """Find what the texts are whose tokens a value has a row for: in cross attention those of the other stack."""
     if slot.site.kind != "source":
         return call.context(slot.index)
-    others = [context for stack, context in call.contexts.items() if stack != slot.site.stack]
-    if not others:
+    source = call.find_source(slot.index)
+    if source is None:
         raise CaptureError(
             f"lp.{slot.edit.name} at {slot.site.name!r}: its rows are the encoder's tokens, and the encoder did "
             "not run in this call, so padding is not known. Edit every position with where='all'."
         )
-    return others[0]
+    return source
 
 
 def _lay_out(slot: Slot, call: Call, value: Tensor, start: int) -> Tensor:

@@ -34,6 +34,7 @@ from layerprobe.extract.network import find_position_padding
 from layerprobe.sharing import SharedSetting
 from layerprobe.sites.resolve import ModelMap, Site, map_model
 from layerprobe.sites.stacks import find_device, is_compiled_in_place
+from layerprobe.tables import format_dtype
 
 __all__ = ["FlatForm", "attending_flat", "find_arguments", "find_unusual_attention", "laying", "refuse_flat"]
 
@@ -246,7 +247,7 @@ def _refuse_kernel(mapped: ModelMap, precision: str | None) -> str | None:
         return None
     dtype = find_dtype(mapped.model, precision)
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return f"no kernel for texts of many lengths on {device.type} in {str(dtype).removeprefix('torch.')}"
+        return f"no kernel for texts of many lengths on {device.type} in {format_dtype(dtype)}"
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no attention for texts of many lengths"
     return None

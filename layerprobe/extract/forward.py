@@ -20,6 +20,7 @@ from layerprobe.errors import OptionError
 from layerprobe.models import evaluating
 from layerprobe.rounding import holding_products, rounds_products_outside
 from layerprobe.sites.stacks import find_device
+from layerprobe.tables import format_dtype
 
 __all__ = [
     "CUDA_GRAPHS",
@@ -142,7 +143,7 @@ def find_precision(model: nn.Module, precision: str | None) -> str | None:
         return None
     if weights != torch.float32:
         raise OptionError(
-            f"precision={precision!r} with weights of {str(weights).removeprefix('torch.')}: it lowers that of "
+            f"precision={precision!r} with weights of {format_dtype(weights)}: it lowers that of "
             "float32. Load the model in float32, or leave precision out."
         )
     return precision

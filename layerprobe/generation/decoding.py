@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from layerprobe.errors import ModelError, OptionError
+from layerprobe.errors import ModelError, OptionError, first_line
 from layerprobe.extract.network import load_named
 from layerprobe.generation.results import Generated, Generation
 from layerprobe.models import LoadedModel, evaluating
@@ -216,10 +216,8 @@ def _run(decoder: Any, outputs: EncoderOutputs, has_encoder: bool, options: dict
         context = outputs.cross_inputs()
         return decoder.generate(start, attention_mask=torch.ones_like(start), **context, **cached, **options)[:, 1:]
     except (ValueError, TypeError, NotImplementedError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise OptionError(
-            f"generate with {type(decoder).__name__}: {said[0].rstrip('.')}. Change the options."
-        ) from error
+        said = first_line(error).rstrip(".")
+        raise OptionError(f"generate with {type(decoder).__name__}: {said}. Change the options.") from error
     except IndexError as error:
         raise ModelError(
             f"generate with {type(decoder).__name__}: a token is beyond its tables ({error}). "

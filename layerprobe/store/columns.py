@@ -121,7 +121,7 @@ def rows_of(shard: Shard, places: Sequence[int]) -> tuple[Tensor, Tensor]:
     """
     offsets = torch.from_numpy(np.asarray(shard.offsets))
     starts, lengths = offsets[list(places)], offsets.diff()[list(places)]
-    begins = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), lengths.cumsum(0)])
+    begins = _sum_up(lengths)
     rows = torch.arange(int(begins[-1]), device="cpu") + torch.repeat_interleave(starts - begins[:-1], lengths)
     return rows, begins
 

@@ -22,8 +22,7 @@ from layerprobe.errors import LayerProbeError, OptionError, StoreError
 from layerprobe.packages import need_package
 from layerprobe.store.columns import Columns, column_dtype, write_arrow, write_parquet
 from layerprobe.store.description import StoredSite
-from layerprobe.store.durable import commit_folder, flush_folder, tell_failure
-from layerprobe.store.format import need_parent
+from layerprobe.store.durable import commit_folder, flush_folder, need_parent, tell_failure
 from layerprobe.store.guard import check_flag, need_path
 from layerprobe.store.headers import checksum
 from layerprobe.store.lock import LOCK_FILE, StoreLock, is_abandoned
@@ -169,13 +168,12 @@ def _require(to: str) -> None:
 
 
 def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: str) -> Columns:
-    views = [store[name] for name in match_sites(patterns, store.sites, str(store.place))]
+    sites = [store.stored_sites[name] for name in match_sites(patterns, store.sites, str(store.place))]
     if rows == "tokens" and patterns is None:
-        views = [view for view in views if view.kind == "token"]
-        if not views:
+        sites = [site for site in sites if site.kind == "token"]
+        if not sites:
             raise OptionError(f"rows='tokens': {store.place} holds no site with a row per token. Use rows='examples'.")
-    sites = tuple(StoredSite(view.site, view.kind, view.dtype, view.width) for view in views)
-    return Columns(sites, rows, store.id_to_tokens, store.kept is not None)
+    return Columns(tuple(sites), rows, store.id_to_tokens, store.kept is not None)
 
 
 def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:

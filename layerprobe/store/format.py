@@ -342,4 +342,4 @@ def _check_header(label: str, file: str, text: bytes, size: int) -> ShardHeader:
         name: TensorEntry(entry.dtype, entry.shape, entry.start + 8 + length, entry.stop + 8 + length)
         for name, entry in header.tensors.items()
     }
-    return ShardHeader(**{**header.__dict__, "tensors": shifted})
+    return replace(header, tensors=shifted)

@@ -22,6 +22,7 @@ from layerprobe.packages import need_package
 from layerprobe.store.columns import column_dtype, cut_places, rows_of, take_site
 from layerprobe.store.description import StoredSite
 from layerprobe.store.headers import POSITIONS
+from layerprobe.store.records import has_records
 from layerprobe.store.shards import Shard
 from layerprobe.tables import format_dtype
 
@@ -159,14 +160,14 @@ def _accumulate(shards: Shards, sizes: Callable[[Shard], np.ndarray]) -> Iterato
 
 
 def _record_sizes(shard: Shard) -> np.ndarray:
-    if "record_offsets" not in shard.header.tensors:
+    if not has_records(shard):
         return np.zeros(shard.header.num_examples, dtype=np.int64)
     return shard.tensor("record_offsets").diff().numpy()
 
 
 def _list_records(shards: Shards) -> Iterator[np.ndarray]:
     for shard in shards():
-        if "record_offsets" in shard.header.tensors:
+        if has_records(shard):
             begins = shard.tensor("record_offsets").tolist()
             records = shard.tensor("records")
             for place in shard.position:

@@ -16,6 +16,7 @@ from torch import Tensor
 from layerprobe.errors import NonFiniteError, OptionError, SiteError
 from layerprobe.store.naming import match_sites
 from layerprobe.store.siteview import SiteView
+from layerprobe.tables import format_dtype
 
 __all__ = ["EncoderOutputs", "choose_layer", "pad_examples"]
 
@@ -113,7 +114,7 @@ def pad_examples(view: SiteView, examples: Any, dtype: torch.dtype) -> EncoderOu
         states[place, : len(one)] = one.float().to(dtype)
         if not bool(torch.isfinite(states[place]).all()):
             raise NonFiniteError(
-                f"states of {view.site!r} as {str(dtype).removeprefix('torch.')}: example {place} of those asked for "
+                f"states of {view.site!r} as {format_dtype(dtype)}: example {place} of those asked for "
                 "is not finite. Leave it out, or extract the site again in a wider dtype."
             )
     return EncoderOutputs(view.site, states, mask)
