@@ -8,7 +8,7 @@ scikit-learn is imported in the functions that fit. Must never know of stores or
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,9 +18,9 @@ import numpy as np
 
 from layerprobe.cores import few_cores
 
-__all__ = ["STRENGTHS", "Fit", "LinearProbe", "code_length", "fit_best", "fit_probe", "fitting"]
+__all__ = ["Fit", "LinearProbe", "code_length", "fit_best", "fit_probe", "fitting"]
 
-STRENGTHS = (1e-3, 1e-2, 1e-1)
+_STRENGTHS = (1e-3, 1e-2, 1e-1)
 # The code length is only comparable between sites at one strength.
 _CODE_STRENGTH = 1e-2
 _MAX_ITERATIONS = 1000
@@ -130,16 +130,11 @@ def fit_probe(
     return LinearProbe(weights, bias), int(np.max(model.n_iter_)) < _MAX_ITERATIONS
 
 
-def fit_best(
-    train: tuple[np.ndarray, np.ndarray],
-    dev: tuple[np.ndarray, np.ndarray],
-    num_classes: int,
-    strengths: Sequence[float] = STRENGTHS,
-) -> Fit:
+def fit_best(train: tuple[np.ndarray, np.ndarray], dev: tuple[np.ndarray, np.ndarray], num_classes: int) -> Fit:
     """Fit at each strength and keep the one with the best dev accuracy, the strongest penalty among equals."""
     scaling = standardise(train[0])
     best: Fit | None = None
-    for strength in sorted(strengths):
+    for strength in _STRENGTHS:
         probe, is_converged = fit_probe(*train, num_classes, strength, scaling)
         accuracy = float((probe.predict(dev[0]) == dev[1]).mean())
         if best is None or accuracy > best.dev_accuracy:

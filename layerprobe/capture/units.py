@@ -152,7 +152,7 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
 
 
 def list_shapes(
-    stored: Sequence[StoredSite], room: Room, record_bytes: int, has_positions: bool = False
+    stored: Sequence[StoredSite], room: Room, record_bytes: int, has_positions: bool
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Work out what `list_tensors` will give for a unit with records, before any value of it is made.
 

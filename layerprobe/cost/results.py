@@ -111,7 +111,7 @@ class Profile:
     steps: tuple[Cost, ...]
     bare_s: tuple[float, ...]
     peaks: Peaks
-    _trace: Callable[[Path], None] | None = field(default=None, repr=False)
+    _trace: Callable[[Path], None] = field(repr=False)
 
     @property
     def layers(self) -> tuple[Cost, ...]:
@@ -245,8 +245,6 @@ class Profile:
             OptionError: the model that was profiled is gone.
             StoreError: the folder of the file does not exist.
         """
-        if self._trace is None:
-            raise OptionError(f"no trace to {str(path)!r}: the model of this profile is gone. Profile it again.")
         self._trace(Path(path))
 
     def _place_s(self, place: str) -> float:

@@ -101,7 +101,7 @@ class Editor(AbstractContextManager["Editor"]):
     """The edits of one `with` block. Made by `lp.edit`."""
 
     def __init__(
-        self, model: nn.Module | LoadedModel, edits: Mapping[str, Edit | Sequence[Edit]], tokenizer: Any = None
+        self, model: nn.Module | LoadedModel, edits: Mapping[str, Edit | Sequence[Edit]], tokenizer: Any
     ) -> None:
         if isinstance(model, LoadedModel):
             model, tokenizer = model.model, tokenizer or model.tokenizer

@@ -175,11 +175,11 @@ class Audit:
 
 def plan_audit(
     folder: str | Path,
-    model: nn.Module | LoadedModel | str | None = None,
-    num_examples: int = 16,
-    seed: int = 0,
+    model: nn.Module | LoadedModel | str | None,
+    num_examples: int,
+    seed: int,
     *,
-    device: str | int | None = None,
+    device: str | int | None,
 ) -> Audit:
     """Check everything that an audit needs and load its model, before any example is run; takes what `audit` takes.
 

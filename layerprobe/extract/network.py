@@ -110,7 +110,7 @@ def choose_max_length(model: nn.Module, tokenizer: Any, asked: int | None) -> in
     return asked or limit
 
 
-def make_random_batch(loaded: LoadedModel, size: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+def make_random_batch(loaded: LoadedModel, size: int, length: int) -> dict[str, Tensor]:
     """Make `size` texts of `length` random tokens, none of them padding, on the model's device.
 
     Raises:
@@ -120,9 +120,7 @@ def make_random_batch(loaded: LoadedModel, size: int, length: int, seed: int = 0
     if length > limit:
         raise OptionError(f"length is {length}: the model takes at most {limit} tokens.")
     config = map_model(loaded.model).base.config
-    drawn = torch.randint(
-        config.vocab_size, (size, length), generator=torch.Generator().manual_seed(seed), device="cpu"
-    )
+    drawn = torch.randint(config.vocab_size, (size, length), generator=torch.Generator().manual_seed(0), device="cpu")
     # a padding id in a text would move the positions of RoBERTa's kin
     unwanted = config.pad_token_id
     ids = drawn if unwanted is None else torch.where(drawn == unwanted, (unwanted + 1) % config.vocab_size, drawn)

@@ -60,7 +60,7 @@ class RoomKeeper:
         stored: Sequence[StoredSite],
         room: Room,
         record_bytes: int,
-        has_positions: bool = False,
+        has_positions: bool,
     ) -> None:
         """Keep room for a shard that is about to be computed; returns when it is kept.
 
