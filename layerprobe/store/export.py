@@ -21,8 +21,8 @@ from tqdm import tqdm
 from layerprobe.errors import LayerProbeError, OptionError, StoreError
 from layerprobe.packages import need_package
 from layerprobe.store.columns import Columns, column_dtype, write_arrow, write_parquet
-from layerprobe.store.description import StoredSite
-from layerprobe.store.durable import commit_folder, flush_folder, need_parent, tell_failure
+from layerprobe.store.durable import commit_folder, flush_folder, tell_failure
+from layerprobe.store.format import need_parent
 from layerprobe.store.guard import check_flag, need_path
 from layerprobe.store.headers import checksum
 from layerprobe.store.lock import LOCK_FILE, StoreLock, is_abandoned
