@@ -5,13 +5,23 @@ In one place, so that every table and every message of the library looks alike. 
 
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["format_bytes", "format_count", "format_dtype", "format_table", "format_time", "hide_bar"]
+__all__ = [
+    "format_bytes",
+    "format_count",
+    "format_dtype",
+    "format_fields",
+    "format_table",
+    "format_time",
+    "format_value",
+    "hide_bar",
+]
 
 _UNITS_OF_TIME = (("years", 365 * 86400.0), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
 
@@ -76,6 +86,23 @@ def format_bytes(count: float) -> str:
 def format_dtype(dtype: "torch.dtype") -> str:
     """Write a dtype as options, files and numpy have it: `float16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def format_fields(value: Any) -> str:
+    """Write a dataclass as its own `repr` would, but tensors by shape and dtype: `mean=Tensor[384] float64`."""
+    named = (f"{field.name}={format_value(getattr(value, field.name))}" for field in fields(value) if field.repr)
+    return f"{type(value).__name__}({', '.join(named)})"
+
+
+def format_value(value: Any) -> str:
+    """Write a value as `repr` does, but tensors by shape and dtype, however deep they lie."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"Tensor{list(value.shape)} {format_dtype(value.dtype)}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return format_fields(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {format_value(item)}" for key, item in value.items()) + "}"
+    return repr(value)
 
 
 def format_time(seconds: float) -> str:

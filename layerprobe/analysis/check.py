@@ -138,6 +138,7 @@ class Check:
         return "\n".join([format_table(headers, rows), "", *self.verdict])
 
     __str__ = table
+    __repr__ = table
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the sites as CSV, a row each; lists of dimensions are joined by spaces.

@@ -164,6 +164,7 @@ class Differences:
         return "\n".join(parts)
 
     __str__ = table
+    __repr__ = table
 
     def _name_moves(self, pair: PairDifference) -> list[str]:
         tokens = [move for move in self.tokens if (move.before, move.after) == (pair.before, pair.after)]

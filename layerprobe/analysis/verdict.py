@@ -165,6 +165,9 @@ class Classification:
         laid = format_table(headers, [[*row, mark] for row, mark in zip(rows, marks, strict=True)])
         return "\n".join([laid, "", *self.verdict.sentences, *self.notes])
 
+    __str__ = table
+    __repr__ = table
+
     def _row(self, site: SiteScore, extras: Sequence[str]) -> list[Any]:
         own = [site.site, site.accuracy, *site.ci, site.f1, site.dev_accuracy, site.c, site.dead]
         return own + [getattr(site, name) for name in extras]

@@ -17,7 +17,7 @@ from torch import Tensor
 from layerprobe.capture.statistics import Rows, RowSink, Said, Sums
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
-from layerprobe.tables import format_table
+from layerprobe.tables import format_fields, format_table
 
 __all__ = ["Covariance", "CrossCovariance", "SiteCovariance"]
 
@@ -41,6 +41,9 @@ class SiteCovariance:
     nonfinite: int
     mean: Tensor
     covariance: Tensor
+
+    def __repr__(self) -> str:
+        return format_fields(self)
 
     @property
     def correlation(self) -> Tensor:

@@ -28,6 +28,7 @@ from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import is_compile_wrapper, need_model, need_one_device, unwrap
 from layerprobe.store.places import find_place
 from layerprobe.store.writer import ShardWriter
+from layerprobe.tables import format_count
 from layerprobe.version import __version__
 
 __all__ = ["DEFAULT_SHARD_BYTES", "Probe"]
@@ -154,6 +155,10 @@ class Probe(AbstractContextManager["Probe"]):
             # what went wrong in the block says more than what went wrong because of it
             if error is None:
                 raise
+
+    def __repr__(self) -> str:
+        made = f", {format_count(len(self._sink.calls), 'call')}" if isinstance(self._sink, MemorySink) else ""
+        return f"Probe({format_count(len(self), 'site')}, {self._state.value}{made})"
 
     @property
     def calls(self) -> Sequence[CapturedCall]:

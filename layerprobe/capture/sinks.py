@@ -26,6 +26,7 @@ from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.grammar import expand_patterns
 from layerprobe.sites.resolve import Site
 from layerprobe.store.shards import ScaledRows
+from layerprobe.tables import format_value
 
 __all__ = [
     "CallableSink",
@@ -83,6 +84,9 @@ class CapturedCall(_BySite[Value]):
         self._num_layers = num_layers
         self._context = context
         self._is_compiled = False
+
+    def __repr__(self) -> str:
+        return f"CapturedCall({format_value(self._made)})"
 
     @property
     def input_ids(self) -> Tensor | None:

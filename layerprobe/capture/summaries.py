@@ -16,6 +16,7 @@ from torch import Tensor
 from layerprobe.capture.statistics import Rows, RowSink, Said, Sums
 from layerprobe.errors import OptionError
 from layerprobe.store.guard import is_number
+from layerprobe.tables import format_fields
 
 __all__ = ["Histogram", "Moments", "SiteHistogram", "SiteMoments"]
 
@@ -49,6 +50,9 @@ class SiteMoments:
     norm_std: float
     norm_min: float
     norm_max: float
+
+    def __repr__(self) -> str:
+        return format_fields(self)
 
 
 class Moments(RowSink[SiteMoments]):
@@ -183,6 +187,9 @@ class SiteHistogram:
     below: int
     above: int
     nonfinite: int
+
+    def __repr__(self) -> str:
+        return format_fields(self)
 
     def quantile(self, share: float) -> float:
         """Give the value that a share of all values lies below, as if they lay evenly in each bin.

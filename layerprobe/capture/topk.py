@@ -15,6 +15,7 @@ from torch import Tensor
 
 from layerprobe.capture.statistics import Rows, RowSink, Said, Sums
 from layerprobe.errors import OptionError
+from layerprobe.tables import format_fields
 
 __all__ = ["SiteTops", "Top", "TopK"]
 
@@ -61,6 +62,9 @@ class SiteTops:
     example: Tensor
     position: Tensor
     context: Tensor
+
+    def __repr__(self) -> str:
+        return format_fields(self)
 
     def unit(self, number: int) -> list[Top]:
         """Give the tokens of one unit.

@@ -66,6 +66,9 @@ class DepthProfile:
         said = [f"{name}: {' '.join(found.verdict.sentences)}" for name, found in self.tasks.items()]
         return "\n".join([format_table(["site", *self.tasks], rows), "", *said, *self.notes])
 
+    __str__ = table
+    __repr__ = table
+
     def to_csv(self, path: str | Path) -> Path:
         """Write the accuracy of each task, a line per site."""
         return write_csv(path, ["site", *self.tasks], self._rows())

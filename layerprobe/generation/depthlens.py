@@ -89,6 +89,7 @@ class Lens:
         return f"{format_table([_HEADERS[place] for place in used], rows)}\n{end}"
 
     __str__ = table
+    __repr__ = table
 
     def grid(self) -> str:
         """Lay out some tokens one by one: at each site the first guess, and the rank of the true token."""

@@ -87,6 +87,7 @@ class Readout:
         return f"{format_table(_HEADERS, rows)}\n{said}; {self.num_types:,} types{cut}"
 
     __str__ = table
+    __repr__ = table
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the readings, a line each."""

@@ -57,6 +57,7 @@ class Generation(Sequence[Generated]):
         return format_table(("example", "tokens", f"from {self.site}"), rows)
 
     __str__ = table
+    __repr__ = table
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the sequences, a line each."""

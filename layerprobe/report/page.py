@@ -74,6 +74,7 @@ class Report:
         )
 
     __str__ = table
+    __repr__ = table
 
 
 def report(

@@ -70,6 +70,7 @@ class Picture:
         return "\n".join([drawn, "", format_table(("site", "variance kept", "trustworthiness"), rows)])
 
     __str__ = table
+    __repr__ = table
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the points as CSV: a row for each point and site.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerprobe.store.naming import need_name
 from layerprobe.store.shards import ScaledRows
+from layerprobe.tables import format_fields
 
 __all__ = ["Example"]
 
@@ -36,6 +37,9 @@ class Example:
     text: str | None
     fields: dict[str, Any]
     sites: Mapping[str, Tensor | ScaledRows]
+
+    def __repr__(self) -> str:
+        return format_fields(self)
 
     def __getitem__(self, site: str) -> Tensor | ScaledRows:
         return self.sites[need_name(site, self.sites, f"example {self.index}")]

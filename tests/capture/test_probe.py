@@ -377,3 +377,18 @@ def test_a_store_of_no_call_leaves_nothing_that_was_not_there(tiny_bert: Any, tm
         (tmp_path / "with a guest" / "notes.txt").write_text("mine")
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert left == ["mine", "with a guest", "with a guest/notes.txt"]
+
+
+def test_a_probe_and_its_calls_say_in_a_line_what_they_hold(
+    tiny_bert: Any, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    probe = lp.Probe(tiny_bert, ["embeddings", "layers.0"])
+    assert repr(probe) == "Probe(2 sites, new, 0 calls)"
+    with torch.no_grad(), probe:
+        tiny_bert(**batch)
+        assert repr(probe) == "Probe(2 sites, open, 1 call)"
+    assert repr(probe) == "Probe(2 sites, closed, 1 call)"
+    assert repr(probe.calls) == (
+        "[CapturedCall({'embeddings': Tensor[3, 7, 32] float32, 'layers.0': Tensor[3, 7, 32] float32})]"
+    )
+    assert repr(lp.Probe(tiny_bert, "layers.0", to=tmp_path / "acts")) == "Probe(1 site, new)"
