@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +105,12 @@ def check_suffix(path: str | Path) -> Path:
 def save_figure(figure: Any, path: str | Path | None) -> Any:
     """Write a figure, in the format of the suffix, without the time or the program's version; gives the figure.
 
+    A notebook shows a figure that was made without pyplot only where it says itself how.
+
     Raises:
         StoreError: the file cannot be written.
     """
+    figure._repr_png_ = partial(_draw_png, figure)
     if path is None:
         return figure
     path = check_suffix(path)
@@ -117,6 +122,14 @@ def save_figure(figure: Any, path: str | Path | None) -> Any:
     except OSError as error:
         raise StoreError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from error
     return figure
+
+
+def _draw_png(figure: Any) -> bytes:
+    """Draw a figure as a notebook shows it."""
+    drawn = BytesIO()
+    with styled():
+        figure.savefig(drawn, format="png")
+    return drawn.getvalue()
 
 
 def label_sites(names: Sequence[str]) -> list[str]:

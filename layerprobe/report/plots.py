@@ -72,6 +72,9 @@ class Picture:
     __str__ = table
     __repr__ = table
 
+    def _repr_png_(self) -> bytes:
+        return self.figure._repr_png_()
+
     def to_csv(self, path: str | Path) -> Path:
         """Write the points as CSV: a row for each point and site.
 

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import pickle
 import re
+import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
+from matplotlib.image import imread
 from torch import Tensor
 
 import layerprobe as lp
@@ -298,3 +302,21 @@ def test_attention_that_is_not_there_is_refused(attention: Any, store: Any) -> N
         lp.plot_attention(attention, 0, heads=[4])
     with pytest.raises(MissingExample, match="no example 7"):
         lp.plot_attention(attention, 7)
+
+
+def test_a_notebook_shows_a_picture_that_was_made_without_pyplot(store: Any) -> None:
+    """IPython asks a value for `_repr_png_`; a bare figure has none until pyplot has been used in the kernel."""
+    picture = lp.plot(store)
+    check = lp.check(store).plot()
+    figures: list[tuple[Any, Any]] = [
+        (picture, picture.figure),
+        (check, check),
+        (pickle.loads(pickle.dumps(check)), check),
+    ]
+    for shown, figure in figures:
+        drawn = imread(BytesIO(shown._repr_png_()))
+        # a size in inches is no whole number of pixels
+        assert drawn.shape[:2] == pytest.approx(figure.get_size_inches()[::-1] * figure.dpi, abs=1)
+        assert drawn[..., :3].min() < 0.5 < drawn[..., :3].max()
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or not pyplot.get_fignums()
