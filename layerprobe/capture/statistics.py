@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -145,6 +145,13 @@ class RowSink(SinkAbilities, Generic[View]):
         self._announced: Sequence[int] | None = None
         self._open: Sequence[Site] | None = None
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is open in no probe, and has a lock of its own
+        return {**self.__dict__, "_announced": None, "_open": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _sums=dict(state["_sums"]), _lock=threading.Lock())
 
     # what a probe calls
 

@@ -130,7 +130,7 @@ class TopK(RowSink[SiteTops]):
             _FIELDS,
             partial(_measure, k, context, magnitude),
             partial(_join, k, magnitude),
-            lambda sums: SiteTops(**sums),
+            _view,
             partial(_describe, magnitude),
             options=options,
         )
@@ -156,6 +156,10 @@ class TopK(RowSink[SiteTops]):
                 for top in tops.unit(unit)
             ]
         return found
+
+
+def _view(sums: Sums) -> SiteTops:
+    return SiteTops(**sums)
 
 
 def _rank_units(found: SiteTops, magnitude: bool) -> list[int]:

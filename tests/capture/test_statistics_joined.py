@@ -1,5 +1,7 @@
 """Sums of several calls, inputs and processes joined: whose example is whose, and what fails halfway."""
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,3 +128,21 @@ def test_pairs_are_looked_for_before_the_model_runs(tiny_bert: Any) -> None:
 def test_pairs_that_are_no_pairs_are_refused() -> None:
     with pytest.raises(OptionError, match="pairs=5"):
         lp.CrossCovariance(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda sink: pickle.loads(pickle.dumps(sink))])
+@pytest.mark.parametrize("make", [lp.Moments, lp.Histogram, lp.Covariance, lp.CrossCovariance, lp.TopK])
+def test_a_copy_counts_on_by_itself(tiny_bert: Any, make: Callable[[], Any], copied: Callable[[Any], Any]) -> None:
+    sites = ["layers.0", "layers.1"]
+    whole, before, sink = make(), make(), make()
+    run(tiny_bert, whole, [make_batch(1), make_batch(2)], sites)
+    run(tiny_bert, before, [make_batch(1)], sites)
+    with torch.no_grad(), lp.Probe(tiny_bert, sites, to=sink):
+        tiny_bert(**make_batch(1))
+        # also while its sink is open in a probe
+        other = copied(sink)
+    run(tiny_bert, other, [make_batch(2)], sites)
+    for one, expected in ((sink, before), (other, whole)):
+        state = expected.state_dict()
+        assert one.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
