@@ -166,6 +166,10 @@ class Profile:
 
     __repr__ = __str__
 
+    def __getstate__(self) -> dict[str, Any]:
+        # elsewhere the model is not there to be run again
+        return {**self.__dict__, "_trace": None}
+
     def _row(self, cost: Cost, total_s: float) -> list[object]:
         return [
             cost.name,

@@ -1,6 +1,7 @@
 """`lp.profile`: what is counted against torch's own counters, what is timed against itself."""
 
 import json
+import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -257,3 +258,11 @@ def test_every_site_that_is_made_has_a_point(make_bert: Callable[..., Any]) -> N
     mapped = map_model(make_bert("BertForSequenceClassification"))
     made = {site.name for point in find_points(mapped, None) if point.takes != "enter" for site in point.sites}
     assert made == {site.name for site in mapped.table if site.takes != "weights"}
+
+
+def test_a_profile_can_be_kept_without_its_model(make_bert: Callable[..., Any], batch: Batch, tmp_path: Path) -> None:
+    profile = lp.profile(make_bert(), batch, repeats=1)
+    kept = pickle.loads(pickle.dumps(profile))
+    assert kept.table("site") == profile.table("site")
+    with pytest.raises(OptionError, match="the model of this profile is gone"):
+        kept.to_chrome_trace(tmp_path / "trace.json")
