@@ -177,7 +177,8 @@ class _Door(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_HOMES})
+        # what the door is made of, and folders that were loaded, are no names to choose from
+        return sorted({*(name for name in super().__dir__() if name.startswith("__")), *__all__, "errors"})
 
 
 sys.modules[__name__].__class__ = _Door

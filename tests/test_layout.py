@@ -354,6 +354,12 @@ def test_public_names_are_the_documented_ones() -> None:
     assert all(hasattr(layerprobe, name) for name in layerprobe.__all__)
 
 
+def test_the_door_offers_its_public_names_and_nothing_that_it_is_made_of() -> None:
+    offered = [name for name in dir(layerprobe) if not name.startswith("__")]
+    assert offered == sorted({*layerprobe.__all__, "errors"} - {"__version__"})
+    assert "__version__" in dir(layerprobe) and "__doc__" in dir(layerprobe)
+
+
 def test_the_top_holds_only_what_belongs_there() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
