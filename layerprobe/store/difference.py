@@ -91,6 +91,10 @@ class Difference(Sequence[Tensor]):
         pairs = zip(self._site, self._other, strict=True)
         return (values.float() - others.float() for values, others in pairs)
 
+    def __reversed__(self) -> Iterator[Tensor]:
+        pairs = zip(reversed(self._site), reversed(self._other), strict=True)
+        return (values.float() - others.float() for values, others in pairs)
+
     def rows(
         self, batch_size: int = 4096, shuffle: bool = False, seed: int = 0, *, rank: int = 0, world: int = 1
     ) -> RowBatches[Tensor]:

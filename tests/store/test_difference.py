@@ -39,6 +39,19 @@ def test_each_example_is_one_site_minus_the_other_in_float32(tmp_path: Path, lay
     assert all(map(torch.equal, step[[4, 0]], [expected[4], expected[0]]))
 
 
+def test_what_is_there_of_an_unfinished_store_comes_in_both_directions(
+    tmp_path: Path, layers: dict[str, Tensor]
+) -> None:
+    folder = plant(tmp_path / "acts", layers, LENGTHS)
+    (folder / "index.json").unlink()
+    (folder / "shard-000001.safetensors").unlink()
+    step = lp.open(folder).difference("layers.1", "layers.0")
+    expected = (layers["layers.1"].float() - layers["layers.0"].float()).split(LENGTHS)
+    there = [expected[ordinal] for ordinal in (0, 3, 4)]
+    assert len(step) == 3
+    assert all(map(torch.equal, step, there)) and all(map(torch.equal, reversed(step), there[::-1]))
+
+
 def test_rows_and_pools_are_those_of_the_two_sites(tmp_path: Path, layers: dict[str, Tensor]) -> None:
     store = lp.open(plant(tmp_path / "acts", layers, LENGTHS))
     step = store.difference("layers.1", "embeddings")
