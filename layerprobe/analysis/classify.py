@@ -177,7 +177,7 @@ def _choose(store: Store, patterns: str | Sequence[str] | None, pool: str) -> tu
         raise OptionError(f"pool='last4': {store.place} has {len(_layers(names))} layers among {', '.join(names)}.")
     if chosen[0].kind != "token":
         if pool not in ("mean", "last4", store.pool):
-            raise OptionError(f"pool={pool!r}: {store.place} was pooled already, by {store.pool}. Leave pool out.")
+            raise OptionError(f"pool={pool!r}: in {store.place} {chosen[0].tell_vector(store.pool)}. Leave pool out.")
         return names, store.pool
     return names, "mean" if pool == "last4" else pool
 

@@ -88,8 +88,9 @@ def read_site(store: Store, site: str, task: Task, pool: str | None) -> np.ndarr
         raise OptionError(f"{site!r} is one matrix per head and has no rows. Classify by another site.")
     if task.spans is not None and view.kind != "token":
         raise OptionError(
-            f"labels {task.name!r} belong to {task.kind}: {site!r} in {store.place} has one vector per example, pooled "
-            f"by {store.pool}, and no row per token. Extract it again without a pool."
+            f"labels {task.name!r} belong to {task.kind}: in {store.place} "
+            f"{store.stored_sites[site].tell_vector(store.pool)}, and no row per token. "
+            "Take a site that has, of a store without a pool."
         )
     out = np.empty((len(task.examples), view.width), dtype=np.float32)
     stored, mapped = store.stored_sites[site], Mappings(store.catalog)

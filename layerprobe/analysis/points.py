@@ -91,11 +91,11 @@ def choose_points(store: Store, sites: Sequence[StoredSite], color: str, points:
     if is_pooled and (points == "rows" or color in _ROW_COLOURS):
         what = "points='rows'" if points == "rows" else f"color={color!r}"
         raise OptionError(
-            f"{what}: {sites[0].name!r} in {store.place} has one vector per example, pooled by {store.pool}, and no "
-            "row per token. Extract it again without a pool."
+            f"{what}: in {store.place} {sites[0].tell_vector(store.pool)}, and no row per token. "
+            "Take a site that has, of a store without a pool."
         )
     if is_pooled and pool not in (None, store.pool):
-        raise OptionError(f"pool={pool!r}: {store.place} was pooled already, by {store.pool}. Leave pool out.")
+        raise OptionError(f"pool={pool!r}: in {store.place} {sites[0].tell_vector(store.pool)}. Leave pool out.")
     if color in _ROW_COLOURS and (points == "examples" or pool is not None):
         raise OptionError(f"color={color!r} belongs to rows, and examples were asked for. Use points='rows', no pool.")
     if points is not None and points == "rows" and pool is not None:

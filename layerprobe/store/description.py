@@ -58,6 +58,15 @@ class StoredSite:
         """Read what `describe` gives, out of a `store.json` that was checked."""
         return cls(name, said["kind"], _DTYPES[said["dtype"]], said["width"])
 
+    def tell_vector(self, pool: str | None) -> str:
+        """Say in a message where its vector of each example comes from.
+
+        Args:
+            pool: Of the store; without one the model itself makes a vector per example.
+        """
+        how = "as the model makes it" if pool is None else f"pooled by {pool}"
+        return f"{self.name!r} has one vector per example, {how}"
+
     @property
     def bytes_per_vector(self) -> int:
         """Bytes of one vector, its scale included; for `attention` of one pair of a query and a key."""

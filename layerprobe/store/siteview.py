@@ -125,7 +125,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
         Args:
             pool: `mean`, `max`, `cls` (first token) or `last`, over all real tokens, special ones included; None for
-                `mean`. A site with one vector per example was pooled already, and takes only None or its own.
+                `mean`. A site with one vector per example takes only None, or what it was pooled by.
 
         Returns:
             float32 `[N, D]`. An example without tokens gives NaN.
@@ -181,7 +181,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         if pool not in (None, "mean", "max", "cls", "last", self.catalog.pool):
             raise OptionError(f"no pool {pool!r}: use mean, max, cls or last.")
         if self.kind != "token" and pool not in (None, self.catalog.pool):
-            raise OptionError(f"{self.site!r} has one vector per example, pooled by {self.catalog.pool}, not {pool!r}.")
+            raise OptionError(f"{self._stored.tell_vector(self.catalog.pool)}, and not by {pool!r}. Leave pool out.")
         if self.kind == "token":
             self.catalog.need_every_row(f"a pool of {self.site!r}", "Extract with a pool, or go through rows().")
 

@@ -223,7 +223,7 @@ def test_pooled_stores_give_examples_and_no_tokens(tmp_path: Path) -> None:
     assert result.task.pool == "mean" and "layers.2" in result.verdict.tied
     with pytest.raises(OptionError, match="pooled by mean, and no row per token"):
         lp.classify(store, [[int(label)] for label in labels])
-    with pytest.raises(OptionError, match="was pooled already, by mean"):
+    with pytest.raises(OptionError, match=r"pool=.* one vector per example, pooled by mean\. Leave"):
         lp.classify(store, labels.tolist(), pool="cls")
 
 

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import sys
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -225,8 +226,22 @@ def test_pooled_stores_have_no_rows_to_draw(tmp_path: Path) -> None:
     for options in refused:
         with pytest.raises(OptionError, match="has one vector per example, pooled by mean, and no row per token"):
             lp.plot(folder, **options)
-    with pytest.raises(OptionError, match=r"pool='cls': .* was pooled already, by mean"):
+    with pytest.raises(OptionError, match=r"pool='cls': in .* one vector per example, pooled by mean\. Leave"):
         lp.plot(folder, pool="cls")
+
+
+def test_a_vector_that_the_model_makes_is_not_said_to_be_pooled(write_store: Callable[..., Any]) -> None:
+    folder = write_store().folder
+    with pytest.raises(OptionError, match="'pooler' has one vector per example, as the model makes it, and no row"):
+        lp.plot(folder, site="pooler", color="position")
+    for draw_or_classify in (
+        lambda: lp.plot(folder, site="pooler", pool="cls"),
+        lambda: lp.classify(folder, list("ababa"), sites="pooler", pool="cls"),
+    ):
+        with pytest.raises(
+            OptionError, match=r"'pooler' has one vector per example, as the model makes it\. Leave pool"
+        ):
+            draw_or_classify()
 
 
 def test_points_that_say_nothing_are_refused(tmp_path: Path) -> None:
