@@ -32,17 +32,17 @@ class _Frame:
 
     `runner` is the interpreter's frame that runs it: one that is on no stack any more was cut short. None where a
     compiled graph runs it. `caller` is the one that called that. `inside` holds the stacks whose base is running;
-    `is_stopped` says that it ends early because every probe has what it asked.
+    `is_stopped` says that it ends early because every probe has what it asked, `has_begun` that a call began in it.
     """
 
-    __slots__ = ("call", "caller", "inside", "is_stopped", "owner", "runner")
+    __slots__ = ("call", "caller", "has_begun", "inside", "is_stopped", "owner", "runner")
 
     def __init__(self, owner: int, runner: FrameType | None, call: Call | None = None) -> None:
         self.owner = owner
         self.runner = runner
         self.caller = runner.f_back if runner is not None else None
         self.call = call
-        self.is_stopped = False
+        self.is_stopped = self.has_begun = False
         self.inside: set[int] = set()
 
 
@@ -129,7 +129,7 @@ class Frames:
         call = Call(self._stacks, {number: context}, expected=self._of_stack[number] | follows, ahead=ahead)
         call.is_running = functools.partial(_is_running_in, ident, frame.runner)
         self._sink.begin(call)
-        frame.call = call
+        frame.call, frame.has_begun = call, True
 
     def enter_compiled(self, number: int, given: Mapping[str, Tensor | None], is_cached: bool) -> None:
         """Take note that a module was called, in a graph that runs: no frame of the interpreter's does.
@@ -215,6 +215,11 @@ class Frames:
         top.inside.discard(number)
         if top.owner == number:
             self._end_call(frames.pop(), completed)
+            if completed and self.is_open and not top.has_begun:
+                raise CaptureError(
+                    f"{self._owner} ran without calling its base model, whose calls are followed: it calls a part of "
+                    "that. Pass the part that has the layers in place of the model, as model.model.decoder."
+                )
 
     def is_inside(self, number: int) -> bool:
         """Whether the innermost call of this thread has come through this module."""

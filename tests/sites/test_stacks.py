@@ -10,7 +10,7 @@ from torch import nn
 
 import layerprobe as lp
 from families import build, make_batch
-from layerprobe.errors import ArchitectureError, OptionError
+from layerprobe.errors import ArchitectureError, CaptureError, OptionError
 from layerprobe.models import LoadedModel
 from layerprobe.sites.stacks import find_sum_device, is_compile_wrapper, is_compiled, is_compiled_in_place, unwrap
 
@@ -217,6 +217,30 @@ def test_a_model_that_is_spread_over_devices_fills_no_store(
     with lp.Probe(model, "layers.0") as probe:
         model(**batch)
     assert probe["layers.0"] is not None and not list(tmp_path.iterdir())
+
+
+def test_model_that_calls_a_part_of_its_base_is_refused_and_that_part_is_taken(tmp_path: Path) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes: Any = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 8, "vocab_size": 11}
+    torch.manual_seed(0)
+    model: Any = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=8, max_position_embeddings=16)).eval()
+    ids = torch.arange(3, 8)[None]
+    blocks: list[Any] = [
+        lp.Probe(model, "layers.*"),
+        lp.Probe(model, "layers.0", stop=True),
+        lp.Probe(model, "layers.*", to=tmp_path / "acts"),
+        lp.edit(model, {"layers.0": lp.scale(0.0)}),
+    ]
+    for block in blocks:
+        with pytest.raises(CaptureError, match=r"OPTForCausalLM ran without calling its base model"), block:
+            model(input_ids=ids)
+    part = model.model.decoder
+    with torch.no_grad(), lp.Probe(part, "layers.0") as probe:
+        output = model(input_ids=ids, output_hidden_states=True)
+    assert torch.equal(probe["layers.0"], output.hidden_states[1])
+    with torch.no_grad(), lp.edit(part, {"layers.*": lp.scale(0.0)}):
+        assert not torch.equal(model(input_ids=ids).logits, output.logits)
 
 
 def test_what_load_model_gave_is_taken_as_its_model(tiny: LoadedModel, batch: Any) -> None:
