@@ -221,7 +221,8 @@ class _Lister:
     def __post_init__(self) -> None:
         config = self.stack.base.config
         self.hidden_size = config.hidden_size
-        self.num_heads = getattr(config, "num_attention_heads", None)
+        # only rows tell of heads, and without one they may differ from layer to layer
+        self.num_heads = getattr(config, "num_attention_heads", None) if self.stack.anatomy else None
 
     def make(
         self, name: str, layer: str, place: Place, kind: Kind, call: int | None = None, takes: str | None = None

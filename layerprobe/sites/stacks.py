@@ -167,7 +167,9 @@ def _shared_layers(config: Any, template: str) -> Iterator[tuple[str, int]]:
 
 
 def _guess_layers(base: Any) -> tuple[tuple[str, None], ...] | None:
-    """Find the one list of `num_hidden_layers` equal blocks in a model without a row."""
+    """Find the one list of `num_hidden_layers` equal blocks of one width in a model without a row."""
+    if getattr(base.config, "hidden_size", None) is None:
+        return None  # stages of a convolutional model, each of its own width
     wanted = getattr(base.config, "num_hidden_layers", 0)
     lists = [
         name

@@ -201,6 +201,30 @@ def test_architecture_without_a_row_or_a_structure_is_refused() -> None:
         lp.sites(model)
 
 
+def test_stages_of_widths_of_their_own_are_no_layers() -> None:
+    from transformers import SegformerConfig, SegformerModel
+
+    sizes: Any = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_attention_heads": [1, 1], "num_encoder_blocks": 2}
+    model = SegformerModel(SegformerConfig(**sizes, sr_ratios=[2, 1], strides=[4, 2], patch_sizes=[7, 3]))
+    model.config.num_hidden_layers = 2
+    with pytest.raises(ArchitectureError, match=r"no row for architecture .segformer."):
+        lp.sites(model)
+
+
+def test_heads_that_differ_from_layer_to_layer_are_not_asked_for() -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    class Uneven(GPT2Config):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "num_attention_heads":  # as transformers does where its value is of a single layer
+                raise ValueError("it may vary across layers")
+            return super().__getattribute__(name)
+
+    model = GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, n_positions=8))
+    model.config.__class__ = Uneven
+    assert [site.name for site in lp.sites(model)] == ["layers.0", "layers.1"]
+
+
 def test_architecture_with_a_final_norm_has_the_site(make_bert: Any, batch: Any, monkeypatch: Any) -> None:
     from dataclasses import replace
 
