@@ -97,8 +97,12 @@ class Call:
         return next(reversed(self.contexts.items()))
 
     def find_source(self, index: int) -> Context | None:
-        """Give what the other stack was called with, which cross attention looks at; None where it did not run."""
-        return next((context for stack, context in self.contexts.items() if stack != self.stacks[index]), None)
+        """Give what the other stack was called with, which cross attention looks at; None where it did not run.
+
+        What follows the one stack of a model, whose call its decoder is part of, has no other.
+        """
+        own = self.stacks[index]
+        return next((context for stack, context in self.contexts.items() if own is not None and stack != own), None)
 
     @property
     def made(self) -> list[int]:

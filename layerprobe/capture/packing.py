@@ -216,7 +216,7 @@ class StoreSink(SinkAbilities):
             if pending.values is None:
                 pending.values = {}
             # held until the call ends: what a module gave that is known by its name alone may be changed by then
-            pending.values[index] = value.clone() if self._sites[index].kind == "unknown" else value
+            pending.values[index] = value.clone() if self._sites[index].is_by_name else value
             return
         if pending.selection is None:
             self._reserve(pending, call, value)

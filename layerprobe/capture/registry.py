@@ -247,7 +247,7 @@ class ProbeRegistry:
         if self._is_plain(point):
             receive, which = self._receive, point.indices[0]
         # the sink looks at what a module known by its name alone makes: the model may change it afterwards
-        bit = 1 << which if self._is_plain(point) and self.sites[which].kind != "unknown" else 0
+        bit = 1 << which if self._is_plain(point) and not self.sites[which].is_by_name else 0
         is_rows = bool(bit) and self.sites[point.indices[0]].kind == "token"
         if point.takes == "input":
 
@@ -300,7 +300,7 @@ class ProbeRegistry:
         if point.is_chunked and shape is not None and _is_chunk(value, shape):
             chunks = call.chunks.setdefault(point.key, [])
             # of a module known by its name alone, which the model may change before the next chunk
-            is_safe = value.requires_grad or all(self.sites[index].kind != "unknown" for index in point.indices)
+            is_safe = value.requires_grad or not any(self.sites[index].is_by_name for index in point.indices)
             chunks.append(value if is_safe else value.clone())
             if sum(chunk.shape[1] for chunk in chunks) < shape[1]:
                 return

@@ -199,15 +199,15 @@ def _find_texts(call: Call, index: int, site: Site) -> Context:
     """Find what the texts are whose tokens a value has a row for: in cross attention those of the encoder.
 
     Raises:
-        CaptureError: the encoder did not run in this call.
+        CaptureError: the call does not tell, as where the encoder did not run in it.
     """
     if site.kind != "source":
         return call.context(index)
     source = call.find_source(index)
     if source is None:
         raise CaptureError(
-            f"{site.name!r} has a row per token of the encoder, which did not run in this call, so its padding is not "
-            "known. Leave out pool, or call the whole model."
+            f"{site.name!r} has a row per token of the other half, of whose padding this call does not tell. Leave out "
+            "pool, or call the whole of an EncoderDecoderModel."
         )
     return source
 
@@ -285,7 +285,7 @@ class MemorySink(SinkAbilities):
     def receive(self, call: Call, index: int, value: Tensor) -> None:
         if call.values is not None:
             value = value.detach() if value.requires_grad else value
-            call.values[index] = value.clone() if self._sites[index].kind == "unknown" else value
+            call.values[index] = value.clone() if self._sites[index].is_by_name else value
             return
         values, gradients, copies = call.state
         site = self._sites[index]
@@ -293,13 +293,13 @@ class MemorySink(SinkAbilities):
             if value.requires_grad:
                 assert call.sources is not None
                 _follow_gradient(call.sources.pop(index, None) or Source([value], itemgetter(0)), site.name, gradients)
-                if site.kind == "unknown":
+                if site.is_by_name:
                     copies[index] = value.clone(), value._version
-            values[index] = value if value.requires_grad or site.kind != "unknown" else value.clone()
+            values[index] = value if value.requires_grad or not site.is_by_name else value.clone()
             return
         value = value.detach()
         shaped = shape_value(value, call, index, site, pool=self._pool, dtype=self._dtype)
-        values[index] = value.clone() if shaped is value and site.kind == "unknown" else shaped
+        values[index] = value.clone() if shaped is value and site.is_by_name else shaped
 
     def finish(self, call: Call) -> None:
         values, gradients, copies = call.state if call.values is None else (call.values, {}, {})

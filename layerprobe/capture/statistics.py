@@ -38,7 +38,7 @@ _COUNTER = "num_examples"
 _ORDER = "order"
 _REFUSED = {
     "attention": "is one matrix per head and has no rows. Ask for attention.context",
-    "source": "has rows of the encoder's tokens, whose mask the decoder's call does not tell. Ask for encoder.layers",
+    "source": "has rows of the other half's tokens, whose mask the call does not tell. Ask for encoder.layers",
 }
 
 

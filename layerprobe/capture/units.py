@@ -137,7 +137,7 @@ def check_storable(sites: Sequence[Site], pool: Pool, dtype: torch.dtype | None)
         )
     sources = [site.name for site in sites if site.kind == "source" or ".cross_attention.weights" in site.name]
     if sources:
-        raise OptionError(f"{sources[0]!r} has a row per token of the encoder: capture it into memory instead.")
+        raise OptionError(f"{sources[0]!r} has a row per token of the other half: capture it into memory instead.")
     if len({site.name.startswith("encoder.") for site in sites}) > 1:
         raise OptionError("a store has the tokens of one stack: ask for encoder sites or for decoder sites.")
 

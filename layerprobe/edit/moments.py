@@ -150,8 +150,8 @@ def _context_of(call: Call, slot: Slot) -> Context:
     source = call.find_source(slot.index)
     if source is None:
         raise CaptureError(
-            f"lp.{slot.edit.name} at {slot.site.name!r}: its rows are the encoder's tokens, and the encoder did "
-            "not run in this call, so padding is not known. Edit every position with where='all'."
+            f"lp.{slot.edit.name} at {slot.site.name!r}: its rows are the tokens of the other half, of whose padding "
+            "this call does not tell. Edit every position with where='all'."
         )
     return source
 
@@ -160,7 +160,8 @@ def _lay_out(slot: Slot, call: Call, value: Tensor, start: int) -> Tensor:
     """Lay given values out on a value: by position, or by the real tokens of each text."""
     edit: Any = slot.edit
     values: Tensor = edit.values.to(value.dtype)
-    if slot.site.kind == "example":
+    is_whole = slot.site.kind == "source" and values.shape[1:] == value.shape[1:]
+    if slot.site.kind == "example" or is_whole:
         return _expand(slot, values, value)
     context = _context_of(call, slot)
     size = value.shape[1]

@@ -9,6 +9,7 @@ Hides how wrappers and task models nest. Must never touch hooks or run the model
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, overload
 
 from torch import nn
@@ -30,7 +31,7 @@ Kind = Literal["token", "example", "attention", "source", "unknown"]
 # Task models whose logits are one row per token; every other head makes one row per example.
 _TOKEN_HEADS = (
     "ForMaskedLM", "ForCausalLM", "LMHeadModel", "GenerationDecoder", "ForPreTraining", "ForTokenClassification",
-    "ForQuestionAnswering", "EncoderDecoderModel",
+    "ForQuestionAnswering", "ForConditionalGeneration", "EncoderDecoderModel",
 )  # fmt: skip
 
 # Under these names torch.compile, FSDP and checkpoint wrappers keep the module that they stand for.
@@ -61,7 +62,8 @@ class Site:
         module: Name of the module that is read, as in `named_modules()` of the unwrapped model.
         takes: Whether the module's output, its first input or its attention weights are read.
         kind: `token` for one vector per token, `example` for one per text, `attention` for `[H, S, S]` per text,
-            `source` for one vector per token of the encoder that a decoder looks at, `unknown` until the model has run.
+            `source` for one vector per token of the other half, as of the encoder that a decoder looks at, `unknown`
+            until the model has run.
         width: Size of the vector (number of heads for `attention`), or None where only running the model can tell.
         call_index: Which call of the module is used, where it runs several times; None where it runs once.
         part: Which part of a fused output is used, or None.
@@ -76,6 +78,11 @@ class Site:
     call_index: int | None = None
     part: Part | None = None
     stack: int | None = 0
+
+    @cached_property
+    def is_by_name(self) -> bool:
+        """Whether it is a module known by its name alone: the model may go on to change what that gave."""
+        return self.name.startswith(MODULE_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,9 @@ class ModelMap:
         takes = "input" if name.endswith(":input") else "output"
         path = name[len(MODULE_PREFIX) :].removesuffix(":input")
         width = _module_width(self.model.get_submodule(path), takes)
-        is_source = any(site.kind == "source" and site.module == path for site in self.table)
+        is_source = any(site.kind == "source" and site.module == path for site in self.table) or any(
+            stack.is_of_decoder(path, self.model) for stack in self.stacks
+        )
         owners = (i for i, stack in enumerate(self.stacks) if not stack.path or f"{path}.".startswith(f"{stack.path}."))
         return Site(name, path, takes, "source" if is_source else "unknown", width, stack=next(owners, None))
 
@@ -241,6 +250,8 @@ class _Lister:
             # the module itself first: ConvBERT leaves some heads to a convolution
             width = getattr(self.stack.base.get_submodule(path), "num_attention_heads", self.num_heads) or width
         full = self.full_path(path)
+        if kind == "token" and self.stack.is_of_decoder(full, self.root):
+            kind = "source"
         return Site(self.stack.prefix + name, full, takes, kind, width, call, part, self.number)  # type: ignore[arg-type]
 
     def full_path(self, path: str) -> str:
@@ -315,7 +326,8 @@ def _list_head(root: nn.Module, stacks: tuple[Stack, ...]) -> list[Site]:
     head = next((name for name in stack.anatomy.heads if has_module(owner, name)), None)
     if head is None:
         return []
-    kind: Kind = "token" if type(root).__name__.endswith(_TOKEN_HEADS) else "example"
+    per_token: Kind = "source" if stack.has_decoder else "token"
+    kind: Kind = per_token if type(root).__name__.endswith(_TOKEN_HEADS) else "example"
     path = head if owner is root else f"decoder.{head}"
     return [Site("logits", path, "output", kind, _last_linear_width(root.get_submodule(path)), stack=None)]
 

@@ -55,6 +55,19 @@ class Stack:
     anatomy: Anatomy | None
     layers: tuple[tuple[str, int | None], ...]
 
+    @property
+    def has_decoder(self) -> bool:
+        """Whether its base model has a decoder too, of whose tokens and padding a call of the base does not tell."""
+        return bool(getattr(self.base.config, "is_encoder_decoder", False)) and has_module(self.base, "decoder")
+
+    def is_of_decoder(self, path: str, root: nn.Module) -> bool:
+        """Whether a module, by its name in the unwrapped model, is part of that decoder or makes words of its rows."""
+        if not self.has_decoder:
+            return False
+        own: Any = root
+        is_part = f"{path}.".startswith(f"{self.path}.decoder.".removeprefix("."))
+        return is_part or own.get_submodule(path) is own.get_output_embeddings()
+
 
 def need_model(model: nn.Module | LoadedModel) -> nn.Module:
     """Take a model, or that of what `load_model` gave.

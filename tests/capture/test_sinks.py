@@ -179,7 +179,9 @@ def test_pool_of_what_cross_attention_looks_at_is_refused_where_the_encoder_runs
     site = "decoder.layers.0.cross_attention.key"
     with (
         lp.Probe(pair, site, pool="mean"),
-        pytest.raises(CaptureError, match=rf"'{site}' has a row per token of the encoder, which did not run in this"),
+        pytest.raises(
+            CaptureError, match=rf"'{site}' has a row per token of the other half, of whose padding this call"
+        ),
     ):
         pair.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
 

@@ -324,7 +324,7 @@ def test_options_that_do_not_exist_are_refused(make_bert: Callable[..., Any], mo
     with pytest.raises(OptionError, match="is one matrix per head"):
         run(model, lp.Moments(), make_batches(1), "layers.0.attention.weights")
     decoder = make_bert("BertModel", is_decoder=True, add_cross_attention=True)
-    with pytest.raises(OptionError, match="rows of the encoder"):
+    with pytest.raises(OptionError, match="rows of the other half's tokens"):
         run(decoder, lp.Moments(), make_batches(1), "layers.0.cross_attention.key")
     with pytest.raises(OptionError, match="leave out pool and dtype"):
         lp.Probe(model, "layers.0", to=lp.Moments(), pool="mean")

@@ -360,7 +360,7 @@ def test_cross_attention_is_edited_by_the_tokens_of_the_encoder() -> None:
     states = torch.randn(2, 11, 32)
     with (
         lp.edit(alone, {"layers.1.cross_attention.value": lp.steer(vector)}),
-        pytest.raises(CaptureError, match="the encoder did not run in this call"),
+        pytest.raises(CaptureError, match="padding this call does not tell"),
     ):
         alone(input_ids=batch["decoder_input_ids"], encoder_hidden_states=states, use_cache=False)
 

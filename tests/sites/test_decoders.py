@@ -9,6 +9,7 @@ from torch import Tensor
 import layerprobe as lp
 from families import CACHE, FAMILIES, build, is_known, make_batch
 from layerprobe.errors import CaptureError, OptionError
+from layerprobe.sites import anatomy
 from layerprobe.sites.anatomy import find_anatomy
 from oracles import TOLERANCE, end_layer, mix_heads
 
@@ -203,6 +204,66 @@ def test_generation_of_a_pair_calls_its_encoder_once(pair: Any) -> None:
     assert [call.positions for call in steps] == [range(0, 1), range(1, 2), range(2, 3)]
 
 
+@pytest.fixture
+def make_bart(monkeypatch: Any) -> Any:
+    """BART with one base model for both halves, of which the row names the encoder."""
+    import transformers
+
+    row = {"layers": "encoder.layers", "attention": "self_attn", "mid": None, "out": "self_attn.out_proj"}
+    row |= {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "down": "fc2"}
+    heads = ("lm_head", "classification_head.out_proj", "qa_outputs")
+    own: Any = {**row, "pooler": None, "heads": heads}
+    monkeypatch.setitem(anatomy._ROWS, "bart", lp.Anatomy(**own))
+    sizes: dict[str, Any] = {"d_model": 8, "vocab_size": 11, "max_position_embeddings": 16, "decoder_layers": 1}
+    sizes |= {f"{half}_{name}": 2 for half in ("encoder", "decoder") for name in ("attention_heads", "ffn_dim")}
+    config = transformers.BartConfig(**sizes, encoder_layers=2, bos_token_id=0, pad_token_id=1, eos_token_id=2)
+
+    def make(head: str) -> Any:
+        torch.manual_seed(0)
+        return getattr(transformers, f"Bart{head}")(config).eval()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("head", "site"),
+    [
+        ("Model", "module:decoder.layers.0"),
+        ("ForConditionalGeneration", "module:model.decoder.layers.0.fc2:input"),
+        ("ForConditionalGeneration", "module:lm_head"),
+        ("ForConditionalGeneration", "logits"),
+        ("ForQuestionAnswering", "logits"),
+    ],
+)
+def test_decoder_of_a_shared_base_never_takes_the_mask_of_the_encoder(
+    make_bart: Any, head: str, site: str, tmp_path: Any
+) -> None:
+    """Both texts are of one length, so the mask would fit."""
+    model = make_bart(head)
+    ids = torch.randint(3, 11, (2, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(1), "use_cache": False}
+    assert lp.sites(model, site)[0].kind == "source" and lp.sites(model, "layers.0")[0].kind == "token"
+    with torch.no_grad(), lp.Probe(model, site) as whole:
+        model(**batch)
+    refused: list[tuple[type[Exception], Any]] = [
+        (CaptureError, lp.Probe(model, site, pool="mean")),
+        (CaptureError, lp.edit(model, {site: lp.scale(0.0)})),
+        (OptionError, lp.Probe(model, site, to=tmp_path / "acts")),
+    ]
+    for kind, block in refused:
+        with pytest.raises(kind, match=r"the other half"), block:
+            model(**batch)
+    values: Any = whole[site]
+    with torch.no_grad(), lp.edit(model, {site: lp.patch(values * 2, where="all")}), lp.Probe(model, site) as edited:
+        model(**batch)
+    assert torch.equal(edited[site], values * 2)
+
+
+def test_classifier_of_a_shared_base_has_logits_of_a_text(make_bart: Any) -> None:
+    assert lp.sites(make_bart("ForSequenceClassification"), "logits")[0].kind == "example"
+
+
 def test_store_holds_one_half(pair: Any, tmp_path: Any) -> None:
     batch = make_pair_batch()
     with lp.Probe(pair, "encoder.layers.*", to=tmp_path / "acts"), torch.no_grad():
@@ -215,7 +276,7 @@ def test_store_holds_one_half(pair: Any, tmp_path: Any) -> None:
     ):
         pass
     with (
-        pytest.raises(OptionError, match=r"a row per token of the encoder: capture it into memory instead\."),
+        pytest.raises(OptionError, match=r"a row per token of the other half: capture it into memory instead\."),
         lp.Probe(pair, "decoder.layers.0.cross_attention.key", to=tmp_path / "source"),
     ):
         pass
