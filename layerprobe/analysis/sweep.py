@@ -16,11 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from layerprobe.errors import NonFiniteError, SiteError
-from layerprobe.sites.grammar import list_patterns
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.description import Counts, StoredSite
 from layerprobe.store.difference import take_depth
-from layerprobe.store.naming import is_stored, match_sites, need_name
+from layerprobe.store.naming import leave_out
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import choose_sites, take_rows
 from layerprobe.store.shards import Shard, positions_of
@@ -96,12 +95,9 @@ def choose_depth(store: Store, patterns: str | Sequence[str] | None) -> list[Sto
         OptionError: attention weights, or sites that have no rows in common.
     """
     if patterns is not None:
-        asked, place = list_patterns(patterns), str(store.place)
-        names = match_sites(asked, store.sites, place)
-        # what a wildcard took along is left out; what was named is refused below
-        named = {need_name(one, store.sites, place) for one in asked if is_stored(one, store.sites)}
-        with_rows = [name for name in names if name in named or store.stored_sites[name].kind != "attention"]
-        names = with_rows or names
+        stored = store.stored_sites
+        # what is named is refused below
+        names = leave_out(patterns, store.sites, str(store.place), lambda name: stored[name].kind == "attention")
     else:
         names = take_depth(store.stored_sites)
     if not names:

@@ -26,7 +26,7 @@ from layerprobe.store.format import need_parent
 from layerprobe.store.guard import check_flag, need_path
 from layerprobe.store.headers import checksum
 from layerprobe.store.lock import LOCK_FILE, StoreLock, is_abandoned
-from layerprobe.store.naming import match_sites
+from layerprobe.store.naming import leave_out, match_sites
 from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_zarr
 from layerprobe.store.reader import Store, take_store
 from layerprobe.store.shards import Shard
@@ -53,6 +53,7 @@ class ExportReport:
         sites: Their names.
         widened: Sites whose dtype the format has not, with that dtype; they are float32 there.
         is_complete: Whether the store was; if not, examples are missing.
+        left_out: Sites that have no row per token, where that was asked for.
     """
 
     out: Path
@@ -63,6 +64,7 @@ class ExportReport:
     sites: tuple[str, ...]
     widened: Mapping[str, str]
     is_complete: bool
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -74,6 +76,8 @@ class ExportReport:
             lines.append(
                 f"{format_count(len(self.widened), 'site')} of {dtypes} became float32, which {self.format} has"
             )
+        if self.left_out:
+            lines.append(f"left out, without a row per token: {', '.join(self.left_out)}")
         if not self.is_complete:
             lines.append("the store is not complete: examples are missing")
         return "\n".join(lines)
@@ -96,7 +100,8 @@ def export(
         out: What to write.
         to: `parquet` or `arrow`: a table; `npz` or `zarr`: packed arrays. `docs/export.md` lists columns and arrays.
             None for what the suffix of `out` says, and `parquet` where it says nothing.
-        sites: Patterns over the stored sites; None for all of them, or with `rows="tokens"` all with a row per token.
+        sites: Patterns over the stored sites; None for all of them. With `rows="tokens"` those without a row per token
+            are left out, unless they are named.
         rows: What a row of a table is: `examples`, the default, or `tokens`. Packed arrays are not made of rows.
         overwrite: Replace what is there.
         progress: Whether to show a bar; None for only on a terminal.
@@ -105,7 +110,8 @@ def export(
         What was written.
 
     Raises:
-        OptionError: a value that does not exist, a suffix of another format, or what the format takes is not installed.
+        OptionError: a value that does not exist, a suffix of another format, a site without a row per token that is
+            named for a table of tokens, or what the format takes is not installed.
         SiteError: a pattern matches nothing that is stored.
         StoreError: there is no store, a shard is damaged, `out` exists, or writing failed. Nothing is left then.
 
@@ -141,8 +147,9 @@ def export(
                 _PACKED[to](partial, arrays)
     widened = {site.name: format_dtype(site.dtype) for site in columns.sites if column_dtype(site) != site.dtype}
     names = tuple(site.name for site in columns.sites)
+    left_out = tuple(name for name in match_sites(sites, store.sites, str(store.place)) if name not in names)
     return ExportReport(
-        out, to, len(store), store.num_tokens, _measure(out), names, widened, store.is_complete
+        out, to, len(store), store.num_tokens, _measure(out), names, widened, store.is_complete, left_out
     )  # fmt: skip
 
 
@@ -168,12 +175,14 @@ def _require(to: str) -> None:
 
 
 def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: str) -> Columns:
-    sites = [store.stored_sites[name] for name in match_sites(patterns, store.sites, str(store.place))]
-    if rows == "tokens" and patterns is None:
-        sites = [site for site in sites if site.kind == "token"]
-        if not sites:
-            raise OptionError(f"rows='tokens': {store.place} holds no site with a row per token. Use rows='examples'.")
-    return Columns(tuple(sites), rows, store.id_to_tokens, store.kept is not None)
+    names, place, stored = store.sites, str(store.place), store.stored_sites
+    if rows == "tokens":
+        if patterns is None and all(site.kind != "token" for site in stored.values()):
+            raise OptionError(f"rows='tokens': {place} holds no site with a row per token. Use rows='examples'.")
+        chosen = leave_out(patterns, names, place, lambda name: stored[name].kind != "token")
+    else:
+        chosen = match_sites(patterns, names, place)
+    return Columns(tuple(stored[name] for name in chosen), rows, store.id_to_tokens, store.kept is not None)
 
 
 def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:

@@ -7,14 +7,14 @@ Hides how stored names are matched. Must never know of files or models.
 """
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, cast
 
 from layerprobe.errors import SiteError
 from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns, list_patterns
 from layerprobe.store.guard import brief
 
-__all__ = ["is_stored", "list_names", "match_sites", "need_name"]
+__all__ = ["is_stored", "leave_out", "list_names", "match_sites", "need_name"]
 
 _INPUT_SUFFIX = ":input"
 _COUNTED = re.compile(r"(?:[a-z_]+\.)?layers\.-\d+(?:\.[a-z_.]+)?\Z")
@@ -46,6 +46,27 @@ def match_sites(patterns: str | Sequence[str] | None, names: Sequence[str], owne
             modules = [name.removeprefix(MODULE_PREFIX) for name in modules if name.startswith(MODULE_PREFIX)]
             chosen.update(expand_patterns(pattern, own, _count_layers(own), owner, modules))
     return [name for name in names if name in chosen]
+
+
+def leave_out(
+    patterns: str | Sequence[str] | None, names: Sequence[str], owner: str, is_unfit: Callable[[str], bool]
+) -> list[str]:
+    """Find the stored sites that patterns stand for, without what only a wildcard took along and does not fit.
+
+    Args:
+        patterns, names, owner: As for `match_sites`.
+        is_unfit: Whether a site does not fit.
+
+    Returns:
+        What fits, and what was named, fit or not, for the caller to refuse; all that is found where nothing fits.
+
+    Raises:
+        SiteError: as `match_sites`.
+    """
+    asked = [] if patterns is None else list_patterns(patterns)
+    found = match_sites(None if patterns is None else asked, names, owner)
+    named = {need_name(one, names, owner) for one in asked if is_stored(one, names)}
+    return [name for name in found if name in named or not is_unfit(name)] or found
 
 
 def _count_layers(names: Iterable[str]) -> dict[str, int]:

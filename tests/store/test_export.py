@@ -219,6 +219,21 @@ def test_a_pooled_store_has_no_rows_of_tokens(tiny: LoadedModel, texts: list[str
         lp.export(store, tmp_path / "out", rows="tokens")
 
 
+@pytest.mark.parametrize("sites", [None, ["layers.*", "layers.*.attention.weights"]])
+def test_a_table_of_tokens_says_which_sites_it_leaves_out(store: Any, tmp_path: Path, sites: list[str] | None) -> None:
+    report = lp.export(store, tmp_path / "out.parquet", rows="tokens", sites=sites)
+    assert report.sites == ("layers.0", "layers.1", "layers.2") and report.left_out == ("layers.1.attention.weights",)
+    assert "left out, without a row per token: layers.1.attention.weights" in str(report)
+    assert read_table(tmp_path / "out.parquet").column_names[-3:] == ["layers.0", "layers.1", "layers.2"]
+    assert not lp.export(store, tmp_path / "all.parquet", sites=sites).left_out
+
+
+@pytest.mark.parametrize("sites", ["layers.*.attention.weights", ["layers.*", "layers.1.attention.weights"]])
+def test_a_table_of_tokens_refuses_sites_without_rows(store: Any, tmp_path: Path, sites: str | list[str]) -> None:
+    with pytest.raises(OptionError, match=r"'layers\.1\.attention\.weights' has no value per token"):
+        lp.export(store, tmp_path / "out.parquet", rows="tokens", sites=sites)
+
+
 def test_an_old_zarr_is_refused(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zarr", types.SimpleNamespace(__version__="2.18.3"))
     with pytest.raises(OptionError, match=r"to='zarr' needs zarr 3, 2\.18\.3 is installed"):
