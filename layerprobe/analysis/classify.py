@@ -27,6 +27,7 @@ from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError
 from layerprobe.packages import need_package
 from layerprobe.store.guard import check_count, check_flag
+from layerprobe.store.naming import list_named
 from layerprobe.store.reader import Store, take_store
 
 __all__ = ["MakeUntrained", "classify"]
@@ -139,7 +140,7 @@ def classify(
     notes = list(task.notes)
 
     with fitting(), using_few_cores(), bar_of(len(names), "probes", progress, "fits") as bar:
-        found, mix = _probe_sites(store, task, names, used_pool, options, notes, bar, pool == "last4", sites is None)
+        found, mix = _probe_sites(store, task, names, used_pool, options, notes, bar, pool == "last4", sites)
         guesses = {"majority": guess_majority(task.labels, task.sides), "tfidf": _guess_words(task)}
         baselines = {name: _score_guess(task, guess, seed) for name, guess in guesses.items()}
         right = {name: guess.predicted == task.labels[task.sides == TEST] for name, guess in guesses.items()}
@@ -195,23 +196,26 @@ def _probe_sites(
     notes: list[str],
     bar: Any,
     only_last: bool,
-    may_leave_out: bool,
+    patterns: str | Sequence[str] | None,
 ) -> tuple[list[_Found], Mix | None]:
-    """Fit each site, the last four layers together, and a mix of all; constant sites are left out or refused."""
+    """Fit each site, the last four layers together, and a mix of all; leave out or refuse constant sites."""
+    named = list_named(patterns, store.sites)
     found: list[_Found] = []
     kept: dict[str, np.ndarray] = {}
     for name in _layers(names)[-_LAST:] if only_last else names:
         values = read_site(store, name, task, pool)
         train = values[task.sides == TRAIN]
         if bool((train == train[0]).all()):
-            _leave_out(store, name, pool, may_leave_out, notes)
+            _leave_out(store, name, pool, name in named, notes)
             continue
         if not only_last:
             found.append(_probe(single_of(name), [values], task, options))
         kept[name] = values
         bar.update()
     if not kept:
-        raise OptionError(f"labels {task.name!r}: no site of {store.place} varies in train. Use pool='mean'.")
+        raise OptionError(
+            f"labels {task.name!r}: no site of {store.place} varies in train. Choose others, or another pool."
+        )
     last = [name for name in _layers(names)[-_LAST:] if name in kept]
     features = [joined_of(last), average_of(last)] if len(last) == _LAST else []
     mix = None
@@ -227,9 +231,9 @@ def _probe_sites(
     return found, mix
 
 
-def _leave_out(store: Store, name: str, pool: str | None, may_leave_out: bool, notes: list[str]) -> None:
+def _leave_out(store: Store, name: str, pool: str | None, is_named: bool, notes: list[str]) -> None:
     why = "the first token's vector there does not depend on the text" if pool == "cls" else "no dimension varies"
-    if not may_leave_out:
+    if is_named:
         raise OptionError(f"{name!r} in {store.place}: every vector of train is the same; {why}. Leave the site out.")
     notes.append(f"{name} is left out: every vector of train is the same; {why}.")
 

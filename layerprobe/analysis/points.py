@@ -7,8 +7,8 @@ Hides shards and records. Must never know of projections or figures.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class Points:
         examples: int64 `[n]`, the ordinal of each point.
         positions: int64 `[n]`, of each row in its example; None for examples.
         input_ids: int64 `[n]`; None for examples.
+        constant: Sites that were left out since all points are the same there.
     """
 
     values: dict[str, Tensor]
@@ -54,6 +55,7 @@ class Points:
     examples: Tensor
     positions: Tensor | None
     input_ids: Tensor | None
+    constant: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -113,14 +115,17 @@ def draw_points(
     pool: str | None,
     max_points: int,
     seed: int,
+    named: Collection[str],
     progress: bool | None = None,
 ) -> Points:
     """Draw points at random and read them at every site, under a bar as of `bar_of`.
 
+    A site at which all are the same is left out, unless it is `named` or no other is left.
+
     Raises:
         InputError: there are fewer than three.
         NonFiniteError: one is not finite, by name.
-        OptionError: all are the same at a site.
+        OptionError: all are the same at a site that is not left out.
     """
     by_rows = kind == "rows"
     num_all = store.num_tokens if by_rows else len(store)
@@ -151,8 +156,8 @@ def draw_points(
     examples, positions, ids = (torch.cat(parts) for parts in zip(*identity, strict=True))
     values = {name: torch.cat(rows) for name, rows in found.items()}
     drawn = Points(values, kind, num_all, examples, positions if by_rows else None, ids if by_rows else None)
-    _refuse_useless(store, drawn, pool)
-    return drawn
+    _refuse_nonfinite(store, drawn)
+    return _leave_out_constant(store, drawn, pool, named)
 
 
 def _identify(shard: Shard, picked: Tensor, by_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +184,7 @@ def _pool(shard: Shard, site: StoredSite, picked: Tensor, pool: str) -> Tensor:
     return torch.cat(pooled)
 
 
-def _refuse_useless(store: Store, points: Points, pool: str | None) -> None:
+def _refuse_nonfinite(store: Store, points: Points) -> None:
     for name, values in points.values.items():
         is_bad = ~torch.isfinite(values).all(1)
         if bool(is_bad.any()):
@@ -187,13 +192,20 @@ def _refuse_useless(store: Store, points: Points, pool: str | None) -> None:
                 f"{name!r} in {store.place}: example {int(points.examples[is_bad][0])} is not finite or has no rows, "
                 "and has no place in a picture. Leave the site out; 'layerprobe check' counts such rows."
             )
-        if bool((values == values[0]).all()):
-            is_first = points.kind == "examples" and "cls" in (pool, store.pool)
-            why = ": the first token's vector there does not depend on the text" if is_first else ""
-            raise OptionError(
-                f"a picture of {name!r}: all {len(points):,} points are the same{why}. "
-                f"Leave the site out{', or use another pool' if pool == 'cls' and store.pool is None else ''}."
-            )
+
+
+def _leave_out_constant(store: Store, points: Points, pool: str | None, named: Collection[str]) -> Points:
+    constant = [name for name, values in points.values.items() if bool((values == values[0]).all())]
+    refused = [name for name in constant if name in named or len(constant) == len(points.values)]
+    if refused:
+        is_first = points.kind == "examples" and "cls" in (pool, store.pool)
+        why = ": the first token's vector there does not depend on the text" if is_first else ""
+        raise OptionError(
+            f"a picture of {refused[0]!r}: all {len(points):,} points are the same{why}. "
+            f"Leave the site out{', or use another pool' if pool == 'cls' and store.pool is None else ''}."
+        )
+    values = {name: of for name, of in points.values.items() if name not in constant}
+    return replace(points, values=values, constant=tuple(constant))
 
 
 def colour_points(store: Store, points: Points, color: str) -> Colours:

@@ -27,6 +27,7 @@ from layerprobe.analysis.verdict import Classification
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import NonFiniteError, OptionError, SiteError
 from layerprobe.store.guard import brief, is_number, need_list
+from layerprobe.store.naming import list_named
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_dtype
 from layerprobe.version import __version__
@@ -63,18 +64,21 @@ def gather(
     if labels is not None and not isinstance(labels, str):
         raise OptionError(f"labels is {brief(repr(labels))}: give the name of a field.")
     chosen = choose_depth(store, sites)
-    names = [site.name for site in chosen]
     # first what is quick to refuse
     maps = _gather_attention(store, attention)
     kind = choose_points(store, chosen, "norm", points, pool)
-    drawn = draw_points(store, chosen, kind, pool=pool, max_points=max_points, seed=seed, progress=progress)
-    with using_few_cores(), bar_of(len(chosen), "pca", progress, "sites") as bar:
+    named = list_named(sites, store.sites)
+    drawn = draw_points(
+        store, chosen, kind, pool=pool, max_points=max_points, seed=seed, named=named, progress=progress
+    )
+    names = list(drawn.values)
+    with using_few_cores(), bar_of(len(names), "pca", progress, "sites") as bar:
         panels = project(drawn.values, "pca", shared=False, seed=seed, done=bar.update)
     records = {ordinal: store.record(ordinal) for ordinal in set(drawn.examples.tolist())}
     first = labels or "label"
     fields, left_out = _list_fields(store, drawn, records, first)
     found: dict[str, Any] = {
-        "about": _describe(store, left_out),
+        "about": _describe(store, drawn.constant, left_out),
         "palette": [*PALETTE],
         "grey": GREY,
         "sites": names,
@@ -83,6 +87,7 @@ def gather(
         "points": _pack_points(store, drawn, panels, records),
         "fields": [*fields, _pack_norms(drawn)],
         "left_out": left_out,
+        "constant": drawn.constant,
         "depth": None,
         "classes": None,
         "attention": maps,
@@ -92,12 +97,12 @@ def gather(
         moved = differences(store, sites=names, pairs=pairs, max_rows=max_rows, seed=seed, progress=progress)
         found["depth"] = _lay_out_depth(names, moved, pairs == "all")
     if labels is not None:
-        classified = classify(store, labels, sites=names, pool=pool or "mean", seed=seed, progress=progress)
+        classified = classify(store, labels, sites=sites, pool=pool or "mean", seed=seed, progress=progress)
         found["classes"] = _lay_out_classes(classified)
     return found
 
 
-def _describe(store: Store, left_out: Sequence[str]) -> dict[str, Any]:
+def _describe(store: Store, constant: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:
     """Say what the store is; its name alone, since a page is sent to others."""
     model = store.description.get("model") or {}
     index = store.index or {}
@@ -114,6 +119,8 @@ def _describe(store: Store, left_out: Sequence[str]) -> dict[str, Any]:
     if index.get("nonfinite"):
         counts = ", ".join(f"{count:,} at {site}" for site, count in index["nonfinite"].items())
         facts.append(("not finite", counts))
+    if constant:
+        facts.append(("sites left out", f"{', '.join(constant)}: all points are the same there"))
     if left_out:
         facts.append(("fields left out", ", ".join(left_out)))
     views = [store[site] for site in store.sites]

@@ -47,6 +47,7 @@ class Report:
         left_out: Fields that would be more than twenty.
         parts: What the page has besides: `depth`, `classes`, `attention`.
         num_bytes: Size of the page.
+        constant: Sites that were left out since all points are the same there.
     """
 
     path: Path
@@ -58,10 +59,13 @@ class Report:
     left_out: tuple[str, ...]
     parts: tuple[str, ...]
     num_bytes: int
+    constant: tuple[str, ...] = ()
 
     def table(self) -> str:
         """Say in a few lines what the page holds."""
         left_out = [f"left out  {', '.join(self.left_out)}"] if self.left_out else []
+        if self.constant:
+            left_out.append(f"left out  {', '.join(self.constant)}: all points are the same there")
         sites = format_count(len(self.sites), "site")
         return "\n".join(
             [
@@ -96,7 +100,8 @@ def report(
     Args:
         store: A store, or its path or URL.
         path: A `.html` to write; an existing file is replaced.
-        site: Patterns over the stored sites; None for the embeddings and every layer's output.
+        site: Patterns over the stored sites; None for the embeddings and every layer's output. One that is not
+            named is left out where all points are the same.
         labels: A field of the records to classify by; None for no table of classes.
         points: `examples`, or `rows` for one point per token.
         pool: How an example's rows become one vector: `mean` if not given, `max`, `cls` or `last`.
@@ -108,8 +113,8 @@ def report(
         progress: Whether to show bars; None for only on a terminal.
 
     Raises:
-        OptionError: a value that does not exist, a suffix that is not `.html`, points that are all the same, or a
-            package that is not installed.
+        OptionError: a value that does not exist, a suffix that is not `.html`, points that are all the same at a
+            named site, or a package that is not installed.
         SiteError: a pattern matches nothing, or attention is requested and none is stored.
         InputError: fewer than three points, or labels that cannot be classified.
         NonFiniteError: a value that is not finite, by name.
@@ -158,6 +163,7 @@ def report(
         tuple(found["left_out"]),
         tuple(name for name in ("depth", "classes", "attention") if found[name] is not None),
         len(page),
+        tuple(found["constant"]),
     )
 
 

@@ -24,7 +24,7 @@ from layerprobe.cores import using_few_cores
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.packages import need_package
 from layerprobe.store.guard import brief, check_count, check_flag, need_list
-from layerprobe.store.naming import match_sites
+from layerprobe.store.naming import list_named, match_sites
 from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import format_table
 
@@ -53,6 +53,7 @@ class Picture:
         num_all: How many points there were to draw from.
         method: How two components were made.
         figure: The matplotlib figure.
+        constant: Sites that were left out since all points are the same there.
     """
 
     panels: tuple[Panel, ...]
@@ -62,12 +63,14 @@ class Picture:
     num_all: int
     method: str
     figure: Any
+    constant: tuple[str, ...] = ()
 
     def table(self) -> str:
         """Lay out what each panel keeps, as text."""
         rows = [(panel.site, *(table_cell(value) for value in (panel.variance, panel.trust))) for panel in self.panels]
         drawn = f"{len(self.examples):,} of {self.num_all:,} points, {self.method}, coloured by {self.color}"
-        return "\n".join([drawn, "", format_table(("site", "variance kept", "trustworthiness"), rows)])
+        left_out = [f"left out, all points are the same: {', '.join(self.constant)}"] if self.constant else []
+        return "\n".join([drawn, *left_out, "", format_table(("site", "variance kept", "trustworthiness"), rows)])
 
     __str__ = table
     __repr__ = table
@@ -99,7 +102,9 @@ class Picture:
             {"site": panel.site, "variance": panel.variance, "trust": panel.trust, "points": panel.points.tolist()}
             for panel in self.panels
         ]
-        said = {name: getattr(self, name) for name in ("method", "color", "num_all", "examples", "positions")}
+        said = {
+            name: getattr(self, name) for name in ("method", "color", "num_all", "examples", "positions", "constant")
+        }
         return write_json(path, {**said, "panels": panels})
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -130,7 +135,7 @@ def plot(
     Args:
         store: A store, or its path or URL.
         path: A `.png`, `.svg` or `.pdf` to write; None for the figure alone.
-        site: Patterns over the stored sites.
+        site: Patterns over the stored sites; one that is not named is left out where all points are the same.
         color: `token`, `position` or `norm` of a row, or a field of the input records; None for `label` where the
             records have one, else `norm`.
         method: `pca`; `tsne`, each layer started from the one before; `umap`, if umap-learn is installed.
@@ -143,8 +148,8 @@ def plot(
         progress: Whether to show bars; None for only on a terminal.
 
     Raises:
-        OptionError: a value that does not exist, a pooled store where rows are needed, points that are all the same,
-            or a package that is not installed.
+        OptionError: a value that does not exist, a pooled store where rows are needed, points that are all the same
+            at a named site, or a package that is not installed.
         SiteError: a pattern matches nothing that is stored.
         InputError: fewer than three points.
         NonFiniteError: a point that is not finite, by name.
@@ -174,9 +179,10 @@ def plot(
         color = "label" if has_field(store, "label") else "norm"
     kind = choose_points(store, sites, color, points, pool)
     most = max_points or _MOST_POINTS[method]
-    drawn = draw_points(store, sites, kind, pool=pool, max_points=most, seed=seed, progress=progress)
+    named = list_named(site, store.sites)
+    drawn = draw_points(store, sites, kind, pool=pool, max_points=most, seed=seed, named=named, progress=progress)
     colours = colour_points(store, drawn, color)
-    with using_few_cores(), bar_of(len(sites), method, progress, "sites") as bar:
+    with using_few_cores(), bar_of(len(drawn.values), method, progress, "sites") as bar:
         panels = project(drawn.values, method, shared=shared, seed=seed, done=bar.update)
     figure = _draw_panels(panels, drawn, colours, method, shared)
     picture = Picture(
@@ -187,6 +193,7 @@ def plot(
         drawn.num_all,
         method,
         figure,
+        drawn.constant,
     )
     picture.plot(path)
     return picture
@@ -302,7 +309,8 @@ def _say_what(drawn: Points, method: str, shared: bool) -> str:
     how = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[method]
     started = "" if method == "pca" else "started from and "
     turned = "one basis for all layers" if shared else f"each layer {started}turned onto the one before"
-    return f"{num}; {how}; {turned}"
+    left_out = f"; left out, all points the same: {', '.join(drawn.constant)}" if drawn.constant else ""
+    return f"{num}; {how}; {turned}{left_out}"
 
 
 def plot_attention(

@@ -14,7 +14,7 @@ from layerprobe.errors import SiteError
 from layerprobe.sites.grammar import MODULE_PREFIX, expand_patterns, list_patterns
 from layerprobe.store.guard import brief
 
-__all__ = ["is_stored", "leave_out", "list_names", "match_sites", "need_name"]
+__all__ = ["is_stored", "leave_out", "list_named", "list_names", "match_sites", "need_name"]
 
 _INPUT_SUFFIX = ":input"
 _COUNTED = re.compile(r"(?:[a-z_]+\.)?layers\.-\d+(?:\.[a-z_.]+)?\Z")
@@ -63,10 +63,14 @@ def leave_out(
     Raises:
         SiteError: as `match_sites`.
     """
-    asked = [] if patterns is None else list_patterns(patterns)
-    found = match_sites(None if patterns is None else asked, names, owner)
-    named = {need_name(one, names, owner) for one in asked if is_stored(one, names)}
+    found, named = match_sites(patterns, names, owner), list_named(patterns, names)
     return [name for name in found if name in named or not is_unfit(name)] or found
+
+
+def list_named(patterns: str | Sequence[str] | None, names: Collection[str]) -> set[str]:
+    """List the stored sites that patterns name, each by one of its own, and not by a wildcard."""
+    asked = [] if patterns is None else list_patterns(patterns)
+    return {need_name(one, names, "the store") for one in asked if is_stored(one, names)}
 
 
 def _count_layers(names: Iterable[str]) -> dict[str, int]:

@@ -234,6 +234,7 @@ def test_a_constant_site_is_left_out_with_a_note_and_refused_by_name(tmp_path: P
     result = lp.classify(store, labels.tolist(), pool="cls")
     assert "embeddings" not in [site.site for site in result.sites]
     assert any(note.startswith("embeddings is left out: every vector of train is the same") for note in result.notes)
+    assert lp.classify(store, labels.tolist(), pool="cls", sites=["*", "layers.*"]).notes == result.notes
     with pytest.raises(OptionError, match="the first token's vector there does not depend on the text"):
         lp.classify(store, labels.tolist(), pool="cls", sites=["embeddings", "layers.*"])
 

@@ -218,7 +218,9 @@ def test_what_is_drawn_or_classified_lets_go_of_mappings_too(
 
     def read() -> object:
         if what == "points":
-            return draw_points(store, sites, "rows", pool=None, max_points=99, seed=0).values["layers.0"].numpy()
+            return (
+                draw_points(store, sites, "rows", pool=None, max_points=99, seed=0, named=()).values["layers.0"].numpy()
+            )
         return read_site(store, "layers.0", task, None if what == "spans" else "mean")
 
     catalog.release()

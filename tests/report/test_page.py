@@ -289,3 +289,18 @@ def test_pooled_stores_are_reported(tmp_path: Path) -> None:
     assert page.num_points == 30 and page.parts == ("depth",)
     curves = [curve["name"] for curve in data_of(tmp_path / "page.html")["depth"]["curves"]]
     assert "Self-similarity" not in curves and "Mean norm" in curves
+
+
+def test_a_site_where_all_points_are_the_same_is_left_out_with_a_word_unless_it_is_named(tmp_path: Path) -> None:
+    layers = {name: draw(seed, 30) for seed, name in enumerate(("layers.0", "layers.1"))}
+    layers = {"embeddings": torch.ones_like(layers["layers.0"]), **layers}
+    folder = plant(tmp_path / "acts", layers, LENGTHS, pool="cls", fields=FIELDS)
+    page = lp.report(folder, tmp_path / "page.html", labels="label")
+    assert page.sites == ("layers.0", "layers.1") and page.constant == ("embeddings",)
+    assert "left out  embeddings: all points are the same there" in str(page)
+    data = data_of(tmp_path / "page.html")
+    assert ["sites left out", "embeddings: all points are the same there"] in data["about"]["facts"]
+    assert len(data["depth"]["curves"][0]["values"]) == 2
+    assert [row["name"] for row in data["classes"]["rows"]][:2] == ["layers.0", "layers.1"]
+    with pytest.raises(OptionError, match="a picture of 'embeddings': all 30 points are the same"):
+        lp.report(folder, tmp_path / "page.html", site=["embeddings", "layers.*"])

@@ -254,6 +254,8 @@ def test_points_that_say_nothing_are_refused(tmp_path: Path) -> None:
     pooled = plant(tmp_path / "pooled", {"embeddings": torch.ones(30, 4)}, LENGTHS, pool="cls")
     with pytest.raises(OptionError, match=rf"{first}\. Leave the site out\.$"):
         lp.plot(pooled, site="embeddings")
+    with pytest.raises(OptionError, match=rf"{first}\. Leave the site out\.$"):
+        lp.plot(pooled, site="*")
     even = plant(tmp_path / "even", {"layers.0": torch.ones_like(rows)}, LENGTHS)
     with pytest.raises(OptionError, match=r"all 30 points are the same\. Leave the site out\.$"):
         lp.plot(even, points="examples")
@@ -264,6 +266,20 @@ def test_points_that_say_nothing_are_refused(tmp_path: Path) -> None:
     folder = plant(tmp_path / "few", {"layers.0": rows[:2]}, [1, 1], shards=1)
     with pytest.raises(InputError, match="it has 2 examples; three are the least"):
         lp.plot(folder, points="examples")
+
+
+def test_a_site_without_a_picture_is_left_out_with_a_word_unless_it_is_named(tmp_path: Path) -> None:
+    layers = {"embeddings": torch.ones(30, 4), "layers.0": draw(count=30), "layers.1": torch.ones(30, 4)}
+    folder = plant(tmp_path / "acts", layers, LENGTHS, pool="cls")
+    for site, constant in (("layers.*", ("layers.1",)), (["*", "layers.*"], ("embeddings", "layers.1"))):
+        picture = lp.plot(folder, site=site)
+        assert [panel.site for panel in picture.panels] == ["layers.0"] and picture.constant == constant
+        assert f"left out, all points are the same: {', '.join(constant)}" in picture.table()
+        assert f"left out, all points the same: {', '.join(constant)}" in " ".join(
+            picture.figure.get_supxlabel().split()
+        )
+    with pytest.raises(OptionError, match="a picture of 'embeddings': all 30 points are the same"):
+        lp.plot(folder, site=["embeddings", "layers.*"])
 
 
 @pytest.fixture
