@@ -8,6 +8,7 @@ Letters: L sites, P positions, H heads.
 import csv
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,16 @@ class Effects:
         return self.effects / (self.clean - self.corrupt)
 
     def table(self, digits: int = 3) -> str:
-        """Lay the effects out, a row per site (and head), a column per position."""
+        """Lay the effects out, a row per site (and head), a column per position.
+
+        Args:
+            digits: Decimals; more where the largest effect would have fewer digits that count.
+        """
         headers, rows = self._rows()
+        most = float(self.effects.abs().nan_to_num(0.0, posinf=0.0).amax()) if self.effects.numel() else 0.0
+        decimals = digits - min(0, math.floor(math.log10(most)) + 1) if most else digits
         # what is rounded to nothing has no sign
-        rounded = [[round(cell, digits) + 0.0 if isinstance(cell, float) else cell for cell in row] for row in rows]
+        rounded = [[round(cell, decimals) + 0.0 if isinstance(cell, float) else cell for cell in row] for row in rows]
         end = f"metric: clean {self.clean:.4g}, corrupt {self.corrupt:.4g}; effects by {self.method} patching"
         return f"{format_table(headers, rounded)}\n{end}"
 

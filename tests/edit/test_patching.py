@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMultipleChoice
 
 import layerprobe as lp
 from families import build
+from layerprobe.edit.effects import Effects
 from layerprobe.errors import CaptureError, OptionError, SiteError, StoreError
 from sizes import TINY
 from traces import look_at
@@ -206,6 +207,16 @@ def test_padding_is_not_patched(tiny_bert: Any) -> None:
     mask = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}
     found = lp.patching(tiny_bert, {**CLEAN, **mask}, {**CORRUPT, **mask}, metric)
     assert found.positions == (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("scale", "cells"),
+    [(1.0, ["1.5", "0.0", "-1.235"]), (1e-4, ["0.00015", "0.0", "-0.000123"]), (0.0, ["0.0", "0.0", "0.0"])],
+)
+def test_a_table_of_small_effects_has_as_many_digits(scale: float, cells: list[str]) -> None:
+    effects = torch.tensor([[1.5, -2e-7, -1.23456]], dtype=torch.float64) * scale
+    found = Effects(("layers.0",), (0, 1, 2), None, effects, clean=1.0, corrupt=0.0, method="exact")
+    assert str(found).splitlines()[2].split()[1:] == cells
 
 
 def test_effects_print_save_and_plot(tiny_bert: Any, tiny: Any, tmp_path: Path) -> None:
