@@ -17,6 +17,7 @@ __all__ = [
     "format_count",
     "format_dtype",
     "format_fields",
+    "format_headers",
     "format_table",
     "format_time",
     "format_value",
@@ -49,6 +50,11 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> st
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def format_headers(names: Iterable[str]) -> list[str]:
+    """Write names of fields as a table heads them: `mean_norm` as `mean norm`."""
+    return [name.replace("_", " ") for name in names]
 
 
 def _make_printable(text: str) -> str:

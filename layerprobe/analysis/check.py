@@ -23,7 +23,7 @@ from layerprobe.errors import InputError
 from layerprobe.store.description import StoredSite
 from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store, take_store
-from layerprobe.tables import format_count, format_table
+from layerprobe.tables import format_count, format_headers, format_table
 
 __all__ = ["Check", "SiteCheck", "check"]
 
@@ -134,8 +134,7 @@ class Check:
     def table(self) -> str:
         """Lay out the sites as text, and the verdict under it."""
         rows = [[table_cell(getattr(site, name)) for name in _COLUMNS] for site in self.sites]
-        headers = [name.replace("_", " ") for name in _COLUMNS]
-        return "\n".join([format_table(headers, rows), "", *self.verdict])
+        return "\n".join([format_table(format_headers(_COLUMNS), rows), "", *self.verdict])
 
     __str__ = table
     __repr__ = table

@@ -22,7 +22,7 @@ from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError, SiteError
 from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store, take_store
-from layerprobe.tables import format_count, format_table
+from layerprobe.tables import format_count, format_headers, format_table
 
 __all__ = ["Differences", "ExampleMove", "PairDifference", "SiteShape", "TokenMove", "differences"]
 
@@ -152,9 +152,9 @@ class Differences:
             f"{format_count(self.num_words, 'token')}",
             *self.notes,
             "",
-            format_table([name.replace("_", " ") for name in _PAIR_COLUMNS], pairs),
+            format_table(format_headers(_PAIR_COLUMNS), pairs),
             "",
-            format_table([name.replace("_", " ") for name in _SHAPE_COLUMNS], sites),
+            format_table(format_headers(_SHAPE_COLUMNS), sites),
         ]
         apart = [pair for pair in self.pairs if pair.cosine_distance is not None]
         if apart:

@@ -17,7 +17,7 @@ from layerprobe.analysis.figures import GREY, PALETTE, check_suffix, label_sites
 from layerprobe.analysis.keeping import KeptProbe
 from layerprobe.analysis.results import plain, table_cell, write_csv, write_json
 from layerprobe.analysis.scores import differs, find_ties
-from layerprobe.tables import format_table
+from layerprobe.tables import format_headers, format_table
 
 __all__ = ["BaselineScore", "Classification", "Mix", "SiteScore", "TaskSummary", "Verdict", "judge"]
 
@@ -161,7 +161,7 @@ class Classification:
             cells = [name, baseline.accuracy, *baseline.ci, baseline.f1, baseline.dev_accuracy, None, None]
             rows.append([table_cell(cell) for cell in [*cells, *(None for _ in extras)]])
         marks = ["*" if site.tied else "" for site in self.sites] + ["" for _ in self.baselines]
-        headers = [name.replace("_", " ") for name in (*_COLUMNS, *extras)] + ["tied"]
+        headers = format_headers([*_COLUMNS, *extras, "tied"])
         laid = format_table(headers, [[*row, mark] for row, mark in zip(rows, marks, strict=True)])
         return "\n".join([laid, "", *self.verdict.sentences, *self.notes])
 

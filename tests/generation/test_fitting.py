@@ -157,7 +157,7 @@ def test_what_cannot_be_is_one_clear_error(store: Any, tmp_path: Path) -> None:
 
 
 def test_the_result_is_a_table_files_and_a_picture(found: Any, tmp_path: Path) -> None:
-    assert found.table().splitlines()[-1].endswith("6 types")
+    assert found.table().splitlines()[-1].endswith("6 types") and "  train loss\n" in found.table()
     written = json.loads(found.to_json(tmp_path / "read.json").read_text())
     assert written["baseline"]["site"] == "none" and "decoders" not in written
     lines = found.to_csv(tmp_path / "read.csv").read_text().splitlines()

@@ -244,6 +244,7 @@ def test_what_cannot_be_is_one_clear_error(
 
 def test_the_result_is_a_table_files_and_a_picture(masked: LoadedModel, texts: list[str], tmp_path: Path) -> None:
     found = lp.lens(masked, texts)
+    assert "  median rank  reciprocal rank  probability  " in found.table()
     assert "unmapped" not in found.table() and "15% of the tokens masked" in found.table()
     assert len(found.grid().splitlines()) == 2 + len(found.readings)
     written = json.loads(found.to_json(tmp_path / "lens.json").read_text())
