@@ -298,7 +298,7 @@ def check(
     chosen = choose_depth(store, sites)
     num_rows = chosen[0].count_vectors(store.catalog)
     if num_rows < 2:
-        raise InputError(f"check of {store.place}: it has {num_rows} rows; two are the least.")
+        raise InputError(f"check of {store.place}: it has {format_count(num_rows, 'row')}; two are the least.")
     sums = [_SiteSums(site) for site in chosen]
 
     with using_few_cores():

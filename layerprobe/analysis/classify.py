@@ -29,6 +29,7 @@ from layerprobe.packages import need_package
 from layerprobe.store.guard import check_count, check_flag
 from layerprobe.store.naming import list_named
 from layerprobe.store.reader import Store, take_store
+from layerprobe.tables import format_count
 
 __all__ = ["MakeUntrained", "classify"]
 
@@ -175,7 +176,9 @@ def _choose(store: Store, patterns: str | Sequence[str] | None, pool: str) -> tu
         raise OptionError(f"{chosen[0].name!r} is one matrix per head and has no rows. Classify by another site.")
     names = [site.name for site in chosen]
     if pool == "last4" and len(_layers(names)) < _LAST:
-        raise OptionError(f"pool='last4': {store.place} has {len(_layers(names))} layers among {', '.join(names)}.")
+        raise OptionError(
+            f"pool='last4': {store.place} has {format_count(len(_layers(names)), 'layer')} among {', '.join(names)}."
+        )
     if chosen[0].kind != "token":
         if pool not in ("mean", "last4", store.pool):
             raise OptionError(f"pool={pool!r}: in {store.place} {chosen[0].tell_vector(store.pool)}. Leave pool out.")

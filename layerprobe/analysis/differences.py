@@ -148,7 +148,8 @@ class Differences:
         sites = [[table_cell(getattr(site, name)) for name in _SHAPE_COLUMNS] for site in self.sites]
         parts = [
             f"{format_count(self.num_rows, 'row')}; cosines {self.cosine}; CKA debiased over minibatches of "
-            f"{self.cka_rows}; {self.neighbours} neighbours of {self.num_sampled:,} rows; self-similarity of "
+            f"{self.cka_rows}; {format_count(self.neighbours, 'neighbour')} of "
+            f"{format_count(self.num_sampled, 'row')}; self-similarity of "
             f"{format_count(self.num_words, 'token')}",
             *self.notes,
             "",
@@ -281,7 +282,7 @@ def differences(
         raise SiteError(f"differences of {names[0]!r} alone: it takes two sites. {store.place} holds {store.sites}.")
     num_rows = chosen[0].count_vectors(store.catalog)
     if num_rows < 2:
-        raise InputError(f"differences of {store.place}: it has {num_rows} rows; two are the least.")
+        raise InputError(f"differences of {store.place}: it has {format_count(num_rows, 'row')}; two are the least.")
     neighbours, notes = _fit_neighbours(neighbours, min(sample, num_rows, max_rows or num_rows))
     places = list(pairwise(range(len(names))) if pairs == "adjacent" else combinations(range(len(names)), 2))
     with using_few_cores():
@@ -316,7 +317,9 @@ def _fit_neighbours(asked: int, num_rows: int) -> tuple[int, tuple[str, ...]]:
     if asked < num_rows - 1:
         return asked, ()
     fewer = max(1, (num_rows - 1) // 2)
-    return fewer, (f"neighbours are {fewer} and not {asked}: each row has {num_rows - 1:,} others to choose from",)
+    return fewer, (
+        f"neighbours: {fewer} and not {asked}, since each row has {format_count(num_rows - 1, 'other')} to choose from",
+    )
 
 
 def _list_pairs(

@@ -20,6 +20,7 @@ from layerprobe.analysis.tasks import Task
 from layerprobe.errors import NonFiniteError, OptionError
 from layerprobe.store.reader import Store
 from layerprobe.store.shards import ScaledRows
+from layerprobe.tables import format_count
 
 __all__ = ["POOLS", "Feature", "average_of", "joined_of", "learn_mix", "read_site", "single_of"]
 
@@ -114,8 +115,8 @@ def read_site(store: Store, site: str, task: Task, pool: str | None) -> np.ndarr
     if is_bad.any():
         raise NonFiniteError(
             f"{site!r} in {store.place}: example {int(task.examples[is_bad][0])} is not finite or has no rows "
-            f"({int(is_bad.sum()):,} items in all), and nothing is fitted on it. Leave the site or the example out; "
-            "'layerprobe check' counts such rows."
+            f"({format_count(int(is_bad.sum()), 'item')} in all), and nothing is fitted on it. Leave the site or "
+            "the example out; 'layerprobe check' counts such rows."
         )
     return out
 

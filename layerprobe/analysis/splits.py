@@ -66,7 +66,9 @@ def split_by_group(keys: Sequence[Hashable], labels: Sequence[Hashable], seed: i
     """
     order = _order_keys(keys, labels, seed)
     if len(order) < 3:
-        raise InputError(f"a split into train, dev and test: there are {len(order)} different texts or groups. Give 3.")
+        raise InputError(
+            f"a split into train, dev and test: it takes three different texts or groups, not {len(order)}."
+        )
     # few keys: the first three must reach all sides
     turns = (TRAIN, TEST, DEV) if len(order) < len(_TURNS) else _TURNS
     side_of = {key: turns[place % len(turns)] for place, key in enumerate(order)}

@@ -18,6 +18,7 @@ from layerprobe.analysis.splits import SIDES, TEST, TRAIN, split_by_field, split
 from layerprobe.errors import InputError, OptionError
 from layerprobe.store.guard import brief, need_list
 from layerprobe.store.reader import Store
+from layerprobe.tables import format_count
 
 __all__ = ["Task", "make_task"]
 
@@ -113,14 +114,14 @@ def make_task(
     else:
         sides = split_by_group(keys, firsts, seed)
     if num_shared := _count_shared(ids, sides):
-        notes.append(f"{num_shared:,} examples of test have the same tokens as one of train.")
+        notes.append(f"{format_count(num_shared, 'example')} of test with the same tokens as one of train.")
     numbers = np.array([item[0] for item in items])
     classes, labelled = _number_labels(name, [item[1] for item in items], sides[numbers])
     is_whole = items[0][2] is None
     texts = [record.get("text") for record in records]
     num_cut = (store.index or {}).get("truncated", 0)
     if num_cut and is_whole and any(text is not None for text in texts):
-        notes.append(f"{num_cut:,} texts were cut to the maximum length; tfidf reads them whole.")
+        notes.append(f"{format_count(num_cut, 'text')} cut to the maximum length; tfidf reads whole ones.")
     types, words = [], []
     for number, _, rows in items:
         own = ids[number] if rows is None else ids[number][rows[0] : rows[1]]
@@ -161,7 +162,10 @@ def _column(
         # in its order: a column of a table is indexed by labels of its own
         ordered = need_list(what, given, "the name of a field, or a value per example, in order")
         if len(ordered) != len(store):
-            raise OptionError(f"{what}: {len(ordered):,} values for the {len(store):,} examples of {store.place}.")
+            raise OptionError(
+                f"{what}: {format_count(len(ordered), 'value')} for {format_count(len(store), 'example')} of "
+                f"{store.place}."
+            )
         values = [_unwrap(ordered[place]) for place in places.tolist()]
     missing = [place for place, value in enumerate(values) if _is_missing(value)]
     if missing:
@@ -200,10 +204,10 @@ def _find_items(
     for number, (ordinal, values) in enumerate(zip(ordinals.tolist(), labels, strict=True)):
         length = len(store.input_ids(ordinal))
         if not is_list[number] or len(values) != length:
-            what = f"{len(values)} labels" if is_list[number] else f"the label {values!r}"
+            what = format_count(len(values), "label") if is_list[number] else f"the label {values!r}"
             raise InputError(
-                f"labels {name!r}: example {ordinal} has {what} for {length} tokens. Give one for each token, special "
-                "ones included, and None where there is none; or use span."
+                f"labels {name!r}: example {ordinal} has {what} for {format_count(length, 'token')}. Give one for "
+                "each token, special ones included, and None where there is none; or use span."
             )
         own = enumerate(map(_unwrap, values))
         items += [(number, one, (row, row + 1)) for row, one in own if not _is_missing(one)]
@@ -280,7 +284,7 @@ def _number_labels(name: str, labels: list[Any], sides: np.ndarray) -> tuple[tup
     train = labelled[sides == TRAIN]
     if len(train) < len(classes):
         raise InputError(
-            f"labels {name!r}: {len(classes):,} classes, and {len(train):,} items to learn them from. "
+            f"labels {name!r}: {len(classes):,} classes, and {format_count(len(train), 'item')} to learn them from. "
             "Use a field with few values, such as a topic, not one that names each example."
         )
     if len(np.unique(train)) < 2:

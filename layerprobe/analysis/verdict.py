@@ -17,7 +17,7 @@ from layerprobe.analysis.figures import GREY, PALETTE, check_suffix, label_sites
 from layerprobe.analysis.keeping import KeptProbe
 from layerprobe.analysis.results import plain, table_cell, write_csv, write_json
 from layerprobe.analysis.scores import differs, find_ties
-from layerprobe.tables import format_headers, format_table
+from layerprobe.tables import format_count, format_headers, format_table
 
 __all__ = ["BaselineScore", "Classification", "Mix", "SiteScore", "TaskSummary", "Verdict", "judge"]
 
@@ -222,7 +222,9 @@ class Classification:
             axes.tick_params(axis="x", rotation=45 if len(others) else 0)
             axes.set_xlabel("layer")
             axes.set_ylabel("accuracy on test")
-            axes.set_title(f"{self.task.labels}: {len(self.task.classes)} classes, {self.task.num_test:,} test items")
+            axes.set_title(
+                f"{self.task.labels}: {len(self.task.classes)} classes, {format_count(self.task.num_test, 'test item')}"
+            )
             axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
             return save_figure(figure, path)
 

@@ -17,6 +17,7 @@ from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_called, find_device, find_sum_device
 from layerprobe.store.guard import need_batch
+from layerprobe.tables import format_count
 
 __all__ = ["Nonfinite", "ValueRange", "find_nonfinite"]
 
@@ -45,7 +46,7 @@ class ValueRange:
     def __str__(self) -> str:
         if self.is_finite:
             return f"{self.low:.4g} to {self.high:.4g}"
-        return f"{self.num_nan:,} NaN and {self.num_inf:,} infinities of {self.num_values:,} values"
+        return f"{self.num_nan:,} NaN and {self.num_inf:,} infinite of {format_count(self.num_values, 'value')}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Nonfinite:
 
     def __str__(self) -> str:
         if self.site is None:
-            lines = [f"none: {self.num_sites} sites and the output are finite"]
+            lines = [f"none: {format_count(self.num_sites, 'site')} and the output are finite"]
         else:
             place = f" ({self.module})" if self.module else ""
             lines = [f"{self.site}{place}: {self.values}"]

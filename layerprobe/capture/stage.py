@@ -19,6 +19,7 @@ from layerprobe.capture.staging import Room
 from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.guard import check_count
+from layerprobe.tables import format_count
 
 __all__ = ["Stage", "StageTensors"]
 
@@ -101,8 +102,9 @@ class Stage:
         num_tokens, num_examples = self._tensors.counts.tolist()
         if num_tokens > self.max_tokens or num_examples > self.max_examples:
             raise CaptureError(
-                f"the last call had {num_tokens} tokens in {num_examples} examples: the stage has room for "
-                f"{self.max_tokens} in {self.max_examples}. Make a larger one, or call the model with fewer texts."
+                f"the last call had {format_count(num_tokens, 'token')} in {format_count(num_examples, 'example')}: "
+                f"the stage has room for {self.max_tokens} in "
+                f"{self.max_examples}. Make a larger one, or call the model with fewer texts."
             )
         return self._tensors, Room(num_tokens, num_examples)
 

@@ -39,8 +39,7 @@ def describe_store(store: Store) -> str:
         lines.append(f"kept      {store.kept}; the rows of the others are not there")
     index = store.index or {}
     if index.get("truncated"):
-        were = "text was" if index["truncated"] == 1 else "texts were"
-        lines.append(f"cut       {index['truncated']:,} {were} longer than the maximum length")
+        lines.append(f"cut       {format_count(index['truncated'], 'text')} longer than the maximum length")
     if index.get("nonfinite"):
         counts = ", ".join(f"{count:,} at {brief(site)}" for site, count in index["nonfinite"].items())
         lines.append(f"nonfinite {counts}")

@@ -21,6 +21,7 @@ from layerprobe.edit.where import check_where
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.stacks import widen
 from layerprobe.store.guard import check_count, is_number
+from layerprobe.tables import format_count
 
 __all__ = ["Ablate", "Clamp", "Edit", "Noise", "Patch", "ProjectOut", "Replace", "Resample", "Scale", "Steer"]
 
@@ -87,7 +88,7 @@ class Edit:
         """Refuse a tensor that is not as wide as the site."""
         if width is not None and found != width:
             raise OptionError(
-                f"lp.{self.name} at {site!r}: its {label} has {found} values, the site {width}. "
+                f"lp.{self.name} at {site!r}: its {label} has {format_count(found, 'value')}, the site {width}. "
                 "lp.sites(model) lists the widths."
             )
 
@@ -226,8 +227,8 @@ class ProjectOut(Edit):
             rank = _count_dimensions(self.rows)
         if rank < len(self.rows):
             raise OptionError(
-                f"lp.project_out: {len(self.rows)} directions span {rank} dimensions: one is zero, or follows from the "
-                "others. Leave it out."
+                f"lp.project_out: the rank of {format_count(len(self.rows), 'direction')} is {rank}: one is zero, or "
+                "follows from the others. Leave it out."
             )
 
     @property

@@ -20,6 +20,7 @@ from layerprobe.capture.calls import Call, Context
 from layerprobe.edit.plan import Point, Slot
 from layerprobe.edit.where import pick_tokens, place_in_text
 from layerprobe.errors import CaptureError
+from layerprobe.tables import format_count
 
 __all__ = ["CallState", "Moment", "note_value"]
 
@@ -175,8 +176,9 @@ def _lay_out(slot: Slot, call: Call, value: Tensor, start: int) -> Tensor:
     place_BS = place_BS[:, start : start + size].to(value.device)
     if not context.first_position and not bool((length_B1 == len(values)).all()):
         raise CaptureError(
-            f"lp.patch at {slot.site.name!r}: {len(values)} rows for texts of {length_B1.flatten().tolist()} real "
-            "tokens: give as many rows as each text has tokens, or one vector."
+            f"lp.patch at {slot.site.name!r}: {format_count(len(values), 'row')} for texts of "
+            f"{length_B1.flatten().tolist()} real tokens: "
+            "give as many rows as each text has tokens, or one vector."
         )
     laid = values[place_BS.clamp(0, len(values) - 1)]
     return torch.where(((place_BS >= 0) & (place_BS < len(values)))[..., None], laid, value)

@@ -29,7 +29,7 @@ from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import ModelMap, Site, map_model
 from layerprobe.sites.stacks import find_called, need_model, widen
 from layerprobe.store.guard import check_count
-from layerprobe.tables import hide_bar
+from layerprobe.tables import format_count, hide_bar
 
 __all__ = ["patching"]
 
@@ -157,8 +157,8 @@ class _Sweep:
         if not isinstance(found, Tensor) or tuple(found.shape) != (num_rows,):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise CaptureError(
-                f"patching: the metric gave {got} for {num_rows} rows: it must give one number per row, as in "
-                "lambda out: out.logits[:, 4, answer]."
+                f"patching: the metric gave {got} for {format_count(num_rows, 'row')}: it must give one number per "
+                "row, as in lambda out: out.logits[:, 4, answer]."
             )
         return widen(found)
 

@@ -31,6 +31,7 @@ from layerprobe.extract.untrained import find_same_model
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import map_model
 from layerprobe.store.shards import pool_packed
+from layerprobe.tables import format_count
 
 __all__ = ["Classifier", "load_classifier"]
 
@@ -79,7 +80,10 @@ class Classifier:
                 f"{'Leave spans out' if spans is not None else 'Give a pair of characters per text'}."
             )
         if spans is not None and len(spans) != len(texts):
-            raise OptionError(f"predict: {len(spans)} spans for {len(texts)} texts. Give one for each.")
+            raise OptionError(
+                f"predict: {format_count(len(spans), 'span')} for {format_count(len(texts), 'text')}. "
+                "Give one for each."
+            )
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"predict: text {number} is {type(text).__name__}, not a text. Give a list of texts.")

@@ -28,7 +28,7 @@ from layerprobe.models import LoadedModel
 from layerprobe.packages import need_package
 from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store, take_store
-from layerprobe.tables import format_table
+from layerprobe.tables import format_count, format_table
 
 __all__ = ["DepthProfile", "depth_profile"]
 
@@ -136,7 +136,9 @@ def depth_profile(
     store = take_store(store)
     texts = read_texts(store)
     if len(texts) < _LEAST:
-        raise InputError(f"a profile of {store.place}: it has {len(texts)} texts; {_LEAST} are the least.")
+        raise InputError(
+            f"a profile of {store.place}: it has {format_count(len(texts), 'text')}; {_LEAST} are the least."
+        )
     given: dict[str, list[Any]] = {}
     notes = []
     lengths = _label_lengths([len(store.input_ids(ordinal)) for ordinal in store.ordinals()])
@@ -151,7 +153,10 @@ def depth_profile(
         given[f"word: {word}"] = [word in _words_of(text) for text in texts]
     swapped = _swap_some(texts, max_examples, seed)
     if len(swapped) < _LEAST:
-        notes.append(f"order is left out: {len(swapped)} texts have two neighbours to swap; {_LEAST} are the least.")
+        notes.append(
+            f"order is left out: {format_count(len(swapped), 'text')} with two neighbours to swap; "
+            f"{_LEAST} are the least."
+        )
     if not given and len(swapped) < _LEAST:
         raise InputError(f"a profile of {store.place}: no task can be made of its texts. {' '.join(notes)}")
     found = None

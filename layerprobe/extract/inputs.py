@@ -21,6 +21,7 @@ from typing import IO, Any
 from layerprobe.errors import InputError, first_line
 from layerprobe.extract.records import Record, keep_plain, split_record
 from layerprobe.packages import need_package
+from layerprobe.tables import format_count
 
 __all__ = ["HUB_PREFIX", "TextSource", "check_list", "open_source"]
 
@@ -238,7 +239,10 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
             for record in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in record or None in record.values():
-                    raise InputError(f"{where}: has not the {len(reader.fieldnames or ())} columns of the first line.")
+                    raise InputError(
+                        f"{where}: has not the {format_count(len(reader.fieldnames or ()), 'column')} of "
+                        "the first line."
+                    )
                 yield split_record(record, field, where)
         except csv.Error as error:
             # the DictReader counts a line only once it has read it

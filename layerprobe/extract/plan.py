@@ -172,7 +172,8 @@ class Plan:
         rows = rows if self.rule.kept is None else f"rows of {self.rule.kept}"
         where = self.device if self.crew is None else ", ".join(self.crew.devices)
         lines = [
-            f"input     {self.source.name}: {self.num_examples:,} examples, {about}{self.num_tokens:,} tokens",
+            f"input     {self.source.name}: {format_count(self.num_examples, 'example')}, "
+            f"{about}{format_count(self.num_tokens, 'token')}",
             f"model     {self.description['model']['id'] or self.description['model']['class']} on {where}",
             f"sites     {len(self.sites)} ({names}), {rows}, stored as {dtypes}",
             f"store     {self.place}: {format_count(self.num_units, 'shard')}, {about}{format_bytes(self.num_bytes)}; "

@@ -77,12 +77,12 @@ class RunReport:
         if self.waited_s:
             line += f", waited {self.waited_s:.2f} s for room on the disk"
         if self.num_halved:
-            line += f", {self.num_halved:,} batches halved for want of memory: ask for fewer tokens with batch_tokens"
+            line += f", batches halved for want of memory: {self.num_halved:,}; ask for fewer tokens with batch_tokens"
         if self.num_repeated:
             line += f", {self.num_repeated:,} computed with another of the same tokens"
         if self.nonfinite:
             worst = ", ".join(f"{count:,} at {site}" for site, count in self.nonfinite.most_common(3))
-            line += f"; {self.nonfinite.total():,} values are not finite or overflow the dtype ({worst})"
+            line += f"; {format_count(self.nonfinite.total(), 'value')} not finite or beyond the dtype ({worst})"
         return line
 
 
@@ -113,4 +113,4 @@ class StreamReport:
             f"{self.num_tokens / max(self.seconds, 1e-9):,.0f} tokens/s, "
             f"padding {self.num_padding / max(1, self.num_computed):.1%}, {self.num_truncated:,} truncated"
         )
-        return line + (f", {self.num_halved:,} batches halved for want of memory" if self.num_halved else "")
+        return line + (f", batches halved for want of memory: {self.num_halved:,}" if self.num_halved else "")

@@ -9,7 +9,7 @@ from typing import Any
 
 from layerprobe.analysis.figures import Curve, draw_curves
 from layerprobe.analysis.results import Number, shorten, table_cell, write_csv, write_json
-from layerprobe.tables import format_headers, format_table
+from layerprobe.tables import format_count, format_headers, format_table
 
 __all__ = ["Lens", "LensReading", "LensSite"]
 
@@ -85,7 +85,7 @@ class Lens:
         used = [place for place, _ in enumerate(_HEADERS) if any(row[place] is not None for row in self._rows())]
         rows = [[table_cell(row[place]) for place in used] for row in self._rows()]
         seen = f"{self.mask:.0%} of the tokens masked, those judged" if self.mask else "every token there to be seen"
-        end = f"{self.method} lens, {self.num_tokens:,} tokens, {seen}"
+        end = f"{self.method} lens, {format_count(self.num_tokens, 'token')}, {seen}"
         return f"{format_table(format_headers(_HEADERS[place] for place in used), rows)}\n{end}"
 
     __str__ = table

@@ -21,7 +21,7 @@ from layerprobe.store.fingerprint import MODEL_FIELDS
 from layerprobe.store.guard import brief
 from layerprobe.store.padded import choose_layer
 from layerprobe.store.reader import Store, take_store
-from layerprobe.tables import format_headers, format_table
+from layerprobe.tables import format_count, format_headers, format_table
 
 __all__ = ["LayerReading", "Readout", "load_decoder"]
 
@@ -82,9 +82,12 @@ class Readout:
     def table(self) -> str:
         """Lay the readings out, the baseline last."""
         rows = [[table_cell(cell) for cell in row] for row in self._rows()]
-        said = f"{self.num_train:,} examples train, {self.num_test:,} judge ({self.num_test_tokens:,} tokens)"
-        cut = f"; {self.num_cut:,} targets were cut" if self.num_cut else ""
-        return f"{format_table(format_headers(_HEADERS), rows)}\n{said}; {self.num_types:,} types{cut}"
+        said = (
+            f"{format_count(self.num_train, 'example')} to train, {self.num_test:,} to judge "
+            f"({format_count(self.num_test_tokens, 'token')}); {format_count(self.num_types, 'type')}"
+        )
+        cut = f"; {format_count(self.num_cut, 'target')} cut" if self.num_cut else ""
+        return f"{format_table(format_headers(_HEADERS), rows)}\n{said}{cut}"
 
     __str__ = table
     __repr__ = table

@@ -16,6 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from layerprobe.errors import InputError, OptionError
 from layerprobe.store.reader import Store
+from layerprobe.tables import format_count
 
 __all__ = ["Split", "Targets", "choose_types", "find_targets", "split_examples"]
 
@@ -66,7 +67,7 @@ def find_targets(
         # in its order: a column of a table is indexed by labels of its own
         targets = list(targets)
         if len(targets) != len(ordinals):
-            what = f"{len(targets)} for {len(ordinals)} examples of {store.place}"
+            what = f"{len(targets)} for {format_count(len(ordinals), 'example')} of {store.place}"
             raise OptionError(f"targets: {what}. Give one for each.")
     found: dict[int, tuple[int, ...]] = {}
     num_cut = 0
@@ -127,7 +128,9 @@ def split_examples(store: Store, ordinals: Iterable[int], most: int | None, shar
     # of equal texts one is enough, the first
     kept = given[np.sort(np.unique(digests, return_index=True)[1])]
     if len(kept) < _LEAST:
-        raise InputError(f"fit_decoder: {store.place} has {len(kept)} different examples; {_LEAST} are the least.")
+        raise InputError(
+            f"fit_decoder: {store.place} has {format_count(len(kept), 'different example')}; {_LEAST} are the least."
+        )
     drawn = kept[np.random.default_rng([seed, 11]).permutation(len(kept))[:most]].tolist()
     num_test = max(1, round(share * len(drawn)))
     return Split(tuple(drawn[num_test:]), tuple(drawn[:num_test]))

@@ -29,7 +29,7 @@ from layerprobe.errors import NonFiniteError, OptionError, SiteError
 from layerprobe.store.guard import brief, is_number, need_list
 from layerprobe.store.naming import list_named
 from layerprobe.store.reader import Store
-from layerprobe.tables import format_dtype
+from layerprobe.tables import format_count, format_dtype
 from layerprobe.version import __version__
 
 __all__ = ["gather"]
@@ -115,7 +115,7 @@ def _describe(store: Store, constant: Sequence[str], left_out: Sequence[str]) ->
         ("pool", store.pool or "none: a row per token"),
     ]
     if index.get("truncated"):
-        facts.append(("cut", f"{index['truncated']:,} texts were longer than the maximum length"))
+        facts.append(("cut", f"{format_count(index['truncated'], 'text')} longer than the maximum length"))
     if index.get("nonfinite"):
         counts = ", ".join(f"{count:,} at {site}" for site, count in index["nonfinite"].items())
         facts.append(("not finite", counts))
@@ -244,8 +244,8 @@ def _lay_out_depth(names: Sequence[str], moved: Differences, is_all: bool) -> di
         maps.append({"name": "Cosine distance", "about": "Of a row at both layers, on average.", "values": cosine})
     heat = [{**one, "values": [[_round(value) for value in row] for row in one["values"]]} for one in maps]
     said = (
-        f"{moved.num_rows:,} rows; CKA debiased over minibatches of {moved.cka_rows}; "
-        f"{moved.neighbours} neighbours of {moved.num_sampled:,} rows."
+        f"{format_count(moved.num_rows, 'row')}; CKA debiased over minibatches of {moved.cka_rows}; "
+        f"{format_count(moved.neighbours, 'neighbour')} of {format_count(moved.num_sampled, 'row')}."
     )
     return {"curves": curves, "heat": heat, "said": said}
 
@@ -266,8 +266,8 @@ def _lay_out_classes(found: Classification) -> dict[str, Any]:
     task = found.task
     return {
         "labels": shorten(task.labels, _MOST_VALUE),
-        "said": f"{len(task.classes)} classes; {task.num_train:,} items train, {task.num_dev:,} choose, "
-        f"{task.num_test:,} judge.",
+        "said": f"{len(task.classes)} classes; {format_count(task.num_train, 'item')} to train, "
+        f"{task.num_dev:,} to choose, {task.num_test:,} to judge.",
         "rows": [
             {
                 "name": name,

@@ -388,17 +388,17 @@ def plot_attention(
 
 def _find_weights(store: Store, site: str | None) -> str:
     stored = [name for name in store.sites if store[name].kind == "attention"]
+    if not stored:
+        raise SiteError(
+            f"no attention weights in {store.place}: it holds {', '.join(store.sites)}. "
+            "Extract with sites='layers.*.attention.weights' (--sites)."
+        )
     if site is None:
-        if not stored:
-            raise SiteError(
-                f"no attention weights in {store.place}: it holds {', '.join(store.sites)}. "
-                "Extract with sites='layers.*.attention.weights' (--sites)."
-            )
         return stored[0]
     found = match_sites(site, store.sites, str(store.place))
     meant = [name for name in found if name in stored]
     if not meant:
-        raise OptionError(f"{site!r} holds no attention weights: {', '.join(stored) or 'no site'} does.")
+        raise OptionError(f"{site!r} holds no attention weights, which are at {', '.join(stored)}.")
     if len(found) > 1:
         raise SiteError(f"{site!r} means {len(found)} sites: {', '.join(found)}. One picture holds one: name it.")
     return meant[0]

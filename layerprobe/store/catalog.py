@@ -27,6 +27,7 @@ from layerprobe.store.naming import need_name
 from layerprobe.store.places import Place
 from layerprobe.store.ranges import RangedShard, TensorCache
 from layerprobe.store.shards import MappedShard, Shard
+from layerprobe.tables import format_count
 
 try:
     import resource
@@ -209,8 +210,9 @@ class Catalog:
             held = f"it holds 0 to {self.end - 1}" if self.end else "it holds none"
             raise MissingExample(f"no example {ordinal} in {self.place}: {held}.")
         raise MissingExample(
-            f"no example {ordinal} in {self.place} yet: the run is not complete, {self.num_examples} examples are "
-            "there. Run the same extraction again to go on."
+            f"no example {ordinal} in {self.place} yet: the run is not complete and has "
+            f"{format_count(self.num_examples, 'example')} so far. "
+            "Run the same extraction again to go on."
         )
 
     def shard(self, number: int) -> Shard:

@@ -34,6 +34,7 @@ from layerprobe.store.kept import Kept, parse_kept
 from layerprobe.store.places import Place
 from layerprobe.store.shards import count_pairs, read_order
 from layerprobe.store.tokenizer import load_tokenizer, parse_tokenizer
+from layerprobe.tables import format_count
 
 __all__ = [
     "Wanted",
@@ -247,7 +248,9 @@ def _check_records(header: ShardHeader, offsets: Tensor) -> None:
     (size,) = header.tensors["records"].shape or (0,)
     is_rising = len(offsets) == header.num_examples + 1 and bool((offsets.diff() >= 0).all())
     if not is_rising or int(offsets[0]) != 0 or int(offsets[-1]) != size:
-        raise FormatError(f"its record_offsets do not rise from 0 to {size} in {header.num_examples} steps")
+        raise FormatError(
+            f"its record_offsets do not rise from 0 to {size} in {format_count(header.num_examples, 'step')}"
+        )
 
 
 def _check_sites(header: ShardHeader, sites: Sequence[StoredSite], num_pairs: int) -> None:

@@ -19,6 +19,7 @@ from layerprobe.store.description import StoredSite
 from layerprobe.store.order import RowOptions
 from layerprobe.store.rows import RowBatches, choose_sites
 from layerprobe.store.siteview import SiteView
+from layerprobe.tables import format_count
 
 __all__ = ["Difference", "pair_depth", "take_depth"]
 
@@ -76,7 +77,9 @@ class Difference(Sequence[Tensor]):
         self.width: int = site.width
 
     def __repr__(self) -> str:
-        return f"Difference({self.site!r}, {len(self)} examples, {self.kind}, {self.width} x {self.dtype})"
+        return (
+            f"Difference({self.site!r}, {format_count(len(self), 'example')}, {self.kind}, {self.width} x {self.dtype})"
+        )
 
     def __len__(self) -> int:
         return len(self._site)

@@ -36,6 +36,7 @@ from layerprobe.store.headers import (
 )
 from layerprobe.store.paths import NamedPath
 from layerprobe.store.places import Place, find_place
+from layerprobe.tables import format_count
 
 __all__ = [
     "FORMAT_VERSION",
@@ -320,7 +321,7 @@ def load_start(place: Place, file: str) -> tuple[ShardHeader, bytes]:
 def _header_length(label: str, prefix: bytes, size: int) -> int:
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
     if length > min(SMALL.num_bytes, size - 8):
-        raise FormatError(f"{label}: is cut or no shard: {size} bytes cannot hold its header.")
+        raise FormatError(f"{label}: is cut or no shard: {format_count(size, 'byte')} cannot hold its header.")
     return length
 
 
@@ -335,7 +336,9 @@ def _check_header(label: str, file: str, text: bytes, size: int) -> ShardHeader:
         ) from error
     end = max((entry.stop for entry in header.tensors.values()), default=0)
     if 8 + length + end != size:
-        raise FormatError(f"{label}: holds {size} bytes, its header asks for {8 + length + end}. The file is cut.")
+        raise FormatError(
+            f"{label}: holds {format_count(size, 'byte')}, its header asks for {8 + length + end}. The file is cut."
+        )
     if header.file != file:
         raise FormatError(f"{label}: says it is {header.file}. Give it back its name.")
     shifted = {

@@ -378,4 +378,6 @@ def _check_run(target: Path, headers: Sequence[ShardHeader], wanted: Wanted) -> 
             raise FormatError(f"{target / header.file}: begins with example {header.first_example}, not with {place}.")
         place += header.num_examples
     if wanted.num_examples not in (None, place):
-        raise FormatError(f"{target}: its shards hold {place} examples; {STORE_FILE} says {wanted.num_examples}.")
+        raise FormatError(
+            f"{target}: its shards hold {format_count(place, 'example')}; {STORE_FILE} says {wanted.num_examples}."
+        )

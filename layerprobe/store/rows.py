@@ -159,9 +159,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
                 raise OptionError(message)
         given = state.get("given")
         if type(given) is not int or not 0 <= given <= len(self._share()):
-            raise OptionError(
-                f"a state with given={given!r} cannot go on: there are {len(self._share())} batches here."
-            )
+            raise OptionError(f"a state with given={given!r} cannot go on: the batches here are {len(self._share())}.")
         self._given = given
         self._ready.clear()
         self._held = {}

@@ -23,6 +23,7 @@ from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, checksu
 from layerprobe.store.headers import POSITIONS
 from layerprobe.store.index import ShardInfo
 from layerprobe.store.paths import NamedPath
+from layerprobe.tables import format_count
 
 __all__ = [
     "MappedShard",
@@ -268,7 +269,7 @@ def read_order(
     if len(order) and order.min() >= 0 and order.max() < len(order):
         position[order] = np.arange(len(order))
     if len(position) and position.min() < 0:
-        raise FormatError(f"{label}: its ordinals are not a run of {header.num_examples} examples.")
+        raise FormatError(f"{label}: its ordinals are not a run of {format_count(header.num_examples, 'example')}.")
     if not len(starts) or starts[0] != 0 or starts[-1] != header.num_tokens or (starts[1:] < starts[:-1]).any():
         raise FormatError(f"{label}: its offsets do not rise from 0 to {header.num_tokens}.")
     return starts.data, position.data

@@ -22,6 +22,7 @@ from layerprobe.store.guard import brief
 from layerprobe.store.order import RowOptions
 from layerprobe.store.rows import RowBatches, choose_sites, take_rows
 from layerprobe.store.shards import ScaledRows, Shard, pool_packed
+from layerprobe.tables import format_count
 
 __all__ = ["SiteView"]
 
@@ -49,7 +50,9 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         self._scale_name = site + SCALE_SUFFIX if stored.dtype == torch.int8 else None
 
     def __repr__(self) -> str:
-        return f"SiteView({self.site!r}, {len(self)} examples, {self.kind}, {self.width} x {self.dtype})"
+        return (
+            f"SiteView({self.site!r}, {format_count(len(self), 'example')}, {self.kind}, {self.width} x {self.dtype})"
+        )
 
     def __len__(self) -> int:
         return self.catalog.num_examples

@@ -235,9 +235,15 @@ def _check_order(headers: Sequence[ShardHeader], wanted: Wanted, found: _Finding
                 *([] if before is None else [before.file]),
             )
         elif wanted.num_units is not None and header.unit >= wanted.num_units:
-            found.add(header.file, f"is beyond the {wanted.num_units:,} shards of {STORE_FILE}", header.file)
+            found.add(
+                header.file, f"is beyond the {format_count(wanted.num_units, 'shard')} of {STORE_FILE}", header.file
+            )
         elif wanted.num_examples is not None and header.first_example + header.num_examples > wanted.num_examples:
-            found.add(header.file, f"is beyond the {wanted.num_examples:,} examples of {STORE_FILE}", header.file)
+            found.add(
+                header.file,
+                f"is beyond the {format_count(wanted.num_examples, 'example')} of {STORE_FILE}",
+                header.file,
+            )
         before = header
 
 
@@ -262,7 +268,7 @@ def _check_index(
         found.add(brief(file), f"{_GONE}; {INDEX_FILE} names it", INDEX_FILE)
     wrong = [f"does not name {file}" for file in shards if file not in listed]
     if wanted.num_units not in (None, len(listed)):
-        wrong.append(f"names {len(listed):,} shards, {STORE_FILE} has {wanted.num_units:,}")
+        wrong.append(f"names {format_count(len(listed), 'shard')}, {STORE_FILE} has {wanted.num_units:,}")
     for header in headers:
         own = {"first_example": header.first_example, "examples": header.num_examples, "tokens": header.num_tokens}
         if header.file in listed and {"file": header.file, **own} != listed[header.file]:
@@ -280,7 +286,9 @@ def _check_index(
             if index.get(key) != value:
                 wrong.append(f"{key!r} is {brief(index.get(key))}, of the shards {brief(value)}")
         if wanted.num_examples not in (None, sums["examples"]):
-            wrong.append(f"the shards have {sums['examples']:,} examples, {STORE_FILE} {wanted.num_examples:,}")
+            wrong.append(
+                f"the shards have {format_count(sums['examples'], 'example')}, {STORE_FILE} {wanted.num_examples:,}"
+            )
     if wrong:
         found.add(INDEX_FILE, "; ".join(wrong[:3]) + ("; ..." if len(wrong) > 3 else ""), INDEX_FILE)
 

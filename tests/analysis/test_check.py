@@ -130,7 +130,7 @@ def test_the_demo_models_dead_dimensions_are_found(demo: LoadedModel, tmp_path: 
 
 def test_too_few_rows_and_no_such_site_are_refused(tmp_path: Path) -> None:
     folder = plant(tmp_path / "acts", {"layers.0": draw()[:1]}, [1], shards=1)
-    with pytest.raises(InputError, match="it has 1 rows; two are the least"):
+    with pytest.raises(InputError, match="it has 1 row; two are the least"):
         lp.check(folder)
     with pytest.raises(SiteError, match=r"layers\.5"):
         lp.check(folder, sites="layers.5")

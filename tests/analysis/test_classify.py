@@ -158,7 +158,7 @@ def test_texts_of_the_same_tokens_are_on_one_side(tmp_path: Path) -> None:
     task = make_task(store, (torch.arange(60) // 2 % 2).tolist(), split=["train", "test"] * 30)
     shared = {place // 4 for place in range(60) if task.sides[place] == 0}
     count = sum(task.sides[place] == 2 and place // 4 in shared for place in range(60))
-    assert task.notes == (f"{count} examples of test have the same tokens as one of train.",)
+    assert task.notes == (f"{count} examples of test with the same tokens as one of train.",)
 
 
 def test_tokens_are_classified_by_a_label_each(tmp_path: Path) -> None:
@@ -211,7 +211,9 @@ def test_rows_that_are_not_finite_are_named(tmp_path: Path) -> None:
     labels = torch.arange(40) % 2
     rows = make_rows([2] * 40, labels, 1)
     rows["layers.1"][2 * 17 + 1, 4] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"'layers.1' in .*example 17 is not finite or has no rows \(1 items"):
+    with pytest.raises(
+        NonFiniteError, match=r"'layers.1' in .*example 17 is not finite or has no rows \(1 item in all"
+    ):
         lp.classify(plant(tmp_path / "store", rows, [2] * 40, ids=torch.arange(80)), labels.tolist())
 
 

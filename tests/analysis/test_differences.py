@@ -181,7 +181,7 @@ def test_the_result_is_written_as_table_csv_json_and_picture(tmp_path: Path, lay
     folder = plant(tmp_path / "acts", layers, LENGTHS)
     found, half = lp.differences(folder, neighbours=60), lp.differences(folder, neighbours=(sum(LENGTHS) - 1) // 2)
     assert found.pairs == half.pairs and 0 < found.pairs[0].neighbour_overlap < 1
-    note = f"neighbours are {half.neighbours} and not 60: each row has {sum(LENGTHS) - 1} others to choose from"
+    note = f"neighbours: {half.neighbours} and not 60, since each row has {sum(LENGTHS) - 1} others to choose from"
     assert found.neighbours == half.neighbours and found.notes == (note,) and note in found.table() and not half.notes
     table = found.table()
     assert "50 rows; cosines raw" in table and "moves most from" in table and str(found) == table
@@ -221,7 +221,7 @@ def test_what_cannot_be_is_refused(
 
 def test_one_row_is_refused(tmp_path: Path) -> None:
     layers = {"layers.0": draw(1, 4), "layers.1": draw(1, 4)}
-    with pytest.raises(InputError, match="it has 1 rows; two are the least"):
+    with pytest.raises(InputError, match="it has 1 row; two are the least"):
         lp.differences(plant(tmp_path / "acts", layers, [1], shards=1))
 
 

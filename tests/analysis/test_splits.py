@@ -30,7 +30,7 @@ def test_few_groups_reach_every_side(count: int) -> None:
 
 
 def test_two_groups_are_too_few() -> None:
-    with pytest.raises(InputError, match="there are 2 different texts or groups"):
+    with pytest.raises(InputError, match="takes three different texts or groups, not 2"):
         split_by_group([0, 0, 1, 1], ["a", "b", "a", "b"], 0)
 
 

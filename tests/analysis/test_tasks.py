@@ -83,7 +83,5 @@ def test_words_that_the_layers_did_not_see_are_noted(tmp_path: Path) -> None:
         place = tmp_path / str(length)
         store = lp.extract("demo", records, place, sites="layers.0", max_length=length, progress=False)
         notes = make_task(store, labels).notes
-        assert notes == (
-            (f"{num_cut} texts were cut to the maximum length; tfidf reads them whole.",) if num_cut else ()
-        )
+        assert notes == ((f"{num_cut} texts cut to the maximum length; tfidf reads whole ones.",) if num_cut else ())
         assert make_task(store, labels, span=("from", "to")).notes == ()

@@ -99,7 +99,7 @@ def test_decoders_are_fitted_kept_and_read_on(run: Run, tiny: LoadedModel, tmp_p
     code, said, _ = run(
         "fit-decoder", tmp_path / "acts", "--layer", 1, *small, "--save", tmp_path / "kept", "-o", tmp_path / "a.json"
     )
-    assert code == 0 and "layers.1" in said and "27 examples train, 3 judge" in said
+    assert code == 0 and "layers.1" in said and "27 examples to train, 3 to judge" in said
     written = json.loads((tmp_path / "a.json").read_text())
     assert [one["site"] for one in written["layers"]] == ["layers.1"] and written["num_train"] == 27
     code, said, _ = run(

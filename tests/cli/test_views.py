@@ -29,7 +29,7 @@ def test_a_store_is_told_by_state_model_counts_and_sites(folder: Path, tiny_mode
     assert said[1] == f"model     {tiny_model_folder} (BertModel)"
     assert said[2] == f"holds     3 examples, 78 tokens, 3 shards, {size / 1000:.1f} kB"
     assert said[3] == "pool      none: a row per real token"
-    assert said[4] == "cut       1 text was longer than the maximum length"
+    assert said[4] == "cut       1 text longer than the maximum length"
     assert [line.split() for line in said[-4:]] == [
         [site, "token", "float32", "32"] for site in ("embeddings", "layers.0", "layers.1", "layers.2")
     ]

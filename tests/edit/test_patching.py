@@ -253,8 +253,12 @@ def test_effects_print_save_and_plot(tiny_bert: Any, tiny: Any, tmp_path: Path) 
     ("changes", "error", "message"),
     [
         ({"metric": 3}, OptionError, "metric=3 is no function"),
-        ({"metric": lambda output: output.last_hidden_state}, CaptureError, r"the metric gave \(1, 6, 32\) for 1 rows"),
-        ({"metric": lambda _: 3.0}, CaptureError, "the metric gave float for 1 rows"),
+        (
+            {"metric": lambda output: output.last_hidden_state},
+            CaptureError,
+            r"the metric gave \(1, 6, 32\) for 1 row: ",
+        ),
+        ({"metric": lambda _: 3.0}, CaptureError, "the metric gave float for 1 row: "),
         ({"clean": {"input_ids": torch.ones(1, 5, dtype=torch.long)}}, OptionError, "of the same number of tokens"),
         ({"clean": 3}, OptionError, "clean is int: give what the model is called with"),
         ({"clean": {"x": torch.ones(1, 6)}, "corrupt": {"x": torch.ones(1, 6)}}, OptionError, r"clean has \['x'\]"),

@@ -259,7 +259,7 @@ def test_values_that_do_not_fit_are_counted_per_site_and_reported(
     store = extract(model, ["the dog", "fox"], tmp_path / "acts", **options)
     assert store.index["nonfinite"] == {"layers.1": store.num_tokens}
     said = capsys.readouterr().err
-    assert f"{store.num_tokens} values are not finite or overflow the dtype ({store.num_tokens} at layers.1)" in said
+    assert f"{store.num_tokens} values not finite or beyond the dtype ({store.num_tokens} at layers.1)" in said
     assert said.count("\n") == 1
     with pytest.raises(NonFiniteError, match=rf"{store.num_tokens} at 'layers\.1'.*wider dtype"):
         extract(model, ["the dog", "fox"], tmp_path / "error", nonfinite="error", **options)
@@ -405,7 +405,7 @@ def test_a_batch_that_does_not_fit_is_run_in_halves_with_the_same_rows(
     # what lies on the device between calls is given back first
     assert len(shrunk) == report.num_halved
     assert all(later <= earlier // 2 for earlier, later in itertools.pairwise(refused))
-    assert f"{len(refused)} batches halved for want of memory" in str(report)
+    assert f"batches halved for want of memory: {len(refused)}; ask" in str(report)
     said = capsys.readouterr().err.splitlines()
     assert [line.split(" tokens")[0] for line in said] == [
         f"layerprobe: cpu: no memory for {num_tokens}" for num_tokens in refused

@@ -326,7 +326,7 @@ def test_attention_that_is_not_there_is_refused(attention: Any, store: Any) -> N
     ):
         lp.plot_attention(store, 0)
     with pytest.raises(
-        OptionError, match=r"'layers.0' holds no attention weights: layers.0.attention.weights, layers.1"
+        OptionError, match=r"'layers.0' holds no attention weights, which are at layers.0.attention.weights, layers.1"
     ):
         lp.plot_attention(attention, 0, site="layers.0")
     with pytest.raises(OptionError, match=r"heads=\[4\]: .* has heads 0 to 3"):

@@ -187,7 +187,9 @@ def test_an_unfinished_store_reads_what_is_there(write_store: WriteStore) -> Non
     assert not store.is_complete and "incomplete" in repr(store)
     assert list(store.ordinals()) == [0, 1, 2, 5, 6] and len(store) == 5
     assert torch.equal(store["layers.0"][6], written.rows[6])
-    with pytest.raises(MissingExample, match=r"no example 3 in .* yet: the run is not complete, 5 examples are there"):
+    with pytest.raises(
+        MissingExample, match=r"no example 3 in .* yet: the run is not complete and has 5 examples so far"
+    ):
         store["layers.0"][3]
     with pytest.raises(LookupError, match="yet"):
         store.example(7)
