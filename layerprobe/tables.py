@@ -1,9 +1,8 @@
-"""How what is shown on a terminal looks: tables, numbers with their units, and whether a bar is shown.
+"""How what is shown on a terminal looks: tables, and numbers with their units.
 
 In one place, so that every table and every message of the library looks alike. Knows nothing of what the cells mean.
 """
 
-import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -21,7 +20,6 @@ __all__ = [
     "format_table",
     "format_time",
     "format_value",
-    "hide_bar",
 ]
 
 _UNITS_OF_TIME = (("years", 365 * 86400.0), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
@@ -117,9 +115,3 @@ def format_time(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {name}"
     return f"{seconds:.1f} s"
-
-
-def hide_bar(progress: bool | None) -> bool | None:
-    """Say what a bar of tqdm takes as `disable`: None for only on a terminal, as `progress` has it."""
-    # a process without a stderr, as Windows makes them, has no terminal either
-    return True if sys.stderr is None else None if progress is None else not progress

@@ -1,27 +1,17 @@
-"""Tables, sizes and bars as people see them."""
+"""Tables and sizes as people see them."""
 
 import importlib
-import io
 import pkgutil
 
 import numpy as np
 import pytest
 import torch
-from tqdm import tqdm
 
 import layerprobe as lp
 from layerprobe.capture.covariances import SiteCovariance
 from layerprobe.store.examples import Example
 from layerprobe.store.shards import ScaledRows
-from layerprobe.tables import (
-    format_bytes,
-    format_count,
-    format_dtype,
-    format_table,
-    format_time,
-    format_value,
-    hide_bar,
-)
+from layerprobe.tables import format_bytes, format_count, format_dtype, format_table, format_time, format_value
 
 
 def test_numbers_stand_to_the_right_and_words_to_the_left() -> None:
@@ -81,26 +71,6 @@ def test_bytes_have_a_decimal_unit(count: float, text: str) -> None:
 
 def test_counts_have_a_plural() -> None:
     assert [format_count(number, "shard") for number in (0, 1, 1024)] == ["0 shards", "1 shard", "1,024 shards"]
-
-
-class Terminal(io.StringIO):
-    """A stream that says whether it is a terminal."""
-
-    def __init__(self, is_terminal: bool) -> None:
-        super().__init__()
-        self._is_terminal = is_terminal
-
-    def isatty(self) -> bool:
-        return self._is_terminal
-
-
-@pytest.mark.parametrize("is_terminal", [True, False])
-@pytest.mark.parametrize("progress", [True, False, None])
-def test_a_bar_is_shown_as_asked_and_else_only_on_a_terminal(progress: bool | None, is_terminal: bool) -> None:
-    stream = Terminal(is_terminal)
-    with tqdm(total=1, file=stream, disable=hide_bar(progress)) as bar:
-        bar.update()
-    assert bool(stream.getvalue()) is (is_terminal if progress is None else progress)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,19 @@ import io
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tqdm import tqdm
+from transformers import BertConfig, BertForMaskedLM
 
 import layerprobe as lp
 from layerprobe import telling
-from layerprobe.analysis.sweep import bar_of
 from layerprobe.models import LoadedModel
-from layerprobe.telling import Stderr, find_stderr, say
+from layerprobe.telling import Stderr, find_stderr, make_bar, say
+from sizes import TINY
 
 
 def make_broken(kind: str) -> Any:
@@ -30,7 +33,7 @@ def make_broken(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["pipe", "closed", "none"])
 def test_a_stderr_that_takes_nothing_ends_no_run(
-    kind: str, tiny: LoadedModel, texts: list[str], monkeypatch: pytest.MonkeyPatch
+    kind: str, tiny: LoadedModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(telling, "_LOG_INTERVAL_S", 0.0)
     whole = lp.extract(tiny, texts, "memory://told")
@@ -38,8 +41,13 @@ def test_a_stderr_that_takes_nothing_ends_no_run(
     monkeypatch.setattr(sys, "stderr", stream)
     store = lp.extract(tiny, texts, "memory://untold", progress=True)
     lp.extract(tiny, texts, lp.Moments(), progress=True)
-    if kind != "closed":
-        assert lp.verify("memory://untold").ok
+    assert lp.verify("memory://untold", progress=True).ok
+    lp.export(store, tmp_path / "out.npz", progress=True)
+    lp.audit("memory://untold", tiny, progress=True)
+    lp.lens(tiny.model, store, progress=True)
+    filler = BertForMaskedLM(BertConfig(**TINY)).eval()
+    one, other = ({"input_ids": torch.tensor([[2, 7, 9, 3]])}, {"input_ids": torch.tensor([[2, 7, 8, 3]])})
+    lp.patching(filler, one, other, lambda output: output.logits[:, 1, 5], "layers.0", progress=True)
     say("nobody hears it")
     monkeypatch.undo()
     with suppress(AttributeError, BrokenPipeError):
@@ -74,9 +82,32 @@ def test_a_stderr_that_takes_nothing_ends_no_sweep(
 ) -> None:
     stream = make_broken(kind)
     monkeypatch.setattr(sys, "stderr", stream)
-    with bar_of(2, "rows", progress) as bar:
+    with make_bar(2, "rows", progress) as bar:
         bar.update()
     monkeypatch.undo()
     with suppress(AttributeError, BrokenPipeError):
         stream.close()
     assert bar.total == 2
+
+
+class Terminal(io.StringIO):
+    """A stream that says whether it is a terminal."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        super().__init__()
+        self._is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_a_bar_is_shown_as_asked_and_else_only_on_a_terminal(
+    progress: bool | None, is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Terminal(is_terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(telling, "_UNASKED_DELAY_S", 0.0)
+    assert list(telling.go_through([3, 4], "rows", progress, "rows")) == [3, 4]
+    assert bool(stream.getvalue()) is (is_terminal if progress is None else progress)

@@ -20,7 +20,7 @@ from layerprobe.analysis.keeping import KeptProbe
 from layerprobe.analysis.probing import Fit, code_length, fit_best, fitting
 from layerprobe.analysis.scores import score
 from layerprobe.analysis.splits import DEV, TEST, TRAIN
-from layerprobe.analysis.sweep import bar_of, choose_depth
+from layerprobe.analysis.sweep import choose_depth
 from layerprobe.analysis.tasks import Task, make_task
 from layerprobe.analysis.verdict import BaselineScore, Classification, Mix, SiteScore, TaskSummary, judge
 from layerprobe.cores import using_few_cores
@@ -30,6 +30,7 @@ from layerprobe.store.guard import check_count, check_flag
 from layerprobe.store.naming import list_named
 from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import format_count
+from layerprobe.telling import make_bar
 
 __all__ = ["MakeUntrained", "classify"]
 
@@ -140,7 +141,7 @@ def classify(
     options = _Options(control, mdl, seed)
     notes = list(task.notes)
 
-    with fitting(), using_few_cores(), bar_of(len(names), "probes", progress, "fits") as bar:
+    with fitting(), using_few_cores(), make_bar(len(names), "probes", progress, "fits") as bar:
         found, mix = _probe_sites(store, task, names, used_pool, options, notes, bar, pool == "last4", sites)
         guesses = {"majority": guess_majority(task.labels, task.sides), "tfidf": _guess_words(task)}
         baselines = {name: _score_guess(task, guess, seed) for name, guess in guesses.items()}

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.analysis.sweep import Mappings, bar_of, sweep
+from layerprobe.analysis.sweep import Mappings, sweep
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.description import StoredSite
 from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.order import cut_shard
 from layerprobe.store.reader import Store
 from layerprobe.store.shards import ScaledRows, Shard
+from layerprobe.telling import make_bar
 
 __all__ = ["draw_numbers", "draw_rows"]
 
@@ -72,7 +73,7 @@ def draw_rows(
         if wanted == num_rows
         else _read_drawn(store, sites, wanted, seed)
     )
-    with bar_of(wanted, "moments", progress) as bar:
+    with make_bar(wanted, "moments", progress) as bar:
         for batch in batches:
             values = [batch[name].double() for name in names]
             if not all(bool(torch.isfinite(value).all()) for value in values):

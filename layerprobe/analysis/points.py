@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layerprobe.analysis.drawing import draw_numbers
 from layerprobe.analysis.results import plain
-from layerprobe.analysis.sweep import Mappings, bar_of
+from layerprobe.analysis.sweep import Mappings
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.store.description import StoredSite
 from layerprobe.store.guard import is_number
@@ -25,6 +25,7 @@ from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, pool_packed, positions_of
 from layerprobe.tables import format_count
+from layerprobe.telling import make_bar
 
 __all__ = ["Colours", "Points", "choose_points", "colour_points", "draw_points", "has_field"]
 
@@ -118,7 +119,7 @@ def draw_points(
     named: Collection[str],
     progress: bool | None = None,
 ) -> Points:
-    """Draw points at random and read them at every site, under a bar as of `bar_of`.
+    """Draw points at random and read them at every site, under a bar as of `make_bar`.
 
     A site at which all are the same is left out, unless it is `named` or no other is left.
 
@@ -138,7 +139,7 @@ def draw_points(
     if not by_rows and any(site.kind == "token" for site in sites):
         store.catalog.need_every_row("a picture of examples", "Draw rows, or extract with a pool.")
     mapped = Mappings(store.catalog)
-    with bar_of(len(chosen), "points", progress, kind) as bar:
+    with make_bar(len(chosen), "points", progress, kind) as bar:
         for shard in store.iter_shards():
             count = shard.header.num_tokens if by_rows else shard.header.num_examples
             part = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, first + count)] - first

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from layerprobe.errors import NonFiniteError, SiteError
 from layerprobe.store.catalog import Catalog
@@ -23,12 +22,11 @@ from layerprobe.store.naming import leave_out
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import choose_sites, take_rows
 from layerprobe.store.shards import Shard, positions_of
-from layerprobe.telling import find_stderr
+from layerprobe.telling import make_bar
 
 __all__ = [
     "Chunk",
     "Mappings",
-    "bar_of",
     "choose_depth",
     "count_types",
     "sweep",
@@ -105,21 +103,6 @@ def choose_depth(store: Store, patterns: str | Sequence[str] | None) -> list[Sto
     return list(choose_sites(store.catalog, names))
 
 
-def bar_of(total: int, what: str, progress: bool | None, unit: str = "rows") -> "tqdm[Any]":
-    """Make a progress bar; None shows it only on a terminal, and not for what is done at once."""
-    disable, delay = (None, 0.5) if progress is None else (not progress, 0.0)
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=f" {unit}",
-        unit_scale=unit == "rows",
-        disable=disable,
-        leave=False,
-        delay=delay,
-        file=find_stderr(),
-    )
-
-
 def sweep(
     store: Store,
     sites: Sequence[StoredSite],
@@ -151,7 +134,7 @@ def sweep(
     most = None if total == num_rows else _find_most(store, kind, total, seed)
     names = [site.name for site in sites]
     mapped = Mappings(catalog)
-    with bar_of(total, what, progress) as bar:
+    with make_bar(total, what, progress) as bar:
         for number, shard in enumerate(store.iter_shards()):
             catalog.prefetch(range(number, len(catalog.shards)), names)
             drawn = None if most is None else _draw_keys(shard, number, seed) <= most

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from layerprobe.capture.probe import Probe
 from layerprobe.edit.editor import edit
@@ -29,7 +28,8 @@ from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import ModelMap, Site, map_model
 from layerprobe.sites.stacks import find_called, need_model, widen
 from layerprobe.store.guard import check_count
-from layerprobe.tables import format_count, hide_bar
+from layerprobe.tables import format_count
+from layerprobe.telling import make_bar
 
 __all__ = ["patching"]
 
@@ -264,8 +264,7 @@ def _run_patches(sweep: _Sweep, values: Mapping[str, Tensor], batch_size: int, p
     numbers = range(sweep.num_heads) if sweep.num_heads is not None else (None,)
     jobs = list(product(range(len(sweep.sites)), places, numbers))
     found = torch.empty(len(jobs), dtype=torch.float64, device="cpu")
-    bar = tqdm(total=len(jobs), unit=" patches", disable=hide_bar(progress), leave=False)
-    with bar:
+    with make_bar(len(jobs), "", progress, "patches") as bar:
         for start in range(0, len(jobs), batch_size):
             part = jobs[start : start + batch_size]
             copies = {key: _repeat(value, len(part)) for key, value in sweep.corrupt.items()}

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from layerprobe.capture.casting import cast_into
 from layerprobe.capture.identity import describe_changes
@@ -35,8 +34,8 @@ from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.reader import Example, Store, open_store
 from layerprobe.store.shards import ScaledRows
 from layerprobe.store.tokenizer import load_tokenizer
-from layerprobe.tables import format_count, hide_bar
-from layerprobe.telling import find_stderr
+from layerprobe.tables import format_count
+from layerprobe.telling import find_stderr, go_through
 
 __all__ = ["Audit", "AuditProblem", "AuditReport", "audit", "plan_audit"]
 
@@ -149,7 +148,7 @@ class Audit:
         problems: list[AuditProblem] = []
         num_values, largest = 0, 0.0
         with running(self.network, self.precision):
-            for ordinal in tqdm(self.examples, unit=" examples", disable=hide_bar(progress), leave=False):
+            for ordinal in go_through(self.examples, "", progress, "examples"):
                 example = store.example(ordinal)
                 if example.text is None:
                     raise StoreError(

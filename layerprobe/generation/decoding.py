@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from layerprobe.errors import ModelError, OptionError, first_line
 from layerprobe.extract.network import load_named
@@ -24,7 +23,7 @@ from layerprobe.sites.stacks import find_device, unwrap
 from layerprobe.store.guard import check_count, is_number
 from layerprobe.store.padded import EncoderOutputs
 from layerprobe.store.reader import Store, take_store
-from layerprobe.tables import hide_bar
+from layerprobe.telling import make_bar
 
 __all__ = ["generate", "list_examples"]
 
@@ -98,9 +97,7 @@ def generate(
     found: list[Generated] = []
     with evaluating(decoder), torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        with tqdm(
-            total=len(ordinals), desc="generate", unit=" examples", disable=hide_bar(progress), leave=False
-        ) as bar:
+        with make_bar(len(ordinals), "generate", progress, "examples") as bar:
             for first in range(0, len(ordinals), batch_size):
                 part = ordinals[first : first + batch_size]
                 outputs = store.encoder_outputs(view.site, part, next(decoder.parameters()).dtype)

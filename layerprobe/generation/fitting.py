@@ -28,7 +28,7 @@ from layerprobe.models import need_device
 from layerprobe.store.guard import check_count
 from layerprobe.store.padded import choose_layer
 from layerprobe.store.reader import Store, take_store
-from layerprobe.tables import hide_bar
+from layerprobe.telling import make_bar
 
 __all__ = ["fit_decoder"]
 
@@ -128,7 +128,7 @@ def fit_decoder(
     with (
         using_few_cores(),
         torch.random.fork_rng(),
-        tqdm(total=num_steps, unit=" steps", disable=hide_bar(progress), leave=False) as bar,
+        make_bar(num_steps, "", progress, "steps") as bar,
     ):
         for site in (*sites, None):
             bar.set_description("no context" if site is None else site)

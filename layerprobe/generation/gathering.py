@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerprobe.analysis.sweep import bar_of, choose_depth
+from layerprobe.analysis.sweep import choose_depth
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.extract.batching import cut_batches
 from layerprobe.extract.forward import find_precision, running
@@ -28,6 +28,7 @@ from layerprobe.sites.resolve import map_model
 from layerprobe.sites.stacks import find_device
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_count
+from layerprobe.telling import make_bar
 
 __all__ = ["TokenRows", "gather_store", "gather_texts"]
 
@@ -137,7 +138,7 @@ def gather_texts(
     pile = _Pile(sites, most, mapped.owner)
     length, maker = choose_max_length(model, tokenizer, None), np.random.default_rng([seed, 19])
     records, first = iter(open_source(texts)), 0
-    with running(model, find_precision(model, None)), bar_of(most, "lens", progress) as bar:
+    with running(model, find_precision(model, None)), make_bar(most, "lens", progress) as bar:
         while pile.left and (part := [record.text for record in islice(records, _TEXTS_AHEAD)]):
             unit = tokenize(tokenizer, part, length)
             masked = _choose_tokens(unit, sorted(special), mask, maker)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError
@@ -29,7 +28,7 @@ from layerprobe.store.format import STORE_FILE
 from layerprobe.store.guard import check_count, is_number
 from layerprobe.store.places import find_place
 from layerprobe.store.reader import Store, open_store
-from layerprobe.tables import hide_bar
+from layerprobe.telling import go_through
 
 __all__ = ["lens"]
 
@@ -174,7 +173,7 @@ def _look_by_head(
     has_norm = "norm" in rows.rows
     found: list[LensSite] = []
     guesses: list[tuple[list[str], list[int]]] = []
-    for site, values in _with_bar(rows, progress):
+    for site, values in go_through(rows.rows.items(), "lens", progress, "sites"):
         seen = _Seen()
         for first in range(0, len(values), _CHUNK_ROWS):
             logits = head(values[first : first + _CHUNK_ROWS].to(device), is_final=has_norm and site == "norm")
@@ -205,7 +204,7 @@ def _look_by_embeddings(
     words_TE = head.words_VE[rows.ids[fits].to(device)].cpu()
     found: list[LensSite] = []
     guesses: list[tuple[list[str], list[int]]] = []
-    for site, values in _with_bar(judged, progress):
+    for site, values in go_through(judged.rows.items(), "lens", progress, "sites"):
         weight, bias = fit_ridge(rows.rows[site][fits], words_TE, _RIDGE)
         mapped, raw = _Seen(), _Seen()
         is_raw = values.shape[1] == head.words_VE.shape[1]
@@ -217,11 +216,6 @@ def _look_by_embeddings(
         found.append(mapped.judge(site, raw.top1 if is_raw else None))
         guesses.append(mapped.first(write))
     return Lens("embedding", share, len(judged.ids), tuple(found), _readings(judged, guesses, write))
-
-
-def _with_bar(rows: TokenRows, progress: bool | None) -> "tqdm[Any]":
-    hidden = hide_bar(progress)
-    return tqdm(rows.rows.items(), desc="lens", unit=" sites", disable=hidden, leave=False, delay=0.5)
 
 
 class _Seen:

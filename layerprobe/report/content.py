@@ -22,7 +22,7 @@ from layerprobe.analysis.figures import GREY, PALETTE, label_sites
 from layerprobe.analysis.points import Points, choose_points, draw_points
 from layerprobe.analysis.projection import Panel, project
 from layerprobe.analysis.results import plain, shorten
-from layerprobe.analysis.sweep import bar_of, choose_depth
+from layerprobe.analysis.sweep import choose_depth
 from layerprobe.analysis.verdict import Classification
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import NonFiniteError, OptionError, SiteError
@@ -30,6 +30,7 @@ from layerprobe.store.guard import brief, is_number, need_list
 from layerprobe.store.naming import list_named
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_count, format_dtype
+from layerprobe.telling import make_bar
 from layerprobe.version import __version__
 
 __all__ = ["gather"]
@@ -72,7 +73,7 @@ def gather(
         store, chosen, kind, pool=pool, max_points=max_points, seed=seed, named=named, progress=progress
     )
     names = list(drawn.values)
-    with using_few_cores(), bar_of(len(names), "pca", progress, "sites") as bar:
+    with using_few_cores(), make_bar(len(names), "pca", progress, "sites") as bar:
         panels = project(drawn.values, "pca", shared=False, seed=seed, done=bar.update)
     records = {ordinal: store.record(ordinal) for ordinal in set(drawn.examples.tolist())}
     first = labels or "label"

@@ -19,7 +19,7 @@ from layerprobe.analysis.figures import GREY, MARKERS, PALETTE, check_suffix, sa
 from layerprobe.analysis.points import Colours, Points, choose_points, colour_points, draw_points, has_field
 from layerprobe.analysis.projection import METHODS, Panel, project
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
-from layerprobe.analysis.sweep import bar_of, choose_depth
+from layerprobe.analysis.sweep import choose_depth
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import OptionError, SiteError
 from layerprobe.packages import need_package
@@ -27,6 +27,7 @@ from layerprobe.store.guard import brief, check_count, check_flag, need_list
 from layerprobe.store.naming import list_named, match_sites
 from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import format_table
+from layerprobe.telling import make_bar
 
 __all__ = ["Picture", "plot", "plot_attention"]
 
@@ -182,19 +183,12 @@ def plot(
     named = list_named(site, store.sites)
     drawn = draw_points(store, sites, kind, pool=pool, max_points=most, seed=seed, named=named, progress=progress)
     colours = colour_points(store, drawn, color)
-    with using_few_cores(), bar_of(len(drawn.values), method, progress, "sites") as bar:
+    with using_few_cores(), make_bar(len(drawn.values), method, progress, "sites") as bar:
         panels = project(drawn.values, method, shared=shared, seed=seed, done=bar.update)
     figure = _draw_panels(panels, drawn, colours, method, shared)
-    picture = Picture(
-        tuple(panels),
-        tuple(drawn.examples.tolist()),
-        tuple(drawn.positions.tolist()) if drawn.positions is not None else None,
-        color,
-        drawn.num_all,
-        method,
-        figure,
-        drawn.constant,
-    )
+    examples = tuple(drawn.examples.tolist())
+    positions = tuple(drawn.positions.tolist()) if drawn.positions is not None else None
+    picture = Picture(tuple(panels), examples, positions, color, drawn.num_all, method, figure, drawn.constant)
     picture.plot(path)
     return picture
 

@@ -30,7 +30,8 @@ from layerprobe.store.naming import leave_out, match_sites
 from layerprobe.store.packed import PackedArray, list_arrays, write_npz, write_zarr
 from layerprobe.store.reader import Store, take_store
 from layerprobe.store.shards import Shard
-from layerprobe.tables import format_bytes, format_count, format_dtype, hide_bar
+from layerprobe.tables import format_bytes, format_count, format_dtype
+from layerprobe.telling import make_bar
 
 __all__ = ["FORMATS", "ExportReport", "export"]
 
@@ -137,10 +138,10 @@ def export(
     _check_target(store, out, to, overwrite)
     with _committed(out, overwrite) as partial:
         if to in _TABLES:
-            with _bar(store.num_shards, progress) as bar:
+            with make_bar(store.num_shards, "", progress, "shards") as bar:
                 _TABLES[to](partial, _counted(store, bar), columns)
         else:
-            with _bar(0, progress) as bar:
+            with make_bar(0, "", progress, "shards") as bar:
                 arrays = list_arrays(lambda: _counted(store, bar), columns.sites)
                 # the pass that measured is done
                 bar.reset(store.num_shards * len(arrays))
@@ -265,10 +266,6 @@ def _remove_leftovers(folder: Path, prefix: str) -> None:
 def _has_only_copy(work: Path) -> bool:
     """Whether what an export moved aside is there, and what replaces it has not got its name."""
     return (work / "old").exists() and (work / "new").exists()
-
-
-def _bar(num_passes: int, progress: bool | None) -> "tqdm[Any]":
-    return tqdm(total=num_passes, unit=" shards", disable=hide_bar(progress), leave=False)
 
 
 def _counted(store: Store, bar: "tqdm[Any]") -> Iterator[Shard]:

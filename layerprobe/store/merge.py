@@ -40,7 +40,8 @@ from layerprobe.store.index import commit_index
 from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.mismatch import list_differences
 from layerprobe.store.places import find_place, need_folder
-from layerprobe.tables import format_bytes, format_count, hide_bar
+from layerprobe.tables import format_bytes, format_count
+from layerprobe.telling import make_bar
 
 __all__ = ["MergeReport", "merge"]
 
@@ -276,7 +277,7 @@ def _fill(
     wanted = Wanted.from_description(description, highest_id)
     headers: list[ShardHeader] = []
     size = sum(copy.path.stat().st_size for found in copies.values() for copy in found[:1])
-    with tqdm(total=size, unit="B", unit_scale=True, disable=hide_bar(progress), leave=False) as bar:
+    with make_bar(size, "", progress, "B") as bar:
         for unit in range(report.num_units):
             header = _bring(target, copies.get(unit, []), wanted, report, link, bar)
             report.missing += [unit] if header is None else []

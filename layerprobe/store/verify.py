@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.checks import Wanted, check_shard, check_tokenizer, load_description, tell
 from layerprobe.store.durable import flush_folder
@@ -36,7 +34,8 @@ from layerprobe.store.guard import brief, check_flag
 from layerprobe.store.index import sum_headers
 from layerprobe.store.lock import StoreLock, find_holder
 from layerprobe.store.places import Place, find_place
-from layerprobe.tables import format_bytes, format_count, hide_bar
+from layerprobe.tables import format_bytes, format_count
+from layerprobe.telling import make_bar
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 
@@ -200,7 +199,7 @@ def _check_shards(
         sizes.append(0)
         with suppress(StoreError):  # a link to nowhere; what is wrong with it is said below
             sizes[-1] = place.size(file)
-    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=hide_bar(progress), leave=False)
+    bar = make_bar(sum(sizes), "", progress, "B")
     executor = ThreadPoolExecutor(_NUM_THREADS if place.folder is not None else _NUM_REQUESTS)
     headers: list[ShardHeader] = []
     try:
