@@ -23,7 +23,7 @@ from layerprobe.generation.heads import EmbeddingHead, MaskedHead, fit_ridge
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.grammar import list_patterns
 from layerprobe.sites.resolve import DEFAULT_SITES, ModelMap, map_model
-from layerprobe.sites.stacks import fills_masks, find_device
+from layerprobe.sites.stacks import fills_masks, find_device, widen
 from layerprobe.store.format import STORE_FILE
 from layerprobe.store.guard import check_count, is_number
 from layerprobe.store.places import find_place
@@ -210,7 +210,7 @@ def _look_by_embeddings(
         is_raw = values.shape[1] == head.words_VE.shape[1]
         for first in range(0, len(values), _CHUNK_ROWS):
             part, ids = values[first : first + _CHUNK_ROWS], judged.ids[first : first + _CHUNK_ROWS].to(device)
-            mapped.add(head((part.double() @ weight + bias).to(device)), ids, is_logit=False)
+            mapped.add(head((part.double() @ weight + bias).float().to(device)), ids, is_logit=False)
             if is_raw:
                 raw.add(head(part.to(device)), ids, is_logit=False)
         found.append(mapped.judge(site, raw.top1 if is_raw else None))
@@ -232,7 +232,7 @@ class _Seen:
         self._ranks.append(1 + (scores_TV > true).sum(1).cpu())
         self._guesses.append(scores_TV.argmax(1).cpu())
         if is_logit:
-            self._logs.append((true[:, 0] - scores_TV.logsumexp(1)).double().cpu())
+            self._logs.append(widen(true[:, 0] - scores_TV.logsumexp(1)).cpu())
 
     @property
     def top1(self) -> float:
