@@ -7,6 +7,7 @@ matplotlib is imported in the functions that draw. Must never know of stores.
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from layerprobe.errors import OptionError, StoreError
 from layerprobe.packages import need_package
 from layerprobe.store.format import need_parent
 from layerprobe.store.guard import need_path
+from layerprobe.tables import format_count
+from layerprobe.telling import say
 
 __all__ = [
     "GREY",
@@ -46,6 +49,17 @@ _LAYER = re.compile(r"layers\.(\d+)\Z")
 _MOST_NUMBERED = 14
 # Where a cell is so dark that its number must be white.
 _DARK = 0.53
+# For letters that matplotlib's own font has not, the first installed one that has them. It cannot draw fonts of
+# coloured pictures, as most of emoji are.
+_FONT = "DejaVu Sans"
+_MORE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+    "Droid Sans Fallback", "PingFang SC", "Hiragino Sans GB", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei",
+    "SimHei", "Yu Gothic", "Malgun Gothic", "Noto Sans", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai",
+    "Arial Unicode MS", "Segoe UI", "Noto Emoji", "Segoe UI Emoji", "Segoe UI Symbol", "Symbola", "Unifont",
+)  # fmt: skip
+_MISSING = re.compile(r"Glyph (\d+) .*missing from")
+_MOST_MISSING = 20
 _STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -83,9 +97,12 @@ def styled() -> Iterator[Any]:
     """
     matplotlib = need_package("matplotlib", "a picture", "analysis")
     figure = need_package("matplotlib.figure", "a picture", "analysis")
+    manager = need_package("matplotlib.font_manager", "a picture", "analysis")
+    installed = {font.name for font in manager.fontManager.ttflist}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams["font.family"] = [_FONT, *(name for name in _MORE_FONTS if name in installed)]
         yield figure.Figure
 
 
@@ -106,6 +123,7 @@ def save_figure(figure: Any, path: str | Path | None) -> Any:
     """Write a figure, in the format of the suffix, without the time or the program's version; gives the figure.
 
     A notebook shows a figure that was made without pyplot only where it says itself how.
+    Letters that no font has, and that are drawn as boxes, are said in one line.
 
     Raises:
         StoreError: the file cannot be written.
@@ -117,10 +135,12 @@ def save_figure(figure: Any, path: str | Path | None) -> Any:
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
     try:
         # the style says how a file is made, too
-        with styled():
+        with styled(), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             figure.savefig(path, dpi=200, metadata=undated[path.suffix.lower()])
     except OSError as error:
         raise StoreError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from error
+    _tell_missing(path, warned)
     return figure
 
 
@@ -130,6 +150,25 @@ def _draw_png(figure: Any) -> bytes:
     with styled():
         figure.savefig(drawn, format="png")
     return drawn.getvalue()
+
+
+def _tell_missing(path: Path, warned: Sequence[warnings.WarningMessage]) -> None:
+    """Say once which letters are boxes, for which matplotlib warns one by one, and pass on what else it warned of."""
+    codes = []
+    for one in warned:
+        missing = _MISSING.match(str(one.message))
+        if missing is None:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        else:
+            codes.append(int(missing[1]))
+    # whoever shows an SVG has fonts of its own
+    if codes and path.suffix.lower() != ".svg":
+        letters = [chr(code) for code in sorted(set(codes))]
+        more = ", ..." if len(letters) > _MOST_MISSING else ""
+        say(
+            f"{path}: no installed font has {format_count(len(letters), 'letter')} of it, drawn as boxes: "
+            f"{' '.join(letters[:_MOST_MISSING])}{more}. Install one, such as Noto Sans CJK, or write a .svg."
+        )
 
 
 def label_sites(names: Sequence[str]) -> list[str]:

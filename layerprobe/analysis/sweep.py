@@ -8,7 +8,6 @@ Hides shards, dtypes and the choice of examples. Must never know of formulas.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch

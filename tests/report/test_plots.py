@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 import layerprobe as lp
+from layerprobe.analysis import figures
 from layerprobe.analysis.figures import GREY, PALETTE
 from layerprobe.errors import (
     InputError,
@@ -185,6 +187,35 @@ def test_labels_from_the_data_are_text_and_no_mathematics(tmp_path: Path) -> Non
     texts = [text.get_text().strip("\u200b") for text in figure.legends[0].get_texts()]
     assert sorted(texts) == [r"\$\frac{1}\$ <b>", "_hidden"]
     assert "&lt;b&gt;" in (tmp_path / "layers.svg").read_text(encoding="utf-8")
+
+
+def test_letters_that_no_font_has_are_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields: list[dict[str, Any]] = [{"label": "\U00012000\U00012001"[number % 2]} for number in range(30)]
+    folder = plant(tmp_path / "acts", {"layers.0": draw(count=30)}, [1] * 30, fields=fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lp.plot(folder, tmp_path / "boxes.png")
+        said = capsys.readouterr().err
+        lp.plot(folder, tmp_path / "letters.svg")
+    assert said.count("\n") == 1 and "boxes.png: no installed font has 2 letters of it, drawn as boxes" in said
+    # whoever shows it may have the font
+    assert capsys.readouterr().err == ""
+
+
+def test_other_fonts_give_letters_that_the_first_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager = pytest.importorskip("matplotlib.font_manager")
+    codes = [set(manager.get_font(manager.findfont(name)).get_charmap()) for name in ("STIXGeneral", "DejaVu Sans")]
+    letter = next(chr(code) for code in sorted(codes[0] - codes[1]) if chr(code).isprintable())
+    fields: list[dict[str, Any]] = [{"label": letter} for _ in range(30)]
+    folder = plant(tmp_path / "acts", {"layers.0": draw(count=30)}, [1] * 30, fields=fields)
+    monkeypatch.setattr(figures, "_MORE_FONTS", ())
+    lp.plot(folder, tmp_path / "boxes.png")
+    assert letter in capsys.readouterr().err
+    monkeypatch.setattr(figures, "_MORE_FONTS", ("no such font", "STIXGeneral"))
+    lp.plot(folder, tmp_path / "whole.png")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_picture_is_written_as_numbers_too(store: Any, tmp_path: Path) -> None:
