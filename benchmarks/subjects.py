@@ -139,7 +139,7 @@ def read_subject(options: argparse.Namespace) -> Subject:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         refuse(f"--device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices. Use cpu.")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # torch takes no device without a number here
     if device.type == "cpu" and options.precision == "tf32":
         refuse("--precision tf32 on cpu: CUDA devices compute so. Use fp32, bf16 or fp16.")
     return Subject(options.model, options.device, options.precision, options.usual)

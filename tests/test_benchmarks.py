@@ -85,6 +85,18 @@ def test_each_runs_in_small_and_ends_in_its_json_line(name: str, tmp_path: Path)
         assert {way: one["agree"] for way, one in ways.items()} == {way: one["compared"] for way, one in ways.items()}
 
 
+@pytest.mark.bench
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_each_that_takes_a_device_runs_on_a_gpu_in_small(name: str, tmp_path: Path) -> None:
+    done = run_script(name, "--quick", "--device", "cuda", "--precision", "bf16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["benchmark"].startswith(f"{name}-cuda-") and document["results"]
+    assert document["settings"]["gpu"] == torch.cuda.get_device_name("cuda")
+
+
 def check_floor(document: Any) -> None:
     """Hold every regime to its parts: they add up to the whole, and the ratios are over the floor that is named."""
     assert document["settings"]["rounds"] == 1 and len(document["results"]["regimes"]) == 3
@@ -132,6 +144,17 @@ def test_a_device_that_is_not_there_is_refused(
     printed = capsys.readouterr()
     assert ended.value.code == 2 and printed.out == ""
     assert reason in printed.err and len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_device_of_cuda_is_the_current_one_with_or_without_a_number(name: str) -> None:
+    subjects = importlib.import_module("subjects")
+    parser = argparse.ArgumentParser()
+    subjects.add_subject_options(parser)
+    assert subjects.read_subject(parser.parse_args(["--device", name])).is_on_cuda
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
