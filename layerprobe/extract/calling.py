@@ -1,7 +1,8 @@
 """Batches through a model whose device may have too little memory for them.
 
 What does not fit is run in halves, whose rows lie in the same order, and the budget is halved from there on: later
-batches are cut before they fail. The cut of the plan stays as it is, so the same texts stay in the same places.
+batches are cut before they fail. So is a batch of more sequences than the device's kernels take. The cut of the plan
+stays as it is, so the same texts stay in the same places.
 
 Hides how much fits. Must never know of stores.
 """
@@ -18,7 +19,11 @@ from layerprobe.extract.flat import FlatForm, find_arguments, laying
 from layerprobe.extract.memory import ran_out
 from layerprobe.telling import say
 
-__all__ = ["ModelCaller"]
+__all__ = ["MOST_SEQUENCES", "ModelCaller"]
+
+# Sequences of a call, by kind of device; none given, any. Attention of CUDA has a place for each in the second or third
+# dimension of its grid; beyond, it fails without a word of memory (pytorch/pytorch#146704, flash-attention#1786).
+MOST_SEQUENCES = {"cuda": (1 << 16) - 1}
 
 
 class ModelCaller:
@@ -46,6 +51,7 @@ class ModelCaller:
         self._form = form
         self.num_halved = 0
         self.most_tokens: int | None = None
+        self._most_sequences = MOST_SEQUENCES.get(device.type)
 
     def call(self, batch: Batch | FlatBatch, announce: Callable[[Any], None]) -> None:
         """Send a batch through the model.
@@ -60,7 +66,9 @@ class ModelCaller:
         """
         num_tokens = batch.input_ids.numel()
         is_one = batch.num_sequences < 2
-        if is_one or self.most_tokens is None or num_tokens <= self.most_tokens:
+        if is_one or (
+            _is_within(num_tokens, self.most_tokens) and _is_within(batch.num_sequences, self._most_sequences)
+        ):
             if self._try(batch, announce, may_fail=True):
                 return
             # outside of `_try`, whose frames would keep the failed forward's tensors alive
@@ -91,6 +99,10 @@ class ModelCaller:
             raise
         check()
         return True
+
+
+def _is_within(count: int, most: int | None) -> bool:
+    return most is None or count <= most
 
 
 def _nothing_to_check() -> None:

@@ -20,6 +20,7 @@ from layerprobe.capture.probe import Probe
 from layerprobe.capture.staging import Room, hold_stages
 from layerprobe.cores import using_cores
 from layerprobe.extract.batching import BATCH_COST_TOKENS, Batch, FlatBatch
+from layerprobe.extract.calling import MOST_SEQUENCES
 from layerprobe.extract.flat import FlatForm, attending_flat, find_arguments, laying
 from layerprobe.extract.forward import running
 from layerprobe.extract.memory import ran_out
@@ -86,7 +87,8 @@ def find_batch_tokens(
     form = FlatForm.of(model) if is_flat else None
 
     def measure(num_tokens: int) -> float:
-        count = max(1, num_tokens // len(text))
+        # no more than the run sends at once
+        count = min(max(1, num_tokens // len(text)), MOST_SEQUENCES.get(device.type, num_tokens))
         batch, rows = _repeat(text, count, is_flat), len(text) if kept is None else kept.estimate(len(text))
         # as the run does from call to call
         held = hold_stages(device, stored, Room(math.ceil(count * rows), count, count * len(text) ** 2))

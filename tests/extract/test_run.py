@@ -15,8 +15,10 @@ import torch
 
 import layerprobe
 import memory
+from families import IS_V5
 from layerprobe.capture.packing import StoreSink
 from layerprobe.errors import InputError, NonFiniteError, StoreError
+from layerprobe.extract import calling
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.reports import RunReport
@@ -492,10 +494,36 @@ def test_memory_that_gives_out_behind_another_error_is_known(tiny: LoadedModel, 
     handle.remove()
 
 
+@pytest.mark.parametrize("padding_free", [False, True] if IS_V5 else [False])
+def test_no_more_sequences_are_sent_at_once_than_the_kernels_of_a_device_take(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, padding_free: bool
+) -> None:
+    """As many texts as a shard may hold are one more than CUDA's attention takes."""
+    texts = [f"{word} {number}" for number in range(12) for word in ("the", "fox", "dog", "the")]
+    options = ExtractOptions(sites="layers.*", padding_free=padding_free)
+    whole = extract(tiny, texts, tmp_path / "whole", sites="layers.*", padding_free=padding_free)
+    plan = plan_extraction(tiny, texts, tmp_path / "cut", options)
+    monkeypatch.setitem(calling.MOST_SEQUENCES, "cpu", 5)
+    sent: list[int] = []
+
+    def count(_: Any, args: Any, kwargs: Any) -> None:
+        sent.append(int(kwargs["position_ids"].eq(0).sum()) if padding_free else len(kwargs["input_ids"]))
+
+    with tiny.model.register_forward_pre_hook(count, with_kwargs=True):
+        report = run_extraction(plan)
+    # of texts that are the same one is sent
+    assert 3 <= max(sent) <= 5 and sum(sent) == 36 and not report.num_halved
+    cut = layerprobe.open(tmp_path / "cut")
+    for site, number in itertools.product(whole.sites, range(len(texts))):
+        torch.testing.assert_close(
+            cut[site][number], whole[site][number], atol=1e-5, rtol=1e-5
+        )  # batches of other sizes
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_batch_that_the_gpu_has_no_memory_for_is_run_in_halves(demo: LoadedModel, tmp_path: Path) -> None:
-    model, device = copy.deepcopy(demo.model).cuda(), torch.device("cuda")
+    model, device = copy.deepcopy(demo.model).cuda(), torch.device("cuda", torch.cuda.current_device())
     texts = [f"the quick brown fox jumps over {number} lazy dogs . " * 8 for number in range(64)]
     options: dict[str, Any] = {"sites": "layers.*", "dtype": "float16", "padding_free": False, "batch_tokens": 8192}
     whole = extract(model, texts, tmp_path / "whole", tokenizer=demo.tokenizer, **options)

@@ -8,8 +8,8 @@ import torch
 
 import layerprobe
 from layerprobe.errors import PlanError
+from layerprobe.extract import calling, trials, warmup
 from layerprobe.extract import plan as planning
-from layerprobe.extract import trials, warmup
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import plan_extraction
 from layerprobe.extract.run import run_extraction
@@ -113,6 +113,19 @@ def test_a_long_run_tries_once_and_one_that_goes_on_keeps_what_was_found(
     assert len(layerprobe.open(tmp_path / "acts")) == len(texts)
 
 
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_no_more_sequences_are_tried_than_the_kernels_of_a_device_take(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, is_flat: bool
+) -> None:
+    """Of short texts, budgets that memory has room for would be more sequences than attention on CUDA takes."""
+    monkeypatch.setitem(calling.MOST_SEQUENCES, "cpu", 9)
+    asked: list[int] = []
+    monkeypatch.setattr(warmup, "hold_stages", lambda *given: asked.append(given[2].examples))
+    unit = TokenizedUnit.of([[5] * 3, [5] * 2, [5]])
+    found = find_batch_tokens(tiny.model, [SITE], unit, 8, precision=None, is_flat=is_flat)
+    assert found >= 8 and asked[:3] == [4, 4, 8] and max(asked) <= 9
+
+
 @pytest.mark.parametrize(("kept", "rows"), [(None, 4), (Kept(keep=0.5), 2), (Kept(tokens="first"), 1)])
 def test_a_budget_that_fits_only_without_the_stages_of_the_run_is_not_chosen(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept: Kept | None, rows: int
@@ -133,7 +146,7 @@ def test_a_budget_that_fits_only_without_the_stages_of_the_run_is_not_chosen(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_budget_leaves_a_gpu_room_for_stages(make_bert: Any) -> None:
-    model, device = make_bert().cuda(), torch.device("cuda")
+    model, device = make_bert().cuda(), torch.device("cuda", torch.cuda.current_device())
     unit = TokenizedUnit.of([[5] * 8] * 3)
     # two stages of 4 MiB a token, and an eighth more: 576 MiB of 64 tokens, twice that of 128
     wide = StoredSite("layers.0", "token", torch.float32, 1 << 20)
