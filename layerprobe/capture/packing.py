@@ -341,8 +341,9 @@ class StoreSink(SinkAbilities):
         if batch is not None and batch.kept is not None:
             unit.positions.extend(batch.kept)
         unit.used = unit.used.plus(pending.room)
-        for index, count in pending.overflow.items():
-            unit.overflow[index] = unit.overflow[index] + count if index in unit.overflow else count
+        if pending.overflow:
+            with self._lane.joined():
+                unit.add_clipped(pending.overflow)
         if batch is not None and batch.records is not None:
             unit.records.extend(batch.records)
         self._next_example += len(selection.lengths)
@@ -364,6 +365,8 @@ class StoreSink(SinkAbilities):
         assert unit is not None and stored is not None and self.buffers is not None
         self._unit = None
         self._next_unit = unit.number + 1
+        with self._lane.joined():
+            clipped = unit.count_clipped(stored)
         header = ShardHeader(
             unit=unit.number,
             num_examples=unit.used.examples,
@@ -371,7 +374,7 @@ class StoreSink(SinkAbilities):
             first_example=unit.first_example,
             fingerprint=self._fingerprint,
             num_truncated=unit.num_truncated,
-            nonfinite=unit.count_clipped(stored),
+            nonfinite=clipped,
         )
         release = partial(self.buffers.release, unit.buffer)
         try:

@@ -14,7 +14,8 @@ import mmap
 import queue
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -240,6 +241,10 @@ class Lane(Protocol):
         """Give a function that waits until all that was put so far has arrived."""
         ...
 
+    def joined(self) -> AbstractContextManager[object]:
+        """Let the device do what is asked of it meanwhile after what it was asked in earlier such blocks."""
+        ...
+
     def is_busy(self) -> bool:
         """Whether the device has yet to make what was put."""
         ...
@@ -263,6 +268,9 @@ class DirectLane:
 
     def fence(self) -> Callable[[], None]:
         return _nothing_to_wait_for
+
+    def joined(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def is_busy(self) -> bool:
         return False
@@ -294,6 +302,7 @@ class StagedLane:
         self._stages: dict[int, list[_Stage]] = {}
         self._made: Any = None
         self._last: Any = None
+        self._joined: Any = None
 
     def put(self, key: int, target: Target, produce: Produce) -> None:
         stages = self._stages.setdefault(key, [])
@@ -323,6 +332,14 @@ class StagedLane:
 
     def fence(self) -> Callable[[], None]:
         return partial(self._streams.wait, self._last) if self._last is not None else _nothing_to_wait_for
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        # calls may be made in several streams, of which none waits for another
+        if self._joined is not None:
+            self._streams.hold(self._joined)
+        yield
+        self._joined = self._streams.record()
 
     def is_busy(self) -> bool:
         return self._made is not None and not self._streams.has_passed(self._made)

@@ -89,6 +89,15 @@ class OpenUnit:
     # values beyond the range of float8, counted where the values are made
     overflow: dict[int, Tensor] = field(default_factory=dict)
 
+    def add_clipped(self, counts: Mapping[int, Tensor]) -> None:
+        """Add what a call has counted, by site."""
+        for index, count in counts.items():
+            if index not in self.overflow:
+                # in place from here on: what is freed may be filled anew before another stream has read it
+                with torch.inference_mode(False):
+                    self.overflow[index] = torch.zeros_like(count)
+            self.overflow[index].add_(count)
+
     def count_clipped(self, stored: Sequence[StoredSite]) -> dict[str, int]:
         """Count by site the values that were beyond the range of float8, where there were some."""
         # one copy for all sites: each waits for all that the device has yet to do

@@ -3,7 +3,9 @@
 What is asked of a store here is asked on the CPU too, so that the questions are known to be right without a GPU.
 """
 
+import contextlib
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,26 @@ def test_a_call_in_a_side_stream_is_stored_whole(make_bert: Any, tmp_path: Path)
     rows = torch.cat(states).cpu()
     store = lp.open(tmp_path / "acts")
     assert all(torch.equal(store["layers.2"][ordinal], rows[ordinal]) for ordinal in range(32))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_float8_clips_is_counted_over_calls_in_streams_that_wait_for_nobody(
+    make_bert: Any, tmp_path: Path, device: str
+) -> None:
+    model = make_bert()
+    model.embeddings.LayerNorm.weight.data.mul_(400)
+    model.to(device)
+    batches = [torch.randint(1, 100, (2, 16)).to(device) for _ in range(8)]
+    large = torch.ones(1024, 1024, device=device)
+    with torch.no_grad():
+        states = torch.stack([model.embeddings(ids) for ids in batches])
+    wanted = int((states.abs() > torch.finfo(torch.float8_e4m3fn).max).sum())
+    with torch.no_grad(), lp.Probe(model, "embeddings", to=tmp_path / "acts", dtype="float8_e4m3fn"):
+        for ids in batches:
+            with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext():
+                _ = large @ large  # the stream has something to do before each call
+                model(ids)
+    assert wanted and json.loads((tmp_path / "acts" / "index.json").read_text())["nonfinite"] == {"embeddings": wanted}
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda:1", marks=NEEDS_TWO)])
