@@ -188,12 +188,12 @@ def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: st
 
 def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:
     """Make sure that an export harms neither the store nor what is not an export."""
-    need_parent(out)
     folder = store.place.folder
     if folder is not None:
         inside, target = folder.path.resolve(), out.resolve()
         if target == inside or inside in target.parents or target in inside.parents:
             raise OptionError(f"{out}: lies in or around the store {folder}. Choose another place.")
+    need_parent(out)
     if not os.path.lexists(out):
         return
     if not overwrite:
