@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import analyses, classifiers, edits, exports, generations, instruments, runs, stats, stores
-from layerprobe.errors import LayerProbeError
+from layerprobe.errors import LayerProbeError, first_line
 from layerprobe.telling import find_stderr
 from layerprobe.version import __version__
 
@@ -82,11 +82,20 @@ def main() -> None:
         status = 130
     except Exception as error:
         lost = _give_up_stdout() if isinstance(error, OSError) else None
-        if lost is None:
-            status = _report_usage(error)
-        else:
+        if lost is not None:
             print(f"layerprobe: standard output: cannot be written ({lost.strerror or lost}).", file=find_stderr())
             status = 2
+        elif _ran_out(error):
+            if "--debug" in sys.argv[1:]:
+                traceback.print_exc()
+            print(
+                f"layerprobe: memory ran out ({first_line(error)}). Allow the process more, or ask it for fewer sites, "
+                "smaller shards or smaller batches.",
+                file=find_stderr(),
+            )
+            status = 2
+        else:
+            status = _report_usage(error)
     sys.exit(status)
 
 
@@ -108,6 +117,15 @@ def _give_up_stdout() -> OSError | None:
             os.close(null)
         return error
     return None
+
+
+def _ran_out(error: Exception) -> bool:
+    """Whether memory gave out, of Python's own or, where it is loaded, of torch."""
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from layerprobe.extract.memory import ran_out
+
+    return ran_out(error)
 
 
 def _report_usage(error: Exception) -> int:

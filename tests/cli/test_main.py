@@ -288,3 +288,13 @@ def test_a_stdout_that_takes_nothing_is_an_error_in_one_line(unbuffered: str) ->
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == "layerprobe: standard output: cannot be written (No space left on device).\n"
+
+
+@pytest.mark.parametrize("what", ["python", "torch"])
+def test_memory_that_runs_out_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str) -> None:
+    def need_much(*_: Any) -> Any:
+        return bytearray(1 << 62) if what == "python" else torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr("layerprobe.store.reader.open_store", need_much)
+    refused(run("info", tmp_path), "Allow the process more, or ask it for fewer sites")
+    assert "need_much" in run("info", tmp_path, "--debug")[2]
