@@ -271,10 +271,16 @@ class Catalog:
             For each piece what keeps it at hand as long as it is held: an item for each tensor that there was room for.
         """
         self._open_all([number for number, _, _ in pieces])
-        return [
-            self.shard(number).fetch(names, start, stop, needs_room=place >= num_needed)
-            for place, (number, start, stop) in enumerate(pieces)
-        ]
+        held: list[list[object]] = [[] for _ in pieces]
+        for place, (number, start, stop) in enumerate(pieces):
+            try:
+                shard = self.shard(number)
+            except StoreError:
+                if place < num_needed:
+                    raise
+                break  # told when it is asked for
+            held[place] = shard.fetch(names, start, stop, needs_room=place >= num_needed)
+        return held
 
     def _open_all(self, numbers: Sequence[int]) -> None:
         """Open shards that lie elsewhere, several at once; what is wrong with any but the first is not said yet."""

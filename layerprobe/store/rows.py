@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from layerprobe.errors import OptionError, SiteError
+from layerprobe.errors import FormatError, MissingExample, OptionError, SiteError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.description import StoredSite
 from layerprobe.store.format import SCALE_SUFFIX
@@ -136,7 +136,13 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
             if not numbers:
                 self._held = {}
                 raise StopIteration
-            self._ready.extend(self._gather(numbers))
+            try:
+                self._ready.extend(self._gather(numbers))
+            except (FormatError, MissingExample):
+                if len(numbers) == 1:
+                    raise
+                # the batches before what is damaged are given first
+                self._ready.extend(self._gather(numbers[:1]))
         batch = self._finish(self._ready.popleft())
         self._given += 1
         return batch

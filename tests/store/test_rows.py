@@ -335,6 +335,21 @@ def test_a_damaged_shard_stops_an_epoch_and_loses_no_batch(numbered: Any) -> Non
     assert found + places(mended) == list(range(2905))
 
 
+@pytest.mark.parametrize("damage", ["header", "values"])
+def test_the_rows_before_a_damaged_shard_come_first(numbered: Any, damage: str) -> None:
+    path = numbered.folder / "shard-000002.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[100 if damage == "header" else read_header(path).tensors["float32"].start] ^= 1
+    before = sum(read_header(path.with_name(f"shard-00000{unit}.safetensors")).num_tokens for unit in range(2))
+    assert before > 10
+    path.write_bytes(damaged)
+    found: list[int] = []
+    iterator = layerprobe.open(numbered.folder)["float32"].rows(10)
+    with pytest.raises(FormatError, match=r"shard-000002"):
+        found.extend(place for batch in iterator for place in places([batch]))
+    assert found == list(range(before - before % 10))
+
+
 def test_a_closed_store_gives_no_more_rows(numbered: Any) -> None:
     iterator = numbered["float32"].rows(10**5)
     numbered.close()
