@@ -248,7 +248,7 @@ def _adopt(place: Place, names: Sequence[str], description: Mapping[str, Any]) -
     return done
 
 
-def _load_headers(place: Place, names: list[str]) -> Iterator[ShardHeader | None]:
+def _load_headers(place: Place, names: Sequence[str]) -> Iterator[ShardHeader | None]:
     """Read headers; None for each that is damaged."""
 
     def load(name: str) -> ShardHeader | None:
