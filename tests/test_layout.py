@@ -337,6 +337,10 @@ def test_names_load_what_type_checkers_are_told_of() -> None:
         assert getattr(layerprobe, name) is getattr(importlib.import_module(str(home)), own), name
 
 
+def test_an_installed_package_tells_type_checkers_to_read_its_annotations() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
 def test_a_name_stays_what_it_is_where_a_folder_has_the_same() -> None:
     code = (
         "import layerprobe.extract.run, layerprobe.edit.editor, layerprobe.profile, layerprobe as lp\n"
