@@ -30,7 +30,7 @@ __all__ = [
     "MARKERS",
     "PALETTE",
     "Curve",
-    "check_suffix",
+    "check_picture",
     "draw_curves",
     "draw_depth",
     "label_sites",
@@ -106,16 +106,17 @@ def styled() -> Iterator[Any]:
         yield figure.Figure
 
 
-def check_suffix(path: str | Path) -> Path:
-    """Make sure that a picture can be written under a name.
+def check_picture(path: str | Path) -> Path:
+    """Make sure, before anything is computed, that a picture can be made and written under a name.
 
     Raises:
-        OptionError: its suffix is not a picture format, or it would lie in a store.
+        OptionError: its suffix is not a picture format, it would lie in a store, or matplotlib is not installed.
         StoreError: its folder does not exist.
     """
     path = need_path("path", path)
     if path.suffix.lower() not in _SUFFIXES:
         raise OptionError(f"no picture {str(path)!r}: {path.suffix or 'no suffix'!r} is not {', '.join(_SUFFIXES)}.")
+    need_package("matplotlib", "a picture", "analysis")
     return need_parent(path)
 
 
@@ -131,7 +132,7 @@ def save_figure(figure: Any, path: str | Path | None) -> Any:
     figure._repr_png_ = partial(_draw_png, figure)
     if path is None:
         return figure
-    path = check_suffix(path)
+    path = check_picture(path)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
     try:
         # the style says how a file is made, too
@@ -189,7 +190,7 @@ def draw_depth(
 ) -> Any:
     """Draw a heat map of every site against every other, and curves over depth beside it and below."""
     if path is not None:
-        check_suffix(path)
+        check_picture(path)
     with styled() as make_figure:
         figure = make_figure(figsize=(5.5, 5.2), layout="constrained")
         grid = figure.add_gridspec(2, 2, width_ratios=(1.3, 1), height_ratios=(1.15, 1))
@@ -207,7 +208,7 @@ def draw_depth(
 def draw_curves(names: Sequence[str], curves: Sequence[Curve], title: str, path: str | Path | None) -> Any:
     """Draw curves over depth."""
     if path is not None:
-        check_suffix(path)
+        check_picture(path)
     with styled() as make_figure:
         figure = make_figure(figsize=(4.6, 2.4), layout="constrained")
         axes = figure.add_subplot()

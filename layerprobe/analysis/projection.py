@@ -17,7 +17,7 @@ from layerprobe.analysis.geometry import turn_onto
 from layerprobe.errors import OptionError
 from layerprobe.packages import need_package
 
-__all__ = ["METHODS", "Panel", "project"]
+__all__ = ["METHODS", "Panel", "check_method", "project"]
 
 METHODS = ("pca", "tsne", "umap")
 _NEIGHBOURS = 10
@@ -65,10 +65,7 @@ def project(
 
     Source: trustworthiness: Venna and Kaski 2001, Neighborhood Preservation in Nonlinear Projection Methods, eq. 2.
     """
-    if method not in METHODS:
-        raise OptionError(f"method={method!r}: use {', '.join(METHODS)}.")
-    if shared and method != "pca":
-        raise OptionError(f"shared=True with method={method!r}: only PCA has a basis to share.")
+    check_method(method, shared)
     basis = _share_basis(values) if shared else None
     panels: list[Panel] = []
     for name, rows in values.items():
@@ -91,6 +88,22 @@ def project(
         scale = torch.cat([panel.points for panel in panels]).square().sum(1).mean().sqrt()
         panels = [Panel(panel.site, panel.points / scale, panel.variance, panel.trust) for panel in panels]
     return panels
+
+
+def check_method(method: str, shared: bool) -> None:
+    """Make sure, before any points are read, that a method can be used.
+
+    Raises:
+        OptionError: there is no such method, it has no basis to share, or a package that it needs is not installed.
+    """
+    if method not in METHODS:
+        raise OptionError(f"method={method!r}: use {', '.join(METHODS)}.")
+    if shared and method != "pca":
+        raise OptionError(f"shared=True with method={method!r}: only PCA has a basis to share.")
+    # trustworthiness is measured whatever the method
+    need_package("sklearn", f"method={method!r}", "analysis")
+    if method == "umap":
+        need_package("umap", "method='umap'", None)
 
 
 def _find_axes(centred_nD: Tensor, count: int) -> Tensor:

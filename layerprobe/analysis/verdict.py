@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from layerprobe.analysis.figures import GREY, PALETTE, check_suffix, label_sites, save_figure, styled
+from layerprobe.analysis.figures import GREY, PALETTE, check_picture, label_sites, save_figure, styled
 from layerprobe.analysis.keeping import KeptProbe
 from layerprobe.analysis.results import plain, table_cell, write_csv, write_json
 from layerprobe.analysis.scores import differs, find_ties
@@ -197,7 +197,7 @@ class Classification:
             The figure of matplotlib.
         """
         if path is not None:
-            check_suffix(path)
+            check_picture(path)
         single = [site for site in self.sites if ":" not in site.site and site.site != "mix"]
         others = [site for site in self.sites if site not in single]
         shown = [*single, *others]

@@ -52,7 +52,7 @@ def profile(
 
     Example: layerprobe profile demo --batch 8 --length 64 --by place
     """
-    from layerprobe.analysis.figures import check_suffix
+    from layerprobe.analysis.figures import check_picture
     from layerprobe.analysis.results import write_text
     from layerprobe.cost.comparison import COMPARISONS
     from layerprobe.cost.comparison import compare as compare_ways
@@ -69,7 +69,7 @@ def profile(
         if path is not None:
             check_place(path)
     if out is not None:
-        check_suffix(out)
+        check_picture(out)
     loaded = load_model(model, device)
     given = make_random_batch(loaded, batch, length)
     found = measure(loaded, given, repeats=repeats, sites=patterns)

@@ -44,9 +44,9 @@ def check_out(
         raise OptionError(f"--out {out}: {path.suffix or 'no suffix'!r} is not {', '.join(suffixes)}.")
     check_place(out)
     if path.suffix.lower() in PICTURES:
-        from layerprobe.analysis.figures import check_suffix
+        from layerprobe.analysis.figures import check_picture
 
-        check_suffix(path)
+        check_picture(path)
 
 
 def refuse_given(given: Mapping[str, object], why: str) -> None:

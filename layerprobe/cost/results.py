@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerprobe.analysis.figures import GREY, PALETTE, check_suffix, label_sites, save_figure, styled
+from layerprobe.analysis.figures import GREY, PALETTE, check_picture, label_sites, save_figure, styled
 from layerprobe.analysis.results import give_text
 from layerprobe.cost.machine import Peaks
 from layerprobe.errors import OptionError
@@ -221,7 +221,7 @@ class Profile:
             OptionError: matplotlib is not installed, or the ending is not a picture format.
         """
         if path is not None:
-            check_suffix(path)
+            check_picture(path)
         layers = self.layers
         places = sorted({_inside(step) for step in self.steps} - {""}, key=lambda name: -self._place_s(name))
         shown = [*places[: len(PALETTE)], ""]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.analysis.figures import check_suffix, save_figure, styled
+from layerprobe.analysis.figures import check_picture, save_figure, styled
 from layerprobe.analysis.results import give_text
 from layerprobe.errors import OptionError
 from layerprobe.tables import format_table
@@ -118,7 +118,7 @@ class Effects:
             StoreError: the file cannot be written.
         """
         if path is not None:
-            check_suffix(path)
+            check_picture(path)
         with styled() as make_figure:
             return save_figure(self._draw(make_figure), path)
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerprobe.analysis.figures import GREY, MARKERS, PALETTE, check_suffix, save_figure, styled
+from layerprobe.analysis.figures import GREY, MARKERS, PALETTE, check_picture, save_figure, styled
 from layerprobe.analysis.points import Colours, Points, choose_points, colour_points, draw_points, has_field
-from layerprobe.analysis.projection import METHODS, Panel, project
+from layerprobe.analysis.projection import Panel, check_method, project
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
 from layerprobe.analysis.sweep import choose_depth
 from layerprobe.cores import using_few_cores
@@ -164,15 +164,14 @@ def plot(
 
     Cost: the drawn rows in float64 at every site; trustworthiness compares up to 2,000 points with each other.
     """
-    if method not in METHODS:
-        raise OptionError(f"method={method!r}: use {', '.join(METHODS)}.")
+    check_flag("shared", shared)
+    check_method(method, shared)
     check_count("max_points", _MOST_POINTS[method] if max_points is None else max_points, 3)
     check_count("seed", seed, 0)
-    check_flag("shared", shared)
     if color is not None and not isinstance(color, str):
         raise OptionError(f"color is {brief(repr(color))}: use token, position, norm, or the name of a field.")
     if path is not None:
-        check_suffix(path)
+        check_picture(path)
     need_package("matplotlib", "a picture", "analysis")
     store = take_store(store)
     sites = choose_depth(store, site)
@@ -340,7 +339,7 @@ def plot_attention(
         ['head 0', 'head 1']
     """
     if path is not None:
-        check_suffix(path)
+        check_picture(path)
     store = take_store(store)
     site = _find_weights(store, site)
     example = store.catalog.find(example)[1]

@@ -1,6 +1,7 @@
 """diff, plot and check on the command line: what they print and write, and one line for each mistake."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,28 @@ def test_report_writes_a_page_by_the_options(run: Run, acts: Path, tmp_path: Pat
 def test_report_refuses_what_it_cannot_show(run: Run, acts: Path, tmp_path: Path) -> None:
     refused(run("report", acts, "-o", tmp_path / "report.png"), "'.png' is not .html or .htm")
     refused(run("report", acts, "-o", tmp_path / "a.html", "--attention", 0), "holds no attention weights")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("diff", "none"),
+        ("check", "none"),
+        ("plot", "none"),
+        ("classify", "none"),
+        ("fit-decoder", "none"),
+        ("lens", "none", "none.txt"),
+        ("profile", "none"),
+        ("patch", "none", "--clean", "a", "--corrupt", "b", "--answer", "c"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_picture_that_cannot_be_made_is_refused_before_anything_is_looked_at(
+    run: Run, command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.chdir(tmp_path)
+    refused(run(*command, "-o", "a.png"), "a picture needs matplotlib, which is not installed. Run pip install")
 
 
 def test_check_prints_the_verdict_and_fails_on_rows_that_are_not_finite(run: Run, acts: Path, tmp_path: Path) -> None:

@@ -250,6 +250,15 @@ def test_what_cannot_be_drawn_is_refused(
         lp.plot(store, **options)
 
 
+@pytest.mark.parametrize(("method", "package"), [("umap", "umap"), ("tsne", "sklearn"), ("pca", "sklearn")])
+def test_a_method_whose_package_is_missing_is_refused_before_the_store_is_read(
+    method: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(OptionError, match=f"^method='{method}' needs .*, which is not installed"):
+        lp.plot(tmp_path / "none", method=method)
+
+
 def test_pooled_stores_have_no_rows_to_draw(tmp_path: Path) -> None:
     folder = plant(tmp_path / "acts", {"layers.0": draw(count=30)}, [1] * 30, pool="mean")
     assert len(lp.plot(folder).examples) == 30
