@@ -20,6 +20,7 @@ from torch import nn
 from layerprobe.analysis.classify import classify
 from layerprobe.analysis.figures import Curve, draw_curves
 from layerprobe.analysis.results import table_cell, write_csv, write_json
+from layerprobe.analysis.sweep import choose_depth
 from layerprobe.analysis.verdict import Classification
 from layerprobe.errors import InputError
 from layerprobe.extract.run import extract
@@ -187,12 +188,12 @@ def _classify_order(
     else:
         own_pool = store.pool
     plan = store.description.get("plan") or {}
+    # what will be classified and no more: weights, which a store may hold beside it, have no vectors to pool
+    names = [site.name for site in choose_depth(store, sites)]
     with tempfile.TemporaryDirectory(prefix="layerprobe-") as folder:
         place = Path(folder) / "swapped"
         length = plan.get("max_length")
-        with extract(
-            model, records, place, sites=store.sites, pool=own_pool, max_length=length, progress=False
-        ) as made:
+        with extract(model, records, place, sites=names, pool=own_pool, max_length=length, progress=False) as made:
             return classify(made, "order", sites=sites, pool=pool, seed=seed, max_examples=None, progress=progress)
 
 

@@ -240,6 +240,16 @@ def test_a_profile_of_the_last_four_layers_is_drawn(make_bert: Any, tiny: Loaded
     profile.tasks["length"].plot(tmp_path / "task.png")
 
 
+def test_a_profile_leaves_out_attention_weights_that_are_stored_too(
+    store: Store, tiny: LoadedModel, tmp_path: Path
+) -> None:
+    texts = [store.record(ordinal)["text"] for ordinal in store.ordinals()]
+    sites = ["embeddings", "layers.*", "layers.0.attention.weights"]
+    both = lp.extract(tiny, texts, tmp_path / "both", sites=sites, progress=False)
+    of_both, of_rows = (lp.depth_profile(one, model=tiny) for one in (both, store))
+    assert of_both.table() == of_rows.table()
+
+
 def test_a_profile_makes_its_labels_of_the_texts(store: Store, tiny: LoadedModel, tmp_path: Path) -> None:
     profile = lp.depth_profile(store, model=tiny)
     assert set(profile.tasks) >= {"length", "order"}
