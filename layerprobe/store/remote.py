@@ -32,7 +32,13 @@ _FINAL_ERRORS = (
     NotImplementedError, ImportError,
 )  # fmt: skip
 # By name, so that no driver is imported to know them.
-_FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoSuchBucket")
+_FINAL_NAMES = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "NoSuchBucket",
+    "OfflineModeIsEnabled",
+)
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 # Of one object; S3 takes no more in one PUT.
 _MOST_PUT_BYTES = 5 << 30

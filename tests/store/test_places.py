@@ -149,6 +149,13 @@ def test_what_is_not_installed_is_named_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_that_may_not_be_asked_is_asked_once() -> None:
+    """The tests run with HF_HUB_OFFLINE."""
+    with pytest.raises(StoreError, match="offline mode is enabled") as caught:
+        layerprobe.open("hf://datasets/someone/acts")
+    assert "attempts" not in str(caught.value)
+
+
 def test_a_password_in_a_url_is_not_repeated() -> None:
     with pytest.raises(OptionError, match=r"ftp://host/acts") as caught:
         find_place("ftp://me:hush@host/acts?token=hush")
