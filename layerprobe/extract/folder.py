@@ -51,6 +51,7 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
         begin_remote(plan)
         yield plan, None
         return
+    _need_name(folder)
     try:
         make_folder(folder.path)
     except OSError as error:
@@ -72,6 +73,21 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
             # gives back what was kept for a unit that did not come about
             with contextlib.suppress(OSError):
                 clear_leftovers(folder.path)
+
+
+def _need_name(folder: Path) -> None:
+    """Make sure that the tokenizer, which is written by a library in Rust, can be written there.
+
+    Raises:
+        StoreError: the path is not UTF-8.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise StoreError(
+            f"{folder}: the path is not UTF-8, and a tokenizer cannot be written there. Choose another name, or a "
+            "locale that writes it in UTF-8."
+        ) from error
 
 
 def _clear(folder: Path, plan: Plan) -> None:

@@ -334,3 +334,10 @@ def test_a_folder_that_turns_read_only_keeps_what_it_has(
     subprocess.run(["umount", str(plan.folder)], check=True)
     run_extraction(plan)
     assert contents(plan.folder) == expected
+
+
+def test_a_path_that_is_not_utf_8_is_refused_before_there_is_a_folder(tiny: LoadedModel, tmp_path: Path) -> None:
+    place = tmp_path / os.fsdecode(b"acts-\xfc")
+    with pytest.raises(StoreError, match="the path is not UTF-8, and a tokenizer cannot be written there"):
+        lp.extract(tiny, ["the dog"], place, progress=False)
+    assert not place.exists()
