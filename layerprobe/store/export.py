@@ -167,7 +167,9 @@ def _choose_format(out: Path, to: str | None) -> str:
 
 
 def _require(to: str) -> None:
-    module = need_package(_MODULES[to], f"to={to!r}", "data")
+    # the extra brings no zarr to an older Python
+    what = "to='zarr', which is for Python 3.11 or newer," if to == "zarr" else f"to={to!r}"
+    module = need_package(_MODULES[to], what, "data")
     if to == "zarr" and int(module.__version__.partition(".")[0]) < 3:
         raise OptionError(
             f"to='zarr' needs zarr 3, {module.__version__} is installed. Install it, on Python 3.11 or newer, with "

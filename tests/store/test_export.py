@@ -246,9 +246,17 @@ def test_a_missing_extra_is_named(
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(OptionError, match=rf"to='{to}' needs {package}.*pip install 'layerprobe\[data\]'"):
+    with pytest.raises(OptionError, match=rf"to='{to}'.* needs {package}.*pip install 'layerprobe\[data\]'"):
         lp.export(store, tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_zarr_is_not_promised_to_a_python_that_has_none(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    with pytest.raises(OptionError, match=r"^to='zarr', which is for Python 3\.11 or newer, needs zarr"):
+        lp.export(store, tmp_path / "out", "zarr")
 
 
 @pytest.mark.parametrize("to", ["parquet", "arrow", "npz", ZARR])
