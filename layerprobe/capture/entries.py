@@ -3,7 +3,7 @@
 A probe and an edit follow calls alike. In Python the hooks tell the frames; in a graph of `torch.compile` they tell a
 port, which tells the frames as the graph runs.
 
-Hides how ids and mask are found in a call, and calls that go past hooks. Must never know of sites or values.
+Hides calls that go past hooks. Must never know of sites or values.
 """
 
 import inspect

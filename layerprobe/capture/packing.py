@@ -4,8 +4,7 @@ Rows of a call go to the end of the open unit's buffer; a finished call stays th
 by the next. A unit is sealed when its buffer is full (`Probe`) or when it is told to (`extract`) and becomes one
 shard.
 
-Hides the order of tensors in a shard and the turns of the buffers: one more than there are writers. Must never know of
-modules or hooks.
+Hides the turns of the buffers: one more than there are writers. Must never know of modules or hooks.
 """
 
 import contextlib

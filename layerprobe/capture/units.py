@@ -1,7 +1,7 @@
 """An open unit, and how its tensors lie in a shard.
 
-What a sink knows of a unit while it fills, how a site will lie on disk, and in which order the tensors go to the file.
-Must never know of modules or hooks.
+What a sink knows of a unit while it fills, and how a site will lie on disk. Hides in which order the tensors go to the
+file. Must never know of modules or hooks.
 """
 
 import json

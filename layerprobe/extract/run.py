@@ -1,8 +1,7 @@
-"""Do a planned run: text to shards, unit by unit, resumable at every unit.
+"""`layerprobe.extract`: a plan carried out, here or by several processes, with its bar, its progress and its report.
 
-Sends the length-sorted batches of a unit through the probed model while the next one is made ready, and hands the full
-buffer to the writer while that goes on. A unit is committed whole or not at all; what is missing is done by running the
-same thing again.
+Resumable at every unit: one is committed whole or not at all, and what is missing is done by running the same thing
+again.
 """
 
 import threading

@@ -1,10 +1,9 @@
 """From a model and patterns to sites: which module, its input or its output, which kind, how wide.
 
-Looks under whatever wraps the model (DDP, FSDP, torch.compile, PEFT, SentenceTransformer), finds its stacks of layers
-and looks them up in the table of architectures. A site is found in the model before anything is attached, so a wrong
-name costs nothing.
+Looks the stacks of a model up in the table of architectures. A site is found in the model before anything is attached,
+so a wrong name costs nothing.
 
-Hides how wrappers and task models nest. Must never touch hooks or run the model.
+Must never touch hooks or run the model.
 """
 
 from collections.abc import Iterator, Sequence

@@ -4,7 +4,7 @@ Goes through the shards in the order of the input, never holding more than one r
 result its name when it is whole: a killed export leaves a folder `.layerprobe-NAME-*.tmp` beside it and nothing else,
 and the next export to that name removes it.
 
-Hides how a file becomes permanent. Must never know of models or hooks.
+Must never know of models or hooks.
 """
 
 import contextlib

@@ -1,8 +1,7 @@
-"""Format 1: the bytes of a shard, the names of a store's files, and how a file becomes permanent.
+"""Format 1: the bytes of a shard and the names of a store's files, read and checked wherever they lie.
 
 A shard is one safetensors file whose header also carries counts, a checksum per tensor and a checksum of itself.
-`docs/format.md` is the normative page. A commit is: write `.tmp`, flush it to disk, rename, flush the folder. A shard
-exists when its final name does.
+`docs/format.md` is the normative page. A shard exists when its final name does.
 
 Must never know of models, hooks or devices.
 """
