@@ -25,7 +25,8 @@ from safetensors import safe_open
 
 import layerprobe as lp
 from layerprobe.store.description import commit_description
-from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.format import commit_shard
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.index import commit_index
 from layerprobe.store.reader import Store
 from layerprobe.tables import format_table

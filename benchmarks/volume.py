@@ -22,7 +22,8 @@ from torch import Tensor
 
 import layerprobe as lp
 from layerprobe.store.description import commit_description
-from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.format import commit_shard
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.index import commit_index
 
 SITES = ("embeddings", *(f"layers.{layer}" for layer in range(6)))

@@ -21,7 +21,8 @@ import layerprobe as lp
 from layerprobe.models import LoadedModel
 from layerprobe.sites import anatomy
 from layerprobe.store.description import commit_description
-from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.format import commit_shard
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.index import commit_index
 from sizes import TINY
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from layerprobe.store.description import commit_description
-from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.format import commit_shard
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.index import commit_index
 
 __all__ = ["FINGERPRINT", "IndexedColumn", "plant"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from layerprobe.analysis.sweep import Mappings, sweep
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.description import StoredSite
-from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.headers import SCALE_SUFFIX
 from layerprobe.store.order import cut_shard
 from layerprobe.store.reader import Store
 from layerprobe.store.shards import ScaledRows, Shard

@@ -32,8 +32,7 @@ from layerprobe.sites.resolve import Site
 from layerprobe.store.claiming import claim_place
 from layerprobe.store.description import StoredSite, commit_description
 from layerprobe.store.fingerprint import fingerprint_run
-from layerprobe.store.format import ShardHeader
-from layerprobe.store.headers import MOST_EXAMPLES, MOST_TOKENS
+from layerprobe.store.headers import MOST_EXAMPLES, MOST_TOKENS, ShardHeader
 from layerprobe.store.index import commit_index
 from layerprobe.store.lock import StoreLock
 from layerprobe.store.places import Place, find_place

@@ -19,8 +19,7 @@ from layerprobe.capture.staging import NO_ROOM, HostBuffer, Room
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
 from layerprobe.store.description import StoredSite
-from layerprobe.store.format import SCALE_SUFFIX
-from layerprobe.store.headers import POSITIONS
+from layerprobe.store.headers import POSITIONS, SCALE_SUFFIX
 
 __all__ = [
     "AnnouncedBatch",

@@ -6,10 +6,11 @@ Turns objects of the library into text. Computes nothing but what it takes to la
 from functools import partial
 
 from layerprobe.analysis.results import shorten
-from layerprobe.store.format import parse_shard_name
+from layerprobe.store.examples import Example
 from layerprobe.store.guard import brief
+from layerprobe.store.headers import parse_shard_name
 from layerprobe.store.progress import StoreStatus
-from layerprobe.store.reader import Example, Store
+from layerprobe.store.reader import Store
 from layerprobe.tables import format_bytes, format_count, format_dtype, format_table
 
 __all__ = ["describe_example", "describe_status", "describe_store"]

@@ -28,10 +28,11 @@ from layerprobe.extract.tokens import tokenize
 from layerprobe.models import LoadedModel, describe_model
 from layerprobe.sites.stacks import find_device, need_model
 from layerprobe.store.checks import check_tokenizer
+from layerprobe.store.examples import Example
 from layerprobe.store.format import TOKENIZER_FILE, read_bounded
 from layerprobe.store.guard import LARGE, brief, check_count
 from layerprobe.store.mismatch import list_model_differences
-from layerprobe.store.reader import Example, Store, open_store
+from layerprobe.store.reader import Store, open_store
 from layerprobe.store.shards import ScaledRows
 from layerprobe.store.tokenizer import load_tokenizer
 from layerprobe.tables import format_count

@@ -13,7 +13,8 @@ from typing import Any
 from layerprobe.extract.plan import Plan
 from layerprobe.store.abandoned import wait_for_abandoned
 from layerprobe.store.description import commit_description
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FILE, TOKENIZER_FOLDER, parse_shard_name
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FILE, TOKENIZER_FOLDER
+from layerprobe.store.headers import parse_shard_name
 from layerprobe.store.places import Place
 
 __all__ = ["begin_remote"]

@@ -27,7 +27,7 @@ from layerprobe.extract.plan import Plan
 from layerprobe.extract.preparing import PreparedUnit, ReadyBatch
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.space import RoomKeeper
-from layerprobe.store.format import ShardHeader
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.writer import ShardWriter
 
 __all__ = ["UnitEngine", "ending_waits"]

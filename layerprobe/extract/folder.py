@@ -19,14 +19,8 @@ from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.tokens import tokenizing
 from layerprobe.store.description import commit_description
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder, tell_failure
-from layerprobe.store.format import (
-    INDEX_FILE,
-    STORE_FILE,
-    TOKENIZER_FOLDER,
-    clear_leftovers,
-    parse_shard_name,
-    remove_path,
-)
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, clear_leftovers, remove_path
+from layerprobe.store.headers import parse_shard_name
 from layerprobe.store.lock import StoreLock
 from layerprobe.store.paths import NamedPath
 

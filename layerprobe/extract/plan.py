@@ -46,8 +46,9 @@ from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import Site, map_model
 from layerprobe.sites.stacks import find_device, need_one_device
 from layerprobe.store.description import StoredSite
-from layerprobe.store.format import STORE_FILE, ShardHeader
+from layerprobe.store.format import STORE_FILE
 from layerprobe.store.guard import MOST_ROWS, MOST_SHARDS
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.tables import format_bytes, format_count, format_dtype
 

@@ -18,21 +18,19 @@ from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
 from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
 from layerprobe.extract.cutting import MOST_UNIT_TOKENS
 from layerprobe.store.format import (
-    FORMAT_VERSION,
     INDEX_FILE,
+    PROGRESS_FILE,
     STORE_FILE,
     TOKENIZER_FOLDER,
-    ShardHeader,
     is_leftover,
     load_header,
     load_json,
-    parse_shard_name,
 )
+from layerprobe.store.headers import FORMAT_VERSION, ShardHeader, parse_shard_name
 from layerprobe.store.lock import LOCK_FILE, refuse_held
 from layerprobe.store.mismatch import list_differences
 from layerprobe.store.paths import NamedPath
 from layerprobe.store.places import Place, find_place
-from layerprobe.store.progress import PROGRESS_FILE
 
 __all__ = [
     "RecalledRun",

@@ -30,7 +30,7 @@ from layerprobe.extract.resume import find_done
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.stream import stream_texts
 from layerprobe.models import LoadedModel
-from layerprobe.store.format import ShardHeader
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.index import commit_index
 from layerprobe.store.places import Place
 from layerprobe.store.progress import Done, ProgressFile
@@ -38,7 +38,7 @@ from layerprobe.store.reader import Store, open_store
 from layerprobe.tables import format_bytes
 from layerprobe.telling import find_stderr, make_run_bar
 
-__all__ = ["RunReport", "extract", "run_extraction"]
+__all__ = ["extract", "run_extraction"]
 
 SinkType = TypeVar("SinkType", bound=Sink)
 

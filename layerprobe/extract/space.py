@@ -15,7 +15,8 @@ from layerprobe.capture.units import list_shapes
 from layerprobe.errors import SpaceError
 from layerprobe.store.description import StoredSite
 from layerprobe.store.durable import reserve_file
-from layerprobe.store.format import ShardHeader, bound_shard
+from layerprobe.store.format import bound_shard
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.paths import NamedPath
 from layerprobe.telling import say
 

@@ -18,9 +18,9 @@ from typing import Any
 from layerprobe.errors import FormatError, MissingExample, OptionError, StoreError
 from layerprobe.store.checks import read_totals
 from layerprobe.store.description import StoredSite, check_description
-from layerprobe.store.format import FORMAT_VERSION, INDEX_FILE, STORE_FILE, load_header, load_json, parse_shard_name
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, load_header, load_json
 from layerprobe.store.guard import brief
-from layerprobe.store.headers import POSITIONS, check_stored
+from layerprobe.store.headers import FORMAT_VERSION, POSITIONS, check_stored, parse_shard_name
 from layerprobe.store.index import ShardInfo, check_apart, parse_index
 from layerprobe.store.kept import parse_kept
 from layerprobe.store.naming import need_name

@@ -19,17 +19,9 @@ from torch import Tensor
 from layerprobe.errors import FormatError
 from layerprobe.store.description import StoredSite, check_description
 from layerprobe.store.fingerprint import fingerprint_run
-from layerprobe.store.format import (
-    FORMAT_VERSION,
-    STORE_FILE,
-    TOKENIZER_FILE,
-    ShardHeader,
-    load_header,
-    load_json,
-    read_bounded,
-)
+from layerprobe.store.format import STORE_FILE, TOKENIZER_FILE, load_header, load_json, read_bounded
 from layerprobe.store.guard import LARGE, brief
-from layerprobe.store.headers import POSITIONS, check_stored
+from layerprobe.store.headers import FORMAT_VERSION, POSITIONS, ShardHeader, check_stored
 from layerprobe.store.kept import Kept, parse_kept
 from layerprobe.store.places import Place
 from layerprobe.store.shards import count_pairs, read_order

@@ -24,9 +24,8 @@ from layerprobe.errors import FormatError, LayerProbeError, OptionError, StoreEr
 from layerprobe.packages import need_package
 from layerprobe.store.description import StoredSite
 from layerprobe.store.fingerprint import fingerprint_of
-from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.guard import need_path
-from layerprobe.store.headers import POSITIONS
+from layerprobe.store.headers import POSITIONS, SCALE_SUFFIX
 from layerprobe.store.records import read_records
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import Shard, positions_of

@@ -24,8 +24,6 @@ from layerprobe.store.durable import TRIAL_PREFIX
 from layerprobe.store.guard import LARGE, SMALL, JsonBounds, brief, open_inside, parse_json, read_inside
 from layerprobe.store.headers import (
     BLANK_CHECKSUM,
-    FORMAT_VERSION,
-    SCALE_SUFFIX,
     ShardHeader,
     TensorEntry,
     build_header,
@@ -38,19 +36,14 @@ from layerprobe.store.places import Place, find_place
 from layerprobe.tables import format_count
 
 __all__ = [
-    "FORMAT_VERSION",
     "INDEX_FILE",
     "PROGRESS_FILE",
-    "SCALE_SUFFIX",
     "STAGE_FOLDER",
     "STORE_FILE",
     "TOKENIZER_FILE",
     "TOKENIZER_FOLDER",
-    "ShardHeader",
-    "TensorEntry",
     "bound_shard",
     "check_keepable",
-    "checksum",
     "checksum_file",
     "clear_leftovers",
     "commit_shard",
@@ -61,7 +54,6 @@ __all__ = [
     "need_parent",
     "need_store",
     "open_shard",
-    "parse_shard_name",
     "read_bounded",
     "read_header",
     "read_json",

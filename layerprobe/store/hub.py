@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError, first_line
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, parse_shard_name, read_json
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, read_json
 from layerprobe.store.guard import brief
+from layerprobe.store.headers import parse_shard_name
 from layerprobe.store.places import find_place, need_folder
 from layerprobe.store.reader import Store, open_store
 from layerprobe.tables import format_bytes, format_count

@@ -27,15 +27,14 @@ from layerprobe.store.format import (
     STAGE_FOLDER,
     STORE_FILE,
     TOKENIZER_FOLDER,
-    ShardHeader,
     clear_leftovers,
     is_leftover,
     need_store,
-    parse_shard_name,
     read_header,
     remove_path,
 )
 from layerprobe.store.guard import check_flag, open_inside
+from layerprobe.store.headers import ShardHeader, parse_shard_name
 from layerprobe.store.index import commit_index
 from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.mismatch import list_differences

@@ -23,21 +23,14 @@ from typing import Any
 
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.checks import read_totals
-from layerprobe.store.format import (
-    INDEX_FILE,
-    PROGRESS_FILE,
-    STORE_FILE,
-    load_header,
-    load_json,
-    need_store,
-    parse_shard_name,
-)
+from layerprobe.store.format import INDEX_FILE, PROGRESS_FILE, STORE_FILE, load_header, load_json, need_store
 from layerprobe.store.guard import brief
+from layerprobe.store.headers import parse_shard_name
 from layerprobe.store.paths import NamedPath
 from layerprobe.store.places import Place, find_place
 from layerprobe.tables import format_count
 
-__all__ = ["PROGRESS_FILE", "Done", "ProgressFile", "StoreStatus", "read_status"]
+__all__ = ["Done", "ProgressFile", "StoreStatus", "read_status"]
 
 _INTERVAL_S = 1.0
 # Rates are those of this much of the past: long enough for shards to be committed in it, short enough to be the pace.

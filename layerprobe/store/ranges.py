@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
-from layerprobe.store.format import ShardHeader, TensorEntry, checksum, load_start
+from layerprobe.store.format import load_start
+from layerprobe.store.headers import ShardHeader, TensorEntry, checksum
 from layerprobe.store.index import ShardInfo
 from layerprobe.store.places import Place
 from layerprobe.store.shards import check_header, count_pairs, read_order

@@ -19,9 +19,9 @@ from layerprobe.store.columns import Columns, open_dataset
 from layerprobe.store.description import StoredSite
 from layerprobe.store.difference import Difference, pair_depth
 from layerprobe.store.examples import Example
-from layerprobe.store.format import SCALE_SUFFIX, TOKENIZER_FILE, need_store, read_bounded
+from layerprobe.store.format import TOKENIZER_FILE, need_store, read_bounded
 from layerprobe.store.guard import LARGE, check_flag
-from layerprobe.store.headers import POSITIONS
+from layerprobe.store.headers import POSITIONS, SCALE_SUFFIX
 from layerprobe.store.kept import Kept
 from layerprobe.store.naming import is_stored, match_sites
 from layerprobe.store.order import RowOptions
@@ -35,7 +35,7 @@ from layerprobe.store.siteview import SiteView
 from layerprobe.store.vocabulary import Vocabulary, find_characters
 from layerprobe.tables import format_count
 
-__all__ = ["Example", "Store", "open_store", "take_store"]
+__all__ = ["Store", "open_store", "take_store"]
 
 
 class Store:

@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from layerprobe.errors import FormatError, MissingExample, OptionError, SiteError
 from layerprobe.store.catalog import Catalog
 from layerprobe.store.description import StoredSite
-from layerprobe.store.format import SCALE_SUFFIX
+from layerprobe.store.headers import SCALE_SUFFIX
 from layerprobe.store.naming import list_names
 from layerprobe.store.order import ORDER, EpochOrder, RowOptions
 from layerprobe.store.shards import ScaledRows, Shard

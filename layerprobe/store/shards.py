@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
-from layerprobe.store.format import INDEX_FILE, STORE_FILE, ShardHeader, checksum, open_shard
-from layerprobe.store.headers import POSITIONS
+from layerprobe.store.format import INDEX_FILE, STORE_FILE, open_shard
+from layerprobe.store.headers import POSITIONS, ShardHeader, checksum
 from layerprobe.store.index import ShardInfo
 from layerprobe.store.paths import NamedPath
 from layerprobe.tables import format_count

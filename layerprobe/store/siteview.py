@@ -17,8 +17,8 @@ from torch import Tensor
 
 from layerprobe.errors import OptionError, StoreError
 from layerprobe.store.catalog import Catalog
-from layerprobe.store.format import SCALE_SUFFIX
 from layerprobe.store.guard import brief
+from layerprobe.store.headers import SCALE_SUFFIX
 from layerprobe.store.order import RowOptions
 from layerprobe.store.rows import RowBatches, choose_sites, take_rows
 from layerprobe.store.shards import ScaledRows, Shard, pool_packed

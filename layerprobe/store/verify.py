@@ -18,19 +18,17 @@ from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.checks import Wanted, check_shard, check_tokenizer, load_description, tell
 from layerprobe.store.durable import flush_folder
 from layerprobe.store.format import (
-    FORMAT_VERSION,
     INDEX_FILE,
     STORE_FILE,
     TOKENIZER_FILE,
     TOKENIZER_FOLDER,
-    ShardHeader,
     checksum_file,
     is_leftover,
     load_json,
     need_store,
-    parse_shard_name,
 )
 from layerprobe.store.guard import brief, check_flag
+from layerprobe.store.headers import FORMAT_VERSION, ShardHeader, parse_shard_name
 from layerprobe.store.index import sum_headers
 from layerprobe.store.lock import StoreLock, find_holder
 from layerprobe.store.places import Place, find_place

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from layerprobe.errors import LayerProbeError, NonFiniteError, StoreError
 from layerprobe.store.abandoned import abandon
-from layerprobe.store.format import SCALE_SUFFIX, ShardHeader, commit_shard
-from layerprobe.store.headers import check_shapes, lay_out
+from layerprobe.store.format import commit_shard
+from layerprobe.store.headers import SCALE_SUFFIX, ShardHeader, check_shapes, lay_out
 from layerprobe.store.places import Place, find_place
 from layerprobe.store.scanning import scan_tensor
 

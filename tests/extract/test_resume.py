@@ -25,7 +25,7 @@ from layerprobe.extract.resume import check_folder
 from layerprobe.extract.run import run_extraction
 from layerprobe.models import LoadedModel
 from layerprobe.store import writer as writing
-from layerprobe.store.format import ShardHeader
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.paths import NamedPath
 from layerprobe.store.writer import commit_shard
 

@@ -18,7 +18,8 @@ import layerprobe
 from elsewhere import copy_store
 from layerprobe.errors import FormatError, MissingExample, StoreError
 from layerprobe.models import LoadedModel
-from layerprobe.store.format import checksum, read_header
+from layerprobe.store.format import read_header
+from layerprobe.store.headers import checksum
 from layerprobe.store.remote import RemotePlace
 
 WriteStore = Callable[..., Any]

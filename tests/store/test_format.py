@@ -25,7 +25,8 @@ from torch import Tensor
 from layerprobe.errors import FormatError, OptionError, StoreError
 from layerprobe.store import format as fmt
 from layerprobe.store.durable import commit_file
-from layerprobe.store.format import ShardHeader, commit_shard, need_parent, read_header, read_json
+from layerprobe.store.format import commit_shard, need_parent, read_header, read_json
+from layerprobe.store.headers import ShardHeader
 
 DTYPES = [
     torch.float32,
@@ -311,7 +312,7 @@ def test_a_commit_does_not_raise_the_peak_of_the_process(tmp_path: Path) -> None
     script = """
 import resource, sys, torch
 from pathlib import Path
-from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.format import commit_shard
 rows = torch.zeros(1 << 21, 32).fill_(1)
 ids = torch.zeros(1 << 21, dtype=torch.int64).fill_(1)
 tensors = [("example", torch.arange(1)), ("offsets", torch.tensor([0, 1 << 21])), ("input_ids", ids), ("a", rows)]
@@ -329,7 +330,7 @@ CRASHES = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.format import commit_shard
 
 folder = Path(sys.argv[1])
 tensors = [("example", torch.arange(2)), ("offsets", torch.tensor([0, 2, 5])), ("input_ids", torch.arange(5))]

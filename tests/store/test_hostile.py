@@ -28,8 +28,9 @@ from fuzz.mutations import mutate_bytes, mutate_json, write_json
 from layerprobe.cli.views import describe_example, describe_store
 from layerprobe.errors import FormatError, LayerProbeError, SiteError, StoreError
 from layerprobe.store.description import commit_description
-from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.format import commit_shard
 from layerprobe.store.guard import LARGE, SMALL, open_inside, parse_json, parse_record, read_inside
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.index import commit_index
 from layerprobe.store.shards import ScaledRows
 

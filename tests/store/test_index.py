@@ -7,7 +7,7 @@ import pytest
 import xxhash
 
 from layerprobe.errors import FormatError
-from layerprobe.store.format import ShardHeader
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.index import ShardInfo, check_index, commit_index, parse_index
 
 

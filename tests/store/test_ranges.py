@@ -16,7 +16,8 @@ from layerprobe.errors import FormatError
 from layerprobe.store import order as order_module
 from layerprobe.store import rows as rows_module
 from layerprobe.store.description import commit_description
-from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.format import commit_shard
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.index import commit_index
 from layerprobe.store.ranges import TensorCache
 

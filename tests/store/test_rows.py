@@ -19,7 +19,8 @@ import layerprobe
 from layerprobe.errors import FormatError, OptionError, SiteError, StoreError
 from layerprobe.store import order as order_module
 from layerprobe.store.description import StoredSite, commit_description
-from layerprobe.store.format import ShardHeader, commit_shard, read_header
+from layerprobe.store.format import commit_shard, read_header
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.index import ShardInfo, commit_index
 from layerprobe.store.order import EpochOrder, RowOptions
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from layerprobe.errors import FormatError
-from layerprobe.store.format import ShardHeader, commit_shard
+from layerprobe.store.format import commit_shard
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.index import ShardInfo
 from layerprobe.store.shards import MappedShard, ScaledRows, pool_packed
 

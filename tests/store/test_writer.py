@@ -21,7 +21,8 @@ from layerprobe.capture.staging import NO_ROOM, BufferPool, HostBuffer
 from layerprobe.errors import NonFiniteError, StoreError
 from layerprobe.store.description import StoredSite
 from layerprobe.store.durable import commit_file
-from layerprobe.store.format import ShardHeader, read_header
+from layerprobe.store.format import read_header
+from layerprobe.store.headers import ShardHeader
 from layerprobe.store.writer import ShardJob, ShardWriter
 
 
