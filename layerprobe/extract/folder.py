@@ -69,7 +69,7 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
                 clear_leftovers(folder.path)
 
 
-def _need_name(folder: Path) -> None:
+def _need_name(folder: Path | NamedPath) -> None:
     """Make sure that the tokenizer, which is written by a library in Rust, can be written there.
 
     Raises:
