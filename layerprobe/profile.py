@@ -20,7 +20,7 @@ from layerprobe.capture.values import find_tensor
 from layerprobe.cost.counting import Counter, counting
 from layerprobe.cost.machine import check_device, make_clock, measure_peaks
 from layerprobe.cost.marks import OTHER, Owners, Step, TimingPoint, find_points, marked
-from layerprobe.cost.results import Cost, Profile
+from layerprobe.cost.results import Cost, Profile, refuse_trace
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.resolve import map_model
@@ -212,7 +212,7 @@ def _write_trace(
     """Run the model under torch's profiler, with ranges named by part and by step."""
     model = network()
     if model is None:
-        raise OptionError(f"no trace to {str(path)!r}: the model of this profile is gone. Profile it again.")
+        refuse_trace(path)
     need_parent(path)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if find_device(model).type == "cuda":

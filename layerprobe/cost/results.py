@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from layerprobe.analysis.figures import GREY, PALETTE, check_picture, label_sites, save_figure, styled
 from layerprobe.analysis.results import give_text
@@ -20,7 +20,7 @@ from layerprobe.cost.machine import Peaks
 from layerprobe.errors import OptionError
 from layerprobe.tables import format_bytes, format_table
 
-__all__ = ["BY", "Cost", "Profile", "median_ratio"]
+__all__ = ["BY", "Cost", "Profile", "median_ratio", "refuse_trace"]
 
 _INSIDE = re.compile(r"(?P<stack>encoder\.|decoder\.)?layers\.\d+(?P<rest>\..+)?\Z")
 BY = ("layer", "site", "place")
@@ -168,7 +168,7 @@ class Profile:
 
     def __getstate__(self) -> dict[str, Any]:
         # elsewhere the model is not there to be run again
-        return {**self.__dict__, "_trace": None}
+        return {**self.__dict__, "_trace": refuse_trace}
 
     def _row(self, cost: Cost, total_s: float) -> list[object]:
         return [
@@ -290,6 +290,11 @@ def _generalise(name: str) -> str:
     """Name a site of a layer for all layers."""
     match = _INSIDE.match(name)
     return name if match is None else f"{match['stack'] or ''}layers.*{match['rest'] or ''}"
+
+
+def refuse_trace(path: Path) -> NoReturn:
+    """Say that there is no model to be traced any more."""
+    raise OptionError(f"no trace to {str(path)!r}: the model of this profile is gone. Profile it again.")
 
 
 def _inside(step: Cost) -> str:

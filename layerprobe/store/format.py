@@ -328,7 +328,7 @@ def _check_header(label: str, file: str, text: bytes, size: int) -> ShardHeader:
     end = max((entry.stop for entry in header.tensors.values()), default=0)
     if 8 + length + end != size:
         raise FormatError(
-            f"{label}: holds {format_count(size, 'byte')}, its header asks for {8 + length + end}. The file is cut."
+            f"{label}: holds {format_count(size, 'byte')}, its header asks for {8 + length + end:,}. The file is cut."
         )
     if header.file != file:
         raise FormatError(f"{label}: says it is {header.file}. Give it back its name.")

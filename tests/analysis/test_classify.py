@@ -197,7 +197,7 @@ def test_labels_that_are_of_no_use_are_refused(planted: Path, tmp_path: Path) ->
         lp.classify(planted, [1] * COUNT)
     with pytest.raises(InputError, match="1 of 400 examples have none, the first is example 7"):
         lp.classify(planted, [None if place == 7 else place % 2 for place in range(COUNT)])
-    with pytest.raises(OptionError, match="3 values for the 400 examples"):
+    with pytest.raises(OptionError, match="3 values for 400 examples"):
         lp.classify(planted, [0, 1, 0])
     with pytest.raises(InputError, match="is no label: use text"):
         lp.classify(planted, [{"a": 1}] * COUNT)

@@ -196,7 +196,7 @@ def test_the_result_is_written_as_table_csv_json_and_picture(tmp_path: Path, lay
     lines = {line.get_label(): line.get_ydata().tolist() for axes in figure.axes for line in axes.get_lines()}
     assert lines["anisotropy"] == [site.anisotropy for site in found.sites]
     assert lines["cosine distance from layer before"] == [pair.cosine_distance for pair in found.pairs]
-    with pytest.raises(StoreError, match="cannot be written"):
+    with pytest.raises(StoreError, match="there is no folder"):
         found.to_csv(tmp_path / "none" / "found.csv")
 
 

@@ -99,7 +99,7 @@ def test_spans_are_the_mean_of_their_pieces_and_are_predicted_from_text(
     assert classifier.predict([record["text"] for record in records], spans) == wanted
     with pytest.raises(OptionError, match=r"this classifier is of spans. Give a pair"):
         classifier.predict(["the fox"])
-    with pytest.raises(OptionError, match="1 spans for 2 texts"):
+    with pytest.raises(OptionError, match="1 span for 2 texts"):
         classifier.predict(["the fox", "the dog"], [(0, 3)])
     with pytest.raises(InputError, match="characters 50 to 53 of text 0 are in no token"):
         classifier.predict(["the fox"], [(50, 53)])

@@ -68,9 +68,13 @@ def test_chunks_are_units_of_one_engine_whose_shards_are_counted_and_removed(
     run = UnitEngine.run
     monkeypatch.setattr(UnitEngine, "run", lambda engine, unit: [ran.append(unit), run(engine, unit)][1])
     unlink = Path.unlink
-    monkeypatch.setattr(
-        Path, "unlink", lambda path, *how: [sizes.update({path.name: path.stat().st_size}), unlink(path, *how)][1]
-    )
+
+    def unlink_measured(path: Path, missing_ok: bool = False) -> None:
+        if path.exists():
+            sizes[path.name] = path.stat().st_size
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_measured)
     with Sampler(_plan(tiny, texts, tmp_path / "acts", shard_bytes=20_000, batch_tokens=64)) as sampler:
         assert sampler.run(records[:4], 0) > 0
         sampler.forget()

@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_written_is_one_error(found: Any, tmp_path: Path
 
 
 def test_decoders_are_not_kept_in_a_store(found: Any, tmp_path: Path) -> None:
-    (tmp_path / "store.json").write_text("{}")
+    (tmp_path / "store.json").write_text('{"fingerprint": "f"}')
     for folder in (tmp_path, tmp_path / "below"):
         with pytest.raises(OptionError, match=r"lies in the store .*Choose another folder"):
             found.save(folder)

@@ -313,6 +313,7 @@ def test_a_commit_does_not_raise_the_peak_of_the_process(tmp_path: Path) -> None
 import resource, sys, torch
 from pathlib import Path
 from layerprobe.store.format import commit_shard
+from layerprobe.store.headers import ShardHeader
 rows = torch.zeros(1 << 21, 32).fill_(1)
 ids = torch.zeros(1 << 21, dtype=torch.int64).fill_(1)
 tensors = [("example", torch.arange(1)), ("offsets", torch.tensor([0, 1 << 21])), ("input_ids", ids), ("a", rows)]
@@ -331,6 +332,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from layerprobe.store.format import commit_shard
+from layerprobe.store.headers import ShardHeader
 
 folder = Path(sys.argv[1])
 tensors = [("example", torch.arange(2)), ("offsets", torch.tensor([0, 2, 5])), ("input_ids", torch.arange(5))]

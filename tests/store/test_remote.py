@@ -163,7 +163,7 @@ def test_a_damaged_shard_is_named_and_made_again(
     copy_store(local, place)
     sound = contents(place)[SECOND]
     place.commit(SECOND, [sound[:-1]])
-    with pytest.raises(FormatError, match=rf"s3://.*/acts/{SECOND}: holds \d+ bytes, its header asks for"):
+    with pytest.raises(FormatError, match=rf"s3://.*/acts/{SECOND}: holds [\d,]+ bytes, its header asks for"):
         lp.open(place)["layers.0"].pooled()
     place.remove("index.json")
     lp.extract(tiny, plain_texts, place, **OPTIONS)

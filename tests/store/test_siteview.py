@@ -81,7 +81,7 @@ def test_a_slice_beyond_what_is_there_yet_is_missing_and_not_cut(
     view = open_store(written.folder)["layers.0"]
     for beyond in (slice(5, 9), slice(7, 9), slice(0, 100), slice(8, None, -1), slice(100, 6, -1), slice(7, 8)):
         with pytest.raises(
-            MissingExample, match=r"no example [78]|no example 100 in .* yet: the run is not complete, 7"
+            MissingExample, match=r"no example [78]|no example 100 in .* yet: the run is not complete and has 7"
         ):
             view[beyond]
     # left out or negative, a bound is that of what is there
