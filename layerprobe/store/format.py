@@ -117,7 +117,8 @@ def check_keepable(folder: Path) -> None:
         OptionError: it is a store, or lies in one.
         StoreError: a file is in its place, or in that of a folder above it.
     """
-    above = [one for one in (folder.absolute(), *folder.absolute().parents) if one.exists()]
+    real = Path(os.path.realpath(folder))
+    above = [one for one in (real, *real.parents) if one.exists()]
     if not above[0].is_dir():
         raise StoreError(f"{folder}: {above[0]} is a file. Choose another folder.")
     _refuse_inside(folder, above)
@@ -133,7 +134,8 @@ def need_parent(path: str | Path) -> Path:
     path = Path(path)
     if not path.parent.is_dir():
         raise StoreError(f"{path}: there is no folder {path.parent}. Make it, or choose another path.")
-    _refuse_inside(path, path.absolute().parents)
+    # a link is written through
+    _refuse_inside(path, Path(os.path.realpath(path)).parents)
     return path
 
 
@@ -146,9 +148,9 @@ def _refuse_inside(path: Path, folders: Iterable[Path]) -> None:
 def _is_store(folder: Path) -> bool:
     """Whether a folder holds a store; what other programs call `store.json` is none."""
     try:
-        return (folder / STORE_FILE).is_file() and "fingerprint" in read_json(folder / STORE_FILE)
-    except StoreError:  # damaged, as far as that can be told
-        return True
+        return os.path.isfile(folder / STORE_FILE) and "fingerprint" in read_json(folder / STORE_FILE)
+    except StoreError:  # damaged, if there are shards beside it
+        return any(parse_shard_name(name) is not None for name in os.listdir(folder))
 
 
 def checksum_file(place: Place, file: str) -> str:

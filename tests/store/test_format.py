@@ -25,7 +25,7 @@ from torch import Tensor
 from layerprobe.errors import FormatError, OptionError, StoreError
 from layerprobe.store import format as fmt
 from layerprobe.store.durable import commit_file
-from layerprobe.store.format import commit_shard, need_parent, read_header, read_json
+from layerprobe.store.format import check_keepable, commit_shard, need_parent, read_header, read_json
 from layerprobe.store.headers import ShardHeader
 
 DTYPES = [
@@ -439,6 +439,20 @@ def test_nothing_else_is_written_into_a_store(write_store: Callable[..., Any], n
         (folder / "store.json").write_text("{")
 
 
-def test_what_other_programs_call_store_json_is_no_store(tmp_path: Path) -> None:
-    (tmp_path / "store.json").write_text('{"items": []}')
+@pytest.mark.parametrize("text", ['{"items": []}', "[1, 2]", "", '{"a": 1,}'])
+def test_what_other_programs_call_store_json_is_no_store(tmp_path: Path, text: str) -> None:
+    (tmp_path / "store.json").write_text(text)
     assert need_parent(tmp_path / "layers.png") == tmp_path / "layers.png"
+    check_keepable(tmp_path / "kept")
+
+
+def test_a_file_lies_where_its_path_leads(write_store: Callable[..., Any], tmp_path: Path) -> None:
+    folder = write_store().folder
+    beside = folder / ".." / "layers.png"
+    assert need_parent(beside) == beside
+    check_keepable(folder / ".." / "kept")
+    (tmp_path / "plots").symlink_to(folder)
+    (tmp_path / "all.json").symlink_to(folder / "index.json")
+    for path in (tmp_path / "plots" / "layers.png", tmp_path / "all.json"):
+        with pytest.raises(OptionError, match=rf"{path}: lies in the store {folder}\. Choose another folder\."):
+            need_parent(path)
