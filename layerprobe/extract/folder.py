@@ -45,7 +45,7 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
         begin_remote(plan)
         yield plan, None
         return
-    _need_name(folder)
+    _need_name(folder.path)
     try:
         make_folder(folder.path)
     except OSError as error:
@@ -69,7 +69,7 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
                 clear_leftovers(folder.path)
 
 
-def _need_name(folder: Path | NamedPath) -> None:
+def _need_name(folder: Path) -> None:
     """Make sure that the tokenizer, which is written by a library in Rust, can be written there.
 
     Raises:

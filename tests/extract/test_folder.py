@@ -341,3 +341,14 @@ def test_a_path_that_is_not_utf_8_is_refused_before_there_is_a_folder(tiny: Load
     with pytest.raises(StoreError, match="the path is not UTF-8, and a tokenizer cannot be written there"):
         lp.extract(tiny, ["the dog"], place, progress=False)
     assert not place.exists()
+
+
+def test_a_working_folder_that_is_not_utf_8_is_refused_before_there_is_a_folder(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / os.fsdecode(b"work-\xfc")
+    place.mkdir()
+    monkeypatch.chdir(place)
+    with pytest.raises(StoreError, match=r"work-.*/acts: the path is not UTF-8"):
+        lp.extract(tiny, ["the dog"], "acts", progress=False)
+    assert not list(place.iterdir())
