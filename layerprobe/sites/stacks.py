@@ -64,9 +64,11 @@ class Stack:
         """Whether a module, by its name in the unwrapped model, is part of that decoder or makes words of its rows."""
         if not self.has_decoder:
             return False
-        own: Any = root
-        is_part = f"{path}.".startswith(f"{self.path}.decoder.".removeprefix("."))
-        return is_part or own.get_submodule(path) is own.get_output_embeddings()
+        if f"{path}.".startswith(f"{self.path}.decoder.".removeprefix(".")):
+            return True
+        # a module of a user's own around the base need not be a model of transformers
+        find_head = getattr(root, "get_output_embeddings", None)
+        return find_head is not None and root.get_submodule(path) is find_head()
 
 
 def need_model(model: nn.Module | LoadedModel) -> nn.Module:

@@ -260,6 +260,17 @@ def test_decoder_of_a_shared_base_never_takes_the_mask_of_the_encoder(
     assert torch.equal(edited[site], values * 2)
 
 
+def test_model_of_ones_own_may_wrap_both_halves(make_bart: Any) -> None:
+    class Own(torch.nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.base_model, self.config = model, model.config
+
+    own = Own(make_bart("Model"))
+    kinds = [lp.sites(own, f"module:base_model.{half}.layers.0")[0].kind for half in ("encoder", "decoder")]
+    assert kinds == ["unknown", "source"] and lp.sites(own)[0].kind == "token"
+
+
 def test_classifier_of_a_shared_base_has_logits_of_a_text(make_bart: Any) -> None:
     assert lp.sites(make_bart("ForSequenceClassification"), "logits")[0].kind == "example"
 
