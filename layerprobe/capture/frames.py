@@ -32,17 +32,18 @@ class _Frame:
 
     `runner` is the interpreter's frame that runs it: one that is on no stack any more was cut short. None where a
     compiled graph runs it. `caller` is the one that called that. `inside` holds the stacks whose base is running;
-    `is_stopped` says that it ends early because every probe has what it asked, `has_begun` that a call began in it.
+    `is_stopped` says that it ends early because every probe has what it asked, `has_begun` that a call began in it, and
+    `is_asked` that a module of a site ran in it while there was no call.
     """
 
-    __slots__ = ("call", "caller", "has_begun", "inside", "is_stopped", "owner", "runner")
+    __slots__ = ("call", "caller", "has_begun", "inside", "is_asked", "is_stopped", "owner", "runner")
 
     def __init__(self, owner: int, runner: FrameType | None, call: Call | None = None) -> None:
         self.owner = owner
         self.runner = runner
         self.caller = runner.f_back if runner is not None else None
         self.call = call
-        self.is_stopped = self.has_begun = False
+        self.is_stopped = self.has_begun = self.is_asked = False
         self.inside: set[int] = set()
 
 
@@ -215,7 +216,7 @@ class Frames:
         top.inside.discard(number)
         if top.owner == number:
             self._end_call(frames.pop(), completed)
-            if completed and self.is_open and not top.has_begun:
+            if completed and self.is_open and top.is_asked and not top.has_begun:
                 raise CaptureError(
                     f"{self._owner} ran without calling its base model, whose calls are followed: it calls a part of "
                     "that. Pass the part that has the layers in place of the model, as model.model.decoder."
@@ -227,9 +228,12 @@ class Frames:
         return bool(frames) and (frames[-1].owner == number or number in frames[-1].inside)
 
     def current(self) -> Call | None:
-        """Give the call that is running in this thread."""
+        """Give the call that is running in this thread; asked where a module of a site runs."""
         top = self._top()
-        return top.call if top is not None else None
+        if top is None:
+            return None
+        top.is_asked |= top.call is None
+        return top.call
 
     def _top(self) -> _Frame | None:
         frames = self.by_thread.get(threading.get_ident())

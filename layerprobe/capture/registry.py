@@ -259,6 +259,8 @@ class ProbeRegistry:
                     port.receive(key, value, is_rows)
                 elif (stack := frames.get(get_ident())) and (call := stack[-1].call) is not None:
                     receive(call, which, value)
+                elif stack:
+                    stack[-1].is_asked = True
 
             self._hooks.keep(point.module, point.module.register_forward_pre_hook(read_input, with_kwargs=True))
         else:
@@ -282,6 +284,8 @@ class ProbeRegistry:
                             stop_if_done()
                     else:
                         receive(call, which, output)
+                elif stack:
+                    stack[-1].is_asked = True
 
             self._hooks.keep(point.module, point.module.register_forward_hook(read_output))
 

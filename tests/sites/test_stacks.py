@@ -243,6 +243,32 @@ def test_model_that_calls_a_part_of_its_base_is_refused_and_that_part_is_taken(t
         assert not torch.equal(model(input_ids=ids).logits, output.logits)
 
 
+def test_call_that_needs_no_layer_is_no_call_of_the_base(tmp_path: Path) -> None:
+    """As of a task model that is given vectors which an earlier call has made."""
+    import transformers
+
+    base: Any = transformers.BertForSequenceClassification
+
+    class Cached(base):
+        def forward(self, vectors: Any = None, **batch: Any) -> Any:
+            return self.classifier(vectors) if vectors is not None else super().forward(**batch)
+
+    model: Any = Cached(build("bert").config).eval()
+    vectors, batch = torch.ones(2, model.config.hidden_size), make_batch()
+    with torch.no_grad(), lp.Probe(model, "layers.0") as probe, lp.edit(model, {"layers.1": lp.scale(2.0)}):
+        expected = model.classifier(vectors)
+        assert torch.equal(model(vectors), expected)
+        model(**batch)
+        assert torch.equal(model(vectors=vectors), expected)
+    assert len(probe.calls) == 1
+    with torch.no_grad(), lp.Probe(model, "layers.0", to=tmp_path / "acts"):
+        model(vectors)
+        model(**batch)
+    assert len(lp.open(tmp_path / "acts")) == len(batch["input_ids"])
+    with pytest.raises(CaptureError, match="ran without calling its base model"), lp.Probe(model, "logits"):
+        model(vectors)
+
+
 def test_what_load_model_gave_is_taken_as_its_model(tiny: LoadedModel, batch: Any) -> None:
     assert unwrap(tiny) is unwrap(tiny.model)
     assert lp.sites(tiny) == lp.sites(tiny.model)
