@@ -94,7 +94,8 @@ def test_command_prints_the_table_and_writes_a_picture(run: Run, folder: Path, t
     ],
 )
 def test_mistakes_are_one_line(run: Run, folder: Path, changes: dict[str, str], message: str) -> None:
-    asked = {"--clean": CLEAN, "--corrupt": CORRUPT, "--answer": "fox"} | changes
+    # a table, which no picture's package is missed for
+    asked = {"--clean": CLEAN, "--corrupt": CORRUPT, "--answer": "fox", "--out": "x.csv"} | changes
     code, printed, said = run("patch", folder, *(word for pair in asked.items() for word in pair))
     assert (code, printed) == (2, "") and message in said and said.count("\n") == 1
 
