@@ -22,6 +22,7 @@ ORDER = (
     "layerprobe.tables",
     "layerprobe.telling",
     "layerprobe.sharing",
+    "layerprobe.forking",
     "layerprobe.collecting",
     "layerprobe.cores",
     "layerprobe.rounding",

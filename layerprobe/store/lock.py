@@ -13,12 +13,12 @@ import shlex
 import socket
 import sys
 import time
-import weakref
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import LockError, StoreError
+from layerprobe.forking import watch_forks
 from layerprobe.store.guard import open_inside
 from layerprobe.store.paths import NamedPath
 from layerprobe.telling import find_stderr
@@ -204,16 +204,7 @@ def _is_held(descriptor: int) -> bool:
     return False
 
 
-_held: "weakref.WeakSet[StoreLock]" = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for lock in list(_held):
-        lock._forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
+_held = watch_forks(StoreLock._forget)
 
 
 def _has_name(descriptor: int, path: NamedPath) -> bool:

@@ -6,10 +6,8 @@ none of it. Its failures are raised in the caller's thread, with their cause, at
 Must never know of models, hooks or devices: it is handed CPU tensors and two callables.
 """
 
-import os
 import queue
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from layerprobe.errors import LayerProbeError, NonFiniteError, StoreError
+from layerprobe.forking import watch_forks
 from layerprobe.store.abandoned import abandon
 from layerprobe.store.format import commit_shard
 from layerprobe.store.headers import SCALE_SUFFIX, ShardHeader, check_shapes, lay_out
@@ -248,13 +247,4 @@ class ShardWriter:
         return commit_shard(self.place, header, tensors, checksums)
 
 
-_started: "weakref.WeakSet[ShardWriter]" = weakref.WeakSet()
-
-
-def _give_up_all() -> None:
-    for writer in list(_started):
-        writer._give_up()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_give_up_all)
+_started = watch_forks(ShardWriter._give_up)
