@@ -14,7 +14,7 @@ from layerprobe.errors import OptionError
 __all__ = ["check", "diff", "plot", "report"]
 
 MaxRows = Annotated[
-    int | None, typer.Option(metavar="ROWS", help="About how many rows to use, at random; all if not given.")
+    int | None, typer.Option(metavar="ROWS", help="Approximate number of rows to draw at random. Default: all.")
 ]
 
 
@@ -22,7 +22,7 @@ def diff(
     folder: Where,
     out: Table = None,
     all_pairs: Annotated[
-        bool, typer.Option("--all-pairs", help="Compare every pair of sites, not only neighbours.")
+        bool, typer.Option("--all-pairs", help="Compare every pair of sites, not only adjacent ones.")
     ] = False,
     patterns: StoredSites = None,
     cosine: Annotated[str, typer.Option(help="Cosine of raw, centred or zscored rows.")] = "raw",
@@ -30,7 +30,7 @@ def diff(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how far rows move from layer to layer, and the shape of each layer.
+    """Measure how far rows move from layer to layer, and the geometry of each layer.
 
     Example: layerprobe diff acts -o acts.csv
     """
@@ -60,9 +60,9 @@ def check(
 ) -> None:
     """Find what would distort cosine similarities in a store.
 
-    Constant, outlying and rogue dimensions, and rows that are not finite.
+    Reports constant, outlying and rogue dimensions, and rows that are not finite.
 
-    Exit code 1 where a row is not finite or a site is the same everywhere.
+    The exit code is 1 if a row is not finite or a site is constant.
 
     Example: layerprobe check acts
     """
@@ -77,26 +77,28 @@ def check(
 
 def plot(
     folder: Where,
-    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="A .png, .svg or .pdf to write.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Write a .png, .svg or .pdf file.")],
     patterns: StoredSites = None,
     color: Annotated[
         str | None,
-        typer.Option(help="Colour by token, position, norm, or a field of the records; label if there is one."),
+        typer.Option(help="Colour by token, position, norm, or a record field. Default: label, if there is one."),
     ] = None,
     method: Annotated[str, typer.Option(help="Projection: pca, tsne or umap.")] = "pca",
     points: Annotated[
-        str | None, typer.Option(help="rows or examples; if not given, whichever the colour belongs to.")
+        str | None, typer.Option(help="Plot rows or examples. Default: whichever the colour belongs to.")
     ] = None,
     pool: Vector = None,
     shared: Annotated[bool, typer.Option("--shared", help="One PCA basis for all layers.")] = False,
-    max_points: Annotated[int | None, typer.Option(help="The most points to draw; 10,000, or 2,000 for t-SNE.")] = None,
-    attention: Annotated[
-        int | None, typer.Option(metavar="EXAMPLE", help="Draw this example's attention weights, head by head.")
+    max_points: Annotated[
+        int | None, typer.Option(help="Maximum number of points. Default: 10,000, or 2,000 for t-SNE.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of all random draws; 0 if not given.")] = None,
+    attention: Annotated[
+        int | None, typer.Option(metavar="EXAMPLE", help="Draw the attention weights of this example, head by head.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed. Default: 0.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw each layer's points in two components, one panel per layer; or an example's attention, one per head.
+    """Draw each layer's points in two components, one panel per layer; or an example's attention, one panel per head.
 
     Example: layerprobe plot acts -o layers.png --color token
     """
@@ -132,23 +134,23 @@ def plot(
 
 def report(
     folder: Where,
-    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="A .html to write.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Write a .html file.")],
     patterns: StoredSites = None,
-    labels: Annotated[str | None, typer.Option(metavar="FIELD", help="Field of the records to classify by.")] = None,
+    labels: Annotated[str | None, typer.Option(metavar="FIELD", help="Record field with the labels.")] = None,
     points: Annotated[str, typer.Option(help="examples, or rows for one point per token.")] = "examples",
     pool: Vector = None,
-    max_points: Annotated[int, typer.Option(help="The most points to draw, at random.")] = 10_000,
+    max_points: Annotated[int, typer.Option(help="Maximum number of points, drawn at random.")] = 10_000,
     max_rows: Annotated[
-        int, typer.Option(metavar="ROWS", help="About how many rows to compute the curves from, at random.")
+        int, typer.Option(metavar="ROWS", help="Approximate number of rows for the curves, drawn at random.")
     ] = 100_000,
     attention: Annotated[
         list[int] | None,
-        typer.Option(metavar="EXAMPLE", help="Show this example's attention weights; repeat for several."),
+        typer.Option(metavar="EXAMPLE", help="Show the attention weights of this example; repeatable."),
     ] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Write a store as one page that needs no network: points by layer, curves, heat maps, classes, attention.
+    """Write a store as one self-contained page: points by layer, curves, heat maps, classes, attention.
 
     Example: layerprobe report acts -o report.html
     """

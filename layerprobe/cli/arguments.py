@@ -22,30 +22,28 @@ __all__ = [
     "Where",
 ]
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; CUDA if available and none is given.")]
-Field = Annotated[str, typer.Option(help="Field of a record that holds the text.")]
-Json = Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if available.")]
+Field = Annotated[str, typer.Option(help="Record field that holds the text.")]
+Json = Annotated[str | None, typer.Option(metavar="FILE", help="Write all results as JSON.")]
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A hub id, a folder, or 'demo' (real MiniLM weights from the demo extra)."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Seed = Annotated[int, typer.Option(help="Seed of all random draws.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 Sites = Annotated[
     list[str] | None,
     typer.Option(
         "--sites", "-s", metavar="PATTERN",
-        help="A site pattern such as 'layers.*', 'layers.-4:' or 'layers.0,5.ffn.act'; repeat for several.",
+        help="Site pattern, such as 'layers.*', 'layers.-4:' or 'layers.0,5.ffn.act'; repeatable.",
     ),
 ]  # fmt: skip
 StoredSites = Annotated[
     list[str] | None,
-    typer.Option(
-        "--sites", "--site", "-s", metavar="PATTERN", help="Stored sites such as 'layers.*'; repeat for several."
-    ),
+    typer.Option("--sites", "--site", "-s", metavar="PATTERN", help="Stored sites, such as 'layers.*'; repeatable."),
 ]
 Table = Annotated[
-    str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv, .json, .png, .svg or .pdf to write.")
+    str | None, typer.Option("--out", "-o", metavar="FILE", help="Write a .csv, .json, .png, .svg or .pdf file.")
 ]
 Texts = Annotated[
     str,

@@ -16,38 +16,42 @@ __all__ = ["classify"]
 
 def classify(
     folder: Where,
-    labels: Annotated[str, typer.Option(metavar="FIELD", help="Field of the records to classify by.")] = "label",
-    pool: Annotated[str, typer.Option(help="mean, cls, max, last, or last4: the last four layers together.")] = "mean",
-    split: Annotated[str | None, typer.Option(metavar="FIELD", help="Field that says train, dev or test.")] = None,
+    labels: Annotated[str, typer.Option(metavar="FIELD", help="Record field with the labels.")] = "label",
+    pool: Annotated[
+        str, typer.Option(help="Pooling: mean, cls, max, last, or last4 (the last four layers together).")
+    ] = "mean",
+    split: Annotated[str | None, typer.Option(metavar="FIELD", help="Record field that is train, dev or test.")] = None,
     group: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="Field whose equal values stay in one split.")
+        str | None, typer.Option(metavar="FIELD", help="Record field; equal values stay in one split.")
     ] = None,
     span: Annotated[
         str | None,
-        typer.Option(metavar="START,END", help="Two fields with characters: classify that span of each text."),
+        typer.Option(
+            metavar="START,END", help="Two record fields with character offsets: classify that span of each text."
+        ),
     ] = None,
     control: Annotated[
-        bool, typer.Option("--control", help="Also fit random labels per type, for selectivity.")
+        bool, typer.Option("--control", help="Also fit random labels per type, to measure selectivity.")
     ] = False,
-    mdl: Annotated[bool, typer.Option("--mdl", help="Also count the bits of an online code.")] = False,
+    mdl: Annotated[bool, typer.Option("--mdl", help="Also measure the description length (online code).")] = False,
     untrained: Annotated[
         bool,
-        typer.Option("--untrained/--no-untrained", help="The baseline with random weights; runs every text again."),
+        typer.Option("--untrained/--no-untrained", help="Compare with random weights; this runs every text again."),
     ] = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Derive labels from the texts: length, a word, word order.")
     ] = False,
     patterns: StoredSites = None,
     max_examples: Annotated[
-        int | None, typer.Option(help="The most examples to use, at random; 50,000 if not given.")
+        int | None, typer.Option(help="Maximum number of examples, drawn at random. Default: 50,000.")
     ] = None,
     json: Json = None,
     out: Table = None,
-    save: Annotated[str | None, typer.Option(metavar="FOLDER", help="Save the probe that was best on dev.")] = None,
+    save: Annotated[str | None, typer.Option(metavar="FOLDER", help="Save the probe that is best on dev.")] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how well a linear probe separates classes at each layer, beside baselines.
+    """Measure how well a linear probe separates classes at each layer, compared with baselines.
 
     Example: layerprobe classify acts --labels topic --json topics.json
     """

@@ -14,31 +14,31 @@ __all__ = ["patch"]
 
 
 def patch(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or folder of a model that fills masks.")],
-    clean: Annotated[str, typer.Option(metavar="TEXT", help="The text with the right answer and one [MASK] in it.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of a masked language model.")],
+    clean: Annotated[str, typer.Option(metavar="TEXT", help="The text with the right answer, with one [MASK].")],
     corrupt: Annotated[
-        str, typer.Option(metavar="TEXT", help="The same text with other words, of the same number of tokens.")
+        str, typer.Option(metavar="TEXT", help="The same text with other words and the same number of tokens.")
     ],
     answer: Annotated[str, typer.Option(metavar="TOKEN", help="The token whose logit at the mask is measured.")],
     patterns: Annotated[
-        list[str] | None, typer.Option("--sites", "-s", metavar="PATTERN", help="Sites to patch; repeat for several.")
+        list[str] | None, typer.Option("--sites", "-s", metavar="PATTERN", help="Sites to patch; repeatable.")
     ] = None,
     heads: Annotated[
-        bool, typer.Option("--heads", help="Patch heads one by one at all positions: layers.*.attention.context.")
+        bool, typer.Option("--heads", help="Patch single heads at all positions (layers.*.attention.context).")
     ] = False,
-    method: Annotated[str, typer.Option(help="exact runs each patch; attribution estimates all from one gradient.")] = (
-        "exact"
-    ),
-    batch_size: Annotated[int, typer.Option(min=1, help="Patched copies per forward.")] = 32,
+    method: Annotated[
+        str, typer.Option(help="exact (run each patch) or attribution (estimate all from one gradient).")
+    ] = "exact",
+    batch_size: Annotated[int, typer.Option(min=1, help="Patched copies per forward pass.")] = 32,
     out: Annotated[
-        str, typer.Option("--out", "-o", metavar="FILE", help="A .png, .svg or .pdf picture, .csv or .json.")
+        str, typer.Option("--out", "-o", metavar="FILE", help="Write a .png, .svg, .pdf, .csv or .json file.")
     ] = "patch.png",
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Find the sites that carry the model's answer at [MASK].
 
-    Puts clean's values into corrupt one by one; prints a table and draws a picture.
+    Patches values of the clean text into the corrupt one, one at a time. Prints a table and draws a picture.
 
     Example: layerprobe patch bert-base-uncased --clean 'Rome is in [MASK].' --corrupt 'Oslo is in [MASK].' \
         --answer italy

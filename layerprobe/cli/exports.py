@@ -17,18 +17,16 @@ Hub = Annotated[str, typer.Argument(metavar="URL", help="hf://datasets/USER/NAME
 
 def export(
     folder: Where,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The file to write; for zarr, a folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="File to write; for zarr, a folder.")],
     to: Annotated[
         str | None,
-        typer.Option("--to", help="parquet, arrow, npz or zarr; if not given what OUT ends in, else parquet."),
+        typer.Option("--to", help="Format: parquet, arrow, npz or zarr. Default: by the suffix of OUT, else parquet."),
     ] = None,
     patterns: Annotated[
         list[str] | None,
-        typer.Option("--sites", "-s", metavar="PATTERN", help="Sites to export; all if not given; repeat for several."),
+        typer.Option("--sites", "-s", metavar="PATTERN", help="Sites to export; repeatable. Default: all."),
     ] = None,
-    rows: Annotated[
-        str | None, typer.Option("--rows", help="What a row of a table is: examples (if not given) or tokens.")
-    ] = None,
+    rows: Annotated[str | None, typer.Option("--rows", help="One table row per: examples (default) or tokens.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -46,13 +44,13 @@ def export(
 
 def merge(
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The joined store: new, or one of the same plan to add to.")
+        Path, typer.Argument(metavar="OUT", help="The joined store: new, or an existing one of the same plan.")
     ],
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Stores that hold units of one plan.")],
-    link: Annotated[bool, typer.Option("--link", help="Link shards instead of copying them.")] = False,
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Stores to join.")],
+    link: Annotated[bool, typer.Option("--link", help="Hard-link shards instead of copying them.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Join several stores that hold units of the same plan. Exit code 1 if units are missing.
+    """Join stores that hold parts of the same plan. The exit code is 1 if parts are missing.
 
     Example: layerprobe merge acts machine-1/acts machine-2/acts
     """
@@ -80,7 +78,7 @@ def push(
 
 
 def pull(url: Hub, folder: Annotated[Path, typer.Argument(metavar="DIR", help="Target folder, new or empty.")]) -> None:
-    """Download a store from the Hugging Face hub, and no other files of the repository.
+    """Download a store from the Hugging Face hub.
 
     Example: layerprobe pull hf://datasets/someone/acts acts
     """

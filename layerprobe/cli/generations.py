@@ -20,33 +20,30 @@ def generate(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="An encoder-decoder, or a decoder with cross attention, by hub id or folder; or saved by fit-decoder.",
+            help="Hub id or folder of an encoder-decoder model, or of a decoder with cross attention; or a folder "
+            "saved by fit-decoder.",
         ),
     ],
     layer: Annotated[
-        str, typer.Option(help="A site, or a layer's number; negative ones count from the last that is stored.")
+        str, typer.Option(help="Site or layer number; negative numbers count from the last stored layer.")
     ] = "-1",
     examples: Annotated[
         list[int] | None,
-        typer.Option(
-            "--example", "-e", metavar="N", help="An example's ordinal; repeat for several; all if not given."
-        ),
+        typer.Option("--example", "-e", metavar="N", help="Ordinal of an example; repeatable. Default: all."),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="The most tokens to generate; as the model says if not given.")
+        int | None, typer.Option(metavar="N", help="Maximum number of tokens to generate. Default: the model's.")
     ] = None,
-    beams: Annotated[
-        int | None, typer.Option(metavar="N", help="Beams of the search; as the model says if not given.")
+    beams: Annotated[int | None, typer.Option(metavar="N", help="Number of beams. Default: the model's.")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Nucleus sampling: sample from this share of the probability.")
     ] = None,
-    sample: Annotated[
-        bool, typer.Option("--sample", help="Draw tokens at random instead of taking the most likely.")
-    ] = False,
-    temperature: Annotated[float | None, typer.Option(help="Temperature of the draws.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from this share of the probability.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per batch; 16 if not given.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of all random draws; 0 if not given.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per batch. Default: 16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed. Default: 0.")] = None,
     device: Device = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="A .csv or .json to write.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="Write a .csv or .json file.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Generate text from stored states of a layer, without running the encoder.
@@ -90,29 +87,29 @@ def fit_decoder(
     folder: Where,
     layers: Annotated[
         list[str] | None,
-        typer.Option(
-            "--layer", metavar="PATTERN", help="Stored sites or a layer's number; repeat for several; all if not given."
-        ),
+        typer.Option("--layer", metavar="PATTERN", help="Stored sites or a layer number; repeatable. Default: all."),
     ] = None,
     targets: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="Field of the records to write; the text itself if not given.")
+        str | None, typer.Option(metavar="FIELD", help="Record field to decode. Default: the text.")
     ] = None,
-    save: Annotated[str | None, typer.Option(metavar="FOLDER", help="Save the decoders, for generate.")] = None,
+    save: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Save the decoders for `layerprobe generate`.")
+    ] = None,
     width: Annotated[int, typer.Option(help="Width of the decoders; a multiple of 32.")] = 128,
     num_layers: Annotated[int, typer.Option(help="Layers of the decoders.")] = 2,
-    max_length: Annotated[int, typer.Option(metavar="TOKENS", help="The most tokens of a target.")] = 32,
-    max_examples: Annotated[int, typer.Option(help="The most examples to use, at random.")] = 5000,
+    max_length: Annotated[int, typer.Option(metavar="TOKENS", help="Maximum number of tokens of a target.")] = 32,
+    max_examples: Annotated[int, typer.Option(help="Maximum number of examples, drawn at random.")] = 5000,
     epochs: Annotated[int, typer.Option(help="Passes over the training examples.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     seed: Seed = 0,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:1; if not given, the CPU with half of the cores.")
+        str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the CPU with half of the cores.")
     ] = None,
     out: Table = None,
     quiet: Quiet = False,
 ) -> None:
-    """Fit a small decoder to each layer, beside one that sees no layer: what can be read from each layer.
+    """Fit a small decoder to each layer, and one that sees no layer, to measure what can be read from each.
 
     Example: layerprobe fit-decoder acts --layer 5 --save reader
     """
@@ -144,7 +141,7 @@ def fit_decoder(
 
 
 def lens(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, or demo.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, or 'demo'.")],
     source: Annotated[str, typer.Argument(metavar="INPUT", help="Texts as for extract, or a store of the model.")],
     patterns: Annotated[
         list[str] | None,
@@ -152,23 +149,25 @@ def lens(
             "--sites",
             "-s",
             metavar="PATTERN",
-            help="Sites; if not given, the embeddings, every layer and the final norm.",
+            help="Sites. Default: the embeddings, every layer and the final norm.",
         ),
     ] = None,
     mask: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="Share of the tokens to mask and judge; 0.15 where there is a head."),
+        typer.Option(
+            metavar="SHARE", help="Share of the tokens to mask and evaluate. Default: 0.15 if the model has a head."
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens to judge.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Maximum number of tokens to evaluate.")] = 4096,
     tokens: Annotated[
-        bool, typer.Option("--tokens", help="Also print some tokens one by one, with guess and rank.")
+        bool, typer.Option("--tokens", help="Also print some tokens with the prediction and rank at each layer.")
     ] = False,
     seed: Seed = 0,
     device: Device = None,
     out: Table = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show what the model would predict from each layer: rank and probability of the true token by depth.
+    """Show what the model would predict from each layer: rank and probability of the true token.
 
     Example: layerprobe lens bert-base-uncased texts.txt -o lens.png
     """

@@ -19,32 +19,30 @@ __all__ = ["profile"]
 def profile(
     model: Model,
     batch: Annotated[int, typer.Option(min=1, help="Texts in the batch.")] = 32,
-    length: Annotated[int, typer.Option(min=1, help="Tokens per text, special ones included.")] = 128,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per text, special tokens included.")] = 128,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Measured forwards; as many bare ones take turns with them.")
+        int, typer.Option(min=1, help="Measured forward passes, alternating with as many bare ones.")
     ] = 10,
     patterns: Annotated[
         list[str] | None,
-        typer.Option(
-            "--sites", "-s", metavar="PATTERN", help="Steps inside layers; all if not given; repeat for several."
-        ),
+        typer.Option("--sites", "-s", metavar="PATTERN", help="Steps inside layers; repeatable. Default: all."),
     ] = None,
     by: Annotated[
-        str, typer.Option(help="Rows of the table: layer, site, or place (a site of all layers together).")
+        str, typer.Option(help="Rows of the table: layer, site, or place (a site over all layers).")
     ] = "layer",
     compare: Annotated[
         str | None,
-        typer.Option(metavar="WHAT", help="hidden_states: measure what reading every layer costs, way by way."),
+        typer.Option(metavar="WHAT", help="hidden_states: compare ways to read every layer."),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="A .json to write every number to.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers to a .json file.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="PICTURE", help="A .png, .svg or .pdf to write, with one bar per layer."),
+        typer.Option("--out", "-o", metavar="PICTURE", help="Write a .png, .svg or .pdf file with one bar per layer."),
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a trace of torch's profiler, with ranges named by site.")
+        Path | None, typer.Option(metavar="FILE", help="Write a torch profiler trace with ranges named by site.")
     ] = None,
     device: Device = None,
 ) -> None:

@@ -41,14 +41,14 @@ def _options(
 
 
 app.command()(runs.sites)
-app.command(short_help="Extract sites for every text into a store.")(runs.extract)
+app.command(short_help="Extract activations for every text into a store.")(runs.extract)
 app.command()(stores.info)
-app.command(short_help="Show how far a run is, without disturbing it.")(stores.status)
-app.command(short_help="Check every byte of a store; repair it, or recompute some of it.")(stores.verify)
+app.command(short_help="Show the progress of a run.")(stores.status)
+app.command(short_help="Check every byte of a store; repair it, or recompute examples.")(stores.verify)
 # -1 is an example, not an option
 app.command(context_settings={"ignore_unknown_options": True})(stores.show)
 app.command(short_help="Write a store as one Parquet, Arrow, npz or Zarr file.")(exports.export)
-app.command(short_help="Join several stores that hold units of the same plan.")(exports.merge)
+app.command(short_help="Join stores that hold parts of the same plan.")(exports.merge)
 app.command(short_help="Upload a complete store to the Hugging Face hub.")(exports.push)
 app.command(short_help="Download a store from the Hugging Face hub.")(exports.pull)
 app.command(short_help="Measure how far rows move from layer to layer.")(analyses.diff)
@@ -57,11 +57,13 @@ app.command(short_help="Write a store as one self-contained page.")(analyses.rep
 app.command(short_help="Find what would distort cosine similarities in a store.")(analyses.check)
 app.command(short_help="Measure how well each layer separates classes.")(classifiers.classify)
 app.command(short_help="Generate text from stored states of a layer.")(generations.generate)
-app.command(short_help="Fit a small decoder to each layer: what can be read from it.")(generations.fit_decoder)
+app.command(short_help="Fit a small decoder to each layer, to measure what can be read from it.")(
+    generations.fit_decoder
+)
 app.command(short_help="Show what the model would predict from each layer.")(generations.lens)
 app.command(short_help="Find the sites that carry the model's answer at [MASK].")(edits.patch)
-app.command(short_help="Measure what each layer of a model costs, and what reading it adds.")(instruments.profile)
-app.command(short_help="Measure how values are distributed over all texts, without storing them.")(stats.stats)
+app.command(short_help="Measure what each layer of a model costs.")(instruments.profile)
+app.command(short_help="Measure statistics of activations over all texts, without storing them.")(stats.stats)
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from layerprobe.errors import OptionError, SpaceError
 __all__ = ["extract", "sites"]
 
 _PRECISION_HELP = (
-    "What the forward computes in: float32, bfloat16, float16, or on CUDA tf32; or fp32, bf16, fp16. "
-    "The weights' dtype if not given."
+    "Precision of the forward pass: float32, bfloat16, float16, or on CUDA tf32; or fp32, bf16, fp16. "
+    "Default: the dtype of the weights."
 )
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\Z", re.IGNORECASE)
 _COUNT = re.compile(r"\d+(?:_\d+)*(?:\.\d+)?(?:[eE]\+?\d{1,2})?\Z")
@@ -41,47 +41,54 @@ def sites(model: Model, patterns: Sites = None) -> None:
 def extract(
     model: Model,
     texts: Texts,
-    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder of the store, or a URL: s3://b/acts.")],
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="DIR", help="Folder of the store, or a URL such as s3://bucket/acts.")
+    ],
     patterns: Sites = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, float16, bfloat16, float8_e4m3fn or int8; the model's own if not given."),
+        typer.Option(help="Stored dtype: float32, float16, bfloat16, float8_e4m3fn or int8. Default: the model's."),
     ] = None,
     pool: Annotated[
         str | None,
-        typer.Option(help="cls, mean, max or last: one vector per text, over all real tokens, special ones included."),
+        typer.Option(
+            help="Store one vector per text: cls, mean, max or last, over all real tokens, special tokens included."
+        ),
     ] = None,
     field: Field = "text",
     max_length: Annotated[
-        int | None, typer.Option(help="Longest text in tokens; the model's limit if not given.")
+        int | None, typer.Option(help="Truncate texts to this many tokens. Default: the model's limit.")
     ] = None,
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per batch, padding included; a longer text gets its own batch. Long runs try larger ones."
+            help="Tokens per batch, padding included; a longer text gets its own batch. Long runs try larger ones by "
+            "default."
         ),
     ] = None,
     padding_free: Annotated[
         bool | None,
         typer.Option(
             "--padding-free/--padding",
-            help="Concatenate texts instead of padding them side by side; done where possible if not given.",
+            help="Concatenate the texts of a batch, or pad them. Default: concatenate where possible.",
         ),
     ] = None,
     shard_size: Annotated[
         str | None,
         typer.Option(
-            help="Bytes of a shard, about: 64MB; if not given 128MiB, on CUDA 1GiB. At most a million tokens."
+            help="Approximate size of a shard, such as 64MB; at most a million tokens. Default: 128MiB, on CUDA 1GiB."
         ),
     ] = None,
     nonfinite: Annotated[
-        str, typer.Option(help="warn or error: on values that are not finite or overflow the dtype.")
+        str, typer.Option(help="What to do if values are not finite or overflow the dtype: warn or error.")
     ] = "warn",
-    keep: Annotated[float, typer.Option(help="Share of the rows to keep, such as 0.05; drawn without a seed.")] = 1.0,
+    keep: Annotated[
+        float, typer.Option(help="Keep a random share of the rows, such as 0.05. The draw needs no seed.")
+    ] = 1.0,
     tokens: Annotated[
         str,
         typer.Option(
-            help="Tokens to keep rows of: all, first, cls, special (also if typed in the text) or nonspecial."
+            help="Keep the rows of these tokens: all, first, cls, special (also if typed in the text) or nonspecial."
         ),
     ] = "all",
     precision: Annotated[str | None, typer.Option(help=_PRECISION_HELP)] = None,
@@ -91,36 +98,36 @@ def extract(
         typer.Option("--cuda-graphs", help="Compile, and replay a CUDA graph for each of a few batch shapes."),
     ] = False,
     writers: Annotated[
-        int, typer.Option(help="Shards written at once; raise it where `stalled` shows that one is too slow.")
+        int, typer.Option(help="Shards written at once. Raise it if `stalled` shows that one writer is too slow.")
     ] = 1,
     device: Device = None,
     devices: Annotated[
-        str | None, typer.Option(help="Several GPUs, '0,1': one process each, one store. Or 'cpu,cpu'.")
+        str | None, typer.Option(help="Use several devices, such as '0,1' or 'cpu,cpu': one process each, one store.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a different run in DIR; the same run is resumed.")
     ] = False,
     wait_for_space: Annotated[
-        bool, typer.Option("--wait-for-space", help="On a full disk, wait for room instead of stopping.")
+        bool, typer.Option("--wait-for-space", help="On a full disk, wait for space instead of stopping.")
     ] = False,
     grace: Annotated[
         float | None,
-        typer.Option(
-            min=0, metavar="SECONDS", help="After SIGTERM, time to finish the current shard; 30 if not given."
-        ),
+        typer.Option(min=0, metavar="SECONDS", help="Time after SIGTERM to finish the current shard. Default: 30."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     price: Annotated[
         str | None,
-        typer.Option("--plan", metavar="N", help="Measure a sample, print what N texts (1e9) would cost, and stop."),
+        typer.Option(
+            "--plan", metavar="N", help="Measure a sample, print what N texts (such as 1e9) would cost, and stop."
+        ),
     ] = None,
     price_seconds: Annotated[
         float | None,
-        typer.Option("--plan-seconds", metavar="SECONDS", help="About how long --plan measures; 60 if not given."),
+        typer.Option("--plan-seconds", metavar="SECONDS", help="Approximate duration of --plan. Default: 60."),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Extract sites for every text into a store; the same command again resumes a stopped run.
+    """Extract activations for every text into a store. Run the same command again to resume a stopped run.
 
     Example: layerprobe extract demo texts.txt -o acts --dtype float16
     """

@@ -26,34 +26,32 @@ def stats(
     model: Model,
     texts: Texts,
     patterns: Sites = None,
-    sink: Annotated[str, typer.Option(help="moments, covariance, histogram, topk or cka.")] = "moments",
-    low: Annotated[float | None, typer.Option(help="histogram: lower edge of the first bin; -10 if not given.")] = None,
-    high: Annotated[float | None, typer.Option(help="histogram: upper edge of the last bin; 10 if not given.")] = None,
-    bins: Annotated[int | None, typer.Option(help="histogram: number of bins; 200 if not given.")] = None,
-    k: Annotated[int | None, typer.Option("--top", help="topk: tokens per unit; 10 if not given.")] = None,
-    context: Annotated[int | None, typer.Option(help="topk: tokens of context on either side; 5 if not given.")] = None,
+    sink: Annotated[str, typer.Option(help="Statistic: moments, covariance, histogram, topk or cka.")] = "moments",
+    low: Annotated[float | None, typer.Option(help="histogram: lower edge of the first bin. Default: -10.")] = None,
+    high: Annotated[float | None, typer.Option(help="histogram: upper edge of the last bin. Default: 10.")] = None,
+    bins: Annotated[int | None, typer.Option(help="histogram: number of bins. Default: 200.")] = None,
+    k: Annotated[int | None, typer.Option("--top", help="topk: tokens per unit. Default: 10.")] = None,
+    context: Annotated[int | None, typer.Option(help="topk: tokens of context on either side. Default: 5.")] = None,
     units: Annotated[
         list[int] | None,
-        typer.Option(
-            "--unit", help="topk: a unit to print; repeat for several; if not given, the three with the largest value."
-        ),
+        typer.Option("--unit", help="topk: a unit to print; repeatable. Default: the three with the largest value."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the table here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the table as JSON.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="FILE", help="A .safetensors file to write every sum to, for loading and merging."
+            "--out", "-o", metavar="FILE", help="Write every sum to a .safetensors file, for loading and merging."
         ),
     ] = None,
     field: Field = "text",
     max_length: Annotated[
-        int | None, typer.Option(help="Longest text in tokens; the model's limit if not given.")
+        int | None, typer.Option(help="Truncate texts to this many tokens. Default: the model's limit.")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens per batch, padding included; 1024 on a CPU.")] = None,
     device: Device = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no bar and no closing line.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress bar and no closing line.")] = False,
 ) -> None:
-    """Measure how the values of sites are distributed over all texts, without storing them.
+    """Measure statistics of activations over all texts, without storing them.
 
     Example: layerprobe stats demo texts.txt --sites 'layers.*'
     """

@@ -39,7 +39,9 @@ def show(
     example: Annotated[
         int,
         typer.Argument(
-            metavar="EXAMPLE", parser=_parse_ordinal, help="The example's ordinal; negative ones count from the last."
+            metavar="EXAMPLE",
+            parser=_parse_ordinal,
+            help="Ordinal of the example; negative numbers count from the end.",
         ),
     ],
 ) -> None:
@@ -54,7 +56,9 @@ def show(
 
 
 def status(folder: Where) -> None:
-    """Show how far a run is, without disturbing it: rates, time left, time until the disk is full, whether it is alive.
+    """Show the progress of a run without disturbing it.
+
+    Prints rates, time left, time until the disk is full, and whether its process is alive.
 
     Example: layerprobe status acts
     """
@@ -67,19 +71,17 @@ def status(folder: Where) -> None:
 def verify(
     folder: Where,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove what is damaged, so that the same extraction produces it again.")
+        bool, typer.Option("--repair", help="Remove damaged files; run the same extraction again to recompute them.")
     ] = False,
     recompute: Annotated[
         int | None, typer.Option(metavar="N", help="Run N random examples through the model again and compare.")
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The model for --recompute; if not given, the one that DIR names."),
+        typer.Option(metavar="MODEL", help="Model for --recompute. Default: the one that the store names."),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the examples that --recompute draws; 0 if not given.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Where --recompute runs: cpu, cuda, cuda:1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed for --recompute. Default: 0.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device for --recompute: cpu, cuda or cuda:1.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:
     """Read every byte of a store and compare it with what was written; exit code 1 if anything is wrong.
