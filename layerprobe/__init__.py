@@ -1,7 +1,7 @@
-"""layerprobe takes activations out of Hugging Face encoder models and does something useful with them.
+"""Extract activations from Hugging Face encoder models, edit them, read them back and analyse them.
 
-The door: it re-exports and holds no logic but that of loading a name when it is first asked for. Importing it loads
-neither torch nor numpy, transformers, matplotlib, sklearn nor ray.
+This file re-exports the public names and holds no logic but that of loading a name when it is first used. Importing it
+loads neither torch nor numpy, transformers, matplotlib, sklearn nor ray.
 """
 
 import sys

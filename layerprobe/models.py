@@ -55,8 +55,7 @@ def load_model(name: str | Path, device: str | int | torch.device | None = None)
 
     Args:
         name: `demo`, a folder with a config.json, or a hub id.
-        device: Where to put the model, a number counting GPUs as torch does; None for a CUDA device if there is one,
-            else the CPU.
+        device: Device for the model; a number is a GPU index, as in torch. None for CUDA if available, else the CPU.
 
     Raises:
         ModelError: there is no such model, or it cannot be loaded.

@@ -43,20 +43,21 @@ def profile(
 ) -> Profile:
     """Measure what each layer and each step inside it costs: time, operations, bytes, memory.
 
-    A site is charged with everything since the site before it in its layer, so `attention.context` has the time of the
+    A site includes everything since the site before it in its layer. So `attention.context` has the time of the
     attention kernel, and a layer's own name that of what follows its last site. `other` is what lies between the parts.
 
     Args:
-        model: A supported model, or what `load_model` gave. It runs in eval mode, without gradients, and is left as it
-            was.
-        batch: What the model is called with, by name, on its device.
-        repeats: Measured forwards; as many without marks take turns with them.
+        model: A supported model, or the result of `load_model`. It runs in eval mode, without gradients, and is left as
+            it was.
+        batch: Keyword arguments of the model, on its device.
+        repeats: Number of measured forward passes, alternating with as many bare ones.
         sites: Patterns of the steps inside layers; None for all. Layers are measured as a whole in any case.
 
     Raises:
         SiteError: a pattern matches nothing.
-        OptionError: the model is compiled, no model, or on a device without a clock; attention weights are requested.
-        CaptureError: two forwards of the batch ran different modules.
+        OptionError: the model is compiled, not a model, or on a device without a clock; attention weights are
+            requested.
+        CaptureError: two forward passes of the batch ran different modules.
 
     Cost: one forward slowed down by counting, then twice `repeats` and a few to warm up.
 

@@ -274,12 +274,12 @@ def check(
     Args:
         store: A store, or its path or URL.
         sites: Patterns over the stored sites; None for the embeddings and every layer's output.
-        max_rows: About how many rows to use, in examples drawn at random; None for all.
+        max_rows: Approximate number of rows, from examples drawn at random; None for all.
         seed: Seed of the draw.
-        progress: Whether to show a bar; None for only on a terminal.
+        progress: Show a progress bar; None: only on a terminal.
 
     Raises:
-        OptionError: a value that is not possible, or sites that have no rows in common.
+        OptionError: an invalid value, or sites that have no rows in common.
         SiteError: a pattern matches nothing that is stored.
         InputError: the store has fewer than two rows.
 

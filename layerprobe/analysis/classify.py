@@ -79,31 +79,31 @@ def classify(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Classification:
-    """Measure how well a linear probe separates classes at each layer, beside baselines.
+    """Measure how well a linear probe separates classes at each layer, compared with baselines.
 
     Args:
         store: A store, or its path or URL.
-        labels: A field of the records, or one value per example. Lists with one label per token (None for none)
-            classify tokens.
+        labels: A record field, or one value per example. Lists with one label per token (None for no label) classify
+            tokens.
         sites: Patterns over the stored sites; None for the embeddings and every layer's output.
         pool: How an example becomes one vector: `mean`, `cls`, `max` or `last`; `last4` for the last four layers alone,
-            joined and averaged, by the mean. A pooled store is taken as it is.
-        span: Two fields, the first character and the one after the last: the pieces of that span, averaged, are
+            joined and averaged, by the mean. A pooled store is used as it is.
+        span: Two record fields, the first character and the one after the last. The pieces of the span are averaged and
             classified.
-        split: Field, or values per example, that say train, dev or test. Without it three fifths are for training, one
+        split: A record field, or values per example: train, dev or test. By default three fifths are for training, one
             for choosing (dev) and one for testing, at random; texts with the same tokens stay together.
-        group: Field, or values per example, that stay on one side.
-        control: Also fit random labels per type, for selectivity.
-        mdl: Also count the bits of an online code.
-        untrained: A store of the same texts by the same architecture with random weights, or what makes one, such as
-            `layerprobe.extract_untrained`.
-        max_examples: The most examples, and the most tokens or spans, to use, drawn at random; None for all.
-        seed: Seed of every draw.
-        progress: Whether to show a bar; None for only on a terminal.
+        group: A record field, or values per example; equal values stay on one side.
+        control: Also fit random labels per type, to measure selectivity.
+        mdl: Also measure the description length (online code).
+        untrained: A store of the same texts from the same architecture with random weights, or a function that makes
+            one, such as `layerprobe.extract_untrained`.
+        max_examples: Maximum number of examples, and of tokens or spans, drawn at random; None for all.
+        seed: Random seed.
+        progress: Show a progress bar; None: only on a terminal.
 
     Raises:
         InputError: labels are missing, all of one class, or of more classes than there are examples.
-        OptionError: an option has a value that does not exist, or two options do not go together.
+        OptionError: an option has an invalid value, or two options conflict.
         NonFiniteError: a vector is not finite, by name.
         SiteError: a pattern matches nothing that is stored.
 

@@ -124,7 +124,7 @@ class Differences:
         neighbours: How many neighbours of each.
         cka_rows: Rows of a minibatch of CKA.
         cosine: How rows were prepared before each cosine.
-        seed: Seed of all draws.
+        seed: Random seed.
         notes: What else to know of the numbers.
     """
 
@@ -236,22 +236,22 @@ def differences(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Differences:
-    """Measure how far rows move from layer to layer, and the shape of each layer.
+    """Measure how far rows move from layer to layer, and the geometry of each layer.
 
     Args:
-        store: A store, or its path or URL; pooled stores give what needs no tokens.
+        store: A store, or its path or URL; for pooled stores, measures that need tokens are empty.
         sites: Patterns over the stored sites; None for the embeddings and every layer's output.
         pairs: `adjacent` sites, or `all` pairs.
         cosine: Cosine of `raw` rows, `centred` ones, or z-scores (`zscored`) of each dimension.
-        max_rows: About how many rows to use, drawn at random: in the first pass rows, in the second whole examples.
+        max_rows: Approximate number of rows, drawn at random: rows in the first pass, whole examples in the second.
             None for all.
-        sample: Rows whose neighbours are compared; at 2,000 the overlap is known to about 0.01.
-        neighbours: How many neighbours of each row; half of the other rows, and a note, where those are not more.
-        seed: Seed of all draws.
-        progress: Whether to show a bar; None for only on a terminal.
+        sample: Number of rows whose neighbours are compared; with 2,000 the overlap is accurate to about 0.01.
+        neighbours: Number of neighbours of each row; if there are too few rows, half of the other rows, with a note.
+        seed: Random seed.
+        progress: Show a progress bar; None: only on a terminal.
 
     Raises:
-        OptionError: a value that does not exist, or sites that have no rows in common.
+        OptionError: an invalid value, or sites that have no rows in common.
         SiteError: a pattern matches nothing, or fewer than two sites are left.
         InputError: fewer than two rows.
         NonFiniteError: a row that is not finite, by name.

@@ -111,9 +111,9 @@ class Call:
 
 
 class Sink(Protocol):
-    """Where captured values go.
+    """Interface for a destination of captured values.
 
-    Methods are called in the thread that runs the model. `index` counts the sites given to `open`.
+    Methods are called in the thread that runs the model. `index` is a site's index in the list given to `open`.
 
     Example:
         >>> import torch, layerprobe as lp

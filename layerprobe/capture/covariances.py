@@ -80,10 +80,10 @@ class CrossCovariance(RowSink[SiteCovariance]):
     Rows that are not finite at one of the sites are left out at all of them. `sink[site]` gives a site's own.
 
     Args:
-        pairs: `all`, `consecutive` (each site with the next one that is asked for), or pairs of names.
+        pairs: `all`, `consecutive` (each site with the next requested one), or pairs of names.
 
     Raises:
-        OptionError: another word, or no pairs.
+        OptionError: `pairs` is another word, or empty.
 
     Cost: D x E numbers and a product of T x D x E per pair; the rows of one call in float64 until its end.
 

@@ -98,19 +98,19 @@ class _Record(NamedTuple):
 
 
 def find_nonfinite(model: nn.Module | LoadedModel, batch: Mapping[str, Any]) -> Nonfinite:
-    """Name the first site, in the order in which the model runs, that produces a NaN or an infinity.
+    """Find the first site, in the order in which the model runs, that produces a NaN or an infinity.
 
-    The model runs once as it is, in its mode, without gradients; the caller's autocast holds. Padding counts too: what
-    is not finite there reaches other tokens through sums and norms. Attention weights are not checked, but what is
-    made of them is.
+    The model runs once, in its current mode, without gradients and under the caller's autocast. Padding is checked too,
+    since non-finite values there reach other tokens through sums and norms. Attention weights are not checked, but what
+    is computed from them is.
 
     Args:
-        model: A supported model, or what `load_model` gave; not compiled.
-        batch: What it is called with, by name, on its device; with labels its loss is looked at too.
+        model: A supported model, or the result of `load_model`; not compiled.
+        batch: Keyword arguments of the model, on its device; with labels the loss is checked too.
 
     Raises:
         ArchitectureError: the model is not supported.
-        OptionError: it is compiled, or no model.
+        OptionError: it is compiled, or not a model.
 
     Cost: a forward, and a few passes over each value.
 

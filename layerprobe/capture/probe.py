@@ -40,25 +40,25 @@ class Probe(AbstractContextManager["Probe"]):
     """Capture activations of a model while a `with` block runs.
 
     Args:
-        model: A supported Hugging Face model, or what `load_model` gave. What it computes stays bit-equal.
+        model: A supported Hugging Face model, or the result of `load_model`. Its outputs stay bit-equal.
         sites: One pattern or several, such as `"layers.*"` or `["embeddings", "layers.-1"]`.
-        to: Where values go. None: memory, `[B, S, D]` as the model made them. A path or a URL: a store, one row per
-            real token. A function: called with `(site, value)` as each value is made. A `Sink`: its methods. A `Stage`:
-            the last call, in tensors that never move.
-        pool: None, or one vector per example by `cls`, `mean`, `max`, `last` or a callable from `[T, D]` rows to one
-            vector. Over all real tokens, special ones included.
+        to: Where values go. None: memory, `[B, S, D]` as the model produced them. A path or a URL: a store, one row per
+            real token. A function: called as `function(site, value)` with each value. A `Sink`: its methods are called.
+            A `Stage`: holds the last call, in tensors that never move.
+        pool: None, or how an example becomes one vector: `cls`, `mean`, `max`, `last`, or a callable from `[T, D]` rows
+            to one vector. Over all real tokens, special tokens included.
         dtype: None for the model's own, or `float32`, `float16`, `bfloat16`, `float8_e4m3fn`, `int8` (with one scale
             per vector).
-        stop: End each forward after the last requested site. The model's call then returns None.
-        gradients: Keep values with their autograd history, so that a loss can be computed from them, and in
-            `probe.gradients` the gradients of the last `backward` at each site; memory only.
-        this_thread: Capture only calls of the thread that enters the block, and leave those of other threads alone; by
-            default calls of every thread are captured.
+        stop: End each forward pass after the last requested site. The model's call then returns None.
+        gradients: Keep values with their autograd history, so that a loss can be computed from them, and keep the
+            gradients of the last `backward` at each site in `probe.gradients`. In memory only.
+        this_thread: Capture only calls of the thread that enters the block. By default calls of every thread are
+            captured.
 
     Raises:
         SiteError: a pattern matches nothing.
         ArchitectureError: the model is not supported.
-        OptionError: an option has a value that does not exist, or two options do not go together.
+        OptionError: an option has an invalid value, or two options conflict.
         StoreError: the folder cannot hold a new store.
 
     Cost: in memory a reference per value, a copy at `module:` sites; to a store one pass over each value and two shard
@@ -166,7 +166,7 @@ class Probe(AbstractContextManager["Probe"]):
         return self._memory().calls
 
     def __contains__(self, site: object) -> bool:
-        """Whether a site is captured; by a name, or a pattern that stands for one."""
+        """Whether a site is captured; by a name, or a pattern that selects one."""
         try:
             return isinstance(site, str) and bool(find_site(site, list(self), self._num_layers))
         except SiteError:

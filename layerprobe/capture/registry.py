@@ -52,14 +52,14 @@ class ProbeRegistry:
     Args:
         model: A supported model, wrapped or not.
         sites: One pattern or several.
-        sink: What takes the values.
-        stop: End the forward after the last requested site; the model's call then returns None.
-        this_thread: Take the calls of the thread that attaches the hooks, and leave those of all others alone.
+        sink: Receives the values.
+        stop: End the forward pass after the last requested site; the model's call then returns None.
+        this_thread: Capture only calls of the thread that attaches the hooks.
 
     Raises:
         ArchitectureError: the model is not supported.
         SiteError: a pattern matches nothing.
-        OptionError: `stop` where nothing can end the forward early, or nothing could continue after it.
+        OptionError: `stop` where the forward pass cannot end early, or nothing could continue after it.
 
     Example:
         >>> import torch, layerprobe as lp

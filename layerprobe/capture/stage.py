@@ -44,8 +44,9 @@ class Stage:
     probe's `dtype` (None: that of the model's weights). Under `torch.compile` the packing is part of the graph.
 
     Args:
-        max_tokens: Real tokens of a call that there is room for. A call with more runs unharmed; reading is an error.
-        max_examples: Sequences of a call that there is room for; None for as many as tokens.
+        max_tokens: Capacity in real tokens of a call. A call with more runs normally, but reading the stage is an
+            error.
+        max_examples: Capacity in sequences of a call; None for as many as tokens.
 
     Raises:
         OptionError: there is no room at all.

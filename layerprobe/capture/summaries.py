@@ -56,7 +56,7 @@ class SiteMoments:
 
 
 class Moments(RowSink[SiteMoments]):
-    """Keep count, mean, variance, skewness, kurtosis, least and largest value of each dimension, and the rows' norms.
+    """Keep count, mean, variance, skewness, kurtosis, minimum and maximum of each dimension, and the norms of rows.
 
     Over real tokens, never padding, in float64. A row that is not finite is counted and left out.
 
@@ -216,8 +216,8 @@ class Histogram(RowSink[SiteHistogram]):
     """Count the values of a site in bins of equal width.
 
     Args:
-        low, high: Edges of the first and the last bin. What lies beyond is counted too.
-        bins: How many.
+        low, high: Edges of the first and the last bin. Values outside are counted separately.
+        bins: Number of bins.
 
     Raises:
         OptionError: `low` is not below `high`, or no bin.

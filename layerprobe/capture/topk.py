@@ -96,12 +96,12 @@ class SiteTops:
 class TopK(RowSink[SiteTops]):
     """Keep for each unit the tokens with the largest values, and their context.
 
-    Which of several equal values are kept is not defined. A row that is not finite is left out.
+    Ties are broken arbitrarily. A row that is not finite is left out.
 
     Args:
-        k: How many per unit.
-        context: Tokens on either side.
-        magnitude: Rank by the size of a value, whatever its sign.
+        k: Number of tokens per unit.
+        context: Number of tokens on either side.
+        magnitude: Rank by absolute value.
 
     Raises:
         OptionError: `k` is below 1, or `context` below 0.

@@ -178,21 +178,22 @@ class Watcher(AbstractContextManager["Watcher"]):
 
 
 def watch(model: nn.Module | LoadedModel, sites: str | Sequence[str], *, every: int = 50, log: Any) -> Watcher:
-    """Watch a model while it is trained: norms, dead and saturated units, gradients, by site.
+    """Watch a model during training: norms, dead and saturated units, gradients, by site.
 
-    A `with` block around the training loop. Calls under `no_grad` are not steps. What a step measured is logged when
-    the next one begins or the block ends, since its backward comes after its forward; with several calls per step of
-    the optimizer each call is a step.
+    A `with` block around the training loop. Calls under `no_grad` are not steps. The numbers of a step are logged when
+    the next one begins or the block ends, since its backward pass comes after its forward pass. With several calls per
+    optimizer step, each call is a step.
 
     Args:
-        model: A supported model, or what `load_model` gave; not compiled.
+        model: A supported model, or the result of `load_model`; not compiled.
         sites: Patterns.
-        every: The first step is watched, and then one step in every so many.
-        log: Called with the step and numbers by name, `layers.3/norm`; or a TensorBoard writer.
+        every: Watch the first step, then one step in this many.
+        log: Called with the step and a dict of numbers such as `layers.3/norm`; or a TensorBoard writer.
 
     Raises:
         SiteError: a pattern matches nothing.
-        OptionError: `every` or `log` is not valid; the model is compiled, or no model; attention weights are requested.
+        OptionError: `every` or `log` is not valid; the model is compiled, or not a model; attention weights are
+            requested.
 
     Cost: a hook per call; in a watched one a few passes over each value, and over each gradient.
 
@@ -218,9 +219,10 @@ def watch(model: nn.Module | LoadedModel, sites: str | Sequence[str], *, every: 
 
 
 class WatchCallback:
-    """The same for a `Trainer` of transformers: `Trainer(..., callbacks=[lp.WatchCallback("layers.*", log=print)])`.
+    """Watch a transformers `Trainer`: `Trainer(..., callbacks=[lp.WatchCallback("layers.*", log=print)])`.
 
-    A step is one of the optimizer; of several calls in it the first is watched, and its numbers are logged at its end.
+    Steps are optimizer steps. If a step has several calls, the first is watched; its numbers are logged at the end of
+    the step.
 
     Args:
         sites, every, log: As for `watch`.

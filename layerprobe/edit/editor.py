@@ -40,11 +40,11 @@ __all__ = ["Editor", "edit"]
 def edit(
     model: nn.Module | LoadedModel, edits: Mapping[str, Edit | Sequence[Edit]], *, tokenizer: Any = None
 ) -> "Editor":
-    """Change values of a model while a `with` block runs; afterwards the model is as it was.
+    """Edit activations of a model while a `with` block runs; afterwards the model is as it was.
 
     Args:
-        model: A supported Hugging Face model, wrapped or not, or what `load_model` gave, with its tokenizer.
-        edits: By site or pattern, one edit or several, which run in the order given.
+        model: A supported Hugging Face model, wrapped or not, or the result of `load_model`, with its tokenizer.
+        edits: For each site or pattern, one edit or several, which run in the order given.
         tokenizer: For edits whose `where` names tokens.
 
     Returns:
@@ -53,10 +53,10 @@ def edit(
     Raises:
         SiteError: a pattern matches nothing, or a site cannot be edited.
         ArchitectureError: the model is not supported.
-        OptionError: an edit does not fit a site: another width or device, heads that are not there.
-        CaptureError: as the block ends, where an edited module ran and the model was never called.
+        OptionError: an edit does not fit a site: wrong width or device, or heads that do not exist.
+        CaptureError: at the end of the block, if an edited module ran but the model was never called.
 
-    Cost: one new tensor per edit and value, and one more where some tokens are left as they are.
+    Cost: one new tensor per edit and value, and one more if some tokens stay unchanged.
 
     Example:
         >>> import torch, layerprobe as lp

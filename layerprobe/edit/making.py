@@ -24,12 +24,12 @@ def steer(vector: Tensor, scale: float | Tensor = 1.0, *, where: Any = None) -> 
     Args:
         vector: `[D]`.
         scale: A number, or a tensor without dimensions.
-        where: Which tokens: None for real ones, `"all"`, `"special"`, a token such as `"[MASK]"` or a list of them,
+        where: Selected tokens: None for real ones, `"all"`, `"special"`, a token such as `"[MASK]"` or a list of them,
             `lp.token_ids(...)`, a position, a list or a slice of positions within each text (negative ones from its
             end), or a bool mask `[B, S]`.
 
     Raises:
-        OptionError: an option has a value that does not exist.
+        OptionError: an option has an invalid value.
 
     Example:
         >>> import torch, layerprobe as lp
@@ -42,18 +42,18 @@ def steer(vector: Tensor, scale: float | Tensor = 1.0, *, where: Any = None) -> 
 def ablate(
     kind: str = "zero", *, heads: Numbers = None, units: Numbers = None, where: Any = None, seed: int = 0
 ) -> Edit:
-    """Remove information: zeros, the mean, or another token's vector.
+    """Replace values by zeros, the mean, or another token's vector.
 
     Args:
-        kind: `zero`; `mean` over the selected tokens, in all texts of the call; `resample`, the vector of one of these
-            tokens, drawn without putting back: another one's, or by chance its own.
-        heads: Only these, at query, key, value and context.
+        kind: `zero`; `mean` over the selected tokens, in all texts of the call; or `resample`, which shuffles the
+            vectors among these tokens (a token may keep its own).
+        heads: Only these heads, at query, key, value and context.
         units: Only these columns.
         where: As in `steer`.
         seed: Seed of `resample`. Each call of the model draws again.
 
     Raises:
-        OptionError: an option has a value that does not exist.
+        OptionError: an option has an invalid value.
 
     Example:
         >>> import layerprobe as lp
@@ -68,17 +68,17 @@ def ablate(
 
 
 def patch(values: Any, *, heads: Numbers = None, units: Numbers = None, where: Any = None) -> Edit:
-    """Put given values in place of the model's.
+    """Replace values by given ones.
 
     Args:
-        values: A tensor: `[B, S, D]` (or `[1, S, D]`) as a Probe gives it, `[T, D]` for the T real tokens of one text,
-            `[D]` for every token. Or a Probe, one of its calls, an example of a store, or tensors by site: each site
-            takes its own.
+        values: A tensor: `[B, S, D]` (or `[1, S, D]`) as a `Probe` returns it, `[T, D]` for the T real tokens of one
+            text, `[D]` for every token. Or a `Probe`, one of its calls, an example of a store, or tensors by site: each
+            site takes its own.
         heads, units: Only these, as in `ablate`.
         where: As in `steer`.
 
     Raises:
-        OptionError: an option has a value that does not exist.
+        OptionError: an option has an invalid value.
 
     Example:
         >>> import torch, layerprobe as lp
@@ -89,14 +89,15 @@ def patch(values: Any, *, heads: Numbers = None, units: Numbers = None, where: A
 
 
 def project_out(directions: Tensor, *, where: Any = None) -> Edit:
-    """Remove the part of each value that lies in the span of some directions.
+    """Remove the component of each value in the span of some directions.
 
     Args:
-        directions: `[D]`, or `[K, D]` of any lengths and angles, none of which follows from the others, rounding aside.
+        directions: `[D]`, or `[K, D]`: linearly independent, of any length, not necessarily orthogonal.
         where: As in `steer`.
 
     Raises:
-        OptionError: a direction is zero, or follows from the others (of class means less their mean, leave out one).
+        OptionError: a direction is zero, or depends linearly on the others (of class means minus their mean, leave out
+            one).
 
     Example:
         >>> import torch, layerprobe as lp
@@ -107,7 +108,7 @@ def project_out(directions: Tensor, *, where: Any = None) -> Edit:
 
 
 def noise(std: float, seed: int = 0, *, heads: Numbers = None, units: Numbers = None, where: Any = None) -> Edit:
-    """Add Gaussian noise, from random numbers of its own: the model's are left alone.
+    """Add Gaussian noise. The model's own random numbers are not affected.
 
     Args:
         std: Standard deviation.
@@ -116,7 +117,7 @@ def noise(std: float, seed: int = 0, *, heads: Numbers = None, units: Numbers = 
         where: As in `steer`.
 
     Raises:
-        OptionError: an option has a value that does not exist.
+        OptionError: an option has an invalid value.
 
     Example:
         >>> import layerprobe as lp
@@ -142,7 +143,7 @@ def clamp(
         where: As in `steer`.
 
     Raises:
-        OptionError: there is no bound, or they cross.
+        OptionError: no bound is given, or `low` is above `high`.
 
     Example:
         >>> import layerprobe as lp
@@ -161,7 +162,7 @@ def scale(factor: float | Tensor, *, heads: Numbers = None, units: Numbers = Non
         where: As in `steer`.
 
     Raises:
-        OptionError: an option has a value that does not exist.
+        OptionError: an option has an invalid value.
 
     Example:
         >>> import layerprobe as lp
@@ -172,12 +173,12 @@ def scale(factor: float | Tensor, *, heads: Numbers = None, units: Numbers = Non
 
 
 def replace(function: Callable[[Tensor], Tensor], *, where: Any = None) -> Edit:
-    """Replace a value by what a function makes of it.
+    """Replace values by the result of a function.
 
     Args:
         function: From `[B, S, D]` (padding included) to a tensor of the same shape and dtype. It gets a copy, and may
             write into it.
-        where: As in `steer`; elsewhere the model's own value stays.
+        where: As in `steer`; other positions keep the model's value.
 
     Raises:
         OptionError: it is not a function.

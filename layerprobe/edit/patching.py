@@ -51,22 +51,23 @@ def patching(
     tokenizer: Any = None,
     progress: bool | None = None,
 ) -> Effects:
-    """Measure how far the metric moves from corrupt towards clean when one value is taken from clean.
+    """Measure how far a metric moves from the corrupt run towards the clean one when one value is patched.
 
     Args:
-        model: A supported model in eval mode, or what `load_model` gave, with its tokenizer; of a SentenceTransformer
-            the model in it.
-        clean, corrupt: What the model is called with: one text each, of the same number of tokens. Positions are those
-            of the stack that the sites are in: a decoder's by `decoder_input_ids` or `labels`.
-        metric: From the model's output to one number per row, `[B]`: `lambda out: out.logits[:, 4, answer]`.
-        sites: What is patched: sites with a vector per token.
-        positions: Patch real tokens one by one; a list of them; or False, all at once.
-        heads: Patch heads one by one, at attention.query, key, value and context.
-        method: `exact` runs each patch. `attribution` estimates `(clean - corrupt) * gradient` in two forwards and one
-            backward.
-        batch_size: Copies per forward, for `exact`.
+        model: A supported model in eval mode, or the result of `load_model`, with its tokenizer; of a
+            SentenceTransformer the model in it.
+        clean, corrupt: Keyword arguments of the model for one text each, with the same number of tokens. In an
+            encoder-decoder model, positions are those of the half that the sites are in, for the decoder by
+            `decoder_input_ids` or `labels`.
+        metric: Function from the model's output to one number per row, `[B]`: `lambda out: out.logits[:, 4, answer]`.
+        sites: Sites to patch, with a vector per token.
+        positions: True: patch every real token, one at a time. A list: only these positions. False: all at once.
+        heads: Patch single heads, at attention.query, key, value and context.
+        method: `exact` runs each patch. `attribution` estimates `(clean - corrupt) * gradient` with two forward passes
+            and one backward pass.
+        batch_size: Patched copies per forward pass, for `exact`.
         tokenizer: Names the positions in tables and pictures.
-        progress: Whether to show a bar on stderr; None for only on a terminal.
+        progress: Show a progress bar on stderr; None: only on a terminal.
 
     Returns:
         The effects, which print, save and plot.
@@ -76,7 +77,7 @@ def patching(
         OptionError: the texts do not match, a site has no row per token or no heads, the model is in training mode.
         CaptureError: the metric gives something other than one number per row.
 
-    Cost: `L * P * H / batch_size` forwards of a batch, and two; clean's values of all sites are held.
+    Cost: `L * P * H / batch_size` forward passes of a batch, plus two; the clean values of all sites are held.
 
     Source: exact patching: Meng et al. 2022, section 2 (causal tracing). Attribution: Nanda 2023 (attribution
         patching), the first-order term of the same difference.

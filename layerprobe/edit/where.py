@@ -35,7 +35,7 @@ class TokenIds:
 
 
 def token_ids(*ids: int) -> TokenIds:
-    """Pick tokens by their ids: `where=lp.token_ids(101, 102)`.
+    """Select tokens by their ids: `where=lp.token_ids(101, 102)`.
 
     Raises:
         OptionError: something is not an id.

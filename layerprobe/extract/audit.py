@@ -98,27 +98,27 @@ def audit(
 ) -> AuditReport:
     """Run random examples of a store through its model again, one at a time, and compare ids and every site.
 
-    A stored value passes if it differs from the repeated one, cast and pooled alike, by at most the sum of: a share of
-    the largest magnitude that the site has in the example (1e-4 for a model in float32, 2e-2 in float16 and under TF32,
-    1e-1 in bfloat16), one step of the stored dtype, and for int8 one scale of its vector. NaN and infinity must be
-    where they were.
+    A stored value passes if it differs from the recomputed one, pooled and cast alike, by at most the sum of two terms.
+    The first is a share of the largest magnitude of the site in the example: 1e-4 for a model in float32, 2e-2 in
+    float16 and under TF32, 1e-1 in bfloat16. The second is one step of the stored dtype, or for int8 one scale of its
+    vector. NaN and infinity must be in the same places.
 
     Args:
         folder: Where the store is; complete or not.
-        model: A model, what `load_model` gave, or a name; None for the one that `store.json` names, which is then
+        model: A model, the result of `load_model`, or a name; None for the one that `store.json` names, which is then
             printed on stderr. It must be the same model: class, config and weights.
-        num_examples: How many; all, if there are fewer.
-        seed: Which ones.
-        device: Where to put a model given by name.
-        progress: Whether to show a bar on stderr; None for only on a terminal.
+        num_examples: Number of examples; all if there are fewer.
+        seed: Random seed of the draw.
+        device: Device for a model given by name.
+        progress: Show a progress bar on stderr; None: only on a terminal.
 
     Raises:
-        PlanError: it is another model, with the fields that differ.
-        StoreError: the store cannot be audited: a `Probe` filled it, and nothing tells how the model was called; a
-            function pooled it; it keeps no texts.
+        PlanError: it is another model; the error lists the fields that differ.
+        StoreError: the store cannot be audited: it was filled by a `Probe`, pooled by a function, or keeps no texts.
         FormatError: it is damaged.
         ModelError: the model cannot be loaded.
-        OptionError: `num_examples` or `seed` is not a count, the model is none, or a device without a name.
+        OptionError: `num_examples` or `seed` is not a count, `model` is not a model, or `device` is given with a model
+            object.
 
     Cost: a forward for each example; memory for one.
 

@@ -155,18 +155,17 @@ class Classifier:
 def load_classifier(
     folder: str | Path, model: nn.Module | LoadedModel | str | None = None, *, device: str | int | None = None
 ) -> Classifier:
-    """Load a classifier that `classify(...).probe.save(folder)` kept, with the model that it reads.
+    """Load a classifier saved by `classify(...).probe.save(folder)`, with the model that it reads.
 
     Args:
-        folder: Where it was kept.
+        folder: Where it was saved.
         model: Its model; None for the one that it names.
-        device: Where to put a model that is found by name.
+        device: Device for a model loaded by name.
 
     Raises:
         StoreError: there is none in the folder, or it is damaged.
         ModelError: the model is not the one that it was fitted on.
-        OptionError: it was fitted on vectors that a function pooled, or a device is given beside a model that is not
-            named.
+        OptionError: it was fitted on vectors that a function pooled, or `device` is given with a model object.
 
     Example:
         >>> import layerprobe as lp

@@ -103,22 +103,22 @@ def depth_profile(
     device: str | int | None = None,
     progress: bool | None = None,
 ) -> DepthProfile:
-    """Measure what each layer knows about texts without labels: their length, a word in them, the order of words.
+    """Measure what each layer encodes about texts without labels: length, a word, word order.
 
     Args:
         store: A complete store that keeps its texts.
         sites: As in `classify`.
         pool: As in `classify`.
-        model: The store's model, for the task of order; None for the one that it names.
-        max_examples: The most texts to use, drawn at random.
-        seed: Seed of every draw.
-        device: Where to put a model that is found by name.
-        progress: Whether to show a bar; None for only on a terminal.
+        model: The store's model, for word order; None for the one that the store names.
+        max_examples: Maximum number of texts, drawn at random.
+        seed: Random seed.
+        device: Device for a model loaded by name.
+        progress: Show a progress bar; None: only on a terminal.
 
     Raises:
-        InputError: the store keeps no texts, fewer than 30, or none that any task can be made of.
+        InputError: the store keeps no texts, fewer than 30, or none that suit any task.
         ModelError: the model is not the store's.
-        OptionError: a device is given beside a model that is not named.
+        OptionError: `device` is given with a model object.
 
     Source: the tasks are those of Conneau et al. 2018, "What you can cram into a single vector", section 2: SentLen,
     WC (one word, present or not) and BShift.

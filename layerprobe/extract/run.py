@@ -110,63 +110,63 @@ def extract(
     wait_for_space: bool = False,
     progress: bool | None = None,
 ) -> Any:
-    """Extract sites for every text into a store, where a stopped run can be resumed, or into a sink.
+    """Extract activations for every text into a store, where a stopped run can be resumed, or into a sink.
 
     Args:
-        model: A model, what `load_model` gave, or a name: a hub id, a folder, or `demo`. It runs in eval mode and is
-            left as it was.
+        model: A model, the result of `load_model`, or a name: a hub id, a folder, or `demo`. It runs in eval mode and
+            is left as it was.
         texts: A list of strings or mappings, a file (`.txt`, `.jsonl`, `.csv`, `.parquet`), a folder of them, a data
             set of the hub as `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`, or `-` for standard input, one text
             per line.
         to: Folder of the store, or a URL under `s3://`, `gs://`, `hf://` or `memory://`. A store that already holds
             part of the same run is resumed. Or a sink, such as `Moments()`: options for stores are then refused.
         sites: Patterns; None for the embeddings and every layer, as far as the model has them.
-        dtype: Stored dtype; None for what the model makes. Under `precision` CUDA's autocast computes norms in float32,
-            so most encoders' layers are then stored in it: give `float16` or `bfloat16`.
+        dtype: Stored dtype; None for the model's own. With `precision` on CUDA, autocast computes norms in float32, so
+            the layers of most encoders are stored in float32 unless you give `float16` or `bfloat16`.
         pool: None for a row per token, or `cls`, `mean`, `max`, `last`, or a callable on `[T, D]` rows. Over all real
             tokens, special ones included.
         tokenizer: A fast tokenizer; None for the one that the model came with.
         field: Field of a record that holds the text; the other fields are stored with the example.
-        max_length: Longest text in tokens, special ones included; None for the model's limit. Longer ones are cut and
-            counted.
+        max_length: Maximum length of a text in tokens, special tokens included; None for the model's limit. Longer
+            texts are truncated and counted.
         batch_tokens: Tokens per batch, padding included. A longer text gets a batch of its own. None chooses: on a CPU
             2,048 (1,024 with padding), elsewhere 16,384; runs of a million tokens or more first try whether a larger
             batch is faster.
-        padding_free: Whether texts are concatenated into one sequence, each attending only to itself, instead of padded
-            side by side. Faster; rows differ in their last digits. None: wherever model, sites and device allow it,
-            confirmed by a trial run.
-        shard_size: Bytes of a shard, and of each buffer, by an estimate: a text counts with the tokens that the first
-            2,000 texts, or 16 MiB of them, have for each byte, other fields not at all. Where later texts have more
-            tokens a byte, shards and buffers are larger in proportion. Whatever the size, a shard is of at most about a
-            million tokens and 65,536 texts. There is one more buffer than `writers`. None for 128 MiB, and on CUDA
-            1 GiB, since a batch is cut from the texts of one shard; a resumed run keeps its own.
+        padding_free: Concatenate texts into one sequence, each attending only to itself, instead of padding them.
+            Faster; rows differ in their last digits. None: wherever model, sites and device allow it, confirmed by a
+            trial run.
+        shard_size: Approximate bytes of a shard and of each buffer; there is one more buffer than `writers`. The tokens
+            of a text are estimated from its bytes, by the ratio in the first 2,000 texts, or 16 MiB of them; other
+            fields do not count. If later texts have more tokens a byte, shards and buffers are larger in proportion. In
+            any case a shard has at most about a million tokens and 65,536 texts. None for 128 MiB, on CUDA 1 GiB; a
+            resumed run keeps its own.
         nonfinite: `warn` counts NaN and infinite values; `error` stops the run at the first shard that has one.
-        keep: Share of the rows to keep, above 0: drawn without a seed, by example and position. The reader knows the
-            positions of the rows that are kept.
-        tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` (those that the tokenizer puts around a
-            text), or `nonspecial`. They are recognised by their ids, so one that is typed in a text counts too.
-        precision: What the forward computes in: `bfloat16` or `float16` by autocast, `tf32` on CUDA (`bf16`, `fp16` and
-            `fp32` are short names). None keeps what the calling program has set for torch; usually that is nothing, and
-            the forward computes in the dtype of the weights, as with `float32`.
+        keep: Share of the rows to keep, above 0; drawn without a seed, by example and position. The positions of the
+            kept rows can be read back.
+        tokens: Tokens whose rows are kept: `all`, `first`, `cls`, `special` (those that the tokenizer adds around a
+            text), or `nonspecial`. They are recognised by id, so a special token typed in a text counts too.
+        precision: Precision of the forward pass: `bfloat16` or `float16` by autocast, `tf32` on CUDA (`bf16`, `fp16`
+            and `fp32` are short names). None keeps what the calling program has set for torch; usually that is nothing,
+            and the forward pass computes in the dtype of the weights, as with `float32`.
         compile: True to compile the model for the run, or the name of torch's backend; the model itself is not changed.
             `reduce-overhead`, torch's name for it, also replays CUDA graphs, one for each of a few shapes to which
             batches are then padded.
-        writers: Shards written at once. More than one helps where a single write does not saturate the disk or the
-            link, as with an object store; `stalled` in the report shows it.
-        device: Where to put a model given by name.
+        writers: Shards written at once. Raise it if a single write does not saturate the disk or the link, as with an
+            object store; `stalled` in the report shows it.
+        device: Device for a model given by name.
         devices: Several devices, `[0, 1]` or `"cuda:0,cuda:1"`: one process for each, all into one store. On CPUs they
             share the cores; with a different number of threads the last digits differ.
         overwrite: Replace a different run in the folder; the same run is resumed.
-        wait_for_space: On a full disk, wait for room instead of stopping.
-        progress: Whether to show progress on stderr; None for only on a terminal.
+        wait_for_space: On a full disk, wait for space instead of stopping.
+        progress: Show progress on stderr; None: only on a terminal.
 
     Returns:
         The complete store, or the sink.
 
     Raises:
         InputError, ModelError, SiteError, OptionError, ArchitectureError: before any work.
-        PlanError: the folder holds another run, with the fields that differ.
-        SpaceError: the disk cannot hold the store, or the next shard, with the bytes that are missing.
+        PlanError: the folder holds another run; the error lists the fields that differ.
+        SpaceError: the disk cannot hold the store or the next shard; the error says how many bytes are missing.
         LockError: another run is writing there; its process is named.
         NonFiniteError: with `nonfinite="error"`.
         StoreError: writing failed; what was committed stays, and the same call resumes.

@@ -32,7 +32,7 @@ def find_same_model(
         said: What `store.json` says of it.
         where: What was made with it, for messages.
         model: The model; None for the one that `said` names.
-        device: Where to put a model given by name.
+        device: Device for a model given by name.
 
     Raises:
         ModelError: it is another, or none is named.
@@ -81,7 +81,7 @@ def extract_untrained(
     seed: int = 0,
     device: str | int | None = None,
 ) -> Store:
-    """Extract the texts of a store through the same architecture with random weights.
+    """Extract the texts of a store with the same architecture and random weights.
 
     Args:
         store: A complete store that keeps its texts.
@@ -89,13 +89,13 @@ def extract_untrained(
         sites: Patterns; None for the sites of the store.
         pool: As in `extract`; None for the pool of the store.
         model: The store's model; None for the one that it names.
-        seed: Seed of the weights, which are drawn as the architecture draws them before training.
-        device: Where to put a model that is found by name.
+        seed: Seed of the weights, which are initialised as the architecture does before training.
+        device: Device for a model loaded by name.
 
     Raises:
         InputError: the store keeps no texts.
         ModelError: the model is not the store's.
-        OptionError: a device is given beside a model that is not named.
+        OptionError: `device` is given with a model object.
 
     Source: as a baseline of probes, Zhang and Bowman 2018, "Language Modeling Teaches You More than Translation Does".
 

@@ -50,24 +50,24 @@ def generate(
         store: A store with a row per token of the layer.
         model: An encoder-decoder model, such as an `EncoderDecoderModel`, or a decoder with cross attention, such as a
             `BertLMHeadModel` with `is_decoder` and `add_cross_attention`; or its name.
-        layer: A stored site, or a layer's number, negatives from the last that is stored. An encoder with a final norm
-            hands over `norm` and not its last layer.
+        layer: A stored site or a layer number; negative numbers count from the last stored layer. For an encoder with a
+            final norm use `norm`, which is what it passes on.
         examples: Ordinals, a slice of them, or one; None for all.
-        tokenizer: The decoder's; None for that of a model given by name. It turns ids into text, and says how a
-            sequence starts, ends and is padded where the model does not.
+        tokenizer: The decoder's tokenizer; None for that of a model given by name. It decodes ids, and defines how a
+            sequence starts, ends and is padded if the model does not.
         batch_size: Examples per batch.
-        seed: Seed of the draws, where the options ask for any.
-        device: Where to put a model given by name.
-        progress: Whether to show a bar; None for only on a terminal.
-        options: As in transformers' `GenerationConfig`: `max_new_tokens=32`, `num_beams=4`, `do_sample=True`. What is
-            not given is as the model says.
+        seed: Random seed, for options that sample.
+        device: Device for a model given by name.
+        progress: Show a progress bar; None: only on a terminal.
+        options: As in transformers' `GenerationConfig`: `max_new_tokens=32`, `num_beams=4`, `do_sample=True`. The
+            model's own settings apply to the rest.
 
     Returns:
         A sequence per example, in the order requested.
 
     Raises:
         SiteError: no stored site is selected, or several are.
-        OptionError: the model reads no states or states of another width, an option that does not exist, or no start.
+        OptionError: the model reads no states or states of another width, an unknown option, or no start token.
         NonFiniteError: a state is not finite.
 
     Example:

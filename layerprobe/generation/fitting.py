@@ -66,29 +66,29 @@ def fit_decoder(
     device: str | int | None = None,
     progress: bool | None = None,
 ) -> Readout:
-    """Fit a small decoder with cross attention to each layer and show as a curve what can be read from it.
+    """Fit a small decoder with cross attention to each layer, to measure what can be read from it.
 
     Args:
         store: A store with a row per token.
         layer: A layer's number, or patterns over the stored sites; None for the embeddings and every layer's output.
-        targets: What to write: a field of the records, or a text or list of ids per example; None for the example's own
+        targets: Target texts: a field of the records, or a text or list of ids per example; None for the example's own
             text.
         width, num_layers: Size of the decoders; heads are 32 wide.
-        max_length: The most tokens of a target; longer ones are cut, and counted.
-        max_examples: The most examples to use, drawn at random; None for all.
-        max_types: The most tokens that the decoders can write: the most frequent of train.
+        max_length: Maximum number of tokens of a target; longer ones are truncated and counted.
+        max_examples: Maximum number of examples, drawn at random; None for all.
+        max_types: Maximum size of the decoders' vocabulary: the most frequent tokens of train.
         test_share: Share of the examples for testing. Of examples with equal tokens only one is used.
-        epochs: Passes over train.
+        epochs: Passes over the training examples.
         batch_size: Examples per step.
-        learning_rate: Its highest value, reached after a tenth of the steps; it then falls to zero along a cosine.
-        seed: Seed of the split, the first weights and the order.
-        device: Where to fit; None for the CPU, with half of the cores.
-        progress: Whether to show a bar; None for only on a terminal.
+        learning_rate: Peak learning rate, reached after a tenth of the steps; it then decays to zero along a cosine.
+        seed: Seed of the split, the initial weights and the order.
+        device: Device to fit on; None for the CPU with half of the cores.
+        progress: Show a progress bar; None: only on a terminal.
 
     Raises:
         SiteError: no stored site is selected.
         InputError: fewer than 20 different examples, or targets that are not texts.
-        OptionError: a value that is not possible, a device that is not there, or a site without a row per token.
+        OptionError: an invalid value, a device that does not exist, or a site without a row per token.
         NonFiniteError: a state is not finite.
 
     Example:

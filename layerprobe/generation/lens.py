@@ -53,23 +53,23 @@ def lens(
     """Show how close each layer is to the true token, and what the model would predict from it.
 
     Args:
-        model: The model, or its name. One for masked language (`BertForMaskedLM` and kin, `BertForPreTraining`) is
-            looked at through its own head, a final norm first where it has one; any other encoder, a discriminator such
-            as `ElectraForPreTraining` too, through word embeddings.
+        model: The model, or its name. A masked language model (`BertForMaskedLM` and similar, `BertForPreTraining`) is
+            read through its own head, after the final norm if it has one. Any other encoder, a discriminator such as
+            `ElectraForPreTraining` too, is read through its word embeddings.
         source: A store of the same model, or texts as for `extract`.
         sites: Patterns; None for the embeddings, every layer's output and the final norm.
         tokenizer: The model's; None for that of its checkpoint.
-        mask: Share of the tokens of each text, one at least, that are masked and then judged. None for 0.15 for texts
-            before a model for masked language, else 0: every token is there to be seen and is judged. Stores take 0.
-        max_tokens: The most to judge: of texts the first, of a store those of examples drawn at random. The embedding
-            lens fits its maps on half of them.
-        seed: Seed of the draws.
-        device: Where to put a model given by name.
-        progress: Whether to show a bar; None for only on a terminal.
+        mask: Share of the tokens of each text, at least one, that are masked and evaluated. None: 0.15 for texts with a
+            masked language model, else 0, which leaves every token visible and evaluates them all. Stores take only 0.
+        max_tokens: Maximum number of tokens to evaluate: from the first texts, or from examples of a store drawn at
+            random. The embedding lens fits its maps on half of them.
+        seed: Random seed.
+        device: Device for a model given by name.
+        progress: Show a progress bar; None: only on a terminal.
 
     Raises:
-        OptionError: a mask for a store or an embedding lens, sites of another width than the model's, a value that
-            cannot be, or a model that has an encoder and a decoder.
+        OptionError: a mask for a store or an embedding lens, sites of another width than the model's, an invalid value,
+            or an encoder-decoder model.
         InputError: too little text.
         SiteError: a pattern matches nothing.
         NonFiniteError: a row is not finite.

@@ -170,7 +170,7 @@ class Readout:
 
 
 def load_decoder(folder: str | Path) -> Readout:
-    """Load what `fit_decoder(...).save(folder)` kept: the readings, and decoders that read on.
+    """Load the decoders saved by `fit_decoder(...).save(folder)`, and their scores.
 
     Args:
         folder: The folder.

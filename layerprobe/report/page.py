@@ -95,26 +95,26 @@ def report(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Report:
-    """Write a store as one page: a scatter that runs through the layers, curves, heat maps, classes, attention.
+    """Write a store as one self-contained page: points by layer, curves, heat maps, classes, attention.
 
     Args:
         store: A store, or its path or URL.
-        path: A `.html` to write; an existing file is replaced.
-        site: Patterns over the stored sites; None for the embeddings and every layer's output. One that is not
-            named is left out where all points are the same.
-        labels: A field of the records to classify by; None for no table of classes.
+        path: A `.html` file to write; an existing one is replaced.
+        site: Patterns over the stored sites; None for the embeddings and every layer's output. A site that is not named
+            is left out if all its points are the same.
+        labels: A record field to classify by; None for no table of classes.
         points: `examples`, or `rows` for one point per token.
         pool: How an example's rows become one vector: `mean` if not given, `max`, `cls` or `last`.
-        max_points: The most points to draw, at random.
-        max_rows: About how many rows to compute the curves and heat maps from, at random; None for all.
+        max_points: Maximum number of points, drawn at random.
+        max_rows: Approximate number of rows for the curves and heat maps, drawn at random; None for all.
         attention: Ordinals of the examples whose attention weights are shown; None for the first eight of at most 40
-            tokens, where weights are stored.
-        seed: Seed of all draws.
-        progress: Whether to show bars; None for only on a terminal.
+            tokens, if weights are stored.
+        seed: Random seed.
+        progress: Show progress bars; None: only on a terminal.
 
     Raises:
-        OptionError: a value that does not exist, a suffix that is not `.html`, points that are all the same at a
-            named site, or a package that is not installed.
+        OptionError: an invalid value, a suffix that is not `.html`, points that are all the same at a named site, or a
+            package that is not installed.
         SiteError: a pattern matches nothing, or attention is requested and none is stored.
         InputError: fewer than three points, or labels that cannot be classified.
         NonFiniteError: a value that is not finite, by name.

@@ -131,26 +131,26 @@ def plot(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Picture:
-    """Draw each layer's points in two components, one panel each, rotated so that the eye can follow a point.
+    """Draw each layer's points in two components, one panel per layer, rotated so that the eye can follow a point.
 
     Args:
         store: A store, or its path or URL.
-        path: A `.png`, `.svg` or `.pdf` to write; None for the figure alone.
-        site: Patterns over the stored sites; one that is not named is left out where all points are the same.
+        path: A `.png`, `.svg` or `.pdf` file to write; None to return the figure only.
+        site: Patterns over the stored sites. A site that is not named is left out if all its points are the same.
         color: `token`, `position` or `norm` of a row, or a field of the input records; None for `label` where the
             records have one, else `norm`.
         method: `pca`; `tsne`, each layer started from the one before; `umap`, if umap-learn is installed.
         points: `rows` or `examples`; None for what the colour belongs to.
         pool: How an example's rows become one vector: `mean` if not given, `max`, `cls` or `last`.
         shared: One PCA basis for all layers instead of one each.
-        max_points: The most points to draw, at random; None for 10,000, or 2,000 for t-SNE. The figure says how many
-            were left out.
-        seed: Seed of all draws.
-        progress: Whether to show bars; None for only on a terminal.
+        max_points: Maximum number of points, drawn at random; None for 10,000, or 2,000 for t-SNE. The figure says how
+            many were left out.
+        seed: Random seed.
+        progress: Show progress bars; None: only on a terminal.
 
     Raises:
-        OptionError: a value that does not exist, a pooled store where rows are needed, points that are all the same
-            at a named site, or a package that is not installed.
+        OptionError: an invalid value, a pooled store where rows are needed, points that are all the same at a named
+            site, or a package that is not installed.
         SiteError: a pattern matches nothing that is stored.
         InputError: fewer than three points.
         NonFiniteError: a point that is not finite, by name.
@@ -317,19 +317,19 @@ def plot_attention(
     """Draw an example's attention weights, one panel per head: rows attend, columns are attended to.
 
     Args:
-        store: A store that holds attention weights, or where it is.
-        example: Its ordinal; negative ones count from the last.
-        path: A `.png`, `.svg` or `.pdf` to write; None for the figure alone.
-        site: Which weights, by a name or a pattern that means one; None for the first that are stored.
-        heads: Which heads; None for all.
+        store: A store that holds attention weights, or its path or URL.
+        example: Ordinal of the example; negative numbers count from the end.
+        path: A `.png`, `.svg` or `.pdf` file to write; None to return the figure only.
+        site: A site with weights, or a pattern that selects one; None for the first that is stored.
+        heads: Heads to draw; None for all.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        SiteError: no such weights are stored, or the pattern means several.
+        SiteError: no such weights are stored, or the pattern selects several.
         OptionError: the site holds none, a head that does not exist, or matplotlib is not installed.
-        MissingExample: the example is not there.
+        MissingExample: the example is not in the store.
 
     Example:
         >>> import layerprobe as lp

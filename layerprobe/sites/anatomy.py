@@ -39,21 +39,23 @@ class Anatomy:
     """Module paths of one architecture.
 
     Args:
-        embeddings: What makes `hidden_states[0]`, from the base model; of several the first that exists.
-        layers: The `ModuleList` of layers, from the base model. Where one layer serves several times, `{group}` and
-            `{inner}` stand for the numbers of its group and of its place in the group.
-        attention: The module that mixes the heads, from a layer.
-        mid: The residual stream between attention and FFN, from a layer; None where no module passes it.
-        query, key, value: The projections, from a layer.
-        out: The output projection, from a layer: its input is `attention.context`, its output `attention.out`.
-        down: The down projection, from a layer: its input is `ffn.act`, its output `ffn.out`.
-        pooler: What makes the pooler output, from the base model, or None.
-        norm: The norm after the last layer, from the base model, or None.
-        heads: Names under which task models keep the module that makes the logits; the first that exists counts.
-        cross: Name that stands for the first segment of the attention paths in a decoder's cross attention, or None.
-        first_call: Whether query, key and value are made by the first of several calls of their modules.
-        flat: Whether `extract` may give it texts behind one another in one sequence: attention by the interface of
-            transformers and over whole texts, positions as they are passed, and nothing else from token to token.
+        embeddings: Module that produces `hidden_states[0]`, relative to the base model; of several the first that
+            exists.
+        layers: The `ModuleList` of layers, relative to the base model. If one layer is used several times, `{group}`
+            and `{inner}` stand for the index of its group and its index in the group.
+        attention: The module that mixes the heads, relative to a layer.
+        mid: The residual stream between attention and FFN, relative to a layer; None if it passes through no module.
+        query, key, value: The projections, relative to a layer.
+        out: The output projection, relative to a layer: its input is `attention.context`, its output `attention.out`.
+        down: The down projection, relative to a layer: its input is `ffn.act`, its output `ffn.out`.
+        pooler: Module that produces the pooler output, relative to the base model, or None.
+        norm: The norm after the last layer, relative to the base model, or None.
+        heads: Names of the module that produces the logits in task models; the first that exists is used.
+        cross: Name that replaces the first segment of the attention paths for a decoder's cross attention, or None.
+        first_call: Whether query, key and value come from the first of several calls of their modules.
+        flat: Whether `extract` may concatenate texts into one sequence. This requires attention through transformers'
+            attention interface and over whole texts, positions as they are passed, and nothing else that relates
+            tokens.
 
     Example:
         >>> import layerprobe as lp
@@ -210,11 +212,11 @@ REFUSED = {
 
 
 def register_architecture(model_type: str, anatomy: Anatomy) -> None:
-    """Teach layerprobe where an architecture keeps its parts.
+    """Register the module paths of an architecture.
 
     Args:
         model_type: The `model_type` of the architecture's config.
-        anatomy: Its module paths; what is left out is as in BERT.
+        anatomy: Its module paths; those left out are BERT's.
 
     Example:
         >>> import layerprobe as lp

@@ -177,8 +177,8 @@ def sites(model: nn.Module | LoadedModel, patterns: str | Sequence[str] | None =
     """List the sites of a model: name, module, kind, width.
 
     Args:
-        model: Any supported Hugging Face model, with or without a task head, or what `load_model` gave.
-        patterns: Only these; None for all.
+        model: Any supported Hugging Face model, with or without a task head, or the result of `load_model`.
+        patterns: Only sites that match these; None for all.
 
     Raises:
         ArchitectureError: layerprobe has no row for the architecture.

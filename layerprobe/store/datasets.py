@@ -25,15 +25,15 @@ __all__ = ["ExampleDataset", "RowDataset"]
 
 
 class ExampleDataset(Dataset[dict[str, Any]]):
-    """The examples of a store, for a sampler to choose from.
+    """A map-style dataset of the examples of a store.
 
-    An item is a dict of each site's values, `input_ids` and `index`, the ordinal. On a store with gaps item k is the
-    k-th example that is there. Examples differ in length, so a `DataLoader` needs `batch_size=None` or a `collate_fn`,
+    An item is a dict of each site's values, `input_ids` and `index`, the ordinal. If examples are missing, item k is
+    the k-th one that is there. Examples differ in length, so a `DataLoader` needs `batch_size=None` or a `collate_fn`,
     unless the store is pooled.
 
     Args:
         store: A store, or its path or URL.
-        sites: Which to read, a name or several; None for all.
+        sites: Sites to read, one name or several; None for all.
 
     Raises:
         SiteError: a site is not stored.
@@ -74,10 +74,10 @@ class ExampleDataset(Dataset[dict[str, Any]]):
 
 
 class RowDataset(IterableDataset[dict[str, Tensor]]):
-    """The rows of a store, batch by batch, as `store.rows` gives them; use `DataLoader(dataset, batch_size=None)`.
+    """An iterable dataset of the rows of a store in batches; use `DataLoader(dataset, batch_size=None)`.
 
     Over all workers and ranks every row comes once in an epoch; the batches of a rank are the same for any number of
-    workers. Each epoch has the same order until `set_epoch` says otherwise.
+    workers. Call `set_epoch` to change the order; otherwise it is the same in every epoch.
 
     Args:
         store: A store, or its path or URL.
@@ -85,7 +85,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
 
     Raises:
         SiteError: a site is not stored.
-        OptionError: a value that is not possible, or sites that have no rows in common.
+        OptionError: an invalid value, or sites that have no rows in common.
 
     Example:
         >>> import layerprobe as lp

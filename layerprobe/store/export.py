@@ -98,23 +98,23 @@ def export(
 
     Args:
         store: A store, or its path or URL.
-        out: What to write.
+        out: Path to write.
         to: `parquet` or `arrow`: a table; `npz` or `zarr`: packed arrays. `docs/export.md` lists columns and arrays.
-            None for what the suffix of `out` says, and `parquet` where it says nothing.
+            None: by the suffix of `out`, else `parquet`.
         sites: Patterns over the stored sites; None for all of them. With `rows="tokens"` those without a row per token
-            are left out, unless they are named.
-        rows: What a row of a table is: `examples`, the default, or `tokens`. Packed arrays are not made of rows.
-        overwrite: Replace what is there.
-        progress: Whether to show a bar; None for only on a terminal.
+            are left out, or refused if they are named.
+        rows: One table row per example (`examples`, the default) or per token (`tokens`). For tables only.
+        overwrite: Replace an existing `out`.
+        progress: Show a progress bar; None: only on a terminal.
 
     Returns:
         What was written.
 
     Raises:
-        OptionError: a value that does not exist, a suffix of another format, a site without a row per token that is
-            named for a table of tokens, or what the format takes is not installed.
+        OptionError: an invalid value, a suffix of another format, a site without a row per token that is named for a
+            table of tokens, or a package that is not installed.
         SiteError: a pattern matches nothing that is stored.
-        StoreError: there is no store, a shard is damaged, `out` exists, or writing failed. Nothing is left then.
+        StoreError: there is no store, a shard is damaged, `out` exists, or writing failed. No partial file is left.
 
     Cost: about 100 MiB, however large the store; packed arrays take one pass over it for each of them.
 

@@ -113,22 +113,22 @@ class _Copy:
 def merge(
     out: str | Path, folders: Sequence[str | Path], *, link: bool = False, progress: bool | None = None
 ) -> MergeReport:
-    """Join several stores that hold units of the same plan.
+    """Join stores that hold parts of the same plan.
 
     Args:
         out: Folder of the store: new, empty, or a store of that plan to add to.
         folders: The stores. They are only read.
-        link: Link shards into the store instead of copying them; both must lie on one file system. A shard is never
-            changed, so neither store can harm the other.
-        progress: Whether to show a bar; None for only on a terminal.
+        link: Hard-link shards instead of copying them; all folders must be on one file system. Shards are never
+            modified, so neither store can harm the other.
+        progress: Show a progress bar; None: only on a terminal.
 
     Returns:
         What was done, what was damaged and which units are missing. `index.json` is written only when none is.
 
     Raises:
         OptionError: no folder is given, or a value of the wrong type.
-        PlanError: a folder holds another plan, with the fields that differ; or two folders hold other values of the
-            same unit. Nothing is written then.
+        PlanError: a folder holds another plan (the error lists the fields that differ), or two folders hold different
+            values of the same unit. Nothing is written.
         LockError: a run is writing into `out`.
         SpaceError: the disk cannot hold the copies.
         StoreError: a folder is not a store, or writing failed; the same call resumes.

@@ -70,7 +70,7 @@ class StoreStatus:
     """How far the run of a store is. Made by `layerprobe.status`.
 
     Args:
-        folder: Where the store is.
+        folder: Path or URL of the store.
         state: `complete`; `damaged` (the index names shards that are not there, see `reason`); `running`;
             `killed` (its process is gone); `stopped` (it ended by itself, see `reason`);
             `silent` (on another machine, and not heard of for a minute); `incomplete` (nothing tells of a run).
@@ -199,10 +199,10 @@ def _write_over(path: Path, data: bytes) -> None:
 
 
 def read_status(folder: str | Path) -> StoreStatus:
-    """Show how far the run of a store is, without disturbing it.
+    """Show the progress of a run, without disturbing it.
 
     Args:
-        folder: Where the store is.
+        folder: Path or URL of the store.
 
     Raises:
         StoreError: there is no store there.

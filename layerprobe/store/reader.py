@@ -39,11 +39,12 @@ __all__ = ["Store", "open_store", "take_store"]
 
 
 class Store:
-    """An extraction on disk. Made by `layerprobe.open`.
+    """An extraction on disk, returned by `layerprobe.open` and `layerprobe.extract`.
 
-    `store[site]` is a view of a site, and `site in store` says whether it is there; negatives count from the last layer
-    that is stored. `store.example(i)` is everything about one example; `len(store)` the number of examples that are
-    there; iterating gives each of them in the order of the input. `store.catalog` is for code that goes shard by shard.
+    `store[site]` is a view of a site and `site in store` says whether it is stored; negative numbers count from the
+    last stored layer. `store.example(i)` is everything about one example. `len(store)` is the number of stored
+    examples, and iterating returns them in the order of the input. `store.catalog` is for code that goes shard by
+    shard.
     """
 
     def __init__(self, where: Path | Place, check: bool) -> None:
@@ -60,7 +61,7 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Let go of every mapped shard. Tensors that were read stay good; reading more is an error."""
+        """Release every mapped shard. Tensors that were read stay valid; reading more is an error."""
         self.catalog.close()
 
     @property
@@ -94,27 +95,27 @@ class Store:
 
     @property
     def pool(self) -> str | None:
-        """How the run pooled; None for a row per token."""
+        """How rows were pooled; None for a row per token."""
         return self.catalog.pool
 
     @property
     def is_complete(self) -> bool:
-        """Whether the extraction has ended; its index is written last."""
+        """Whether the extraction is complete; its index is written last."""
         return self.catalog.is_complete
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites that are stored."""
+        """Names of the stored sites."""
         return list(self.catalog.sites)
 
     @property
     def num_shards(self) -> int:
-        """Shards that are committed."""
+        """Number of committed shards."""
         return len(self.catalog.shards)
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens in the committed shards."""
+        """Number of real tokens in the committed shards."""
         return self.catalog.num_tokens
 
     def __len__(self) -> int:
@@ -146,7 +147,7 @@ class Store:
 
     @property
     def stored_sites(self) -> Mapping[str, StoredSite]:
-        """How each site lies in the store, by name."""
+        """How each site is stored, by name."""
         return self.catalog.sites
 
     def difference(self, site: str, other: str) -> Difference:
@@ -167,37 +168,37 @@ class Store:
         return [self.difference(*pair) for pair in pair_depth(self.catalog.sites, str(self.place))]
 
     def encoder_outputs(self, layer: int | str, examples: Any, dtype: torch.dtype = torch.float32) -> EncoderOutputs:
-        """Give some examples as a decoder takes them: `model.generate(**outputs.inputs())`.
+        """Return the states of some examples as context for a decoder: `model.generate(**outputs.inputs())`.
 
         Args:
-            layer: A site, or a layer's number.
+            layer: A site or a layer number.
             examples: Ordinals, a slice of them, or one.
-            dtype: Of the states; that of the decoder.
+            dtype: Dtype of the states; use the decoder's.
 
         Returns:
             `states` `[B, S, D]`, padded on the right, and their `mask`, int64 `[B, S]`.
 
         Raises:
             SiteError: no stored site is selected, or several are.
-            OptionError: the site has no row per token, no example is asked for, or one has no tokens.
+            OptionError: the site has no row per token, no example is requested, or one has no tokens.
             NonFiniteError: a value is not finite.
         """
         return pad_examples(self[choose_layer(layer, self.sites, str(self.place))], examples, dtype)
 
     def ordinals(self) -> Iterator[int]:
-        """List the ordinals of the examples that are there, rising."""
+        """Iterate over the ordinals of the stored examples, in ascending order."""
         return self.catalog.ordinals()
 
     def ordinal_at(self, place: int) -> int:
-        """Give the ordinal of the k-th example that is there; k itself on a store without gaps.
+        """Return the ordinal of the k-th stored example; k itself if none is missing.
 
         Raises:
-            MissingExample: there are not as many.
+            MissingExample: there are fewer examples.
         """
         return self.catalog.ordinal_at(place)
 
     def input_ids(self, ordinal: int) -> Tensor:
-        """Give an example's token ids, int64 `[T]`, special ones included: a view of the file.
+        """Return an example's token ids, int64 `[T]`, special tokens included: a view of the file.
 
         Raises:
             MissingExample: it is not in the store, or not in it yet.
@@ -207,7 +208,7 @@ class Store:
         return shard.part("input_ids", start, stop)
 
     def positions(self, ordinal: int) -> Tensor:
-        """Give the places of an example's rows among all its tokens, int64 `[T]`; raises as `input_ids` does."""
+        """Return the positions of an example's rows among all its tokens, int64 `[T]`; raises as `input_ids` does."""
         shard, ordinal = self.catalog.find(ordinal)
         _, start, stop = shard.span(ordinal)
         return torch.arange(stop - start, device="cpu") if self.kept is None else shard.part(POSITIONS, start, stop)
@@ -218,7 +219,7 @@ class Store:
         return self.catalog.kept
 
     def iter_shards(self) -> Iterator[Shard]:
-        """Go through the shards in the order of the input."""
+        """Iterate over the shards in the order of the input."""
         return self.catalog.iter_shards()
 
     def rows(
@@ -231,31 +232,31 @@ class Store:
         world: int = 1,
         epoch: int = 0,
     ) -> RowBatches[dict[str, Tensor]]:
-        """Go through the rows of several sites at once, batch by batch.
+        """Iterate over the rows of several sites at once, in batches.
 
         Args:
             batch_size, shuffle, seed, rank, world: As in `store[site].rows`.
             sites: Names, all with a row per token or all with a vector per example; None for all with a row per
                 token, or in a pooled store all with a vector.
-            epoch: Another order of the same seed for each.
+            epoch: Each epoch of a seed has its own order.
 
         Returns:
             An iterator of `{site: [n, D]}`; row k is the same token, or example, at every site.
 
         Raises:
-            OptionError: a value that is not possible, attention weights, or sites that have no rows in common.
+            OptionError: an invalid value, attention weights, or sites that have no rows in common.
             SiteError: a site is not stored.
         """
         options = RowOptions(batch_size, shuffle, seed, rank, world, epoch)
         return RowBatches(self.catalog, choose_sites(self.catalog, sites), options, dict)
 
     def record(self, ordinal: int) -> dict[str, Any]:
-        """Read what an example was made of, `text` and `fields` where they were kept; raises as `input_ids` does."""
+        """Return an example's input record, `text` and `fields` if they were stored; raises as `input_ids` does."""
         shard, ordinal = self.catalog.find(ordinal)
         return read_record(shard, ordinal, self.place.label(shard.header.file))
 
     def example(self, ordinal: int) -> Example:
-        """Gather everything about one example: ids, tokens, text, other fields, every site.
+        """Return everything about one example: ids, tokens, text, other fields, every site.
 
         Raises:
             MissingExample: it is not in the store, or not in it yet.
@@ -281,40 +282,41 @@ class Store:
         """Select tokens or examples; several conditions must all hold.
 
         Args:
-            record: A function of an example's record, `{"text": ..., **fields}`, that says whether it is selected.
+            record: A predicate on an example's record, `{"text": ..., **fields}`.
             token: A token as the tokenizer writes it: `bank`, `##er`.
-            token_id: The same by its id.
-            word: A word, or several in a row: the run of tokens that it is cut into, not as a part of a longer word.
-            id: An ordinal, or several; a negative one counts from the last.
-            fields: `text=`, or any field of the input record, equal to the value. A field whose name is taken here
-                can be asked for by a function.
+            token_id: A token by its id.
+            word: A word or several consecutive ones: the run of tokens that the tokenizer splits it into, not as part
+                of a longer word.
+            id: An ordinal, or several; negative numbers count from the end.
+            fields: `text=`, or any field of the input record, equal to the value. For a field with the name of another
+                argument, use `record`.
 
         Returns:
-            Pairs of an example and a position, if a token or word is asked for, else examples; in the order of the
+            Pairs of an example and a position if a token or word is requested, else examples; in the order of the
             input, each once.
 
         Raises:
             OptionError: a field that no record has, a token or word that the tokenizer does not have, or two ways to
                 name a token.
-            MissingExample: an ordinal that is not there.
+            MissingExample: an ordinal that is not in the store.
 
-        Cost: one pass over the ids, and over the records if they are asked for; not over any site.
+        Cost: one pass over the ids, and over the records if they are needed; not over any site.
         """
         asked = Asked(record, token, token_id, word, id, fields)
         return select(self.catalog, asked, lambda: self.vocabulary)
 
     def to_datasets(self, sites: str | Sequence[str] | None = None, *, cache: str | Path | None = None) -> Any:
-        """Give the store as a `datasets.Dataset` that maps an Arrow file: a row per example, a column per site.
+        """Return the store as a `datasets.Dataset` that maps an Arrow file: a row per example, a column per site.
 
         Args:
             sites: Patterns over the stored sites; None for all.
-            cache: Folder of the Arrow file; None for the cache of `datasets`. What is there already is used again.
+            cache: Folder of the Arrow file; None for the cache of `datasets`. An existing file is reused.
 
         Raises:
             OptionError: the extra `data` is not installed.
             SiteError: a pattern matches nothing that is stored.
 
-        Cost: a copy of what is asked for, on disk; about 100 MiB of memory. The columns are those of `export`.
+        Cost: a copy of the requested data, on disk; about 100 MiB of memory. The columns are those of `export`.
         """
         names = match_sites(sites, self.sites, str(self.place))
         columns = Columns(
@@ -323,11 +325,11 @@ class Store:
         return open_dataset(self.iter_shards, columns, self.fingerprint, cache)
 
     def token_offsets(self, ordinal: int) -> list[tuple[int, int]]:
-        """Find the characters of an example's text that each of its tokens stands for; (0, 0) for special ones.
+        """Return the character span of each token in an example's text; (0, 0) for special tokens.
 
         Raises:
             MissingExample: it is not in the store, or not in it yet.
-            OptionError: the store keeps no tokenizer or no text, or its tokenizer cuts it into other ids.
+            OptionError: the store keeps no tokenizer or no text, or its tokenizer splits the text into other ids.
         """
         _, ordinal = self.catalog.find(ordinal)
         text = self.record(ordinal).get("text")
@@ -337,12 +339,12 @@ class Store:
 
     @property
     def id_to_tokens(self) -> Callable[[Tensor], list[str]] | None:
-        """What turns ids into tokens; None where the store has no tokenizer."""
+        """A function from ids to tokens; None if the store has no tokenizer."""
         return self.vocabulary.tokens if self.vocabulary is not None else None
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
-        """The tokenizer in the store; None where it has none."""
+        """The tokenizer in the store; None if it has none."""
         if not self.place.exists(TOKENIZER_FILE):
             return None
         data = read_bounded(self.place, TOKENIZER_FILE, LARGE)
@@ -354,12 +356,12 @@ def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:
 
     Args:
         folder: Where it is: a path, or a URL under `s3://`, `gs://`, `hf://` or `memory://`.
-        check: Compare each tensor of a shard with its checksum when it is first read, once. False reads only the pages
-            that are needed, and does not notice a damaged row. Under a URL, single examples are fetched by
-            range, which no checksum covers; whole tensors are compared.
+        check: Verify the checksum of each tensor of a shard when it is first read, once. False reads only the pages
+            that are needed, and does not notice a damaged row. Under a URL, single examples are fetched by range, which
+            no checksum covers; whole tensors are verified.
 
     Raises:
-        OptionError: it names no place, such URLs are not supported, or a package that they need is not installed.
+        OptionError: `folder` is not a location, its kind of URL is not supported, or a package for it is not installed.
         StoreError: there is no store there.
         FormatError: a file of it is damaged.
 

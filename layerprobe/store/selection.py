@@ -77,7 +77,7 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Examples, or tokens, of a store. Made by `Store.where`.
+    """Examples or tokens of a store, returned by `Store.where`.
 
     `len()` counts them; iterating gives ordinals, or pairs of an ordinal and a position in it.
 
@@ -107,12 +107,12 @@ class Selection:
         return f"Selection({len(self)} {what} of {str(self.catalog.place)!r})"
 
     def rows(self, site: str, pieces: str = "first") -> Tensor:
-        """Gather the rows of what is selected.
+        """Return the rows of the selected tokens or examples.
 
         Args:
             site: A site with a row per token: one row per token or word, or all rows of each example. For examples
                 also one with a vector per example.
-            pieces: What a word of several pieces gives: its `first` row, its `last`, or their `mean`.
+            pieces: For a word of several pieces, its `first` row, its `last`, or their `mean`.
 
         Returns:
             `[n, D]` in the stored dtype (float32 where that is int8, and for `mean`).

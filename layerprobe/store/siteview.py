@@ -109,11 +109,11 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         return values
 
     def numpy(self, index: int) -> np.ndarray:
-        """Look at an example as a numpy array: a view of the mapped file, like `view[index]`.
+        """Return an example as a numpy array: a view of the mapped file, like `view[index]`.
 
         Raises:
             OptionError: numpy has no such dtype (bfloat16, float8), or the values need their scale (int8).
-            MissingExample: the example is not there.
+            MissingExample: the example is not in the store.
         """
         if self._scale_name is not None or self.dtype not in _NUMPY_DTYPES:
             why = "int8 values mean nothing without their scale" if self._scale_name else f"numpy has no {self.dtype}"
@@ -127,14 +127,14 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         """Reduce each example to one vector, in the order of the input.
 
         Args:
-            pool: `mean`, `max`, `cls` (first token) or `last`, over all real tokens, special ones included; None for
-                `mean`. A site with one vector per example takes only None, or what it was pooled by.
+            pool: `mean`, `max`, `cls` (first token) or `last`, over all real tokens, special tokens included; None for
+                `mean`. A site with one vector per example accepts only None, or the pool that it was stored with.
 
         Returns:
             float32 `[N, D]`. An example without tokens gives NaN.
 
         Raises:
-            OptionError: the pool does not exist, or the store was pooled otherwise.
+            OptionError: the pool does not exist, or differs from that of the store.
             StoreError: the vectors do not fit into memory.
 
         Cost: one pass over the site; beside the result, one shard's vectors and 32,768 rows in float32.
@@ -219,15 +219,15 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         rank: int = 0,
         world: int = 1,
     ) -> RowBatches[Tensor]:
-        """Go through every vector of the site once, batch by batch.
+        """Iterate over every vector of the site once, in batches.
 
         Args:
             batch_size: Vectors per batch; the last may be smaller.
-            shuffle: Mix them. Shards are put in a random order and taken by groups of about a million rows or 1 GiB,
-                from 8 shards to 128, large ones in parts; all rows of a group are mixed. Unmixed, they come as they
-                lie: texts of like length together, not in the order of the input.
-            seed: The order is a function of it; goes with `shuffle`.
-            rank: Which share of the batches to give: every `world`-th, beginning with this.
+            shuffle: Shuffle the vectors. Shards are shuffled and taken in groups of about a million rows or 1 GiB, from
+                8 shards to 128, large ones in parts; all rows of a group are mixed. Without it, vectors come as they
+                are stored: texts of similar length together, not in the order of the input.
+            seed: Random seed of the order, for `shuffle`.
+            rank: Share of the batches to return: every `world`-th, starting with this one.
             world: Number of shares. Inside a worker of a `DataLoader` a share is split again, so that over all
                 workers and ranks every row comes once, in the batches that one process would have made.
 
@@ -236,7 +236,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             `state_dict()` and `load_state_dict()` to resume in the middle.
 
         Raises:
-            OptionError: a value that is not possible, or attention weights, which have no rows.
+            OptionError: an invalid value, or attention weights, which have no rows.
 
         Cost: one copy of each row. Memory of the process: 16 bytes per row of one group, and either 4 MiB of rows or
         one batch, twice. Rows are read through the page cache, which works best with room for one group.

@@ -108,15 +108,15 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
     """Read every byte of a store and compare it with what was written.
 
     Args:
-        folder: Where it is; complete or not.
+        folder: Path or URL of the store, complete or not.
         repair: Remove damaged shards, a damaged index or tokenizer, and with any of them the index, so that the same
             extraction writes them again, byte for byte.
-        progress: Whether to show a bar on stderr; None for only on a terminal.
+        progress: Show a progress bar on stderr; None: only on a terminal.
 
     Raises:
-        OptionError: `folder` names no place, or `repair` is neither True nor False.
-        StoreError: there is no store there; or `repair` on a store with damage that a `Probe` has filled, which no run
-            can make again.
+        OptionError: `folder` is not a location, or `repair` is neither True nor False.
+        StoreError: there is no store there; or `repair` on a damaged store that a `Probe` has filled, since it cannot
+            be recomputed.
         LockError: `repair` while a run is writing there.
 
     Cost: each byte is read once, by two threads, in pieces of 8 MiB; memory holds those, and the ordinals and offsets
