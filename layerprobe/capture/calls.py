@@ -136,19 +136,19 @@ class Sink(Protocol):
     """
 
     def open(self, sites: Sequence[Site]) -> None:
-        """Get ready for these sites; nothing is attached to the model yet."""
+        """Prepare for these sites; nothing is attached to the model yet."""
 
     def begin(self, call: Call) -> None:
-        """Take note that the base model was called."""
+        """Begin a call of the base model."""
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
-        """Take the value of a site, exactly as the model made it."""
+        """Receive the value of a site, exactly as the model produced it."""
 
     def finish(self, call: Call) -> None:
-        """Take note that every site of this call has been received."""
+        """Finish a call: every site of it has been received."""
 
     def abandon(self, call: Call) -> None:
-        """Forget a call that ended before all its sites were made."""
+        """Discard a call that ended before all its sites were received."""
 
     def close(self, error: BaseException | None) -> None:
         """Release everything; `error` is what ended the probe, or None."""

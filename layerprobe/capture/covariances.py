@@ -118,7 +118,7 @@ class CrossCovariance(RowSink[SiteCovariance]):
         return [(one, other) for one, _, other in (key.partition(_AND) for key in self._sums) if other]
 
     def cross(self, one: str, other: str) -> Tensor:
-        """Give the covariance between two sites, float64 `[D, E]`, divided by n.
+        """Return the covariance between two sites, float64 `[D, E]`, divided by n.
 
         Raises:
             SiteError: they are not a pair here.
@@ -129,7 +129,7 @@ class CrossCovariance(RowSink[SiteCovariance]):
         return products.T if is_turned else products
 
     def cka(self, one: str, other: str) -> float:
-        """Give the linear CKA of two sites: 1 for a rotation and scaling, NaN where one does not vary.
+        """Return the linear CKA of two sites: 1 for a rotation and scaling, NaN if one does not vary.
 
         Source: Kornblith, Norouzi, Lee and Hinton 2019, Similarity of neural network representations revisited, eq. 3.
 

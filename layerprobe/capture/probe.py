@@ -126,7 +126,7 @@ class Probe(AbstractContextManager["Probe"]):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites that are captured, in the order in which the model runs them."""
+        """The captured sites, in the order in which the model runs them."""
         return self._sites
 
     def __enter__(self) -> "Probe":
@@ -162,7 +162,7 @@ class Probe(AbstractContextManager["Probe"]):
 
     @property
     def calls(self) -> Sequence[CapturedCall]:
-        """What each call of the model made, in memory: `probe.calls[k]["layers.3"]`."""
+        """The values of each call of the model, in memory: `probe.calls[k]["layers.3"]`."""
         return self._memory().calls
 
     def __contains__(self, site: object) -> bool:
@@ -184,7 +184,7 @@ class Probe(AbstractContextManager["Probe"]):
 
     @property
     def gradients(self) -> Mapping[str, Tensor]:
-        """Gradients by site, after `backward`, when the model was called once; else `probe.calls[k].gradients`."""
+        """Gradients by site, after `backward`, if the model was called once; else `probe.calls[k].gradients`."""
         return self._only_call().gradients
 
     def _only_call(self) -> CapturedCall:

@@ -213,7 +213,7 @@ class RowSink(SinkAbilities, Generic[View]):
 
     @property
     def sites(self) -> list[str]:
-        """Sites that something was measured at."""
+        """Sites with measured values."""
         return list(self._sums)
 
     def __contains__(self, site: str) -> bool:
@@ -232,12 +232,12 @@ class RowSink(SinkAbilities, Generic[View]):
     __repr__ = __str__
 
     def merge(self, other: "RowSink[View]") -> None:
-        """Join with what another sink of the same kind and options has measured, of other texts or in another process.
+        """Merge the sums of another sink of the same kind and options, from other texts or another process.
 
-        Its texts are numbered on after those of this one, as if they had come after them, whoever numbered them.
+        Its texts are numbered after those of this sink.
 
         Raises:
-            OptionError: it is of another kind, has other options, or a site of another width.
+            OptionError: it has another kind, other options, or a site of another width.
         """
         if type(other) is not type(self):
             raise OptionError(f"a {type(other).__name__} cannot be merged into a {type(self).__name__}.")
@@ -247,7 +247,7 @@ class RowSink(SinkAbilities, Generic[View]):
             self._num_examples += other._num_examples
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give all sums by name, `layers.3/mean`, on the host: a file of safetensors takes them as they are."""
+        """Return all sums by name, such as `layers.3/mean`, as tensors on the CPU that safetensors can save."""
         state = {_COUNTER: torch.tensor(self._num_examples, device="cpu"), **self._options}
         for order, (key, sums) in enumerate(self._sums.items()):
             state[f"{key}/{_ORDER}"] = torch.tensor(order, device="cpu")
@@ -255,10 +255,10 @@ class RowSink(SinkAbilities, Generic[View]):
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the sums of a `state_dict` in place of those that are there.
+        """Replace all sums by those of a `state_dict`.
 
         Raises:
-            OptionError: they are those of another kind of sink, or of other options.
+            OptionError: they come from another kind of sink, or from other options.
         """
         found: dict[str, Sums] = {}
         options: Sums = {}

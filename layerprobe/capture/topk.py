@@ -136,11 +136,11 @@ class TopK(RowSink[SiteTops]):
         )
 
     def list_tops(self, tokenizer: Any, units: Sequence[int] | None = None) -> list[Said]:
-        """Give the tokens of some units of each site, first by site, then by unit, then by value.
+        """Return the top tokens of some units of each site, ordered by site, unit and value.
 
         Args:
             tokenizer: Turns ids into tokens.
-            units: Which; None for the three of each site with the largest value.
+            units: Units to list; None for the three of each site with the largest value.
 
         Raises:
             OptionError: a site has no such unit.

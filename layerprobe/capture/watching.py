@@ -261,11 +261,11 @@ class WatchCallback:
             self._watcher.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Log what it measured."""
+        """Log the numbers of the step."""
         self._close()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take everything off."""
+        """Remove every hook."""
         self._close()
 
     def _make_watcher(self, model: nn.Module, step: int) -> Watcher:

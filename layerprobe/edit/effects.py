@@ -30,12 +30,13 @@ class Effects:
 
     Args:
         sites: Names of the L sites.
-        positions: The P positions that were patched one by one; None where all were patched at once.
-        heads: The H heads that were patched one by one; None where all were patched at once.
-        effects: float64 `[L]`, `[L, P]`, `[L, H]` or `[L, P, H]`: the metric with the patch less that of corrupt.
-        clean, corrupt: The metric of either text alone.
+        positions: The P positions that were patched one by one; None if all were patched at once.
+        heads: The H heads that were patched one by one; None if all were patched at once.
+        effects: float64 `[L]`, `[L, P]`, `[L, H]` or `[L, P, H]`: the metric with the patch minus that of the corrupt
+            text.
+        clean, corrupt: The metric of each text alone.
         method: `exact` or `attribution`.
-        tokens: What stands at each position, of both texts where they differ; None where nobody knows.
+        tokens: The token at each position, of both texts where they differ; None if unknown.
     """
 
     sites: tuple[str, ...]
@@ -49,7 +50,7 @@ class Effects:
 
     @property
     def normalised(self) -> Tensor:
-        """The effects as shares of the way from corrupt to clean: 1.0 where a patch restores clean's metric.
+        """The share of the way from corrupt to clean that each patch restores: 1.0 for the clean metric.
 
         Raises:
             OptionError: both texts have the same metric.
@@ -59,10 +60,10 @@ class Effects:
         return self.effects / (self.clean - self.corrupt)
 
     def table(self, digits: int = 3) -> str:
-        """Lay the effects out, a row per site (and head), a column per position.
+        """Return the effects as a text table: a row per site (and head), a column per position.
 
         Args:
-            digits: Decimals; more where the largest effect would have fewer digits that count.
+            digits: Decimals; more if the largest effect would have fewer significant digits.
         """
         headers, rows = self._rows()
         most = float(self.effects.abs().nan_to_num(0.0, posinf=0.0).amax()) if self.effects.numel() else 0.0
@@ -76,7 +77,7 @@ class Effects:
     __repr__ = table
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """Give the table as CSV, in full precision, and write it where a path is given.
+        """Return the table as CSV in full precision, and write it to a path if given.
 
         Raises:
             StoreError: the file cannot be written.
@@ -87,7 +88,7 @@ class Effects:
         return give_text(out.getvalue(), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Give everything as JSON, and write it where a path is given.
+        """Return everything as JSON, and write it to a path if given.
 
         Raises:
             StoreError: the file cannot be written.
@@ -108,13 +109,13 @@ class Effects:
         """Draw the effects as a heat map, the first site at the bottom, as the model runs them.
 
         Args:
-            path: Where to write the picture; its ending says the format.
+            path: Picture to write; its suffix selects the format.
 
         Returns:
             The matplotlib figure.
 
         Raises:
-            OptionError: matplotlib is not installed, or the ending is not a picture format.
+            OptionError: matplotlib is not installed, or the suffix is not a picture format.
             StoreError: the file cannot be written.
         """
         if path is not None:

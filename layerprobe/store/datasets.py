@@ -118,7 +118,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
         return self._start(int(self._epoch))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the epoch that begins next: a function of the seed and this number.
+        """Set the order of the next epoch: a function of the seed and this number.
 
         Raises:
             OptionError: it is not a whole number of at least 0.

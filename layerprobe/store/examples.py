@@ -21,13 +21,13 @@ class Example:
     """One example of a store.
 
     Args:
-        index: Its ordinal in the input.
-        input_ids: int64 `[T]`, its real tokens, special ones included; of those rows that the store keeps.
-        positions: int64 `[T]`, their places among all its tokens.
-        tokens: The same as text, or None where the store has no tokenizer.
-        text: The input text, or None where it was not kept.
+        index: Ordinal in the input.
+        input_ids: int64 `[T]`, the real tokens of the stored rows, special tokens included.
+        positions: int64 `[T]`, their positions among all tokens of the example.
+        tokens: The tokens as text, or None if the store has no tokenizer.
+        text: The input text, or None if it was not stored.
         fields: The other fields of the input record.
-        sites: The vectors of each site, as `store[site][index]` gives them.
+        sites: The values of each site, as `store[site][index]` returns them.
     """
 
     index: int

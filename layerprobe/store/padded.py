@@ -36,11 +36,11 @@ class EncoderOutputs:
     mask: Tensor
 
     def to(self, device: str | torch.device) -> "EncoderOutputs":
-        """Give the same on another device."""
+        """Return the same on another device."""
         return EncoderOutputs(self.site, self.states.to(device), self.mask.to(device))
 
     def inputs(self) -> dict[str, Any]:
-        """Name both as an encoder-decoder model takes them: `model.generate(**outputs.inputs())`."""
+        """Return keyword arguments for an encoder-decoder model: `model.generate(**outputs.inputs())`."""
         from transformers.modeling_outputs import BaseModelOutput
 
         # its fields are declared as tensors of a kind that only torch's stubs know
@@ -48,7 +48,7 @@ class EncoderOutputs:
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": self.mask}
 
     def cross_inputs(self) -> dict[str, Tensor]:
-        """Name both as a decoder with cross attention takes them."""
+        """Return keyword arguments for a decoder with cross attention."""
         return {"encoder_hidden_states": self.states, "encoder_attention_mask": self.mask}
 
 
