@@ -49,8 +49,8 @@ Texts = Annotated[
     str,
     typer.Argument(
         metavar="INPUT",
-        help="A .txt (one text per line), .jsonl, .csv or .parquet file, a folder of them, hf:NAME or hf:NAME:SPLIT: "
-        "a data set of the hub, or '-': standard input, plain text, one text per line.",
+        help="A .txt (one text per line), .jsonl, .csv or .parquet file, a folder of them, a data set on the hub "
+        "(hf:NAME or hf:NAME:SPLIT), or '-' for standard input (one plain text per line).",
     ),
 ]
 Vector = Annotated[str | None, typer.Option(help="How an example's rows become one vector: mean, max, cls or last.")]
