@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from layerprobe.analysis.baselines import Guess, draw_control, guess_majority, guess_words
-from layerprobe.analysis.features import POOLS, Feature, average_of, joined_of, learn_mix, read_site, single_of
+from layerprobe.analysis.features import Feature, average_of, joined_of, learn_mix, read_site, single_of
 from layerprobe.analysis.keeping import KeptProbe
 from layerprobe.analysis.probing import Fit, code_length, fit_best, fitting
 from layerprobe.analysis.scores import score
@@ -29,6 +29,7 @@ from layerprobe.packages import need_package
 from layerprobe.store.guard import check_count, check_flag
 from layerprobe.store.naming import list_named
 from layerprobe.store.reader import Store, take_store
+from layerprobe.store.shards import POOLS
 from layerprobe.tables import format_count
 from layerprobe.telling import make_bar
 

@@ -22,9 +22,8 @@ from layerprobe.store.reader import Store
 from layerprobe.store.shards import ScaledRows
 from layerprobe.tables import format_count
 
-__all__ = ["POOLS", "Feature", "average_of", "joined_of", "learn_mix", "read_site", "single_of"]
+__all__ = ["Feature", "average_of", "joined_of", "learn_mix", "read_site", "single_of"]
 
-POOLS = ("mean", "max", "cls", "last")
 # A small set is gone through more often, so that weights of layers have the time to move.
 _EPOCHS, _LEAST_STEPS = 30, 300
 _BATCH = 256

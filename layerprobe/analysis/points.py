@@ -23,13 +23,12 @@ from layerprobe.store.description import StoredSite
 from layerprobe.store.guard import is_number
 from layerprobe.store.reader import Store
 from layerprobe.store.rows import take_rows
-from layerprobe.store.shards import Shard, pool_packed, positions_of
+from layerprobe.store.shards import POOLS, Shard, pool_packed, positions_of
 from layerprobe.tables import format_count
 from layerprobe.telling import make_bar
 
 __all__ = ["Colours", "Points", "choose_points", "colour_points", "draw_points", "has_field"]
 
-_POOLS = ("mean", "max", "cls", "last")
 # What colours rows and what colours examples; anything else is a field of the records.
 _ROW_COLOURS = ("token", "position")
 # More numbers than this are a scale, fewer are categories.
@@ -88,8 +87,8 @@ def choose_points(store: Store, sites: Sequence[StoredSite], color: str, points:
     """
     if points not in (None, "rows", "examples"):
         raise OptionError(f"points={points!r}: use rows or examples.")
-    if pool is not None and pool not in _POOLS:
-        raise OptionError(f"pool={pool!r}: use {', '.join(_POOLS)}.")
+    if pool is not None and pool not in POOLS:
+        raise OptionError(f"pool={pool!r}: use {', '.join(POOLS)}.")
     is_pooled = sites[0].kind != "token"
     if is_pooled and (points == "rows" or color in _ROW_COLOURS):
         what = "points='rows'" if points == "rows" else f"color={color!r}"

@@ -14,12 +14,11 @@ from torch.nn.functional import embedding_bag
 
 from layerprobe.capture.select import BatchSelection
 from layerprobe.errors import CaptureError, LayerProbeError, OptionError
+from layerprobe.store.shards import POOLS
 
-__all__ = ["POOLS", "Pool", "check_pool", "pool_rows"]
+__all__ = ["Pool", "check_pool", "pool_rows"]
 
 Pool = str | Callable[[Tensor], Tensor] | None
-
-POOLS = ("cls", "mean", "max", "last")
 
 # Where every torch that we take has the mean of many at once; on mps it came with 2.10.
 _MEANS_AT_ONCE = ("cpu", "cuda")

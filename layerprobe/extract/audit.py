@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from layerprobe.capture.casting import cast_into
 from layerprobe.capture.identity import describe_changes
-from layerprobe.capture.pooling import POOLS
 from layerprobe.capture.target import Target
 from layerprobe.errors import PlanError, StoreError
 from layerprobe.extract.forward import PRECISIONS, REORDERED, running
@@ -33,7 +32,7 @@ from layerprobe.store.format import TOKENIZER_FILE, read_bounded
 from layerprobe.store.guard import LARGE, brief, check_count
 from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.reader import Store, open_store
-from layerprobe.store.shards import ScaledRows
+from layerprobe.store.shards import POOLS, ScaledRows
 from layerprobe.store.tokenizer import load_tokenizer
 from layerprobe.tables import format_count
 from layerprobe.telling import find_stderr, go_through

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerprobe.analysis.features import POOLS
 from layerprobe.analysis.keeping import KeptProbe, load_probe
 from layerprobe.errors import InputError, OptionError
 from layerprobe.extract.batching import cut_batches
@@ -30,7 +29,7 @@ from layerprobe.extract.tokens import TokenizedUnit, tokenize, tokenizing
 from layerprobe.extract.untrained import find_same_model
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import map_model
-from layerprobe.store.shards import pool_packed
+from layerprobe.store.shards import POOLS, pool_packed
 from layerprobe.tables import format_count
 
 __all__ = ["Classifier", "load_classifier"]

@@ -26,6 +26,7 @@ from layerprobe.store.paths import NamedPath
 from layerprobe.tables import format_count
 
 __all__ = [
+    "POOLS",
     "MappedShard",
     "ScaledRows",
     "Shard",
@@ -36,6 +37,8 @@ __all__ = [
     "read_order",
 ]
 
+# How rows become one vector, by name.
+POOLS = ("mean", "max", "cls", "last")
 # Before Python 3.13 each mapping holds a descriptor of its own.
 _HOLDS_NO_FILE: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) and os.name != "nt" else {}
 
@@ -296,7 +299,7 @@ def positions_of(shard: Shard, rows: Tensor, places: Tensor) -> Tensor:
 
 
 def pool_packed(rows_TD: Tensor, offsets: Tensor, pool: str) -> Tensor:
-    """Reduce packed float32 rows to one vector per example, `[N, D]`."""
+    """Reduce packed float32 rows to one vector per example, `[N, D]`, by one of `POOLS`."""
     if pool in ("mean", "max"):
         return torch.segment_reduce(rows_TD, pool, offsets=offsets, axis=0, initial=None).masked_fill_(
             (offsets[1:] == offsets[:-1])[:, None], float("nan")

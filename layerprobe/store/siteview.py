@@ -21,7 +21,7 @@ from layerprobe.store.guard import brief
 from layerprobe.store.headers import SCALE_SUFFIX
 from layerprobe.store.order import RowOptions
 from layerprobe.store.rows import RowBatches, choose_sites, take_rows
-from layerprobe.store.shards import ScaledRows, Shard, pool_packed
+from layerprobe.store.shards import POOLS, ScaledRows, Shard, pool_packed
 from layerprobe.tables import format_count
 
 __all__ = ["SiteView"]
@@ -181,8 +181,8 @@ class SiteView(Sequence[Tensor | ScaledRows]):
     def _check_pool(self, pool: str | None) -> None:
         if self.kind == "attention":
             raise OptionError(f"{self.site!r} is one matrix per head and cannot be pooled: read it by example.")
-        if pool not in (None, "mean", "max", "cls", "last", self.catalog.pool):
-            raise OptionError(f"no pool {pool!r}: use mean, max, cls or last.")
+        if pool not in (None, *POOLS, self.catalog.pool):
+            raise OptionError(f"no pool {pool!r}: use {', '.join(POOLS)}.")
         if self.kind != "token" and pool not in (None, self.catalog.pool):
             raise OptionError(f"{self._stored.tell_vector(self.catalog.pool)}, and not by {pool!r}. Leave pool out.")
         if self.kind == "token":

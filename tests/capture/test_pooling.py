@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerprobe.capture.pooling import POOLS, check_pool, pool_rows
+from layerprobe.capture.pooling import check_pool, pool_rows
 from layerprobe.capture.select import BatchSelection
 from layerprobe.errors import CaptureError, OptionError
+from layerprobe.store.shards import POOLS
 from masks import CPU, MASKS, index, make_value, select
 
 
@@ -197,6 +198,6 @@ def test_known_pools_pass(pool: Any) -> None:
 @pytest.mark.parametrize("pool", ["median", "", 3])
 def test_unknown_pool_is_refused(pool: Any) -> None:
     with pytest.raises(
-        OptionError, match=r"no pool .*: use cls, mean, max, last, a callable on \[T, D\] rows, or None"
+        OptionError, match=r"no pool .*: use mean, max, cls, last, a callable on \[T, D\] rows, or None"
     ):
         check_pool(pool)

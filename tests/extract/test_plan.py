@@ -208,7 +208,7 @@ def test_the_fingerprint_follows_what_changes_the_bytes_and_nothing_else(
     ("options", "message"),
     [
         ({"dtype": "float12"}, "no dtype 'float12': use float32, float16"),
-        ({"pool": "median"}, "no pool 'median': use cls, mean, max, last"),
+        ({"pool": "median"}, "no pool 'median': use mean, max, cls, last"),
         ({"nonfinite": "ignore"}, "no policy 'ignore'"),
         ({"max_length": 0}, "max_length is 0"),
         ({"batch_tokens": -1}, "batch_tokens is -1"),

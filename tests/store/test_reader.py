@@ -105,7 +105,7 @@ def test_pooled_of_a_pooled_site_is_what_was_stored(write_store: WriteStore) -> 
     assert torch.equal(view.pooled("mean"), written.pooled)
     with pytest.raises(OptionError, match=r"'pooler' has one vector per example.*mean.* not .*'max'"):
         view.pooled("max")
-    with pytest.raises(OptionError, match="no pool 'median': use mean, max, cls or last"):
+    with pytest.raises(OptionError, match="no pool 'median': use mean, max, cls, last"):
         view.pooled("median")
 
 
