@@ -19,7 +19,17 @@ from layerprobe.errors import StoreError
 from layerprobe.store.format import need_parent
 from layerprobe.store.guard import need_path
 
-__all__ = ["Number", "give_text", "plain", "shorten", "table_cell", "write_csv", "write_json", "write_text"]
+__all__ = [
+    "Number",
+    "give_csv",
+    "give_json",
+    "plain",
+    "shorten",
+    "table_cell",
+    "write_csv",
+    "write_json",
+    "write_text",
+]
 
 Number = float | None
 
@@ -55,11 +65,39 @@ def write_csv(path: str | Path, headers: Sequence[str], rows: Iterable[Sequence[
     Raises:
         StoreError: the file cannot be written.
     """
+    return write_text(path, _format_csv(headers, rows))
+
+
+def give_json(value: Any, path: str | Path | None) -> str:
+    """Give a result as one line of JSON, and write it where a path is given.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    return _give_text(json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n", path)
+
+
+def give_csv(headers: Sequence[str], rows: Iterable[Sequence[object]], path: str | Path | None) -> str:
+    """Give rows under headers as CSV, and write it where a path is given.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    return _give_text(_format_csv(headers, rows), path)
+
+
+def _format_csv(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(headers)
     writer.writerows([plain(cell) for cell in row] for row in rows)
-    return write_text(path, text.getvalue())
+    return text.getvalue()
+
+
+def _give_text(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        write_text(path, text)
+    return text
 
 
 def table_cell(value: object) -> object:
@@ -78,17 +116,6 @@ def shorten(text: str, most: int = _MOST_LETTERS) -> str:
     """Bring a text to one line without control characters."""
     line = "".join(character if character.isprintable() else " " for character in text[:most])
     return line + ("..." if len(text) > most else "")
-
-
-def give_text(text: str, path: str | Path | None) -> str:
-    """Give a text back, and write it where a path is given.
-
-    Raises:
-        StoreError: the file cannot be written.
-    """
-    if path is not None:
-        write_text(path, text)
-    return text
 
 
 def write_text(path: str | Path, text: str) -> Path:

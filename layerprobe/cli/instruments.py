@@ -51,7 +51,7 @@ def profile(
     Example: layerprobe profile demo --batch 8 --length 64 --by place
     """
     from layerprobe.analysis.figures import check_picture
-    from layerprobe.analysis.results import write_text
+    from layerprobe.analysis.results import give_json
     from layerprobe.cost.comparison import COMPARISONS
     from layerprobe.cost.comparison import compare as compare_ways
     from layerprobe.cost.results import BY
@@ -79,7 +79,7 @@ def profile(
         document = json.loads(found.to_json())
         if compared is not None:
             document["compare"] = compared.describe()
-        write_text(json_file, json.dumps(document) + "\n")
+        give_json(document, json_file)
     if out is not None:
         found.plot(out)
     if trace is not None:

@@ -3,7 +3,6 @@
 Parse and call; compute nothing. `main` gives it its name and place.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +56,7 @@ def stats(
     """
     from safetensors.torch import save
 
-    from layerprobe.analysis.results import plain, write_text
+    from layerprobe.analysis.results import give_json
     from layerprobe.capture.statistics import format_said
     from layerprobe.capture.topk import TopK
     from layerprobe.extract.network import choose_sites
@@ -89,8 +88,8 @@ def stats(
         typer.echo(f"\n{report}")
     if json_file is not None:
         told = {"examples": report.num_examples, "tokens": report.num_tokens, "truncated": report.num_truncated}
-        document = {"model": model, "input": texts, "sink": sink, **told, "sites": plain(said)}
-        write_text(json_file, json.dumps(document, ensure_ascii=False) + "\n")
+        document = {"model": model, "input": texts, "sink": sink, **told, "sites": said}
+        give_json(document, json_file)
     if out is not None:
         commit_file(out, [save(measuring.state_dict())])
     say_wrote(json_file, out, quiet=quiet)

@@ -6,7 +6,6 @@ of neighbours in time, since a machine is not equally fast all the while.
 Must never assert a time.
 """
 
-import json
 import math
 import shutil
 import statistics
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerprobe.analysis.results import give_text
+from layerprobe.analysis.results import give_json
 from layerprobe.capture.probe import Probe
 from layerprobe.cost.results import median_ratio
 from layerprobe.errors import OptionError
@@ -81,7 +80,7 @@ class Comparison:
         Raises:
             StoreError: the file cannot be written.
         """
-        return give_text(json.dumps(self.describe()) + "\n", path)
+        return give_json(self.describe(), path)
 
 
 def compare(

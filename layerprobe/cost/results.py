@@ -6,7 +6,6 @@ medians and spreads of sums are those of the sums.
 Must never know how times are taken.
 """
 
-import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from layerprobe.analysis.figures import GREY, PALETTE, check_picture, label_sites, save_figure, styled
-from layerprobe.analysis.results import give_text
+from layerprobe.analysis.results import give_json
 from layerprobe.cost.machine import Peaks
 from layerprobe.errors import OptionError
 from layerprobe.tables import format_bytes, format_table
@@ -206,7 +205,7 @@ class Profile:
             "layers": [_describe(cost) for cost in self.layers],
             "steps": [_describe(cost) for cost in self.steps],
         }
-        return give_text(json.dumps(document) + "\n", path)
+        return give_json(document, path)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw a bar per layer, cut by what its time goes to.

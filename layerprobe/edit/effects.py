@@ -5,9 +5,6 @@ Must never know of models or of how the effects were measured.
 Letters: L sites, P positions, H heads.
 """
 
-import csv
-import io
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.analysis.figures import check_picture, save_figure, styled
-from layerprobe.analysis.results import give_text
+from layerprobe.analysis.results import give_csv, give_json
 from layerprobe.errors import OptionError
 from layerprobe.tables import format_table
 
@@ -82,10 +79,7 @@ class Effects:
         Raises:
             StoreError: the file cannot be written.
         """
-        out = io.StringIO()
-        headers, rows = self._rows()
-        csv.writer(out, lineterminator="\n").writerows([headers, *rows])
-        return give_text(out.getvalue(), path)
+        return give_csv(*self._rows(), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return everything as JSON, and write it to a path if given.
@@ -103,7 +97,7 @@ class Effects:
             "tokens": self.tokens,
             "effects": self.effects.tolist(),
         }
-        return give_text(json.dumps(document, ensure_ascii=False) + "\n", path)
+        return give_json(document, path)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the effects as a heat map, the first site at the bottom, as the model runs them.

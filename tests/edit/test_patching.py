@@ -219,6 +219,14 @@ def test_a_table_of_small_effects_has_as_many_digits(scale: float, cells: list[s
     assert str(found).splitlines()[2].split()[1:] == cells
 
 
+def test_effects_that_are_no_numbers_are_empty_cells_and_nulls() -> None:
+    effects = torch.tensor([[1.5, float("nan"), float("inf")]], dtype=torch.float64)
+    found = Effects(("layers.0",), (0, 1, 2), None, effects, clean=float("nan"), corrupt=0.0, method="exact")
+    assert found.to_csv().splitlines()[1] == "layers.0,1.5,,"
+    document = json.loads(found.to_json(), parse_constant=pytest.fail)
+    assert document["effects"] == [[1.5, None, None]] and document["clean"] is None
+
+
 def test_effects_print_save_and_plot(tiny_bert: Any, tiny: Any, tmp_path: Path) -> None:
     found = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, tokenizer=tiny.tokenizer)
     assert found.tokens is not None
