@@ -3,7 +3,6 @@
 Parse and call; compute nothing. `main` gives each its name and place.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -76,10 +75,7 @@ def profile(
     if compared is not None:
         typer.echo(f"\n{compared}")
     if json_file is not None:
-        document = json.loads(found.to_json())
-        if compared is not None:
-            document["compare"] = compared.describe()
-        give_json(document, json_file)
+        give_json(found.describe() | ({} if compared is None else {"compare": compared.describe()}), json_file)
     if out is not None:
         found.plot(out)
     if trace is not None:

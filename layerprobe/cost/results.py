@@ -9,7 +9,7 @@ Must never know how times are taken.
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,6 +74,10 @@ class Cost:
     def bytes_per_s(self) -> float:
         """Moved in the median."""
         return self.moved_bytes / self.median_s if self.median_s > 0 else 0.0
+
+    def describe(self) -> dict[str, Any]:
+        """Give everything as plain values, for JSON."""
+        return {**asdict(self), "median_s": self.median_s, "spread_s": self.spread_s}
 
     @classmethod
     def add_up(cls, name: str, part: str, costs: Sequence["Cost"]) -> "Cost":
@@ -185,27 +189,30 @@ class Profile:
             _Number(format_bytes(cost.peak_bytes)),
         ]
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Give everything as JSON, every repeat too, and write it where a path is given.
-
-        Raises:
-            StoreError: the file cannot be written.
-        """
-        document = {
+    def describe(self) -> dict[str, Any]:
+        """Give everything as plain values, every repeat too, for JSON."""
+        return {
             "model": self.model,
             "device": self.device,
             "dtype": self.dtype,
             "batch": self.shape[0],
             "length": self.shape[1],
             "repeats": len(self.bare_s),
-            "peaks": {"flops_per_s": self.peaks.flops_per_s, "bytes_per_s": self.peaks.bytes_per_s},
+            "peaks": asdict(self.peaks),
             "overhead": self.overhead,
             "bare_s": list(self.bare_s),
-            "total": _describe(self.total),
-            "layers": [_describe(cost) for cost in self.layers],
-            "steps": [_describe(cost) for cost in self.steps],
+            "total": self.total.describe(),
+            "layers": [cost.describe() for cost in self.layers],
+            "steps": [cost.describe() for cost in self.steps],
         }
-        return give_json(document, path)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Give everything as JSON, and write it where a path is given.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        return give_json(self.describe(), path)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw a bar per layer, cut by what its time goes to.
@@ -300,18 +307,3 @@ def _inside(step: Cost) -> str:
     """Name a step within its layer; what comes after a layer's last site, and other parts, have none."""
     match = _INSIDE.match(step.name)
     return (match["rest"] or "")[1:] if match else ""
-
-
-def _describe(cost: Cost) -> dict[str, Any]:
-    return {
-        "name": cost.name,
-        "part": cost.part,
-        "median_s": cost.median_s,
-        "spread_s": cost.spread_s,
-        "flops": cost.flops,
-        "moved_bytes": cost.moved_bytes,
-        "output_bytes": cost.output_bytes,
-        "parameters": cost.parameters,
-        "peak_bytes": cost.peak_bytes,
-        "seconds": list(cost.seconds),
-    }
