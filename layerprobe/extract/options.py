@@ -13,7 +13,8 @@ from layerprobe.capture.casting import resolve_dtype
 from layerprobe.capture.pooling import Pool, check_pool
 from layerprobe.errors import OptionError
 from layerprobe.extract.forward import check_backend, resolve_precision
-from layerprobe.store.guard import brief, check_flag, need_list
+from layerprobe.sites.grammar import list_patterns
+from layerprobe.store.guard import brief, check_flag
 from layerprobe.store.kept import check_kept
 from layerprobe.store.places import names_place
 from layerprobe.store.writer import NONFINITE_POLICIES
@@ -49,6 +50,7 @@ class ExtractOptions:
 
     Raises:
         OptionError: a value that does not exist.
+        SiteError: `sites` is neither a pattern nor a list of them.
     """
 
     sites: str | Sequence[str] | None = None
@@ -67,7 +69,7 @@ class ExtractOptions:
     writers: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sites", None if self.sites is None else _list_patterns(self.sites))
+        object.__setattr__(self, "sites", None if self.sites is None else tuple(list_patterns(self.sites)))
         if not isinstance(self.field, str):
             raise OptionError(f"field is {self.field!r}: it must be the name of a field, a text such as 'text'.")
         resolve_dtype(self.dtype)
@@ -97,20 +99,6 @@ class ExtractOptions:
         """List the options that are given and concern stores alone, by the names that they have in a call."""
         own = (field for field in fields(self) if field.name not in _FOR_SINKS)
         return [_NAMES.get(field.name, field.name) for field in own if getattr(self, field.name) != field.default]
-
-
-def _list_patterns(sites: object) -> tuple[str, ...]:
-    if isinstance(sites, str):
-        return (sites,)
-    patterns = tuple(need_list("sites", sites, "a pattern such as 'layers.*', or a list of them"))
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            meant = f"layers.{pattern}" if type(pattern) is int else "layers.*"
-            raise OptionError(
-                f"sites holds {brief(repr(pattern))}, which is {type(pattern).__name__}: "
-                f"a pattern is a text such as {meant!r}."
-            )
-    return patterns
 
 
 def check_call(to: object, overwrite: object, wait_for_space: object, progress: object) -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from layerprobe.errors import SiteError
 
@@ -22,7 +23,6 @@ _INPUT_SUFFIX = ":input"
 _LITERAL = re.compile(r"[a-z][a-z0-9_]*\Z")
 _INDEX = re.compile(r"-?\d+\Z")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?\Z")
-_MOST_SAID = 80
 _DIGITS = re.compile(r"\d+")
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 # the names that families give their layers: `bert.encoder.layer.0`, `transformer.h.0`, `blocks.0`
@@ -48,25 +48,17 @@ def list_patterns(patterns: str | Sequence[str]) -> list[str]:
     Raises:
         SiteError: they are neither, or one is no text.
     """
-    if isinstance(patterns, str):
-        return [patterns]
-    listed: list[str] | None = None
-    if not isinstance(patterns, bytes):
+    listed: list[Any] = [patterns]
+    if not isinstance(patterns, (str, bytes, Mapping)):
         with suppress(TypeError):  # also of a tensor or an array of no dimension
             listed = list(patterns)
-    if listed is None:
-        raise SiteError(f"{_say(patterns)} is no site pattern: give a text such as 'layers.*', or a list of them.")
-    if wrong := [one for one in listed if not isinstance(one, str)]:
-        raise SiteError(
-            f"{_say(wrong[0])} is not a site pattern: a pattern is a text such as 'layers.*' or 'layers.-1'."
-        )
+    for one in listed:
+        if not isinstance(one, str):
+            meant = f"layers.{one}" if type(one) is int else "layers.*"
+            raise SiteError(
+                f"{type(one).__name__} is no site pattern: give a text such as {meant!r}, or a list of them."
+            )
     return listed
-
-
-def _say(value: object) -> str:
-    """Name a value in a message: of one that takes several lines or a long one, as a module does, the kind."""
-    said = repr(value)
-    return said if len(said) <= _MOST_SAID and said.isprintable() else f"a {type(value).__name__}"
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -75,8 +67,8 @@ def parse_pattern(text: str) -> Pattern:
     Raises:
         SiteError: the text is not of the grammar.
     """
-    if not isinstance(text, str) or not text:
-        raise SiteError(f"{text!r} is not a site pattern: a pattern is a text such as 'layers.*' or 'layers.-1'.")
+    if not text:
+        raise SiteError("'' is not a site pattern: a pattern is a text such as 'layers.*' or 'layers.-1'.")
     if text.startswith(MODULE_PREFIX):
         name = text[len(MODULE_PREFIX) :].removesuffix(_INPUT_SUFFIX)
         if not name:
@@ -201,28 +193,18 @@ def expand_patterns(
 
 
 def _match_names(pattern: Pattern, names: Sequence[str], num_layers: Mapping[str, int], owner: str) -> list[str]:
-    # by stack, since -1 is another layer in a stack of another depth
-    layers: dict[str, set[int]] = {}
-    if pattern.selector_at is not None:
-        prefix = ".".join(pattern.segments[: pattern.selector_at])
-        stacks = [stack for stack in num_layers if _matches(prefix.split("."), stack.split("."))]
+    wanted, at = _replace_selector(pattern, "*").split("."), pattern.selector_at
+    found = [name for name in names if _matches(wanted, name.split("."))]
+    if at is not None:
+        prefix = wanted[:at]
+        stacks = [stack for stack in num_layers if _matches(prefix, stack.split("."))]
         if not stacks:
-            raise SiteError(f"no site {pattern.text!r} in {owner}: it has no {prefix!r}.{_suggest(pattern, names)}")
-        layers = {stack: _select_layers(pattern, num_layers[stack], owner) for stack in stacks}
-    found = []
-    for name in names:
-        segments = name.split(".")
-        if len(segments) != len(pattern.segments):
-            continue
-        for position, (want, have) in enumerate(zip(pattern.segments, segments, strict=True)):
-            if position == pattern.selector_at:
-                chosen = layers.get(".".join(segments[:position]), ())
-                if not have.isdigit() or int(have) not in chosen:
-                    break
-            elif want not in ("*", have):
-                break
-        else:
-            found.append(name)
+            raise SiteError(
+                f"no site {pattern.text!r} in {owner}: it has no {'.'.join(prefix)!r}.{_suggest(pattern, names)}"
+            )
+        # by stack, since -1 is another layer in a stack of another depth
+        chosen = {f"{stack}.{index}" for stack in stacks for index in _select_layers(pattern, num_layers[stack], owner)}
+        found = [name for name in found if ".".join(name.split(".")[: at + 1]) in chosen]
     if not found:
         raise SiteError(f"no site {pattern.text!r} in {owner}.{_suggest(pattern, names)}")
     return found

@@ -42,7 +42,7 @@ WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
     "attention": (lambda store: lp.report(store, "a.html", attention=0), "attention is 0: give a list"),
     "a page": (lambda store: lp.report(store, 3), "path is 3: give a path"),
     "fields": (lambda store: lp.report(store, "a.html", labels=["a"]), "labels is .* give the name of a field"),
-    "a lens": (lambda _: lp.lens("demo", TEXTS, sites=3), "3 is no site pattern"),
+    "a lens": (lambda _: lp.lens("demo", TEXTS, sites=3), "int is no site pattern: give a text such as 'layers.3'"),
     "an export": (lambda store: lp.export(store, 3), "out is 3: give a path"),
     "an array": (lambda store: store.where(label=np.array([1, 2])), "a field equals one value"),
     "a tensor": (lambda store: store.where(label=torch.tensor([1, 2])), "a field equals one value"),
@@ -51,7 +51,7 @@ WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
 WRONG_OF_RUNS: dict[str, tuple[Any, str]] = {
     "dtype": ([], r"no dtype '\[\]'"),
     "writers": (None, "writers is None: it must be a whole number"),
-    "sites": (torch.tensor(2), r"sites is tensor\(2\): give a pattern"),
+    "sites": (torch.tensor(2), "Tensor is no site pattern: give a text"),
     "tokenizer": ([], "list is not a fast tokenizer"),
     "keep": (2.0**-65, re.escape("from 2**-64 to 1")),
 }
@@ -81,7 +81,7 @@ def test_a_batch_that_names_nothing_is_refused(measure: Any, batch: Any) -> None
 
 def test_a_module_in_place_of_a_pattern_is_named_in_one_short_line() -> None:
     bert = lp.load_model("demo").model
-    with pytest.raises(LayerProbeError, match=r"^a BertLayer is no site pattern: ") as caught:
+    with pytest.raises(LayerProbeError, match=r"^BertLayer is no site pattern: ") as caught:
         lp.Probe(bert, bert.encoder.layer[0])
     assert "\n" not in str(caught.value)
 
