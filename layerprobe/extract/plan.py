@@ -9,7 +9,7 @@ Hides estimates and checks. Runs the model once, on one short text, to learn how
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from layerprobe.capture.identity import describe_pool
 from layerprobe.capture.units import check_storable, measure_site
 from layerprobe.errors import InputError, OptionError, SpaceError
 from layerprobe.extract.batching import Batch, FlatBatch, Shapes, cut_batches, cut_flat_batches
-from layerprobe.extract.cutting import Unit, UnitRule, survey_input
+from layerprobe.extract.cutting import Survey, Unit, UnitRule, survey_input
 from layerprobe.extract.description import describe_run
 from layerprobe.extract.devices import Crew, gather_crew, name_devices
 from layerprobe.extract.forward import CUDA_GRAPHS, check_device, find_precision, running
@@ -33,11 +33,10 @@ from layerprobe.extract.records import check_text
 from layerprobe.extract.resume import (
     check_finite,
     check_place,
-    choose_size,
-    choose_unit_tokens,
     find_done,
     is_same_run,
     recall_run,
+    size_units,
 )
 from layerprobe.extract.thinning import find_kept
 from layerprobe.extract.tokens import NO_TEXTS, TokenizedUnit, tokenize
@@ -49,6 +48,7 @@ from layerprobe.store.description import StoredSite
 from layerprobe.store.format import STORE_FILE
 from layerprobe.store.guard import MOST_ROWS, MOST_SHARDS
 from layerprobe.store.headers import ShardHeader
+from layerprobe.store.kept import Kept
 from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.tables import format_bytes, format_count, format_dtype
 
@@ -225,51 +225,32 @@ def plan_extraction(
     if wait_for_space and place.folder is None:
         raise OptionError(f"{place}: wait_for_space goes with a local folder: no disk can fill up there. Leave it out.")
     crew, source, device = _find_source(model, texts, to, options, tokenizer, device, devices)
-    if next(iter(source), None) is None:
-        raise InputError(f"{source.name}: holds no texts. Give at least one.")
+    sample = _read_sample(source)
     name = model.name if isinstance(model, LoadedModel) else model if isinstance(model, str) else ""
     model, tokenizer = find_model(model, tokenizer, device)
     check_device(need_one_device(model), options.compile)
     sites = choose_sites(map_model(model), options.sites)
     max_length = choose_max_length(model, tokenizer, options.max_length)
     stored = _measure_sites(model, tokenizer, sites, options)
-    sample = _read_sample(source)
     sampled = tokenize(tokenizer, sample, max_length)
+    kept = find_kept(options.tokens, options.keep, tokenizer, stored, options.pool)
     recalled = recall_run(place)
-    rule = UnitRule(
-        row_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "token"),
-        example_bytes=sum(site.bytes_per_vector for site in stored if site.kind == "example"),
-        pair_bytes=sum(site.width * site.dtype.itemsize for site in stored if site.kind == "attention"),
-        shard_bytes=choose_size(options.shard_bytes, recalled, find_device(model)),
-        max_length=max_length,
-        text_bytes_per_token=_measure_texts(sample, sampled),
-        kept=find_kept(options.tokens, options.keep, tokenizer, stored, options.pool),
-        unit_tokens=choose_unit_tokens(recalled),
-    )
+    rule = _make_rule(stored, max_length, _measure_texts(sample, sampled), kept)
+    rule = size_units(rule, options.shard_bytes, recalled, find_device(model))
     survey = survey_input(source, rule)
     # before the choice, which may ask for it twice: it reads every weight
     described = describe_run(model, tokenizer, stored, options, rule, survey, name)
     num_tokens = round(survey.num_tokens * (stands_for or survey.num_examples) / survey.num_examples)
     trials = Trials(model, sites, stored, rule.kept, options, sampled, num_tokens, tokenizer.pad_token_id or 0)
     if overwrite and recalled is not None and not can_resume(recalled, described, trials):
-        recalled = None
-        own_bytes, own_tokens = choose_size(options.shard_bytes, None, find_device(model)), choose_unit_tokens(None)
-        if (rule.shard_bytes, rule.unit_tokens) != (own_bytes, own_tokens):
-            # it was cut as the run there, of which nothing stays
-            rule = replace(rule, shard_bytes=own_bytes, unit_tokens=own_tokens)
-            survey = survey_input(source, rule)
+        # nothing stays of the run there, by which this one was cut
+        recalled, own = None, size_units(rule, options.shard_bytes, None, find_device(model))
+        if own != rule:
+            rule, survey = own, survey_input(source, own)
             described = describe_run(model, tokenizer, stored, options, rule, survey, name)
-    if (num_units := len(survey.digests)) > MOST_SHARDS:
-        raise OptionError(f"{num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
-    if (num_rows := survey.num_tokens + survey.num_examples) > MOST_ROWS:
-        raise OptionError(
-            f"{num_rows:,} tokens and texts; at most {MOST_ROWS:,} are read. Make several stores of them."
-        )
+    _check_counts(survey)
     batch_tokens, description = choose_batches(place, recalled, described, trials)
     is_exact = survey.num_examples <= len(sample)
-    value_bytes = sum(map(rule.cost, sampled.lengths.tolist())) if is_exact else survey.value_bytes
-    # beside values and ids: an ordinal and two offsets per example; the records
-    num_bytes = value_bytes + 24 * survey.num_examples + survey.record_bytes
     # the same command goes on, with this option too: a job that is sent back to its queue has nothing else
     overwrite = overwrite and place.exists(STORE_FILE) and not is_same_run(recalled, description)
     done, num_damaged = ({}, 0) if overwrite else find_done(place, description)
@@ -289,7 +270,7 @@ def plan_extraction(
         digests=survey.digests,
         num_tokens=sampled.num_tokens if is_exact else survey.num_tokens,
         is_exact=is_exact,
-        num_bytes=num_bytes,
+        num_bytes=_estimate_bytes(survey, rule, sampled if is_exact else None),
         description=description,
         done=done,
         num_damaged=num_damaged,
@@ -305,7 +286,11 @@ def plan_extraction(
 
 
 def _read_sample(source: TextSource) -> tuple[str, ...]:
-    """Read the first texts of an input: at least one, and no more than are to be held."""
+    """Read the first texts of an input: at least one, and no more than are to be held.
+
+    Raises:
+        InputError: there is none, or one that no tokenizer takes.
+    """
     texts: list[str] = []
     size = 0
     for number, record in enumerate(itertools.islice(source, _SAMPLE_EXAMPLES)):
@@ -313,6 +298,8 @@ def _read_sample(source: TextSource) -> tuple[str, ...]:
         if texts and size > _SAMPLE_BYTES:
             break
         texts.append(record.text)
+    if not texts:
+        raise InputError(f"{source.name}: holds no texts. Give at least one.")
     return tuple(texts)
 
 
@@ -323,6 +310,41 @@ def _measure_texts(sample: Sequence[str], sampled: TokenizedUnit) -> float:
     tokens = sum(count - 2 for _, count in whole)
     text_bytes = sum(size for size, _ in whole)
     return round(text_bytes / tokens, 2) if tokens > 0 and text_bytes > 0 else _BYTES_PER_TOKEN
+
+
+def _make_rule(
+    stored: Sequence[StoredSite], max_length: int, text_bytes_per_token: float, kept: Kept | None
+) -> UnitRule:
+    """Say what texts cost at these sites; how much makes a unit is for `size_units` to say."""
+    vectors = {
+        kind: sum(site.bytes_per_vector for site in stored if site.kind == kind) for kind in ("token", "example")
+    }
+    return UnitRule(
+        row_bytes=vectors["token"],
+        example_bytes=vectors["example"],
+        pair_bytes=sum(site.width * site.dtype.itemsize for site in stored if site.kind == "attention"),
+        shard_bytes=0,
+        max_length=max_length,
+        text_bytes_per_token=text_bytes_per_token,
+        kept=kept,
+    )
+
+
+def _check_counts(survey: Survey) -> None:
+    """Refuse a run whose store could not be read."""
+    if (num_units := len(survey.digests)) > MOST_SHARDS:
+        raise OptionError(f"{num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
+    if (num_rows := survey.num_tokens + survey.num_examples) > MOST_ROWS:
+        raise OptionError(
+            f"{num_rows:,} tokens and texts; at most {MOST_ROWS:,} are read. Make several stores of them."
+        )
+
+
+def _estimate_bytes(survey: Survey, rule: UnitRule, whole: TokenizedUnit | None) -> int:
+    """Estimate the bytes of a store; `whole` is its input where that is tokenised already."""
+    value_bytes = survey.value_bytes if whole is None else sum(map(rule.cost, whole.lengths.tolist()))
+    # beside values and ids: an ordinal and two offsets per example; the records
+    return value_bytes + 24 * survey.num_examples + survey.record_bytes
 
 
 def _check_space(plan: Plan) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from layerprobe.capture.probe import DEFAULT_SHARD_BYTES
 from layerprobe.errors import FormatError, NonFiniteError, PlanError, StoreError
-from layerprobe.extract.cutting import MOST_UNIT_TOKENS
+from layerprobe.extract.cutting import MOST_UNIT_TOKENS, UnitRule
 from layerprobe.store.format import (
     INDEX_FILE,
     PROGRESS_FILE,
@@ -37,11 +37,10 @@ __all__ = [
     "check_finite",
     "check_folder",
     "check_place",
-    "choose_size",
-    "choose_unit_tokens",
     "find_done",
     "is_same_run",
     "recall_run",
+    "size_units",
 ]
 
 _NUM_REQUESTS = 8
@@ -171,33 +170,25 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def choose_size(asked: int | None, recalled: RecalledRun | None, device: torch.device) -> int:
-    """Choose what a shard should hold.
+def size_units(rule: UnitRule, asked: int | None, recalled: RecalledRun | None, device: torch.device) -> UnitRule:
+    """Say how much a unit of a run should hold.
 
     Args:
-        asked: As in the options.
+        rule: How its input is cut otherwise.
+        asked: Bytes of a shard, as in the options.
         recalled: The run in the place of the store, which is resumed as it was begun, on whatever device.
         device: The model's.
     """
-    if asked is not None:
-        return asked
-    own = _CUDA_SHARD_BYTES if device.type == "cuda" else DEFAULT_SHARD_BYTES
-    if recalled is None:
-        return own
-    # another size somebody has asked for, and has to again
-    return next((size for size in (DEFAULT_SHARD_BYTES, _CUDA_SHARD_BYTES) if recalled.shard_bytes == size), own)
-
-
-def choose_unit_tokens(recalled: RecalledRun | None) -> int | None:
-    """Choose how many tokens a unit should hold at most; None for a run that an older version began without a bound.
-
-    Args:
-        recalled: The run in the place of the store, which is resumed as it was begun.
-    """
-    if recalled is None:
-        return MOST_UNIT_TOKENS
-    said = recalled.said["plan"].get("unit_tokens")
-    return said if _is_count(said) else None
+    shard_bytes = _CUDA_SHARD_BYTES if device.type == "cuda" else DEFAULT_SHARD_BYTES
+    unit_tokens: int | None = MOST_UNIT_TOKENS
+    if recalled is not None:
+        # another size somebody has asked for, and has to again
+        usual = (size for size in (DEFAULT_SHARD_BYTES, _CUDA_SHARD_BYTES) if recalled.shard_bytes == size)
+        shard_bytes = next(usual, shard_bytes)
+        # an older version began it without a bound
+        said = recalled.said["plan"].get("unit_tokens")
+        unit_tokens = said if _is_count(said) else None
+    return replace(rule, shard_bytes=shard_bytes if asked is None else asked, unit_tokens=unit_tokens)
 
 
 def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:

@@ -33,12 +33,11 @@ from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.records import Record
 from layerprobe.extract.reports import RunReport
-from layerprobe.extract.resume import choose_size, recall_run
+from layerprobe.extract.resume import size_units
 from layerprobe.extract.run import run_extraction
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.models import LoadedModel
 from layerprobe.store.guard import MOST_SHARDS
-from layerprobe.store.places import find_place
 from layerprobe.store.reader import open_store
 
 
@@ -418,10 +417,9 @@ def test_a_shard_holds_more_on_cuda_and_a_run_that_goes_on_keeps_what_it_was_beg
     tiny: LoadedModel, texts: list[str], tmp_path: Path
 ) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    new = find_place(tmp_path / "none")
-    assert [choose_size(None, recall_run(new), device) for device in (cpu, cuda)] == [128 << 20, 1 << 30]
-    assert choose_size(5, recall_run(new), cuda) == 5
     begun = plan(tiny, texts, tmp_path / "acts", shard_bytes=1 << 30)  # as on CUDA
+    sizes = [size_units(begun.rule, None, None, device).shard_bytes for device in (cpu, cuda)]
+    assert sizes == [128 << 20, 1 << 30] and size_units(begun.rule, 5, None, cuda).shard_bytes == 5
     run_extraction(begun)
     again = plan(tiny, texts, tmp_path / "acts")
     assert again.fingerprint == begun.fingerprint and len(again.done) == again.num_units
