@@ -24,7 +24,7 @@ from layerprobe.cost.results import Cost, Profile, refuse_trace
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import LoadedModel, evaluating
 from layerprobe.sites.resolve import map_model
-from layerprobe.sites.stacks import find_called, find_device, is_compiled
+from layerprobe.sites.stacks import find_called, find_device, find_weight_dtype, is_compiled
 from layerprobe.store.format import need_parent
 from layerprobe.store.guard import check_count, need_batch
 from layerprobe.tables import format_dtype
@@ -79,7 +79,7 @@ def profile(
     with evaluating(network):
         account = _count(network, batch, points)
         seconds, bare_s = _time(network, batch, points, len(account.steps), repeats)
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    dtype = find_weight_dtype(network)
     return Profile(
         model=model.name if isinstance(model, LoadedModel) else type(network).__name__,
         device=str(device),

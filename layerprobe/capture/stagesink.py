@@ -25,6 +25,7 @@ from layerprobe.capture.stage import Stage, StageTensors
 from layerprobe.capture.values import find_tensor, take_part
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
+from layerprobe.sites.stacks import find_weight_dtype
 from layerprobe.tables import format_dtype
 
 __all__ = ["StageSink"]
@@ -50,8 +51,7 @@ class StageSink(SinkAbilities):
                 f"dtype={format_dtype(dtype)!r} of a stage: rows there are cast and no more. "
                 "Use float32, float16, bfloat16, or None for that of the weights."
             )
-        own = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
-        self._dtype = dtype or next(own, torch.float32)
+        self._dtype = dtype or find_weight_dtype(model)
         self._stage = stage
         self._device = torch.device("cpu")
         self._packer: _Packer | None = None

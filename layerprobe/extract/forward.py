@@ -19,7 +19,7 @@ from torch import nn
 from layerprobe.errors import OptionError
 from layerprobe.models import evaluating
 from layerprobe.rounding import holding_products, rounds_products_outside
-from layerprobe.sites.stacks import find_device
+from layerprobe.sites.stacks import find_device, find_weight_dtype
 from layerprobe.tables import format_dtype
 
 __all__ = [
@@ -134,7 +134,7 @@ def find_precision(model: nn.Module, precision: str | None) -> str | None:
     Raises:
         OptionError: the weights have fewer digits than that, or the device does not compute so.
     """
-    weights = find_dtype(model, None)
+    weights = find_weight_dtype(model)
     if precision == _TF32 and find_device(model).type != "cuda":
         raise OptionError(f"precision='tf32' on {find_device(model)}: CUDA devices compute so. Leave it out here.")
     if precision is None:
@@ -151,9 +151,7 @@ def find_precision(model: nn.Module, precision: str | None) -> str | None:
 
 def find_dtype(model: nn.Module, precision: str | None) -> torch.dtype:
     """Find the dtype that a model computes in: that of a precision from `find_precision`, or of its weights."""
-    if precision is not None:
-        return PRECISIONS[precision]
-    return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+    return find_weight_dtype(model) if precision is None else PRECISIONS[precision]
 
 
 @contextlib.contextmanager
@@ -193,7 +191,7 @@ def running(model: nn.Module, precision: str | None) -> Iterator[None]:
 
 def _find_ambient(model: nn.Module) -> str | None:
     """Find the precision that the program around has set, where it is not that of the weights."""
-    kind, weights = find_device(model).type, find_dtype(model, None)
+    kind, weights = find_device(model).type, find_weight_dtype(model)
     if _has_autocast(kind):
         names = {dtype: name for name, dtype in PRECISIONS.items() if name != _TF32}
         dtype = torch.get_autocast_dtype(kind)

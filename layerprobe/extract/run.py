@@ -21,7 +21,6 @@ from layerprobe.extract.ahead import prepare_ahead
 from layerprobe.extract.crew import run_crew
 from layerprobe.extract.engine import UnitEngine, ending_waits
 from layerprobe.extract.folder import hold_store
-from layerprobe.extract.forward import find_dtype
 from layerprobe.extract.options import ExtractOptions, check_call
 from layerprobe.extract.plan import Plan, plan_extraction
 from layerprobe.extract.preparing import check_units, prepare_missing
@@ -30,6 +29,7 @@ from layerprobe.extract.resume import find_done
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.stream import stream_texts
 from layerprobe.models import LoadedModel
+from layerprobe.sites.stacks import find_weight_dtype
 from layerprobe.store.headers import ShardHeader
 from layerprobe.store.index import commit_index
 from layerprobe.store.places import Place
@@ -348,7 +348,7 @@ def _count_value_bytes(plan: Plan, report: RunReport) -> int | None:
         count = {"token": report.num_computed, "example": report.num_examples - report.num_repeated}.get(site.kind)
         if count is None or site.width is None:
             return None
-        dtype = stored.dtype if plan.options.dtype is None else find_dtype(plan.model, None)
+        dtype = stored.dtype if plan.options.dtype is None else find_weight_dtype(plan.model)
         size += count * site.width * dtype.itemsize
     return size
 

@@ -25,6 +25,7 @@ __all__ = [
     "find_device",
     "find_stacks",
     "find_sum_device",
+    "find_weight_dtype",
     "guess_embeddings",
     "has_module",
     "is_compile_wrapper",
@@ -238,6 +239,11 @@ def find_device(model: nn.Module) -> torch.device:
         places = (getattr(hook, "execution_device", None) for hook in hooks)
         device = torch.device(next((place for place in places if place is not None), "cpu"))
     return device
+
+
+def find_weight_dtype(model: nn.Module) -> torch.dtype:
+    """Find the dtype of a model's weights; float32 where it has none."""
+    return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
 
 
 def find_sum_device(device: torch.device) -> torch.device:
