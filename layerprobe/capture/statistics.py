@@ -21,7 +21,7 @@ from torch import Tensor
 from layerprobe.capture.abilities import SinkAbilities
 from layerprobe.capture.calls import Call
 from layerprobe.capture.select import BatchSelection, write_rows
-from layerprobe.capture.sinks import select_call
+from layerprobe.capture.sinks import is_per_token, select_call
 from layerprobe.capture.target import Target
 from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.sites.resolve import Site
@@ -348,7 +348,7 @@ def _take_rows(call: Call, index: int, site: Site, value: Tensor) -> Rows:
     state: _CallState = call.state
     value = value.detach()
     value = value.to(find_sum_device(value.device))
-    is_token = site.kind == "token" or (site.kind == "unknown" and value.ndim == 3)
+    is_token = is_per_token(site, value)
     if value.ndim != (3 if is_token else 2):
         raise CaptureError(
             f"a value of {site.name!r} has shape {tuple(value.shape)}: statistics take a row per token or per text."

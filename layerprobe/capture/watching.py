@@ -21,7 +21,7 @@ from layerprobe.capture.compiled import forget_compiled_graphs, has_compiled
 from layerprobe.capture.hooks import HookSet
 from layerprobe.capture.readings import Readings, Taken, require_uncompiled
 from layerprobe.capture.select import BatchSelection, write_rows
-from layerprobe.capture.sinks import select_call
+from layerprobe.capture.sinks import is_per_token, select_call
 from layerprobe.capture.target import Target
 from layerprobe.capture.vitals import Vitals
 from layerprobe.errors import CaptureError, OptionError
@@ -161,8 +161,7 @@ class Watcher(AbstractContextManager["Watcher"]):
     def _select(self, taken: Taken) -> Tensor:
         """Bring a value to the rows of its real tokens."""
         value, site = taken.value.detach(), taken.site
-        is_token = site.kind == "token" or (site.kind == "unknown" and value.ndim == 3)
-        if not is_token or value.ndim != 3:
+        if value.ndim != 3 or not is_per_token(site, value):
             return value.flatten(0, -2)
         number = site.stack if site.stack in self._contexts else next(reversed(self._contexts))
         of = number, taken.start, value.shape[:2], value.device
