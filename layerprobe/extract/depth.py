@@ -181,12 +181,7 @@ def _classify_order(
     seed: int,
     progress: bool | None,
 ) -> Classification:
-    if store.pool is None and pool == "last4":
-        own_pool = "mean"
-    elif store.pool is None:
-        own_pool = pool
-    else:
-        own_pool = store.pool
+    own_pool = store.pool or ("mean" if pool == "last4" else pool)
     plan = store.description.get("plan") or {}
     # what will be classified and no more: weights, which a store may hold beside it, have no vectors to pool
     names = [site.name for site in choose_depth(store, sites)]
