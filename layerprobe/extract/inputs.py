@@ -26,7 +26,6 @@ from layerprobe.tables import format_count
 __all__ = ["HUB_PREFIX", "TextSource", "check_list", "open_source"]
 
 _MOST_FIELD_CHARACTERS = (1 << 31) - 1
-_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 HUB_PREFIX = "hf:"
 
 
@@ -89,16 +88,16 @@ def _open_path(path: str, field: str) -> TextSource:
     if path.startswith(HUB_PREFIX):
         return _open_dataset(path, field)
     if Path(path).is_dir():
-        files = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in _SUFFIXES)
+        files = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in _READERS)
         if not files:
-            raise InputError(f"{path}: holds no input file. Files end in {', '.join(_SUFFIXES)}.")
+            raise InputError(f"{path}: holds no input file. Files end in {', '.join(_READERS)}.")
     else:
         files = [Path(path)]
     for file in files:
         if not file.is_file():
             raise InputError(f"no input {str(file)!r}: there is no such file or folder. Give a path, or '-'.")
-        if file.suffix.lower() not in _SUFFIXES:
-            raise InputError(f"{file}: {file.suffix or 'no ending'} is not known. Files end in {', '.join(_SUFFIXES)}.")
+        if file.suffix.lower() not in _READERS:
+            raise InputError(f"{file}: {file.suffix or 'no ending'} is not known. Files end in {', '.join(_READERS)}.")
         try:
             with open(file, "rb"):
                 pass
