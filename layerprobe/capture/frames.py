@@ -193,10 +193,10 @@ class Frames:
         Here and not as its frame closes: torch tells hooks nothing of an early end, so a probe without `stop` on the
         base of a task model would not hear of it.
         """
-        frames = self.by_thread.get(threading.get_ident())
-        if frames:
-            frames[-1].is_stopped = True
-            self._end_call(frames[-1], completed=False)
+        top = self._top()
+        if top is not None:
+            top.is_stopped = True
+            self._end_call(top, completed=False)
 
     def leave(self, number: int, completed: bool, runner: FrameType | None = None) -> None:
         """Take note that a module is done; `completed` is False if it raised or was stopped.
@@ -224,8 +224,8 @@ class Frames:
 
     def is_inside(self, number: int) -> bool:
         """Whether the innermost call of this thread has come through this module."""
-        frames = self.by_thread.get(threading.get_ident())
-        return bool(frames) and (frames[-1].owner == number or number in frames[-1].inside)
+        top = self._top()
+        return top is not None and (top.owner == number or number in top.inside)
 
     def current(self) -> Call | None:
         """Give the call that is running in this thread; asked where a module of a site runs."""
@@ -248,8 +248,8 @@ class Frames:
 
     def is_outermost(self, number: int) -> bool:
         """Whether the innermost frame of this thread was opened by this module."""
-        frames = self.by_thread.get(threading.get_ident())
-        return not frames or frames[-1].owner == number
+        top = self._top()
+        return top is None or top.owner == number
 
     def open_again(self, call: Call) -> None:
         """Open a frame for a layer that runs again in backward, with no call of the model around it."""
