@@ -10,7 +10,9 @@ Letters: B sequences, S positions, D width, T rows, K directions.
 """
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from layerprobe.edit.where import check_where
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.stacks import widen
-from layerprobe.store.guard import check_count, is_number
+from layerprobe.store.guard import check_count, is_number, need_list
 from layerprobe.tables import format_count
 
 __all__ = ["Ablate", "Clamp", "Edit", "Noise", "Patch", "ProjectOut", "Replace", "Resample", "Scale", "Steer"]
@@ -42,15 +44,14 @@ class Edit:
 
     name: ClassVar[str] = ""
     where: Any = None
-    heads: tuple[int, ...] | None = None
-    units: tuple[int, ...] | None = None
+    heads: Sequence[int] | None = None
+    units: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_where(self.where)
         for label, numbers in (("heads", self.heads), ("units", self.units)):
-            is_list = isinstance(numbers, tuple) and all(type(number) is int for number in numbers)
-            if numbers is not None and not (is_list and numbers):
-                raise OptionError(f"lp.{self.name}: {label}={numbers!r}: give a list of numbers, or leave it out.")
+            if numbers is not None:
+                object.__setattr__(self, label, _list_numbers(f"lp.{self.name}: {label}", numbers))
         if self.heads is not None and self.units is not None:
             raise OptionError(f"lp.{self.name}: heads and units do not go together: leave out one.")
 
@@ -71,7 +72,6 @@ class Edit:
 
     def fit(self, site: str, width: int | None) -> "Edit":
         """Check the edit against one site, and compute beforehand what can be."""
-        del site, width
         return self
 
     def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
@@ -266,9 +266,8 @@ class Noise(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_number(self.name, "std", self.std)
-        if isinstance(self.std, Tensor) or self.std < 0:
-            raise OptionError(f"lp.noise: std={self.std!r}: give a number from 0 on.")
+        if not is_number(self.std) or not 0 <= self.std < math.inf:
+            raise OptionError(f"lp.noise: std={self.std!r}: give a finite number from 0 on.")
         check_count(f"lp.{self.name}: seed", self.seed, 0)
 
     def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
@@ -376,6 +375,14 @@ def _look_up(values: Any, site: str) -> Tensor:
 
 def _if_tensor(label: str, value: Any) -> dict[str, Tensor]:
     return {label: value} if isinstance(value, Tensor) else {}
+
+
+def _list_numbers(what: str, numbers: object) -> tuple[int, ...]:
+    wanted = "a list of whole numbers, as in [0, 3], or leave it out"
+    with suppress(TypeError):
+        if listed := tuple(map(operator.index, need_list(what, numbers, wanted))):
+            return listed
+    raise OptionError(f"{what} is {numbers!r}: give {wanted}.")
 
 
 def _require_tensor(name: str, label: str, value: Any, ndims: tuple[int, ...]) -> None:

@@ -4,7 +4,6 @@ Each takes what a user writes, such as a list of heads, and gives a frozen `Edit
 computes nothing. Must never know of models.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,10 +60,10 @@ def ablate(
         (3,)
     """
     if kind == "resample":
-        return Resample(seed=seed, heads=_listed("ablate", heads), units=_listed("ablate", units), where=where)
+        return Resample(seed=seed, heads=heads, units=units, where=where)
     if seed != 0:
         raise OptionError(f"lp.ablate: kind {kind!r} draws nothing: leave out seed={seed!r}, or use 'resample'.")
-    return Ablate(kind=kind, heads=_listed("ablate", heads), units=_listed("ablate", units), where=where)
+    return Ablate(kind=kind, heads=heads, units=units, where=where)
 
 
 def patch(values: Any, *, heads: Numbers = None, units: Numbers = None, where: Any = None) -> Edit:
@@ -85,7 +84,7 @@ def patch(values: Any, *, heads: Numbers = None, units: Numbers = None, where: A
         >>> lp.patch(torch.zeros(32), where=[1, 2]).where
         [1, 2]
     """
-    return Patch(values=values, heads=_listed("patch", heads), units=_listed("patch", units), where=where)
+    return Patch(values=values, heads=heads, units=units, where=where)
 
 
 def project_out(directions: Tensor, *, where: Any = None) -> Edit:
@@ -124,7 +123,7 @@ def noise(std: float, seed: int = 0, *, heads: Numbers = None, units: Numbers = 
         >>> lp.noise(0.1, seed=7).seed
         7
     """
-    return Noise(std=std, seed=seed, heads=_listed("noise", heads), units=_listed("noise", units), where=where)
+    return Noise(std=std, seed=seed, heads=heads, units=units, where=where)
 
 
 def clamp(
@@ -150,7 +149,7 @@ def clamp(
         >>> lp.clamp(-3.0, 3.0).high
         3.0
     """
-    return Clamp(low=low, high=high, heads=_listed("clamp", heads), units=_listed("clamp", units), where=where)
+    return Clamp(low=low, high=high, heads=heads, units=units, where=where)
 
 
 def scale(factor: float | Tensor, *, heads: Numbers = None, units: Numbers = None, where: Any = None) -> Edit:
@@ -169,7 +168,7 @@ def scale(factor: float | Tensor, *, heads: Numbers = None, units: Numbers = Non
         >>> lp.scale(0.5, units=[7]).factor
         0.5
     """
-    return Scale(factor=factor, heads=_listed("scale", heads), units=_listed("scale", units), where=where)
+    return Scale(factor=factor, heads=heads, units=units, where=where)
 
 
 def replace(function: Callable[[Tensor], Tensor], *, where: Any = None) -> Edit:
@@ -189,12 +188,3 @@ def replace(function: Callable[[Tensor], Tensor], *, where: Any = None) -> Edit:
         True
     """
     return Replace(function=function, where=where)
-
-
-def _listed(name: str, numbers: Any) -> tuple[int, ...] | None:
-    if numbers is None:
-        return None
-    with contextlib.suppress(TypeError, ValueError):
-        if not isinstance(numbers, (str, bytes)):
-            return tuple(int(number) for number in numbers)
-    raise OptionError(f"lp.{name}: {numbers!r} is no list of heads or units: give numbers, as in [0, 3].")
