@@ -223,9 +223,9 @@ def _check_sites(pairs: str | Sequence[tuple[str, str]], sites: Sequence[Site]) 
     missing = [] if isinstance(pairs, str) else [name for pair in pairs for name in pair if name not in names]
     if missing:
         raise OptionError(f"pairs ask for {missing[0]!r}, which is not captured: the sites are {', '.join(names)}.")
-    # of a module that layerprobe has no name for, only its rows can tell
-    # logits have no stack of their own, and rows of the decoder's tokens
+    # logits belong to no stack, but have rows of the decoder's tokens
     apart = {(site.kind, site.kind == "token" and site.name.startswith("encoder.")): site.name for site in sites[::-1]}
+    # what the rows of a module known by its name alone stand for shows only when it runs
     known = [name for (kind, _), name in apart.items() if kind != "unknown"]
     if len(known) > 1:
         raise OptionError(

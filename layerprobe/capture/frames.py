@@ -76,7 +76,7 @@ class Frames:
         self.is_open = False
         # the only thread whose calls are followed; None for every one
         self.thread: int | None = None
-        # whether a site is done with that an earlier call has made, and that a key-value cache holds since
+        # whether a call need not make a site that an earlier call has made and a key-value cache still holds
         self.spares_cached = False
         self._made = 0
 

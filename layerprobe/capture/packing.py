@@ -50,7 +50,7 @@ class _Pending:
     batch: AnnouncedBatch | None = None
     selection: BatchSelection | None = None
     room: Room = NO_ROOM
-    # of values that are copied to the buffer as they lie, where that is all that is done to them
+    # where values need no more than a copy that casts: the rectangles of them that are copied
     runs: Sequence[Run] | None = None
     values: dict[int, Tensor] | None = None
     # sites whose values a compiled graph has gathered and cast already
@@ -280,10 +280,10 @@ class StoreSink(SinkAbilities):
         needed = pending.room = room_for(pending.selection)
         unit = self._unit
         if unit is not None:
-            # not by the buffer's own room: one that has grown would take more, and the two take turns as they come free
+            # Held against what buffers begin with: which of them a unit gets depends on timing, and one that has grown
+            # would take more. A shard's own bounds come first: of rows, or of examples, a buffer has room only where a
+            # site is of that kind.
             wanted = unit.used.plus(needed)
-            # sites with a vector per example have no room for rows to tell of, those with rows none for examples; a
-            # shard has so many all the same
             is_read = wanted.rows <= MOST_TOKENS and wanted.examples <= MOST_EXAMPLES
             fits = is_read and self._room.holds(wanted, unit.buffer.kinds)
             if batch is None and unit.used.examples and not fits:

@@ -241,7 +241,7 @@ class _Packer:
         assert places is not None
         rows = value.flatten(0, 1) if is_token and value.ndim == 3 else value
         if rows.ndim != 2 or rows.shape != (places.shape[0], kept.shape[1]):
-            wanted = ("one row per token", "one vector per example")[not is_token]
+            wanted = "one row per token" if is_token else "one vector per example"
             raise CaptureError(
                 f"{site.name!r} gave a value of shape {tuple(value.shape)}: a stage has room for {wanted}, of width "
                 f"{kept.shape[1]}. Capture this site into memory."

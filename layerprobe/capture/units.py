@@ -151,6 +151,7 @@ def check_storable(sites: Sequence[Site], pool: Pool, dtype: torch.dtype | None)
 
 
 def room_for(selection: BatchSelection) -> Room:
+    """Give the room that the rows of a batch take."""
     return Room(selection.num_rows, len(selection.lengths), selection.num_pairs)
 
 

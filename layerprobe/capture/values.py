@@ -60,8 +60,8 @@ def take_part(root: nn.Module, part: Part, value: Tensor) -> Tensor:
 def put_part(root: nn.Module, part: Part, value: Tensor, held: Tensor, made: Tensor, kept: Tensor | None) -> Tensor:
     """Put query, key or value into a fused projection's output, and give a new one.
 
-    A bias that the model adds afterwards is taken off. To add what changes would be rounded as the old value is, and
-    would leave one that is not finite.
+    The new third stands there whole, less a bias that the model adds afterwards. Adding only the difference to the old
+    one would round as coarsely as the old one does, and could not replace one that is not finite.
 
     Args:
         root: The unwrapped model.

@@ -39,7 +39,7 @@ class Vitals:
         if not len(rows_TD):
             return
         finite = rows_TD.isfinite().all(dim=1)
-        # in float64: the square of a large float32 is none any more
+        # in float64: the square of a large float32 overflows
         norms = torch.linalg.vector_norm(rows_TD, dim=1, dtype=torch.float64)
         kept = finite[:, None]
         extremes = torch.stack(

@@ -75,7 +75,7 @@ class Moment:
     def _generator(self, slot: Slot, device: torch.device) -> torch.Generator:
         """Make random numbers that depend on the seed and on the place of the value, and on nothing else."""
         edit: Any = slot.edit
-        # logits of the newest token are the only ones with a cache, and the last of several without
+        # the newest token's logits stand alone with a cache and last without one: the noise is the same
         start = 0 if slot.site.name == "logits" else self.start
         name = f"{edit.seed}/{slot.site.name}/{self.call.state.number}/{start}"
         digest = hashlib.blake2b(name.encode(), digest_size=7).digest()

@@ -16,8 +16,8 @@ from layerprobe.store.kept import Kept
 
 __all__ = ["MOST_UNIT_TOKENS", "Survey", "Unit", "UnitRule", "survey_input"]
 
-# How much a unit holds, however little of it is kept: it is computed anew if a run is stopped in it, and a batch is cut
-# from it. After so many units both double, and again: then half a million, all that are read, hold trillions of tokens.
+# The most that a unit holds, however little of it is kept: a run that is stopped in it computes all of it again. Both
+# bounds double after every so many units, so that the half a million shards of a store can hold trillions of tokens.
 _MOST_UNIT_EXAMPLES = 1 << 16
 MOST_UNIT_TOKENS = 1 << 20
 _UNITS_PER_DOUBLING = 1 << 16
@@ -81,7 +81,7 @@ class Unit:
         number, first_example: Which it is, and where it begins.
         records: Its examples.
         num_tokens, value_bytes: About how many it has, and takes on disk without the texts; 0 where no rule cut it.
-        is_bound_by_tokens: Whether it has no more examples for its tokens.
+        is_bound_by_tokens: Whether it ends where it does because of its tokens.
     """
 
     number: int
@@ -96,7 +96,7 @@ class Unit:
 class Survey:
     """What going through the whole input once tells of it; sizes are estimates.
 
-    `is_bound_by_tokens` says whether the units are others than those of versions that did not count tokens.
+    `is_bound_by_tokens` says whether versions that did not count tokens would have cut other units.
     """
 
     num_examples: int

@@ -35,7 +35,7 @@ __all__ = ["DepthProfile", "depth_profile"]
 
 _LEAST = 30
 _WORD = re.compile(r"[^\W\d_]{4,}")
-# A word in fewer texts than this leaves a class that a coin would name.
+# Of the texts, the least that a class must have: with fewer, naming the larger class is right nearly always.
 _RAREST = 0.1
 
 

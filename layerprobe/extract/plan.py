@@ -139,7 +139,7 @@ class Plan:
         place = self.folder
         while not place.exists():
             place = place.parent
-        # what a run that was killed had reserved goes before anything is written
+        # what a killed run had reserved, or what this one replaces, is removed before anything is written
         replaced = itertools.chain(
             self.folder.glob("shard-*.safetensors.tmp"),
             self.folder.glob("shard-*.safetensors") if self.overwrite else (),
@@ -251,7 +251,7 @@ def plan_extraction(
     _check_counts(survey)
     batch_tokens, description = choose_batches(place, recalled, described, trials)
     is_exact = survey.num_examples <= len(sample)
-    # the same command goes on, with this option too: a job that is sent back to its queue has nothing else
+    # a run resumes its own store even with overwrite: a job that is requeued is started by the same command
     overwrite = overwrite and place.exists(STORE_FILE) and not is_same_run(recalled, description)
     done, num_damaged = ({}, 0) if overwrite else find_done(place, description)
     if options.nonfinite == "error":

@@ -122,7 +122,7 @@ def _make_record(record: Record) -> Mapping[str, Any]:
 
 
 def _changed(plan: Plan) -> InputError:
-    # a unit is told from its planned one before it is run, so the input as it is now left nothing in the store
+    # units are compared with the plan before they are run: nothing of the changed input has reached the store
     return InputError(
         f"{plan.source.name}: changed while the run was under way. What {plan.place} holds is of the input as it was: "
         "put that back and run the same command again, pass overwrite=True (--overwrite), or choose another folder."

@@ -88,6 +88,11 @@ def check_text(text: str, name: str, number: int) -> str:
 
 
 def split_record(record: Mapping[str, Any], field: str, where: str) -> Record:
+    """Take a record apart into its text and its other fields.
+
+    Raises:
+        InputError: it has no such field, or that holds no text.
+    """
     if field not in record:
         found = ", ".join(map(repr, record)) or "nothing"
         raise InputError(f"{where}: no field {field!r}; it holds {found}. Name the field (--field).")

@@ -182,10 +182,10 @@ def size_units(rule: UnitRule, asked: int | None, recalled: RecalledRun | None, 
     shard_bytes = _CUDA_SHARD_BYTES if device.type == "cuda" else DEFAULT_SHARD_BYTES
     unit_tokens: int | None = MOST_UNIT_TOKENS
     if recalled is not None:
-        # another size somebody has asked for, and has to again
+        # any other size was asked for, and has to be asked for again
         usual = (size for size in (DEFAULT_SHARD_BYTES, _CUDA_SHARD_BYTES) if recalled.shard_bytes == size)
         shard_bytes = next(usual, shard_bytes)
-        # an older version began it without a bound
+        # older versions had no such bound
         said = recalled.said["plan"].get("unit_tokens")
         unit_tokens = said if _is_count(said) else None
     return replace(rule, shard_bytes=shard_bytes if asked is None else asked, unit_tokens=unit_tokens)

@@ -309,7 +309,7 @@ def _run_elsewhere(
     advance: Callable[[int], None],
 ) -> list[ShardHeader]:
     """Have a process for each device do the missing units; gives the headers of what was committed."""
-    # loaded by name for the plan, and by each process again: what the first device holds is in the way there
+    # each process loads the model by its name: the one that the plan was made with would take room on the first device
     plan.model.to("cpu")
     torch.cuda.empty_cache()
     run_crew(plan, lock, report, advance, stop)

@@ -170,7 +170,7 @@ def grow_sample(
     Args:
         source: The texts.
         seconds: How long, as `run` says it.
-        run: Runs texts of which the first is the so-manieth of the input; gives the seconds that count.
+        run: Runs texts, of which the first has this ordinal in the input; gives the seconds that count.
         forget: Called where what was run so far counts no more.
     """
     num_counted, spent_s, size, records = 0, 0.0, _FIRST_EXAMPLES, check_records(source)

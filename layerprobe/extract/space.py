@@ -23,7 +23,7 @@ from layerprobe.telling import say
 __all__ = ["RoomKeeper"]
 
 _FIRST_WAIT_S = 1.0
-# A run on another machine is taken for silent after a minute: it is heard of twice in one.
+# Others take a run on another machine for silent after a minute: one that waits says so twice in that time.
 _LONGEST_WAIT_S = 30.0
 
 _T = TypeVar("_T")

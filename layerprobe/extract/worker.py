@@ -81,7 +81,7 @@ def _rebuild_plan(job: dict[str, Any]) -> Plan:
     """
     device = torch.device(job["device"])
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # else what is loaded wakes the first one too, in each process
+        torch.cuda.set_device(device)  # else loading takes memory of the first device too
     loaded = load_model(job["model"], job["device"])
     description = job["description"]
     is_same = not list_model_differences(description["model"], describe_model(loaded.model))

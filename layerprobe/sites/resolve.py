@@ -143,7 +143,7 @@ class ModelMap:
         return tuple(known.get(name) or self._module_site(name) for name in names)
 
     def leave_out_missing(self, patterns: Sequence[str] = DEFAULT_SITES) -> list[str]:
-        """Give those of some patterns that the model has sites for, where nobody asked for them; all if it has none."""
+        """Keep the patterns that the model has sites for, where nobody asked for them; all of them if it has none."""
         known = []
         for pattern in patterns:
             try:

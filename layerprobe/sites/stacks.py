@@ -58,7 +58,7 @@ class Stack:
 
     @property
     def has_decoder(self) -> bool:
-        """Whether its base model has a decoder too, of whose tokens and padding a call of the base does not tell."""
+        """Whether its base model has a decoder too, whose tokens and padding a call of the base does not show."""
         return bool(getattr(self.base.config, "is_encoder_decoder", False)) and has_module(self.base, "decoder")
 
     def is_of_decoder(self, path: str, root: nn.Module) -> bool:
@@ -144,10 +144,16 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def config_of(model: nn.Module) -> Any:
+    """Give the configuration of a model; None for a module without one."""
     return getattr(model, "config", None)
 
 
 def find_stacks(root: Any) -> Iterator[Stack]:
+    """Find the stacks of an unwrapped model: one, or the encoder and the decoder of an EncoderDecoderModel.
+
+    Raises:
+        ArchitectureError: there is no row for its architecture, and no telling by its structure.
+    """
     if config_of(root).model_type == "encoder-decoder":
         for prefix, half in (("encoder.", root.encoder), ("decoder.", root.decoder)):
             yield _make_stack(root, prefix, half.base_model)
@@ -209,6 +215,7 @@ def guess_embeddings(stack: Stack) -> tuple[str, ...]:
 
 
 def has_module(module: Any, path: str) -> bool:
+    """Whether a module has one of this name in it."""
     try:
         return isinstance(module.get_submodule(path), nn.Module)
     except AttributeError:
