@@ -8,7 +8,7 @@ Hides how texts become calls of the model. Must never know of stores.
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,10 +76,8 @@ def stream_texts(
     max_length = choose_max_length(network, tokenizer, options.max_length)
     sites = [site.name for site in choose_sites(map_model(network), options.sites)]
     probe = Probe(network, sites, to=sink, stop=can_end_early(network), this_thread=True)
-    on_device = find_device(network)
-    batch_tokens = options.batch_tokens or choose_batch_tokens(on_device)
     announce = abilities_of(sink).announce_examples
-    report, caller = StreamReport(), ModelCaller(network, on_device)
+    report, caller = StreamReport(), ModelCaller(network, find_device(network))
 
     def read(unit: Unit) -> TokenizedUnit:
         checked = [
@@ -88,22 +86,13 @@ def stream_texts(
         ]
         return tokenize(tokenizer, checked, max_length)
 
+    precision = find_precision(network, None)
+    cut = _choose_cut(network, tokenizer, precision, options.batch_tokens, read(Unit(0, 0, first_records)))
+
     def prepare(unit: Unit) -> _Chunk:
         tokenized = read(unit)
         return _Chunk(unit, tokenized, make_first(cut(tokenized), lambda batch: batch.input_ids.numel()))
 
-    precision, pad_id = find_precision(network, None), tokenizer.pad_token_id or 0
-    with running(network, precision):
-        equal_lengths = sees_padding(network, read(Unit(0, 0, first_records)), pad_id, precision)
-    cut = partial(
-        cut_batches,
-        batch_tokens=batch_tokens,
-        pad_id=pad_id,
-        # the sink counts a text as often as it comes
-        joins_equal=False,
-        batch_cost=choose_batch_cost(on_device),
-        equal_lengths=equal_lengths,
-    )
     start = time.perf_counter()
     with make_run_bar(progress) as bar, running(network, precision), using_cores(), probe:
         for unit, tokenized, batches in prepare_ahead(_cut_chunks(iter(source)), prepare):
@@ -119,6 +108,24 @@ def stream_texts(
     report.num_halved = caller.num_halved
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _choose_cut(
+    network: nn.Module, tokenizer: Any, precision: str | None, batch_tokens: int | None, tried: TokenizedUnit
+) -> Callable[[TokenizedUnit], Iterator[Batch]]:
+    """Choose how texts are cut into batches, by the device and by what the model makes of the first ones."""
+    device, pad_id = find_device(network), tokenizer.pad_token_id or 0
+    with running(network, precision):
+        equal_lengths = sees_padding(network, tried, pad_id, precision)
+    return partial(
+        cut_batches,
+        batch_tokens=batch_tokens or choose_batch_tokens(device),
+        pad_id=pad_id,
+        # the sink counts a text as often as it comes
+        joins_equal=False,
+        batch_cost=choose_batch_cost(device),
+        equal_lengths=equal_lengths,
+    )
 
 
 def _cut_chunks(records: Iterator[Record]) -> Iterator[Unit]:
