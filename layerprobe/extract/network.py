@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerprobe.errors import ModelError, OptionError
 from layerprobe.models import LoadedModel, check_tokenizer, load_model, load_tokenizer
 from layerprobe.sites.resolve import ModelMap, Site, map_model
-from layerprobe.sites.stacks import calls_forward, find_device, need_model, unwrap
+from layerprobe.sites.stacks import calls_forward, config_of, find_device, need_model, unwrap
 
 __all__ = [
     "choose_max_length",
@@ -62,9 +62,12 @@ def load_named(model: nn.Module | LoadedModel | str, device: str | int | None) -
 
 
 def _find_tokenizer(model: nn.Module) -> Any:
-    checkpoint = getattr(getattr(model, "config", None), "_name_or_path", "")
+    checkpoint = getattr(config_of(model), "_name_or_path", "")
     if not checkpoint:
-        raise ModelError(f"{type(model).__name__} does not say which tokenizer it was trained with. Pass tokenizer=.")
+        raise ModelError(
+            f"{type(model).__name__} does not say which tokenizer it was trained with. Pass tokenizer=, or "
+            "what load_model gave."
+        )
     return load_tokenizer(checkpoint)
 
 

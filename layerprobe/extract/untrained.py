@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from layerprobe.errors import InputError, ModelError
-from layerprobe.extract.network import load_named
+from layerprobe.extract.network import find_model, load_named
 from layerprobe.extract.run import extract
-from layerprobe.models import LoadedModel, describe_model, load_tokenizer
+from layerprobe.models import LoadedModel, describe_model
 from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.reader import Store, take_store
 
@@ -35,20 +35,19 @@ def find_same_model(
         device: Device for a model given by name.
 
     Raises:
-        ModelError: it is another, or none is named.
+        ModelError: it is another, none is named, or nothing tells which tokenizer it was trained with.
         OptionError: it is no model, or a device is given beside one that is not named.
     """
     name = model if model is not None else said.get("id") or ""
     if not name:
         raise ModelError(f"{where}: does not name its model. Pass model=.")
-    found = load_named(name, device)
-    if not isinstance(found, LoadedModel):
-        checkpoint = getattr(getattr(found, "config", None), "_name_or_path", "")
-        found = LoadedModel(checkpoint, found, load_tokenizer(checkpoint))
-    differing = list_model_differences(said, describe_model(found.model))
+    given = load_named(name, device)
+    network, tokenizer = find_model(given, None, None)
+    described = describe_model(network)
+    differing = list_model_differences(said, described)
     if differing:
         raise ModelError(f"{where}: was made with another model ({'; '.join(differing)}). Pass the very model.")
-    return found
+    return given if isinstance(given, LoadedModel) else LoadedModel(described["id"], network, tokenizer)
 
 
 def read_texts(store: Store) -> list[str]:

@@ -1,5 +1,6 @@
 """From text to class and back: the untrained baseline, what is kept, what it predicts, the profile without labels."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,14 @@ def test_another_model_is_refused(store: Store, tmp_path: Path) -> None:
         lp.load_classifier(kept, "demo")
     with pytest.raises(ModelError, match="was made with another model"):
         lp.extract_untrained(store, tmp_path / "untrained", model="demo")
+
+
+def test_a_model_that_tells_of_no_tokenizer_is_refused(store: Store, tiny: LoadedModel, tmp_path: Path) -> None:
+    config: Any = copy.deepcopy(tiny.model.config)
+    config._name_or_path = ""
+    nameless: Any = type(tiny.model)
+    with pytest.raises(ModelError, match="does not say which tokenizer it was trained with"):
+        lp.extract_untrained(store, tmp_path / "untrained", model=nameless(config))
 
 
 @pytest.mark.parametrize("device", ["cpu", 0])
