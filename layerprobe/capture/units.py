@@ -18,7 +18,7 @@ from layerprobe.capture.sinks import check_pooled, is_per_token
 from layerprobe.capture.staging import NO_ROOM, HostBuffer, Room
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.resolve import Site
-from layerprobe.store.description import StoredSite
+from layerprobe.store.description import Counts, StoredSite
 from layerprobe.store.headers import POSITIONS, SCALE_SUFFIX
 
 __all__ = [
@@ -161,31 +161,30 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
 
 
 def list_shapes(
-    stored: Sequence[StoredSite], room: Room, record_bytes: int, has_positions: bool
+    stored: Sequence[StoredSite], counts: Counts, num_pairs: int, record_bytes: int, has_positions: bool
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Work out what `list_tensors` will give for a unit with records, before any value of it is made.
 
     Args:
         stored: The sites.
-        room: Of the whole unit.
+        counts: Rows and examples of the unit.
+        num_pairs: Its pairs of a query and a key.
         record_bytes: Of all its records.
         has_positions: Whether rows are kept with their positions.
     """
-    shapes: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
-        ("example", torch.int64, (room.examples,)),
-        ("offsets", torch.int64, (room.examples + 1,)),
-        ("input_ids", torch.int64, (room.rows,)),
-        *([(POSITIONS, torch.int64, (room.rows,))] if has_positions else []),
-        ("record_offsets", torch.int64, (room.examples + 1,)),
-        ("records", torch.uint8, (record_bytes,)),
-    ]
+    num_rows, num_examples = counts.num_tokens, counts.num_examples
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "example": (torch.int64, (num_examples,)),
+        "offsets": (torch.int64, (num_examples + 1,)),
+        "input_ids": (torch.int64, (num_rows,)),
+        **({POSITIONS: (torch.int64, (num_rows,))} if has_positions else {}),
+        "record_offsets": (torch.int64, (num_examples + 1,)),
+        "records": (torch.uint8, (record_bytes,)),
+    }
     for site in stored:
-        count = room.of(site.kind)
-        shape = (count * site.width,) if site.kind == "attention" else (count, site.width)
-        shapes.append((site.name, site.dtype, shape))
-        if site.dtype == torch.int8:
-            shapes.append((site.name + SCALE_SUFFIX, torch.float32, (count,)))
-    return sorted(shapes, key=lambda named: _file_order(named[0], named[1]))
+        shapes |= site.layout(counts, num_pairs)
+    listed = [(name, dtype, shape) for name, (dtype, shape) in shapes.items()]
+    return sorted(listed, key=lambda named: _file_order(named[0], named[1]))
 
 
 def list_tensors(unit: OpenUnit, stored: Sequence[StoredSite]) -> list[tuple[str, Tensor]]:

@@ -117,7 +117,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             num_truncated,
         )
         record_bytes = sum(map(len, prepared.records))
-        self._keeper.reserve(header, self._plan.stored, room, record_bytes, prepared.keeps_part)
+        self._keeper.reserve(header, self._plan.stored, room.pairs, record_bytes, prepared.keeps_part)
         self._sink.begin_unit(unit.number, unit.first_example, room, num_truncated)
         for ready in prepared.batches:
             batch = ready.batch

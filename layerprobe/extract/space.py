@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from layerprobe.capture.staging import Room
 from layerprobe.capture.units import list_shapes
 from layerprobe.errors import SpaceError
 from layerprobe.store.description import StoredSite
@@ -59,7 +58,7 @@ class RoomKeeper:
         self,
         header: ShardHeader,
         stored: Sequence[StoredSite],
-        room: Room,
+        num_pairs: int,
         record_bytes: int,
         has_positions: bool,
     ) -> None:
@@ -68,7 +67,7 @@ class RoomKeeper:
         Args:
             header: Counts of the shard, as far as they are known.
             stored: Its sites.
-            room: Its rows, examples and pairs.
+            num_pairs: Its pairs of a query and a key.
             record_bytes: Of all its records.
             has_positions: Whether rows are kept with their positions.
 
@@ -77,7 +76,7 @@ class RoomKeeper:
         """
         folder = self._folder
         if folder is not None:
-            size = bound_shard(header, list_shapes(stored, room, record_bytes, has_positions))
+            size = bound_shard(header, list_shapes(stored, header, num_pairs, record_bytes, has_positions))
             self.attempt(lambda: reserve_file(folder / header.file, size))
 
     def attempt(self, action: Callable[[], _T]) -> _T:
