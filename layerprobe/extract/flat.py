@@ -255,7 +255,7 @@ def _refuse_kernel(mapped: ModelMap, precision: str | None) -> str | None:
 
 def _refuse_sites(sites: Sequence[Site]) -> str | None:
     for site in sites:
-        if site.kind != "token" or site.name.startswith("module:"):
+        if site.kind != "token":
             return f"{site.name!r} is not of tokens alone"
     return None
 

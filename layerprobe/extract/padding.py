@@ -65,7 +65,7 @@ def sees_padding(
 
 
 def _choose_sites(model: nn.Module, sites: Sequence[Site]) -> list[str]:
-    names = [site.name for site in sites if site.kind == "token" and not site.name.startswith("module:")]
+    names = [site.name for site in sites if site.kind == "token"]
     mapped = map_model(model)
     return names or [site.name for site in mapped.select(f"{mapped.stacks[0].prefix}layers.*")]
 
