@@ -10,7 +10,7 @@ Hides threads, nesting and interruption. Must never know of hooks or values.
 import functools
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 
@@ -132,18 +132,20 @@ class Frames:
         self._sink.begin(call)
         frame.call, frame.has_begun = call, True
 
-    def enter_compiled(self, number: int, given: Mapping[str, Tensor | None], is_cached: bool) -> None:
+    def enter_compiled(
+        self, number: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, is_cached: bool
+    ) -> None:
         """Take note that a module was called, in a graph that runs: no frame of the interpreter's does.
 
         Args:
             number: Of the module.
-            given: What the base of a stack was called with, by name.
+            ids, mask, embeds: What the base of a stack was called with.
             is_cached: Whether it was given a cache too.
         """
         if number == ROOT:
             self.enter_root(None)
             return
-        context = read_context(given)
+        context = read_context({"input_ids": ids, "attention_mask": mask, "inputs_embeds": embeds})
         # the length of a cache is no number that a graph of all lengths can give
         self.enter_base(number, replace(context, first_position=None) if is_cached else context, None)
 

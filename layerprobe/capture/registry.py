@@ -167,7 +167,7 @@ class ProbeRegistry:
         self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
     ) -> None:
         """Take note, from a running graph, that a module was called."""
-        self._frames.enter_compiled(stack, {"input_ids": ids, "attention_mask": mask, "inputs_embeds": embeds}, cached)
+        self._frames.enter_compiled(stack, ids, mask, embeds, cached)
 
     def find_places(self, point: int, num_sequences: int, num_positions: int) -> Tensor | None:
         """Tell a running graph where the real tokens of its call are in `[B * S]`."""

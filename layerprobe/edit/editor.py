@@ -300,7 +300,7 @@ class Editor(AbstractContextManager["Editor"]):
     ) -> None:
         """Take note, from a running graph, that a module was called."""
         self._has_graphs = True
-        self._frames.enter_compiled(stack, {"input_ids": ids, "attention_mask": mask, "inputs_embeds": embeds}, cached)
+        self._frames.enter_compiled(stack, ids, mask, embeds, cached)
 
     def leave_compiled(self, stack: int, completed: bool) -> None:
         """Take note, from a running graph, that a module is done or has raised."""
