@@ -96,8 +96,7 @@ class Readings:
             self._starts[point], self._runs[point] = 0, run + 1
         for site in self._points[point]:
             if site.call_index is None or site.call_index == run:
-                part = value if site.part is None else take_part(self._mapped.model, site.part, value)
-                self._deliver(Taken(site, part, given, start))
+                self._deliver(Taken(site, take_part(self._mapped.model, site.part, value), given, start))
 
 
 def require_uncompiled(model: nn.Module, asked: str) -> None:

@@ -220,8 +220,7 @@ class ProbeRegistry:
         """Give the sink what the last graph made with its history, in place of what the operators took of it."""
         for point, value in self._port.take_attached().items():
             for index in self._points[point].indices:
-                part = self.sites[index].part
-                self._abilities.attach(index, value if part is None else take_part(self._root, part, value))
+                self._abilities.attach(index, take_part(self._root, self.sites[index].part, value))
 
     def leave_compiled(self, stack: int, completed: bool) -> None:
         """Take note, from a running graph, that a module is done or has raised."""
@@ -317,7 +316,7 @@ class ProbeRegistry:
             if site.call_index is None or site.call_index == count:
                 if call.sources is not None:
                     call.sources[index] = Source(sources, functools.partial(self._join_gradients, site.part))
-                self._receive(call, index, value if site.part is None else take_part(self._root, site.part, value))
+                self._receive(call, index, take_part(self._root, site.part, value))
 
     def _join_gradients(self, part: Part | None, gradients: Sequence[Tensor]) -> Tensor:
         """Make the gradient of a value out of those of what it is made of."""

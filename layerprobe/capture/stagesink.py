@@ -156,7 +156,7 @@ class _StageOutlet:
         for index in reading.indices:
             site = packer.sites[index]
             if site.call_index is None or site.call_index == run:
-                packer.write(index, value if site.part is None else take_part(self._root, site.part, value))
+                packer.write(index, take_part(self._root, site.part, value))
 
     def leave(self, stack: int, completed: bool) -> None:
         packer = self.packer

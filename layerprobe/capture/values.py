@@ -48,8 +48,10 @@ def put_tensor(value: Any, held: Tensor, tensor: Tensor) -> Any:
     return other
 
 
-def take_part(root: nn.Module, part: Part, value: Tensor) -> Tensor:
-    """Take query, key or value out of a fused projection's output."""
+def take_part(root: nn.Module, part: Part | None, value: Tensor) -> Tensor:
+    """Take query, key or value out of a fused projection's output; all of it where no part is meant."""
+    if part is None:
+        return value
     if part.num_heads is None:
         third = value.chunk(3, dim=-1)[part.index]
     else:
@@ -57,20 +59,24 @@ def take_part(root: nn.Module, part: Part, value: Tensor) -> Tensor:
     return third if part.bias is None else third + root.get_parameter(part.bias)
 
 
-def put_part(root: nn.Module, part: Part, value: Tensor, held: Tensor, made: Tensor, kept: Tensor | None) -> Tensor:
-    """Put query, key or value into a fused projection's output, and give a new one.
+def put_part(
+    root: nn.Module, part: Part | None, value: Tensor, held: Tensor, made: Tensor, kept: Tensor | None
+) -> Tensor:
+    """Put back what `take_part` has taken, changed, and give a new value.
 
     The new third stands there whole, less a bias that the model adds afterwards. Adding only the difference to the old
     one would round as coarsely as the old one does, and could not replace one that is not finite.
 
     Args:
         root: The unwrapped model.
-        part: Which third.
-        value: What the projection gave.
-        held: The third that `take_part` found in it.
+        part: Which third of a fused projection; None for all of a value.
+        value: What the module gave.
+        held: What `take_part` found in it.
         made: What it is to be.
         kept: Where it is to be so, to be broadcast to it; None for everywhere. What is left stays to the bit.
     """
+    if part is None:
+        return made if kept is None else torch.where(kept, made, held)
     shape = (3,) if part.num_heads is None else (part.num_heads, 3)
     thirds = list(value.unflatten(-1, (*shape, -1)).unbind(-2))
     own = thirds[part.index] if part.num_heads is None else thirds[part.index].flatten(-2)

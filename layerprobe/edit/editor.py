@@ -252,10 +252,8 @@ class Editor(AbstractContextManager["Editor"]):
         moment = note_value(call, point, value.shape, value.device)
         for number, slot in enumerate(point.slots):
             if moment.is_meant[number]:
-                mask = moment.masks[number]
-                held = value if slot.site.part is None else take_part(self._root, slot.site.part, value)
-                extra = moment.give(slot, mask, held)
-                value = self._put(slot, value, held, mask, slot.edit.change(held, mask, extra))
+                mask, held = moment.masks[number], take_part(self._root, slot.site.part, value)
+                value = self._apply(slot, value, held, mask, moment.give(slot, mask, held))
         return value
 
     def _find_call(self, point: Point) -> Call | None:
@@ -273,25 +271,24 @@ class Editor(AbstractContextManager["Editor"]):
         masks = ask_for_tokens(token, value, editor, key, len(point.slots))
         for number, slot in enumerate(point.slots):
             mask, extra = masks[number], None
-            held = value if slot.site.part is None else take_part(self._root, slot.site.part, value)
+            held = take_part(self._root, slot.site.part, value)
             if slot.edit.need == "order":
                 extra = ask_for_order(token, held, editor, key, number)
             elif slot.edit.need:
                 extra = ask_for_extra(token, held, editor, key, number)
-            value = self._put(slot, value, held, mask, slot.edit.change(held, mask, extra))
+            value = self._apply(slot, value, held, mask, extra)
         return value
 
-    def _put(self, slot: Slot, value: Tensor, held: Tensor, mask: Tensor | None, made: Tensor) -> Tensor:
-        """Put a changed site back into the value it is of; what is not meant stays to the bit."""
+    def _apply(self, slot: Slot, value: Tensor, held: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
+        """Change a site, and put it back into the value it is of; what is not meant stays to the bit."""
+        made = slot.edit.change(held, mask, extra)
         if made is held:
             return value
         kept = slot.columns
         if mask is not None:
             mask = mask if mask.ndim == held.ndim else mask[..., None]
             kept = mask if kept is None else mask & kept
-        if slot.site.part is not None:
-            return put_part(self._root, slot.site.part, value, held, made, kept)
-        return made if kept is None else torch.where(kept, made, held)
+        return put_part(self._root, slot.site.part, value, held, made, kept)
 
     # what graphs ask for
 
