@@ -86,15 +86,13 @@ class Nonfinite:
 
 
 class _Record(NamedTuple):
-    """Measured, and still on the device: low, high, NaNs, infinities."""
+    """What was made at a site, and what it was made of where that is known, both from `_measure`."""
 
     name: str
     module: str
     takes: str
     measured: Tensor
-    num_values: int
     given: Tensor | None
-    num_given: int
 
 
 def find_nonfinite(model: nn.Module | LoadedModel, batch: Mapping[str, Any]) -> Nonfinite:
@@ -133,18 +131,8 @@ def find_nonfinite(model: nn.Module | LoadedModel, batch: Mapping[str, Any]) -> 
     records: list[_Record] = []
 
     def take(taken: Taken) -> None:
-        given = taken.given
-        records.append(
-            _Record(
-                taken.site.name,
-                taken.site.module,
-                taken.site.takes,
-                _measure(taken.value),
-                taken.value.numel(),
-                None if given is None else _measure(given),
-                0 if given is None else given.numel(),
-            )
-        )
+        site, given = taken.site, None if taken.given is None else _measure(taken.given)
+        records.append(_Record(site.name, site.module, site.takes, _measure(taken.value), given))
 
     readings, hooks = Readings(mapped, sites, take), HookSet()
     readings.begin(_find_length(batch))
@@ -158,41 +146,42 @@ def find_nonfinite(model: nn.Module | LoadedModel, batch: Mapping[str, Any]) -> 
         hooks.remove()
     parts = output.items() if isinstance(output, Mapping) else enumerate(output if isinstance(output, tuple) else ())
     made = [(f"output.{name}", part) for name, part in parts if isinstance(part, Tensor)]
-    records += [_Record(name, "", "output", _measure(part), part.numel(), None, 0) for name, part in made]
+    records += [_Record(name, "", "output", _measure(part), None) for name, part in made]
     return _judge(records, _list_bad_weights(network), len({site.name for site in sites}))
 
 
 def _judge(records: list[_Record], parameters: tuple[str, ...], num_sites: int) -> Nonfinite:
-    bad = torch.stack([record.measured[2:].sum().cpu() for record in records]).nonzero().flatten().tolist()
+    bad = torch.stack([record.measured[2:4].sum().cpu() for record in records]).nonzero().flatten().tolist()
     if not bad:
         return Nonfinite(None, parameters=parameters, num_sites=num_sites)
     first = records[bad[0]]
     if first.given is not None:
-        inputs = {f"the input of {first.module}": _view(first.given, first.num_given)}
+        inputs = {f"the input of {first.module}": _view(first.given)}
     else:
         before = records[: bad[0]]
         siblings = [record for record in before if record.name.rpartition(".")[0] == first.name.rpartition(".")[0]]
-        inputs = {record.name: _view(record.measured, record.num_values) for record in siblings or before[-1:]}
+        inputs = {record.name: _view(record.measured) for record in siblings or before[-1:]}
     place = f"{first.module}:input" if first.takes == "input" else first.module
-    return Nonfinite(first.name, place, _view(first.measured, first.num_values), inputs, parameters, num_sites)
+    return Nonfinite(first.name, place, _view(first.measured), inputs, parameters, num_sites)
 
 
 def _measure(value: Tensor) -> Tensor:
-    """Low, high, NaNs and infinities as float64 `[4]`, where sums of it are kept."""
+    """Low, high, NaNs, infinities and values as float64 `[5]`, where sums of it are kept; nothing waits for them."""
     value = value.detach().to(find_sum_device(value.device))
     if not value.numel():
-        return torch.tensor([float("nan"), float("nan"), 0.0, 0.0], device=value.device, dtype=torch.float64)
+        return torch.tensor([float("nan"), float("nan"), 0.0, 0.0, 0.0], device=value.device, dtype=torch.float64)
     finite = value.isfinite()
     wide = value.double()
     low, high = torch.where(finite, wide, float("inf")).amin(), torch.where(finite, wide, float("-inf")).amax()
-    return torch.stack([low, high, value.isnan().sum().double(), value.isinf().sum().double()])
+    counts = value.isnan().sum(), value.isinf().sum(), low.new_full((), value.numel())
+    return torch.stack([low, high, *(count.double() for count in counts)])
 
 
-def _view(measured: Tensor, num_values: int) -> ValueRange:
-    low, high, num_nan, num_inf = measured.tolist()
+def _view(measured: Tensor) -> ValueRange:
+    low, high, num_nan, num_inf, num_values = measured.tolist()
     if low > high:
         low = high = float("nan")
-    return ValueRange(low, high, int(num_nan), int(num_inf), num_values)
+    return ValueRange(low, high, int(num_nan), int(num_inf), int(num_values))
 
 
 def _list_bad_weights(model: nn.Module) -> tuple[str, ...]:
