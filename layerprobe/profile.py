@@ -248,8 +248,6 @@ class _Ranges:
     def _begin_step(self) -> None:
         step = self._steps[self._next]
         wanted = [step.part] if step.name == step.part else [step.part, step.name]
-        if [name for name, _ in self._open[:1]] == wanted[:1] and len(self._open) <= 1 == len(wanted):
-            return
         self._end(keep=1 if self._open and self._open[0][0] == step.part else 0)
         for name in wanted[len(self._open) :]:
             opened = torch.profiler.record_function(name)
