@@ -236,18 +236,16 @@ class ProbeRegistry:
             return
         # Run at every layer of every call, so without the calls that would make it shorter.
         frames, get_ident, port, key = self._frames.by_thread, threading.get_ident, self._outlet, point.key
-        is_compiling, sink_receive, stop_if_done = (
-            torch.compiler.is_compiling,
-            self._sink.receive,
-            self._hooks.stop_if_done,
-        )
+        is_compiling, sink_receive = torch.compiler.is_compiling, self._sink.receive
+        stop_if_done = self._hooks.stop_if_done
         receive: Callable[[Call, Any, Any], None] = self._receive_at
         which: Any = point
+        bit, is_rows = 0, False
         if self._is_plain(point):
             receive, which = self._receive, point.indices[0]
-        # the sink looks at what a module known by its name alone makes: the model may change it afterwards
-        bit = 1 << which if self._is_plain(point) and not self.sites[which].is_by_name else 0
-        is_rows = bool(bit) and self.sites[point.indices[0]].kind == "token"
+            site = self.sites[which]
+            # a module known by its name alone may change its value afterwards, so that the sink has to look at it
+            bit, is_rows = 0 if site.is_by_name else 1 << which, site.kind == "token"
         if point.takes == "input":
 
             def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
