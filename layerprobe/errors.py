@@ -18,6 +18,9 @@ LayerProbeError
 A message says what was asked, what is wrong with it (with the value), what would be accepted, and what to do.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 __all__ = [
     "ArchitectureError",
     "CaptureError",
@@ -34,6 +37,7 @@ __all__ = [
     "SpaceError",
     "StoreError",
     "first_line",
+    "telling_refusals",
 ]
 
 
@@ -97,3 +101,23 @@ def first_line(error: BaseException) -> str:
     """Give the first line of what another library's error says, or its class where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip() if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def telling_refusals(path: object, done: str, advice: str = "") -> Iterator[None]:
+    """Raise what the system refuses within the block as a StoreError: `PATH: cannot be read (Permission denied).`
+
+    Args:
+        path: What it was to be done with.
+        done: What could not be: `read`, `written` or `removed`.
+        advice: What to do, as a sentence.
+
+    Raises:
+        StoreError: the system refused.
+    """
+    try:
+        yield
+    except LayerProbeError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be {done} ({error.strerror or error}). {advice}".rstrip()) from error

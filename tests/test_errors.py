@@ -1,8 +1,8 @@
-"""What is quoted of another library's error."""
+"""What is quoted of another library's error, and of the system's."""
 
 import pytest
 
-from layerprobe.errors import first_line
+from layerprobe.errors import SpaceError, StoreError, first_line, telling_refusals
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,20 @@ from layerprobe.errors import first_line
 )
 def test_the_first_line_of_an_error_or_its_class(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "advice", "told"),
+    [
+        (PermissionError(13, "Permission denied"), "", r"^acts: cannot be written \(Permission denied\)\.$"),
+        (
+            OSError("too long"),
+            "Choose another path.",
+            r"^acts: cannot be written \(too long\)\. Choose another path\.$",
+        ),
+        (SpaceError("the disk is full"), "Choose another path.", "^the disk is full$"),
+    ],
+)
+def test_a_refusal_of_the_system_is_told_once(error: OSError, advice: str, told: str) -> None:
+    with pytest.raises(StoreError, match=told), telling_refusals("acts", "written", advice):
+        raise error

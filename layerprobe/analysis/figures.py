@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from layerprobe.errors import OptionError, StoreError
+from layerprobe.errors import OptionError, telling_refusals
 from layerprobe.packages import need_package
 from layerprobe.store.format import need_parent
 from layerprobe.store.guard import need_path
@@ -134,13 +134,11 @@ def save_figure(figure: Any, path: str | Path | None) -> Any:
         return figure
     path = check_picture(path)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-    try:
-        # the style says how a file is made, too
-        with styled(), warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            figure.savefig(path, dpi=200, metadata=undated[path.suffix.lower()])
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from error
+    telling = telling_refusals(path, "written", "Choose another path.")
+    # the style says how a file is made, too
+    with telling, styled(), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        figure.savefig(path, dpi=200, metadata=undated[path.suffix.lower()])
     _tell_missing(path, warned)
     return figure
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from layerprobe.analysis.features import Feature
 from layerprobe.analysis.probing import LinearProbe
-from layerprobe.errors import FormatError, StoreError
+from layerprobe.errors import FormatError, StoreError, telling_refusals
 from layerprobe.store.format import check_keepable
 from layerprobe.store.guard import SMALL, brief, exists_inside, need_path, parse_json, read_inside
 
@@ -69,15 +69,11 @@ class KeptProbe:
             "max_length": self.max_length,
             "model": self.model,
         }
-        try:
+        with telling_refusals(folder, "written", "Choose another folder."):
             folder.mkdir(parents=True, exist_ok=True)
             arrays = {"weights": self.linear.weights, "bias": self.linear.bias}
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / _ARRAYS)
             (folder / _SAID).write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise StoreError(
-                f"{folder}: cannot be written ({error.strerror or error}). Choose another folder."
-            ) from error
         return folder
 
 

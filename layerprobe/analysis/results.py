@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from layerprobe.errors import StoreError
+from layerprobe.errors import telling_refusals
 from layerprobe.store.format import need_parent
 from layerprobe.store.guard import need_path
 
@@ -126,8 +126,6 @@ def write_text(path: str | Path, text: str) -> Path:
         StoreError: the file cannot be written.
     """
     path = need_parent(need_path("path", path))
-    try:
+    with telling_refusals(path, "written", "Choose another path."):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from error
     return path

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError, StoreError
+from layerprobe.errors import FormatError, StoreError, telling_refusals
 from layerprobe.generation.narrow import DecoderShape, NarrowDecoder
 from layerprobe.store.format import check_keepable
 from layerprobe.store.guard import SMALL, brief, exists_inside, need_path, parse_json, read_inside
@@ -51,12 +51,10 @@ def write_decoders(folder: str | Path, decoders: Mapping[str, NarrowDecoder], sa
         for site, decoder in decoders.items()
         for name, tensor in _list_tensors(decoder).items()
     }
-    try:
+    with telling_refusals(folder, "written", "Choose another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / _TENSORS)
         (folder / _SAID).write_text(json.dumps({**own, **said}, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be written ({error.strerror or error}). Choose another folder.") from error
     return folder
 
 

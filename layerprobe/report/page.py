@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from layerprobe.errors import OptionError, StoreError
+from layerprobe.errors import OptionError, telling_refusals
 from layerprobe.packages import need_package
 from layerprobe.report.content import gather
 from layerprobe.store.format import need_parent
@@ -149,10 +149,8 @@ def report(
         progress=progress,
     )
     page = _lay_out(found).encode("utf-8")
-    try:
+    with telling_refusals(path, "written", "Choose another path."):
         path.write_bytes(page)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror or error}). Choose another path.") from error
     return Report(
         path,
         tuple(found["sites"]),

@@ -6,7 +6,7 @@ Must never know what will be written.
 from collections.abc import Sequence
 from pathlib import Path
 
-from layerprobe.errors import StoreError
+from layerprobe.errors import StoreError, telling_refusals
 from layerprobe.store.abandoned import wait_for_abandoned
 from layerprobe.store.durable import make_folder
 from layerprobe.store.format import STORE_FILE
@@ -32,13 +32,9 @@ def claim_place(where: Path | Place) -> StoreLock | None:
         wait_for_abandoned(str(place))
         _refuse_content(place, place.list_files())
         return None
-    try:
+    with telling_refusals(folder, "written", "Choose another folder."):
         make_folder(folder.path)
         lock = StoreLock(folder).acquire()
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{folder}: cannot be written ({error.strerror or error}). Choose another folder.") from error
     try:
         _refuse_content(place, [name for name in place.list_files() if name != LOCK_FILE])
     except BaseException:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError, LayerProbeError, OptionError, StoreError
+from layerprobe.errors import FormatError, OptionError, telling_refusals
 from layerprobe.packages import need_package
 from layerprobe.store.description import StoredSite
 from layerprobe.store.fingerprint import fingerprint_of
@@ -210,15 +210,10 @@ def open_dataset(
     if not path.is_file():
         partial = folder / f"{digest}.{os.getpid()}.tmp"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_arrow(partial, shards(), columns, as_stream=True)
-            os.replace(partial, path)
-        except OSError as error:
-            if isinstance(error, LayerProbeError):
-                raise
-            raise StoreError(
-                f"{path}: cannot be written ({error.strerror or error}). Choose a folder with cache=."
-            ) from error
+            with telling_refusals(path, "written", "Choose a folder with cache=."):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_arrow(partial, shards(), columns, as_stream=True)
+                os.replace(partial, path)
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from layerprobe.errors import FormatError, OptionError, StoreError
+from layerprobe.errors import FormatError, OptionError, StoreError, telling_refusals
 from layerprobe.store.durable import TRIAL_PREFIX
 from layerprobe.store.guard import LARGE, SMALL, JsonBounds, brief, open_inside, parse_json, read_inside
 from layerprobe.store.headers import (
@@ -218,12 +218,8 @@ def read_json(path: Path | NamedPath) -> dict[str, Any]:
     Raises:
         FormatError: it is not one.
     """
-    try:
+    with telling_refusals(path, "read"):
         text = read_inside(path.parent, path.name, _bound_json(path.name).num_bytes)
-    except FormatError:
-        raise
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror or error}).") from error
     return _parse_json(str(path), path.name, text)
 
 
@@ -275,15 +271,11 @@ def read_header(path: Path | NamedPath) -> ShardHeader:
 def open_shard(path: Path | NamedPath) -> Iterator[tuple[BinaryIO, ShardHeader]]:
     """Hold a shard open, its header read; as `read_header`."""
     with contextlib.ExitStack() as held:
-        try:
+        with telling_refusals(path, "read"):
             file = held.enter_context(open_inside(path.parent, path.name))
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             text = file.read(_header_length(str(path), prefix, size))
-        except FormatError:
-            raise
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be read ({error.strerror or error}).") from error
         yield file, _check_header(str(path), path.name, text, size)
 
 

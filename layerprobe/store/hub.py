@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError, first_line
+from layerprobe.errors import (
+    FormatError,
+    LayerProbeError,
+    OptionError,
+    PlanError,
+    SpaceError,
+    StoreError,
+    first_line,
+    telling_refusals,
+)
 from layerprobe.store.durable import commit_folder, flush_folder, make_folder
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, TOKENIZER_FOLDER, read_json
 from layerprobe.store.guard import brief
@@ -128,7 +137,7 @@ def pull(url: str, folder: str | Path, *, api: Any = None) -> Moved:
     if INDEX_FILE not in sizes:
         raise StoreError(f"{url}: the store there is not complete: it has no {INDEX_FILE}.")
     partial = target.with_name(target.name + ".tmp")
-    try:
+    with telling_refusals(target, "written", "Run the same command again to go on."):
         _begin(partial)
         _check_room(partial, sizes)
         _ask(
@@ -151,12 +160,6 @@ def pull(url: str, folder: str | Path, *, api: Any = None) -> Moved:
         # last: until then the same call goes on
         (target / _MARKER).unlink()
         flush_folder(target)
-    except LayerProbeError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"{target}: cannot be written ({error.strerror or error}). Run the same command again to go on."
-        ) from error
     return Moved(url, str(target), len(sizes), sum(sizes.values()))
 
 

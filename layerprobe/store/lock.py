@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from layerprobe.errors import LockError, StoreError
+from layerprobe.errors import LockError, StoreError, telling_refusals
 from layerprobe.forking import watch_forks
 from layerprobe.store.guard import open_inside
 from layerprobe.store.paths import NamedPath
@@ -60,15 +60,9 @@ class StoreLock(AbstractContextManager["StoreLock"]):
 
     def acquire(self) -> "StoreLock":
         """Take the lock; gives itself."""
-        try:
+        with telling_refusals(self._path, "written", "Choose another folder."):
             while not self._try_once():
                 pass
-        except OSError as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(
-                f"{self._path}: cannot be written ({error.strerror or error}). Choose another folder."
-            ) from error
         return self
 
     @property

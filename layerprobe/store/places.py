@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from layerprobe.errors import FormatError, OptionError, StoreError
+from layerprobe.errors import FormatError, OptionError, StoreError, telling_refusals
 from layerprobe.store.durable import commit_file, is_direct_better, make_folder
 from layerprobe.store.guard import NO_LINKS, brief, exists_inside, open_inside
 from layerprobe.store.paths import NamedPath
@@ -91,16 +91,14 @@ class LocalPlace:
         return str(self.folder / file)
 
     def list_files(self, folder: str = "") -> list[str]:
-        try:
-            if folder and os.path.islink(self.folder / folder):
-                raise FormatError(f"{self.folder / folder}: is a link. {NO_LINKS}")
-            return os.listdir(self.folder / folder)
-        except FormatError:
-            raise
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise _refuse(self.folder / folder, "read", error) from error
+        path = self.folder / folder
+        if folder and os.path.islink(path):
+            raise FormatError(f"{path}: is a link. {NO_LINKS}")
+        with telling_refusals(path, "read"):
+            try:
+                return os.listdir(path)
+            except FileNotFoundError:
+                return []
 
     def list_sizes(self) -> dict[str, int]:
         sizes = {}
@@ -115,20 +113,13 @@ class LocalPlace:
         return exists_inside(self.folder, file)
 
     def size(self, file: str) -> int:
-        try:
+        with telling_refusals(self.folder / file, "read"):
             return os.lstat(self.folder / file).st_size
-        except OSError as error:
-            raise _refuse(self.folder / file, "read", error) from error
 
     def read(self, file: str, start: int, stop: int) -> bytes:
-        try:
-            with open_inside(self.folder, file) as opened:
-                opened.seek(start)
-                data = opened.read(stop - start)
-        except FormatError:
-            raise
-        except OSError as error:
-            raise _refuse(self.folder / file, "read", error) from error
+        with telling_refusals(self.folder / file, "read"), open_inside(self.folder, file) as opened:
+            opened.seek(start)
+            data = opened.read(stop - start)
         if len(data) != stop - start:
             raise StoreError(f"{self.folder / file}: cannot be read (it ends at {start + len(data)}, before {stop}).")
         return data
@@ -140,10 +131,8 @@ class LocalPlace:
         commit_file(path, pieces, self.is_direct)
 
     def remove(self, file: str) -> None:
-        try:
+        with telling_refusals(self.folder / file, "removed"):
             (self.folder / file).path.unlink(missing_ok=True)
-        except OSError as error:
-            raise _refuse(self.folder / file, "removed", error) from error
 
     def checked_by(self, check: Callable[[], None]) -> "LocalPlace":
         return self
@@ -187,7 +176,3 @@ def need_folder(place: Place) -> NamedPath:
     if place.folder is None:
         raise StoreError(f"{place}: is not a folder of this machine. Copy the store into one for this.")
     return place.folder
-
-
-def _refuse(path: NamedPath, what: str, error: OSError) -> StoreError:
-    return StoreError(f"{path}: cannot be {what} ({error.strerror or error}).")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from layerprobe.errors import FormatError, StoreError
+from layerprobe.errors import FormatError, StoreError, telling_refusals
 from layerprobe.store.checks import Wanted, check_shard, check_tokenizer, load_description, tell
 from layerprobe.store.durable import flush_folder
 from layerprobe.store.format import (
@@ -306,7 +306,7 @@ def _remove(
     removed = [file for file in removed if file in files or file == TOKENIZER_FOLDER]
     for file in removed:
         path = None if place.folder is None else (place.folder / file).path
-        try:
+        with telling_refusals(path, "removed"):
             if path is not None and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif file == TOKENIZER_FOLDER and path is None:
@@ -316,10 +316,6 @@ def _remove(
                 place.remove(file)
             if path is not None:
                 flush_folder(path.parent)
-        except OSError as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"{path}: cannot be removed ({error.strerror or error}).") from error
     return tuple(removed)
 
 
