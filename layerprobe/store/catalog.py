@@ -17,10 +17,10 @@ from typing import Any
 
 from layerprobe.errors import FormatError, MissingExample, OptionError, StoreError
 from layerprobe.store.checks import read_totals
-from layerprobe.store.description import StoredSite, check_description
+from layerprobe.store.description import StoredSite, load_description
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, load_header, load_json
 from layerprobe.store.guard import brief
-from layerprobe.store.headers import FORMAT_VERSION, POSITIONS, check_stored, parse_shard_name
+from layerprobe.store.headers import POSITIONS, check_stored, parse_shard_name
 from layerprobe.store.index import ShardInfo, check_apart, parse_index
 from layerprobe.store.kept import parse_kept
 from layerprobe.store.naming import need_name
@@ -60,17 +60,7 @@ class Catalog:
     def __init__(self, place: Place, check: bool) -> None:
         self.place = place
         self.check = check
-        label = place.label(STORE_FILE)
-        self.description = load_json(place, STORE_FILE)
-        found = self.description.get("format")
-        if type(found) is not int or found != FORMAT_VERSION:
-            raise FormatError(f"{label}: format {brief(repr(found))}; this version reads format {FORMAT_VERSION}.")
-        try:
-            check_description(self.description)
-        except KeyError as error:
-            raise FormatError(f"{label}: lacks {brief(error)}.") from error
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"{label}: is damaged ({brief(error)}).") from error
+        self.description = load_description(place)
         self.fingerprint: str = self.description["fingerprint"]
         self.pool: str | None = self.description["pool"]
         self.kept = parse_kept(self.description.get("plan"))

@@ -1,4 +1,4 @@
-"""Hold one file of a store against what it says of itself: `store.json`, the tokenizer, a shard.
+"""Hold the tokenizer or a shard of a store against what it says of itself, and against `store.json`.
 
 A shard is read in pieces, so that memory is bounded whatever a header claims. What is wrong is a FormatError.
 
@@ -17,11 +17,10 @@ import xxhash
 from torch import Tensor
 
 from layerprobe.errors import FormatError
-from layerprobe.store.description import StoredSite, check_description
-from layerprobe.store.fingerprint import fingerprint_run
-from layerprobe.store.format import STORE_FILE, TOKENIZER_FILE, load_header, load_json, read_bounded
+from layerprobe.store.description import StoredSite
+from layerprobe.store.format import STORE_FILE, TOKENIZER_FILE, load_header, read_bounded
 from layerprobe.store.guard import LARGE, brief
-from layerprobe.store.headers import FORMAT_VERSION, POSITIONS, ShardHeader, check_stored
+from layerprobe.store.headers import POSITIONS, ShardHeader, check_stored
 from layerprobe.store.kept import Kept, parse_kept
 from layerprobe.store.places import Place
 from layerprobe.store.shards import count_pairs, read_order
@@ -33,7 +32,6 @@ __all__ = [
     "check_shard",
     "check_tokenizer",
     "hash_tokenizer",
-    "load_description",
     "read_totals",
     "tell",
 ]
@@ -87,31 +85,6 @@ def read_totals(description: Mapping[str, Any]) -> tuple[int | None, int | None]
 def tell(place: Place, file: str, error: Exception) -> str:
     """Say what is wrong with a file without its name, and without the advice that a report gives once."""
     return _ADVICE.sub("", brief(str(error).removeprefix(f"{place.label(file)}: "))).rstrip(".")
-
-
-def load_description(place: Place) -> dict[str, Any]:
-    """Read `store.json` and check it by itself, its fingerprint where the recipe is known.
-
-    Raises:
-        FormatError: it is damaged.
-    """
-    label = place.label(STORE_FILE)
-    description = load_json(place, STORE_FILE)
-    try:
-        if description["format"] != FORMAT_VERSION:
-            raise ValueError(f"format {description['format']!r}; this version reads format {FORMAT_VERSION}")
-        check_description(description)
-        # without a plan, which every version of layerprobe has written, the recipe is not known
-        own = fingerprint_run(description) if "plan" in description else None
-    except KeyError as error:
-        raise FormatError(f"{label}: lacks {brief(error)}.") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{label}: is damaged ({brief(error)}).") from error
-    if own not in (None, description["fingerprint"]):
-        raise FormatError(
-            f"{label}: its fingerprint is {brief(description['fingerprint'])}, that of what it says is {own}."
-        )
-    return description
 
 
 def hash_tokenizer(rules: Mapping[str, Any]) -> str:

@@ -11,15 +11,16 @@ from typing import Any, Protocol
 
 import torch
 
-from layerprobe.errors import StoreError
-from layerprobe.store.format import STORE_FILE
+from layerprobe.errors import FormatError, StoreError
+from layerprobe.store.fingerprint import fingerprint_run
+from layerprobe.store.format import STORE_FILE, load_json
 from layerprobe.store.guard import MOST_SITES, brief
 from layerprobe.store.headers import DTYPES, FORMAT_VERSION, POSITIONS, SCALE_SUFFIX
 from layerprobe.store.kept import parse_kept
 from layerprobe.store.places import Place, find_place
 from layerprobe.tables import format_dtype
 
-__all__ = ["Counts", "StoredSite", "check_description", "commit_description"]
+__all__ = ["Counts", "StoredSite", "commit_description", "load_description"]
 
 _DTYPES = {format_dtype(dtype): dtype for dtype in DTYPES}
 _MOST_WIDTH = 1 << 24
@@ -100,7 +101,36 @@ def commit_description(where: Path | Place, description: Mapping[str, Any]) -> N
     find_place(where).commit(STORE_FILE, [text.encode()])
 
 
-def check_description(description: Mapping[str, Any]) -> None:
+def load_description(place: Place, *, checks_fingerprint: bool = False) -> dict[str, Any]:
+    """Read `store.json` and check what a reader uses of it.
+
+    Args:
+        place: Where the store is.
+        checks_fingerprint: Hold its fingerprint against all else that it says, where the recipe is known.
+
+    Raises:
+        FormatError: it is damaged, or of another format.
+    """
+    label, description = place.label(STORE_FILE), load_json(place, STORE_FILE)
+    found = description.get("format")
+    if type(found) is not int or found != FORMAT_VERSION:
+        raise FormatError(f"{label}: format {brief(repr(found))}; this version reads format {FORMAT_VERSION}.")
+    try:
+        _check_description(description)
+        # without a plan, which every version of layerprobe has written, the recipe is not known
+        own = fingerprint_run(description) if checks_fingerprint and "plan" in description else None
+    except KeyError as error:
+        raise FormatError(f"{label}: lacks {brief(error)}.") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{label}: is damaged ({brief(error)}).") from error
+    if own not in (None, description["fingerprint"]):
+        raise FormatError(
+            f"{label}: its fingerprint is {brief(description['fingerprint'])}, that of what it says is {own}."
+        )
+    return description
+
+
+def _check_description(description: Mapping[str, Any]) -> None:
     """Check what a reader uses of `store.json`; what is wrong is a KeyError, TypeError or ValueError."""
     _check_sites(description["sites"])
     pool, model = description["pool"], description.get("model")

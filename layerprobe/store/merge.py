@@ -19,8 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from layerprobe.errors import FormatError, LayerProbeError, OptionError, PlanError, SpaceError, StoreError
-from layerprobe.store.checks import Wanted, check_shard, check_tokenizer, load_description, tell
-from layerprobe.store.description import commit_description
+from layerprobe.store.checks import Wanted, check_shard, check_tokenizer, tell
+from layerprobe.store.description import commit_description, load_description
 from layerprobe.store.durable import commit_folder, flush_file, flush_folder, make_folder, tell_failure
 from layerprobe.store.format import (
     INDEX_FILE,
@@ -188,7 +188,7 @@ def _merge_into(target: Path, sources: Sequence[Path], link: bool, progress: boo
 
 def _describe(folder: Path) -> dict[str, Any]:
     need_store(find_place(folder))
-    description = load_description(find_place(folder))
+    description = load_description(find_place(folder), checks_fingerprint=True)
     plan = description.get("plan")
     if not isinstance(plan, dict) or type(plan.get("units")) is not int:
         raise PlanError(f"{folder}: has no plan that says how many units there are. Only stores of extract are merged.")

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from layerprobe.errors import FormatError, StoreError, telling_refusals
-from layerprobe.store.checks import Wanted, check_shard, check_tokenizer, load_description, tell
+from layerprobe.store.checks import Wanted, check_shard, check_tokenizer, tell
+from layerprobe.store.description import load_description
 from layerprobe.store.durable import flush_folder
 from layerprobe.store.format import (
     INDEX_FILE,
@@ -169,7 +170,7 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
 
 def _read_description(place: Place, found: _Findings) -> dict[str, Any] | None:
     try:
-        return load_description(place)
+        return load_description(place, checks_fingerprint=True)
     except FormatError as error:
         # no run makes it again, so it is not removed
         found.add(STORE_FILE, tell(place, STORE_FILE, error))
