@@ -29,7 +29,6 @@ __all__ = [
     "LoadedModel",
     "check_tokenizer",
     "describe_model",
-    "describe_tokenizer",
     "evaluating",
     "find_demo_model",
     "load_model",
@@ -199,7 +198,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 
 def _list_weights(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Give the weights by name: those on this process, of quantised layers the integers, of offloaded ones the kept."""
+    """Go through the weights: this process's part of sharded ones, quantised ones as stored, offloaded ones as kept."""
     for name, value in sorted(model.state_dict().items()):
         parts = value if isinstance(value, tuple) else (value,)
         for part in parts:
@@ -220,25 +219,6 @@ def _list_weights(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _scales_of(weight: torch.Tensor) -> torch.Tensor:
     per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
     return weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale(), device="cpu")
-
-
-def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """Say which tokenizer this is: class, a hash of its rules, the side it pads, and what else of it changes ids."""
-    with collecting_later():
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Set anew at each call, so they are options of the run and not of the tokenizer.
-        rules.pop("truncation", None)
-        rules.pop("padding", None)
-        rules_hash = xxhash.xxh3_128_hexdigest(json.dumps(rules, sort_keys=True).encode())
-        del rules
-    return {
-        "class": type(tokenizer).__name__,
-        "hash": rules_hash,
-        "padding_side": tokenizer.padding_side,
-        # only where they are not as usual, so that older stores keep their fingerprints
-        **({"truncation_side": tokenizer.truncation_side} if tokenizer.truncation_side != "right" else {}),
-        **({"split_special_tokens": True} if getattr(tokenizer, "split_special_tokens", False) else {}),
-    }
 
 
 def _list_training(model: nn.Module) -> list[nn.Module]:

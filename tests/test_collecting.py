@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from layerprobe.collecting import collecting_later
-from layerprobe.models import describe_tokenizer
+from layerprobe.extract.description import describe_tokenizer
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Models by name: the demo's known weights, folders, and everything that can be wrong with either."""
 
 import contextlib
-import copy
 import io
 import json
 import sys
@@ -13,7 +12,7 @@ import torch
 
 import layerprobe as lp
 from layerprobe.errors import ModelError, OptionError
-from layerprobe.models import describe_model, describe_tokenizer, evaluating, find_demo_model, load_tokenizer
+from layerprobe.models import describe_model, evaluating, find_demo_model, load_tokenizer
 
 
 @pytest.fixture
@@ -228,26 +227,6 @@ def test_description_does_not_depend_on_where_the_model_lay(folder: Path, tmp_pa
     first, second = (describe_model(lp.load_model(str(path), "cpu").model) for path in (folder, elsewhere))
     assert first.pop("id") != second.pop("id")
     assert first == second
-
-
-def test_tokenizer_is_described_by_its_rules_alone(demo: Any) -> None:
-    tokenizer = copy.deepcopy(demo.tokenizer)
-    described = describe_tokenizer(tokenizer)
-    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)
-    assert describe_tokenizer(tokenizer) == described
-    tokenizer.add_tokens(["layerprobe"])
-    assert describe_tokenizer(tokenizer)["hash"] != described["hash"]
-
-
-@pytest.mark.parametrize(("option", "value"), [("truncation_side", "left"), ("split_special_tokens", True)])
-def test_what_changes_ids_beside_the_rules_is_described(demo: Any, option: str, value: Any) -> None:
-    tokenizer = copy.deepcopy(demo.tokenizer)
-    described = describe_tokenizer(tokenizer)
-    text = "[SEP] a text of many tokens"
-    ids = tokenizer(text, truncation=True, max_length=5)["input_ids"]
-    setattr(tokenizer, option, value)
-    assert tokenizer(text, truncation=True, max_length=5)["input_ids"] != ids
-    assert describe_tokenizer(tokenizer) == {**described, option: value}
 
 
 def test_a_model_trains_again_once_the_last_is_done_with_it(make_bert: Any) -> None:

@@ -4,24 +4,26 @@ Two runs with one fingerprint write the same shards, so one goes on with what th
 anything, and never look at a folder.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from layerprobe.capture.identity import describe_changes, describe_pool
+from layerprobe.collecting import collecting_later
 from layerprobe.extract.batching import SHAPE_STEPS
 from layerprobe.extract.cutting import Survey, UnitRule
 from layerprobe.extract.flat import find_unusual_attention
 from layerprobe.extract.forward import CUDA_GRAPHS, find_precision
 from layerprobe.extract.options import ExtractOptions
-from layerprobe.models import describe_model, describe_tokenizer
+from layerprobe.models import describe_model
 from layerprobe.sites.resolve import map_model
 from layerprobe.store.description import StoredSite
-from layerprobe.store.fingerprint import fingerprint_run
+from layerprobe.store.fingerprint import fingerprint_run, hash_tokenizer
 from layerprobe.version import __version__
 
-__all__ = ["add_batches", "describe_run"]
+__all__ = ["add_batches", "describe_run", "describe_tokenizer"]
 
 
 def describe_run(
@@ -65,6 +67,20 @@ def describe_run(
             **({"compile": options.compile} if options.compile else {}),
             **({"shape_steps": SHAPE_STEPS} if options.compile == CUDA_GRAPHS else {}),
         },
+    }
+
+
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Say which tokenizer this is: class, a hash of its rules, the side it pads, and what else of it changes ids."""
+    with collecting_later():
+        rules_hash = hash_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()))
+    return {
+        "class": type(tokenizer).__name__,
+        "hash": rules_hash,
+        "padding_side": tokenizer.padding_side,
+        # only where they are not as usual, so that older stores keep their fingerprints
+        **({"truncation_side": tokenizer.truncation_side} if tokenizer.truncation_side != "right" else {}),
+        **({"split_special_tokens": True} if getattr(tokenizer, "split_special_tokens", False) else {}),
     }
 
 

@@ -27,6 +27,7 @@ from layerprobe.collecting import keep_for_good
 from layerprobe.errors import LayerProbeError, ModelError
 from layerprobe.extract.ahead import prepare_ahead
 from layerprobe.extract.cutting import Unit, UnitRule
+from layerprobe.extract.description import describe_tokenizer
 from layerprobe.extract.engine import UnitEngine, ending_waits
 from layerprobe.extract.inputs import TextSource, open_source
 from layerprobe.extract.network import choose_sites
@@ -36,7 +37,7 @@ from layerprobe.extract.preparing import check_units, prepare_missing
 from layerprobe.extract.reports import RunReport
 from layerprobe.extract.space import RoomKeeper
 from layerprobe.extract.thinning import find_kept
-from layerprobe.models import describe_model, describe_tokenizer, load_model
+from layerprobe.models import describe_model, load_model
 from layerprobe.sites.resolve import map_model
 from layerprobe.store.description import StoredSite
 from layerprobe.store.mismatch import list_model_differences

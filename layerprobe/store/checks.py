@@ -5,7 +5,6 @@ A shard is read in pieces, so that memory is bounded whatever a header claims. W
 Must never know of the other shards, or of what is done about damage.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from layerprobe.errors import FormatError
 from layerprobe.store.description import StoredSite
+from layerprobe.store.fingerprint import hash_tokenizer
 from layerprobe.store.format import STORE_FILE, TOKENIZER_FILE, load_header, read_bounded
 from layerprobe.store.guard import LARGE, brief
 from layerprobe.store.headers import POSITIONS, ShardHeader, check_stored
@@ -31,7 +31,6 @@ __all__ = [
     "Wanted",
     "check_shard",
     "check_tokenizer",
-    "hash_tokenizer",
     "read_totals",
     "tell",
 ]
@@ -85,12 +84,6 @@ def read_totals(description: Mapping[str, Any]) -> tuple[int | None, int | None]
 def tell(place: Place, file: str, error: Exception) -> str:
     """Say what is wrong with a file without its name, and without the advice that a report gives once."""
     return _ADVICE.sub("", brief(str(error).removeprefix(f"{place.label(file)}: "))).rstrip(".")
-
-
-def hash_tokenizer(rules: Mapping[str, Any]) -> str:
-    """Work out from what a `tokenizer.json` says the hash by which `store.json` knows its tokenizer."""
-    kept = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
-    return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
 
 
 def check_tokenizer(place: Place, said: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-__all__ = ["INCIDENTAL", "MODEL_FIELDS", "fingerprint_of", "fingerprint_run"]
+__all__ = ["INCIDENTAL", "MODEL_FIELDS", "fingerprint_of", "fingerprint_run", "hash_tokenizer"]
 
 _RUN_FIELDS = ("input", "model", "tokenizer", "sites", "pool", "plan")
 MODEL_FIELDS = ("class", "config_hash", "weights_hash")
@@ -23,6 +23,11 @@ INCIDENTAL = ("format", "layerprobe", "fingerprint", "model.id", "model.revision
 def fingerprint_of(fields: Mapping[str, Any]) -> str:
     """xxh3-128 of what tells one thing from another, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True, default=str).encode())
+
+
+def hash_tokenizer(rules: Mapping[str, Any]) -> str:
+    """Hash a `tokenizer.json`, but for truncation and padding: set anew at each call, they are options of the run."""
+    return fingerprint_of({key: value for key, value in rules.items() if key not in ("truncation", "padding")})
 
 
 def fingerprint_run(description: Mapping[str, Any]) -> str:
