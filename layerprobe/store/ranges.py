@@ -21,10 +21,10 @@ from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.format import load_start
-from layerprobe.store.headers import ShardHeader, TensorEntry, checksum
+from layerprobe.store.headers import ShardHeader, TensorEntry
 from layerprobe.store.index import ShardInfo
 from layerprobe.store.places import Place
-from layerprobe.store.shards import check_header, count_pairs, read_order
+from layerprobe.store.shards import check_bytes, check_header, count_pairs, need_entry, read_order
 
 __all__ = ["RangedShard", "TensorCache"]
 
@@ -242,16 +242,8 @@ class RangedShard:
             found.append(held)
         return found
 
-    def span(self, ordinal: int) -> tuple[int, int, int]:
-        """Find an example: its position in the shard, and its first and last row."""
-        position = self.position[ordinal - self.header.first_example]
-        return position, self.offsets[position], self.offsets[position + 1]
-
     def _entry(self, name: str) -> TensorEntry:
-        try:
-            return self.header.tensors[name]
-        except KeyError as error:
-            raise FormatError(f"{self._label}: has no tensor {name!r}.") from error
+        return need_entry(self._label, self.header, name)
 
     def _key(self, name: str) -> Key:
         return self._file, name, 0, _count(self._entry(name))
@@ -288,11 +280,8 @@ class RangedShard:
         return self._finish(name, data)
 
     def _finish(self, name: str, data: bytearray) -> Tensor:
-        if self._check and checksum(memoryview(data)) != self.header.checksums[name]:
-            raise FormatError(
-                f"{self._label}: the bytes of {name!r} are not those that were written. "
-                "Remove the file and run the same extraction again to make it anew."
-            )
+        if self._check:
+            check_bytes(self._label, self.header, name, memoryview(data))
         entry = self._entry(name)
         return _view(data, entry, _count(entry))
 

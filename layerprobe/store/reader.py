@@ -30,7 +30,7 @@ from layerprobe.store.places import Place, find_place, need_folder
 from layerprobe.store.records import RECORD_TENSORS, read_record
 from layerprobe.store.rows import RowBatches, choose_sites
 from layerprobe.store.selection import Asked, Selection, select
-from layerprobe.store.shards import Shard
+from layerprobe.store.shards import Shard, span_of
 from layerprobe.store.siteview import SiteView
 from layerprobe.store.vocabulary import Vocabulary, find_characters
 from layerprobe.tables import format_count
@@ -204,13 +204,13 @@ class Store:
             MissingExample: it is not in the store, or not in it yet.
         """
         shard, ordinal = self.catalog.find(ordinal)
-        _, start, stop = shard.span(ordinal)
+        _, start, stop = span_of(shard, ordinal)
         return shard.part("input_ids", start, stop)
 
     def positions(self, ordinal: int) -> Tensor:
         """Return the positions of an example's rows among all its tokens, int64 `[T]`; raises as `input_ids` does."""
         shard, ordinal = self.catalog.find(ordinal)
-        _, start, stop = shard.span(ordinal)
+        _, start, stop = span_of(shard, ordinal)
         return torch.arange(stop - start, device="cpu") if self.kept is None else shard.part(POSITIONS, start, stop)
 
     @property

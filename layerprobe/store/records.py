@@ -8,7 +8,7 @@ from typing import Any
 
 from layerprobe.errors import FormatError
 from layerprobe.store.guard import brief, parse_record
-from layerprobe.store.shards import Shard
+from layerprobe.store.shards import Shard, span_of
 
 __all__ = ["RECORD_TENSORS", "has_records", "read_record", "read_records"]
 
@@ -33,7 +33,7 @@ def read_record(shard: Shard, ordinal: int, label: str) -> dict[str, Any]:
     """
     if not has_records(shard):
         return {}
-    position, _, _ = shard.span(ordinal)
+    position, _, _ = span_of(shard, ordinal)
     first, last = shard.part("record_offsets", position, position + 2).tolist()
     return _parse(shard, ordinal, label, (first, last), lambda: shard.part("records", first, last).numpy().tobytes())
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError
 from layerprobe.store.format import INDEX_FILE, STORE_FILE, open_shard
-from layerprobe.store.headers import POSITIONS, ShardHeader, checksum
+from layerprobe.store.headers import POSITIONS, ShardHeader, TensorEntry, checksum
 from layerprobe.store.index import ShardInfo
 from layerprobe.store.paths import NamedPath
 from layerprobe.tables import format_count
@@ -30,11 +30,14 @@ __all__ = [
     "MappedShard",
     "ScaledRows",
     "Shard",
+    "check_bytes",
     "check_header",
     "count_pairs",
+    "need_entry",
     "pool_packed",
     "positions_of",
     "read_order",
+    "span_of",
 ]
 
 # How rows become one vector, by name.
@@ -107,10 +110,6 @@ class Shard(Protocol):
         """
         ...
 
-    def span(self, ordinal: int) -> tuple[int, int, int]:
-        """Find an example: its position in the shard, and its first and last row."""
-        ...
-
 
 class MappedShard:
     """A mapped shard.
@@ -147,19 +146,12 @@ class MappedShard:
     def tensor(self, name: str) -> Tensor:
         """Give a view of a whole tensor of the file."""
         if name not in self._tensors:
-            try:
-                entry = self.header.tensors[name]
-            except KeyError as error:
-                raise FormatError(f"{self._path}: has no tensor {name!r}.") from error
+            entry = need_entry(str(self._path), self.header, name)
             # with its name: two tensors may be alike, and one of them damaged
             mark = f"{name} {self.header.checksums[name]}"
             if self._check and mark not in self._checked:
                 with memoryview(self._memory) as whole, whole[entry.start : entry.stop] as part:
-                    if checksum(part) != self.header.checksums[name]:
-                        raise FormatError(
-                            f"{self._path}: the bytes of {name!r} are not those that were written. "
-                            "Remove the file and run the same extraction again to make it anew."
-                        )
+                    check_bytes(str(self._path), self.header, name, part)
                 self._checked.add(mark)
                 self._let_go(entry.start, entry.stop)
             count = (entry.stop - entry.start) // entry.dtype.itemsize
@@ -219,11 +211,6 @@ class MappedShard:
         start -= start % mmap.PAGESIZE
         self._memory.madvise(mmap.MADV_WILLNEED, start, stop - start)
 
-    def span(self, ordinal: int) -> tuple[int, int, int]:
-        """Find an example: its position in the shard, and its first and last row."""
-        position = self.position[ordinal - self.header.first_example]
-        return position, self.offsets[position], self.offsets[position + 1]
-
 
 def _map_file(path: Path | NamedPath, file: BinaryIO, size: int) -> mmap.mmap:
     try:
@@ -252,6 +239,31 @@ def check_header(label: str, header: ShardHeader, info: ShardInfo, fingerprint: 
     counts = (header.first_example, header.num_examples, header.num_tokens)
     if counts != (info.first_example, info.num_examples, info.num_tokens):
         raise FormatError(f"{label}: does not hold the examples that {INDEX_FILE} says.")
+
+
+def need_entry(label: str, header: ShardHeader, name: str) -> TensorEntry:
+    """Find where a tensor lies.
+
+    Raises:
+        FormatError: there is no such tensor.
+    """
+    try:
+        return header.tensors[name]
+    except KeyError as error:
+        raise FormatError(f"{label}: has no tensor {name!r}.") from error
+
+
+def check_bytes(label: str, header: ShardHeader, name: str, data: memoryview) -> None:
+    """Hold the bytes of a whole tensor against its checksum.
+
+    Raises:
+        FormatError: they are others.
+    """
+    if checksum(data) != header.checksums[name]:
+        raise FormatError(
+            f"{label}: the bytes of {name!r} are not those that were written. "
+            "Remove the file and run the same extraction again to make it anew."
+        )
 
 
 def read_order(
@@ -283,6 +295,12 @@ def count_pairs(offsets: Tensor) -> Sequence[int]:
     pairs = np.zeros(len(offsets), dtype=np.int64)
     np.cumsum(np.square(np.diff(offsets.numpy())), out=pairs[1:])
     return pairs.data
+
+
+def span_of(shard: Shard, ordinal: int) -> tuple[int, int, int]:
+    """Find an example in its shard: its position there, and its first row and the one after its last."""
+    position = shard.position[ordinal - shard.header.first_example]
+    return position, shard.offsets[position], shard.offsets[position + 1]
 
 
 def positions_of(shard: Shard, rows: Tensor, places: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from layerprobe.store.guard import brief
 from layerprobe.store.headers import SCALE_SUFFIX
 from layerprobe.store.order import RowOptions
 from layerprobe.store.rows import RowBatches, choose_sites, take_rows
-from layerprobe.store.shards import POOLS, ScaledRows, Shard, pool_packed
+from layerprobe.store.shards import POOLS, ScaledRows, Shard, pool_packed, span_of
 from layerprobe.tables import format_count
 
 __all__ = ["SiteView"]
@@ -63,7 +63,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         if type(index) is not int and (ordinals := self._list_ordinals(index)) is not None:
             return [self[ordinal] for ordinal in ordinals]
         shard, ordinal = self.catalog.find(index)
-        position, start, stop = shard.span(ordinal)
+        position, start, stop = span_of(shard, ordinal)
         if self.kind == "token":
             values = shard.part(self.site, start, stop)
             return values if self._scale_name is None else ScaledRows(values, shard.part(self._scale_name, start, stop))

@@ -17,7 +17,7 @@ from layerprobe.extract.forward import REORDERED
 from layerprobe.models import LoadedModel, load_model
 from layerprobe.store.format import commit_shard, read_header
 from layerprobe.store.index import ShardInfo
-from layerprobe.store.shards import MappedShard, ScaledRows
+from layerprobe.store.shards import MappedShard, ScaledRows, span_of
 from layerprobe.store.verify import verify
 
 extract: Any = layerprobe.extract
@@ -97,7 +97,7 @@ def test_swapped_rows_of_two_examples_are_named(tiny: LoadedModel, tmp_path: Pat
     extract(tiny, ["the dog", "the fox", "lazy dog .", "brown"], tmp_path / "acts", dtype="float16")
 
     def swap(tensors: dict[str, Tensor], shard: MappedShard) -> None:
-        (_, a, b), (_, c, d) = shard.span(0), shard.span(1)
+        (_, a, b), (_, c, d) = span_of(shard, 0), span_of(shard, 1)
         rows = tensors["layers.1"].clone()
         tensors["layers.1"][a:b], tensors["layers.1"][c:d] = rows[c:d], rows[a:b]
 
@@ -111,7 +111,7 @@ def test_ids_of_another_text_are_named(tiny: LoadedModel, tmp_path: Path) -> Non
     extract(tiny, ["the dog", "the fox", "brown"], tmp_path / "acts", sites="layers.0")
 
     def swap(tensors: dict[str, Tensor], shard: MappedShard) -> None:
-        (_, a, b), (_, c, d) = shard.span(0), shard.span(1)
+        (_, a, b), (_, c, d) = span_of(shard, 0), span_of(shard, 1)
         for name in ("input_ids", "layers.0"):
             values = tensors[name].clone()
             tensors[name][a:b], tensors[name][c:d] = values[c:d], values[a:b]
