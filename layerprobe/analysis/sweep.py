@@ -94,7 +94,7 @@ def choose_depth(store: Store, patterns: str | Sequence[str] | None) -> list[Sto
     if patterns is not None:
         stored = store.stored_sites
         # what is named is refused below
-        names = leave_out(patterns, store.sites, str(store.place), lambda name: stored[name].kind == "attention")
+        names, _ = leave_out(patterns, store.sites, str(store.place), lambda name: stored[name].kind == "attention")
     else:
         names = take_depth(store.stored_sites)
     if not names:

@@ -134,7 +134,7 @@ def export(
     if to in _MODULES:
         _require(to)
     store = take_store(store)
-    columns = _choose_columns(store, sites, rows or "examples")
+    columns, left_out = _choose_columns(store, sites, rows or "examples")
     _check_target(store, out, to, overwrite)
     with _committed(out, overwrite) as partial:
         if to in _TABLES:
@@ -148,7 +148,6 @@ def export(
                 _PACKED[to](partial, arrays)
     widened = {site.name: format_dtype(site.dtype) for site in columns.sites if column_dtype(site) != site.dtype}
     names = tuple(site.name for site in columns.sites)
-    left_out = tuple(name for name in match_sites(sites, store.sites, str(store.place)) if name not in names)
     return ExportReport(
         out, to, len(store), store.num_tokens, _measure(out), names, widened, store.is_complete, left_out
     )  # fmt: skip
@@ -177,15 +176,17 @@ def _require(to: str) -> None:
         )
 
 
-def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: str) -> Columns:
+def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: str) -> tuple[Columns, tuple[str, ...]]:
+    """Choose what becomes a column; gives the sites that are left out, too."""
     names, place, stored = store.sites, str(store.place), store.stored_sites
     if rows == "tokens":
         if patterns is None and all(site.kind != "token" for site in stored.values()):
             raise OptionError(f"rows='tokens': {place} holds no site with a row per token. Use rows='examples'.")
-        chosen = leave_out(patterns, names, place, lambda name: stored[name].kind != "token")
+        chosen, left_out = leave_out(patterns, names, place, lambda name: stored[name].kind != "token")
     else:
-        chosen = match_sites(patterns, names, place)
-    return Columns(tuple(stored[name] for name in chosen), rows, store.id_to_tokens, store.kept is not None)
+        chosen, left_out = match_sites(patterns, names, place), []
+    columns = Columns(tuple(stored[name] for name in chosen), rows, store.id_to_tokens, store.kept is not None)
+    return columns, tuple(left_out)
 
 
 def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:

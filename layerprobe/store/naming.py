@@ -50,7 +50,7 @@ def match_sites(patterns: str | Sequence[str] | None, names: Sequence[str], owne
 
 def leave_out(
     patterns: str | Sequence[str] | None, names: Sequence[str], owner: str, is_unfit: Callable[[str], bool]
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Find the stored sites that patterns stand for, without what only a wildcard took along and does not fit.
 
     Args:
@@ -58,13 +58,15 @@ def leave_out(
         is_unfit: Whether a site does not fit.
 
     Returns:
-        What fits, and what was named, fit or not, for the caller to refuse; all that is found where nothing fits.
+        The sites that fit, and those that were named, fit or not, for the caller to refuse, or all that are found where
+        none fits; then those that are left out.
 
     Raises:
         SiteError: as `match_sites`.
     """
     found, named = match_sites(patterns, names, owner), list_named(patterns, names)
-    return [name for name in found if name in named or not is_unfit(name)] or found
+    fit = [name for name in found if name in named or not is_unfit(name)] or found
+    return fit, [name for name in found if name not in fit]
 
 
 def list_named(patterns: str | Sequence[str] | None, names: Collection[str]) -> set[str]:
