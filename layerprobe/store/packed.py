@@ -26,9 +26,9 @@ from layerprobe.store.records import has_records
 from layerprobe.store.shards import Shard
 from layerprobe.tables import format_dtype
 
-__all__ = ["OFFSETS_SUFFIX", "PackedArray", "list_arrays", "write_npz", "write_zarr"]
+__all__ = ["PackedArray", "list_arrays", "write_npz", "write_zarr"]
 
-OFFSETS_SUFFIX = ":offsets"
+_OFFSETS_SUFFIX = ":offsets"
 # Values that are written at a time, and of a Zarr chunk.
 _PIECE_BYTES = 4 << 20
 # A member of an archive, or an array of a group, that cannot lead out of it.
@@ -65,9 +65,9 @@ def list_arrays(shards: Shards, sites: Sequence[StoredSite]) -> list[PackedArray
         sites: What to export.
 
     Returns:
-        `example [N]`, `offsets [N + 1]`, `input_ids [T]`, `positions [T]` where not all
-        rows were kept, `record_offsets [N + 1]` and `records` where texts were kept,
-        then the sites: `[T, D]`, `[N, D]`, or flat with `SITE:offsets [N + 1]` for attention weights.
+        `example [N]`, `offsets [N + 1]`, `input_ids [T]`, `positions [T]` where not all rows were kept, `record_offsets
+        [N + 1]` and `records` where texts were kept, then the sites: `[T, D]`, `[N, D]`, or flat with
+        `SITE:offsets [N + 1]` for attention weights.
 
     Raises:
         FormatError: a site has a name that no file may have.
@@ -76,31 +76,25 @@ def list_arrays(shards: Shards, sites: Sequence[StoredSite]) -> list[PackedArray
         if not _SAFE_NAME.match(site.name) or site.name in _RESERVED:
             raise FormatError(f"a site is named {site.name!r}, which cannot be the name of an array in a file.")
     totals = _measure(shards(), any(site.kind == "attention" for site in sites))
-    by_example, by_token = (totals.num_examples,), (totals.num_tokens,)
-    begins = (totals.num_examples + 1,)
+    by_example, by_token, begins = (totals.num_examples,), (totals.num_tokens,), (totals.num_examples + 1,)
     int64 = np.dtype(np.int64)
 
     def ordinals() -> Iterator[np.ndarray]:
         for shard in shards():
             yield shard.tensor("example").numpy()[shard.position]
 
-    def ids() -> Iterator[np.ndarray]:
+    def of_tokens(name: str) -> Iterator[np.ndarray]:
         for shard in shards():
             for places in cut_places(shard, ()):
-                yield shard.tensor("input_ids")[rows_of(shard, places)[0]].numpy()
-
-    def positions() -> Iterator[np.ndarray]:
-        for shard in shards():
-            for places in cut_places(shard, ()):
-                yield shard.tensor(POSITIONS)[rows_of(shard, places)[0]].numpy()
+                yield shard.tensor(name)[rows_of(shard, places)[0]].numpy()
 
     arrays = [
         PackedArray("example", int64, by_example, ordinals),
         PackedArray("offsets", int64, begins, lambda: _accumulate(shards, lambda shard: np.diff(shard.offsets))),
-        PackedArray("input_ids", int64, by_token, ids),
+        PackedArray("input_ids", int64, by_token, lambda: of_tokens("input_ids")),
     ]
     if totals.has_positions:
-        arrays.append(PackedArray(POSITIONS, int64, by_token, positions))
+        arrays.append(PackedArray(POSITIONS, int64, by_token, lambda: of_tokens(POSITIONS)))
     if totals.record_bytes:
         arrays += [
             PackedArray("record_offsets", int64, begins, lambda: _accumulate(shards, _record_sizes)),
@@ -135,13 +129,12 @@ def _list_site(shards: Shards, site: StoredSite, totals: _Totals) -> list[Packed
                 yield take_site(shard, site, places)
 
     if site.kind == "attention":
-        sizes = site.width
         return [
             PackedArray(
-                site.name + OFFSETS_SUFFIX,
+                site.name + _OFFSETS_SUFFIX,
                 np.dtype(np.int64),
                 (totals.num_examples + 1,),
-                lambda: _accumulate(shards, lambda shard: np.diff(shard.pairs_before) * sizes),
+                lambda: _accumulate(shards, lambda shard: np.diff(shard.pairs_before) * site.width),
             ),
             PackedArray(site.name, dtype, (site.width * totals.num_pairs,), values),
         ]
