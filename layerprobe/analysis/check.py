@@ -16,14 +16,14 @@ from torch import Tensor
 
 from layerprobe.analysis.geometry import find_outliers, find_rogues
 from layerprobe.analysis.moments import RunningMoments, Scaling, UnitSums
-from layerprobe.analysis.results import table_cell, write_csv, write_json
+from layerprobe.analysis.results import lay_out, write_csv, write_json
 from layerprobe.analysis.sweep import Chunk, choose_depth, sweep
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError
 from layerprobe.store.description import StoredSite
 from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store, take_store
-from layerprobe.tables import format_count, format_headers, format_table
+from layerprobe.tables import format_count
 
 __all__ = ["Check", "SiteCheck", "check"]
 
@@ -133,8 +133,7 @@ class Check:
 
     def table(self) -> str:
         """Lay out the sites as text, and the verdict under it."""
-        rows = [[table_cell(getattr(site, name)) for name in _COLUMNS] for site in self.sites]
-        return "\n".join([format_table(format_headers(_COLUMNS), rows), "", *self.verdict])
+        return "\n".join([lay_out(self.sites, _COLUMNS), "", *self.verdict])
 
     __str__ = table
     __repr__ = table

@@ -16,13 +16,13 @@ from layerprobe.analysis.drawing import draw_rows
 from layerprobe.analysis.geometry import count_effective_rank, count_participation, find_outliers
 from layerprobe.analysis.moments import check_cosine
 from layerprobe.analysis.passes import CKA_ROWS, MovePass, ShapePass
-from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
+from layerprobe.analysis.results import lay_out, shorten, write_csv, write_json
 from layerprobe.analysis.sweep import choose_depth, count_types, sweep
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import InputError, OptionError, SiteError
 from layerprobe.store.guard import check_count
 from layerprobe.store.reader import Store, take_store
-from layerprobe.tables import format_count, format_headers, format_table
+from layerprobe.tables import format_count
 
 __all__ = ["Differences", "ExampleMove", "PairDifference", "SiteShape", "TokenMove", "differences"]
 
@@ -144,8 +144,6 @@ class Differences:
 
     def table(self) -> str:
         """Lay out pairs and sites as text, with what moves most between the pair that is furthest apart."""
-        pairs = [[table_cell(getattr(pair, name)) for name in _PAIR_COLUMNS] for pair in self.pairs]
-        sites = [[table_cell(getattr(site, name)) for name in _SHAPE_COLUMNS] for site in self.sites]
         parts = [
             f"{format_count(self.num_rows, 'row')}; cosines {self.cosine}; CKA debiased over minibatches of "
             f"{self.cka_rows}; {format_count(self.neighbours, 'neighbour')} of "
@@ -153,9 +151,9 @@ class Differences:
             f"{format_count(self.num_words, 'token')}",
             *self.notes,
             "",
-            format_table(format_headers(_PAIR_COLUMNS), pairs),
+            lay_out(self.pairs, _PAIR_COLUMNS),
             "",
-            format_table(format_headers(_SHAPE_COLUMNS), sites),
+            lay_out(self.sites, _SHAPE_COLUMNS),
         ]
         apart = [pair for pair in self.pairs if pair.cosine_distance is not None]
         if apart:

@@ -18,11 +18,13 @@ from typing import Any
 from layerprobe.errors import telling_refusals
 from layerprobe.store.format import need_parent
 from layerprobe.store.guard import need_path
+from layerprobe.tables import format_headers, format_table
 
 __all__ = [
     "Number",
     "give_csv",
     "give_json",
+    "lay_out",
     "plain",
     "shorten",
     "table_cell",
@@ -110,6 +112,12 @@ def table_cell(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value[:5])) + (", ..." if len(value) > 5 else "") or "none"
     return value
+
+
+def lay_out(results: Iterable[object], names: Sequence[str]) -> str:
+    """Lay results out as a table: a row each, and a column for each of these fields."""
+    rows = [[table_cell(getattr(result, name)) for name in names] for result in results]
+    return format_table(format_headers(names), rows)
 
 
 def shorten(text: str, most: int = _MOST_LETTERS) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.analysis.figures import Curve, draw_curves
-from layerprobe.analysis.results import Number, shorten, table_cell, write_csv, write_json
-from layerprobe.tables import format_count, format_headers, format_table
+from layerprobe.analysis.results import Number, lay_out, shorten, write_csv, write_json
+from layerprobe.tables import format_count, format_table
 
 __all__ = ["Lens", "LensReading", "LensSite"]
 
@@ -77,16 +77,12 @@ class Lens:
     sites: tuple[LensSite, ...]
     readings: tuple[LensReading, ...]
 
-    def _rows(self) -> list[list[Any]]:
-        return [[getattr(site, name) for name in _HEADERS] for site in self.sites]
-
     def table(self) -> str:
         """Lay the sites out."""
-        used = [place for place, _ in enumerate(_HEADERS) if any(row[place] is not None for row in self._rows())]
-        rows = [[table_cell(row[place]) for place in used] for row in self._rows()]
+        used = [name for name in _HEADERS if any(getattr(site, name) is not None for site in self.sites)]
         seen = f"{self.mask:.0%} of the tokens masked, those judged" if self.mask else "every token there to be seen"
         end = f"{self.method} lens, {format_count(self.num_tokens, 'token')}, {seen}"
-        return f"{format_table(format_headers(_HEADERS[place] for place in used), rows)}\n{end}"
+        return f"{lay_out(self.sites, used)}\n{end}"
 
     __str__ = table
     __repr__ = table
@@ -102,7 +98,7 @@ class Lens:
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the sites, a line each."""
-        return write_csv(path, _HEADERS, self._rows())
+        return write_csv(path, _HEADERS, [[getattr(site, name) for name in _HEADERS] for site in self.sites])
 
     def to_json(self, path: str | Path) -> Path:
         """Write everything as one JSON object."""

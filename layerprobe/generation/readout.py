@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from layerprobe.analysis.figures import Curve, draw_curves
-from layerprobe.analysis.results import table_cell, write_csv, write_json
+from layerprobe.analysis.results import lay_out, write_csv, write_json
 from layerprobe.errors import FormatError, OptionError, SiteError
 from layerprobe.generation.decoding import list_examples
 from layerprobe.generation.keeping import read_decoders, write_decoders
@@ -21,7 +21,7 @@ from layerprobe.store.fingerprint import MODEL_FIELDS
 from layerprobe.store.guard import brief
 from layerprobe.store.padded import choose_layer
 from layerprobe.store.reader import Store, take_store
-from layerprobe.tables import format_count, format_headers, format_table
+from layerprobe.tables import format_count
 
 __all__ = ["LayerReading", "Readout", "load_decoder"]
 
@@ -76,25 +76,22 @@ class Readout:
     decoders: Mapping[str, NarrowDecoder] = field(repr=False)
     model: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
-    def _rows(self) -> list[list[Any]]:
-        return [[getattr(one, name) for name in _HEADERS] for one in (*self.layers, self.baseline)]
-
     def table(self) -> str:
         """Lay the readings out, the baseline last."""
-        rows = [[table_cell(cell) for cell in row] for row in self._rows()]
         said = (
             f"{format_count(self.num_train, 'example')} to train, {self.num_test:,} to judge "
             f"({format_count(self.num_test_tokens, 'token')}); {format_count(self.num_types, 'type')}"
         )
         cut = f"; {format_count(self.num_cut, 'target')} cut" if self.num_cut else ""
-        return f"{format_table(format_headers(_HEADERS), rows)}\n{said}{cut}"
+        return f"{lay_out((*self.layers, self.baseline), _HEADERS)}\n{said}{cut}"
 
     __str__ = table
     __repr__ = table
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the readings, a line each."""
-        return write_csv(path, _HEADERS, self._rows())
+        rows = [[getattr(one, name) for name in _HEADERS] for one in (*self.layers, self.baseline)]
+        return write_csv(path, _HEADERS, rows)
 
     def to_json(self, path: str | Path) -> Path:
         """Write everything but the decoders as one JSON object."""
