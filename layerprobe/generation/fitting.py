@@ -115,7 +115,7 @@ def fit_decoder(
     place = need_device("cpu" if device is None else device)
     store = take_store(store)
     sites = _choose_sites(store, layer)
-    split = split_examples(store, store.ordinals(), max_examples, test_share, seed)
+    split = split_examples(store, max_examples, test_share, seed)
     wanted = find_targets(store, targets, max_length, [*split.train, *split.test])
     types = choose_types(wanted, split.train, max_types)
     if not types:

@@ -47,7 +47,7 @@ class Split:
 
 
 def find_targets(
-    store: Store, targets: str | Sequence[Any] | None, max_length: int, examples: Iterable[int] | None = None
+    store: Store, targets: str | Sequence[Any] | None, max_length: int, examples: Iterable[int]
 ) -> Targets:
     """Find what is to be written for examples.
 
@@ -55,7 +55,7 @@ def find_targets(
         store: The store.
         targets: A field of the records; or a text or a list of token ids per example; None for the example's own text.
         max_length: The most tokens of a target; longer ones are cut.
-        examples: Their ordinals; None for every example that has tokens.
+        examples: Their ordinals; each has tokens.
 
     Raises:
         InputError: one has no such field, or its value is not a text, or a text cannot be cut into tokens.
@@ -71,12 +71,9 @@ def find_targets(
             raise OptionError(f"targets: {what}. Give one for each.")
     found: dict[int, tuple[int, ...]] = {}
     num_cut = 0
-    for ordinal in store.ordinals() if examples is None else examples:
-        own = store.input_ids(ordinal).tolist()
-        if not own:
-            continue
+    for ordinal in examples:
         if targets is None:
-            ids = [token for token in own if token not in special]
+            ids = [token for token in store.input_ids(ordinal).tolist() if token not in special]
         else:
             place = int(np.searchsorted(ordinals, ordinal))
             ids = _encode(store, ordinal, _value_of(store, ordinal, targets, place))
@@ -110,7 +107,7 @@ def _encode(store: Store, ordinal: int, value: Any) -> list[int]:
         raise InputError(f"targets: that of example {ordinal} is {value!r}. Give a text or a list of ids.") from error
 
 
-def split_examples(store: Store, ordinals: Iterable[int], most: int | None, share: float, seed: int) -> Split:
+def split_examples(store: Store, most: int | None, share: float, seed: int) -> Split:
     """Draw the examples that train and those that judge, all of the same tokens on one side; none without tokens.
 
     Raises:
@@ -118,7 +115,7 @@ def split_examples(store: Store, ordinals: Iterable[int], most: int | None, shar
 
     Cost: some 50 bytes for each example.
     """
-    given = np.fromiter(ordinals, np.int64)
+    given = np.fromiter(store.ordinals(), np.int64, len(store))
     digests = np.fromiter(
         (xxh3_64_intdigest(store.input_ids(ordinal).numpy().tobytes()) for ordinal in given.tolist()),
         np.uint64,

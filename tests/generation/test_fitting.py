@@ -76,14 +76,14 @@ def test_numbers_are_those_of_the_seed_and_of_nothing_else(store: Any) -> None:
 def test_an_examples_tokens_are_never_on_both_sides(tmp_path: Path) -> None:
     ids = torch.arange(30).repeat_interleave(2).repeat(3)
     store = lp.open(plant(tmp_path / "acts", {"layers.0": torch.ones(180, 2)}, [2] * 90, ids=ids))
-    split = split_examples(store, list(store.ordinals()), None, 0.3, 0)
+    split = split_examples(store, None, 0.3, 0)
     sides = [{tuple(store.input_ids(one).tolist()) for one in side} for side in (split.train, split.test)]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == len(split.train) + len(split.test) == 30
-    assert len(split_examples(store, list(store.ordinals()), 25, 0.2, 0).train) == 20
+    assert len(split_examples(store, 25, 0.2, 0).train) == 20
 
 
 def test_only_the_targets_of_drawn_examples_are_looked_at(store: Any) -> None:
-    split = split_examples(store, store.ordinals(), 40, 0.25, 0)
+    split = split_examples(store, 40, 0.25, 0)
     drawn = [*split.train, *split.test]
     assert len(set(drawn)) == 40 and len(split.test) == 10
     # of the others anything may be said
@@ -97,7 +97,7 @@ def test_examples_are_drawn_without_keeping_the_ids_of_all(tmp_path: Path) -> No
     many = lp.open(plant(tmp_path / "many", {"layers.0": torch.ones(100_000, 1)}, [50] * 2000, ids=ids))
     list(map(many.input_ids, many.ordinals()))  # what a store keeps for itself
     tracemalloc.start()
-    split = split_examples(many, many.ordinals(), 100, 0.1, 0)
+    split = split_examples(many, 100, 0.1, 0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(split.train) + len(split.test) == 100
@@ -109,16 +109,16 @@ def test_targets_are_own_texts_fields_or_whatever_is_given(tiny: LoadedModel, tm
     store = lp.extract(tiny, records, tmp_path / "acts", sites="layers.0", progress=False)
 
     def said(targets: Any, length: int = 9) -> list[str]:
-        return [tiny.tokenizer.decode(ids) for ids in find_targets(store, targets, length).ids.values()]
+        return [tiny.tokenizer.decode(ids) for ids in find_targets(store, targets, length, range(2)).ids.values()]
 
     assert said(None) == ["the quick fox", "a lazy dog."]
     assert said("answer") == ["dog", "the fox"]
     assert said(["brown", "over"]) == ["brown", "over"]
     mixed: Any = IndexedColumn(["brown", "over"], [1, 0])
     assert said(mixed) == ["brown", "over"]
-    assert find_targets(store, [[7, 8], [9]], 9).ids == {0: (7, 8), 1: (9,)}
-    assert said(None, 1) == ["the", "a"] and find_targets(store, None, 1).num_cut == 2
-    assert choose_types(find_targets(store, [[7, 8, 7], [9, 9, 9]], 9), [0, 1], 2) == [9, 7]
+    assert find_targets(store, [[7, 8], [9]], 9, range(2)).ids == {0: (7, 8), 1: (9,)}
+    assert said(None, 1) == ["the", "a"] and find_targets(store, None, 1, range(2)).num_cut == 2
+    assert choose_types(find_targets(store, [[7, 8, 7], [9, 9, 9]], 9, range(2)), [0, 1], 2) == [9, 7]
     with pytest.raises(InputError, match=r"targets='genre' of .*: example 0 has no such field but text, .*\. Name"):
         said("genre")
     with pytest.raises(OptionError, match="targets: 1 for 2 examples"):
