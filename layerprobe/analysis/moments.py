@@ -14,9 +14,9 @@ from torch import Tensor
 from layerprobe.analysis.geometry import cut_cosines, mean_cosine, normalise
 from layerprobe.errors import OptionError
 
-__all__ = ["COSINES", "RunningMoments", "Scaling", "UnitSums", "check_cosine"]
+__all__ = ["RunningMoments", "Scaling", "UnitSums", "check_cosine"]
 
-COSINES = ("raw", "centred", "zscored")
+_COSINES = ("raw", "centred", "zscored")
 # Of its own size, or of what is usual among the dimensions: a deviation that rounding alone may leave.
 _DEAD = 1e-6
 
@@ -27,8 +27,8 @@ def check_cosine(cosine: object) -> None:
     Raises:
         OptionError: it does not.
     """
-    if cosine not in COSINES:
-        raise OptionError(f"cosine={cosine!r}: use {', '.join(COSINES)}.")
+    if cosine not in _COSINES:
+        raise OptionError(f"cosine={cosine!r}: use {', '.join(_COSINES)}.")
 
 
 @dataclass(frozen=True, eq=False)

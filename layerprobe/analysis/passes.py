@@ -19,7 +19,7 @@ from layerprobe.analysis.moments import RunningMoments, Scaling, UnitSums
 from layerprobe.analysis.sweep import Chunk
 from layerprobe.store.description import StoredSite
 
-__all__ = ["CKA_ROWS", "MOST_MOVES", "MovePass", "ShapePass"]
+__all__ = ["CKA_ROWS", "MovePass", "ShapePass"]
 
 # Rows of a minibatch of CKA, as in Nguyen et al. 2021; the unbiased estimate needs 4.
 CKA_ROWS = 256
@@ -27,7 +27,7 @@ _LEAST_CKA_ROWS = 4
 # Ethayarajh 2019 takes 1,000 words, each with at least 5 contexts.
 _MOST_WORDS = 1000
 _LEAST_CONTEXTS = 5
-MOST_MOVES = 10
+_MOST_MOVES = 10
 
 
 class ShapePass:
@@ -167,9 +167,9 @@ class MovePass:
             self._word_squares[site].index_add_(0, words, rows.square().sum(1))
 
     def _keep_best(self, pair: int, means: Tensor, ordinals: Tensor, counts: Tensor) -> None:
-        most = means.topk(min(MOST_MOVES, len(means))).indices
+        most = means.topk(min(_MOST_MOVES, len(means))).indices
         found = zip(means[most].tolist(), ordinals[most].tolist(), counts[most].tolist(), strict=True)
-        self._best[pair] = heapq.nlargest(MOST_MOVES, [*self._best[pair], *found])
+        self._best[pair] = heapq.nlargest(_MOST_MOVES, [*self._best[pair], *found])
 
     @property
     def mean_norms(self) -> list[float]:
@@ -210,7 +210,7 @@ class MovePass:
         if not len(counted):
             counted = (self._type_counts > 0).nonzero().flatten()
         means = self._type_moves[pair][counted] / self._type_counts[counted]
-        most = means.topk(min(MOST_MOVES, len(means))).indices
+        most = means.topk(min(_MOST_MOVES, len(means))).indices
         chosen = counted[most]
         found = zip(self._ids[chosen].tolist(), self._type_counts[chosen].tolist(), means[most].tolist(), strict=True)
         return list(found)

@@ -80,7 +80,7 @@ def fitting() -> Iterator[None]:
         yield
 
 
-def standardise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _standardise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find the mean and the inverse deviation of each dimension, float64 `[D]`; 0 for one that does not vary."""
     mean = values.mean(0, dtype=np.float64)
     squares = np.zeros_like(mean)
@@ -104,7 +104,7 @@ def fit_probe(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    mean, scale = standardise(values) if scaling is None else scaling
+    mean, scale = _standardise(values) if scaling is None else scaling
     used = scale > 0
     weights, bias = np.zeros((num_classes, len(mean))), np.full(num_classes, -np.inf)
     seen = np.unique(labels)
@@ -132,7 +132,7 @@ def fit_probe(
 
 def fit_best(train: tuple[np.ndarray, np.ndarray], dev: tuple[np.ndarray, np.ndarray], num_classes: int) -> Fit:
     """Fit at each strength and keep the one with the best dev accuracy, the strongest penalty among equals."""
-    scaling = standardise(train[0])
+    scaling = _standardise(train[0])
     best: Fit | None = None
     for strength in _STRENGTHS:
         probe, is_converged = fit_probe(*train, num_classes, strength, scaling)

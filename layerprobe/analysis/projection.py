@@ -17,9 +17,9 @@ from layerprobe.analysis.geometry import turn_onto
 from layerprobe.errors import OptionError
 from layerprobe.packages import need_package
 
-__all__ = ["METHODS", "Panel", "check_method", "project"]
+__all__ = ["Panel", "check_method", "project"]
 
-METHODS = ("pca", "tsne", "umap")
+_METHODS = ("pca", "tsne", "umap")
 _NEIGHBOURS = 10
 # Trustworthiness compares all pairs: more points than this are drawn from.
 _MOST_TRUSTED = 2000
@@ -96,8 +96,8 @@ def check_method(method: str, shared: bool) -> None:
     Raises:
         OptionError: there is no such method, it has no basis to share, or a package that it needs is not installed.
     """
-    if method not in METHODS:
-        raise OptionError(f"method={method!r}: use {', '.join(METHODS)}.")
+    if method not in _METHODS:
+        raise OptionError(f"method={method!r}: use {', '.join(_METHODS)}.")
     if shared and method != "pca":
         raise OptionError(f"shared=True with method={method!r}: only PCA has a basis to share.")
     # trustworthiness is measured whatever the method

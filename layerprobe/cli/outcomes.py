@@ -12,15 +12,15 @@ import typer
 
 from layerprobe.errors import OptionError, StoreError
 
-__all__ = ["PICTURES", "check_out", "check_place", "conclude", "refuse_given", "say_wrote"]
+__all__ = ["check_out", "check_place", "conclude", "refuse_given", "say_wrote"]
 
-PICTURES = (".png", ".svg", ".pdf")
+_PICTURES = (".png", ".svg", ".pdf")
 _TEXTS = (".csv", ".json")
 
 
 def check_out(
     out: str | None,
-    suffixes: Sequence[str] = (*_TEXTS, *PICTURES),
+    suffixes: Sequence[str] = (*_TEXTS, *_PICTURES),
     *,
     json: str | None = None,
     save: str | None = None,
@@ -43,7 +43,7 @@ def check_out(
     if path.suffix.lower() not in suffixes:
         raise OptionError(f"--out {out}: {path.suffix or 'no suffix'!r} is not {', '.join(suffixes)}.")
     check_place(out)
-    if path.suffix.lower() in PICTURES:
+    if path.suffix.lower() in _PICTURES:
         from layerprobe.analysis.figures import check_picture
 
         check_picture(path)

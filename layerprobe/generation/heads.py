@@ -50,7 +50,7 @@ class MaskedHead:
             raise OptionError(
                 f"lens of {mapped.owner}: its base is not a part of its own. Use a BertForMaskedLM or kin."
             )
-        self._norm = find_norm(mapped)
+        self._norm = _find_norm(mapped)
         self._dtype = next(mapped.model.parameters()).dtype
 
     def __call__(self, rows_TD: Tensor, is_final: bool) -> Tensor:
@@ -88,7 +88,7 @@ class EmbeddingHead:
         return nn.functional.normalize(vectors_TE.float(), dim=1) @ self._directions.T
 
 
-def find_norm(mapped: ModelMap) -> Any:
+def _find_norm(mapped: ModelMap) -> Any:
     """Find the final norm of a model; None where it has none."""
     found = [site for site in mapped.table if site.name == "norm"]
     return mapped.model.get_submodule(found[0].module) if found else None

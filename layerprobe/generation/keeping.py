@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import FormatError, StoreError, telling_refusals
-from layerprobe.generation.narrow import DecoderShape, NarrowDecoder
+from layerprobe.generation.narrow import NUM_RESERVED, DecoderShape, NarrowDecoder
 from layerprobe.store.format import check_keepable
 from layerprobe.store.guard import SMALL, brief, exists_inside, need_path, parse_json, read_inside
 
@@ -96,7 +96,7 @@ def _build(site: str, tensors: Mapping[str, Tensor], types: list[int], shape: De
     embedded, places = own["language.bert.embeddings.word_embeddings.weight"], "position_embeddings.weight"
     sizes = {
         "width": (shape.width, embedded.shape[1]),
-        "types": (len(types), embedded.shape[0] - NarrowDecoder.num_reserved),
+        "types": (len(types), embedded.shape[0] - NUM_RESERVED),
         "max_length": (shape.max_length, len(own[f"language.bert.embeddings.{places}"]) - 1),
     }
     # before anything is built of numbers that a file gives

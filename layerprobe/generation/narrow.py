@@ -9,15 +9,15 @@ Must never know of stores or of how it is trained.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["END", "PAD", "START", "UNKNOWN", "DecoderShape", "NarrowDecoder"]
+__all__ = ["END", "NUM_RESERVED", "PAD", "START", "UNKNOWN", "DecoderShape", "NarrowDecoder"]
 
 PAD, START, END, UNKNOWN = range(4)
-_NUM_RESERVED = 4
+NUM_RESERVED = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class NarrowDecoder(nn.Module):
         shape: Its size.
     """
 
-    num_reserved: ClassVar[int] = _NUM_RESERVED
     mean: Tensor
     scale: Tensor
 
@@ -49,9 +48,9 @@ class NarrowDecoder(nn.Module):
 
         self.types = tuple(types)
         self.shape = shape
-        self._places = {token: place + _NUM_RESERVED for place, token in enumerate(self.types)}
+        self._places = {token: place + NUM_RESERVED for place, token in enumerate(self.types)}
         config: Any = BertConfig(
-            vocab_size=len(self.types) + _NUM_RESERVED,
+            vocab_size=len(self.types) + NUM_RESERVED,
             hidden_size=shape.width,
             num_hidden_layers=shape.num_layers,
             num_attention_heads=shape.num_heads,
@@ -101,7 +100,7 @@ class NarrowDecoder(nn.Module):
         for place in places:
             if place == END:
                 break
-            found.append(self.types[place - _NUM_RESERVED] if place >= _NUM_RESERVED else unknown_id)
+            found.append(self.types[place - NUM_RESERVED] if place >= NUM_RESERVED else unknown_id)
         return found
 
     @torch.no_grad()

@@ -33,12 +33,12 @@ from layerprobe.store.shards import Shard
 from layerprobe.tables import format_bytes, format_count, format_dtype
 from layerprobe.telling import make_bar
 
-__all__ = ["FORMATS", "ExportReport", "export"]
+__all__ = ["ExportReport", "export"]
 
 _TABLES: dict[str, Callable[..., None]] = {"parquet": write_parquet, "arrow": write_arrow}
 _PACKED: dict[str, Callable[[Path, Sequence[PackedArray]], None]] = {"npz": write_npz, "zarr": write_zarr}
 _MODULES = {"parquet": "pyarrow.parquet", "arrow": "pyarrow.ipc", "zarr": "zarr"}
-FORMATS = (*_TABLES, *_PACKED)
+_FORMATS = (*_TABLES, *_PACKED)
 # file systems take 255 bytes, and the name of the folder of work has more to it
 _MOST_NAME_BYTES = 180
 
@@ -49,7 +49,7 @@ class ExportReport:
 
     Args:
         out: Where it is.
-        format: One of `FORMATS`.
+        format: `parquet`, `arrow`, `npz` or `zarr`.
         num_examples, num_tokens, num_bytes: How much it is.
         sites: Their names.
         widened: Sites whose dtype the format has not, with that dtype; they are float32 there.
@@ -155,11 +155,11 @@ def export(
 
 def _choose_format(out: Path, to: str | None) -> str:
     suffix = out.suffix.lower()
-    said = "arrow" if suffix == ".feather" else suffix.removeprefix(".") if suffix[1:] in FORMATS else None
+    said = "arrow" if suffix == ".feather" else suffix.removeprefix(".") if suffix[1:] in _FORMATS else None
     if to is None:
         return said or "parquet"
-    if to not in FORMATS:
-        raise OptionError(f"no format {to!r}: use {', '.join(FORMATS)}.")
+    if to not in _FORMATS:
+        raise OptionError(f"no format {to!r}: use {', '.join(_FORMATS)}.")
     if said not in (None, to):
         raise OptionError(f"{out}: the name says {said}, to={to!r} another format. Leave out to (--to), or rename it.")
     return to

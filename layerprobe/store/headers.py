@@ -39,7 +39,6 @@ __all__ = [
     "lay_out",
     "parse_header",
     "parse_shard_name",
-    "shard_name",
 ]
 
 FORMAT_VERSION = 1
@@ -115,10 +114,10 @@ class ShardHeader:
 
     @property
     def file(self) -> str:
-        return shard_name(self.unit)
+        return _name_shard(self.unit)
 
 
-def shard_name(unit: int) -> str:
+def _name_shard(unit: int) -> str:
     """Name the file of a unit."""
     return f"shard-{unit:06d}.safetensors"
 
@@ -126,7 +125,7 @@ def shard_name(unit: int) -> str:
 def parse_shard_name(name: str) -> int | None:
     """Read the unit out of a file name; None if it is not a shard's."""
     match = _SHARD_NAME.match(name)
-    return int(match.group(1)) if match and shard_name(int(match.group(1))) == name else None
+    return int(match.group(1)) if match and _name_shard(int(match.group(1))) == name else None
 
 
 def checksum(data: "bytes | memoryview") -> str:
