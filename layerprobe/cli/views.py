@@ -11,7 +11,7 @@ from layerprobe.store.guard import brief
 from layerprobe.store.headers import parse_shard_name
 from layerprobe.store.progress import StoreStatus
 from layerprobe.store.reader import Store
-from layerprobe.tables import format_bytes, format_count, format_dtype, format_table
+from layerprobe.tables import format_bytes, format_count, format_dtype, format_table, format_time
 
 __all__ = ["describe_example", "describe_status", "describe_store"]
 
@@ -66,37 +66,28 @@ def describe_status(status: StoreStatus) -> str:
         f"done      {_format_part(status.num_units_done, status.num_units, 'shard')}, "
         f"{_format_part(status.num_examples_done, status.num_examples, 'example')}",
     ]
-    if status.process is not None:
+    if status.process is not None and status.heard_s is not None:
         alive = {True: "alive", False: "gone", None: "cannot be asked from here"}[status.is_alive]
-        lines.append(f"process   {status.process}, {alive}; last heard of {_format_time(status.heard_s)} ago")
+        lines.append(f"process   {status.process}, {alive}; last heard of {format_time(status.heard_s)} ago")
     if status.tokens_per_s is not None and status.bytes_per_s is not None and status.stalled is not None:
         lines.append(
             f"pace      {status.tokens_per_s:,.0f} tokens/s, {format_bytes(status.bytes_per_s)}/s, "
             f"stalled {status.stalled:.0%} of the time"
         )
-        lines.append(f"left      {_format_time(status.remaining_s)}, {format_bytes(status.missing_bytes or 0)}")
+        left = "unknown time" if status.remaining_s is None else format_time(status.remaining_s)
+        lines.append(f"left      {left}, {format_bytes(status.missing_bytes or 0)}")
     if status.is_waiting:
-        lines.append(f"room      waiting for it on the disk, {_format_time(status.waited_s)} so far")
+        lines.append(f"room      waiting for it on the disk, {format_time(status.waited_s or 0.0)} so far")
     elif status.waited_s:
-        lines.append(f"room      waited {_format_time(status.waited_s)} for it on the disk")
+        lines.append(f"room      waited {format_time(status.waited_s)} for it on the disk")
     if status.free_bytes is not None and status.state not in ("complete", "damaged"):
-        full = "" if status.full_s is None else f"; full in {_format_time(status.full_s)} at this pace"
+        full = "" if status.full_s is None else f"; full in {format_time(status.full_s)} at this pace"
         lines.append(f"disk      {format_bytes(status.free_bytes)} free{full}")
     return "\n".join(lines)
 
 
 def _format_part(done: int, whole: int | None, noun: str) -> str:
     return format_count(done, noun) if whole is None else f"{done:,} of {format_count(whole, noun)}"
-
-
-def _format_time(seconds: float | None) -> str:
-    """Write a time in the unit in which it is a number of two or three digits."""
-    if seconds is None:
-        return "unknown time"
-    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {name}"
-    return f"{seconds:.0f} s"
 
 
 def describe_example(example: Example) -> str:

@@ -113,7 +113,7 @@ def test_status_of_a_run_under_way(run: Run, folder: Path) -> None:
         words = [line.split()[0] for line in printed.splitlines()]
         assert words == ["store", "done", "process", "pace", "left", "disk"]
         assert ": running\n" in printed and "2 of 8 examples" in printed and f"process {os.getpid()} on " in printed
-        assert re.search(r", alive; last heard of \d+ s ago\n", printed)
+        assert re.search(r", alive; last heard of \d+\.\d s ago\n", printed)
     code, printed, _ = run("status", folder)
     assert code == 0 and ": stopped: it was asked to. Run the same extraction again to go on\n" in printed
 
@@ -133,14 +133,14 @@ def test_status_says_paces_and_times_in_fitting_units(folder: Path) -> None:
     assert describe_status(running).splitlines() == [
         "store     acts: running",
         "done      3 of 12 shards, 30 of 120 examples",
-        "process   process 7 on here, alive; last heard of 0 s ago",
+        "process   process 7 on here, alive; last heard of 0.4 s ago",
         "pace      1,234 tokens/s, 2.5 GB/s, stalled 12% of the time",
-        "left      2.0 h, 1.0 TB",
+        "left      2.0 hours, 1.0 TB",
         "disk      100.0 GB free; full in 4.0 days at this pace",
     ]
     killed = StoreStatus("acts", "killed", 3, None, 30, None, process="process 7 on here", is_alive=False, heard_s=130)
     assert describe_status(killed).splitlines()[1:] == [
         "done      3 shards, 30 examples",
-        "process   process 7 on here, gone; last heard of 2.2 min ago",
+        "process   process 7 on here, gone; last heard of 2.2 minutes ago",
     ]
     assert read_status(folder).state == "complete"

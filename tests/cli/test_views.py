@@ -91,8 +91,8 @@ def test_a_pooled_example_shows_one_norm_per_site(tiny_model_folder: Path, tmp_p
 
 def test_a_wait_for_room_is_told_while_it_lasts_and_after() -> None:
     status = StoreStatus("acts", "running", 1, 2, 3, 4, waited_s=7300.0, is_waiting=True)
-    assert "room      waiting for it on the disk, 2.0 h so far" in describe_status(status)
-    assert "room      waited 2.0 h for it on the disk" in describe_status(replace(status, is_waiting=False))
+    assert "room      waiting for it on the disk, 2.0 hours so far" in describe_status(status)
+    assert "room      waited 2.0 hours for it on the disk" in describe_status(replace(status, is_waiting=False))
     assert "room" not in describe_status(replace(status, is_waiting=False, waited_s=0.0))
 
 

@@ -340,7 +340,7 @@ def test_status_says_that_a_run_waits_for_room(
     assert [status.waited_s for status in seen[1:]] == [1, 3]
     for status in seen[1:]:
         assert status.state == "running" and status.is_waiting
-    assert "room      waiting for it on the disk, 3 s so far" in describe_status(seen[-1])
+    assert "room      waiting for it on the disk, 3.0 s so far" in describe_status(seen[-1])
 
 
 def test_a_run_that_fails_waits_for_no_room(
