@@ -76,29 +76,29 @@ def main() -> None:
     try:
         status = app(arguments or ["--help"], prog_name="layerprobe", standalone_mode=False)
     except LayerProbeError as error:
-        if "--debug" in sys.argv[1:]:
-            traceback.print_exc()
-        print(f"layerprobe: {' '.join(str(error).splitlines())}", file=find_stderr())
-        status = 2
+        status = _report(" ".join(str(error).splitlines()))
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
         lost = _give_up_stdout() if isinstance(error, OSError) else None
         if lost is not None:
-            print(f"layerprobe: standard output: cannot be written ({lost.strerror or lost}).", file=find_stderr())
-            status = 2
+            status = _report(f"standard output: cannot be written ({lost.strerror or lost}).")
         elif _ran_out(error):
-            if "--debug" in sys.argv[1:]:
-                traceback.print_exc()
-            print(
-                f"layerprobe: memory ran out ({first_line(error)}). Allow the process more, or ask it for fewer sites, "
-                "smaller shards or smaller batches.",
-                file=find_stderr(),
+            status = _report(
+                f"memory ran out ({first_line(error)}). Allow the process more, or ask it for fewer sites, smaller "
+                "shards or smaller batches."
             )
-            status = 2
         else:
             status = _report_usage(error)
     sys.exit(status)
+
+
+def _report(text: str) -> int:
+    """Print an error in one line, after its traceback where `--debug` asks for that; gives the exit code."""
+    if "--debug" in sys.argv[1:]:
+        traceback.print_exc()
+    print(f"layerprobe: {text}", file=find_stderr())
+    return 2
 
 
 def _open_missing() -> None:
