@@ -83,6 +83,12 @@ def _as_bytes(tensor: Tensor) -> np.ndarray:
     return tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
 
 
+def _find_worker() -> tuple[int, int]:
+    """Say which worker of a `DataLoader` this is, and of how many; the only one outside of any."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker is not None else (0, 1)
+
+
 def take_rows(shard: Shard, site: StoredSite, rows: Tensor) -> Tensor:
     """Copy some rows of a site out of a shard: `[n, D]` in the stored dtype, float32 where that is int8."""
     places = rows.numpy()
@@ -160,9 +166,11 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         for name, own in self._identity().items():
             if state.get(name) != own:
                 way = "ask for the same rows in the same way"
-                way = "rows are mixed otherwise now, begin the epoch anew" if name == "order" else way
-                message = f"a state with {name}={state.get(name)!r} cannot go on here, where {name} is {own!r}: {way}."
-                raise OptionError(message)
+                if name == "order":
+                    way = "rows are mixed otherwise now, begin the epoch anew"
+                raise OptionError(
+                    f"a state with {name}={state.get(name)!r} cannot go on here, where {name} is {own!r}: {way}."
+                )
         given = state.get("given")
         if type(given) is not int or not 0 <= given <= len(self._share()):
             raise OptionError(f"a state with given={given!r} cannot go on: the batches here are {len(self._share())}.")
@@ -172,19 +180,18 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
 
     def _share(self) -> range:
         """The numbers of the batches of this rank and, inside a `DataLoader`, of this worker."""
-        worker = get_worker_info()
-        turn, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        turn, workers = _find_worker()
         options = self._options
         return range(turn * options.world + options.rank, self._num_batches, options.world * workers)
 
     def _identity(self) -> dict[str, Any]:
-        worker = get_worker_info()
+        worker, workers = _find_worker()
         said = {name: int(value) for name, value in vars(self._options).items()}
         return {
             **said,
             **({"order": ORDER} if self._options.shuffle else {}),
-            "worker": worker.id if worker is not None else 0,
-            "workers": worker.num_workers if worker is not None else 1,
+            "worker": worker,
+            "workers": workers,
             "fingerprint": self._catalog.fingerprint,
             "sites": [site.name for site in self._sites],
             "num_rows": self._order.num_rows,
