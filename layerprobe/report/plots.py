@@ -166,7 +166,8 @@ def plot(
     """
     check_flag("shared", shared)
     check_method(method, shared)
-    check_count("max_points", _MOST_POINTS[method] if max_points is None else max_points, 3)
+    most = _MOST_POINTS[method] if max_points is None else max_points
+    check_count("max_points", most, 3)
     check_count("seed", seed, 0)
     if color is not None and not isinstance(color, str):
         raise OptionError(f"color is {brief(repr(color))}: use token, position, norm, or the name of a field.")
@@ -178,7 +179,6 @@ def plot(
     if color is None:
         color = "label" if has_field(store, "label") else "norm"
     kind = choose_points(store, sites, color, points, pool)
-    most = max_points or _MOST_POINTS[method]
     named = list_named(site, store.sites)
     drawn = draw_points(store, sites, kind, pool=pool, max_points=most, seed=seed, named=named, progress=progress)
     colours = colour_points(store, drawn, color)

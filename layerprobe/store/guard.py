@@ -16,6 +16,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeGuard
@@ -309,12 +310,8 @@ def _parse_int(digits: str, most_digits: int = _INTEGER_DIGITS) -> int:
     return int(digits)
 
 
-def _parse_long(digits: str) -> int:
-    return _parse_int(digits, _LONG_DIGITS)
-
-
 # made once, and not for each of millions of records
-_RECORDS = json.JSONDecoder(parse_int=_parse_long)
+_RECORDS = json.JSONDecoder(parse_int=partial(_parse_int, most_digits=_LONG_DIGITS))
 
 
 def _parse_float(digits: str) -> float:

@@ -36,13 +36,12 @@ def commit_index(where: Path | Place, headers: Iterable[ShardHeader]) -> None:
     Raises:
         StoreError: it would name more shards than a reader takes.
     """
-    headers = sorted(headers, key=lambda header: header.unit)
+    place, headers = find_place(where), sorted(headers, key=lambda header: header.unit)
     if len(headers) > MOST_SHARDS:
         raise StoreError(
-            f"{find_place(where).label(INDEX_FILE)}: cannot be written ({len(headers):,} shards; at most "
+            f"{place.label(INDEX_FILE)}: cannot be written ({len(headers):,} shards; at most "
             f"{MOST_SHARDS:,} are read). Ask for larger shards."
         )
-    place = find_place(where)
     index = {
         "format": FORMAT_VERSION,
         "store_checksum": checksum_file(place, STORE_FILE),

@@ -279,8 +279,10 @@ def _fill(
     with make_bar(size, "", progress, "B") as bar:
         for unit in range(report.num_units):
             header = _bring(target, copies.get(unit, []), wanted, report, link, bar)
-            report.missing += [unit] if header is None else []
-            headers += [header] if header is not None else []
+            if header is None:
+                report.missing.append(unit)
+            else:
+                headers.append(header)
     if report.is_complete:
         _check_run(target, headers, wanted)
         if not (target / INDEX_FILE).exists() or report.num_added:

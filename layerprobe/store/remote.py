@@ -138,7 +138,6 @@ class RemotePlace:
 
     def list_files(self, folder: str = "") -> list[str]:
         """List what lies in the place or in a folder of it, without what lies deeper."""
-
         return [name for name, _ in self._list(folder)]
 
     def list_sizes(self) -> dict[str, int]:

@@ -149,7 +149,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
                 "Use iter_pooled()."
             ) from error
         row = 0
-        for vectors in self.iter_pooled(pool):
+        for vectors in self._iter_pooled(pool or "mean"):
             out[row : row + len(vectors)] = vectors
             row += len(vectors)
         return out
