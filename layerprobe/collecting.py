@@ -18,7 +18,8 @@ __all__ = ["collecting_later", "keep_for_good"]
 
 
 def _put_back(collector: ModuleType, was_enabled: bool) -> None:
-    # nothing is looked at: all objects are taken for old ones; where somebody keeps some for good, so they stay
+    # all objects become old ones, so that none is gone through at once; not where a caller has frozen some, which this
+    # would thaw
     if not collector.get_freeze_count():
         collector.freeze()
         collector.unfreeze()

@@ -18,7 +18,7 @@ from layerprobe.sharing import SharedSetting
 
 __all__ = ["count_cores", "few_cores", "using_cores", "using_few_cores"]
 
-# What a user sets who knows better.
+# By which a user chooses the number of threads.
 _ASKED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -83,7 +83,7 @@ _held = _HeldRounding()
 
 
 def _change(is_rounded: bool) -> Callable[[], None]:
-    """Set it, and give what puts it back; nothing is touched where it is so."""
+    """Set how products are rounded, unless they are so already; gives a function that restores what was set before."""
     parent = getattr(torch.backends, "fp32_precision", None)
     places: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     settings = [(place, place.fp32_precision) for place in places if hasattr(place, "fp32_precision")]
@@ -98,7 +98,7 @@ def _change(is_rounded: bool) -> Callable[[], None]:
     def put_back() -> None:
         torch.set_float32_matmul_precision(before)
         for place, setting in settings:
-            # what comes from above is not told from what is said here, but goes on coming from there
+            # a value that equals the parent's is taken for inherited, and inherited again
             place.fp32_precision = "none" if setting == parent else setting
 
     return put_back

@@ -94,7 +94,7 @@ def make_bar(
 
 
 def make_run_bar(shows: bool, total: int | None = None, initial: int = 0) -> "tqdm[Any]":
-    """Make the bar of a run over examples, whether it is shown said already."""
+    """Make the bar of a run over examples; whether it is shown, the caller has decided."""
     # a log file wants a line now and then, and none of a short run
     pause_s = 0.0 if find_stderr().isatty() else _LOG_INTERVAL_S
     return make_bar(total, "", shows, "examples", initial=initial, pause_s=pause_s)
@@ -112,6 +112,6 @@ def say(text: str) -> None:
     """Say something in a line of its own, above the bars."""
     from tqdm import tqdm
 
-    # bars of the caller's own, around a run, are on the stream itself
+    # the caller's own bars, around a run, write to the stream itself, and give way to the line too
     with suppress(AttributeError, OSError, ValueError), tqdm.external_write_mode(sys.stderr):
         tqdm.write(f"layerprobe: {text}", file=find_stderr())

@@ -1,6 +1,6 @@
 """What a classifier of activations must be better than: the most frequent class, and the words themselves.
 
-Also the labels of a control task, which hang on the type of an item and on nothing that a layer could know.
+Also the labels of a control task, which depend on the type of an item alone, and on nothing that a layer could know.
 
 scikit-learn is imported in the functions that fit. Must never know of stores, sites or vectors.
 """

@@ -24,7 +24,7 @@ from layerprobe.telling import make_bar
 
 __all__ = ["draw_numbers", "draw_rows"]
 
-# Rows that are drawn lie anywhere, and the system maps so much around each that it finds in its cache.
+# A drawn row may lie anywhere, and with it the system maps so much around it as is in its cache.
 _AROUND_BYTES = 64 << 10
 _DRAWN_ROWS = 1024
 # Rows of a draw that are mixed with each other, as they are held, and how many pieces they are of at least: shards, or
@@ -148,7 +148,7 @@ def _gather(
     found = {site.name: torch.empty(num_rows, site.width, dtype=_held_dtype(site), device="cpu") for site in sites}
     names = [*found, *(site.name + SCALE_SUFFIX for site in sites if site.dtype == torch.int8)]
     spans = [(piece.shard, piece.start, piece.stop) for piece in pieces]
-    # the next one of a folder would be let go of before its turn, and mapped again
+    # of a folder none: its mapping would be let go of before its turn, and made again
     ahead = 1 if catalog.place.folder is not None else _PIECES_AHEAD
     held = list[object]()
     for place, piece in enumerate(pieces):

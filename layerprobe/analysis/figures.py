@@ -123,7 +123,7 @@ def check_picture(path: str | Path) -> Path:
 def save_figure(figure: Any, path: str | Path | None) -> Any:
     """Write a figure, in the format of the suffix, without the time or the program's version; gives the figure.
 
-    A notebook shows a figure that was made without pyplot only where it says itself how.
+    A notebook shows a figure that was made without pyplot only by a method of its own.
     Letters that no font has, and that are drawn as boxes, are said in one line.
 
     Raises:

@@ -32,9 +32,9 @@ __all__ = [
 ]
 
 _CHUNK_ROWS = 4096
-# Read since mappings were last let go.
+# Read before mappings are let go of.
 _MOST_MAPPED_BYTES = 16 << 20
-# Of the keys of a draw, so that the last example that is taken is found among few.
+# In which the keys of a draw are counted: the last example that is taken is then sought in one of them.
 _BINS = 4096
 
 

@@ -142,7 +142,7 @@ def gather_texts(
         while pile.left and (part := [record.text for record in islice(records, _TEXTS_AHEAD)]):
             unit = tokenize(tokenizer, part, length)
             masked = _choose_tokens(unit, sorted(special), mask, maker)
-            # before they are sorted by length: the first that are enough
+            # counted in the order of the texts, not of the batches: the first that are enough
             before = np.cumsum([0, *map(len, masked)])[:-1]
             num_texts = int(np.searchsorted(before, pile.left))
             judged = [places[: pile.left - start] for places, start in zip(masked[:num_texts], before, strict=False)]

@@ -38,11 +38,11 @@ __all__ = ["MOST_OPEN_SHARDS", "Catalog"]
 
 # Before Python 3.13 a mapping holds a file descriptor; a process may have about a thousand.
 MOST_OPEN_SHARDS = 256
-# Of a store under a URL: the shard that is worked on and those whose tensors are fetched meanwhile, and how many are
-# opened at once when the next of those is not: the server's answer time is paid once for them.
+# Of a store under a URL: how many shards are fetched ahead, the one that is read included, and how many are opened at
+# once where one of those is not open: the server's answer time is paid once for all of them.
 _SHARDS_AHEAD = 3
 _OPENED_AT_ONCE = 16
-# Of a run that does not say how many examples it has.
+# In place of the number of examples, where a run does not say it.
 _NO_END = 1 << 63
 
 
@@ -149,8 +149,8 @@ class Catalog:
     def slice_ordinals(self, wanted: slice) -> range:
         """Give the ordinals that a slice means.
 
-        A bound that is left out, or negative, counts to the last example that is there, as a negative ordinal does; any
-        other is cut at the end of the run, and where that is not known, not at all.
+        A bound that is left out or negative is relative to the last example that is there, as a negative ordinal is;
+        any other may lie beyond it, up to the end of the run where that is known.
 
         Raises:
             OptionError: a bound is not a whole number, or the step is 0.
@@ -243,7 +243,7 @@ class Catalog:
             except StoreError:
                 if place == 0:
                     raise
-                break  # told when it is asked for
+                break  # raised when it is asked for
             held += shard.prefetch(names, needs_room=place >= num_needed)
         return held
 
@@ -268,7 +268,7 @@ class Catalog:
             except StoreError:
                 if place < num_needed:
                     raise
-                break  # told when it is asked for
+                break  # raised when it is asked for
             held[place] = shard.fetch(names, start, stop, needs_room=place >= num_needed)
         return held
 
@@ -283,7 +283,7 @@ class Catalog:
                 except StoreError:
                     if number == numbers[0]:
                         raise
-                    return  # told when it is asked for
+                    return  # raised when it is asked for
 
     def _keep(self, number: int, shard: Shard) -> Shard:
         self._open[number] = shard

@@ -181,7 +181,7 @@ def _check_positions(positions: Tensor, offsets: Tensor) -> None:
 
 
 def _check_kept(header: ShardHeader, rule: Kept, columns: Mapping[str, Tensor]) -> None:
-    """Check that every row is one that the run was to keep; that none is missing only the texts could tell."""
+    """Check that every row is one that the run keeps; whether one is missing, only the texts could tell."""
     if POSITIONS not in header.tensors:
         raise FormatError(f"has no {POSITIONS}; {STORE_FILE} says that it keeps {rule}")
     if not header.num_tokens:

@@ -241,7 +241,7 @@ def _committed(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _remove_work(work: Path, lock: StoreLock) -> None:
-    """Remove the folder of an export that has ended; where something in it stays, so does what tells it is left."""
+    """Remove the folder of an export that has ended; where something in it stays, so does the lock that marks it."""
     new, old = work / "new", work / "old"
     try:
         if not _has_only_copy(work):

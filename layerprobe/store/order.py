@@ -123,7 +123,7 @@ class EpochOrder:
         """List the piece that a row of an unmixed epoch lies in, and those that a share's batches come to next."""
         found, left = list[tuple[int, int, int]](), self._pair_rows
         while row < self.num_rows and len(found) < _PIECES_AHEAD:
-            # whose batch is that row's, or comes next
+            # the turn whose batch holds that row, or else the next one
             turn = max(0, -((share.start - row // batch_size) // share.step))
             if turn >= len(share):
                 break

@@ -2,7 +2,7 @@
 
 One example of one site costs its own bytes and, the first time in a shard, the first 64 KiB. Whole tensors are fetched
 by several requests at once, held against their checksums, and kept for as long as a bounded cache has room or someone
-holds them. Rows fetched by range cannot be held against the checksum of the whole; that they come in full is seen.
+holds them. Rows fetched by range cannot be held against the checksum of the whole: only their number is checked.
 
 Hides threads and the cache. Must never know of sites, or of what kind of place gives the bytes.
 """

@@ -73,7 +73,7 @@ def _pick(source: Tensor, rows: np.ndarray, out: Tensor) -> Tensor:
         return out
     if not 0 <= int(rows.min()) <= int(rows.max()) < len(source):
         raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(source)}")
-    # numpy copies what it may refuse half way to a buffer first, and there is nothing left to refuse
+    # in any other mode numpy copies to a buffer first, lest it refuse an index half way; all were checked above
     np.take(_as_bytes(source), rows, axis=0, out=_as_bytes(out), mode="clip")
     return out
 

@@ -163,10 +163,10 @@ class MappedShard:
         return self._tensors[name]
 
     def _let_go(self, start: int, stop: int) -> None:
-        """Drop the pages that a comparison has touched: all of a tensor would count as memory, whatever is read of it.
+        """Drop the pages that a comparison has touched: the whole tensor would count as memory, however little is read.
 
-        They stay in the system's cache. Only whole pages of a tensor that nobody has yet: in others may be changes of
-        the caller, who may write to what he is given.
+        They stay in the system's cache. Only whole pages of a tensor that was not handed out yet: others may hold what
+        a caller has written there.
         """
         start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop - stop % mmap.PAGESIZE
         if hasattr(mmap, "MADV_DONTNEED") and stop > start:

@@ -36,8 +36,8 @@ class SiteView(Sequence[Tensor | ScaledRows]):
 
     `view[17]` is `[T, D]` for a site with a row per token, `[D]` for a pooled one, `[H, T, T]` for attention weights: a
     view of the mapped file in the stored dtype (int8 comes as `ScaledRows`); a slice or a list of ordinals gives a
-    list of them. Of a slice, bounds that are left out or negative are those of what is there; what others take in and
-    is not there yet is a `MissingExample`.
+    list of them. Bounds of a slice that are left out or negative are relative to what is there; between others, an
+    example that is not there yet is a `MissingExample`.
     """
 
     def __init__(self, catalog: Catalog, site: str) -> None:
