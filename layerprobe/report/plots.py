@@ -199,20 +199,15 @@ def _draw_panels(panels: Sequence[Panel], drawn: Points, colours: Colours, metho
         size = (max(2, columns) * _PANEL_INCHES, rows * (_PANEL_INCHES + 0.3) + 0.7)
         figure = make_figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
+        _frame_panels(grid, len(panels))
         limits = _find_limits(panels) if shared else None
         mappable = None
-        for place, axes in enumerate(grid.flat):
-            if place >= len(panels):
-                axes.axis("off")
-                continue
-            panel = panels[place]
+        for place, (panel, axes) in enumerate(zip(panels, grid.flat, strict=False)):
             mappable = _draw_points(axes, panel.points.numpy(), colours, place)
             axes.set_title(f"{panel.site}\n{_describe(panel)}", fontsize=7.5, linespacing=1.25)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_box_aspect(1)
-            axes.spines[:].set_visible(True)
-            axes.spines[:].set_color("#CCCCCC")
             low, high = limits if limits is not None else _find_limits([panel])
             axes.set_xlim(low[0], high[0])
             axes.set_ylim(low[1], high[1])
@@ -220,6 +215,15 @@ def _draw_panels(panels: Sequence[Panel], drawn: Points, colours: Colours, metho
         said = textwrap.fill(_say_what(drawn, method, shared), int(size[0] * _LETTERS_PER_INCH))
         figure.supxlabel(said, fontsize=7, color="#444444")
         return figure
+
+
+def _frame_panels(grid: np.ndarray, num_panels: int) -> None:
+    """Put a frame around each panel, and leave the rest of the last row empty."""
+    for place, axes in enumerate(grid.flat):
+        if place < num_panels:
+            axes.spines[:].set(visible=True, color="#CCCCCC")
+        else:
+            axes.axis("off")
 
 
 def _draw_points(axes: Any, points: np.ndarray, colours: Colours, place: int) -> Any:
@@ -358,19 +362,15 @@ def plot_attention(
     with styled() as make_figure:
         figure = make_figure(figsize=(columns * inches + 1.1, rows * (inches + 0.25) + 1.0), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        _frame_panels(grid, len(chosen))
         top = float(weights[chosen].max())
         image = None
-        for place, axes in enumerate(grid.flat):
-            if place >= len(chosen):
-                axes.axis("off")
-                continue
-            image = axes.imshow(weights[chosen[place]].numpy(), vmin=0, vmax=top, cmap="Blues")
-            axes.set_title(f"head {chosen[place]}")
+        for place, (head, axes) in enumerate(zip(chosen, grid.flat, strict=False)):
+            image = axes.imshow(weights[head].numpy(), vmin=0, vmax=top, cmap="Blues")
+            axes.set_title(f"head {head}")
             axes.set_xticks(range(0, len(tokens), step), marks, rotation=90, fontsize=6)
             axes.set_yticks(range(0, len(tokens), step), marks, fontsize=6)
             axes.tick_params(length=0, labelbottom=place + columns >= len(chosen))
-            axes.spines[:].set_visible(True)
-            axes.spines[:].set_color("#CCCCCC")
         bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 1.6 / rows), aspect=25)
         bar.outline.set_visible(False)
         said = f"{site}, example {example}: rows attend to columns"
