@@ -21,7 +21,6 @@ from layerprobe.store.guard import need_path
 from layerprobe.tables import format_headers, format_table
 
 __all__ = [
-    "Number",
     "give_csv",
     "give_json",
     "lay_out",
@@ -32,8 +31,6 @@ __all__ = [
     "write_json",
     "write_text",
 ]
-
-Number = float | None
 
 _MOST_LETTERS = 60
 

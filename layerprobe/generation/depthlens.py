@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.analysis.figures import Curve, draw_curves
-from layerprobe.analysis.results import Number, lay_out, shorten, write_csv, write_json
+from layerprobe.analysis.results import lay_out, shorten, write_csv, write_json
 from layerprobe.tables import format_count, format_table
 
 __all__ = ["Lens", "LensReading", "LensSite"]
@@ -36,9 +36,9 @@ class LensSite:
     top10: float
     median_rank: float
     reciprocal_rank: float
-    probability: Number
-    loss: Number
-    unmapped_top1: Number
+    probability: float | None
+    loss: float | None
+    unmapped_top1: float | None
 
 
 @dataclass(frozen=True)
