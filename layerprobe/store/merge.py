@@ -175,7 +175,7 @@ def _merge_into(target: Path, sources: Sequence[Path], link: bool, progress: boo
     if not has_store:
         _check_new(target)
     report = MergeReport(target, description["plan"]["units"])
-    copies = _list_copies(target, descriptions, report)
+    copies = _list_copies(descriptions, report)
     if not link:
         _check_room(target, copies)
     try:
@@ -204,18 +204,18 @@ def _check_new(target: Path) -> None:
         raise StoreError(f"{target}: is not a store: it holds {foreign!r}. Choose an empty or new folder.")
 
 
-def _list_copies(target: Path, folders: Mapping[Path, dict[str, Any]], report: MergeReport) -> dict[int, list[_Copy]]:
+def _list_copies(descriptions: Mapping[Path, dict[str, Any]], report: MergeReport) -> dict[int, list[_Copy]]:
     """Find the copies of each unit, that of the store itself first; two that differ are refused."""
     found: defaultdict[int, list[_Copy]] = defaultdict(list)
     seen: set[Path] = set()
-    for folder in [target, *folders]:
-        if not folder.is_dir() or folder.resolve() in seen:
+    for folder, description in descriptions.items():
+        if folder.resolve() in seen:
             continue
         seen.add(folder.resolve())
         for name in sorted(name for name in os.listdir(folder) if parse_shard_name(name) is not None):
             try:
                 header = read_header(folder / name)
-                if header.fingerprint != folders[folder]["fingerprint"]:
+                if header.fingerprint != description["fingerprint"]:
                     raise FormatError(f"belongs to another run than {STORE_FILE}")
                 if header.unit >= report.num_units:
                     raise FormatError(f"is unit {header.unit}; the plan has {report.num_units}")
@@ -350,7 +350,7 @@ def _copy(folder: Path, file: str, path: Path) -> None:
 def _bring_tokenizer(target: Path, descriptions: Mapping[Path, dict[str, Any]], report: MergeReport) -> int | None:
     """Copy the first tokenizer that is the plan's, if the store has none; gives its highest id."""
     report.lacks_tokenizer = isinstance(next(iter(descriptions.values())).get("tokenizer"), dict)
-    for folder, description in {target: next(iter(descriptions.values())), **descriptions}.items():
+    for folder, description in descriptions.items():
         said = description.get("tokenizer")
         if not isinstance(said, dict) or not (folder / TOKENIZER_FOLDER).exists():
             continue
