@@ -108,7 +108,8 @@ def classify(
         NonFiniteError: a vector is not finite, by name.
         SiteError: a pattern matches nothing that is stored.
 
-    Cost: one pass over each site; memory 24 D bytes for each item, and 8 D L for the mix of L layers.
+    Cost: one pass over each site; memory 24 D bytes for each item, and 8 D L for the mix of L layers; about 1 GiB at
+        most for the weights of words. A fit takes time with the number of classes.
 
     Source: Alain and Bengio 2016, "Understanding intermediate layers using linear classifier probes".
 

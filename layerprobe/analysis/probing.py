@@ -73,10 +73,16 @@ class Fit:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Fit with half the cores, at most four: BLAS threads that wait for a busy core make a fit several times slower."""
+    """Fit with half the cores, at most four: BLAS threads that wait for a busy core make a fit several times slower.
+
+    scikit-learn's warnings of a fit are left out: the result says whether it converged, and of how few items.
+    """
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(few_cores()):
+    with threadpool_limits(few_cores()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%", UserWarning)
         yield
 
 
@@ -101,7 +107,6 @@ def fit_probe(
     values: np.ndarray, labels: np.ndarray, num_classes: int, strength: float, scaling: tuple[Any, Any] | None = None
 ) -> tuple[LinearProbe, bool]:
     """Fit logistic regression, L2, on z-scores; gives the probe and whether the fit converged."""
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = _standardise(values) if scaling is None else scaling
@@ -116,9 +121,7 @@ def fit_probe(
     scaled = np.empty((len(values), int(used.sum())))
     for part, into in zip(_pieces(values), _pieces(scaled), strict=True):
         np.multiply(part[:, used] - mean[used], scale[used], out=into)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(scaled, labels)
+    model.fit(scaled, labels)
     if len(seen) == 2:
         rows, starts = np.concatenate([0 * model.coef_, model.coef_]), np.array([0.0, model.intercept_[0]])
     else:

@@ -117,6 +117,7 @@ def make_task(
         notes.append(f"{format_count(num_shared, 'example')} of test with the same tokens as one of train.")
     numbers = np.array([item[0] for item in items])
     classes, labelled = _number_labels(name, [item[1] for item in items], sides[numbers])
+    notes += _note_rare(np.bincount(labelled[sides[numbers] == TRAIN], minlength=len(classes)))
     is_whole = items[0][2] is None
     texts = [record.get("text") for record in records]
     num_cut = (store.index or {}).get("truncated", 0)
@@ -290,6 +291,16 @@ def _number_labels(name: str, labels: list[Any], sides: np.ndarray) -> tuple[tup
     if len(np.unique(train)) < 2:
         raise InputError(f"labels {name!r}: in train every item is {classes[train[0]]!r}. Use another split.")
     return classes, labelled
+
+
+def _note_rare(counts: np.ndarray) -> list[str]:
+    """Say which classes a probe cannot learn, of how often each comes in train."""
+    notes, num_unseen, num_single = [], int((counts == 0).sum()), int((counts == 1).sum())
+    if num_unseen:
+        notes.append(f"Train lacks {num_unseen:,} of {len(counts):,} classes, which no probe can say.")
+    if 2 * num_single > len(counts):
+        notes.append(f"{num_single:,} of {len(counts):,} classes have one item in train: little is learned of them.")
+    return notes
 
 
 def _count_shared(ids: list[tuple[int, ...]], sides: np.ndarray) -> int:

@@ -207,6 +207,15 @@ def test_labels_that_are_of_no_use_are_refused(planted: Path, tmp_path: Path) ->
         lp.classify(planted, [0] * 200 + [1] * 200, split=["train"] * 200 + ["test"] * 200)
 
 
+def test_classes_that_train_hardly_has_are_said_in_words_and_in_no_warning(planted: Path) -> None:
+    labels = ["often"] * 280 + [f"name {place}" for place in range(120)]
+    sides = ["train"] * 60 + ["dev"] * 100 + ["test"] * 120 + ["train"] * 100 + ["test"] * 20
+    assert lp.classify(planted, labels, sites="layers.2", split=sides, mdl=True).notes[:2] == (
+        "Train lacks 20 of 121 classes, which no probe can say.",
+        "100 of 121 classes have one item in train: little is learned of them.",
+    )
+
+
 def test_rows_that_are_not_finite_are_named(tmp_path: Path) -> None:
     labels = torch.arange(40) % 2
     rows = make_rows([2] * 40, labels, 1)

@@ -90,3 +90,16 @@ def test_words_tell_what_words_tell() -> None:
     assert (guess_words(words, labels, sides, "").predicted == labels[sides == 2]).all()
     assert guess_words([""] * 100, labels, sides, "").predicted.shape == (20,)
     assert len(set(guess_majority(labels, sides).predicted.tolist())) == 1
+
+
+def test_words_of_many_classes_are_the_most_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerprobe.analysis.baselines._MOST_WEIGHTS", 21)
+    sides = np.array([0, 0, 0, 1, 2] * 24)
+    for num_classes, most in ((2, 10), (3, 7)):
+        labels = np.arange(120) % num_classes
+        # of each class a word in every text, and one in each text alone
+        words = [f"common{label} rare{place}" for place, label in enumerate(labels)]
+        guess = guess_words(words, labels, sides, "words")
+        assert guess.detail == f"words, the {most} most frequent" and (guess.predicted == labels[sides == 2]).all()
+    monkeypatch.setattr("layerprobe.analysis.baselines._MOST_WEIGHTS", 1000)
+    assert guess_words(words, labels, sides, "words").detail == "words"
