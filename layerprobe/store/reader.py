@@ -289,7 +289,7 @@ class Store:
                 of a longer word.
             id: An ordinal, or several; negative numbers count from the end.
             fields: `text=`, or any field of the input record, equal to the value. For a field with the name of another
-                argument, use `record`.
+                argument, or named `text` where another held the text, use `record`.
 
         Returns:
             Pairs of an example and a position if a token or word is requested, else examples; in the order of the

@@ -264,11 +264,13 @@ def _filter_records(
     asked_for: list[int] = ordinals.tolist()
     records = read_records(shard, asked_for, catalog.place.label(shard.header.file))
     for ordinal, record in zip(asked_for, records, strict=True):
-        flat = {**record.get("fields", {}), **({"text": record["text"]} if "text" in record else {})}
-        seen.update(flat)
-        lists.update(name for name in as_lists if isinstance(flat.get(name), list))
-        has_fields = all(name in flat and flat[name] == value for name, value in asked.fields.items())
-        if has_fields and (asked.record is None or asked.record(flat)):
+        text = {"text": record["text"]} if "text" in record else {}
+        fields = record.get("fields", {})
+        named = {**fields, **text}
+        seen.update(named)
+        lists.update(name for name in as_lists if isinstance(named.get(name), list))
+        has_fields = all(name in named and named[name] == value for name, value in asked.fields.items())
+        if has_fields and (asked.record is None or asked.record({**text, **fields})):
             kept.append(ordinal)
     return np.array(kept, np.int64)
 

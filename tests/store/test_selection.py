@@ -83,6 +83,14 @@ def test_examples_are_found_by_their_fields(store: Any) -> None:
     assert list(store.where(lambda record: "fox" in record["text"], label="x")) == [0]
 
 
+def test_a_field_named_text_is_seen_by_a_function_beside_the_text(tiny: Any, tmp_path: Path) -> None:
+    records = [{"body": "the fox", "text": "about foxes"}, {"body": "a dog", "text": "about dogs"}, {"body": "the dog"}]
+    made = lp.extract(tiny.model, records, tmp_path, tokenizer=tiny.tokenizer, sites="layers.0", field="body")
+    assert list(made.where(text="the fox")) == [0] and list(made.where(text="about dogs")) == []
+    assert list(made.where(lambda record: record["text"] == "about dogs")) == [1]
+    assert list(made.where(lambda record: record["text"] == "the dog")) == [2]
+
+
 def test_examples_are_found_by_their_ordinals_in_the_order_of_the_input(store: Any) -> None:
     assert list(store.where(id=3)) == [3]
     assert list(store.where(id=[4, 1, -1, 1])) == [1, 4]
