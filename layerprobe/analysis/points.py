@@ -22,6 +22,7 @@ from layerprobe.errors import InputError, NonFiniteError, OptionError
 from layerprobe.store.description import StoredSite
 from layerprobe.store.guard import is_number
 from layerprobe.store.reader import Store
+from layerprobe.store.records import iter_records
 from layerprobe.store.rows import take_rows
 from layerprobe.store.shards import POOLS, Shard, pool_packed, positions_of
 from layerprobe.tables import format_count
@@ -248,7 +249,8 @@ def has_field(store: Store, field: str) -> bool:
 
 def _read_field(store: Store, points: Points, field: str) -> list[Any]:
     ordinals = points.examples.tolist()
-    fields = {ordinal: store.record(ordinal).get("fields", {}) for ordinal in set(ordinals)}
+    records = iter_records(store.catalog, sorted(set(ordinals)))
+    fields = {ordinal: record.get("fields", {}) for ordinal, record in records}
     if not any(field in found for found in fields.values()):
         known = sorted({name for found in fields.values() for name in found})
         raise OptionError(

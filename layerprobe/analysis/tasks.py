@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from layerprobe.analysis.splits import SIDES, TEST, TRAIN, split_by_field, split_by_group
 from layerprobe.errors import InputError, OptionError
 from layerprobe.store.guard import brief, need_list
 from layerprobe.store.reader import Store
+from layerprobe.store.records import RECORD_TENSORS, read_records
+from layerprobe.store.vocabulary import find_characters
 from layerprobe.tables import format_count
 
 __all__ = ["Task", "make_task"]
@@ -96,15 +99,14 @@ def make_task(
     if max_examples is not None and len(ordinals) > max_examples:
         places = np.sort(np.random.default_rng([seed, 0]).permutation(len(ordinals))[:max_examples])
         notes.append(f"{max_examples:,} of {len(ordinals):,} examples, drawn at random.")
-    records = [store.record(ordinal) for ordinal in ordinals[places].tolist()]
+    records, ids = _read(store, ordinals[places].tolist())
     name = labels if isinstance(labels, str) else "labels"
     given = _column(store, records, places, "labels", labels)
-    items = _find_items(store, ordinals[places], records, given, name, span)
+    items = _find_items(store, ordinals[places], records, ids, given, name, span)
     if max_examples is not None and len(items) > max_examples:
         kept = _draw_items(items, max_examples, seed)
         notes.append(f"{len(kept):,} of {len(items):,} items, in whole examples drawn at random.")
         items = kept
-    ids = [tuple(store.input_ids(int(ordinal)).tolist()) for ordinal in ordinals[places]]
     keys: list[Hashable] = list(ids)
     if group is not None:
         keys = [_need_hashable("group", value) for value in _column(store, records, places, "group", group)]
@@ -143,6 +145,16 @@ def make_task(
 
 
 _Item = tuple[int, Any, tuple[int, int] | None]
+
+
+def _read(store: Store, ordinals: list[int]) -> tuple[list[dict[str, Any]], list[tuple[int, ...]]]:
+    """Read the records and the token ids of some examples, shard by shard."""
+    records, ids = [], []
+    for shard, own in store.catalog.iter_parts(ordinals, ["input_ids", *RECORD_TENSORS]):
+        records += read_records(shard, own, store.place.label(shard.header.file))
+        of_shard = shard.tensor("input_ids")
+        ids += [tuple(of_shard[slice(*shard.span(ordinal)[1:])].tolist()) for ordinal in own]
+    return records, ids
 
 
 def _column(
@@ -192,18 +204,19 @@ def _find_items(
     store: Store,
     ordinals: np.ndarray,
     records: list[dict[str, Any]],
+    ids: list[tuple[int, ...]],
     labels: list[Any],
     name: str,
     span: tuple[str, str] | None,
 ) -> list[_Item]:
     if span is not None:
-        return _find_spans(store, ordinals, records, labels, span)
+        return _find_spans(store, ordinals, records, ids, labels, span)
     is_list = [isinstance(value, (list, tuple)) for value in labels]
     if not any(is_list):
         return [(number, value, None) for number, value in enumerate(labels)]
     items: list[_Item] = []
     for number, (ordinal, values) in enumerate(zip(ordinals.tolist(), labels, strict=True)):
-        length = len(store.input_ids(ordinal))
+        length = len(ids[number])
         if not is_list[number] or len(values) != length:
             what = format_count(len(values), "label") if is_list[number] else f"the label {values!r}"
             raise InputError(
@@ -230,7 +243,12 @@ def _draw_items(items: list[_Item], most: int, seed: int) -> list[_Item]:
 
 
 def _find_spans(
-    store: Store, ordinals: np.ndarray, records: list[dict[str, Any]], labels: list[Any], span: tuple[str, str]
+    store: Store,
+    ordinals: np.ndarray,
+    records: list[dict[str, Any]],
+    ids: list[tuple[int, ...]],
+    labels: list[Any],
+    span: tuple[str, str],
 ) -> list[_Item]:
     items: list[_Item] = []
     everywhere = np.arange(len(ordinals))
@@ -243,7 +261,9 @@ def _find_spans(
             raise InputError(
                 f"span {span}: example {ordinal} has {counts} labels, starts and ends. Give as many of each."
             )
-        offsets = store.token_offsets(ordinal)
+        what = f"characters of example {ordinal} of {store.place}"
+        own = torch.tensor(ids[number], dtype=torch.int64, device="cpu")
+        offsets = find_characters(store.vocabulary, records[number].get("text"), own, what)
         for one, start, end in zip(*lists, strict=True):
             if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end):
                 raise InputError(f"span {span}: example {ordinal} has {start!r} to {end!r}. Give characters, from 0.")
@@ -313,7 +333,5 @@ def _name_item(store: Store, own: tuple[int, ...], text: str | None, is_whole: b
     if is_whole and text is not None:
         return text
     if not is_whole and store.id_to_tokens is not None:
-        import torch
-
         return " ".join(store.id_to_tokens(torch.tensor(own, dtype=torch.int64, device="cpu")))
     return " ".join(map(str, own))

@@ -19,6 +19,7 @@ from layerprobe.extract.run import extract
 from layerprobe.models import LoadedModel, describe_model
 from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.reader import Store, take_store
+from layerprobe.store.records import iter_records
 
 __all__ = ["extract_untrained", "find_same_model", "read_texts"]
 
@@ -59,8 +60,8 @@ def read_texts(store: Store) -> list[str]:
     if not store.is_complete:
         raise InputError(f"texts of {store.place}: it is not complete. Let the run go to its end.")
     texts = []
-    for ordinal in store.ordinals():
-        text = store.record(ordinal).get("text")
+    for ordinal, record in iter_records(store.catalog, list(store.ordinals())):
+        text = record.get("text")
         if not isinstance(text, str):
             raise InputError(
                 f"texts of {store.place}: example {ordinal} has none. Stores of extract keep them; "

@@ -29,6 +29,7 @@ from layerprobe.errors import NonFiniteError, OptionError, SiteError
 from layerprobe.store.guard import brief, is_number, need_list
 from layerprobe.store.naming import list_named
 from layerprobe.store.reader import Store
+from layerprobe.store.records import iter_records
 from layerprobe.tables import format_count, format_dtype
 from layerprobe.telling import make_bar
 from layerprobe.version import __version__
@@ -75,7 +76,7 @@ def gather(
     names = list(drawn.values)
     with using_few_cores(), make_bar(len(names), "pca", progress, "sites") as bar:
         panels = project(drawn.values, "pca", shared=False, seed=seed, done=bar.update)
-    records = {ordinal: store.record(ordinal) for ordinal in set(drawn.examples.tolist())}
+    records = dict(iter_records(store.catalog, sorted(set(drawn.examples.tolist()))))
     first = labels or "label"
     fields, left_out = _list_fields(store, drawn, records, first)
     found: dict[str, Any] = {

@@ -351,6 +351,16 @@ class Catalog:
                 self._open_all(numbers[number : number + _OPENED_AT_ONCE])
             yield self.shard(number)
 
+    def iter_parts(self, ordinals: Sequence[int], names: Sequence[str]) -> Iterator[tuple[Shard, list[int]]]:
+        """Go through the shards that have some examples, with those that each has, and fetch tensors of them ahead."""
+        parts: dict[int, list[int]] = {}
+        for ordinal in ordinals:
+            parts.setdefault(self.locate(ordinal)[0], []).append(ordinal)
+        numbers = list(parts)
+        for place, number in enumerate(numbers):
+            self.prefetch(numbers[place : place + _OPENED_AT_ONCE], names)
+            yield self.shard(number), parts[number]
+
     def _check_site(self, shard: Shard, site: StoredSite) -> None:
         """Refuse a shard that holds a site otherwise than `store.json` says."""
         try:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from layerprobe.errors import FormatError
+from layerprobe.store.catalog import Catalog
 from layerprobe.store.guard import brief, parse_record
 from layerprobe.store.shards import Shard, span_of
 
-__all__ = ["RECORD_TENSORS", "has_records", "read_record", "read_records"]
+__all__ = ["RECORD_TENSORS", "has_records", "iter_records", "read_record", "read_records"]
 
 RECORD_TENSORS = ("record_offsets", "records")
 
@@ -52,6 +53,12 @@ def read_records(shard: Shard, ordinals: Sequence[int], label: str) -> Iterator[
         position = shard.position[ordinal - shard.header.first_example]
         first, last = begins[position], begins[position + 1]
         yield _parse(shard, ordinal, label, (first, last), records[first:last].tobytes)
+
+
+def iter_records(catalog: Catalog, ordinals: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read the records of many examples of a store, each with its ordinal, shard by shard; rising ones stay so."""
+    for shard, own in catalog.iter_parts(ordinals, RECORD_TENSORS):
+        yield from zip(own, read_records(shard, own, catalog.place.label(shard.header.file)), strict=True)
 
 
 def _parse(shard: Shard, ordinal: int, label: str, span: tuple[int, int], read: Callable[[], bytes]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 
 import layerprobe as lp
 from elsewhere import OPTIONS, PATIENCE, SECOND, SHARD_BYTES, contents, copy_store
+from layerprobe.analysis.tasks import make_task
 from layerprobe.cli.main import main
 from layerprobe.errors import FormatError, MissingExample, OptionError, PlanError, StoreError
 from layerprobe.models import LoadedModel
@@ -132,6 +133,16 @@ def test_whole_examples_in_their_order_and_searches_are_fetched_by_shard(
     server.clear()
     assert list(store.where(word="lazy dog")) == list(local.where(word="lazy dog"))
     assert not server.requests  # the ids are here
+
+
+def test_records_of_many_examples_are_fetched_by_shard(local: Any, place: RemotePlace, server: Spoiler) -> None:
+    copy_store(local, place)
+    store = lp.open(place)
+    labels = [number % 2 for number in range(len(store))]
+    server.clear()
+    assert make_task(store, labels).words == make_task(local, labels).words
+    # per shard: its size, its beginning, ids, and where records begin and what they are
+    assert len([request for request in server.requests if "shard-" in request.path]) == 5 * store.num_shards
 
 
 def test_opening_a_complete_store_reads_no_shard(local: Any, place: RemotePlace, server: Spoiler) -> None:
