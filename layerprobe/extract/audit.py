@@ -31,7 +31,7 @@ from layerprobe.store.examples import Example
 from layerprobe.store.format import TOKENIZER_FILE, read_bounded
 from layerprobe.store.guard import LARGE, brief, check_count
 from layerprobe.store.mismatch import list_model_differences
-from layerprobe.store.reader import Store, open_store
+from layerprobe.store.reader import Store, take_store
 from layerprobe.store.shards import POOLS, ScaledRows
 from layerprobe.store.tokenizer import load_tokenizer
 from layerprobe.tables import format_count
@@ -87,7 +87,7 @@ class AuditReport:
 
 
 def audit(
-    folder: str | Path,
+    folder: Store | str | Path,
     model: nn.Module | LoadedModel | str | None = None,
     num_examples: int = 16,
     seed: int = 0,
@@ -103,7 +103,7 @@ def audit(
     vector. NaN and infinity must be in the same places.
 
     Args:
-        folder: Where the store is; complete or not.
+        folder: A store, or its path or URL; complete or not.
         model: A model, the result of `load_model`, or a name; None for the one that `store.json` names, which is then
             printed on stderr. It must be the same model: class, config and weights.
         num_examples: Number of examples; all if there are fewer.
@@ -173,7 +173,7 @@ class Audit:
 
 
 def plan_audit(
-    folder: str | Path,
+    folder: Store | str | Path,
     model: nn.Module | LoadedModel | str | None,
     num_examples: int,
     seed: int,
@@ -187,7 +187,7 @@ def plan_audit(
     """
     check_count("num_examples", num_examples)
     check_count("seed", seed, 0)
-    store = open_store(folder)
+    store = take_store(folder)
     plan = _check_auditable(store)
     network = _find_model(store, model, device)
     tokenizer = _load_own_tokenizer(store)

@@ -38,7 +38,7 @@ from layerprobe.store.headers import ShardHeader, parse_shard_name
 from layerprobe.store.index import commit_index
 from layerprobe.store.lock import LOCK_FILE, StoreLock
 from layerprobe.store.mismatch import list_differences
-from layerprobe.store.places import find_place, need_folder
+from layerprobe.store.places import Placed, find_place, find_store, need_folder
 from layerprobe.tables import format_bytes, format_count
 from layerprobe.telling import make_bar
 
@@ -111,13 +111,13 @@ class _Copy:
 
 
 def merge(
-    out: str | Path, folders: Sequence[str | Path], *, link: bool = False, progress: bool | None = None
+    out: str | Path, folders: Sequence[Placed | str | Path], *, link: bool = False, progress: bool | None = None
 ) -> MergeReport:
     """Join stores that hold parts of the same plan.
 
     Args:
         out: Folder of the store: new, empty, or a store of that plan to add to.
-        folders: The stores. They are only read.
+        folders: The stores, or their paths. They are only read.
         link: Hard-link shards instead of copying them; all folders must be on one file system. Shards are never
             modified, so neither store can harm the other.
         progress: Show a progress bar; None: only on a terminal.
@@ -142,11 +142,11 @@ def merge(
         >>> lp.merge(folder + "-whole", [folder]).is_complete
         True
     """
-    if isinstance(folders, (str, Path)) or not folders:
+    if isinstance(folders, (Placed, str, Path)) or not folders:
         raise OptionError(f"folders is {folders!r}: give a list of at least one store.")
     check_flag("link", link)
     target = need_folder(find_place(out)).said
-    sources = list(dict.fromkeys(need_folder(find_place(folder)).said for folder in folders))
+    sources = list(dict.fromkeys(need_folder(find_store(folder)).said for folder in folders))
     if not (target / STORE_FILE).exists():
         _check_new(target)
     made = [path for path in (target, *target.parents) if not path.exists()]

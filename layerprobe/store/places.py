@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from layerprobe.errors import FormatError, OptionError, StoreError, telling_refusals
 from layerprobe.store.durable import commit_file, is_direct_better, make_folder
@@ -20,7 +20,7 @@ from layerprobe.store.guard import NO_LINKS, brief, exists_inside, open_inside
 from layerprobe.store.paths import NamedPath
 from layerprobe.store.remote import RemotePlace, is_url
 
-__all__ = ["LocalPlace", "Place", "find_place", "names_place", "need_folder"]
+__all__ = ["LocalPlace", "Place", "Placed", "find_place", "find_store", "names_place", "need_folder"]
 
 
 class Place(Protocol):
@@ -69,6 +69,16 @@ class Place(Protocol):
 
     def tried(self) -> "Place":
         """Try how large files are best written here, and give the place that writes them so."""
+        ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """What lies in a place, as an open store does."""
+
+    @property
+    def place(self) -> Place:
+        """Where it lies."""
         ...
 
 
@@ -165,6 +175,11 @@ def find_place(where: "str | Path | NamedPath | Place") -> Place:
         return LocalPlace(NamedPath.of(where))
     except OSError as error:
         raise StoreError(f"{where}: the working folder is gone. Give an absolute path.") from error
+
+
+def find_store(where: "str | Path | NamedPath | Place | Placed") -> Place:
+    """Find where a store lies that is open, or that a path or a URL names; raises as `find_place` does."""
+    return find_place(where.place if isinstance(where, Placed) else where)
 
 
 def need_folder(place: Place) -> NamedPath:

@@ -27,7 +27,7 @@ from layerprobe.store.format import INDEX_FILE, PROGRESS_FILE, STORE_FILE, load_
 from layerprobe.store.guard import brief
 from layerprobe.store.headers import parse_shard_name
 from layerprobe.store.paths import NamedPath
-from layerprobe.store.places import Place, find_place
+from layerprobe.store.places import Place, Placed, find_store
 from layerprobe.tables import format_count
 
 __all__ = ["Done", "ProgressFile", "StoreStatus", "read_status"]
@@ -70,7 +70,7 @@ class StoreStatus:
     """How far the run of a store is. Made by `layerprobe.status`.
 
     Args:
-        folder: Path or URL of the store.
+        folder: A store, or its path or URL.
         state: `complete`; `damaged` (the index names shards that are not there, see `reason`); `running`;
             `killed` (its process is gone); `stopped` (it ended by itself, see `reason`);
             `silent` (on another machine, and not heard of for a minute); `incomplete` (nothing tells of a run).
@@ -198,11 +198,11 @@ def _write_over(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def read_status(folder: str | Path) -> StoreStatus:
+def read_status(folder: Placed | str | Path) -> StoreStatus:
     """Show the progress of a run, without disturbing it.
 
     Args:
-        folder: Path or URL of the store.
+        folder: A store, or its path or URL.
 
     Raises:
         StoreError: there is no store there.
@@ -217,7 +217,7 @@ def read_status(folder: str | Path) -> StoreStatus:
         >>> lp.status(folder).state
         'complete'
     """
-    place = find_place(folder)
+    place = find_store(folder)
     need_store(place)
     files = place.list_files()
     shards = [file for file in files if parse_shard_name(file) is not None]

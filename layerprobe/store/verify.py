@@ -32,7 +32,7 @@ from layerprobe.store.guard import brief, check_flag
 from layerprobe.store.headers import FORMAT_VERSION, ShardHeader, parse_shard_name
 from layerprobe.store.index import sum_headers
 from layerprobe.store.lock import StoreLock, find_holder
-from layerprobe.store.places import Place, find_place
+from layerprobe.store.places import Place, Placed, find_store
 from layerprobe.tables import format_bytes, format_count
 from layerprobe.telling import make_bar
 
@@ -105,11 +105,11 @@ class _Findings:
         self.removable.update(removable)
 
 
-def verify(folder: str | Path, repair: bool = False, progress: bool | None = None) -> VerifyReport:
+def verify(folder: Placed | str | Path, repair: bool = False, progress: bool | None = None) -> VerifyReport:
     """Read every byte of a store and compare it with what was written.
 
     Args:
-        folder: Path or URL of the store, complete or not.
+        folder: A store, or its path or URL; complete or not.
         repair: Remove damaged shards, a damaged index or tokenizer, and with any of them the index, so that the same
             extraction writes them again, byte for byte.
         progress: Show a progress bar on stderr; None: only on a terminal.
@@ -131,7 +131,7 @@ def verify(folder: str | Path, repair: bool = False, progress: bool | None = Non
         True
     """
     check_flag("repair", repair)
-    place = find_place(folder)
+    place = find_store(folder)
     need_store(place)
     with ExitStack() as held:
         writer = find_holder(place.folder) if place.folder is not None else None

@@ -11,8 +11,10 @@ import pytest
 
 import layerprobe
 from layerprobe.errors import OptionError, StoreError
+from layerprobe.models import LoadedModel
 from layerprobe.store.paths import NamedPath
 from layerprobe.store.places import LocalPlace, Place, find_place, need_folder
+from layerprobe.store.reader import Store
 from layerprobe.store.remote import Patience, RemotePlace
 
 
@@ -120,6 +122,20 @@ def test_what_names_no_place_is_refused(where: Any) -> None:
     for find in (find_place, layerprobe.open):
         with pytest.raises(OptionError, match=r"names no store: give a path, or a URL such as s3://bucket/acts\."):
             find(where)
+
+
+def test_an_open_store_is_taken_as_what_names_it_is(tiny: LoadedModel, tmp_path: Path) -> None:
+    store = layerprobe.extract(tiny, ["The fox.", "A dog."], tmp_path / "acts", sites="layers.0")
+    assert layerprobe.verify(store).ok and layerprobe.status(store).state == "complete"
+    assert layerprobe.audit(store, tiny) == layerprobe.audit(tmp_path / "acts", tiny)
+    assert layerprobe.merge(tmp_path / "whole", [store]).is_complete
+    alone: Any = store
+    with pytest.raises(OptionError, match="give a list of at least one store"):
+        layerprobe.merge(tmp_path / "other", alone)
+    for what in (Store, None):
+        wrong: Any = what
+        with pytest.raises(OptionError, match="names no store: give a path"):
+            layerprobe.verify(wrong)
 
 
 def test_no_name_at_all_is_not_the_folder_of_the_program() -> None:
