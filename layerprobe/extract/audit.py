@@ -113,7 +113,8 @@ def audit(
 
     Raises:
         PlanError: it is another model; the error lists the fields that differ.
-        StoreError: the store cannot be audited: it was filled by a `Probe`, pooled by a function, or keeps no texts.
+        StoreError: the store cannot be audited: it was filled by a `Probe`, pooled by a function, keeps no
+            texts, or has no examples.
         FormatError: it is damaged.
         ModelError: the model cannot be loaded.
         OptionError: `num_examples` or `seed` is not a count, `model` is not a model, or `device` is given with a model
@@ -189,6 +190,8 @@ def plan_audit(
     check_count("seed", seed, 0)
     store = take_store(folder)
     plan = _check_auditable(store)
+    if not len(store):
+        raise StoreError(f"{store.place}: has no examples, and nothing is proved of it. Extract some first.")
     network = _find_model(store, model, device)
     tokenizer = _load_own_tokenizer(store)
     chosen = tuple(_choose(store, num_examples, seed))
@@ -260,8 +263,8 @@ def _load_own_tokenizer(store: Store) -> Any:
 
 def _choose(store: Store, count: int, seed: int) -> list[int]:
     """Draw ordinals of examples that are there, rising."""
-    places = set(random.Random(seed).sample(range(len(store)), min(count, len(store))))  # noqa: S311 - no secret
-    return [ordinal for number, ordinal in enumerate(store.ordinals()) if number in places]
+    places = sorted(random.Random(seed).sample(range(len(store)), min(count, len(store))))  # noqa: S311 - no secret
+    return [store.ordinal_at(place) for place in places]
 
 
 def _compare_ids(ids: list[int], stored: list[int]) -> str:

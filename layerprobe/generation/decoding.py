@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerprobe.errors import ModelError, OptionError, first_line
+from layerprobe.errors import InputError, ModelError, OptionError, first_line
 from layerprobe.extract.network import load_named
 from layerprobe.generation.results import Generated, Generation
 from layerprobe.models import LoadedModel, evaluating
@@ -66,6 +66,7 @@ def generate(
         A sequence per example, in the order requested.
 
     Raises:
+        InputError: the store has no examples.
         SiteError: no stored site is selected, or several are.
         OptionError: the model reads no states or states of another width, an unknown option, or no start token.
         NonFiniteError: a state is not finite.
@@ -111,9 +112,12 @@ def list_examples(store: Store, examples: Any) -> list[int]:
     """Give the ordinals that are selected: all, one, a slice of them, or several.
 
     Raises:
+        InputError: the store has none.
         OptionError: none is, or something is not an ordinal.
         MissingExample: one is not there.
     """
+    if not len(store):
+        raise InputError(f"a generation from {store.place}: it has no examples. Extract some first.")
     if examples is None:
         found = list(store.ordinals())
     elif isinstance(examples, slice):

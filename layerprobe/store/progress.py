@@ -70,7 +70,7 @@ class StoreStatus:
     """How far the run of a store is. Made by `layerprobe.status`.
 
     Args:
-        folder: A store, or its path or URL.
+        folder: Path or URL of the store.
         state: `complete`; `damaged` (the index names shards that are not there, see `reason`); `running`;
             `killed` (its process is gone); `stopped` (it ended by itself, see `reason`);
             `silent` (on another machine, and not heard of for a minute); `incomplete` (nothing tells of a run).

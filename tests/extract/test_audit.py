@@ -261,6 +261,14 @@ def test_a_store_without_texts_is_refused(tiny: LoadedModel, tmp_path: Path) -> 
         audit(tmp_path / "acts", tiny)
 
 
+def test_a_store_without_examples_proves_nothing(tiny: LoadedModel, tmp_path: Path) -> None:
+    extract(tiny, ["the fox"], tmp_path / "acts", sites="layers.0")
+    for file in ("index.json", "shard-000000.safetensors"):
+        (tmp_path / "acts" / file).unlink()
+    with pytest.raises(StoreError, match="has no examples, and nothing is proved of it"):
+        audit(tmp_path / "acts", tiny)
+
+
 def test_the_model_is_left_as_it_was(tiny: LoadedModel, make_bert: Any, tmp_path: Path) -> None:
     model = make_bert(vocab_size=len(tiny.tokenizer)).train()
     extract(model, ["the dog"], tmp_path / "acts", tokenizer=tiny.tokenizer)

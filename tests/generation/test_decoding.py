@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import layerprobe as lp
-from layerprobe.errors import MissingExample, ModelError, OptionError, SiteError
+from layerprobe.errors import InputError, MissingExample, ModelError, OptionError, SiteError
 from layerprobe.models import LoadedModel
 
 START, END, PAD = 2, 3, 0
@@ -186,6 +186,11 @@ def test_what_cannot_be_is_one_clear_error(bert2bert: Any, tiny: LoadedModel, te
     with pytest.raises(SiteError, match="layers are 0 to 2"):
         lp.generate(store, bert2bert, layer=3)
     pooled = extract(tiny, texts, tmp_path / "pooled", pool="mean")
+    extract(tiny, texts, tmp_path / "begun")
+    for file in ("index.json", "shard-000000.safetensors"):
+        (tmp_path / "begun" / file).unlink()
+    with pytest.raises(InputError, match=r"a generation from .*begun: it has no examples\. Extract some first"):
+        lp.generate(tmp_path / "begun", bert2bert)
     with pytest.raises(OptionError, match="it holds one vector per example"):
         lp.generate(pooled, bert2bert)
 
