@@ -207,7 +207,7 @@ class _SiteSums:
         self.moments = RunningMoments(site.width, has_covariance=False)
         self.cosines = {way: UnitSums(site.width) for way in ("raw", "centred", "zscored")}
         self.first = _FirstRows()
-        self._norms = [0.0, 0.0]
+        self._norms = RunningMoments(1, has_covariance=False)
         self._nonfinite = 0
         self._scalings: dict[str, Scaling] = {}
 
@@ -220,9 +220,7 @@ class _SiteSums:
         self._nonfinite += int((~is_finite).sum())
         self.moments.add(rows)
         self.cosines["raw"].add(rows)
-        norms = rows.norm(dim=1)
-        self._norms[0] += float(norms.sum())
-        self._norms[1] += float(norms.square().sum())
+        self._norms.add(rows.norm(dim=1, keepdim=True))
 
     def add_prepared(self, chunk: Chunk) -> None:
         rows = chunk.values[self.name]
@@ -238,14 +236,12 @@ class _SiteSums:
         parts = self.cosines["raw"].parts if has_pairs else torch.zeros(0, dtype=torch.float64, device="cpu")
         rogue = find_rogues(parts) if has_pairs else []
         dead = moments.dead if has_pairs else []
-        mean = self._norms[0] / count if count else float("nan")
-        spread = max(0.0, self._norms[1] / count - mean * mean) if count else float("nan")
         return SiteCheck(
             site=self.name,
             num_rows=count,
             nonfinite_rows=self._nonfinite,
-            mean_norm=mean,
-            norm_deviation=spread**0.5,
+            mean_norm=float(self._norms.mean),
+            norm_deviation=float(self._norms.variance.sqrt()) if count else float("nan"),
             cosine_raw=self.cosines["raw"].mean_cosine,
             cosine_centred=self.cosines["centred"].mean_cosine,
             cosine_zscored=self.cosines["zscored"].mean_cosine,

@@ -133,9 +133,10 @@ def learn_mix(values: Sequence[np.ndarray], sites: Sequence[str], task: Task, se
     means, scales = [], []
     train = task.sides == TRAIN
     for value in values:
-        mean = value[train].mean(0)
+        # in float32 a mean over rows is a running sum, which loses what varies little
+        mean = value[train].mean(0, dtype=np.float64).astype(np.float32)
         means.append(torch.from_numpy(mean))
-        scales.append(float(np.sqrt(np.square(value[train] - mean).mean())) or 1.0)
+        scales.append(float(np.sqrt(np.square(value[train] - mean).mean(dtype=np.float64))) or 1.0)
     views = [torch.from_numpy(value) for value in values]
     labels = torch.from_numpy(task.labels)
     maker = torch.Generator().manual_seed(seed)

@@ -67,6 +67,16 @@ def test_rows_of_a_million_dimensions_are_checked(tmp_path: Path) -> None:
     assert site.dead == (7,) and site.cosine_raw == pytest.approx(slow_mean_cosine(rows.numpy()), rel=CLOSE)
 
 
+def test_lengths_that_hardly_differ_keep_their_deviation(tmp_path: Path) -> None:
+    maker = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(2000, 8, generator=maker), dim=1)
+    rows *= 1e7 + 2 * torch.randn(2000, 1, generator=maker)
+    site = lp.check(plant(tmp_path / "acts", {"layers.0": rows}, [2] * 1000)).sites[0]
+    norms = np.linalg.norm(rows.numpy().astype(np.float64), axis=1)
+    assert site.mean_norm == pytest.approx(norms.mean(), rel=1e-12)
+    assert site.norm_deviation == pytest.approx(norms.std(), rel=1e-6)
+
+
 def test_a_constant_dimension_in_any_dtype_is_dead(tmp_path: Path) -> None:
     rows = draw().float()
     rows[:, 3] = 0.1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import layerprobe as lp
-from layerprobe.analysis.features import average_of, joined_of, read_site
+from layerprobe.analysis.features import average_of, joined_of, learn_mix, read_site
 from layerprobe.analysis.tasks import make_task
 from layerprobe.errors import InputError, NonFiniteError, OptionError
 from planting import plant
@@ -68,6 +68,19 @@ def test_the_mix_leans_on_that_layer(found: Any) -> None:
     assert weights["layers.2"] > 2 * max(value for site, value in weights.items() if site != "layers.2")
     assert sum(found.mix.weights) == pytest.approx(1, abs=1e-6)  # a softmax in float32
     assert found.mix.centre == pytest.approx(sum(place * w for place, w in enumerate(found.mix.weights)))
+
+
+def test_the_mix_brings_layers_that_hardly_vary_to_one_scale(tmp_path: Path) -> None:
+    far = 1000.13 + 1e-3 * np.random.default_rng(0).normal(size=(4000, 4))
+    near = np.random.default_rng(1).normal(size=(4000, 4))
+    values = [far.astype(np.float32), near.astype(np.float32)]
+    store = plant(tmp_path / "store", {"layers.0": torch.from_numpy(values[0])}, [1] * 4000, ids=torch.arange(4000))
+    task = make_task(lp.open(store), [place % 2 for place in range(4000)])
+    feature, shares = learn_mix(values, ["layers.0", "layers.1"], task, 0)
+    assert feature.factors is not None
+    for value, share, factor in zip(values, shares, feature.factors, strict=True):
+        train = value[task.sides == 0].astype(np.float64)
+        assert share / factor == pytest.approx(np.sqrt(np.square(train - train.mean(0)).mean()), rel=1e-3)
 
 
 def test_random_labels_sit_at_chance(found: Any) -> None:
