@@ -6,6 +6,7 @@ example together, and exact paired tests.
 Must never know of stores or of how predictions were made.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,6 +17,8 @@ __all__ = ["Score", "bound_accuracy", "differs", "find_ties", "macro_f1", "mcnem
 
 _RESAMPLES = 1000
 _LEVEL = 0.05
+# Of the normal distribution, at half of that on each side.
+_QUANTILE = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,17 @@ def macro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
 def bound_accuracy(correct: np.ndarray, clusters: np.ndarray, seed: int) -> tuple[float, float]:
     """Bound the accuracy at 95 %: Wilson's interval for items of one example each, else by drawing whole examples.
 
-    Those are drawn with replacement, 1,000 times; the bounds are percentiles 2.5 and 97.5. Where all items are right,
-    or all wrong, no draw differs from another, and the interval is Wilson's with the number of examples.
+    Those are drawn with replacement, 1,000 times; the bounds are percentiles 2.5 and 97.5. Where all examples are
+    equally right, as one alone is, no draw differs from another, and the interval is Wilson's with their number.
 
     Source: Wilson 1927, Journal of the American Statistical Association 22; Efron and Tibshirani 1993, "An Introduction
     to the Bootstrap", 13.3; whole clusters, since the items of one example are not independent.
     """
-    from scipy.stats import binomtest
-
     _, of = np.unique(clusters, return_inverse=True)
     right, count = np.bincount(of, weights=correct), np.bincount(of)
-    if len(count) == len(correct) or correct.all() or not correct.any():
-        found = binomtest(int((right > 0).sum()), len(count)).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
+    shares = right / count
+    if len(count) == len(correct) or (shares == shares[0]).all():
+        return _bound_share(float(shares.mean()), len(count))
     maker = np.random.default_rng([seed, 2])
     drawn_accuracy = np.empty(_RESAMPLES)
     for place in range(_RESAMPLES):
@@ -71,6 +72,14 @@ def bound_accuracy(correct: np.ndarray, clusters: np.ndarray, seed: int) -> tupl
         drawn_accuracy[place] = right[drawn].sum() / count[drawn].sum()
     low, high = np.percentile(drawn_accuracy, (2.5, 97.5))
     return float(low), float(high)
+
+
+def _bound_share(share: float, count: int) -> tuple[float, float]:
+    """Give Wilson's interval of a share of `count`."""
+    extra = _QUANTILE**2 / count
+    middle = (share + extra / 2) / (1 + extra)
+    half = math.sqrt(extra * share * (1 - share) + extra * extra / 4) / (1 + extra)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def mcnemar(correct: np.ndarray, other: np.ndarray) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from layerprobe.analysis.scores import bound_accuracy, differs, find_ties, macro_f1, mcnemar, score
 from layerprobe.analysis.verdict import judge
@@ -72,6 +73,22 @@ def test_the_interval_covers_the_true_accuracy_about_as_often_as_it_says(count: 
         low, high = bound_accuracy(np.arange(count) < right, np.arange(count), 0)
         covered += (low <= truth <= high) * comb(count, right) * truth**right * (1 - truth) ** (count - right)
     assert covered >= 0.93  # Wilson's is 0.95 on average over truths, not for each of them
+
+
+@pytest.mark.parametrize(("right", "count"), [(3, 16), (0, 9), (9, 9), (1, 2)])
+def test_the_interval_is_that_of_wilson(right: int, count: int) -> None:
+    wanted = binomtest(right, count).proportion_ci(method="wilson")
+    found = bound_accuracy(np.arange(count) < right, np.arange(count), 0)
+    assert found == pytest.approx((wanted.low, wanted.high), abs=1e-12)  # sums in another order
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_interval_has_a_width_where_examples_are_equally_right(count: int) -> None:
+    # half of the four items of each: as much is known as of examples of one item, half of them right
+    low, high = bound_accuracy(np.arange(4 * count) % 2 > 0, np.arange(4 * count) // 4, 0)
+    centred = 1.959964**2 / count
+    half = np.sqrt(centred + centred**2) / (2 * (1 + centred))
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
 
 
 def test_the_interval_has_a_width_where_every_item_is_right_or_wrong() -> None:
