@@ -119,7 +119,7 @@ def make_task(
         notes.append(f"{format_count(num_shared, 'example')} of test with the same tokens as one of train.")
     numbers = np.array([item[0] for item in items])
     classes, labelled = _number_labels(name, [item[1] for item in items], sides[numbers])
-    notes += _note_rare(np.bincount(labelled[sides[numbers] == TRAIN], minlength=len(classes)))
+    notes += _note_rare(classes, labelled, sides[numbers])
     is_whole = items[0][2] is None
     texts = [record.get("text") for record in records]
     num_cut = (store.index or {}).get("truncated", 0)
@@ -313,13 +313,16 @@ def _number_labels(name: str, labels: list[Any], sides: np.ndarray) -> tuple[tup
     return classes, labelled
 
 
-def _note_rare(counts: np.ndarray) -> list[str]:
-    """Say which classes a probe cannot learn, of how often each comes in train."""
+def _note_rare(classes: tuple[Any, ...], labelled: np.ndarray, sides: np.ndarray) -> list[str]:
+    """Say how many classes a probe cannot learn, and whether test has but one."""
+    counts = np.bincount(labelled[sides == TRAIN], minlength=len(classes))
     notes, num_unseen, num_single = [], int((counts == 0).sum()), int((counts == 1).sum())
     if num_unseen:
         notes.append(f"Train lacks {num_unseen:,} of {len(counts):,} classes, which no probe can say.")
     if 2 * num_single > len(counts):
         notes.append(f"{num_single:,} of {len(counts):,} classes have one item in train: little is learned of them.")
+    if len(judged := np.unique(labelled[sides == TEST])) == 1:
+        notes.append(f"Every item of test is {classes[judged[0]]!r}: accuracy there tells little.")
     return notes
 
 

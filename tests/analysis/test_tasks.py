@@ -44,6 +44,16 @@ def test_drawn_examples_keep_their_own_values(store: Store) -> None:
     assert [task.classes[one] for one in task.labels] == [values[one] for one in task.examples.tolist()]
 
 
+def test_a_test_side_of_one_class_is_noted(store: Store) -> None:
+    labels = ["rare" if place == 39 else "often" for place in range(COUNT)]
+    sides = ["train" if place % 2 else "test" for place in range(COUNT)]
+    assert make_task(store, labels, split=sides).notes == (
+        "Every item of test is 'often': accuracy there tells little.",
+    )
+    both = ["rare" if place > 37 else "often" for place in range(COUNT)]
+    assert make_task(store, both, split=sides).notes == ()
+
+
 def test_values_without_an_order_are_refused(store: Store) -> None:
     by_ordinal: Any = {place: place % 2 for place in range(COUNT)}
     with pytest.raises(OptionError, match="group: a dict has no order"):
