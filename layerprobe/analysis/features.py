@@ -8,7 +8,7 @@ Hides shards and pools. Must never know of labels' names or of scikit-learn.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from layerprobe.analysis.splits import DEV, TRAIN
 from layerprobe.analysis.sweep import Mappings
 from layerprobe.analysis.tasks import Task
 from layerprobe.errors import NonFiniteError, OptionError
+from layerprobe.store.headers import SCALE_SUFFIX
 from layerprobe.store.reader import Store
 from layerprobe.store.shards import ScaledRows
 from layerprobe.tables import format_count
@@ -104,12 +105,18 @@ def read_site(store: Store, site: str, task: Task, pool: str | None) -> np.ndarr
             first, row = first + len(vectors), row + len(own)
             mapped.add_shard([stored], shards[number])
     else:
-        known, rows = -1, torch.empty(0, 0, device="cpu")
-        for place, (ordinal, (start, stop)) in enumerate(zip(task.examples.tolist(), task.spans.tolist(), strict=True)):
-            if ordinal != known:
-                rows, known = cast(Tensor | ScaledRows, view[ordinal]).float(), ordinal
-                mapped.add(stored.bytes_per_vector * len(rows))
-            out[place] = rows[start:stop].mean(0).numpy()
+        names = [site, site + SCALE_SUFFIX] if stored.dtype == torch.int8 else [site]
+        items = zip(task.examples.tolist(), task.spans.tolist(), out, strict=True)
+        by_example = {ordinal: list(own) for ordinal, own in groupby(items, key=lambda item: item[0])}
+        for shard, ordinals in store.catalog.iter_parts(list(by_example), names):
+            tensors = [shard.tensor(name) for name in names]
+            for ordinal in ordinals:
+                _, first, last = shard.span(ordinal)
+                values, *scale = (tensor[first:last] for tensor in tensors)
+                rows = ScaledRows(values, *scale).float() if scale else values.float()
+                for _, (start, stop), into in by_example[ordinal]:
+                    into[:] = rows[start:stop].mean(0).numpy()
+            mapped.add_shard([stored], shard.header)
     is_bad = ~np.isfinite(out).all(1)
     if is_bad.any():
         raise NonFiniteError(

@@ -11,6 +11,7 @@ import torch
 
 import layerprobe as lp
 from elsewhere import OPTIONS, PATIENCE, SECOND, SHARD_BYTES, contents, copy_store
+from layerprobe.analysis.features import read_site
 from layerprobe.analysis.tasks import make_task
 from layerprobe.cli.main import main
 from layerprobe.errors import FormatError, MissingExample, OptionError, PlanError, StoreError
@@ -143,6 +144,10 @@ def test_records_of_many_examples_are_fetched_by_shard(local: Any, place: Remote
     assert make_task(store, labels).words == make_task(local, labels).words
     # per shard: its size, its beginning, ids, and where records begin and what they are
     assert len([request for request in server.requests if "shard-" in request.path]) == 5 * store.num_shards
+    tokens = make_task(store, [[row % 2 for row in range(len(store.input_ids(one)))] for one in store.ordinals()])
+    server.clear()
+    assert (read_site(store, "layers.1", tokens, None) == read_site(local, "layers.1", tokens, None)).all()
+    assert len(server.requests) == store.num_shards
 
 
 def test_opening_a_complete_store_reads_no_shard(local: Any, place: RemotePlace, server: Spoiler) -> None:
