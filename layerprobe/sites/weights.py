@@ -261,8 +261,9 @@ def _root_mean_square(value: Tensor, seen: Tensor) -> Tensor:
 
 
 def _rounding_of(dtype: torch.dtype, is_cuda: bool, is_rounded: bool) -> float:
-    """Give the eps that a context is computed to; `is_rounded`: whether CUDA rounds the operands of products."""
-    eps = torch.finfo(dtype).eps
+    """Give the eps that two contexts may differ by; `is_rounded`: whether CUDA rounds the operands of products."""
+    # the eager code of ModernBERT and others takes its softmax in float32, whatever the model is in
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     if not is_cuda or dtype != torch.float32:
         return eps
     return _TF32_EPS if is_rounded else _CUDA_FLOAT32 * eps
