@@ -239,19 +239,30 @@ class _Lister:
         path = place.path if isinstance(place, Fused) else place.removesuffix(":input")
         takes = takes or ("input" if isinstance(place, str) and place.endswith(":input") else "output")
         path = f"{layer}.{path}" if layer and path else layer or path
-        width = _module_width(self.stack.base.get_submodule(path), takes) or self.hidden_size
+        width = _module_width(self.stack.base.get_submodule(path), takes)
         part = None
         if isinstance(place, Fused):
-            width //= 3
+            width = width and width // 3
             bias = self.full_path(f"{layer}.{place.bias}") if place.bias else None
             part = Part(place.part, self.num_heads if place.by_head else None, bias)
         if takes == "weights":
             # the module itself first: ConvBERT leaves some heads to a convolution
             width = getattr(self.stack.base.get_submodule(path), "num_attention_heads", self.num_heads) or width
+        # of a module that does not tell, as an adapter of a user's own around a projection
+        width = self._usual_width(name) if width is None else width
         full = self.full_path(path)
         if kind == "token" and self.stack.is_of_decoder(full, self.root):
             kind = "source"
         return Site(self.stack.prefix + name, full, takes, kind, width, call, part, self.number)  # type: ignore[arg-type]
+
+    def _usual_width(self, name: str) -> int | None:
+        """Give the width of the residual stream where a site has it; only the module tells how wide an FFN is."""
+        if name.endswith(".ffn.act"):
+            return None
+        groups = getattr(self.stack.base.config, "num_key_value_heads", None)
+        if groups and self.num_heads and name.endswith((".key", ".value")):
+            return self.hidden_size // self.num_heads * groups
+        return self.hidden_size
 
     def full_path(self, path: str) -> str:
         """Name a module of the base as the unwrapped model names it."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import layerprobe as lp
 from families import FAMILIES, IS_V5, REFUSED, build, is_known, make_batch
@@ -88,6 +89,41 @@ def test_widths_and_kinds_are_those_of_the_values(name: str) -> None:
         value = run.made[site.name]
         assert site.width == value.shape[1 if site.kind == "attention" else -1], site.name
         assert value.ndim == {"token": 3, "example": 2, "attention": 4}[site.kind]
+
+
+class _Adapter(nn.Module):
+    """What tutorials put around a projection: it has no `in_features` to read."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.down = inner, nn.Linear(inner.in_features, 2, bias=False)
+        self.up = nn.Linear(2, inner.out_features, bias=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.inner(states) + self.up(self.down(states))
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "albert", "deberta", "modernbert", "eurobert-gqa"])
+def test_widths_of_adapted_projections_are_right_or_not_told(name: str) -> None:
+    skip_unknown(name)
+    model = build(name)
+    for site in lp.sites(model):
+        module = model.get_submodule(site.module)
+        if isinstance(module, nn.Linear):
+            model.set_submodule(site.module, _Adapter(module))
+    table = lp.sites(model)
+    with torch.no_grad(), lp.Probe(model, [site.name for site in table]) as probe:
+        model(**make_batch())
+    widths = {site.name: probe[site.name].shape[1 if site.kind == "attention" else -1] for site in table}
+    assert (
+        {site.name for site in table if site.width != widths[site.name]}
+        == {site.name for site in table if site.width is None}
+        == {name for name in widths if name.endswith("ffn.act")}
+    )
+    asked: Any = {name: lp.steer(torch.zeros(width)) for name, width in widths.items() if name.endswith("act")}
+    with torch.no_grad(), lp.edit(model, asked), lp.Probe(model, "layers.-1") as edited:
+        model(**make_batch())
+    assert torch.equal(edited["layers.-1"], probe["layers.-1"])
 
 
 def test_one_site_alone_is_the_same_as_among_all(name: str) -> None:
