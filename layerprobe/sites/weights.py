@@ -126,7 +126,8 @@ class EagerTwin:
         # In training the kernel dropped some of its weights: its context is another, rightly.
         if self._checks and not self._module.training:
             pairs = [pair for child in self._children.values() for pair in child.other]
-            compared = [_compare(self._module, *pair) for pair in (*pairs, (again[0], _first(output)))]
+            real_BS = _real_queries(asked, states_BSD)
+            compared = [_compare(self._module, *pair, real_BS) for pair in (*pairs, (again[0], _first(output)))]
             if self._later is None:
                 require_same_contexts(compared)
             else:
@@ -241,19 +242,32 @@ def require_same_contexts(compared: Sequence[ContextComparison]) -> None:
             )
 
 
-def _compare(module: nn.Module, twin: Tensor, real: Tensor) -> ContextComparison:
+def _compare(module: nn.Module, twin: Tensor, real: Tensor, real_BS: Tensor | None) -> ContextComparison:
     """Hold a context against the kernel's.
 
-    Left out are rows of zeros, where a query had no key to look at (padding far from any token, under a window: sdpa
-    and flash give zeros, eager attention the mean), and rows the model itself made NaN.
+    Left out are padding queries, which may have no key to look at (far from any token, under a window): there sdpa and
+    flash give zeros, eager attention the mean, or NaN where the sum of mask and score overflows. So are rows of zeros,
+    where no mask tells of padding, and rows the model itself made NaN.
     """
     if twin.shape != real.shape:
         raise CaptureError(f"{type(module).__name__}: its eager code takes another path. {_LOAD_EAGER}")
     seen = (real != 0).any(-1, keepdim=True) & real.isfinite().all(-1, keepdim=True)
+    if real_BS is not None and real_BS.shape == seen.shape[:-1]:
+        seen &= real_BS[..., None]
     # By root mean square over the whole context: rounding is spread over it, and another formula moves all of it.
     sizes = [_root_mean_square(value, seen) for value in (twin.float() - real.float(), real.float())]
     eps = _rounding_of(real.dtype, real.is_cuda, rounds_products())
     return ContextComparison(type(module).__name__, _kernel(module) or "sdpa", torch.stack(sizes), eps)
+
+
+def _real_queries(asked: Mapping[str, Any], states_BSD: Tensor) -> Tensor | None:
+    """Find the queries of real tokens by a mask of B,1,S,S or B,1,1,S: a token that is padding is no query's key."""
+    mask = asked.get("attention_mask", asked.get("mask"))
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or asked.get("encoder_hidden_states") is not None:
+        return None
+    keep = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    real = keep.flatten(1, 2).any(1)
+    return real.expand(states_BSD.shape[:2]) if real.shape[1] == states_BSD.shape[1] else None
 
 
 def _root_mean_square(value: Tensor, seen: Tensor) -> Tensor:

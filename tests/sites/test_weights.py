@@ -133,6 +133,20 @@ def test_weights_of_a_model_in_float64_are_eager_attentions(name: str) -> None:
     torch.testing.assert_close(rows, eager_rows, atol=TOLERANCE, rtol=0)  # two kernels, weights are at most 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("is_left", [False, True])
+def test_padding_beyond_every_window_speaks_against_no_weights(dtype: torch.dtype, is_left: bool) -> None:
+    """transformers 4 adds the lowest number to all scores of such a query: kernels round or overflow as they will."""
+    batch, model = make_batch(8), build("modernbert").to(dtype)
+    if is_left:
+        batch = {name: value.flip(1) for name, value in batch.items()}
+    got, _ = read(model, batch)
+    own, _ = read(build("modernbert", attention="eager").to(dtype), batch)
+    rows, eager_rows = (real_queries(weights[0], batch["attention_mask"]).float() for weights in (got, own))
+    atol = 1e-2 if dtype == torch.float16 else TOLERANCE  # two kernels, in the rounding of a half type
+    torch.testing.assert_close(rows, eager_rows, atol=atol, rtol=0)
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_edit_of_the_query_is_seen_and_no_projection_runs_twice(name: str) -> None:
     place = find_anatomy(FAMILIES[name].model_type).query
