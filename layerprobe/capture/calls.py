@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from layerprobe.errors import CaptureError
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import find_cache
 from layerprobe.sites.weights import ContextComparison, EagerTwin
@@ -27,16 +28,27 @@ class Context:
         shape: B and S, or None where neither ids nor embeddings were passed.
         first_position: Position of the first of the S tokens; above 0 where a key-value cache holds those before it,
             None where a compiled graph has a cache and cannot tell.
+        is_named: Whether ids and mask would be seen: not if the model is of a class that calls them by other names.
     """
 
     input_ids: Tensor | None
     attention_mask: Tensor | None
     shape: tuple[int, int] | None
     first_position: int | None = 0
+    is_named: bool = True
 
     @property
     def token_mask(self) -> Tensor | None:
-        """The mask of the S tokens: with a cache in use, the last S columns of one that has those before them too."""
+        """The mask of the S tokens: with a cache in use, the last S columns of one that has those before them too.
+
+        Raises:
+            CaptureError: it may have been passed under another name.
+        """
+        if not self.is_named:
+            raise CaptureError(
+                "the model was called with neither input_ids nor inputs_embeds by name: padding is not known. Call the "
+                "arguments of its forward input_ids and attention_mask, or capture into memory without pool."
+            )
         mask, shape, first = self.attention_mask, self.shape, self.first_position
         if mask is None or shape is None or first == 0 or mask.ndim != 2:
             return mask

@@ -42,6 +42,8 @@ def watch_calls(hooks: HookSet, given: nn.Module, mapped: ModelMap, frames: Fram
         hooks.keep(root, root.register_forward_pre_hook(enter_root))
         hooks.keep(root, root.register_forward_hook(_make_exit(ROOT, frames, port), always_call=True))
     for number, base in enumerate(bases):
+        if _renames_ids(type(base)):
+            frames.renaming.add(number)
         enter = _make_base_entry(number, base, mapped.owner, frames, port)
         hooks.keep(base, base.register_forward_pre_hook(enter, with_kwargs=True))
         hooks.keep(base, base.register_forward_hook(_make_exit(number, frames, port), always_call=True))
@@ -49,6 +51,12 @@ def watch_calls(hooks: HookSet, given: nn.Module, mapped: ModelMap, frames: Fram
         number = 0 if root is mapped.base else ROOT
         enter = enter_root if number == ROOT else _make_base_entry(0, root, mapped.owner, frames, port)
         watch_direct_calls(hooks, root, number, frames, enter, _make_exit(number, frames, port))
+
+
+def _renames_ids(kind: type[nn.Module]) -> bool:
+    """Whether a class takes ids by another name, or by none, than one that it is made from."""
+    line = [inspect.signature(one.forward).parameters for one in kind.__mro__ if "forward" in vars(one)]
+    return "input_ids" not in line[0] and any("input_ids" in parameters for parameters in line)
 
 
 def _make_root_entry(frames: Frames, port: Outlet) -> Callable[..., None]:

@@ -78,6 +78,8 @@ class Frames:
         self.thread: int | None = None
         # whether a call need not make a site that an earlier call has made and a key-value cache still holds
         self.spares_cached = False
+        # stacks whose base calls its ids by another name than transformers does
+        self.renaming: set[int] = set()
         self._made = 0
 
     @property
@@ -114,6 +116,8 @@ class Frames:
             frames.append(_Frame(number, runner))
         frame = frames[-1]
         frame.inside.add(number)
+        if number in self.renaming and context.shape is None:
+            context = replace(context, is_named=False)
         if frame.call is not None and number in frame.call.contexts:
             # a task model that runs its base twice in one call
             self._end_call(frame, completed=True)

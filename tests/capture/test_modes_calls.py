@@ -398,3 +398,34 @@ def test_forward_called_past_the_hooks_is_not_taken_for_a_call(tiny_bert: Any, b
         tiny_bert.forward(**batch)
     with pytest.raises(CaptureError, match=r"was not called in the probe \(model\.forward\(\) goes past its hooks"):
         _ = probe["layers.0"]
+
+
+@pytest.mark.parametrize("is_passing", [False, True])
+def test_padding_of_a_class_that_calls_its_ids_otherwise_is_not_taken_for_tokens(
+    tiny_bert: Any, batch: dict[str, Tensor], tmp_path: Any, is_passing: bool
+) -> None:
+    kind: Any = type(tiny_bert)
+
+    class Renaming(kind):
+        def forward(self, tokens: Tensor, mask: Tensor) -> Any:
+            return super().forward(input_ids=tokens, attention_mask=mask)
+
+    class Passing(kind):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model = (Passing if is_passing else Renaming)(tiny_bert.config).eval()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    match = r"neither input_ids nor inputs_embeds by name: padding is not known\. Call the arguments of its forward"
+    wanting: list[Any] = [{"to": tmp_path / "acts"}, {"pool": "mean"}]
+    for options in wanting:
+        with torch.no_grad(), pytest.raises(CaptureError, match=match), lp.Probe(model, "layers.*", **options):
+            model(ids, mask)
+    with torch.no_grad(), lp.Probe(model, "layers.*") as probe:
+        output = model(ids, mask)
+    made: Any = probe["layers.-1"]
+    assert torch.equal(made, output.last_hidden_state)
+    if is_passing:
+        with torch.no_grad(), lp.Probe(model, "layers.*", to=tmp_path / "named"):
+            model(input_ids=ids, attention_mask=mask)
+        assert torch.equal(lp.open(tmp_path / "named")["layers.-1"][1], made[1][mask[1].bool()])
