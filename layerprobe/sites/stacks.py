@@ -59,17 +59,24 @@ class Stack:
     @property
     def has_decoder(self) -> bool:
         """Whether its base model has a decoder too, whose tokens and padding a call of the base does not show."""
-        return bool(getattr(self.base.config, "is_encoder_decoder", False)) and has_module(self.base, "decoder")
+        is_pair = bool(getattr(self.base.config, "is_encoder_decoder", False))
+        return is_pair and any(_is_decoder(name) for name, _ in self.base.named_children())
 
     def is_of_decoder(self, path: str, root: nn.Module) -> bool:
         """Whether a module, by its name in the unwrapped model, is part of that decoder or makes words of its rows."""
         if not self.has_decoder:
             return False
-        if f"{path}.".startswith(f"{self.path}.decoder.".removeprefix(".")):
+        prefix = f"{self.path}." if self.path else ""
+        if path.startswith(prefix) and _is_decoder(path.removeprefix(prefix).partition(".")[0]):
             return True
         # a module of a user's own around the base need not be a model of transformers
         find_head = getattr(root, "get_output_embeddings", None)
         return find_head is not None and root.get_submodule(path) is find_head()
+
+
+def _is_decoder(name: str) -> bool:
+    """Whether a part of a base model is its decoder, by its name: SeamlessM4T has a `text_decoder`."""
+    return name.endswith("decoder")
 
 
 def need_model(model: nn.Module | LoadedModel) -> nn.Module:

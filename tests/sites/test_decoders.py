@@ -260,6 +260,20 @@ def test_decoder_of_a_shared_base_never_takes_the_mask_of_the_encoder(
     assert torch.equal(edited[site], values * 2)
 
 
+def test_decoder_under_another_name_never_takes_the_mask_of_the_encoder(tmp_path: Any) -> None:
+    """Of SeamlessM4T the layers that are found are the text decoder's."""
+    from transformers import SeamlessM4TConfig, SeamlessM4TForTextToText
+
+    sizes: Any = {"encoder_layers": 1, "decoder_layers": 2, "num_hidden_layers": 2, "max_position_embeddings": 16}
+    sizes |= {f"{half}_ffn_dim": 8 for half in ("encoder", "decoder")}
+    sizes |= {f"{half}_attention_heads": 2 for half in ("encoder", "decoder")}
+    model: Any = SeamlessM4TForTextToText(SeamlessM4TConfig(vocab_size=11, hidden_size=8, pad_token_id=0, **sizes))
+    assert {site.kind for site in lp.sites(model, "layers.*")} == {"source"}
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with pytest.raises(OptionError, match=r"the other half"), lp.Probe(model, "layers.*", to=tmp_path / "acts"):
+        model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids.flip(0), use_cache=False)
+
+
 def test_model_of_ones_own_may_wrap_both_halves(make_bart: Any) -> None:
     class Own(torch.nn.Module):
         def __init__(self, model: Any) -> None:
