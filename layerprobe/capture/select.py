@@ -270,10 +270,13 @@ def write_rows(target: Target, value: Tensor, selection: BatchSelection) -> None
     whole = target.whole
     wanted = (selection.num_sequences, selection.num_positions, *whole.shape[1:])
     if value.shape != wanted:
-        raise CaptureError(
-            f"a value of shape {tuple(value.shape)} has no row per token: it must be {wanted}. "
-            "Capture this site into memory instead."
-        )
+        advice = "Capture this site into memory instead."
+        if value.ndim > 1 and value.shape[0] == wanted[0] and value.shape[1] > wanted[1]:
+            advice += (
+                " If the model pads by itself, as Longformer does to its attention_window, pad the batch before: a "
+                "tokenizer takes pad_to_multiple_of."
+            )
+        raise CaptureError(f"a value of shape {tuple(value.shape)} has no row per token: it must be {wanted}. {advice}")
     if target.count != selection.num_rows or not whole.is_contiguous():
         raise CaptureError(
             f"{selection.num_rows} rows do not go into a place for {target.count}, of shape {tuple(whole.shape)} and "

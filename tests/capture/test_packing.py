@@ -138,6 +138,27 @@ def test_value_of_fewer_positions_than_the_call_is_refused(tiny_bert: Any, tmp_p
     assert len(lp.open(tmp_path / "acts")) == len(batch["input_ids"])
 
 
+def test_batch_that_a_model_would_pad_by_itself_is_to_be_padded_before(tmp_path: Path) -> None:
+    from transformers import LongformerConfig, LongformerModel
+
+    sizes: Any = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    config: Any = LongformerConfig(**sizes, vocab_size=11, max_position_embeddings=20, attention_window=[4, 4])
+    model: Any = LongformerModel(config).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 5], [5, 6, 7, 8, 1, 1]])
+    match = r"\(2, 8, 8\) has no row .* \(2, 6, 8\)\. .* If the model pads by itself, .* pad_to_multiple_of"
+    with (
+        torch.no_grad(),
+        pytest.raises(CaptureError, match=match),
+        lp.Probe(model, "layers.*", to=tmp_path / "refused"),
+    ):
+        model(ids, attention_mask=(ids != 1).long())
+    padded = torch.nn.functional.pad(ids, (0, 2), value=1)
+    with torch.no_grad(), lp.Probe(model, "layers.*", to=tmp_path / "acts"):
+        output = model(padded, attention_mask=(padded != 1).long(), output_hidden_states=True)
+    rows = lp.open(tmp_path / "acts")["layers.1"]
+    assert torch.equal(rows[0], output.hidden_states[2][0, :6]) and torch.equal(rows[1], output.hidden_states[2][1, :4])
+
+
 def test_ids_of_more_than_two_dimensions_are_refused() -> None:
     ids = torch.ones(2, 3, 4, dtype=torch.int64)
     selection = BatchSelection.from_mask(None, (2, 3), torch.device("cpu"))
