@@ -134,13 +134,13 @@ class ProbeRegistry:
             self._hooks.join(self._mapped.base, self._frames)
             if self._stops:
                 end_early(self._hooks, self._given, self._mapped, self._frames)
+            self._frames.thread = threading.get_ident() if self._this_thread else None
+            self._frames.is_open = True
+            if has_graphs:  # takes a while, and Ctrl-C may come in it
+                forget_compiled_graphs()
         except BaseException:
             self.detach()
             raise
-        self._frames.thread = threading.get_ident() if self._this_thread else None
-        self._frames.is_open = True
-        if has_graphs:
-            forget_compiled_graphs()
 
     def detach(self) -> None:
         """Take every hook off, and abandon calls that were cut short."""

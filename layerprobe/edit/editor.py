@@ -133,13 +133,13 @@ class Editor(AbstractContextManager["Editor"]):
                 self._attach(point)
                 self._refuse_chosen_logits(point)
             watch_second_runs(self._hooks, self._root, self._frames, always=True)
+            self._thread = threading.get_ident()
+            self._frames.is_open = True
+            if has_compiled():  # takes a while, and Ctrl-C may come in it
+                forget_compiled_graphs()
         except BaseException:
             self._detach()
             raise
-        self._thread = threading.get_ident()
-        self._frames.is_open = True
-        if has_compiled():
-            forget_compiled_graphs()
         self._state = Lifecycle.OPEN
         return self
 

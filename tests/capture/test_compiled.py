@@ -5,6 +5,7 @@ values are compared with its own outputs.
 """
 
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import layerprobe as lp
 from families import CACHE
 from layerprobe.errors import CaptureError, OptionError
+from traces import list_hooks
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -551,3 +553,23 @@ def test_threads_of_a_compiled_model_are_kept_apart(tiny_bert: Any) -> None:
     call: Any
     for call in probe.calls:
         assert torch.equal(call["layers.-1"], _eager_values(tiny_bert, "layers.*", call.input_ids.shape[1])["layers.1"])
+
+
+@pytest.mark.parametrize(
+    "watch", [lambda model: lp.Probe(model, "*"), lambda model: lp.edit(model, {"*": lp.scale(2.0)})]
+)
+def test_ctrl_c_while_graphs_are_forgotten_at_the_beginning_leaves_no_hook(tiny_bert: Any, watch: Any) -> None:
+    torch.compile(torch.square, backend="eager")(torch.ones(2))  # now there are graphs to forget
+
+    def interrupt(frame: Any, event: str, _: object) -> None:
+        if frame.f_code is torch.compiler.reset.__code__:
+            raise KeyboardInterrupt
+
+    watched, tracer = watch(tiny_bert), sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt), watched:
+            raise AssertionError("unreachable")
+    finally:
+        sys.settrace(tracer)
+    assert not list_hooks(tiny_bert)
