@@ -15,7 +15,7 @@ from torch import Tensor
 
 from layerprobe.capture.statistics import Rows, RowSink, Said, Sums
 from layerprobe.errors import OptionError
-from layerprobe.store.guard import is_number
+from layerprobe.store.guard import is_number, is_whole
 from layerprobe.tables import format_fields
 
 __all__ = ["Histogram", "Moments", "SiteHistogram", "SiteMoments"]
@@ -236,7 +236,7 @@ class Histogram(RowSink[SiteHistogram]):
 
     def __init__(self, low: float = -10.0, high: float = 10.0, bins: int = 200) -> None:
         is_range = is_number(low) and is_number(high) and math.isfinite(low) and math.isfinite(high) and low < high
-        if not is_range or type(bins) is not int or bins < 1:
+        if not is_range or not is_whole(bins) or bins < 1:
             raise OptionError(f"a histogram of {bins!r} bins from {low!r} to {high!r}: give at least one, low first.")
         edges = torch.linspace(low, high, bins + 1, dtype=torch.float64, device="cpu")
         super().__init__(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from layerprobe.capture.statistics import Rows, RowSink, Said, Sums
 from layerprobe.errors import OptionError
+from layerprobe.store.guard import is_whole
 from layerprobe.tables import format_fields
 
 __all__ = ["SiteTops", "Top", "TopK"]
@@ -119,7 +120,7 @@ class TopK(RowSink[SiteTops]):
     """
 
     def __init__(self, k: int = 10, *, context: int = 5, magnitude: bool = False) -> None:
-        if type(k) is not int or k < 1 or type(context) is not int or context < 0:
+        if not is_whole(k) or k < 1 or not is_whole(context) or context < 0:
             raise OptionError(f"the top {k!r} with a context of {context!r}: give at least 1, and at least 0.")
         options = {
             "k": torch.tensor(k, device="cpu"),

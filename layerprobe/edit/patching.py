@@ -27,7 +27,7 @@ from layerprobe.errors import CaptureError, OptionError
 from layerprobe.models import LoadedModel
 from layerprobe.sites.resolve import ModelMap, Site, map_model
 from layerprobe.sites.stacks import find_called, need_model, widen
-from layerprobe.store.guard import check_count
+from layerprobe.store.guard import check_count, is_whole
 from layerprobe.tables import format_count
 from layerprobe.telling import make_bar
 
@@ -190,11 +190,11 @@ def _plan(
     elif positions is not False:
         listed = tuple(positions)
         size = len(tokens[0].real)
-        if not listed or not all(type(place) is int and -size <= place < size for place in listed):
+        if not listed or not all(is_whole(place) and -size <= place < size for place in listed):
             raise OptionError(
                 f"patching: positions={positions!r}: the texts have {size}. Give a list of them, or True."
             )
-        listed = tuple(place % size for place in listed)
+        listed = tuple(int(place) % size for place in listed)
     num_heads = widths[0][1] if heads else None
     return _Sweep(model, clean, corrupt, metric, chosen, tokens, listed, num_heads, tuple(w for w, _ in widths))
 

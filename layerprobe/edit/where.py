@@ -18,6 +18,7 @@ from torch import Tensor
 
 from layerprobe.capture.calls import Context
 from layerprobe.errors import CaptureError, OptionError
+from layerprobe.store.guard import is_whole
 
 __all__ = ["Spot", "TokenIds", "check_where", "pick_tokens", "place_in_text", "resolve_where", "token_ids"]
 
@@ -45,9 +46,9 @@ def token_ids(*ids: int) -> TokenIds:
         >>> lp.scale(0.5, where=lp.token_ids(103)).where
         TokenIds(ids=(103,))
     """
-    if not ids or not all(_is_int(token) and token >= 0 for token in ids):
+    if not ids or not all(is_whole(token) and token >= 0 for token in ids):
         raise OptionError(f"token ids {ids!r}: give one or more numbers from 0 on, as in lp.token_ids(101, 102).")
-    return TokenIds(ids)
+    return TokenIds(tuple(int(token) for token in ids))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +83,12 @@ def check_where(where: Any) -> None:
         return
     if isinstance(where, slice):
         bounds = [where.start, where.stop, where.step]
-        if not all(bound is None or _is_int(bound) for bound in bounds) or (where.step or 1) < 1:
+        if not all(bound is None or is_whole(bound) for bound in bounds) or (where.step or 1) < 1:
             raise OptionError(f"where={where!r}: the bounds of a slice are whole numbers, its step is 1 or more.")
         return
-    if where is None or isinstance(where, (str, TokenIds)) or _is_int(where):
+    if where is None or isinstance(where, (str, TokenIds)) or is_whole(where):
         return
-    if isinstance(where, Sequence) and where and (all(map(_is_int, where)) or all(isinstance(w, str) for w in where)):
+    if isinstance(where, Sequence) and where and (all(map(is_whole, where)) or all(isinstance(w, str) for w in where)):
         return
     raise OptionError(f"where={where!r} picks no position: use {_ACCEPTED}.")
 
@@ -106,9 +107,9 @@ def resolve_where(where: Any, tokenizer: Any) -> Spot:
         return Spot("ids", ids=where.ids)
     if isinstance(where, slice):
         return Spot("positions", positions=where)
-    if _is_int(where):
+    if is_whole(where):
         return Spot("positions", positions=(where,))
-    if not isinstance(where, str) and _is_int(where[0]):
+    if not isinstance(where, str) and is_whole(where[0]):
         return Spot("positions", positions=tuple(where))
     if tokenizer is None:
         raise OptionError(f"where={where!r} asks for tokens: pass tokenizer=, or ids as lp.token_ids(...).")
@@ -233,7 +234,3 @@ def _find_id(token: str, tokenizer: Any) -> int:
             f"where: the tokenizer has no token {token!r}; it writes it as {pieces}. Name those, or pick positions."
         )
     return int(found)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -14,7 +14,7 @@ from layerprobe.capture.pooling import Pool, check_pool
 from layerprobe.errors import OptionError
 from layerprobe.extract.forward import check_backend, resolve_precision
 from layerprobe.sites.grammar import list_patterns
-from layerprobe.store.guard import brief, check_flag
+from layerprobe.store.guard import brief, check_count, check_flag
 from layerprobe.store.kept import check_kept
 from layerprobe.store.places import names_place
 from layerprobe.store.writer import NONFINITE_POLICIES
@@ -84,16 +84,10 @@ class ExtractOptions:
             raise OptionError(f"padding_free is {self.padding_free!r}: use True, False, or None for where it can be.")
         if self.nonfinite not in NONFINITE_POLICIES:
             raise OptionError(f"no policy {self.nonfinite!r} for values that are not finite: use warn or error.")
-        sizes = {
-            "max_length": self.max_length,
-            "batch_tokens": self.batch_tokens,
-            "shard_size": self.shard_bytes,
-            "writers": self.writers,
-        }
-        for name, value in sizes.items():
-            may_be_left = name != "writers" and value is None
-            if not may_be_left and (type(value) is not int or value < 1):
-                raise OptionError(f"{name} is {value!r}: it must be a whole number of at least 1.")
+        given = [name for name in ("max_length", "batch_tokens", "shard_bytes") if getattr(self, name) is not None]
+        for name in (*given, "writers"):
+            check_count(_NAMES.get(name, name), getattr(self, name))
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     def list_for_stores(self) -> list[str]:
         """List the options that are given and concern stores alone, by the names that they have in a call."""

@@ -41,6 +41,7 @@ __all__ = [
     "check_record",
     "exists_inside",
     "is_number",
+    "is_whole",
     "need_batch",
     "need_list",
     "need_path",
@@ -114,8 +115,13 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     Raises:
         OptionError: it is not a whole number of at least `least`.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+    if not is_whole(value) or value < least:
         raise OptionError(f"{name} is {value!r}: it must be a whole number of at least {least}.")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is one whole number, of Python or numpy; True and False are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:

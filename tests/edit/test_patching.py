@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ def test_every_position_of_every_site_is_what_one_patch_at_a_time_gives(tiny_ber
 def test_every_head_is_what_one_patch_at_a_time_gives(tiny_bert: Any) -> None:
     sites = ["layers.*.attention.context", "layers.1.attention.query"]
     whole = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, sites, positions=False, heads=True, batch_size=5)
-    each = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, sites, positions=[2, -1], heads=True)
+    positions: Any = np.array([2, -1])
+    each = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, sites, positions=positions, heads=True)
     assert whole.effects.shape == (4, 4) and each.effects.shape == (4, 2, 4) and each.positions == (2, 5)
     for row, site in enumerate(whole.sites):
         for head in range(4):

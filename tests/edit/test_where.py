@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -36,7 +37,7 @@ def count_by_hand(where: Any, row: list[int]) -> list[bool]:
     return [column in meant for column in range(len(row))]
 
 
-places = st.integers(-9, 9)
+places = st.integers(-9, 9) | st.integers(-9, 9).map(np.int64)
 bounds = st.none() | places
 
 
@@ -102,6 +103,8 @@ def test_what_picks_nothing_is_refused_as_the_edit_is_made(where: Any) -> None:
 def test_token_ids_are_numbers(ids: Any) -> None:
     with pytest.raises(OptionError, match="token ids"):
         lp.token_ids(*ids)
+    of_numpy: Any = np.arange(3)
+    assert lp.token_ids(*of_numpy) == lp.token_ids(0, 1, 2)
 
 
 def test_calls_that_do_not_tell_are_errors(tiny_bert: Any, batch: Any) -> None:

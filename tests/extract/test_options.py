@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -40,6 +41,17 @@ def test_options_of_another_type_are_refused(
     with pytest.raises((OptionError, SiteError), match=re.escape(message)):
         extract(str(tiny_model_folder), ["b"], tmp_path / "acts", **{"device": "cpu", **options})
     assert sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "acts").rglob("*")) == before
+
+
+def test_numbers_of_numpy_ask_for_what_those_of_python_do(tiny: LoadedModel, tmp_path: Path) -> None:
+    sizes = {"max_length": 5, "batch_tokens": 64, "shard_size": 3000, "writers": 2}
+    for name, kind in (("numpy", np.int64), ("python", int)):
+        options: dict[str, Any] = {option: kind(size) for option, size in sizes.items()}
+        lp.extract(tiny, ["a b"] * 30, tmp_path / name, sites="layers.*", **options)
+    one, other = (
+        sorted(file for file in (tmp_path / name).iterdir() if file.is_file()) for name in ("numpy", "python")
+    )
+    assert [file.read_bytes() for file in one] == [file.read_bytes() for file in other]
 
 
 @pytest.mark.parametrize(
