@@ -26,6 +26,7 @@ from layerprobe.errors import CaptureError, OptionError, SiteError
 from layerprobe.models import LoadedModel, describe_model
 from layerprobe.sites.resolve import Site
 from layerprobe.sites.stacks import is_compile_wrapper, need_model, need_one_device, unwrap
+from layerprobe.store.guard import check_flag
 from layerprobe.store.places import find_place
 from layerprobe.store.writer import ShardWriter
 from layerprobe.tables import format_count
@@ -90,6 +91,8 @@ class Probe(AbstractContextManager["Probe"]):
         model = need_model(model)
         check_pool(pool)
         stored_dtype = resolve_dtype(dtype)
+        for name, value in (("stop", stop), ("gradients", gradients), ("this_thread", this_thread)):
+            check_flag(name, value)
         if gradients and (to is not None or pool is not None or stored_dtype is not None):
             raise OptionError("gradients=True keeps values in memory as they are: leave out to, pool and dtype.")
         if gradients and stop:

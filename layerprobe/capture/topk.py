@@ -15,7 +15,7 @@ from torch import Tensor
 
 from layerprobe.capture.statistics import Rows, RowSink, Said, Sums
 from layerprobe.errors import OptionError
-from layerprobe.store.guard import is_whole
+from layerprobe.store.guard import check_flag, is_whole
 from layerprobe.tables import format_fields
 
 __all__ = ["SiteTops", "Top", "TopK"]
@@ -120,6 +120,7 @@ class TopK(RowSink[SiteTops]):
     """
 
     def __init__(self, k: int = 10, *, context: int = 5, magnitude: bool = False) -> None:
+        check_flag("magnitude", magnitude)
         if not is_whole(k) or k < 1 or not is_whole(context) or context < 0:
             raise OptionError(f"the top {k!r} with a context of {context!r}: give at least 1, and at least 0.")
         options = {

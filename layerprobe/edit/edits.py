@@ -184,10 +184,7 @@ class Patch(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.values, Tensor) and not hasattr(self.values, "__getitem__"):
-            raise OptionError(
-                f"lp.patch: values are {type(self.values).__name__}: give a tensor, a Probe, one of its calls, an "
-                "example of a store, or tensors by site."
-            )
+            raise _no_values(self.values)
 
     @property
     def need(self) -> Need:
@@ -370,7 +367,18 @@ def _look_up(values: Any, site: str) -> Tensor:
         found = values[site]
     except KeyError as error:
         raise OptionError(f"lp.patch at {site!r}: the values have no {site!r}. Capture the site too.") from error
+    except (IndexError, TypeError) as error:  # an array or a list, which has no sites
+        raise _no_values(values) from error
+    if not hasattr(found, "float"):
+        raise _no_values(values, f" with {type(found).__name__}")
     return found if isinstance(found, Tensor) else found.float()
+
+
+def _no_values(values: Any, of: str = "") -> OptionError:
+    return OptionError(
+        f"lp.patch: values are {type(values).__name__}{of}: give a tensor, a Probe, one of its calls, an example of a "
+        "store, or tensors by site."
+    )
 
 
 def _if_tensor(label: str, value: Any) -> dict[str, Tensor]:

@@ -262,7 +262,14 @@ def test_gradients_go_with_no_other_option(tiny_bert: Any, option: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [({"pool": "median"}, "no pool 'median'"), ({"dtype": "int4"}, "no dtype 'int4'")]
+    ("option", "message"),
+    [
+        ({"pool": "median"}, "no pool 'median'"),
+        ({"dtype": "int4"}, "no dtype 'int4'"),
+        ({"stop": "no"}, "stop is 'no': use True or False"),
+        ({"gradients": "no"}, "gradients is 'no': use True or False"),
+        ({"this_thread": None}, "this_thread is None: use True or False"),
+    ],
 )
 def test_unknown_option_is_refused_before_anything_is_made(
     tiny_bert: Any, tmp_path: Any, option: Any, message: str

@@ -322,6 +322,9 @@ def test_options_that_do_not_exist_are_refused(make_bert: Callable[..., Any], mo
     three: Any = np.int64(3)
     for sink in (lp.Histogram(bins=three), lp.TopK(three, context=three)):  # a whole number of numpy is one
         run(model, sink, make_batches(1), "layers.1")
+    no_flag: Any = "no"
+    with pytest.raises(OptionError, match="magnitude is 'no': use True or False"):
+        lp.TopK(magnitude=no_flag)
     with pytest.raises(OptionError, match="pairs='some'"):
         lp.CrossCovariance("some")
     with pytest.raises(OptionError, match="is one matrix per head"):

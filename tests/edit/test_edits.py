@@ -272,3 +272,6 @@ def test_an_edit_is_checked_as_it_is_made(make: Any, message: str) -> None:
 def test_patch_of_what_is_no_value_is_refused(tiny_bert: Any) -> None:
     with pytest.raises(OptionError, match=r"lp.patch at 'layers.1': values of torch.int64 and shape \(3, 32\)"):
         lp.edit(tiny_bert, {SITE: lp.patch(torch.ones(3, 32, dtype=torch.int64))})
+    for values, kind in ((np.ones(32), "ndarray"), ([1.0], "list"), ({SITE: [1.0]}, "dict with list")):
+        with pytest.raises(OptionError, match=f"lp.patch: values are {kind}: give a tensor"):
+            lp.edit(tiny_bert, {SITE: lp.patch(values)})
