@@ -123,9 +123,9 @@ def _ask(pool: Callable[[Tensor], Tensor], rows_TD: Tensor, number: int) -> Tens
             f"the pool callable {name!r} failed for example {number} of a call, {tuple(rows_TD.shape)} rows: "
             f"{type(error).__name__}: {error}. It must turn [T, D] rows into one vector."
         ) from error
-    if not isinstance(vector, Tensor) or vector.ndim != 1:
-        got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
-        raise CaptureError(f"the pool callable gave {got}: it must turn [T, D] rows into one vector.")
+    if not isinstance(vector, Tensor) or vector.ndim != 1 or not vector.is_floating_point():
+        got = f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+        raise CaptureError(f"the pool callable gave {got}: it must turn [T, D] rows into one vector of floats.")
     return vector
 
 

@@ -102,7 +102,9 @@ def test_failed_writer_does_not_keep_another_thread_waiting(tiny_bert: Any, tmp_
 def test_pool_that_gives_no_vector_is_refused(tiny_bert: Any, tmp_path: Path, wrong: Any) -> None:
     with (
         lp.Probe(tiny_bert, "layers.2", to=tmp_path / "acts", pool=wrong),
-        pytest.raises(CaptureError, match=r"the pool callable gave .*: it must turn \[T, D\] rows into one vector\."),
+        pytest.raises(
+            CaptureError, match=r"the pool callable gave .*: it must turn \[T, D\] rows into one vector of floats\."
+        ),
     ):
         tiny_bert(torch.tensor([[1, 2, 3]]))
 

@@ -149,9 +149,11 @@ def test_callable_pool_whose_vectors_differ_in_length_is_refused(value: Tensor, 
 def test_callable_pool_that_gives_no_vector_is_refused(value: Tensor) -> None:
     selection = BatchSelection.from_mask(None, (4, 5), CPU)
     with pytest.raises(
-        CaptureError, match=r"the pool callable gave \(5, 3\): it must turn \[T, D\] rows into one vect"
+        CaptureError, match=r"gave torch.float32 \(5, 3\): it must turn \[T, D\] rows into one vector of floats"
     ):
         pool_rows(value, selection, lambda rows: rows)
+    with pytest.raises(CaptureError, match=r"gave torch.int64 \(3,\): it must turn"):
+        pool_rows(value, selection, lambda rows: rows.argmax(0))
     with pytest.raises(CaptureError, match=r"the pool callable gave float: it must turn"):
         pool_rows(value, selection, lambda rows: rows.sum().item())  # type: ignore[arg-type, return-value]
 
