@@ -4,18 +4,22 @@ Also a batch of random tokens for it, where only its speed is asked for. Hides w
 never know of stores.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from layerprobe.errors import ModelError, OptionError
+from layerprobe.extract.tokens import TokenizedUnit
 from layerprobe.models import LoadedModel, check_tokenizer, load_model, load_tokenizer
 from layerprobe.sites.resolve import ModelMap, Site, map_model
 from layerprobe.sites.stacks import calls_forward, config_of, find_device, need_model, unwrap
 
 __all__ = [
+    "check_ids",
     "choose_max_length",
     "choose_sites",
     "find_max_length",
@@ -111,6 +115,26 @@ def choose_max_length(model: nn.Module, tokenizer: Any, asked: int | None) -> in
         # asked for less, a tokenizer does not cut at all, and does not say so
         raise OptionError(f"max_length is {asked}: {special} special tokens go around each text. Ask for more.")
     return asked or limit
+
+
+def check_ids(model: nn.Module, texts: TokenizedUnit, source: str, first_example: int = 0) -> None:
+    """Refuse ids that the model's vocabulary does not have: a GPU would take no further work from this process.
+
+    Raises:
+        ModelError: a text has one.
+    """
+    table: Any = None
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    size = getattr(table, "num_embeddings", None)
+    if size is None or not len(texts.ids) or texts.ids.max() < size:
+        return
+    place = int(np.argmax(texts.ids >= size))
+    text = first_example + int(np.searchsorted(texts.offsets, place, side="right")) - 1
+    raise ModelError(
+        f"{source}, text {text}: the tokenizer gives id {texts.ids[place]}, but ids of {type(model).__name__} are 0 to "
+        f"{size - 1}. Use the tokenizer that the model was trained with, or resize its embeddings."
+    )
 
 
 def make_random_batch(loaded: LoadedModel, size: int, length: int) -> dict[str, Tensor]:

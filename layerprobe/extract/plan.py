@@ -27,7 +27,7 @@ from layerprobe.extract.devices import Crew, gather_crew, name_devices
 from layerprobe.extract.forward import CUDA_GRAPHS, check_device, find_precision, running
 from layerprobe.extract.inputs import TextSource, open_source
 from layerprobe.extract.looking import try_out
-from layerprobe.extract.network import choose_max_length, choose_sites, find_model
+from layerprobe.extract.network import check_ids, choose_max_length, choose_sites, find_model
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.records import check_text
 from layerprobe.extract.resume import (
@@ -233,6 +233,7 @@ def plan_extraction(
     max_length = choose_max_length(model, tokenizer, options.max_length)
     stored = _measure_sites(model, tokenizer, sites, options)
     sampled = tokenize(tokenizer, sample, max_length)
+    check_ids(model, sampled, source.name)
     kept = find_kept(options.tokens, options.keep, tokenizer, stored, options.pool)
     recalled = recall_run(place)
     rule = _make_rule(stored, max_length, _measure_texts(sample, sampled), kept)

@@ -15,6 +15,7 @@ from layerprobe.errors import InputError
 from layerprobe.extract.ahead import make_first
 from layerprobe.extract.batching import Batch, FlatBatch
 from layerprobe.extract.cutting import Unit
+from layerprobe.extract.network import check_ids
 from layerprobe.extract.plan import Plan
 from layerprobe.extract.records import InputDigest, Record
 from layerprobe.extract.tokens import TokenizedUnit, tokenize
@@ -96,7 +97,9 @@ def _tokenize(plan: Plan, unit: Unit) -> TokenizedUnit:
     start, end = unit.first_example, unit.first_example + len(texts)
     if end <= len(plan.first_texts) and tuple(texts) == plan.first_texts[start:end]:
         return plan.first.part(start, end)
-    return tokenize(plan.tokenizer, texts, plan.rule.max_length)
+    tokenized = tokenize(plan.tokenizer, texts, plan.rule.max_length)
+    check_ids(plan.model, tokenized, plan.source.name, start)
+    return tokenized
 
 
 def check_units(plan: Plan) -> Iterator[Unit]:

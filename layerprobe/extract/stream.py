@@ -26,7 +26,7 @@ from layerprobe.extract.calling import ModelCaller
 from layerprobe.extract.cutting import Unit
 from layerprobe.extract.forward import find_precision, running
 from layerprobe.extract.inputs import open_source
-from layerprobe.extract.network import choose_max_length, choose_sites, find_model
+from layerprobe.extract.network import check_ids, choose_max_length, choose_sites, find_model
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.padding import sees_padding
 from layerprobe.extract.records import Record, check_text
@@ -84,7 +84,9 @@ def stream_texts(
             check_text(record.text, source.name, unit.first_example + place)
             for place, record in enumerate(unit.records)
         ]
-        return tokenize(tokenizer, checked, max_length)
+        tokenized = tokenize(tokenizer, checked, max_length)
+        check_ids(network, tokenized, source.name, unit.first_example)
+        return tokenized
 
     precision = find_precision(network, None)
     cut = _choose_cut(network, tokenizer, precision, options.batch_tokens, read(Unit(0, 0, first_records)))
