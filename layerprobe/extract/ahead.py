@@ -7,6 +7,8 @@ Hides the thread. Must never know of models or stores.
 """
 
 import itertools
+import os
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -32,9 +34,20 @@ def prepare_ahead(units: Iterator[Unit], prepare: Callable[[Unit], _Made]) -> It
         What `prepare` gave, in order. What goes wrong in the thread is raised where its unit is asked for.
     """
 
+    owner = os.getpid()
+
     def take() -> tuple[_Made] | None:
-        unit = next(units, None)
-        return None if unit is None else (prepare(unit),)
+        try:
+            unit = next(units, None)
+            return None if unit is None else (prepare(unit),)
+        except BaseException:
+            if os.getpid() != owner:
+                traceback.print_exc()
+            raise
+        finally:
+            # forked by the input, and come back from there: it has this thread alone, which would wait for ever
+            if os.getpid() != owner:
+                os._exit(1)
 
     with ThreadPoolExecutor(1, thread_name_prefix="layerprobe-ahead") as thread:
         ahead = thread.submit(take)

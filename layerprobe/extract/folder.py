@@ -64,9 +64,11 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
                 raise error if isinstance(error, StoreError) else tell_failure(folder, error) from error
             yield plan, lock.descriptor
         finally:
-            # gives back what was kept for a unit that did not come about
-            with contextlib.suppress(OSError):
-                clear_leftovers(folder.path)
+            # gives back what was kept for a unit that did not come about; a forked process holds no lock, and what is
+            # there is its parent's
+            if lock.descriptor is not None:
+                with contextlib.suppress(OSError):
+                    clear_leftovers(folder.path)
 
 
 def _need_name(folder: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import FormatError, StoreError
+from layerprobe.forking import watch_forks
 from layerprobe.store.checks import read_totals
 from layerprobe.store.format import INDEX_FILE, PROGRESS_FILE, STORE_FILE, load_header, load_json, need_store
 from layerprobe.store.guard import brief
@@ -129,6 +130,7 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
         self._turn = threading.Lock()
         self._is_there = False
         self._about = {**_describe_process(os.getpid()), "started": round(time.time(), 3)}
+        _told.add(self)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._path is None:
@@ -185,6 +187,13 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
             if self._is_there:
                 with suppress(OSError):
                     _write_over(self._path, data)
+
+    def _forget(self) -> None:
+        """Say nothing in a forked process: how far the run is, and how it ended, is its parent's to say."""
+        self._path, self._turn = None, threading.Lock()
+
+
+_told = watch_forks(ProgressFile._forget)
 
 
 def _write_over(path: Path, data: bytes) -> None:

@@ -1,6 +1,9 @@
 """One unit ahead, in order, and what goes wrong in the thread is heard."""
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -53,6 +56,33 @@ def test_a_run_that_ends_early_leaves_no_thread() -> None:
         if number == 1:
             break
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("layerprobe-ahead")]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+# Python 3.12 and later warn of a fork beside threads
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_that_the_input_forks_does_not_outlive_what_it_did_there(
+    fails: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    children = []
+
+    def units() -> Iterator[Unit]:
+        for unit in _units(3):
+            if unit.number == 1:
+                children.append(os.fork())
+                if fails and not children[0]:
+                    raise InputError("line 7 is not UTF-8")
+            yield unit
+
+    assert list(prepare_ahead(units(), lambda unit: unit.number)) == [0, 1, 2]
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(children[0], os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(children[0], signal.SIGKILL)
+    assert ended[0] == children[0] and os.waitstatus_to_exitcode(ended[1]) == 1
+    assert ("InputError: line 7" in capfd.readouterr().err) == fails
 
 
 def test_of_a_large_unit_only_the_first_batches_are_made_before_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:

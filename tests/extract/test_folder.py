@@ -17,6 +17,7 @@ import pytest
 
 import layerprobe as lp
 from faults import CALLS, FaultySystem, ForgetfulDisk, Step, check_shards, fail
+from forks import run_each
 from layerprobe.errors import FormatError, LayerProbeError, LockError, PlanError, StoreError
 from layerprobe.extract.options import ExtractOptions
 from layerprobe.extract.plan import Plan, plan_extraction
@@ -352,3 +353,42 @@ def test_a_working_folder_that_is_not_utf_8_is_refused_before_there_is_a_folder(
     with pytest.raises(StoreError, match=r"work-.*/acts: the path is not UTF-8"):
         lp.extract(tiny, ["the dog"], "acts", progress=False)
     assert not list(place.iterdir())
+
+
+def test_a_process_that_a_hook_forks_leaves_the_folder_and_what_is_said_of_the_run_alone(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    setup = f"""
+import os
+import torch
+import layerprobe as lp
+torch.set_num_threads(1)
+loaded = lp.load_model({str(tiny_model_folder)!r}, "cpu")
+"""
+    piece = """
+folder, child, calls = {folder!r}, None, 0
+def fork(*_):
+    global child, calls
+    calls += 1
+    if calls != 6:
+        return
+    reserved = [name for name in os.listdir(folder) if name.endswith(".tmp")]
+    if (child := os.fork()) == 0:
+        exec({leave!r})
+        return
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    # what a writer has under way may have been committed meanwhile; the unit that is computed cannot have been
+    assert reserved and max(reserved) in os.listdir(folder), (reserved, os.listdir(folder))
+    assert lp.status(folder).state == "running", lp.status(folder)
+loaded.model.register_forward_hook(fork)
+try:
+    lp.extract(loaded, ["the quick brown fox " * 3] * 40, folder, shard_size=8_000, batch_tokens=64, progress=False)
+finally:
+    if child == 0:
+        os._exit(7)
+assert calls > 6 and lp.verify(folder).ok and len(lp.open(folder)) == 40
+"""
+    leaves = ["pass", "1 / 0", "raise SystemExit(3)"]
+    pieces = [piece.format(folder=str(tmp_path / str(place)), leave=leave) for place, leave in enumerate(leaves)]
+    for one in run_each(setup, pieces):
+        assert one.status == 0, one.said
