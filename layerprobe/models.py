@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,11 @@ def load_model(name: str | Path, device: str | int | torch.device | None = None)
         raise OptionError(f"no model {name!r}: its name is a text. Use a folder, a hub id or 'demo'.")
     name = str(name)
     source = str(find_demo_model()) if name == "demo" else name
-    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+    # not by `Path`, which raises where a name is too long or a folder above may not be searched
+    is_there = os.path.exists(source)
+    if not is_there and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError(f"no model {name!r}: the folder does not exist. Use a folder, a hub id or 'demo'.")
-    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+    if is_there and not os.path.isfile(os.path.join(source, "config.json")):
         raise ModelError(f"{name!r} is no model folder: it has no config.json. Use a folder, a hub id or 'demo'.")
     # what is downloaded may take long: only imports are held
     with collecting_later():

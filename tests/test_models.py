@@ -71,7 +71,7 @@ def test_class_that_is_no_model_falls_back_to_the_base(folder: Path, saved: Any)
     assert type(lp.load_model(str(folder), "cpu").model).__name__ == "BertModel"
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/none", "a/b/c"])
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/none", "a/b/c", "./" + "n" * 300])
 def test_folder_that_does_not_exist_is_refused(name: str) -> None:
     with pytest.raises(
         ModelError, match=rf"no model '{name}': the folder does not exist\. Use a folder, a hub id or 'dem"

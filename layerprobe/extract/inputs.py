@@ -8,6 +8,7 @@ Hides file formats. Must never know of tokens or models.
 
 import csv
 import json
+import os
 import re
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import IO, Any
 from layerprobe.errors import InputError, first_line
 from layerprobe.extract.records import Record, keep_plain, split_record
 from layerprobe.packages import need_package
+from layerprobe.store.guard import brief
 from layerprobe.tables import format_count
 
 __all__ = ["HUB_PREFIX", "TextSource", "check_list", "open_source"]
@@ -87,15 +89,18 @@ def _open_path(path: str, field: str) -> TextSource:
         return _spool_stdin()
     if path.startswith(HUB_PREFIX):
         return _open_dataset(path, field)
-    if Path(path).is_dir():
+    # not by `Path`, which raises where a name is too long, as a text in the place of a path is
+    if os.path.isdir(path):
         files = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in _READERS)
         if not files:
             raise InputError(f"{path}: holds no input file. Files end in {', '.join(_READERS)}.")
     else:
         files = [Path(path)]
     for file in files:
-        if not file.is_file():
-            raise InputError(f"no input {str(file)!r}: there is no such file or folder. Give a path, or '-'.")
+        if not os.path.isfile(file):
+            raise InputError(
+                f"no input {brief(repr(str(file)))}: there is no such file or folder. Give a path, or '-'."
+            )
         if file.suffix.lower() not in _READERS:
             raise InputError(f"{file}: {file.suffix or 'no ending'} is not known. Files end in {', '.join(_READERS)}.")
         try:

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import shutil
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -103,11 +104,26 @@ def need_store(place: Place) -> None:
         StoreError: there is none.
     """
     if not place.exists(STORE_FILE):
-        if place.folder is not None and place.folder.path.is_file():
-            raise StoreError(f"{place}: is a file, not the folder of a store. Give the folder.")
-        is_there = place.folder.path.is_dir() if place.folder is not None else bool(place.list_files())
+        is_there = bool(place.list_files()) if place.folder is None else _is_folder(place.folder)
         what = f"is not a store: it has no {STORE_FILE}" if is_there else "does not exist"
         raise StoreError(f"{place}: {what}. Make one with 'layerprobe extract MODEL INPUT -o {place}'.")
+
+
+def _is_folder(folder: NamedPath) -> bool:
+    """Whether a folder is there.
+
+    Raises:
+        StoreError: something else is, or the system does not say.
+    """
+    try:
+        mode = os.stat(folder).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be read ({error.strerror or error}).") from error
+    if not stat.S_ISDIR(mode):
+        raise StoreError(f"{folder}: is a file, not the folder of a store. Give the folder.")
+    return True
 
 
 def check_keepable(folder: Path) -> None:

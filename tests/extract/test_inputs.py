@@ -149,6 +149,8 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, name: str, raw: 
     ("texts", "message"),
     [
         ("nothing.txt", "no input 'nothing.txt': there is no such file or folder"),
+        # a text in the place of a path is a name that no system takes
+        ("The kettle whistled. " * 20, r"^no input 'The kettle .*\.\.\.: there is no such file or folder"),
         ("", "no input '': give a path, or '-' for standard input"),
         ("hf:", "'hf:': names no data set. Use hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"),
         ("hf:imdb:", "'hf:imdb:': names no data set"),

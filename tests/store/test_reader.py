@@ -253,6 +253,14 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
         open_store(tmp_path)
     with pytest.raises(StoreError, match="does not exist"):
         open_store(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, why in {"n" * 300: "File name too long", "loop": "Too many levels of symbolic links"}.items():
+        with pytest.raises(StoreError, match=rf"{name}: cannot be read \({why}\)\.$"):
+            open_store(tmp_path / name)
+    (tmp_path / "file").touch()
+    for place, what in {"file": "is a file, not the folder of a store", "file/below": "does not exist"}.items():
+        with pytest.raises(StoreError, match=what):
+            open_store(tmp_path / place)
 
 
 def test_whether_to_check_is_true_or_false(write_store: WriteStore) -> None:
