@@ -51,6 +51,7 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
     except OSError as error:
         raise tell_failure(folder, error) from error
     with StoreLock(folder) as lock:
+        keeper.check = lock.check
         if not plan.overwrite:
             done, num_damaged = find_done(plan.place, plan.description)
             plan = replace(plan, done=done, num_damaged=num_damaged)
@@ -68,6 +69,7 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
             # there is its parent's
             if lock.descriptor is not None:
                 with contextlib.suppress(OSError):
+                    lock.check()  # nor is what has come to lie there
                     clear_leftovers(folder.path)
 
 

@@ -37,6 +37,8 @@ class RoomKeeper:
         stop: Set by another thread, or a signal, to end a wait.
         tell: Called when a wait begins and ends and now and then meanwhile, by one thread at a time: with the seconds
             waited since the last call, those of several threads counted once, and whether anyone still waits.
+
+    `check` is called before each attempt once it is set; it may raise.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class RoomKeeper:
         tell: Callable[[float, bool], None] | None = None,
     ) -> None:
         self._folder = folder
+        self.check: Callable[[], None] | None = None
         self._waits = waits
         self._stop = stop
         self._tell = tell
@@ -89,6 +92,8 @@ class RoomKeeper:
         try:
             while True:
                 try:
+                    if self.check is not None:
+                        self.check()
                     result = action()
                 except SpaceError as error:
                     if not self._waits or self._stop.is_set():

@@ -86,6 +86,18 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         with suppress(OSError):  # the descriptor is gone all the same, and the caller's error says more
             os.close(descriptor)
 
+    def check(self) -> None:
+        """Make sure that what is written under the name of the folder still lands where the lock is.
+
+        Raises:
+            StoreError: the folder was moved or removed, and another run may have begun under its name.
+        """
+        if self._descriptor is not None and not _has_name(self._descriptor, self._path):
+            raise StoreError(
+                f"{self._folder}: was moved, replaced or removed while the run was under way. Put back what was there, "
+                "or choose another folder, and run the same command again."
+            )
+
     def _try_once(self) -> bool:
         """Take the lock; False if the file lost its name meanwhile, because its holder has just ended."""
         # neither a link that leads out of the folder nor a pipe that nobody reads

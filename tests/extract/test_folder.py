@@ -392,3 +392,27 @@ assert calls > 6 and lp.verify(folder).ok and len(lp.open(folder)) == 40
     pieces = [piece.format(folder=str(tmp_path / str(place)), leave=leave) for place, leave in enumerate(leaves)]
     for one in run_each(setup, pieces):
         assert one.status == 0, one.said
+
+
+def test_a_run_whose_folder_was_moved_writes_nothing_into_the_next_one_of_its_name(
+    tiny: LoadedModel, plan: Plan, expected: dict[str, bytes]
+) -> None:
+    folder, calls = plan.folder, 0
+
+    def move(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            hook.remove()
+            folder.rename(folder.with_name("moved"))
+            run_extraction(plan_extraction(lp.load_model(tiny.name, "cpu"), list(plan.first_texts), folder, OPTIONS))
+
+    hook = tiny.model.register_forward_hook(move)
+    try:
+        with pytest.raises(StoreError, match=r"acts: was moved, replaced or removed while the run was under way\. Put"):
+            run_extraction(plan)
+    finally:
+        hook.remove()
+    left = contents(folder)
+    left.pop("progress.json")  # only informs, and less than the index
+    assert left == expected and lp.status(folder).state == "complete"
