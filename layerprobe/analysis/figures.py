@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from layerprobe.analysis.results import shorten
 from layerprobe.errors import OptionError, telling_refusals
 from layerprobe.packages import need_package
 from layerprobe.store.format import need_parent
@@ -33,7 +35,9 @@ __all__ = [
     "check_picture",
     "draw_curves",
     "draw_depth",
+    "escape_text",
     "label_sites",
+    "mark_sites",
     "save_figure",
     "styled",
 ]
@@ -47,6 +51,10 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 _LAYER = re.compile(r"layers\.(\d+)\Z")
 # Of a cell of a heat map: beyond so many sites its number could not be read.
 _MOST_NUMBERED = 14
+# Of a site's name along an axis; names of more letters than the second are slanted where they stand side by side.
+_MOST_LETTERS, _MOST_FLAT = 28, 4
+# Each curve of a picture lies over those before it, which show through its gaps.
+_DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 # Where a cell is so dark that its number must be white.
 _DARK = 0.53
 # For letters that matplotlib's own font has not, the first installed one that has them. It cannot draw fonts of
@@ -170,13 +178,74 @@ def _tell_missing(path: Path, warned: Sequence[warnings.WarningMessage]) -> None
         )
 
 
+def escape_text(text: str) -> str:
+    """Keep matplotlib from reading mathematics between dollar signs, or leaving a label out for its first letter."""
+    text = text.replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text or "(empty)"
+
+
 def label_sites(names: Sequence[str]) -> list[str]:
-    """Shorten sites for an axis: `layers.3` to `3`, `embeddings` to `emb`."""
+    """Shorten sites for an axis: `layers.3` to `3`, `embeddings` to `emb`, long names by the start that they share."""
     short = []
     for name in names:
         layer = _LAYER.match(name)
         short.append(layer.group(1) if layer else "emb" if name == "embeddings" else name)
-    return short
+    split = [label.split(".") for label in short if len(label) > _MOST_LETTERS]
+    # parts of the name that all long ones begin with, but for the last
+    shared = sum(
+        1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*(one[:-1] for one in split), strict=False))
+    )
+    dots = "..." if shared else ""
+    return [
+        one if len(one) <= _MOST_LETTERS else shorten(dots + ".".join(one.split(".")[shared:]), _MOST_LETTERS)
+        for one in short
+    ]
+
+
+def mark_sites(figure: Any, names: Sequence[str], *axes: Any, kept: int = 0) -> None:
+    """Name sites along axes whose ticks they are, every second or third where all would run into each other.
+
+    To be called when all else is drawn, since that decides how much room there is.
+
+    Args:
+        figure: The figure.
+        names: The sites.
+        axes: As `axes.xaxis`.
+        kept: How many of the last are named always.
+    """
+    labels = label_sites(names)
+    slanted = {"rotation": 60, "horizontalalignment": "right", "rotation_mode": "anchor"}
+    looks = [slanted if axis.axis_name == "x" and max(map(len, labels)) > _MOST_FLAT else {} for axis in axes]
+    for axis, look in zip(axes, looks, strict=True):
+        axis.set_ticks(axis.get_ticklocs(), labels, **look)
+    figure.draw_without_rendering()
+    for axis, look in zip(axes, looks, strict=True):
+        boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+        height = min(box.height for box in boxes) if not look else figure.dpi * axis.get_ticklabels()[0].get_size() / 72
+        if look:  # each begins at its end, and is a line high across it
+            spans = [(box.x1 - 1.2 * height, box.x1) for box in boxes]
+        else:
+            spans = [box.intervalx if axis.axis_name == "x" else box.intervaly for box in boxes]
+        gap = 0.4 * height if axis.axis_name == "x" and not look else 0.0
+        shown = next(shown for shown in _thin(len(names), kept) if _are_apart([spans[one] for one in shown], gap))
+        axis.set_ticks([axis.get_ticklocs()[one] for one in shown], [labels[one] for one in shown], **look)
+
+
+def _slanted_inches(names: Sequence[str]) -> float:
+    """Say how much higher slanted names make a picture."""
+    longest = max(map(len, label_sites(names)))
+    return 0.05 * longest if longest > _MOST_FLAT else 0.0
+
+
+def _thin(count: int, kept: int) -> Iterator[list[int]]:
+    """Choose all, every second, every third, ... of some, the last `kept` always; the last choice always fits."""
+    for step in range(1, count - kept + 1):
+        yield [*range(0, count - kept, step), *range(count - kept, count)]
+    yield [*range(count - kept, count)]
+
+
+def _are_apart(spans: Sequence[Any], gap: float) -> bool:
+    return all(after[0] - before[1] >= gap for before, after in pairwise(spans))
 
 
 def draw_depth(
@@ -190,9 +259,10 @@ def draw_depth(
     if path is not None:
         check_picture(path)
     with styled() as make_figure:
-        figure = make_figure(figsize=(5.5, 5.2), layout="constrained")
+        figure = make_figure(figsize=(5.5, 5.2 + 2 * _slanted_inches(names)), layout="constrained")
         grid = figure.add_gridspec(2, 2, width_ratios=(1.3, 1), height_ratios=(1.15, 1))
-        _draw_heat(figure, figure.add_subplot(grid[0, 0]), names, cka)
+        heat = figure.add_subplot(grid[0, 0])
+        _draw_heat(figure, heat, names, cka)
         beside = figure.add_subplot(grid[0, 1])
         _draw_lines(beside, names, [rank])
         beside.set_title("effective rank")
@@ -200,6 +270,7 @@ def draw_depth(
         below = figure.add_subplot(grid[1, :])
         _draw_lines(below, names, curves)
         figure.legend(handles=below.get_legend_handles_labels()[0], loc="outside lower center", ncols=2)
+        mark_sites(figure, names, heat.xaxis, heat.yaxis, beside.xaxis, below.xaxis)
         return save_figure(figure, path)
 
 
@@ -208,11 +279,12 @@ def draw_curves(names: Sequence[str], curves: Sequence[Curve], title: str, path:
     if path is not None:
         check_picture(path)
     with styled() as make_figure:
-        figure = make_figure(figsize=(4.6, 2.4), layout="constrained")
+        figure = make_figure(figsize=(4.6, 2.4 + _slanted_inches(names)), layout="constrained")
         axes = figure.add_subplot()
         _draw_lines(axes, names, curves)
         axes.set_title(title)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        mark_sites(figure, names, axes.xaxis)
         return save_figure(figure, path)
 
 
@@ -225,9 +297,10 @@ def _draw_lines(axes: Any, names: Sequence[str], curves: Sequence[Curve]) -> Non
             values,
             color=PALETTE[number % len(PALETTE)],
             marker=MARKERS[number % len(MARKERS)],
+            linestyle=_DASHES[number % len(_DASHES)],
             label=curve.name,
         )
-    _mark_sites(axes.xaxis, names)
+    axes.set_xticks(range(len(names)))
     axes.set_xlabel("layer")
     axes.grid(axis="y", linewidth=0.3, color="#DDDDDD")
     axes.set_axisbelow(True)
@@ -245,19 +318,8 @@ def _draw_heat(figure: Any, axes: Any, names: Sequence[str], cka: Sequence[Seque
     else:
         bar = figure.colorbar(image, ax=axes, shrink=0.8)
         bar.outline.set_visible(False)
-    for axis in (axes.xaxis, axes.yaxis):
-        _mark_sites(axis, names)
+    axes.set_xticks(range(len(names)))
+    axes.set_yticks(range(len(names)))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.set_title("linear CKA, layer by layer")
-
-
-def _mark_sites(axis: Any, names: Sequence[str]) -> None:
-    """Name the sites along an axis, every second or third where all would run into each other."""
-    step = -(-len(names) // _MOST_NUMBERED)
-    labels = label_sites(names)
-    is_long = max(map(len, labels)) > 3
-    axis.set_ticks(range(0, len(names), step), labels[::step], rotation=60 if is_long and axis.axis_name == "x" else 0)
-    if is_long and axis.axis_name == "x":
-        for label in axis.get_ticklabels():
-            label.set_horizontalalignment("right")

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from layerprobe.analysis.figures import GREY, PALETTE, check_picture, label_sites, save_figure, styled
+from layerprobe.analysis.figures import GREY, PALETTE, check_picture, escape_text, mark_sites, save_figure, styled
 from layerprobe.analysis.keeping import KeptProbe
-from layerprobe.analysis.results import plain, table_cell, write_csv, write_json
+from layerprobe.analysis.results import plain, shorten, table_cell, write_csv, write_json
 from layerprobe.analysis.scores import differs, find_ties
 from layerprobe.tables import format_count, format_headers, format_table
 
@@ -202,7 +202,8 @@ class Classification:
         others = [site for site in self.sites if site not in single]
         shown = [*single, *others]
         places = np.arange(len(shown), dtype=float)
-        places[len(single) :] += 0.5
+        # so far apart that their names do not run into each other, however many layers there are
+        places[len(single) :] += 0.5 + np.arange(len(others)) * max(0, len(shown) / 20 - 1)
         with styled() as make_figure:
             figure = make_figure(figsize=(5.2, 2.9), layout="constrained")
             axes = figure.add_subplot()
@@ -218,14 +219,13 @@ class Classification:
                         places[some], values[some], "o", color=PALETTE[0], markerfacecolor=face, label=name, zorder=3
                     )
             self._draw_baselines(axes, single, places)
-            axes.set_xticks(places, [name.replace(":", " ") for name in label_sites([s.site for s in shown])])
-            axes.tick_params(axis="x", rotation=45 if len(others) else 0)
+            axes.set_xticks(places)
             axes.set_xlabel("layer")
             axes.set_ylabel("accuracy on test")
-            axes.set_title(
-                f"{self.task.labels}: {len(self.task.classes)} classes, {format_count(self.task.num_test, 'test item')}"
-            )
+            said = f"{len(self.task.classes)} classes, {format_count(self.task.num_test, 'test item')}"
+            axes.set_title(f"{escape_text(shorten(self.task.labels, 40))}: {said}")
             axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+            mark_sites(figure, [site.site.replace(":", " ") for site in shown], axes.xaxis, kept=len(others))
             return save_figure(figure, path)
 
     def _draw_baselines(self, axes: Any, single: Sequence[SiteScore], places: np.ndarray) -> None:
@@ -237,7 +237,8 @@ class Classification:
             if single and all(value is not None for value in found):
                 axes.plot(places[: len(single)], found, color=color, linestyle=line, label=name, zorder=1)
             else:
-                axes.axhline(baseline.accuracy, color=color, linestyle=line, label=name, zorder=1)
+                # the dots over the dashes, where both are as good
+                axes.axhline(baseline.accuracy, color=color, linestyle=line, label=name, zorder=1 + (line == ":") / 2)
 
 
 def judge(

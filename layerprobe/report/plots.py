@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerprobe.analysis.figures import GREY, MARKERS, PALETTE, check_picture, save_figure, styled
+from layerprobe.analysis.figures import GREY, MARKERS, PALETTE, check_picture, escape_text, save_figure, styled
 from layerprobe.analysis.points import Colours, Points, choose_points, colour_points, draw_points, has_field
 from layerprobe.analysis.projection import Panel, check_method, project
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
@@ -285,18 +285,14 @@ def _add_key(figure: Any, grid: np.ndarray, colours: Colours, mappable: Any) -> 
     for category in colours.order:
         color, marker = _sign(colours, category)
         look = {"color": color, "marker": marker, "linestyle": "", "markersize": 4.5}
-        handles.append(lines.Line2D([], [], label=_escape(shorten(rest if category is None else category, 24)), **look))
+        handles.append(
+            lines.Line2D([], [], label=escape_text(shorten(rest if category is None else category, 24)), **look)
+        )
     longest = max(len(handle.get_label()) for handle in handles)
     columns = int(np.clip(figure.get_figwidth() * _LETTERS_PER_INCH / (longest + 6), 1, 4))
     figure.legend(
-        handles=handles, title=_escape(colours.name), loc="outside upper center", ncols=columns, handletextpad=0.1
+        handles=handles, title=escape_text(colours.name), loc="outside upper center", ncols=columns, handletextpad=0.1
     )
-
-
-def _escape(text: str) -> str:
-    """Keep matplotlib from reading mathematics between dollar signs, or leaving a label out for its first letter."""
-    text = text.replace("$", r"\$")
-    return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text or "(empty)"
 
 
 def _say_what(drawn: Points, method: str, shared: bool) -> str:
@@ -358,7 +354,7 @@ def plot_attention(
     # whole maps where their tokens can be read, else the names of every second or third
     inches = float(np.clip(0.115 * len(tokens), 1.3, 3.2))
     step = max(1, -(-len(tokens) // min(_MOST_TOKENS, int(inches / 0.095))))
-    marks = [_escape(shorten(token, _MOST_LETTERS)) for token in tokens][::step]
+    marks = [escape_text(shorten(token, _MOST_LETTERS)) for token in tokens][::step]
     with styled() as make_figure:
         figure = make_figure(figsize=(columns * inches + 1.1, rows * (inches + 0.25) + 1.0), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
