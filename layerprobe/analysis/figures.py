@@ -33,6 +33,7 @@ __all__ = [
     "PALETTE",
     "Curve",
     "check_picture",
+    "cut_names",
     "draw_curves",
     "draw_depth",
     "escape_text",
@@ -190,15 +191,18 @@ def label_sites(names: Sequence[str]) -> list[str]:
     for name in names:
         layer = _LAYER.match(name)
         short.append(layer.group(1) if layer else "emb" if name == "embeddings" else name)
-    split = [label.split(".") for label in short if len(label) > _MOST_LETTERS]
-    # parts of the name that all long ones begin with, but for the last
-    shared = sum(
-        1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*(one[:-1] for one in split), strict=False))
-    )
+    return cut_names(short)
+
+
+def cut_names(names: Sequence[str]) -> list[str]:
+    """Cut names of many letters for an axis: first what all of them begin with, then what is left too long."""
+    split = [name.split(".") for name in names if len(name) > _MOST_LETTERS]
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*(parts[:-1] for parts in split), strict=False))
+    shared = len(list(same))
     dots = "..." if shared else ""
     return [
-        one if len(one) <= _MOST_LETTERS else shorten(dots + ".".join(one.split(".")[shared:]), _MOST_LETTERS)
-        for one in short
+        name if len(name) <= _MOST_LETTERS else shorten(dots + ".".join(name.split(".")[shared:]), _MOST_LETTERS)
+        for name in names
     ]
 
 

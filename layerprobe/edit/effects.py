@@ -6,6 +6,7 @@ Letters: L sites, P positions, H heads.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.analysis.figures import check_picture, save_figure, styled
-from layerprobe.analysis.results import give_csv, give_json
+from layerprobe.analysis.figures import GREY, check_picture, cut_names, save_figure, styled
+from layerprobe.analysis.results import give_csv, give_json, shorten
 from layerprobe.errors import OptionError
 from layerprobe.tables import format_table
 
 __all__ = ["Effects"]
+
+
+# Of a picture, and what a row and a column of letters take of it.
+_MOST_INCHES = 12.0
+_LINE_INCHES = 0.14
+_LETTER_INCHES = 0.07
+_MOST_LETTERS = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,21 +127,27 @@ class Effects:
 
     def _draw(self, make_figure: Any) -> Any:
         grid, columns = self._grid()
-        labels = self._row_labels()
-        figure = make_figure(
-            figsize=(2.6 + max(3.0, 0.46 * grid.shape[1]), 1.8 + max(1.6, 0.3 * grid.shape[0])), layout="constrained"
-        )
+        labels = self._row_labels(cut_names(self.sites))
+        columns = [shorten(column, _MOST_LETTERS) for column in columns]
+        high = min(max(1.6, 0.3 * len(labels)), _MOST_INCHES)
+        wide = min(max(3.0, 0.46 * len(columns)), _MOST_INCHES)
+        figure = make_figure(figsize=(2.6 + wide, 1.8 + high), layout="constrained")
         axes = figure.subplots()
-        most = float(grid.abs().max()) or 1.0
-        # the middle of the colours is no effect
+        most = float(grid.abs().nan_to_num(0.0, posinf=0.0).max()) or 1.0
+        # the middle of the colours is no effect; what is no number is grey
         image = axes.imshow(grid.numpy(), cmap="RdBu", vmin=-most, vmax=most, aspect="auto", origin="lower")
-        axes.set_yticks(range(len(labels)), labels)
-        is_long = max(map(len, columns)) > 3
+        axes.set_facecolor(GREY)
+        # of more rows and columns than names have room for, every second or third is named
+        step = math.ceil(len(labels) * _LINE_INCHES / high)
+        axes.set_yticks(range(0, len(labels), step), labels[::step])
+        step = math.ceil(len(columns) * _LINE_INCHES / wide)
+        is_long = max(map(len, columns)) > min(3, step * wide / len(columns) / _LETTER_INCHES)
         axes.set_xticks(
-            range(len(columns)), columns, rotation=45 if is_long else 0, ha="right" if is_long else "center",
-            rotation_mode="anchor" if is_long else "default", parse_math=False,
+            range(0, len(columns), step), columns[::step], rotation=45 if is_long else 0,
+            ha="right" if is_long else "center", rotation_mode="anchor" if is_long else "default", parse_math=False,
         )  # fmt: skip
-        axes.set_xlabel("head" if self.heads is not None and self.positions is None else "position")
+        what = "head" if self.heads is not None and self.positions is None else "position"
+        axes.set_xlabel(f"{what}, one in {step} is named" if step > 1 else what)
         axes.set_title(
             f"Patching clean into corrupt ({self.method})\nclean {self.clean:.3g}, corrupt {self.corrupt:.3g}"
         )
@@ -154,13 +168,16 @@ class Effects:
             return list(self.tokens)
         return [str(position) for position in self.positions or ()]
 
-    def _row_labels(self) -> list[str]:
+    def _row_labels(self, sites: Sequence[str]) -> list[str]:
         if self.positions is None or self.heads is None:
-            return list(self.sites)
-        return [f"{site} head {head}" for site in self.sites for head in self.heads]
+            return list(sites)
+        return [f"{site} head {head}" for site in sites for head in self.heads]
 
     def _rows(self) -> tuple[list[str], list[list[Any]]]:
         grid, columns = self._grid()
-        rows = [[label, *row] for label, row in zip(self._row_labels(), grid.to(torch.float64).tolist(), strict=True)]
+        rows = [
+            [label, *row]
+            for label, row in zip(self._row_labels(self.sites), grid.to(torch.float64).tolist(), strict=True)
+        ]
         prefix = "head " if self.heads is not None and self.positions is None else ""
         return ["site", *(prefix + column for column in columns)], rows

@@ -2,18 +2,20 @@
 
 import csv
 import json
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMultipleChoice
 
 import layerprobe as lp
 from families import build
+from layerprobe.analysis.figures import GREY
 from layerprobe.edit.effects import Effects
 from layerprobe.errors import CaptureError, OptionError, SiteError, StoreError
 from sizes import TINY
@@ -257,6 +259,61 @@ def test_effects_print_save_and_plot(tiny_bert: Any, tiny: Any, tmp_path: Path) 
     heads = lp.patching(tiny_bert, CLEAN, CORRUPT, metric, "layers.*.attention.context", positions=False, heads=True)
     assert str(heads).splitlines()[0].split()[1:3] == ["head", "0"]
     assert heads.plot().axes[0].get_xlabel() == "head"
+
+
+def make_effects(*sizes: int, site: str = "layers", token: str = "word") -> Effects:
+    """Effects of sites, positions and heads as many as `sizes` says, 0 for all at once."""
+    num_sites, num_positions, num_heads = sizes
+    values = torch.linspace(-2, 1, num_sites * max(1, num_positions) * max(1, num_heads), dtype=torch.float64)
+    return Effects(
+        tuple(f"{site}.{number}" for number in range(num_sites)),
+        tuple(range(num_positions)) if num_positions else None,
+        tuple(range(num_heads)) if num_heads else None,
+        values.reshape([size for size in sizes if size]),
+        1.0,
+        0.0,
+        "exact",
+        tuple(f"{token}{number}" for number in range(num_positions)) if num_positions else None,
+    )
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        make_effects(1, 0, 0),
+        make_effects(6, 512, 0),
+        make_effects(40, 12, 0, token="w"),
+        make_effects(24, 3, 16),
+        make_effects(2, 0, 24),
+        make_effects(3, 4, 0, site="module:bert.encoder.layer.0.attention.self.query", token="a long word " * 9),
+    ],
+)
+def test_a_picture_of_any_sweep_fits_a_page_and_its_names_can_be_read(found: Effects) -> None:
+    figure = found.plot()
+    figure.draw_without_rendering()
+    assert max(figure.get_size_inches()) < 16
+    axes = figure.axes[0]
+    marks, labels = axes.get_xticklabels(), axes.get_yticklabels()
+    box = axes.get_tightbbox()
+    assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+    line = marks[0].get_size() * figure.dpi / 72
+    down = [label.get_window_extent() for label in labels]
+    assert all(after.y0 >= before.y1 for before, after in pairwise(down))
+    across = [mark.get_window_extent() for mark in marks]
+    if marks[0].get_rotation():
+        assert all(after.x1 - before.x1 >= line for before, after in pairwise(across))
+    else:
+        assert all(after.x0 > before.x1 for before, after in pairwise(across))
+    if len(marks) < axes.images[0].get_array().shape[1]:
+        assert f"one in {int(marks[1].get_position()[0])} is named" in axes.get_xlabel()
+
+
+def test_an_effect_that_is_no_number_leaves_the_colours_of_the_others() -> None:
+    found = make_effects(2, 3, 0)
+    found.effects[0, 1], found.effects[1, 2] = float("nan"), float("inf")
+    axes = found.plot().axes[0]
+    assert axes.images[0].get_clim() == (-2, 2)
+    assert to_hex(axes.get_facecolor()).upper() == GREY  # what shows where there is no colour
 
 
 @pytest.mark.parametrize(
