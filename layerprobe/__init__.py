@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from layerprobe.generation.readout import load_decoder
     from layerprobe.models import load_model
     from layerprobe.profile import profile
+    from layerprobe.report.attention import plot_attention
     from layerprobe.report.page import report
-    from layerprobe.report.plots import plot, plot_attention
+    from layerprobe.report.plots import plot
     from layerprobe.sites.anatomy import Anatomy, register_architecture
     from layerprobe.sites.resolve import sites
     from layerprobe.store.datasets import ExampleDataset, RowDataset
@@ -144,7 +145,7 @@ _HOMES = {
     "patch": "layerprobe.edit.making",
     "patching": "layerprobe.edit.patching",
     "plot": "layerprobe.report.plots",
-    "plot_attention": "layerprobe.report.plots",
+    "plot_attention": "layerprobe.report.attention",
     "profile": "layerprobe.profile",
     "project_out": "layerprobe.edit.making",
     "register_architecture": "layerprobe.sites.anatomy",

@@ -94,6 +94,7 @@ ORDER = (
     "layerprobe.analysis.verdict",
     "layerprobe.analysis.classify",
     "layerprobe.report.plots",
+    "layerprobe.report.attention",
     "layerprobe.report.content",
     "layerprobe.report.page",
     "layerprobe.capture.calls",

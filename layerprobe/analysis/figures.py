@@ -37,6 +37,7 @@ __all__ = [
     "draw_curves",
     "draw_depth",
     "escape_text",
+    "frame_panels",
     "label_sites",
     "mark_sites",
     "save_figure",
@@ -250,6 +251,15 @@ def _thin(count: int, kept: int) -> Iterator[list[int]]:
 
 def _are_apart(spans: Sequence[Any], gap: float) -> bool:
     return all(after[0] - before[1] >= gap for before, after in pairwise(spans))
+
+
+def frame_panels(grid: np.ndarray, num_panels: int) -> None:
+    """Put a frame around each panel, and leave the rest of the last row empty."""
+    for place, axes in enumerate(grid.flat):
+        if place < num_panels:
+            axes.spines[:].set(visible=True, color="#CCCCCC")
+        else:
+            axes.axis("off")
 
 
 def draw_depth(

@@ -102,8 +102,8 @@ def plot(
 
     Example: layerprobe plot acts -o layers.png --color token
     """
+    from layerprobe.report.attention import plot_attention
     from layerprobe.report.plots import plot as draw
-    from layerprobe.report.plots import plot_attention
 
     if attention is not None:
         given = {"--color": color, "--points": points, "--pool": pool, "--max-points": max_points, "--seed": seed}

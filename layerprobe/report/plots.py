@@ -1,4 +1,4 @@
-"""`layerprobe.plot` and `layerprobe.plot_attention`: small multiples, one panel a layer or a head.
+"""`layerprobe.plot`: small multiples, one panel a layer.
 
 Draws what `analysis` has computed and computes nothing of its own but where things stand on the paper. What a panel
 hides is printed on it, and what was left out is said in the figure.
@@ -6,6 +6,7 @@ hides is printed on it, and what was left out is said in the figure.
 Must never know of models, hooks or shards.
 """
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,31 +16,39 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerprobe.analysis.figures import GREY, MARKERS, PALETTE, check_picture, escape_text, save_figure, styled
+from layerprobe.analysis.figures import (
+    GREY,
+    MARKERS,
+    PALETTE,
+    check_picture,
+    escape_text,
+    frame_panels,
+    save_figure,
+    styled,
+)
 from layerprobe.analysis.points import Colours, Points, choose_points, colour_points, draw_points, has_field
 from layerprobe.analysis.projection import Panel, check_method, project
 from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
 from layerprobe.analysis.sweep import choose_depth
 from layerprobe.cores import using_few_cores
-from layerprobe.errors import OptionError, SiteError
+from layerprobe.errors import OptionError
 from layerprobe.packages import need_package
-from layerprobe.store.guard import brief, check_count, check_flag, need_list
-from layerprobe.store.naming import list_named, match_sites
+from layerprobe.store.guard import brief, check_count, check_flag
+from layerprobe.store.naming import list_named
 from layerprobe.store.reader import Store, take_store
 from layerprobe.tables import format_table
 from layerprobe.telling import make_bar
 
-__all__ = ["Picture", "plot", "plot_attention"]
+__all__ = ["Picture", "plot"]
 
 _MOST_POINTS = {"pca": 10_000, "tsne": 2000, "umap": 10_000}
-_MOST_PANELS_IN_A_ROW = 3
 _PANEL_INCHES = 1.85
+_LINE_INCHES = 0.14
 # Of 7-point type.
 _LETTERS_PER_INCH = 17
-_MOST_HEADS_IN_A_ROW = 4
-# Tokens along the edge of an attention map that can be told apart, and letters of each.
-_MOST_TOKENS = 40
-_MOST_LETTERS = 10
+# Of a legend's entry, and names of sites that are listed under a picture.
+_MOST_LEGEND_LETTERS = 24
+_MOST_LISTED = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,13 +202,17 @@ def plot(
 
 
 def _draw_panels(panels: Sequence[Panel], drawn: Points, colours: Colours, method: str, shared: bool) -> Any:
-    columns = 2 if len(panels) == 4 else min(_MOST_PANELS_IN_A_ROW, len(panels))
+    # as many rows as columns, so that a picture of forty layers fits a page too
+    columns = 2 if len(panels) == 4 else min(max(3, math.isqrt(len(panels))), len(panels))
     rows = -(-len(panels) // columns)
+    width = max(2, columns) * _PANEL_INCHES
+    said = textwrap.fill(_say_what(drawn, method, shared), int(width * _LETTERS_PER_INCH))
+    lines = said.count("\n") + (_count_legend_lines(colours, width) if colours.categories is not None else 2)
     with styled() as make_figure:
-        size = (max(2, columns) * _PANEL_INCHES, rows * (_PANEL_INCHES + 0.3) + 0.7)
+        size = (width, rows * (_PANEL_INCHES + 0.3) + lines * _LINE_INCHES + 0.5)
         figure = make_figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
-        _frame_panels(grid, len(panels))
+        frame_panels(grid, len(panels))
         limits = _find_limits(panels) if shared else None
         mappable = None
         for place, (panel, axes) in enumerate(zip(panels, grid.flat, strict=False)):
@@ -212,18 +225,8 @@ def _draw_panels(panels: Sequence[Panel], drawn: Points, colours: Colours, metho
             axes.set_xlim(low[0], high[0])
             axes.set_ylim(low[1], high[1])
         _add_key(figure, grid, colours, mappable)
-        said = textwrap.fill(_say_what(drawn, method, shared), int(size[0] * _LETTERS_PER_INCH))
         figure.supxlabel(said, fontsize=7, color="#444444")
         return figure
-
-
-def _frame_panels(grid: np.ndarray, num_panels: int) -> None:
-    """Put a frame around each panel, and leave the rest of the last row empty."""
-    for place, axes in enumerate(grid.flat):
-        if place < num_panels:
-            axes.spines[:].set(visible=True, color="#CCCCCC")
-        else:
-            axes.axis("off")
 
 
 def _draw_points(axes: Any, points: np.ndarray, colours: Colours, place: int) -> Any:
@@ -241,9 +244,16 @@ def _draw_points(axes: Any, points: np.ndarray, colours: Colours, place: int) ->
         low, high = np.nanpercentile(numbers, [1, 99])
         return axes.scatter(*points[is_known].T, c=of_panel[is_known], cmap="viridis", vmin=low, vmax=high, **look)
     categories = np.asarray(colours.categories, dtype=object)
-    for category in reversed(colours.order):
-        color, marker = _sign(colours, category)
-        axes.scatter(*points[categories == category].T, color=color, marker=marker, **look)
+    is_rest = np.asarray([category is None for category in categories])
+    if is_rest.any():
+        axes.scatter(*points[is_rest].T, color=GREY, marker=".", **look)
+    # the others above, in one order for all of them, so that no category hides another
+    order = np.random.default_rng(0).permutation(np.flatnonzero(~is_rest))
+    signs = [_sign(colours, category) for category in categories[order]]
+    style = need_package("matplotlib.markers", "a picture", "analysis").MarkerStyle
+    paths = {sign: style(sign).get_path().transformed(style(sign).get_transform()) for sign in MARKERS}
+    drawn = axes.scatter(*points[order].T, c=[color for color, _ in signs], **look)
+    drawn.set_paths([paths[marker] for _, marker in signs])
     return None
 
 
@@ -273,121 +283,63 @@ def _find_limits(panels: Sequence[Panel]) -> tuple[np.ndarray, np.ndarray]:
 
 def _add_key(figure: Any, grid: np.ndarray, colours: Colours, mappable: Any) -> None:
     if mappable is not None:
-        bar = figure.colorbar(mappable, ax=grid, location="bottom", shrink=0.5, aspect=40, pad=0.02)
         assert colours.numbers is not None
-        bar.set_label(colours.name if np.isfinite(colours.numbers).all() else f"{colours.name} (grey: none)")
+        known = colours.numbers[np.isfinite(colours.numbers)]
+        # points beyond the ends of the scale have the colours of its ends
+        beyond = (known.min() < mappable.norm.vmin, known.max() > mappable.norm.vmax)
+        extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(beyond, "neither")
+        bar = figure.colorbar(mappable, ax=grid, location="bottom", shrink=0.5, aspect=40, pad=0.02, extend=extend)
+        name = escape_text(shorten(colours.name, int(figure.get_figwidth() * (_LETTERS_PER_INCH - 5)) - 20))
+        bar.set_label(name if np.isfinite(colours.numbers).all() else f"{name} (grey: none)")
         bar.outline.set_visible(False)
         bar.solids.set_alpha(1)
         return
     lines = need_package("matplotlib.lines", "a picture", "analysis")
     handles = []
-    rest = "the rest" if "other" in colours.order else "other"
-    for category in colours.order:
+    for category, label in zip(colours.order, _label_categories(colours), strict=True):
         color, marker = _sign(colours, category)
         look = {"color": color, "marker": marker, "linestyle": "", "markersize": 4.5}
-        handles.append(
-            lines.Line2D([], [], label=escape_text(shorten(rest if category is None else category, 24)), **look)
-        )
-    longest = max(len(handle.get_label()) for handle in handles)
-    columns = int(np.clip(figure.get_figwidth() * _LETTERS_PER_INCH / (longest + 6), 1, 4))
+        handles.append(lines.Line2D([], [], label=escape_text(label), **look))
+    width = figure.get_figwidth()
     figure.legend(
-        handles=handles, title=escape_text(colours.name), loc="outside upper center", ncols=columns, handletextpad=0.1
+        handles=handles,
+        title=escape_text(shorten(colours.name, int(width * (_LETTERS_PER_INCH - 5)))),
+        loc="outside upper center",
+        ncols=_count_legend_columns(colours, width),
+        handletextpad=0.1,
     )
 
 
+def _label_categories(colours: Colours) -> list[str]:
+    """Cut the names of categories; of those that begin alike the end is kept too."""
+    rest = "the rest" if "other" in colours.order else "other"
+    names = [rest if category is None else shorten(category, len(category)).strip() for category in colours.order]
+    cut = [shorten(name, _MOST_LEGEND_LETTERS) for name in names]
+    half = _MOST_LEGEND_LETTERS // 2
+    return [
+        label if cut.count(label) == 1 or len(name) <= _MOST_LEGEND_LETTERS else f"{name[:half]}...{name[-half:]}"
+        for name, label in zip(names, cut, strict=True)
+    ]
+
+
+def _count_legend_columns(colours: Colours, width: float) -> int:
+    longest = max(map(len, _label_categories(colours)))
+    return int(np.clip(width * _LETTERS_PER_INCH / (longest + 6), 1, 4))
+
+
+def _count_legend_lines(colours: Colours, width: float) -> int:
+    """Count the lines of a legend with its title."""
+    return 1 + math.ceil(len(colours.order) / _count_legend_columns(colours, width))
+
+
 def _say_what(drawn: Points, method: str, shared: bool) -> str:
-    num = f"{len(drawn):,} {drawn.kind}"
+    points = f"{len(drawn):,} {drawn.kind}"
     if len(drawn) < drawn.num_all:
-        num += f" drawn at random of {drawn.num_all:,}"
+        points += f" drawn at random of {drawn.num_all:,}"
     how = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[method]
     started = "" if method == "pca" else "started from and "
     turned = "one basis for all layers" if shared else f"each layer {started}turned onto the one before"
-    left_out = f"; left out, all points the same: {', '.join(drawn.constant)}" if drawn.constant else ""
-    return f"{num}; {how}; {turned}{left_out}"
-
-
-def plot_attention(
-    store: Store | str | Path,
-    example: int,
-    path: str | Path | None = None,
-    *,
-    site: str | None = None,
-    heads: Sequence[int] | None = None,
-) -> Any:
-    """Draw an example's attention weights, one panel per head: rows attend, columns are attended to.
-
-    Args:
-        store: A store that holds attention weights, or its path or URL.
-        example: Ordinal of the example; negative numbers count from the end.
-        path: A `.png`, `.svg` or `.pdf` file to write; None to return the figure only.
-        site: A site with weights, or a pattern that selects one; None for the first that is stored.
-        heads: Heads to draw; None for all.
-
-    Returns:
-        The matplotlib figure.
-
-    Raises:
-        SiteError: no such weights are stored, or the pattern selects several.
-        OptionError: the site holds none, a head that does not exist, or matplotlib is not installed.
-        MissingExample: the example is not in the store.
-
-    Example:
-        >>> import layerprobe as lp
-        >>> store = lp.extract("demo", ["So it goes."], "memory://maps", sites="layers.0.attention.weights")
-        >>> figure = lp.plot_attention(store, 0, "heads.svg", heads=[0, 1])
-        >>> [axes.get_title() for axes in figure.axes[:2]]
-        ['head 0', 'head 1']
-    """
-    if path is not None:
-        check_picture(path)
-    store = take_store(store)
-    site = _find_weights(store, site)
-    example = store.catalog.find(example)[1]
-    weights = store[site][example].float()
-    chosen = list(range(len(weights))) if heads is None else need_list("heads", heads, "a list of whole numbers")
-    if not chosen or any(head not in range(len(weights)) for head in chosen):
-        raise OptionError(f"heads={chosen}: {site!r} has heads 0 to {len(weights) - 1}.")
-    ids = store.input_ids(example)
-    tokens = store.id_to_tokens(ids) if store.id_to_tokens is not None else [str(one) for one in ids.tolist()]
-    columns = min(_MOST_HEADS_IN_A_ROW, len(chosen))
-    rows = -(-len(chosen) // columns)
-    # whole maps where their tokens can be read, else the names of every second or third
-    inches = float(np.clip(0.115 * len(tokens), 1.3, 3.2))
-    step = max(1, -(-len(tokens) // min(_MOST_TOKENS, int(inches / 0.095))))
-    marks = [escape_text(shorten(token, _MOST_LETTERS)) for token in tokens][::step]
-    with styled() as make_figure:
-        figure = make_figure(figsize=(columns * inches + 1.1, rows * (inches + 0.25) + 1.0), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        _frame_panels(grid, len(chosen))
-        top = float(weights[chosen].max())
-        image = None
-        for place, (head, axes) in enumerate(zip(chosen, grid.flat, strict=False)):
-            image = axes.imshow(weights[head].numpy(), vmin=0, vmax=top, cmap="Blues")
-            axes.set_title(f"head {head}")
-            axes.set_xticks(range(0, len(tokens), step), marks, rotation=90, fontsize=6)
-            axes.set_yticks(range(0, len(tokens), step), marks, fontsize=6)
-            axes.tick_params(length=0, labelbottom=place + columns >= len(chosen))
-        bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 1.6 / rows), aspect=25)
-        bar.outline.set_visible(False)
-        said = f"{site}, example {example}: rows attend to columns"
-        said += f"; one token in {step} is named" if step > 1 else ""
-        figure.suptitle(textwrap.fill(said, int(figure.get_figwidth() * (_LETTERS_PER_INCH - 3))), fontsize=8)
-        return save_figure(figure, path)
-
-
-def _find_weights(store: Store, site: str | None) -> str:
-    stored = [name for name in store.sites if store[name].kind == "attention"]
-    if not stored:
-        raise SiteError(
-            f"no attention weights in {store.place}: it holds {', '.join(store.sites)}. "
-            "Extract with sites='layers.*.attention.weights' (--sites)."
-        )
-    if site is None:
-        return stored[0]
-    found = match_sites(site, store.sites, str(store.place))
-    meant = [name for name in found if name in stored]
-    if not meant:
-        raise OptionError(f"{site!r} holds no attention weights, which are at {', '.join(stored)}.")
-    if len(found) > 1:
-        raise SiteError(f"{site!r} means {len(found)} sites: {', '.join(found)}. One picture holds one: name it.")
-    return meant[0]
+    few, num = ", ".join(drawn.constant[:_MOST_LISTED]), len(drawn.constant)
+    more = f", ... ({num} sites)" if num > _MOST_LISTED else ""
+    left_out = f"; left out, all points the same: {few}{more}" if drawn.constant else ""
+    return f"{points}; {how}; {turned}{left_out}"

@@ -6,8 +6,10 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 import layerprobe as lp
@@ -23,7 +26,6 @@ from layerprobe.analysis import figures
 from layerprobe.analysis.figures import GREY, PALETTE
 from layerprobe.errors import (
     InputError,
-    MissingExample,
     NonFiniteError,
     OptionError,
     SiteError,
@@ -52,6 +54,15 @@ def words(figure: Any) -> str:
 
     figure.draw_without_rendering()
     return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def count_colours(axes: Any) -> Counter[str]:
+    """Count the points of each colour."""
+    found: Counter[str] = Counter()
+    for points in axes.collections:
+        colours = [to_hex(one[:3]).upper() for one in points.get_facecolor()]
+        found.update(colours * (len(points.get_offsets()) if len(colours) == 1 else 1))
+    return found
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
@@ -86,10 +97,67 @@ def test_categories_have_their_own_colour_and_sign_and_stand_in_the_legend(store
     assert legend.get_title().get_text() == "label"
     handles = legend.legend_handles
     assert len({handle.get_color() for handle in handles}) == len({handle.get_marker() for handle in handles}) == 2
-    by_color = {
-        tuple(points.get_facecolor()[0][:3]): len(points.get_offsets()) for points in figure.axes[0].collections
-    }
-    assert sorted(by_color.values()) == [10, 20]
+    assert count_colours(figure.axes[0]) == {PALETTE[0]: 20, PALETTE[1]: 10}
+
+
+def test_no_category_is_drawn_over_all_others(tmp_path: Path) -> None:
+    """In the order of a file, or category by category, the last would hide what lies below it."""
+    fields = [{"label": "abc"[one // 1000]} for one in range(3000)]
+    folder = plant(tmp_path / "acts", {"layers.0": draw(count=3000)}, [1] * 3000, fields=fields)
+    (points,) = lp.plot(folder).figure.axes[0].collections
+    last = [to_hex(one[:3]).upper() for one in points.get_facecolor()[-300:]]
+    assert set(last) == set(PALETTE[:3]) and min(Counter(last).values()) > 50
+    # each point has the sign of its category
+    signs = zip(points.get_facecolor(), points.get_paths(), strict=True)
+    assert len({(tuple(color), path.vertices.tobytes()) for color, path in signs}) == 3
+
+
+LONG = "a label of so many letters that two of them differ at their end alone, "
+
+
+@pytest.mark.parametrize(
+    ("layers", "color", "labels"),
+    [
+        (1, "label", [f"{LONG}{one}" for one in range(9)]),
+        (2, "norm", "a"),
+        (2, "label", "ab"),
+        (6, "label", [f"{one} {LONG}" for one in range(5)]),
+        (40, "label", "abc"),
+        (1, LONG * 3, "ab"),
+        (1, LONG * 3, range(30)),
+    ],
+)
+def test_whatever_is_written_lies_within_the_picture_and_over_nothing_else(
+    tmp_path: Path, layers: int, color: str, labels: Sequence[Any]
+) -> None:
+    sites = {f"layers.{layer}": draw(layer, count=30) for layer in range(layers)}
+    sites |= {f"layers.{layer}": torch.ones(30, 6) for layer in range(40, 60)}
+    fields = [{"label" if color == "norm" else color: labels[one % len(labels)]} for one in range(30)]
+    figure = lp.plot(plant(tmp_path / "acts", sites, [1] * 30, fields=fields), color=color).figure
+    figure.draw_without_rendering()
+    assert max(figure.get_size_inches()) < 17
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    boxes = [part.get_window_extent() for axes in panels for part in (axes, axes.title)]
+    boxes += [part.get_window_extent() for part in [*figure.legends, *figure.texts] if part.get_visible()]
+    boxes += [axes.get_tightbbox() for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    assert len(panels) == layers and min(axes.get_window_extent().width for axes in panels) > 1.2 * figure.dpi
+    assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
+    assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+    assert not [pair for pair in combinations(boxes, 2) if Bbox.intersection(*pair) is not None]
+    assert "layers.44, ... (20 sites)" in " ".join(figure.get_supxlabel().split())
+
+
+def test_labels_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    fields = [{"label": f"{LONG}{one % 3}" if one < 27 else "short"} for one in range(30)]
+    figure = lp.plot(plant(tmp_path / "acts", {"layers.0": draw()}, LENGTHS, fields=fields)).figure
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == [f"a label of s...end alone, {one}" for one in range(3)] + ["short"]
+
+
+@pytest.mark.parametrize(("years", "extend"), [([*range(30)], "both"), ([*range(8), *[7] * 22], "min")])
+def test_a_scale_says_that_points_lie_beyond_its_ends(tmp_path: Path, years: list[int], extend: str) -> None:
+    folder = plant(tmp_path / "acts", {"layers.0": draw()}, LENGTHS, fields=[{"year": year} for year in years])
+    assert lp.plot(folder, color="year").figure.axes[-1]._colorbar.extend == extend
 
 
 def test_the_examples_drawn_are_pooled_as_asked(store: Any) -> None:
@@ -145,9 +213,8 @@ def test_a_category_named_other_is_none_of_the_grey_rest(tmp_path: Path) -> None
     figure = lp.plot(plant(tmp_path / "acts", {"layers.0": draw()}, LENGTHS, fields=fields), color="kind").figure
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts[:2] == ["kind 0", "other"] and texts[-1] == "the rest" and len(texts) == 8
-    drawn = [(len(one.get_offsets()), to_hex(one.get_facecolor()[0][:3]).upper()) for one in figure.axes[0].collections]
-    assert sorted(drawn)[-2:] == [(9, PALETTE[1]), (12, PALETTE[0])]
-    assert [count for count, color in drawn if color == GREY] == [4] and len(drawn) == 8
+    assert texts[:7] == ["kind 0", "other", *(f"kind {one}" for one in range(1, 6))]
+    assert count_colours(figure.axes[0]) == {PALETTE[0]: 12, PALETTE[1]: 9, **dict.fromkeys(PALETTE[2:], 1), GREY: 4}
 
 
 def test_more_than_seven_categories_share_a_grey_rest(tmp_path: Path) -> None:
@@ -320,59 +387,6 @@ def test_a_site_without_a_picture_is_left_out_with_a_word_unless_it_is_named(tmp
         )
     with pytest.raises(OptionError, match="a picture of 'embeddings': all 30 points are the same"):
         lp.plot(folder, site=["embeddings", "layers.*"])
-
-
-@pytest.fixture
-def attention(tiny: LoadedModel, tmp_path: Path) -> Any:
-    sites = ["layers.0", "layers.*.attention.weights"]
-    texts = ["the quick fox", "the " * 60]
-    return lp.extract(tiny.model, texts, tmp_path / "attention", sites=sites, tokenizer=tiny.tokenizer)
-
-
-def test_attention_maps_show_the_stored_weights_by_head(attention: Any, tmp_path: Path) -> None:
-    figure = lp.plot_attention(attention, 0, tmp_path / "maps.png", site="layers.1.attention.weights")
-    assert (tmp_path / "maps.png").exists()
-    weights = attention["layers.1.attention.weights"][0]
-    panels = [axes for axes in figure.axes if axes.get_title().startswith("head")]
-    assert [axes.get_title() for axes in panels] == [f"head {head}" for head in range(4)]
-    for head, axes in enumerate(panels):
-        assert np.array_equal(axes.images[0].get_array(), weights[head].numpy())
-    assert [mark.get_text() for mark in panels[0].get_yticklabels()] == attention.example(0).tokens
-
-
-def test_a_long_examples_tokens_are_thinned_and_it_is_said(attention: Any) -> None:
-    figure = lp.plot_attention(attention, 1, heads=[2])
-    axes = next(axes for axes in figure.axes if axes.get_title() == "head 2")
-    marks = axes.get_yticks()
-    assert axes.images[0].get_array().shape == (62, 62) and len(marks) < 40
-    assert f"one token in {marks[1] - marks[0]} is named" in " ".join(words(figure).split())
-
-
-@pytest.mark.parametrize("site", ["layers.-1.attention.weights", "layers.2.*.weights"])
-def test_a_pattern_that_means_one_site_draws_its_weights(attention: Any, site: str) -> None:
-    figure = lp.plot_attention(attention, 0, site=site)
-    shown = figure.axes[0].images[0].get_array()
-    assert np.array_equal(shown, attention["layers.2.attention.weights"][0][0].numpy())
-
-
-def test_a_pattern_that_means_the_weights_of_several_layers_is_refused(attention: Any) -> None:
-    with pytest.raises(SiteError, match=r"'layers\.\*\.attention\.weights' means 3 sites: layers\.0\.att.*: name it"):
-        lp.plot_attention(attention, 0, site="layers.*.attention.weights")
-
-
-def test_attention_that_is_not_there_is_refused(attention: Any, store: Any) -> None:
-    with pytest.raises(
-        SiteError, match=r"no attention weights in .*Extract with sites='layers\.\*\.attention\.weights'"
-    ):
-        lp.plot_attention(store, 0)
-    with pytest.raises(
-        OptionError, match=r"'layers.0' holds no attention weights, which are at layers.0.attention.weights, layers.1"
-    ):
-        lp.plot_attention(attention, 0, site="layers.0")
-    with pytest.raises(OptionError, match=r"heads=\[4\]: .* has heads 0 to 3"):
-        lp.plot_attention(attention, 0, heads=[4])
-    with pytest.raises(MissingExample, match="no example 7"):
-        lp.plot_attention(attention, 7)
 
 
 def test_a_notebook_shows_a_picture_that_was_made_without_pyplot(store: Any) -> None:
