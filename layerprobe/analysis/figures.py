@@ -54,7 +54,7 @@ _LAYER = re.compile(r"layers\.(\d+)\Z")
 # Of a cell of a heat map: beyond so many sites its number could not be read.
 _MOST_NUMBERED = 14
 # Of a site's name along an axis; names of more letters than the second are slanted where they stand side by side.
-_MOST_LETTERS, _MOST_FLAT = 28, 4
+_MOST_LETTERS, _MOST_FLAT = 27, 4
 # Each curve of a picture lies over those before it, which show through its gaps.
 _DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 # Where a cell is so dark that its number must be white.

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "lay_out",
     "plain",
     "shorten",
+    "shorten_apart",
     "table_cell",
     "write_csv",
     "write_json",
@@ -121,6 +123,17 @@ def shorten(text: str, most: int = _MOST_LETTERS) -> str:
     """Bring a text to one line without control characters."""
     line = "".join(character if character.isprintable() else " " for character in text[:most])
     return line + ("..." if len(text) > most else "")
+
+
+def shorten_apart(texts: Sequence[str], most: int) -> list[str]:
+    """Bring texts to a line each as `shorten` does; of those that begin alike the middle is cut out."""
+    whole = [shorten(text, len(text)) for text in texts]
+    cut = [shorten(text, most) for text in whole]
+    counts, half = Counter(cut), most // 2
+    return [
+        f"{text[:half]}...{text[-half:]}" if counts[short] > 1 and len(text) > most else short
+        for text, short in zip(whole, cut, strict=True)
+    ]
 
 
 def write_text(path: str | Path, text: str) -> Path:

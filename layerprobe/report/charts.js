@@ -57,6 +57,23 @@ function findTicks(low, high) {
   return ticks;
 }
 
+// Where names of layers stand along an axis without running into each other, as layer, place and anchor: each, or every
+// second, third, ... of short ones, the first and the last of long ones.
+function placeNames(short, left, pitch, width) {
+  const last = short.length - 1;
+  if (Math.max(...short.map((name) => name.length)) > MOST_LETTERS) {
+    return last ? [[0, 0, "start"], [last, width, "end"]] : [[0, 0, "start"]];
+  }
+  const room = (layer) => short[layer].length * LETTER + 4;
+  for (let step = 1; ; step++) {
+    const named = short.map((_, layer) => layer).filter((layer) => layer % step === 0);
+    const isFree = named.every((layer, at) => !at || (room(layer) + room(named[at - 1])) / 2 <= pitch * step);
+    if (isFree) return named.map((layer) => [layer, left + layer * pitch, "middle"]);
+  }
+}
+
+// Of the type of a drawing; and layers of a map in whose cells a number can be read.
+const LETTER = 6, MOST_LETTERS = 8, MOST_NUMBERED = 14;
 const CURVE = { width: 300, height: 150, left: 40, right: 10, top: 10, bottom: 22 };
 
 function drawCurve(curve, short) {
@@ -78,11 +95,10 @@ function drawCurve(curve, short) {
     if (value !== null) path += `${path && curve.values[place - 1] !== null ? "L" : "M"}${x(place)} ${y(value)}`;
   });
   picture.append(draw("path", { class: "curve", d: path }));
-  const step = Math.ceil(short.length / 14);
+  for (const [layer, at, anchor] of placeNames(short, left, x(1) - left, width)) {
+    picture.append(draw("text", { x: at, y: height - 7, "text-anchor": anchor }, short[layer]));
+  }
   curve.values.forEach((value, place) => {
-    if (place % step === 0) {
-      picture.append(draw("text", { x: x(place), y: height - 7, "text-anchor": "middle" }, short[place]));
-    }
     if (value === null) return;
     const title = draw("title", {}, `${short[place]}: ${formatNumber(value)}`);
     picture.append(draw("circle", { class: "dot", cx: x(place), cy: y(value), r: 3 }, title));
@@ -92,19 +108,26 @@ function drawCurve(curve, short) {
   return { figure: make("figure", {}, caption, picture), mark };
 }
 
+// A number in a cell: ".57", "1", "0"; of small cells those above 1 with fewer digits.
+function writeShare(value, cell) {
+  const written = value.toFixed(value > 1 && cell < 22 ? 1 : 2);
+  return Number(written) === 0 ? "0" : written.replace(/^(-?)0\./, "$1.").replace(/\.0+$/, "");
+}
+
 function drawHeat(map, short) {
-  const size = 300, left = 34, bottom = 24;
+  const size = 300, bottom = 24, left = Math.max(34, 10 + LETTER * Math.max(...short.map((name) => name.length)));
   const cell = (size - left) / short.length;
   const known = map.values.flat().filter((value) => value !== null);
   const top = Math.max(1e-9, ...known) <= 1 && map.values[0][0] === 1 ? 1 : Math.max(1e-9, ...known);
   const picture = draw("svg", { viewBox: `0 0 ${size} ${size - left + bottom}`, role: "img", "aria-label": map.name });
-  const step = Math.ceil(short.length / 14);
+  for (const [layer, at, anchor] of placeNames(short, left + cell / 2, cell, size)) {
+    picture.append(draw("text", { x: at, y: size - left + 14, "text-anchor": anchor }, short[layer]));
+  }
+  const step = Math.ceil(short.length / MOST_NUMBERED);
   map.values.forEach((row, number) => {
     const y = size - left - (number + 1) * cell;
     if (number % step === 0) {
       picture.append(draw("text", { x: left - 5, y: y + cell / 2 + 3, "text-anchor": "end" }, short[number]));
-      const x = left + (number + 0.5) * cell;
-      picture.append(draw("text", { x, y: size - left + 14, "text-anchor": "middle" }, short[number]));
     }
     row.forEach((value, column) => {
       if (value === null) return;
@@ -112,14 +135,14 @@ function drawHeat(map, short) {
       const title = draw("title", {}, `${short[number]} and ${short[column]}: ${formatNumber(value)}`);
       const shade = mixColours(CIVIDIS, 1 - value / top);
       picture.append(draw("rect", { x, y, width: cell + 0.3, height: cell + 0.3, fill: shade }, title));
-      if (short.length > 14) return;
-      const written = value.toFixed(2).replace(/^(-?)0\./, "$1.").replace(/\.00$/, "");
+      if (short.length > MOST_NUMBERED) return;
       const look = `cell ${value / top > 0.55 ? "on-dark" : "on-light"}`;
       const place = { x: x + cell / 2, y: y + cell / 2 + 3, "text-anchor": "middle", "pointer-events": "none" };
-      picture.append(draw("text", { class: look, ...place }, written));
+      picture.append(draw("text", { class: look, ...place }, writeShare(value, cell)));
     });
   });
-  return make("figure", {}, make("figcaption", {}, map.name, make("span", {}, map.about)), picture);
+  const scale = short.length > MOST_NUMBERED ? ` Dark blue is ${formatNumber(top)}, yellow 0.` : "";
+  return make("figure", {}, make("figcaption", {}, map.name, make("span", {}, map.about + scale)), picture);
 }
 
 function showAttention(attention) {
@@ -136,7 +159,7 @@ function showAttention(attention) {
     const example = attention.examples[Number(examples.value)];
     const map = example.maps[Number(sites.value)];
     const weights = unpack(map.packed, Uint8Array);
-    said.textContent = "Point at a map to read a weight.";
+    said.textContent = `The strongest weight is ${formatNumber(map.top)}. Point at a map to read one.`;
     heads.replaceChildren();
     for (let head = 0; head < map.heads; head++) heads.append(drawHead(example.tokens, weights, head, map.top, said));
   };
@@ -167,7 +190,7 @@ function drawHead(tokens, weights, head, top, said) {
     const at = (along, length) => Math.min(size - 1, Math.max(0, Math.floor((along / length) * size)));
     const [row, column] = [at(event.clientY - box.top, box.height), at(event.clientX - box.left, box.width)];
     const weight = (weights[start + row * size + column] / 255) * top;
-    said.textContent = `head ${head}: ${tokens[row]} attends to ${tokens[column]} with ${weight.toFixed(2)}`;
+    said.textContent = `head ${head}: ${tokens[row]} attends to ${tokens[column]} with ${formatNumber(weight)}`;
   });
   return make("figure", {}, make("figcaption", {}, `head ${head}`), canvas);
 }

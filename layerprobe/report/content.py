@@ -21,7 +21,7 @@ from layerprobe.analysis.differences import Differences, differences
 from layerprobe.analysis.figures import GREY, PALETTE, label_sites
 from layerprobe.analysis.points import Points, choose_points, draw_points
 from layerprobe.analysis.projection import Panel, project
-from layerprobe.analysis.results import plain, shorten
+from layerprobe.analysis.results import plain, shorten, shorten_apart
 from layerprobe.analysis.sweep import choose_depth
 from layerprobe.analysis.verdict import Classification
 from layerprobe.cores import using_few_cores
@@ -196,12 +196,12 @@ def _lay_out_field(name: str, values: Sequence[Any]) -> dict[str, Any]:
     is_scale = all(is_number(value) for value in given)
     if is_scale and len(set(given)) > _MOST_CATEGORIES:
         return {"name": title, "numbers": [None if value is None else float(value) for value in values]}
-    texts = ["none" if value is None else shorten(str(value), _MOST_VALUE) for value in values]
+    texts = ["none" if value is None else str(value) for value in values]
     ranked = [value for value, _ in Counter(sorted(texts)).most_common()]
     code = {value: place for place, value in enumerate(ranked)}
     return {
         "name": title,
-        "values": ranked,
+        "values": shorten_apart(ranked, _MOST_VALUE),
         "codes": [code[text] for text in texts],
         "colours": len(ranked) <= max(_MOST_CATEGORIES, len(texts) // 2),
     }

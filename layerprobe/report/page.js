@@ -1,5 +1,8 @@
 // The page itself: reads the block of data, fills each part, and joins the parts to the slider.
 
+// Of the slider in a narrow window.
+const TICKS = 330;
+
 const byId = (id) => document.getElementById(id);
 
 function showAbout(about) {
@@ -61,7 +64,9 @@ function showPoints(data) {
   byId("points-said").textContent =
     `${drawn}. Two principal components, each layer turned onto the one before, so that a point keeps its place as far as ` +
     "it can. The share of variance says how much of a layer two components show; trust is 1 where no neighbour here is far away in truth.";
-  byId("ticks").append(...data.short.map((name) => make("span", {}, data.short.length > 16 ? "" : name)));
+  const named = new Set(placeNames(data.short, 0, TICKS / data.short.length, TICKS).map(([layer]) => layer));
+  const isShort = data.short.every((name) => name.length <= MOST_LETTERS);
+  byId("ticks").append(...data.short.map((name, layer) => make("span", {}, isShort && named.has(layer) ? name : "")));
   byId("layer").max = String(data.sites.length - 1);
 }
 

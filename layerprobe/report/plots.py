@@ -28,7 +28,7 @@ from layerprobe.analysis.figures import (
 )
 from layerprobe.analysis.points import Colours, Points, choose_points, colour_points, draw_points, has_field
 from layerprobe.analysis.projection import Panel, check_method, project
-from layerprobe.analysis.results import shorten, table_cell, write_csv, write_json
+from layerprobe.analysis.results import shorten, shorten_apart, table_cell, write_csv, write_json
 from layerprobe.analysis.sweep import choose_depth
 from layerprobe.cores import using_few_cores
 from layerprobe.errors import OptionError
@@ -311,15 +311,8 @@ def _add_key(figure: Any, grid: np.ndarray, colours: Colours, mappable: Any) -> 
 
 
 def _label_categories(colours: Colours) -> list[str]:
-    """Cut the names of categories; of those that begin alike the end is kept too."""
     rest = "the rest" if "other" in colours.order else "other"
-    names = [rest if category is None else shorten(category, len(category)).strip() for category in colours.order]
-    cut = [shorten(name, _MOST_LEGEND_LETTERS) for name in names]
-    half = _MOST_LEGEND_LETTERS // 2
-    return [
-        label if cut.count(label) == 1 or len(name) <= _MOST_LEGEND_LETTERS else f"{name[:half]}...{name[-half:]}"
-        for name, label in zip(names, cut, strict=True)
-    ]
+    return shorten_apart([rest if one is None else one for one in colours.order], _MOST_LEGEND_LETTERS)
 
 
 def _count_legend_columns(colours: Colours, width: float) -> int:

@@ -22,12 +22,26 @@ function trace(context, corners) {
   context.closePath();
 }
 
+// Numbers from 0, mixed the same each time.
+function shuffle(count) {
+  const order = Uint32Array.from({ length: count }, (_, number) => number);
+  let state = 1;
+  for (let place = count - 1; place > 0; place--) {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    const other = Math.floor((state / 2 ** 32) * (place + 1));
+    [order[place], order[other]] = [order[other], order[place]];
+  }
+  return order;
+}
+
 class Scatter {
   constructor(data, isDark, onLayer, onPick) {
     this.data = data;
     this.points = data.points;
     this.num = data.points.of.length;
     this.places = unpack(data.points.places, Int16Array);
+    // in no order of the store's, so that what comes last in it hides nothing
+    this.order = shuffle(this.num);
     this.isDark = isDark;
     this.onLayer = onLayer;
     this.onPick = onPick;
@@ -273,7 +287,9 @@ class Scatter {
         const share = value === null ? 2 : Math.min(1, Math.max(0, (value - low) / span));
         this.looks[number] = share > 1 ? NUM_SHADES : Math.round(share * (NUM_SHADES - 1));
       });
-      this.ends = [low, high];
+      // points beyond the ends have the colours of the ends
+      const [below, above] = [known[0] < low ? "up to " : "", known.at(-1) > high ? " and more" : ""];
+      this.ends = [below + formatNumber(low), formatNumber(high) + above];
     }
     this.paint();
     this.showKey();
@@ -288,12 +304,13 @@ class Scatter {
         ramp.getContext("2d").fillStyle = this.kinds[shade][0];
         ramp.getContext("2d").fillRect(shade, 0, 1, 1);
       }
-      const ends = make("span", { class: "ends" }, ...this.ends.map((end) => make("span", {}, formatNumber(end))));
+      const ends = make("span", { class: "ends" }, ...this.ends.map((end) => make("span", {}, end)));
       items.push(make("li", { class: "scale" }, ramp, ends));
     } else {
       const counts = new Array(this.kinds.length).fill(0);
       for (const look of this.looks) counts[look]++;
-      const names = [...this.field.values.slice(0, this.kinds.length - 1), "other"];
+      const named = this.field.values.slice(0, this.kinds.length - 1);
+      const names = [...named, named.includes("other") ? "the rest" : "other"];
       names.forEach((name, number) => {
         if (!counts[number]) return;
         const count = make("span", { class: "number" }, counts[number].toLocaleString("en"));
@@ -336,7 +353,7 @@ class Scatter {
     context.globalAlpha = 0.78;
     // what shares a grey lies below
     for (const isLast of [true, false]) {
-      for (let number = 0; number < this.num; number++) {
+      for (const number of this.order) {
         if ((this.looks[number] === this.kinds.length - 1) !== isLast || !this.isLit(number)) continue;
         const [x, y] = this.screen(number);
         context.drawImage(this.sprites[this.looks[number]], x - size / 2, y - size / 2, size, size);

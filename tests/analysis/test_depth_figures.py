@@ -66,10 +66,10 @@ def test_long_names_are_cut_where_they_do_not_differ() -> None:
         "emb", "11", "layers.10.attention.context", "norm",
     ]  # fmt: skip
     assert label_sites(["embeddings", *MODULES])[:3] == [
-        "emb", "...0.attention.self.query:in...", "...1.attention.self.query:in...",
+        "emb", "...0.attention.self.query:i...", "...1.attention.self.query:i...",
     ]  # fmt: skip
     assert label_sites(MODULES[:1]) == ["...query:input"]
-    assert label_sites(["a" * 40, "b" * 40]) == [f"{'a' * 28}...", f"{'b' * 28}..."]
+    assert label_sites(["a" * 40, "b" * 40]) == [f"{'a' * 27}...", f"{'b' * 27}..."]
 
 
 def test_a_curve_shows_through_one_that_has_the_same_values() -> None:

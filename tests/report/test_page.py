@@ -114,6 +114,17 @@ def test_values_that_are_no_number_are_none(tmp_path: Path) -> None:
     assert year["numbers"] == [one if one % 5 else None for one in ordinals]
 
 
+def test_long_values_that_begin_alike_are_as_many_colours(tmp_path: Path) -> None:
+    fields = [{"kind": f"{'a path of many letters/' * 5}{one % 3}"} for one in range(30)]
+    page = lp.report(plant(tmp_path / "acts", {"layers.0": draw()}, LENGTHS, fields=fields), tmp_path / "page.html")
+    data = data_of(page.path)
+    (field,) = [field for field in data["fields"] if field["name"] == "kind"]
+    assert [value[-10:] for value in field["values"]] == [f" letters/{one}" for one in range(3)]
+    assert all(len(value) == 83 for value in field["values"])
+    ordinals = [data["points"]["ordinals"][of] for of in data["points"]["of"]]
+    assert field["codes"] == [ordinal % 3 for ordinal in ordinals]
+
+
 def test_few_fields_leave_none_out(store: Any, tmp_path: Path) -> None:
     page = lp.report(store, tmp_path / "page.html")
     assert page.left_out == () and "left out" not in page.table()

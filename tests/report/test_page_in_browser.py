@@ -175,6 +175,66 @@ def test_curves_maps_and_scores_are_drawn(browser: Browser) -> None:
     assert rows[:3] == ["embeddings", "layers.0", "layers.1"] and rows[-2:] == ["majority", "tfidf"]
 
 
+# Of every drawing, and of the slider: texts whose boxes share more than the rim that no letter fills.
+OVERLAPS = """(() => {
+  const drawings = [...document.querySelectorAll('#curves svg, #heat svg')];
+  const ticks = [...document.querySelectorAll('#ticks span')].filter(one => one.textContent);
+  const boxes = [...drawings.map(svg => [...svg.querySelectorAll('text')]), ticks].map(
+    texts => texts.map(text => {
+      const range = document.createRange();
+      range.selectNodeContents(text);
+      return [text.textContent, range.getBoundingClientRect()];
+    }));
+  const meet = (a, b) => a.left < b.right && b.left < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom;
+  return boxes.flatMap(of => of.flatMap(([text, a], at) =>
+    of.slice(at + 1).filter(([_, b]) => meet(a, b)).map(([other]) => `${text} and ${other}`)));
+})()"""
+CUT = """[...document.querySelectorAll('#curves svg, #heat svg')].flatMap(svg => {
+  const whole = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll('text')].filter(text => {
+    const box = text.getBoundingClientRect();
+    return box.left < whole.left - 1 || box.right > whole.right + 1;
+  }).map(text => text.textContent);
+})"""
+STACKS = {
+    "twelve": ["embeddings", *(f"layers.{layer}" for layer in range(12))],
+    "forty": ["embeddings", *(f"layers.{layer}" for layer in range(40)), "norm"],
+    "modules": [f"module:bert.encoder.layer.{layer}.attention.self.query:input" for layer in range(4)],
+}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_no_name_or_number_of_a_drawing_runs_into_another_or_out_of_it(
+    chromium: Browser, tmp_path: Path, stack: str
+) -> None:
+    sites = {name: draw(seed) for seed, name in enumerate(STACKS[stack])}
+    page = lp.report(plant(tmp_path / "acts", sites, LENGTHS), tmp_path / "page.html", site=STACKS[stack])
+    for width in (400, 700, 1400):
+        chromium.load(page.path, width, 900)
+        chromium.until(f"innerWidth === {width}")
+        assert chromium.run(OVERLAPS) == chromium.run(CUT) == [], width
+    about = "document.querySelector('#heat figcaption span').textContent"
+    assert ("Dark blue is 1, yellow 0." in chromium.run(about)) == (len(sites) > 14)
+
+
+def test_numbers_in_cells_say_zero_and_do_not_lose_a_sign(browser: Browser) -> None:
+    for value, written in [(0, "0"), (-0.001, "0"), (1, "1"), (0.57, ".57"), (-0.03, "-.03"), (1.03, "1.03")]:
+        assert browser.run(f"writeShare({value}, 60)") == written
+    assert browser.run("writeShare(1.26, 20)") == "1.3"
+
+
+def test_what_lies_beyond_the_ends_of_a_scale_is_said(browser: Browser) -> None:
+    browser.run("(scatter.recolour(scatter.colours.find(one => one.name === 'year')), 1)")
+    ends = browser.run("[...document.querySelectorAll('#key .ends span')].map(one => one.textContent)")
+    assert ends == ["1900", "1928 and more"]
+
+
+def test_points_are_drawn_in_no_order_of_the_store(browser: Browser) -> None:
+    order = browser.run("[...scatter.order]")
+    assert sorted(order) == list(range(30)) and order != sorted(order)
+    assert browser.run("[...shuffle(30)]") == order  # the same page is the same picture
+
+
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_light_and_dark_follow_the_system_until_the_button(page: Path, is_dark: bool) -> None:
     look = "[document.documentElement.dataset.theme, getComputedStyle(document.body).backgroundColor]"
