@@ -232,6 +232,8 @@ def _suggest(pattern: Pattern, names: Sequence[str]) -> str:
     asked = _replace_selector(pattern, "0")
     shapes = {_DIGITS.sub("0", name): None for name in names}
     close = difflib.get_close_matches(_DIGITS.sub("0", asked), list(shapes), n=1, cutoff=0.5)
+    if not shapes:
+        return f" Its sites are modules alone: ask for them as '{MODULE_PREFIX}NAME'."
     if not close:
         return f" Its sites are {', '.join(shape.replace('.0', '.i') for shape in shapes)}."
     selector = pattern.segments[pattern.selector_at] if pattern.selector_at is not None else "*"

@@ -70,3 +70,12 @@ def test_layers_are_counted_by_stack() -> None:
 def test_sites_that_are_no_texts_are_refused(sites: Any) -> None:
     with pytest.raises(SiteError, match="site pattern"):
         match_sites(sites, STORED, "acts")
+
+
+def test_a_store_of_modules_alone_says_how_they_are_named() -> None:
+    names = ["module:encoder.layer.0", "module:encoder.layer.0:input"]
+    with pytest.raises(
+        SiteError, match=r"no site '\*' in it\. Its sites are modules alone: ask for them as 'module:NAME'"
+    ):
+        match_sites("*", names, "it")
+    assert match_sites("module:encoder.layer.*", names, "it") == names[:1]
