@@ -241,7 +241,7 @@ class Profile:
                 axes.barh(range(len(layers)), widths, left=starts, color=colour, label=place or "the rest", height=0.8)
                 starts = [start + width for start, width in zip(starts, widths, strict=True)]
             axes.set_yticks(range(len(layers)), label_sites([layer.name for layer in layers]))
-            axes.invert_yaxis()
+            axes.set_ylim(len(layers) - 0.4, -0.6)
             axes.set_xlabel(f"ms of {self.total.median_s * 1e3:.2f}, {self.shape[0]} x {self.shape[1]} tokens")
             axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
             return save_figure(figure, path)

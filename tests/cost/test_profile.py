@@ -183,6 +183,8 @@ def test_tables_json_and_picture(make_bert: Callable[..., Any], batch: Batch, tm
     # each layer's bar is as long as its steps' medians together
     wanted = [1e3 * sum(s.median_s for s in profile.steps if s.part == layer.name) for layer in profile.layers]
     assert sorted(ends.values()) == pytest.approx(sorted(wanted))
+    # the first on top, and no room above or below
+    assert axes.get_ylim() == (len(profile.layers) - 0.4, -0.6)
 
 
 def test_trace_has_a_range_for_each_layer_and_site(make_bert: Callable[..., Any], batch: Batch, tmp_path: Path) -> None:
