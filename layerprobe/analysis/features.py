@@ -20,7 +20,7 @@ from layerprobe.analysis.tasks import Task
 from layerprobe.errors import NonFiniteError, OptionError
 from layerprobe.store.headers import SCALE_SUFFIX
 from layerprobe.store.reader import Store
-from layerprobe.store.shards import ScaledRows
+from layerprobe.store.shards import ScaledRows, span_of
 from layerprobe.tables import format_count
 
 __all__ = ["Feature", "average_of", "joined_of", "learn_mix", "read_site", "single_of"]
@@ -111,7 +111,7 @@ def read_site(store: Store, site: str, task: Task, pool: str | None) -> np.ndarr
         for shard, ordinals in store.catalog.iter_parts(list(by_example), names):
             tensors = [shard.tensor(name) for name in names]
             for ordinal in ordinals:
-                _, first, last = shard.span(ordinal)
+                _, first, last = span_of(shard, ordinal)
                 values, *scale = (tensor[first:last] for tensor in tensors)
                 rows = ScaledRows(values, *scale).float() if scale else values.float()
                 for _, (start, stop), into in by_example[ordinal]:

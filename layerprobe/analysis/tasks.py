@@ -20,6 +20,7 @@ from layerprobe.errors import InputError, OptionError
 from layerprobe.store.guard import brief, need_list
 from layerprobe.store.reader import Store
 from layerprobe.store.records import RECORD_TENSORS, read_records
+from layerprobe.store.shards import span_of
 from layerprobe.store.vocabulary import find_characters
 from layerprobe.tables import format_count
 
@@ -153,7 +154,7 @@ def _read(store: Store, ordinals: list[int]) -> tuple[list[dict[str, Any]], list
     for shard, own in store.catalog.iter_parts(ordinals, ["input_ids", *RECORD_TENSORS]):
         records += read_records(shard, own, store.place.label(shard.header.file))
         of_shard = shard.tensor("input_ids")
-        ids += [tuple(of_shard[slice(*shard.span(ordinal)[1:])].tolist()) for ordinal in own]
+        ids += [tuple(of_shard[slice(*span_of(shard, ordinal)[1:])].tolist()) for ordinal in own]
     return records, ids
 
 

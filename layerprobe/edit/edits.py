@@ -10,9 +10,7 @@ Letters: B sequences, S positions, D width, T rows, K directions.
 """
 
 import math
-import operator
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from layerprobe.edit.where import check_where
 from layerprobe.errors import CaptureError, OptionError
 from layerprobe.sites.stacks import widen
-from layerprobe.store.guard import check_count, is_number, need_list
+from layerprobe.store.guard import check_count, is_number, need_wholes
 from layerprobe.tables import format_count
 
 __all__ = ["Ablate", "Clamp", "Edit", "Noise", "Patch", "ProjectOut", "Replace", "Resample", "Scale", "Steer"]
@@ -51,7 +49,7 @@ class Edit:
         check_where(self.where)
         for label, numbers in (("heads", self.heads), ("units", self.units)):
             if numbers is not None:
-                object.__setattr__(self, label, _list_numbers(f"lp.{self.name}: {label}", numbers))
+                object.__setattr__(self, label, need_wholes(f"lp.{self.name}: {label}", numbers))
         if self.heads is not None and self.units is not None:
             raise OptionError(f"lp.{self.name}: heads and units do not go together: leave out one.")
 
@@ -383,14 +381,6 @@ def _no_values(values: Any, of: str = "") -> OptionError:
 
 def _if_tensor(label: str, value: Any) -> dict[str, Tensor]:
     return {label: value} if isinstance(value, Tensor) else {}
-
-
-def _list_numbers(what: str, numbers: object) -> tuple[int, ...]:
-    wanted = "a list of whole numbers, as in [0, 3], or leave it out"
-    with suppress(TypeError):
-        if listed := tuple(map(operator.index, need_list(what, numbers, wanted))):
-            return listed
-    raise OptionError(f"{what} is {numbers!r}: give {wanted}.")
 
 
 def _require_tensor(name: str, label: str, value: Any, ndims: tuple[int, ...]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from layerprobe.analysis.figures import check_picture, escape_text, frame_panels, save_figure, styled
 from layerprobe.analysis.results import shorten
 from layerprobe.errors import OptionError, SiteError
-from layerprobe.store.guard import need_list
+from layerprobe.store.guard import need_wholes
 from layerprobe.store.naming import match_sites
 from layerprobe.store.reader import Store, take_store
 
@@ -67,9 +67,9 @@ def plot_attention(
     site = _find_weights(store, site)
     example = store.catalog.find(example)[1]
     weights = store[site][example].float()
-    chosen = list(range(len(weights))) if heads is None else need_list("heads", heads, "a list of whole numbers")
-    if not chosen or any(head not in range(len(weights)) for head in chosen):
-        raise OptionError(f"heads={chosen}: {site!r} has heads 0 to {len(weights) - 1}.")
+    chosen = range(len(weights)) if heads is None else need_wholes("heads", heads)
+    if any(head not in range(len(weights)) for head in chosen):
+        raise OptionError(f"heads={list(chosen)}: {site!r} has heads 0 to {len(weights) - 1}.")
     ids = store.input_ids(example)
     tokens = store.id_to_tokens(ids) if store.id_to_tokens is not None else [str(one) for one in ids.tolist()]
     columns = min(_MOST_HEADS_IN_A_ROW, len(chosen))
@@ -82,7 +82,7 @@ def plot_attention(
         figure = make_figure(figsize=(columns * inches + 1.1, rows * (inches + 0.25) + 1.0), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         frame_panels(grid, len(chosen))
-        top = float(weights[chosen].max())
+        top = float(weights[list(chosen)].max())
         image = None
         for place, (head, axes) in enumerate(zip(chosen, grid.flat, strict=False)):
             image = axes.imshow(weights[head].numpy(), vmin=0, vmax=top, cmap="Blues")

@@ -10,11 +10,13 @@ Hides how much a parser may take. Must never know what a file means.
 import errno
 import json
 import math
+import operator
 import os
 import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -45,6 +47,7 @@ __all__ = [
     "need_batch",
     "need_list",
     "need_path",
+    "need_wholes",
     "open_inside",
     "parse_json",
     "parse_record",
@@ -157,6 +160,19 @@ def need_list(name: str, value: object, what: str) -> list[Any]:
         except TypeError:  # a tensor or an array of no dimension
             pass
     raise OptionError(f"{name} is {brief(repr(value))}: give {what}.")
+
+
+def need_wholes(name: str, value: object) -> tuple[int, ...]:
+    """Take one or more whole numbers as a tuple.
+
+    Raises:
+        OptionError: it is no list, an empty one, or holds something else.
+    """
+    wanted = "a list of whole numbers, as in [0, 3], or leave it out"
+    with suppress(TypeError):
+        if listed := tuple(map(operator.index, need_list(name, value, wanted))):
+            return listed
+    raise OptionError(f"{name} is {brief(repr(value))}: give {wanted}.")
 
 
 def need_batch(what: str, batch: object) -> Mapping[str, Any]:
