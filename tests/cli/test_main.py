@@ -110,7 +110,7 @@ def test_options_reach_the_run(run: Run, tiny_model_folder: Path, tmp_path: Path
         (["--sites", "layers.9"], "no site 'layers.9' in BertModel"),
         (["--sites", "layer.1"], "'layer.1' is not a site pattern"),
         (["--dtype", "float12"], "no dtype 'float12': use float32"),
-        (["--pool", "median"], "no pool 'median': use cls"),
+        (["--pool", "median"], "no pool 'median': use mean, max, cls"),
         (["--nonfinite", "ignore"], "no policy 'ignore'"),
         (["--max-length", "65"], "max_length is 65: the model takes at most 64 tokens"),
         (["--max-length", "1"], "2 special tokens go around each text"),
