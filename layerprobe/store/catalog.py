@@ -1,9 +1,9 @@
-"""Which shards a store has, which of them is mapped, and where each example lies.
+"""The shards of a store: which there are, which are mapped, and where each example lies.
 
-Shards are mapped when they are first asked for and checked against their header and `store.json` then. A catalog keeps
-what it saw when it was opened; it can be pickled, and then its paths travel and its mappings do not.
+Shards are mapped on first use and checked against their header and `store.json`. A catalog is a snapshot of the store
+at the time it was opened. Pickling it keeps the paths and drops the mappings.
 
-Hides files, names of shards and the limit on open files. Must never know of sites' meaning, models or hooks.
+Hides files, shard names and the limit on open files. Must never know of the meaning of sites, models or hooks.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ except ImportError:  # Windows
 
 __all__ = ["MOST_OPEN_SHARDS", "Catalog"]
 
-# Before Python 3.13 a mapping holds a file descriptor; a process may have about a thousand.
+# Before Python 3.13 a mapping holds a file descriptor; a process often has a limit of about a thousand.
 MOST_OPEN_SHARDS = 256
-# Of a store under a URL: how many shards are fetched ahead, the one that is read included, and how many are opened at
-# once where one of those is not open: the server's answer time is paid once for all of them.
+# For remote stores: the number of shards fetched ahead, including the current one, and of shards opened at once when
+# one of those is not open yet, so that the server's latency is paid once for all of them.
 _SHARDS_AHEAD = 3
 _OPENED_AT_ONCE = 16
-# In place of the number of examples, where a run does not say it.
+# Stands for the number of examples while it is unknown.
 _NO_END = 1 << 63
 
 
@@ -50,11 +50,11 @@ class Catalog:
     """The shards of one store.
 
     Args:
-        place: Where it is.
-        check: Compare each tensor of a shard with its checksum when it is first read.
+        place: Location of the store.
+        check: Verify the checksum of each tensor when it is first read.
 
     Raises:
-        FormatError: `store.json`, `index.json` or, where there is no index, a shard is damaged.
+        FormatError: `store.json`, `index.json` or, without an index, a shard is damaged.
     """
 
     def __init__(self, place: Place, check: bool) -> None:
@@ -72,10 +72,10 @@ class Catalog:
         self.shards = sorted(self._list_shards(), key=lambda info: (info.first_example, info.num_examples))
         self.num_examples = sum(info.num_examples for info in self.shards)
         self.num_tokens = sum(info.num_tokens for info in self.shards)
-        # one past the last ordinal that is there
+        # one past the last stored ordinal
         self.end = max((info.first_example + info.num_examples for info in self.shards), default=0)
         self._firsts = [info.first_example for info in self.shards]
-        # how many examples are there before each shard
+        # number of stored examples before each shard
         self._places = [0, *accumulate(info.num_examples for info in self.shards)]
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._is_closed = False
@@ -91,52 +91,52 @@ class Catalog:
 
     @property
     def num_open(self) -> int:
-        """Shards that are mapped now."""
+        """The number of shards currently mapped."""
         return len(self._open)
 
     def close(self) -> None:
-        """Let go of every mapping; the memory goes with the last tensor that looks at it."""
+        """Drop every mapping; the memory is freed with the last tensor that views it."""
         self._is_closed = True
         self._open.clear()
         self._cache.close()
 
     def release(self) -> None:
-        """Let go of mappings for now: their pages would count as memory of the process until the system wants it back.
+        """Drop the mappings for now, because their resident pages count towards the process's memory.
 
-        A shard is mapped again when it is asked for; tensors that were read stay good. Shards elsewhere are left alone.
+        Shards are mapped again on demand, and tensors already read stay valid. Remote shards are not affected.
         """
         if self.place.folder is not None:
             self._open.clear()
 
     def check_claims(self) -> None:
-        """Hold the counts of the index to the sizes of the files, before memory is taken for so many rows.
+        """Check the index's counts against the file sizes, before memory is allocated from them.
 
         Raises:
-            FormatError: a file cannot hold what the index says.
-            MissingExample: a file is not there.
+            FormatError: a file is too small for what the index says.
+            MissingExample: a file does not exist.
 
-        Cost: the first time one look at each file's size in a folder; none elsewhere.
+        Cost: the first call stats each file of a local store; nothing for a remote one.
         """
         if self.place.folder is None or self.index is None or self._is_weighed:
             return
         for info in self.shards:
             with self._naming_lost(info):
                 size = self.place.size(info.file)
-            # an ordinal and an offset for each example, an id for each token
+            # int64 each: an ordinal and an offset per example, an id per token
             if size < 16 * info.num_examples + 8 * info.num_tokens:
                 raise FormatError(f"{self.place.label(info.file)}: does not hold the examples that {INDEX_FILE} says.")
         self._is_weighed = True
 
     def ordinals(self) -> Iterator[int]:
-        """List the ordinals of the examples that are there, rising."""
+        """Iterate over the stored ordinals, in ascending order."""
         for info in self.shards:
             yield from range(info.first_example, info.first_example + info.num_examples)
 
     def ordinal_at(self, place: int) -> int:
-        """Give the ordinal of the k-th example that is there.
+        """Return the ordinal of the k-th stored example.
 
         Raises:
-            MissingExample: there are not as many.
+            MissingExample: there are fewer examples.
         """
         wanted = operator.index(place)
         if wanted < 0:
@@ -147,14 +147,14 @@ class Catalog:
         return self.shards[number].first_example + wanted - self._places[number]
 
     def slice_ordinals(self, wanted: slice) -> range:
-        """Give the ordinals that a slice means.
+        """Return the ordinals of a slice.
 
-        A bound that is left out or negative is relative to the last example that is there, as a negative ordinal is;
-        any other may lie beyond it, up to the end of the run where that is known.
+        An omitted or negative bound is relative to the last stored example, like a negative ordinal. Any other bound
+        may lie beyond it, up to the end of the run if that is known.
 
         Raises:
-            OptionError: a bound is not a whole number, or the step is 0.
-            MissingExample: one is not there yet.
+            OptionError: a bound is not an integer, or the step is 0.
+            MissingExample: an example is not stored yet.
         """
         whole_end = self.end if self.is_complete else max(self.end, read_totals(self.description)[1] or _NO_END)
         try:
@@ -174,16 +174,16 @@ class Catalog:
         return ordinals
 
     def find(self, ordinal: int) -> tuple[Shard, int]:
-        """Find and open the shard of an example; otherwise as `locate`."""
+        """Find and open the shard that holds an example; raises as `locate` does."""
         number, wanted = self.locate(ordinal)
         return self.shard(number), wanted
 
     def locate(self, ordinal: int) -> tuple[int, int]:
-        """Find which shard has an example, and its ordinal; a negative one counts from the last.
+        """Find the shard that holds an example, and its ordinal; negative ordinals count from the end.
 
         Raises:
-            MissingExample: no shard has it, or none has it yet.
-            OptionError: it is no whole number.
+            MissingExample: no shard holds it, or none does yet.
+            OptionError: the ordinal is not an integer.
         """
         try:
             wanted = operator.index(ordinal)
@@ -206,12 +206,12 @@ class Catalog:
         )
 
     def shard(self, number: int) -> Shard:
-        """Give a shard by its place in the order of the input, mapped and checked.
+        """Return a shard by its place in input order, opened and checked.
 
         Raises:
-            FormatError: it is damaged.
-            MissingExample: it is gone.
-            StoreError: it cannot be read, or the store was closed.
+            FormatError: the shard is damaged.
+            MissingExample: the file no longer exists.
+            StoreError: the file cannot be read, or the store is closed.
         """
         found = self._open.get(number)
         if found is not None:
@@ -222,16 +222,16 @@ class Catalog:
         return self._keep(number, self._make_shard(number))
 
     def prefetch(self, numbers: Sequence[int], names: Sequence[str], num_needed: int = 0) -> list[object]:
-        """Begin to fetch tensors of the shards that will be asked for next.
+        """Begin to fetch tensors of the shards needed next.
 
         Args:
-            numbers: Places of all shards that will be asked for, in turn; the first few are fetched.
-            names: Of the tensors.
-            num_needed: So many of the first shards are fetched whether there is room or not, since whoever reads them
-                example by example would find no whole tensor, and ask for each row alone, unverified.
+            numbers: Places of all upcoming shards, in order of use; the first few are fetched.
+            names: Names of the tensors.
+            num_needed: Number of leading shards to fetch even if they do not fit into the cache; reading such a shard
+                by example would otherwise request each row by itself, without a checksum.
 
         Returns:
-            What keeps them at hand as long as it is held.
+            Objects that keep the tensors cached while held.
         """
         ahead = numbers[:_SHARDS_AHEAD]
         if any(number not in self._open for number in ahead):
@@ -243,22 +243,22 @@ class Catalog:
             except StoreError:
                 if place == 0:
                     raise
-                break  # raised when it is asked for
+                break  # raised when this shard is used
             held += shard.prefetch(names, needs_room=place >= num_needed)
         return held
 
     def fetch(
         self, pieces: Sequence[tuple[int, int, int]], names: Sequence[str], num_needed: int
     ) -> list[list[object]]:
-        """Begin to fetch rows of tensors that will be asked for as pieces.
+        """Begin to fetch rows of tensors that will be read as pieces.
 
         Args:
-            pieces: The place of a shard, and the first row in it and the one after the last.
-            names: Of the tensors.
-            num_needed: So many of the first pieces are fetched whether there is room or not.
+            pieces: Shard place, first row and the row after the last.
+            names: Names of the tensors.
+            num_needed: Number of leading pieces to fetch even if they do not fit into the cache.
 
         Returns:
-            For each piece what keeps it at hand as long as it is held: an item for each tensor that there was room for.
+            For each piece, the objects that keep it cached while held: one per tensor that fitted into the cache.
         """
         self._open_all([number for number, _, _ in pieces])
         held: list[list[object]] = [[] for _ in pieces]
@@ -268,12 +268,12 @@ class Catalog:
             except StoreError:
                 if place < num_needed:
                     raise
-                break  # raised when it is asked for
+                break  # raised when this shard is used
             held[place] = shard.fetch(names, start, stop, needs_room=place >= num_needed)
         return held
 
     def _open_all(self, numbers: Sequence[int]) -> None:
-        """Open shards that lie elsewhere, several at once; what is wrong with any but the first is not said yet."""
+        """Open remote shards concurrently; an error in any but the first is raised when that shard is used."""
         if self.place.folder is None and not self._is_closed:
             missing = [number for number in dict.fromkeys(numbers) if number not in self._open]
             found = self._cache.map(self._make_shard, missing)
@@ -283,7 +283,7 @@ class Catalog:
                 except StoreError:
                     if number == numbers[0]:
                         raise
-                    return  # raised when it is asked for
+                    return  # raised when this shard is used
 
     def _keep(self, number: int, shard: Shard) -> Shard:
         self._open[number] = shard
@@ -310,14 +310,14 @@ class Catalog:
 
     @contextlib.contextmanager
     def _naming_lost(self, info: ShardInfo) -> Iterator[None]:
-        """Say of a shard that is not there which examples are missing with it."""
+        """Report which examples are lost if a shard's file does not exist."""
         try:
             yield
         except StoreError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             last = info.first_example + info.num_examples - 1
-            # what a probe was told no run makes again
+            # a store filled by a probe cannot be recomputed
             again = ", or run the same extraction again to make it anew" if self.description.get("plan") else ""
             raise MissingExample(
                 f"{self.place.label(info.file)}: is gone, and with it examples {info.first_example} to {last} of "
@@ -325,15 +325,15 @@ class Catalog:
             ) from error
 
     def need_site(self, name: object) -> StoredSite:
-        """Give a stored site by its name; negatives count from the last layer that is stored.
+        """Return a stored site by name; negative layers count from the last stored one.
 
         Raises:
-            SiteError: it is not stored; the message says which are.
+            SiteError: it is not stored; the message lists those that are.
         """
         return self.sites[need_name(name, self.sites, str(self.place))]
 
     def need_every_row(self, what: str, instead: str) -> None:
-        """Refuse what is wrong on a part of the rows.
+        """Refuse an operation that is wrong on a subset of the rows.
 
         Raises:
             OptionError: not every row was kept.
@@ -344,7 +344,7 @@ class Catalog:
             )
 
     def iter_shards(self) -> Iterator[Shard]:
-        """Go through the mapped shards in the order of the input."""
+        """Iterate over the opened shards in input order."""
         numbers = range(len(self.shards))
         for number in numbers:
             if number not in self._open:
@@ -352,7 +352,7 @@ class Catalog:
             yield self.shard(number)
 
     def iter_parts(self, ordinals: Sequence[int], names: Sequence[str]) -> Iterator[tuple[Shard, list[int]]]:
-        """Go through the shards that have some examples, with those that each has, and fetch tensors of them ahead."""
+        """Iterate over the shards that hold some examples, each with its ordinals; fetch the named tensors ahead."""
         parts: dict[int, list[int]] = {}
         for ordinal in ordinals:
             parts.setdefault(self.locate(ordinal)[0], []).append(ordinal)
@@ -362,7 +362,7 @@ class Catalog:
             yield self.shard(number), parts[number]
 
     def _check_site(self, shard: Shard, site: StoredSite) -> None:
-        """Refuse a shard that holds a site otherwise than `store.json` says."""
+        """Refuse a shard whose layout of a site differs from `store.json`."""
         try:
             pairs = shard.pairs_before[-1] if site.kind == "attention" else 0
             check_stored(shard.header, site.layout(shard.header, pairs))
@@ -382,6 +382,6 @@ class Catalog:
 
 
 def _count_openable() -> int:
-    """Count the shards that may be mapped: of the files that a process may have, a third; on macOS it has 256."""
+    """Return how many shards may be mapped: at most a third of the process's file limit, which is 256 on macOS."""
     limit = -1 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return MOST_OPEN_SHARDS if limit < 0 else min(MOST_OPEN_SHARDS, max(1, limit // 3))

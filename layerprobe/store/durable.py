@@ -1,9 +1,9 @@
-"""Files and folders that survive a power loss: written whole, flushed, renamed, and their folder flushed.
+"""Write files and folders that survive a power loss: write, flush, rename, flush the folder.
 
-Large files go past the system's page cache where the file system lets them: it would copy every byte once more, at
-the cost of the forward pass beside it, to keep what nobody reads soon. They are written from where they lie where the
-disk takes that, else through one aligned buffer, so that nobody need care how anything is aligned. Nothing is written
-through a memory map, where a full disk is a signal that kills instead of an error.
+Large files use direct I/O (O_DIRECT) where the file system supports it: the page cache would copy every byte once more,
+at the expense of the forward pass, to cache what is not read soon. Data is written in place where its alignment
+allows, else through an aligned buffer, so callers need not care about alignment. Nothing is written through a memory
+map, where a full disk is a fatal signal instead of an error.
 
 Must never know what is in a file.
 """
@@ -27,7 +27,7 @@ from layerprobe.store.paths import NamedPath
 
 try:
     import fcntl
-except ImportError:  # Windows, where files are written the usual way
+except ImportError:  # Windows, where files are written through the page cache
     fcntl = None
 
 __all__ = [
@@ -47,33 +47,33 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 _BOUNCE_BYTES = 4 << 20
 _BLOCK_BYTES = 4096
 _SECTOR_BYTES = 512
-# A write of its own costs more than the copy of less than this.
+# Below this, a separate write costs more than a copy into the buffer.
 _LEAST_IN_PLACE = 1 << 20
-# What a trial of a disk writes at once, and how often each way; the name of its file goes on with a number.
+# File name prefix, bytes per write and repetitions of the disk probe.
 TRIAL_PREFIX = "probe-"
 _PROBE_BYTES = 16 << 20
 _NUM_PROBES = 3
-# A copy into the page cache is taken from the forward pass: the disk may take so much longer without it.
+# Copying into the page cache takes time from the forward pass, so direct I/O may be this much slower.
 _WORTH_OF_NO_COPY = 1.5
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# What a file system says that cannot set space aside.
+# Errors of a file system that cannot preallocate.
 _NO_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 def commit_file(path: Path | NamedPath, pieces: "Sequence[bytes | memoryview]", is_direct: bool = True) -> None:
-    """Write a file and make it permanent, replacing an older one whole.
+    """Write a file durably and atomically, replacing an older one.
 
     Args:
-        path: Its final name; `.tmp` is added while it is written.
-        pieces: Its bytes, one after the other.
-        is_direct: Whether it goes past the page cache, if it is large and the file system lets it.
+        path: The final name; `.tmp` is appended while writing.
+        pieces: The content, in order.
+        is_direct: Whether to use direct I/O, if the file has 4 MiB or more and the file system supports it.
 
     Raises:
-        SpaceError: the disk is full, or a quota used up.
+        SpaceError: the disk is full, or a quota is exhausted.
         StoreError: the system refused.
 
-    Cost: no copy of a piece of a megabyte or more whose address, less its offset in the file, is a multiple of 512; the
-    others are copied once, through 4 MiB.
+    Cost: no copy of a piece of 1 MiB or more whose address, minus its offset in the file, is a multiple of 512; other
+    pieces are copied once, through a 4 MiB buffer.
     """
     partial = path.with_name(path.name + ".tmp")
     size = sum(len(piece) for piece in pieces)
@@ -81,7 +81,7 @@ def commit_file(path: Path | NamedPath, pieces: "Sequence[bytes | memoryview]", 
         descriptor = _open(partial, is_direct and size >= _BOUNCE_BYTES)
         try:
             _write_pieces(descriptor, pieces)
-            # what was reserved, or left by a run that ended here, may be longer
+            # a reserved file, or one left by an interrupted run, may be longer
             os.ftruncate(descriptor, size)
             _sync(descriptor)
         finally:
@@ -93,15 +93,15 @@ def commit_file(path: Path | NamedPath, pieces: "Sequence[bytes | memoryview]", 
 
 
 def is_direct_better(folder: Path) -> bool:
-    """Try whether large files had better go to a folder's disk past the page cache.
+    """Measure whether large files are better written to a folder's disk with direct I/O.
 
-    Both ways in turns, a few times, into files that have no name: they leave nothing behind, whatever happens.
+    Alternates both ways three times, in unlinked files, so that nothing is left behind.
 
     Returns:
-        Whether the best time past the page cache is within half as much again of the best through it; True where there
-        is but one way, as on macOS and Windows, or the folder takes no files, which shows when one is written.
+        Whether the best direct time is at most 1.5 times the best time through the page cache. Also True if there is
+        only one way, as on macOS and Windows, or if the folder is not writable, which the first real write reports.
 
-    Cost: 96 MiB on the disk, and 16 MiB of memory meanwhile.
+    Cost: 96 MiB written to disk, and 16 MiB of memory while it runs.
     """
     block = make_noise(_PROBE_BYTES)
     best = {True: math.inf, False: math.inf}
@@ -115,7 +115,7 @@ def is_direct_better(folder: Path) -> bool:
 
 
 def make_noise(num_bytes: int) -> memoryview:
-    """Make so many bytes, a multiple of 8 from the start of a page on, that no disk can store in much less."""
+    """Make a page-aligned block of incompressible bytes; `num_bytes` must be a multiple of 8."""
     block = memoryview(mmap.mmap(-1, num_bytes))
     np.random.default_rng(0).random(out=np.frombuffer(block, np.float64))
     return block
@@ -135,16 +135,16 @@ def _time_write(folder: Path, block: memoryview, is_direct: bool) -> float:
 
 
 def reserve_file(path: Path | NamedPath, size: int) -> None:
-    """Set space aside for a file that `commit_file` will write: in the very `.tmp` that it writes into.
+    """Reserve space for a file that `commit_file` will write, in the same `.tmp` file.
 
-    Where the file system cannot do that, only what is free now is looked at.
+    If the file system cannot preallocate, only check the free space.
 
     Args:
         path: The file's final name.
-        size: Bytes; `commit_file` gives back what it does not need.
+        size: Bytes to reserve; `commit_file` gives back what it does not need.
 
     Raises:
-        SpaceError: there is not so much; nothing is left behind.
+        SpaceError: there is not enough space; nothing is left behind.
         StoreError: the system refused.
     """
     partial = path.with_name(path.name + ".tmp")
@@ -173,14 +173,14 @@ def _wrap_fallocate(call: Callable[..., int]) -> Callable[[int, int, int], None]
 
 
 def _find_fallocate() -> Callable[[int, int, int], None] | None:
-    """Give the call that sets space aside in an open file; None where the system has none.
+    """Find the system call that preallocates space in an open file; None if there is none.
 
-    On Linux its own: where the file system cannot, `posix_fallocate` writes a byte into every block instead.
+    On Linux use `fallocate` itself: `posix_fallocate` falls back to writing a byte into every block.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL(None, use_errno=True)
-            # the plain name has 32-bit sizes in a 32-bit glibc; musl has no other
+            # in a 32-bit glibc the plain name takes 32-bit sizes; musl has only the plain name
             call = getattr(libc, "fallocate64", None) or libc.fallocate
             call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
             return _wrap_fallocate(call)
@@ -203,12 +203,12 @@ def _allocate(descriptor: int, path: Path | NamedPath, size: int) -> None:
 
 
 def tell_failure(path: Path | NamedPath, error: OSError, size: int = 0) -> StoreError:
-    """Put a refusal of the system into words: what it hit, why, what is missing, and how to continue.
+    """Turn an OS error into a `StoreError` that says what failed, why, what is missing and how to continue.
 
     Args:
-        path: What could not be written.
-        error: What the system said.
-        size: Bytes of the file, where they are known.
+        path: The file or folder that could not be written.
+        error: The error of the system.
+        size: Size of the file in bytes; 0 if unknown.
     """
     what = f"{path}: cannot be written ({error.strerror or error})"
     if error.errno not in _NO_SPACE:
@@ -220,7 +220,7 @@ def tell_failure(path: Path | NamedPath, error: OSError, size: int = 0) -> Store
         if size > free:
             what += f": it takes {size:,} bytes, the disk has {free:,} free, {size - free:,} are missing"
         elif size:
-            # a quota, or a part of the disk that is not for everyone
+            # a quota, or blocks reserved for root
             what += f": it takes {size:,} bytes, more than you may use, though the disk has {free:,} free"
     return SpaceError(
         f"{what}. Make room on the disk: what was committed before stays readable, and the same command goes on from "
@@ -229,13 +229,13 @@ def tell_failure(path: Path | NamedPath, error: OSError, size: int = 0) -> Store
 
 
 def _open(path: Path | NamedPath, is_direct: bool) -> int:
-    # no O_TRUNC: it would give back what was reserved
+    # no O_TRUNC: it would free the reserved space
     flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     if is_direct and _DIRECT:
         try:
             return os.open(path, flags | _DIRECT, 0o666)
         except OSError:
-            pass  # not every file system has it; what else is wrong shows again at once
+            pass  # not every file system supports O_DIRECT; any other error recurs below
     return os.open(path, flags, 0o666)
 
 
@@ -255,26 +255,26 @@ def _write_pieces(descriptor: int, pieces: "Sequence[bytes | memoryview]") -> No
 
 
 class _DirectFile:
-    """A file that is written past the page cache, in whole blocks.
+    """A file written with direct I/O, in whole blocks.
 
-    A large piece goes to the disk from where it lies, if it lies in memory as the disk wants it: with a sector's start
-    where a block of the file begins. What does not goes through an aligned bounce buffer; beside a forward pass on two
-    cores that copy cost more than all else the writer does.
+    A large piece is written in place if its memory is aligned: a block of the file must start at a sector-aligned
+    address. Everything else is copied through an aligned bounce buffer; next to a forward pass on two cores, that copy
+    costs more than all other work of the writer.
 
     Args:
-        descriptor: Of the file, opened for direct writes.
+        descriptor: File descriptor opened with O_DIRECT.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        # Freed with the last that points to it: after a refusal the error's traceback still does, and closing would
-        # fail.
+        # Never closed explicitly, but freed with its last reference: after a failed write the traceback still holds a
+        # view of it, and closing would raise.
         self._room = memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
         self._filled = 0
         self._writes_in_place = True
 
     def write(self, piece: "bytes | memoryview") -> None:
-        """Write a piece but for what does not fill a block, which waits for the next one."""
+        """Write a piece; what is left in the bounce buffer waits for the next one."""
         rest = memoryview(piece).cast("B")
         lead = -self._filled % _BLOCK_BYTES
         if len(rest) >= _LEAST_IN_PLACE and self._writes_in_place and _begins_sector(rest[lead:]):
@@ -283,13 +283,13 @@ class _DirectFile:
             rest = rest[lead:]
             whole = len(rest) - len(rest) % _BLOCK_BYTES
             refused = self._write_blocks(rest[:whole])
-            # some disks want more of an address than a sector
+            # some disks require more than sector alignment of the address
             self._writes_in_place = not refused
             rest = rest[whole - len(refused) :]
         self._bounce(rest)
 
     def end(self) -> None:
-        """Write what is left, the last, incomplete block the usual way."""
+        """Write what is left, the last partial block through the page cache."""
         whole = self._filled - self._filled % _BLOCK_BYTES
         left = self._room[whole : self._filled]
         self._filled = whole
@@ -300,7 +300,7 @@ class _DirectFile:
     def _bounce(self, rest: memoryview) -> None:
         while len(rest):
             count = min(len(rest), _BOUNCE_BYTES - self._filled)
-            # by numpy, which lets other Python threads run meanwhile, the forward's among them
+            # numpy releases the GIL, so the forward pass can run meanwhile
             room = np.frombuffer(self._room[self._filled : self._filled + count], np.uint8)
             np.copyto(room, np.frombuffer(rest[:count], np.uint8))
             rest, self._filled = rest[count:], self._filled + count
@@ -309,13 +309,13 @@ class _DirectFile:
 
     def _empty_bounce(self) -> None:
         if refused := self._write_blocks(self._room[: self._filled]):
-            # Some file systems refuse only when written to; the usual way tells whether that was all.
+            # Some file systems reject direct I/O only on write; the retry shows whether that was the cause.
             _end_direct(self._descriptor)
             _write_all(self._descriptor, refused)
         self._filled = 0
 
     def _write_blocks(self, blocks: memoryview) -> memoryview:
-        """Write whole blocks, and give back what the system refuses to write so."""
+        """Write whole blocks with direct I/O; return the blocks that the system rejects."""
         while len(blocks):
             try:
                 written = os.write(self._descriptor, blocks)
@@ -341,12 +341,12 @@ def _end_direct(descriptor: int) -> None:
 def _write_all(descriptor: int, piece: "bytes | memoryview") -> None:
     rest = memoryview(piece).cast("B")
     while len(rest):
-        # Linux writes at most 2 GiB a call
+        # Linux writes at most 2 GiB per call
         rest = rest[os.write(descriptor, rest) :]
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, permanently."""
+    """Make a folder and its missing parents, durably."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -354,7 +354,7 @@ def make_folder(folder: Path) -> None:
 
 
 def commit_folder(partial: Path, folder: Path) -> None:
-    """Make a folder that is written already permanent, with all that is in it, under its final name."""
+    """Commit a folder that is already written: flush its content, then rename it to its final name."""
     for file in [*partial.rglob("*"), partial]:
         (flush_folder if file.is_dir() else flush_file)(file)
     os.replace(partial, folder)
@@ -362,14 +362,14 @@ def commit_folder(partial: Path, folder: Path) -> None:
 
 
 def flush_folder(folder: Path | NamedPath) -> None:
-    """Make the names in a folder permanent, those that are gone too."""
-    if os.name != "nt":  # Windows has no handle for a folder; its rename is durable by itself
+    """Flush a folder, so that its created, renamed and removed names are durable."""
+    if os.name != "nt":  # Windows has no folder handles to flush; its rename is durable
         flush_file(folder)
 
 
 def flush_file(path: Path | NamedPath) -> None:
-    """Make what is in a file permanent, whoever wrote it."""
-    # Windows flushes only what may be written
+    """Flush a file to disk, whoever wrote it."""
+    # Windows flushes only writable handles
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         _sync(descriptor)
@@ -378,10 +378,10 @@ def flush_file(path: Path | NamedPath) -> None:
 
 
 def _sync(descriptor: int) -> None:
-    """Wait until a file is on the disk: on macOS `fsync` alone ends at the drive's own cache."""
+    """Flush a file to disk; on macOS plain `fsync` only reaches the drive's cache."""
     full_sync = getattr(fcntl, "F_FULLFSYNC", None)
     if fcntl is not None and full_sync is not None:
-        with contextlib.suppress(OSError):  # not every file system has it
+        with contextlib.suppress(OSError):  # not every file system supports it
             fcntl.fcntl(descriptor, full_sync)
             return
     os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Format 1: the bytes of a shard and the names of a store's files, read and checked wherever they lie.
+"""Read, check and write the files of a store in format 1: names, shards and JSON, local or remote.
 
 A shard is one safetensors file whose header also carries counts, a checksum per tensor and a checksum of itself.
-`docs/format.md` is the normative page. A shard exists when its final name does.
+`docs/format.md` is the normative specification. A shard is committed once it has its final name.
 
 Must never know of models, hooks or devices.
 """
@@ -66,16 +66,16 @@ INDEX_FILE = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILE = f"{TOKENIZER_FOLDER}/tokenizer.json"
 PROGRESS_FILE = "progress.json"
-# Where merge holds a shard against its header before it is one of the store.
+# Staging folder: merge checks each shard here before it renames it into the store.
 STAGE_FOLDER = "merge.tmp"
 
-# Of a shard elsewhere, asked for first: a header of hundreds of sites fits, so one request mostly does.
+# First request for a remote shard: large enough that a header with hundreds of sites usually takes one read.
 _FIRST_BYTES = 1 << 16
 _MOST_NONFINITE = (1 << 63) - 1
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a name in a store's folder is what a run or a merge leaves that ended midway; the next one removes it."""
+    """Return whether a file name is a leftover of an interrupted run or merge, which the next one removes."""
     final = name.removesuffix(".tmp")
     own = (STORE_FILE, INDEX_FILE, PROGRESS_FILE, TOKENIZER_FOLDER)
     is_trial = final.startswith(TRIAL_PREFIX) and final.removeprefix(TRIAL_PREFIX).isdigit()
@@ -84,13 +84,13 @@ def is_leftover(name: str) -> bool:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what an ended run or merge left in a store's folder."""
+    """Remove the leftovers of interrupted runs and merges from a store's folder."""
     for path in [path for path in folder.iterdir() if is_leftover(path.name)]:
         remove_path(path)
 
 
 def remove_path(path: Path) -> None:
-    """Remove a file or a whole folder, if it is there; a link itself, never what it leads to."""
+    """Remove a file or a whole folder if it exists; a symbolic link itself, never its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -98,7 +98,7 @@ def remove_path(path: Path) -> None:
 
 
 def need_store(place: Place) -> None:
-    """Make sure that there is a store, complete or not.
+    """Check that a store exists, complete or not.
 
     Raises:
         StoreError: there is none.
@@ -110,10 +110,10 @@ def need_store(place: Place) -> None:
 
 
 def _is_folder(folder: NamedPath) -> bool:
-    """Whether a folder is there.
+    """Return whether a folder exists.
 
     Raises:
-        StoreError: something else is, or the system does not say.
+        StoreError: the path is not a folder, or the system refused to look.
     """
     try:
         mode = os.stat(folder).st_mode
@@ -127,11 +127,11 @@ def _is_folder(folder: NamedPath) -> bool:
 
 
 def check_keepable(folder: Path) -> None:
-    """Make sure that something other than a store can be kept in a folder, which need not be there.
+    """Check that a folder, existing or not, can hold something other than a store.
 
     Raises:
-        OptionError: it is a store, or lies in one.
-        StoreError: a file is in its place, or in that of a folder above it.
+        OptionError: it is a store, or lies inside one.
+        StoreError: the folder, or one above it, is a file.
     """
     real = Path(os.path.realpath(folder))
     above = [one for one in (real, *real.parents) if one.exists()]
@@ -141,16 +141,16 @@ def check_keepable(folder: Path) -> None:
 
 
 def need_parent(path: str | Path) -> Path:
-    """Make sure, before anything is computed, that a file that is none of a store can be written; gives the path.
+    """Check, before any computation, that a file that is not part of a store can be written; return its path.
 
     Raises:
-        OptionError: it would lie in a store.
-        StoreError: its folder is not there.
+        OptionError: it would lie inside a store.
+        StoreError: its folder does not exist.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise StoreError(f"{path}: there is no folder {path.parent}. Make it, or choose another path.")
-    # a link is written through
+    # writing follows symbolic links
     _refuse_inside(path, Path(os.path.realpath(path)).parents)
     return path
 
@@ -162,24 +162,24 @@ def _refuse_inside(path: Path, folders: Iterable[Path]) -> None:
 
 
 def _is_store(folder: Path) -> bool:
-    """Whether a folder holds a store; what other programs call `store.json` is none."""
+    """Return whether a folder holds a store, and not just another program's `store.json`."""
     try:
         return os.path.isfile(folder / STORE_FILE) and "fingerprint" in read_json(folder / STORE_FILE)
-    except StoreError:  # damaged, if there are shards beside it
+    except StoreError:  # damaged: still a store if there are shards beside it
         return any(parse_shard_name(name) is not None for name in os.listdir(folder))
 
 
 def checksum_file(place: Place, file: str) -> str:
-    """Work out the checksum of a small file of a store; xxh3-64 of its bytes.
+    """Compute the checksum (xxh3-64) of a small file of a store.
 
     Raises:
-        StoreError: it cannot be read.
+        StoreError: the file cannot be read.
     """
     return checksum(place.read(file, 0, place.size(file)))
 
 
 def _view_bytes(tensor: Tensor) -> memoryview:
-    """Look at a contiguous tensor's memory; no copy."""
+    """View the memory of a contiguous tensor as bytes, without a copy."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
@@ -189,21 +189,21 @@ def commit_shard(
     tensors: Sequence[tuple[str, Tensor]],
     checksums: Mapping[str, str] | None = None,
 ) -> int:
-    """Write one shard and make it permanent.
+    """Write one shard and commit it durably.
 
     Args:
         folder: The store.
         header: Counts; its `checksums` and `tensors` are computed here.
         tensors: Contiguous CPU tensors in file order, widest dtype first so that each is aligned.
-        checksums: Of each tensor, where they are known; None to work them out.
+        checksums: Checksum of each tensor if already known; None to compute them.
 
     Returns:
-        Size of the file in bytes.
+        The file size in bytes.
 
     Raises:
-        StoreError: the system refused to write; nothing is left but perhaps a `.tmp` file.
+        StoreError: the system refused to write; at most a `.tmp` file is left behind.
 
-    Cost: no copy of the data in memory; one pass where checksums are not known, one sequential write.
+    Cost: no copy of the data in memory; one pass over it if checksums are not given; one sequential write.
     """
     views = [(name, tensor, _view_bytes(tensor)) for name, tensor in tensors]
     sums = {name: checksum(view) for name, _, view in views} if checksums is None else checksums
@@ -213,15 +213,15 @@ def commit_shard(
 
 
 def bound_shard(header: ShardHeader, shapes: "Sequence[tuple[str, torch.dtype, Sequence[int]]]") -> int:
-    """Work out how many bytes a shard takes, before any of its values is made.
+    """Compute an upper bound on the size of a shard, before any of its values exist.
 
     Args:
         header: As for `commit_shard`.
         shapes: Name, dtype and shape of each tensor.
 
     Returns:
-        The bytes at most: exact but for the digits of what is not finite, which are known last and may take one more
-        block of padding.
+        The size in bytes: exact except for the digits of the non-finite counts, which are known last and may take one
+        more block of padding.
     """
     worst = replace(header, nonfinite={name: _MOST_NONFINITE for name, _, _ in shapes})
     head = build_header(worst, shapes, dict.fromkeys((name for name, _, _ in shapes), BLANK_CHECKSUM))
@@ -232,7 +232,8 @@ def read_json(path: Path | NamedPath) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        FormatError: it is not one.
+        FormatError: the file is not a JSON object of a store.
+        StoreError: the file cannot be read.
     """
     with telling_refusals(path, "read"):
         text = read_inside(path.parent, path.name, _bound_json(path.name).num_bytes)
@@ -240,7 +241,7 @@ def read_json(path: Path | NamedPath) -> dict[str, Any]:
 
 
 def load_json(place: Place, file: str) -> dict[str, Any]:
-    """Read a JSON object, wherever it lies; as `read_json`."""
+    """Read a JSON object from any place; raises as `read_json` does."""
     if place.folder is not None:
         return read_json(place.folder / file)
     return _parse_json(place.label(file), file, read_bounded(place, file, _bound_json(file)))
@@ -250,8 +251,8 @@ def read_bounded(place: Place, file: str, bounds: JsonBounds) -> bytes:
     """Read a whole file of a store.
 
     Raises:
-        FormatError: it is larger than that.
-        StoreError: it cannot be read.
+        FormatError: the file is larger than the bounds allow.
+        StoreError: the file cannot be read.
     """
     if (size := place.size(file)) > bounds.num_bytes:
         raise FormatError(f"{place.label(file)}: has {size:,} bytes; at most {bounds.num_bytes:,} are read.")
@@ -273,10 +274,10 @@ def _parse_json(label: str, file: str, text: bytes) -> dict[str, Any]:
 
 
 def read_header(path: Path | NamedPath) -> ShardHeader:
-    """Read and check the header of a shard against itself and against the file's size.
+    """Read the header of a shard and check it against itself and the file's size.
 
     Raises:
-        FormatError: the file is cut, damaged, or no shard of format 1.
+        FormatError: the file is truncated, damaged, or not a shard of format 1.
         StoreError: the file cannot be read.
     """
     with open_shard(path) as (_, header):
@@ -285,7 +286,7 @@ def read_header(path: Path | NamedPath) -> ShardHeader:
 
 @contextlib.contextmanager
 def open_shard(path: Path | NamedPath) -> Iterator[tuple[BinaryIO, ShardHeader]]:
-    """Hold a shard open, its header read; as `read_header`."""
+    """Open a shard and read its header; raises as `read_header` does."""
     with contextlib.ExitStack() as held:
         with telling_refusals(path, "read"):
             file = held.enter_context(open_inside(path.parent, path.name))
@@ -296,20 +297,20 @@ def open_shard(path: Path | NamedPath) -> Iterator[tuple[BinaryIO, ShardHeader]]
 
 
 def load_header(place: Place, file: str) -> ShardHeader:
-    """Read and check the header of a shard, wherever it lies; as `read_header`."""
+    """Read and check the header of a shard from any place; raises as `read_header` does."""
     return read_header(place.folder / file) if place.folder is not None else load_start(place, file)[0]
 
 
 def load_start(place: Place, file: str) -> tuple[ShardHeader, bytes]:
-    """Read a shard's header by byte range.
+    """Read the header of a shard with range requests.
 
     Returns:
-        The header, and the first bytes of the file, which mostly hold the tensors of ordinals and offsets too.
+        The header, and the first bytes of the file, which usually include the ordinals and offsets too.
 
     Raises:
         FormatError, StoreError: as `read_header`.
 
-    Cost: two requests, three for a header beyond 64 KiB.
+    Cost: two requests, or three if the header exceeds 64 KiB.
     """
     label, size = place.label(file), place.size(file)
     first = place.read(file, 0, min(size, _FIRST_BYTES))

@@ -1,8 +1,8 @@
-"""What the header of a shard says: written, and parsed by someone who believes none of it.
+"""Build the header of a shard, and parse and validate one without trusting it.
 
-A header is checked against itself and against bounds, so that whoever uses it may trust that tensors lie back to back
-in the file, that counts fit the tensors, and that no size leaves 64 bits. The checksums in it tell damage, not malice:
-a forger can compute them too.
+A header is checked against itself and against fixed bounds, so callers may rely on it: tensors lie back to back in the
+file, counts match the tensors, and no size overflows 64 bits. The checksums detect damage, not tampering: a forger can
+recompute them.
 
 Must never know of files.
 """
@@ -43,7 +43,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 SCALE_SUFFIX = ":scale"
-# of the rows of a store that does not keep all
+# Positions of the kept rows; present only if the store does not keep every row.
 POSITIONS = "positions"
 
 _SHARD_NAME = re.compile(r"shard-([0-9]{6,12})\.safetensors\Z")
@@ -63,23 +63,23 @@ _TO_NAME = {
 }
 _FROM_NAME = {name: dtype for dtype, name in _TO_NAME.items()}
 DTYPES = tuple(_TO_NAME)
-# The values of the first site begin at a multiple of this in the file: mapped they begin with a page, and they can
-# be written past the page cache from where they lie.
+# The values of the first site start at a multiple of this in the file, so that they are page-aligned when mapped and
+# can be written with O_DIRECT without a copy.
 _ALIGNMENT = 4096
 BLANK_CHECKSUM = "0" * 16
-# Offsets and places of the examples of a shard are kept as Python numbers: 16 million are a gigabyte.
+# Offsets and positions of a shard's examples take 8 bytes each in memory; this bounds them.
 MOST_EXAMPLES = 1 << 24
-# The sum of the squares of lengths, which says where attention weights lie, fits 64 bits.
+# The sum of squared lengths, which locates attention weights, stays within 64 bits.
 MOST_TOKENS = 1 << 31
 _MOST_UNIT = 10**12 - 1
-# torch counts elements, and bytes, in 64 bits, also those of a tensor that has none.
+# torch counts elements and bytes in 64 bits, even for an empty tensor.
 _MOST_ELEMENTS = 1 << 48
 _MOST_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a shard: dtype, shape and where its bytes lie in the file."""
+    """One tensor of a shard: its dtype, shape and byte range in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -89,17 +89,17 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard says of itself.
+    """The parsed header of a shard.
 
     Args:
-        unit: Number of the unit, which is also in the file's name.
+        unit: Number of the unit; it is also in the file name.
         num_examples, num_tokens: Counts of this shard.
-        first_example: Ordinal of the first example of the unit.
-        fingerprint: Of the plan that the shard belongs to.
-        num_truncated: Examples that were cut to the maximum length.
-        nonfinite: Count of values that are not finite, by site; sites without any are left out.
+        first_example: Ordinal of the unit's first example.
+        fingerprint: Fingerprint of the plan that the shard belongs to.
+        num_truncated: Number of examples truncated to the maximum length.
+        nonfinite: Count of non-finite values by site; sites without any are omitted.
         checksums: xxh3-64 of each tensor's bytes.
-        tensors: Where each tensor lies.
+        tensors: Dtype, shape and byte range of each tensor.
     """
 
     unit: int
@@ -118,23 +118,23 @@ class ShardHeader:
 
 
 def _name_shard(unit: int) -> str:
-    """Name the file of a unit."""
+    """Return the file name of a unit's shard."""
     return f"shard-{unit:06d}.safetensors"
 
 
 def parse_shard_name(name: str) -> int | None:
-    """Read the unit out of a file name; None if it is not a shard's."""
+    """Parse the unit from a file name; None if it is not a shard's."""
     match = _SHARD_NAME.match(name)
     return int(match.group(1)) if match and _name_shard(int(match.group(1))) == name else None
 
 
 def checksum(data: "bytes | memoryview") -> str:
-    """xxh3-64 as 16 hexadecimal digits."""
+    """Compute xxh3-64 as 16 hexadecimal digits."""
     return xxhash.xxh3_64_hexdigest(data)
 
 
 def lay_out(shapes: "Sequence[tuple[str, torch.dtype, Sequence[int]]]") -> dict[str, TensorEntry]:
-    """Lay tensors back to back, by name, dtype and shape; offsets count from the end of the header."""
+    """Lay tensors out back to back; offsets are relative to the end of the header."""
     entries: dict[str, TensorEntry] = {}
     position = 0
     for name, dtype, shape in shapes:
@@ -147,15 +147,15 @@ def lay_out(shapes: "Sequence[tuple[str, torch.dtype, Sequence[int]]]") -> dict[
 def build_header(
     header: ShardHeader, shapes: "Sequence[tuple[str, torch.dtype, Sequence[int]]]", checksums: Mapping[str, str]
 ) -> bytes:
-    """Lay out a header, with its length before it.
+    """Serialize a header, preceded by its length.
 
     Args:
-        header: Counts; its own `checksums` and `tensors` are not looked at.
+        header: Counts; its own `checksums` and `tensors` are ignored.
         shapes: Name, dtype and shape of each tensor, in file order.
-        checksums: Of each tensor.
+        checksums: Checksum of each tensor.
 
     Raises:
-        StoreError: it is larger than a reader would take.
+        StoreError: the header or a count exceeds what a reader accepts.
     """
     entries = {
         name: {"dtype": _TO_NAME[one.dtype], "shape": list(one.shape), "data_offsets": [one.start, one.stop]}
@@ -189,13 +189,13 @@ def build_header(
 
 
 def _is_before_values(entry: "tuple[str, torch.dtype, Sequence[int]]") -> bool:
-    """Whether a tensor is of those that come before all values: ordinals, offsets, ids, scales of int8."""
+    """Return whether a tensor precedes all site values: ordinals, offsets, ids and int8 scales do."""
     name, dtype, _ = entry
     return dtype == torch.int64 or name.endswith(SCALE_SUFFIX)
 
 
 def parse_header(text: bytes) -> ShardHeader:
-    """Parse and check the header of a shard; offsets count from its end.
+    """Parse and check the header of a shard; offsets are relative to its end.
 
     Raises:
         ValueError, TypeError, KeyError, AttributeError, RecursionError: it is not a header of format 1, or contradicts
@@ -246,7 +246,7 @@ def _check_counts(header: ShardHeader) -> None:
 
 
 def _check_places(tensors: Mapping[str, TensorEntry]) -> None:
-    """Make sure that tensors lie back to back, each aligned to its items."""
+    """Check that tensors lie back to back, each aligned to its item size."""
     position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != position:
@@ -257,10 +257,10 @@ def _check_places(tensors: Mapping[str, TensorEntry]) -> None:
 
 
 def check_shapes(header: ShardHeader) -> None:
-    """Hold the tensors that every shard has, and those of its records, to its counts.
+    """Check the tensors that every shard has, and its records and positions if present, against its counts.
 
     Raises:
-        ValueError, KeyError: they do not fit, or one is missing.
+        ValueError, KeyError: a tensor does not match, or is missing.
     """
     count = header.num_examples
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -304,7 +304,11 @@ def _parse_entry(name: str, entry: dict[str, Any]) -> TensorEntry:
 
 
 def check_stored(header: ShardHeader, layout: "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]") -> None:
-    """Check that a shard holds tensors of these dtypes and shapes; what is wrong is a ValueError."""
+    """Check that a shard holds tensors of these dtypes and shapes.
+
+    Raises:
+        ValueError: a tensor is missing or differs.
+    """
     for name, (dtype, shape) in layout.items():
         entry = header.tensors.get(name)
         if entry is None or (entry.dtype, entry.shape) != (dtype, shape):

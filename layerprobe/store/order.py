@@ -1,7 +1,7 @@
-"""The order of an epoch of rows: which pieces of which shards are mixed with each other, and where each row lies.
+"""The order of an epoch of rows: which pieces of which shards are shuffled together, and where each row lies.
 
-It is fixed before the first row is read, so batch k is known without those before it. That is what makes it the same
-for any number of workers and ranks, and what lets an epoch resume from its middle.
+The order is fixed before the first row is read, so batch k does not depend on reading those before it. This makes it
+identical for any number of workers and ranks, and lets an epoch resume in the middle.
 
 Must never know how rows are read.
 """
@@ -20,30 +20,30 @@ from layerprobe.store.guard import check_count, check_flag
 
 __all__ = ["ORDER", "EpochOrder", "RowOptions", "cut_shard"]
 
-# Rows of one group are mixed with each other: enough of them to come from many shards, few enough that the pages they
-# lie in stay in the page cache, or what was fetched of them in memory, while rows are picked from all over them.
+# Rows within a group are shuffled together: enough rows to span many shards, few enough that their pages stay in the
+# page cache (or the fetched pieces in memory) while they are read at random.
 _GROUP_ROWS = 1 << 20
 _GROUP_BYTES = 1 << 30
 _LEAST_GROUP_PIECES = 8
-# A batch may lie across two groups.
+# A batch may span two groups.
 _MOST_GROUP_PIECES = MOST_OPEN_SHARDS // 2
-# A piece is a shard, or a part of one that would fill too much of a group. Where rows are not mixed it is nearly always
-# a whole one, which can be held against its checksums.
+# A piece is a shard, or part of one that would fill too much of a group. Without shuffling, it is nearly always a whole
+# shard, whose checksums can be verified.
 _PIECE_ROWS = 1 << 17
-# Where rows come in order, so many pieces are fetched at once at most: the server's answer time is paid once for them.
+# Most pieces fetched at once for ordered rows, so that the server's latency is paid once for all of them.
 _PIECES_AHEAD = 16
-# An order takes some hundred bytes for each, and whoever wrote the store says how wide a row is.
+# An order takes about a hundred bytes per piece, and the row width in an untrusted store may be any number.
 _MOST_PIECES = 1 << 20
-# How shuffled rows are put in order; another number for each other way, so that an epoch goes on as it began or not.
+# Version of the shuffling algorithm; an epoch cannot resume under another version.
 ORDER = 2
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How to go through rows; `SiteView.rows` says what each means.
+    """Options for iterating over rows, documented in `SiteView.rows` and `Store.rows`.
 
     Raises:
-        OptionError: a value that is not possible.
+        OptionError: a value is invalid.
     """
 
     batch_size: int = 4096
@@ -57,7 +57,7 @@ class RowOptions:
         check_flag("shuffle", self.shuffle)
         for name, least in (("batch_size", 1), ("seed", 0), ("world", 1), ("epoch", 0)):
             check_count(name, getattr(self, name), least)
-        # an epoch is a number of the caller's loop, mixed or not; a seed is asked for where rows are to be mixed
+        # `epoch` is the caller's loop counter, shuffled or not; a seed without shuffle is a mistake
         if self.seed and not self.shuffle:
             raise OptionError(
                 f"seed is {self.seed} and shuffle is False: without shuffle=True rows come as they lie. "
@@ -68,7 +68,7 @@ class RowOptions:
 
 
 class EpochOrder:
-    """Where each row of an epoch lies: groups of pieces of shards, and inside a group its rows, mixed."""
+    """Where each row of an epoch lies: groups of shard pieces, with the rows shuffled within each group."""
 
     def __init__(self, catalog: Catalog, sites: Sequence[StoredSite], options: RowOptions) -> None:
         self._options = options
@@ -92,24 +92,24 @@ class EpochOrder:
         self._mixed: tuple[int, np.ndarray] | None = None
 
     def _permute(self, count: int, stream: int) -> np.ndarray:
-        """Put `0 .. count - 1` in an order that numpy promises to keep, as it does not for `Generator.permutation`."""
+        """Permute `0 .. count - 1` from a raw bit stream, which numpy keeps stable, unlike `Generator.permutation`."""
         seeds = np.random.SeedSequence([int(self._options.seed), int(self._options.epoch), stream])
         return np.argsort(np.random.PCG64(seeds).random_raw(count))
 
     def locate(self, rows: np.ndarray) -> Iterator[tuple[int, int, int, np.ndarray]]:
-        """Find rows of a mixed epoch, rising: each group, the part of `rows` in it, and their places in the group."""
+        """Locate ascending rows of a shuffled epoch: yield group, span within `rows`, and places in the group."""
         first = 0
         while first < len(rows):
             group = bisect_right(self.starts, int(rows[first])) - 1
             last = int(np.searchsorted(rows, self.starts[group + 1]))
             if self._mixed is None or self._mixed[0] != group:
-                self._mixed = None  # let go of one before the next is made
+                self._mixed = None  # free the old permutation before allocating the next
                 self._mixed = group, self._permute(self.starts[group + 1] - self.starts[group], group + 1)
             yield group, first, last, self._mixed[1][rows[first:last] - self.starts[group]]
             first = last
 
     def find_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Find rows of an epoch that is not mixed: each group, each piece of it, and its rows, first and last."""
+        """Locate rows of an ordered epoch: yield each group, piece, and the range of rows in the piece."""
         while start < stop:
             group = bisect_right(self.starts, start) - 1
             place = start - self.starts[group]
@@ -120,10 +120,10 @@ class EpochOrder:
             start += last - first
 
     def list_coming(self, row: int, share: range, batch_size: int) -> list[tuple[int, int, int]]:
-        """List the piece that a row of an unmixed epoch lies in, and those that a share's batches come to next."""
+        """List the piece that contains a row of an ordered epoch, and those that the share's batches need next."""
         found, left = list[tuple[int, int, int]](), self._pair_rows
         while row < self.num_rows and len(found) < _PIECES_AHEAD:
-            # the turn whose batch holds that row, or else the next one
+            # the first turn of this share whose batch holds that row or a later one
             turn = max(0, -((share.start - row // batch_size) // share.step))
             if turn >= len(share):
                 break
@@ -139,7 +139,7 @@ class EpochOrder:
 
 
 def cut_shard(number: int, count: int, piece_rows: int) -> Iterator[tuple[int, int, int]]:
-    """Cut the rows of a shard into as few pieces as can be, of about the same size."""
+    """Split the rows of a shard into as few pieces as possible, of about equal size."""
     num_pieces = -(-count // piece_rows)
     for piece in range(num_pieces):
         yield number, count * piece // num_pieces, count * (piece + 1) // num_pieces

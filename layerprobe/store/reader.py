@@ -1,9 +1,9 @@
-"""Read a store back: what `layerprobe.open` gives.
+"""Read a store back: `layerprobe.open` and the `Store` it returns.
 
-Works on complete stores and on those still being written. Examples with their tokens, text and fields are put together
-here; shards are the catalog's, the values of a site its view's.
+Works on complete stores and on those still being written. This file assembles examples from tokens, text and fields;
+the catalog handles shards, and a site's view its values.
 
-Hides how an example is put together. Must never know of models or hooks.
+Hides how an example is assembled. Must never know of models or hooks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -276,7 +276,7 @@ class Store:
         token: str | None = None,
         token_id: int | None = None,
         word: str | None = None,
-        id: int | Sequence[int] | None = None,  # noqa: A002 - what it is called in the records of many
+        id: int | Sequence[int] | None = None,  # noqa: A002 - a common field name in records
         **fields: object,
     ) -> Selection:
         """Select tokens or examples; several conditions must all hold.

@@ -1,6 +1,6 @@
-"""Rows of a store: which sites have rows in common, some rows of a shard, and every row once, batch by batch.
+"""Rows of a store: find sites with common rows, copy rows out of a shard, and iterate over all rows in batches.
 
-Hides how rows of many shards come into one tensor. Must never know of examples or records.
+Hides how rows from many shards are gathered into one tensor. Must never know of examples or records.
 """
 
 from collections import deque
@@ -22,24 +22,24 @@ from layerprobe.store.shards import ScaledRows, Shard
 
 __all__ = ["RowBatches", "choose_sites", "take_rows"]
 
-# Small batches are gathered several at a time, to pay for finding their rows once. Fresh memory beyond the processor's
-# cache costs more than that saves.
+# Small batches are gathered several at a time, to locate their rows only once. Above this size, fresh memory that
+# exceeds the CPU cache costs more than that saves.
 _WINDOW_BYTES = 4 << 20
 
 Batch = TypeVar("Batch")
 
 
 def choose_sites(catalog: Catalog, sites: str | Sequence[str] | None) -> tuple[StoredSite, ...]:
-    """Find sites whose rows go together.
+    """Choose sites that have their rows in common.
 
     Args:
-        catalog: Of the store.
-        sites: Names, each site once however often it is named; None for every site with a row per token, or where
-            there is none, with a vector per example.
+        catalog: The store's catalog.
+        sites: Names; duplicates are dropped. None for every site with a row per token, or if there is none, every site
+            with a vector per example.
 
     Raises:
-        SiteError: one is not stored, or nothing in the store has rows.
-        OptionError: one holds attention weights, or some have a row per token and some a vector per example.
+        SiteError: a site is not stored, or no site has rows.
+        OptionError: a site holds attention weights, or row-per-token and vector-per-example sites are mixed.
     """
     if sites is None:
         by_kind = {
@@ -64,33 +64,33 @@ def choose_sites(catalog: Catalog, sites: str | Sequence[str] | None) -> tuple[S
 
 
 def _pick(source: Tensor, rows: np.ndarray, out: Tensor) -> Tensor:
-    """Copy some rows of a tensor of any dtype into `out`, which is contiguous as it is.
+    """Copy some rows of a tensor of any dtype into `out`, which is contiguous.
 
-    By numpy and in this thread: where another process has one of the cores, torch's threads wait for each other, and a
-    copy of theirs takes thirty times as long.
+    Uses numpy, in this thread: if another process occupies a core, torch's threads wait for each other and the same
+    copy takes thirty times as long.
     """
     if not len(rows):
         return out
     if not 0 <= int(rows.min()) <= int(rows.max()) < len(source):
         raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(source)}")
-    # in any other mode numpy copies to a buffer first, lest it refuse an index half way; all were checked above
+    # the default mode copies through a buffer, in case an index is invalid; all were checked above
     np.take(_as_bytes(source), rows, axis=0, out=_as_bytes(out), mode="clip")
     return out
 
 
 def _as_bytes(tensor: Tensor) -> np.ndarray:
-    """View `[n, ...]` as `[n, bytes]`; numpy has no bfloat16 and no float8."""
+    """View `[n, ...]` as `[n, bytes]`, because numpy has no bfloat16 or float8."""
     return tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
 
 
 def _find_worker() -> tuple[int, int]:
-    """Say which worker of a `DataLoader` this is, and of how many; the only one outside of any."""
+    """Return this `DataLoader` worker's id and the number of workers; (0, 1) outside of any."""
     worker = get_worker_info()
     return (worker.id, worker.num_workers) if worker is not None else (0, 1)
 
 
 def take_rows(shard: Shard, site: StoredSite, rows: Tensor) -> Tensor:
-    """Copy some rows of a site out of a shard: `[n, D]` in the stored dtype, float32 where that is int8."""
+    """Copy some rows of a site out of a shard: `[n, D]` in the stored dtype, or float32 if int8 is stored."""
     places = rows.numpy()
     values = _pick(shard.tensor(site.name), places, torch.empty(len(rows), site.width, dtype=site.dtype, device="cpu"))
     if site.dtype != torch.int8:
@@ -100,10 +100,10 @@ def take_rows(shard: Shard, site: StoredSite, rows: Tensor) -> Tensor:
 
 
 class RowBatches(Iterator[Batch], Generic[Batch]):
-    """An epoch of rows, batch by batch. Made by `store.rows` and `store[site].rows`.
+    """Iterate over an epoch of rows in batches. Made by `store.rows` and `store[site].rows`.
 
-    `len()` is the number of batches still to come here. `state_dict()` is small and plain; after `load_state_dict()` of
-    it, in this process or another, the iterator gives exactly the batches that were still to come.
+    `len()` is the number of batches left in this share. `state_dict()` is small and plain; after `load_state_dict()`,
+    in this process or another, the iterator returns exactly the batches that were left.
     """
 
     def __init__(
@@ -121,14 +121,14 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         self._num_batches = -(-self._order.num_rows // int(options.batch_size))
         row_bytes = max(1, sum(site.bytes_per_vector for site in sites))
         self._window = max(1, _WINDOW_BYTES // (row_bytes * int(options.batch_size)))
-        self._given = 0  # batches of this share
+        self._given = 0  # batches returned from this share
         self._is_checked = False
         self._ready: deque[dict[str, Tensor]] = deque()
-        # the pieces that were asked for last, with what keeps them at hand
+        # the pieces needed last, with the objects that keep them cached
         self._held: dict[tuple[int, int, int], list[object]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": deque(), "_held": {}}  # gathered again where it goes on
+        return {**self.__dict__, "_ready": deque(), "_held": {}}  # gathered again after unpickling
 
     def __iter__(self) -> "RowBatches[Batch]":
         return self
@@ -147,21 +147,21 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
             except (FormatError, MissingExample):
                 if len(numbers) == 1:
                     raise
-                # the batches before what is damaged are given first
+                # return the batches before the damaged one first
                 self._ready.extend(self._gather(numbers[:1]))
         batch = self._finish(self._ready.popleft())
         self._given += 1
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Say where the epoch is, and of which epoch of which rows that is the place."""
+        """Return the position in the epoch, and what identifies the epoch."""
         return {**self._identity(), "given": self._given}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where an iterator over the same rows was.
+        """Resume from the position of an iterator over the same rows.
 
         Raises:
-            OptionError: the state is of other rows, another order or another share.
+            OptionError: the state belongs to other rows, another order or another share.
         """
         for name, own in self._identity().items():
             if state.get(name) != own:
@@ -179,7 +179,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         self._held = {}
 
     def _share(self) -> range:
-        """The numbers of the batches of this rank and, inside a `DataLoader`, of this worker."""
+        """Return the batch numbers of this rank and, inside a `DataLoader`, of this worker."""
         turn, workers = _find_worker()
         options = self._options
         return range(turn * options.world + options.rank, self._num_batches, options.world * workers)
@@ -205,7 +205,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         if self._options.shuffle:
             gathered = self._gather_mixed(np.concatenate([np.arange(start, stop) for start, stop in spans]), gathered)
         else:
-            # batches of a whole epoch follow on each other
+            # consecutive batches form one span
             self._copy_runs([(spans[0][0], spans[-1][1])] if numbers.step == 1 else spans, gathered)
         found: dict[str, tuple[Tensor, ...]] = {}
         tensors = {name: tensor.split(lengths) for name, tensor in gathered.items()}
@@ -217,9 +217,9 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
         return [{name: parts[place] for name, parts in found.items()} for place in range(len(spans))]
 
     def _make_room(self, num_rows: int) -> dict[str, Tensor]:
-        """Give a tensor for the rows of each site, and for their scales."""
+        """Allocate a tensor for the rows of each site, and for int8 scales."""
         if not self._is_checked:
-            # one shard shows whether the widths are real, before memory is taken for them
+            # opening one shard checks the claimed widths before memory is allocated for them
             self._catalog.shard(self._order.groups[0][0][0])
             self._is_checked = True
         room: dict[str, Tensor] = {}
@@ -232,11 +232,11 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
     def _fetch_group(self, group: int, names: Sequence[str]) -> None:
         pieces = self._order.groups[group]
         if self._held.keys() != set(pieces):
-            self._held = {}  # what is done with is let go of first
+            self._held = {}  # drop the old pieces first, to free their memory
             self._held = dict(zip(pieces, self._catalog.fetch(pieces, names, len(pieces)), strict=True))
 
     def _fetch_coming(self, row: int, names: Sequence[str]) -> None:
-        """Have the piece fetched that a row lies in, and those that come next, several at a time; held in order."""
+        """Fetch the piece that contains a row and the upcoming ones, several at a time; `_held` keeps them in order."""
         pieces = self._order.list_coming(row, self._share(), int(self._options.batch_size))
         self._held = {piece: self._held[piece] for piece in pieces if piece in self._held}
         missing = [piece for piece in pieces if len(self._held.get(piece, ())) < len(names)]
@@ -246,13 +246,13 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
             self._held = {piece: found[piece] for piece in pieces}
 
     def _copy_runs(self, spans: Sequence[tuple[int, int]], room: Mapping[str, Tensor]) -> None:
-        """Bring rows together as they lie: what lies side by side in a shard is one copy."""
+        """Gather rows in stored order: each contiguous run in a shard is one copy."""
         targets, sources, at, filled = [_as_bytes(out) for out in room.values()], list[np.ndarray](), (-1, -1), 0
         for start, stop in spans:
             for group, piece, first, last in self._order.find_runs(start, stop):
                 if (group, piece) != at:
                     at, current = (group, piece), self._order.groups[group][piece]
-                    if next(iter(self._held), None) != current:  # else it was, for the batch before
+                    if next(iter(self._held), None) != current:  # else the previous batch fetched it already
                         row = self._order.starts[group] + int(self._order.bounds[group][piece]) + first
                         self._fetch_coming(row, list(room))
                     shard = self._catalog.shard(current[0])
@@ -263,7 +263,7 @@ class RowBatches(Iterator[Batch], Generic[Batch]):
                 filled = end
 
     def _gather_mixed(self, rows: np.ndarray, room: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Bring rows of the epoch together, shard by shard in file order, then put them in theirs."""
+        """Gather shuffled rows shard by shard in file order, then permute them into epoch order."""
         inverse = np.empty(len(rows), dtype=np.int64)
         for group, first, last, places in self._order.locate(rows):
             sorted_at = np.argsort(places, kind="stable")

@@ -1,6 +1,6 @@
-"""One shard, mapped: its tensors as views of the file, and where each example lies in it.
+"""One memory-mapped shard: its tensors as views of the file, and the rows of each example.
 
-A shard is checked against its header, and its ordinals and offsets against its counts, before anything is read from it.
+A shard is checked against the index and its header, and its ordinals and offsets against its counts, before it is used.
 Must never know of stores or sites.
 """
 
@@ -40,18 +40,18 @@ __all__ = [
     "span_of",
 ]
 
-# How rows become one vector, by name.
+# Names of the pooling methods.
 POOLS = ("mean", "max", "cls", "last")
-# Before Python 3.13 each mapping holds a descriptor of its own.
+# Before Python 3.13, each mapping keeps a file descriptor open.
 _HOLDS_NO_FILE: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) and os.name != "nt" else {}
 
 
 @dataclass(frozen=True, eq=False)
 class ScaledRows:
-    """int8 vectors with the scale that turns them back: `value = values * scale`.
+    """int8 vectors and their scale: `value = values * scale`.
 
     Args:
-        values: int8 `[T, D]` (or `[D]` of a pooled example).
+        values: int8 `[T, D]` (or `[D]` for a pooled example).
         scale: float32 `[T]` (or a scalar).
     """
 
@@ -66,63 +66,64 @@ class ScaledRows:
         return len(self.values)
 
     def float(self) -> Tensor:
-        """Decode to float32, of the shape of `values`."""
+        """Decode to float32, in the shape of `values`."""
         return self.values.float() * self.scale[..., None]
 
 
 class Shard(Protocol):
-    """One shard: its header, and its tensors as they are asked for. Checked against its header when it is made."""
+    """One shard: its header and, on demand, its tensors. Checked against its header when it is created."""
 
     header: ShardHeader
-    # where the rows of each example begin, in the order of the shard
+    # first row of each example, in shard order, and the end of the last
     offsets: Sequence[int]
-    # where each example of the unit lies in the shard
+    # position in the shard of each example of the unit
     position: Sequence[int]
 
     @cached_property
     def pairs_before(self) -> Sequence[int]:
-        """For each example the pairs of tokens of those that lie before it."""
+        """For each example, the number of token pairs of the examples before it in the shard."""
         ...
 
     def tensor(self, name: str) -> Tensor:
-        """Give a whole tensor, checked."""
+        """Return a whole tensor, verified."""
         ...
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
-        """Give some rows of a tensor, without the others where that saves fetching them."""
+        """Return some rows of a tensor, fetching only those if that is cheaper."""
         ...
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
-        """Give some rows of a tensor of which nearly all will be asked for."""
+        """Return some rows of a tensor, of which nearly all will be used."""
         ...
 
     def fetch(self, names: Sequence[str], start: int, stop: int, needs_room: bool = False) -> list[object]:
-        """Begin to fetch pieces that will be asked for soon; they stay at hand as long as what is given is held.
+        """Begin to fetch pieces that will be needed soon; they stay cached while the returned objects are held.
 
-        With `needs_room` only as many of them as there is room for; what is given has one item for each.
+        With `needs_room`, fetch only as many as fit into the cache; one object is returned for each piece fetched.
         """
         ...
 
     def prefetch(self, names: Sequence[str], needs_room: bool = True) -> list[object]:
-        """Begin to fetch whole tensors that will be asked for soon; what is given keeps them.
+        """Begin to fetch whole tensors that will be needed soon; they stay cached while the returned objects are held.
 
-        Those for which there is no room are left out, unless `needs_room` is False.
+        Those that do not fit into the cache are left out, unless `needs_room` is False.
         """
         ...
 
 
 class MappedShard:
-    """A mapped shard.
+    """A memory-mapped shard.
 
     Args:
         path: The file.
-        info: What the index says of it.
-        fingerprint: Of the store's plan.
-        check: Compare each tensor with its checksum before it is first handed out.
-        checked: Checksums that were found right, kept by the caller for when the shard is mapped again.
+        info: The shard's entry in the index.
+        fingerprint: Fingerprint of the store's plan.
+        check: Verify the checksum of each tensor before its first use.
+        checked: Tensors already verified; kept by the caller in case the shard is mapped again.
 
     Raises:
-        FormatError: the file is damaged, or of another run.
+        FormatError: the file is damaged, or belongs to another run.
+        StoreError: the file cannot be read or mapped.
     """
 
     def __init__(
@@ -140,14 +141,14 @@ class MappedShard:
 
     @cached_property
     def pairs_before(self) -> Sequence[int]:
-        """For each example the pairs of tokens of those that lie before it: where its attention weights begin."""
+        """For each example, the number of token pairs of the examples before it: where its attention weights begin."""
         return count_pairs(self.tensor("offsets"))
 
     def tensor(self, name: str) -> Tensor:
-        """Give a view of a whole tensor of the file."""
+        """Return a whole tensor as a view of the file."""
         if name not in self._tensors:
             entry = need_entry(str(self._path), self.header, name)
-            # with its name: two tensors may be alike, and one of them damaged
+            # keyed by name too: two tensors may have equal checksums and one of them be damaged
             mark = f"{name} {self.header.checksums[name]}"
             if self._check and mark not in self._checked:
                 with memoryview(self._memory) as whole, whole[entry.start : entry.stop] as part:
@@ -163,20 +164,20 @@ class MappedShard:
         return self._tensors[name]
 
     def _let_go(self, start: int, stop: int) -> None:
-        """Drop the pages that a comparison has touched: the whole tensor would count as memory, however little is read.
+        """Drop the pages touched by checksumming, so that they do not count towards the process's memory.
 
-        They stay in the system's cache. Only whole pages of a tensor that was not handed out yet: others may hold what
-        a caller has written there.
+        They stay in the page cache. Only whole pages of a tensor not handed out yet are dropped: a caller may have
+        written to others.
         """
         start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop - stop % mmap.PAGESIZE
         if hasattr(mmap, "MADV_DONTNEED") and stop > start:
             self._memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
-        """Give a view of some rows of a tensor.
+        """Return some rows of a tensor as a view of the file.
 
-        Without a checksum to compare, they may be the first of the tensor that are read. Then the system is told which
-        ones: left to itself it reads megabytes around the first page that is touched.
+        Without checksums these may be the first pages touched, so tell the kernel which to read: its default readahead
+        around a page fault is megabytes.
         """
         tensor = self.tensor(name)
         if not self._check and stop > start:
@@ -186,11 +187,11 @@ class MappedShard:
         return tensor[start:stop]
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
-        """Give a view of some rows of a tensor."""
+        """Return some rows of a tensor as a view of the file."""
         return self.tensor(name)[start:stop]
 
     def fetch(self, names: Sequence[str], start: int, stop: int, needs_room: bool = False) -> list[object]:
-        """Have the system read pieces ahead: rows picked here and there of a cold file would come page by page."""
+        """Advise the kernel to read pieces ahead: random rows of a cold file would fault in page by page."""
         for entry in (self.header.tensors[name] for name in names):
             row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
             if row_bytes and stop > start:
@@ -198,7 +199,7 @@ class MappedShard:
         return [None] * len(names)
 
     def prefetch(self, names: Sequence[str], needs_room: bool = True) -> list[object]:
-        """Have the system read tensors ahead; it knows itself how much there is room for."""
+        """Advise the kernel to read tensors ahead; it decides itself how much fits into memory."""
         for name in names:
             entry = self.header.tensors.get(name)
             if entry is not None and entry.stop > entry.start:
@@ -206,7 +207,7 @@ class MappedShard:
         return []
 
     def _read_ahead(self, start: int, stop: int) -> None:
-        if not hasattr(mmap, "MADV_WILLNEED"):  # Windows: read page by page
+        if not hasattr(mmap, "MADV_WILLNEED"):  # Windows: no readahead advice
             return
         start -= start % mmap.PAGESIZE
         self._memory.madvise(mmap.MADV_WILLNEED, start, stop - start)
@@ -214,7 +215,7 @@ class MappedShard:
 
 def _map_file(path: Path | NamedPath, file: BinaryIO, size: int) -> mmap.mmap:
     try:
-        # Copy on write: tensors are writable, as torch wants them, and the file stays as it is.
+        # Copy on write: torch wants writable memory, and the file stays unchanged.
         return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, **_HOLDS_NO_FILE)
     except ValueError as error:
         raise FormatError(f"{path}: was cut while it was opened.") from error
@@ -229,10 +230,10 @@ def _map_file(path: Path | NamedPath, file: BinaryIO, size: int) -> mmap.mmap:
 
 
 def check_header(label: str, header: ShardHeader, info: ShardInfo, fingerprint: str) -> None:
-    """Make sure that a shard is the one that the index names, and of this run.
+    """Check that a shard belongs to this run and matches its entry in the index.
 
     Raises:
-        FormatError: it is not.
+        FormatError: it does not.
     """
     if header.fingerprint != fingerprint:
         raise FormatError(f"{label}: belongs to another run than {STORE_FILE} beside it.")
@@ -242,7 +243,7 @@ def check_header(label: str, header: ShardHeader, info: ShardInfo, fingerprint: 
 
 
 def need_entry(label: str, header: ShardHeader, name: str) -> TensorEntry:
-    """Find where a tensor lies.
+    """Return the header entry of a tensor.
 
     Raises:
         FormatError: there is no such tensor.
@@ -254,10 +255,10 @@ def need_entry(label: str, header: ShardHeader, name: str) -> TensorEntry:
 
 
 def check_bytes(label: str, header: ShardHeader, name: str, data: memoryview) -> None:
-    """Hold the bytes of a whole tensor against its checksum.
+    """Verify the bytes of a whole tensor against its checksum.
 
     Raises:
-        FormatError: they are others.
+        FormatError: the checksum does not match.
     """
     if checksum(data) != header.checksums[name]:
         raise FormatError(
@@ -269,18 +270,18 @@ def check_bytes(label: str, header: ShardHeader, name: str, data: memoryview) ->
 def read_order(
     label: str, header: ShardHeader, example: Tensor, offsets: Tensor
 ) -> tuple[Sequence[int], Sequence[int]]:
-    """Read in which order examples lie in a shard.
+    """Read the order of the examples in a shard.
 
     Returns:
-        Where the rows of each begin, and where each example of the unit lies in the shard. In 8 bytes a number, as
-        lists of Python's own would not be: hundreds of shards may be open.
+        The row offsets, and the position in the shard of each example of the unit. Both are int64 buffers rather than
+        lists, to save memory: hundreds of shards may be open.
 
     Raises:
-        FormatError: ordinals or offsets are not what the counts ask for.
+        FormatError: ordinals or offsets contradict the counts.
     """
     starts, order = offsets.numpy().copy(), example.numpy() - header.first_example
     position = np.full(header.num_examples, -1, dtype=np.int64)
-    # each ordinal of the run has a place, and so none is there twice
+    # if every ordinal of the range gets a position, none occurs twice
     if len(order) and order.min() >= 0 and order.max() < len(order):
         position[order] = np.arange(len(order))
     if len(position) and position.min() < 0:
@@ -291,25 +292,25 @@ def read_order(
 
 
 def count_pairs(offsets: Tensor) -> Sequence[int]:
-    """Count, for each example, the pairs of tokens of those that lie before it."""
+    """Compute, for each example, the number of token pairs of the examples before it."""
     pairs = np.zeros(len(offsets), dtype=np.int64)
     np.cumsum(np.square(np.diff(offsets.numpy())), out=pairs[1:])
     return pairs.data
 
 
 def span_of(shard: Shard, ordinal: int) -> tuple[int, int, int]:
-    """Find an example in its shard: its position there, and its first row and the one after its last."""
+    """Locate an example in its shard: its position, its first row and the row after its last."""
     position = shard.position[ordinal - shard.header.first_example]
     return position, shard.offsets[position], shard.offsets[position + 1]
 
 
 def positions_of(shard: Shard, rows: Tensor, places: Tensor) -> Tensor:
-    """Give the place of rows among all tokens of their examples, those included of which no row was kept.
+    """Return the positions of rows among all tokens of their examples, including tokens whose rows were not kept.
 
     Args:
-        shard: That they are in.
+        shard: The shard that holds the rows.
         rows: int64 `[n]`.
-        places: int64 `[n]`, where the example of each lies in the shard.
+        places: int64 `[n]`, the position in the shard of each row's example.
     """
     if POSITIONS in shard.header.tensors:
         return shard.tensor(POSITIONS)[rows]
@@ -317,7 +318,7 @@ def positions_of(shard: Shard, rows: Tensor, places: Tensor) -> Tensor:
 
 
 def pool_packed(rows_TD: Tensor, offsets: Tensor, pool: str) -> Tensor:
-    """Reduce packed float32 rows to one vector per example, `[N, D]`, by one of `POOLS`."""
+    """Pool packed float32 rows to one vector per example, `[N, D]`; `pool` is one of `POOLS`."""
     if pool in ("mean", "max"):
         return torch.segment_reduce(rows_TD, pool, offsets=offsets, axis=0, initial=None).masked_fill_(
             (offsets[1:] == offsets[:-1])[:, None], float("nan")

@@ -1,9 +1,9 @@
-"""One site of a store: its values example by example, pooled, or row by row.
+"""One site of a store: its values by example, pooled, or row by row.
 
-What indexing gives is a view of the mapped file, not a copy. An index is an ordinal of the input, a slice one of
-ordinals; on a store that is not complete both say what is missing, and iterating gives what is there.
+Indexing returns views of the mapped file, not copies. An index is an ordinal of the input, and a slice a range of
+ordinals; on an incomplete store both raise for missing examples, while iteration skips them.
 
-Hides how kinds and dtypes lie in a shard. Must never know of models or hooks.
+Hides how kinds and dtypes are laid out in a shard. Must never know of models or hooks.
 """
 
 from bisect import bisect_right
@@ -27,7 +27,7 @@ from layerprobe.tables import format_count
 __all__ = ["SiteView"]
 
 _NUMPY_DTYPES = (torch.float64, torch.float32, torch.float16)
-# Rows in float32 at one time while pooling.
+# Rows converted to float32 at a time while pooling.
 _POOLED_ROWS = 1 << 15
 
 
@@ -77,7 +77,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
         return flat.view(self.width, length, length)
 
     def _list_ordinals(self, index: Any) -> list[int] | None:
-        """Read an index as a list of ordinals; None where it is no list."""
+        """Parse an index as a list of ordinals; None if it is not a list."""
         try:
             ordinals = np.asarray(index)
         except ValueError as error:  # lists of different lengths
@@ -173,7 +173,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             yield self._pool_shard(self.catalog.shard(number), pool)
 
     def _prefetch(self, number: int, held: list[object]) -> None:
-        """Have a shard's values fetched, and those of the next ones while it is worked on; `held` keeps them."""
+        """Fetch the values of a shard, and of the next ones in the background; `held` keeps them cached."""
         names = [self.site] if self._scale_name is None else [self.site, self._scale_name]
         held.clear()
         held += self.catalog.prefetch(range(number, len(self.catalog.shards)), names, num_needed=1)
@@ -189,7 +189,7 @@ class SiteView(Sequence[Tensor | ScaledRows]):
             self.catalog.need_every_row(f"a pool of {self.site!r}", "Extract with a pool, or go through rows().")
 
     def _pool_shard(self, shard: Shard, pool: str) -> Tensor:
-        """Give a shard's vectors in the order of the input."""
+        """Return a shard's pooled vectors in input order."""
         order = torch.from_numpy(np.asarray(shard.position))
         if self.kind != "token":
             return take_rows(shard, self._stored, order).float()

@@ -1,7 +1,7 @@
-"""Threads that turn full buffers into committed shards: one, or several where one does not fill the link.
+"""Writer threads that turn full buffers into committed shards: several if one cannot saturate a network link.
 
-A thread checksums, looks for values that are not finite, writes, flushes and renames, so that the forward pass does
-none of it. Its failures are raised in the caller's thread, with their cause, at the next call.
+A thread checksums, counts non-finite values, writes, flushes and renames, so that the forward pass does none of that.
+A failure in a thread is raised in the caller's thread, with its cause, at the next call.
 
 Must never know of models, hooks or devices: it is handed CPU tensors and two callables.
 """
@@ -29,13 +29,13 @@ NONFINITE_POLICIES = ("warn", "error")
 
 @dataclass(frozen=True, eq=False)
 class ShardJob:
-    """A full buffer on its way to disk.
+    """A full buffer to be written to disk.
 
     Args:
-        header: Counts of the shard; its `nonfinite` may already count values that a cast clipped.
+        header: Counts of the shard; its `nonfinite` may already count values clipped by a cast.
         tensors: Contiguous CPU tensors in file order.
-        wait_ready: Returns once the tensors hold their final values.
-        release: Gives the buffer back; called whatever happens.
+        wait_ready: Blocks until the tensors hold their final values.
+        release: Returns the buffer; always called, even after a failure.
     """
 
     header: ShardHeader
@@ -50,7 +50,7 @@ def _do(commit: Callable[[], int]) -> int:
 
 @dataclass(eq=False)
 class _Hand:
-    """A thread of a writer, and how far it is: a flag is set before the queue that tells of it is filled."""
+    """A thread of a writer and its state; each flag is set before the queue that signals it is filled."""
 
     thread: threading.Thread
     has_begun: bool = False
@@ -60,15 +60,15 @@ class _Hand:
 
 
 class ShardWriter:
-    """Write shards into a store from threads of its own.
+    """Write shards into a store from background threads.
 
     Args:
-        where: The store; a folder exists.
-        nonfinite: `warn` counts values that are not finite, `error` refuses the shard that holds some.
-        attempt: Calls the function it is given, which commits a shard; may call it again on a full disk.
-        num_threads: Shards that are written at once. Several are committed in the order in which they end.
-        probes_disk: Whether to try, before the first shard, if a folder's disk is better written past the page cache:
-            worth its while where there is much to write.
+        where: The store; a local folder must exist.
+        nonfinite: `warn` counts non-finite values, `error` refuses a shard that holds any.
+        attempt: Calls the function that it is given, which commits a shard; may retry it when the disk is full.
+        num_threads: Number of shards written at once. With several, shards are committed in order of completion.
+        probes_disk: Measure before the first shard whether the disk is faster with direct I/O (bypassing the page
+            cache); worthwhile only for large runs.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ShardWriter:
         num_threads: int = 1,
         probes_disk: bool = False,
     ) -> None:
-        # a shard that was given up is not asked for again
+        # no request is retried for a shard that was given up
         self.place = find_place(where).checked_by(self.check)
         self.num_threads = num_threads
         self._attempt = attempt
@@ -87,8 +87,8 @@ class ShardWriter:
         self.committed: list[ShardHeader] = []
         self.num_bytes = 0
         self._nonfinite = nonfinite
-        # `SimpleQueue`s and bare locks: Ctrl-C within a `Condition`, of which `Queue` and `Event` are made, may leave
-        # its lock held or its waiter listed, and then someone waits for ever
+        # Only `SimpleQueue`s and bare locks: `Queue` and `Event` are built on `Condition`, and Ctrl-C inside one may
+        # leave its lock held or its waiter listed, which deadlocks.
         self._jobs: queue.SimpleQueue[ShardJob | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._counting = threading.Lock()
@@ -99,7 +99,7 @@ class ShardWriter:
         """Start the threads.
 
         Raises:
-            StoreError: the system gives no more of them; none is left then.
+            StoreError: the system cannot start a thread; none is left running.
         """
         _started.add(self)
         for number in range(self.num_threads):
@@ -111,7 +111,7 @@ class ShardWriter:
                     hand.begun.get()
             except BaseException as error:
                 self.close()
-                if isinstance(error.__context__, KeyboardInterrupt):  # a lock of `Thread.start` that Ctrl-C let go
+                if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C released a lock inside `Thread.start`
                     raise error.__context__ from None
                 if not isinstance(error, RuntimeError):
                     raise
@@ -120,7 +120,7 @@ class ShardWriter:
     def _make_hand(self, probes_disk: bool) -> _Hand:
         def run() -> None:
             with self._counting:
-                # a start that was cut short waits for no thread that has not begun
+                # `close` does not wait for a thread that has not begun, so it must not begin any more
                 if self._is_closing:
                     return
                 hand.has_begun = True
@@ -135,7 +135,7 @@ class ShardWriter:
         return hand
 
     def submit(self, job: ShardJob) -> None:
-        """Hand over a full buffer; returns at once.
+        """Queue a full buffer and return at once.
 
         Raises:
             LayerProbeError: an earlier shard could not be written.
@@ -144,7 +144,7 @@ class ShardWriter:
         self._jobs.put(job)
 
     def check(self) -> None:
-        """Raise what went wrong in a thread, if anything did."""
+        """Raise the error of a writer thread, if there is one."""
         if self._error is not None:
             if isinstance(self._error, LayerProbeError):
                 raise self._error
@@ -155,11 +155,11 @@ class ShardWriter:
             ) from self._error
 
     def close(self) -> None:
-        """Wait for the shards handed over, and end the threads. Raises nothing of theirs; `check` does.
+        """Wait for the queued shards and end the threads. Errors of the threads are raised by `check`, not here.
 
-        Ctrl-C while it waits gives up the shards that are not on disk yet, and is raised once no thread can write any
-        more: the caller gives the folder to others then. Of a place that is no folder nobody holds a lock, and a server
-        may not answer for minutes: there it is raised at once, and at most the requests under way are still answered.
+        Ctrl-C while waiting abandons the shards that are not on disk yet. In a local folder it is raised only once no
+        thread can write any more, because the caller then releases the folder's lock. A remote store has no lock, and a
+        server may not answer for minutes, so there it is raised at once and at most the pending requests complete.
         """
         cut: BaseException | None = None
         waits, is_over = True, False
@@ -170,7 +170,7 @@ class ShardWriter:
                     begun = [hand for hand in self._hands if hand.has_begun]
                 for _ in begun:
                     self._jobs.put(None)
-                # not by `join`: one that Ctrl-C has cut short takes the thread for ended
+                # not `join` alone: one interrupted by Ctrl-C marks the thread as ended
                 for hand in begun:
                     while waits and not hand.has_ended:
                         hand.ended.get()
@@ -189,7 +189,7 @@ class ShardWriter:
             raise cut
 
     def _give_up(self) -> None:
-        """Stop in a forked process: it has none of the threads, and what it committed would be another's store."""
+        """Stop writing in a forked process: it has no threads, and the store belongs to its parent."""
         self._counting, self._hands = threading.Lock(), []
         self._error = StoreError(
             f"{self.place}: only the process that opened it writes there, and this one was forked from that. Open a "
@@ -203,12 +203,12 @@ class ShardWriter:
             while (job := self._jobs.get()) is not None:
                 self._take(job)
         except BaseException as error:
-            # what ends the thread between two jobs is told like any failure; `check` is how the others learn of it
+            # an error between two jobs is reported like any other; `check` raises it in the caller
             self._error = self._error or error
 
     def _take(self, job: ShardJob) -> None:
         try:
-            # After a failure the remaining buffers are only given back, so that nobody waits for them.
+            # After a failure, only release the remaining buffers, so that nobody waits for them.
             if self._error is None:
                 self._write(job)
         except BaseException as error:
@@ -242,7 +242,7 @@ class ShardWriter:
             self.committed.append(header)
 
     def _commit(self, header: ShardHeader, tensors: Sequence[tuple[str, Tensor]], checksums: Mapping[str, str]) -> int:
-        # another writer may have failed while this one waited for room
+        # another thread may have failed while this one waited for disk space
         self.check()
         return commit_shard(self.place, header, tensors, checksums)
 
