@@ -1,7 +1,7 @@
-"""Threads that Ctrl-C has left with a request of an object store under way, by the place that they write to.
+"""Threads that Ctrl-C left with a pending request to an object store, by the place that they write to.
 
-Such a request may still arrive. Whoever begins to write to the place in this process waits for them first, so that
-nothing of an ended run lands among what is written after it.
+Such a request may still succeed. The next writer to the same place in this process waits for them first, so that
+nothing of the old run lands among its own files.
 
 Must never know of shards.
 """
@@ -16,13 +16,13 @@ _left: dict[str, list[threading.Thread]] = {}
 
 
 def abandon(place: str, thread: threading.Thread) -> None:
-    """Leave a thread that writes to a place to itself."""
+    """Register a thread that still writes to a place and is no longer waited for."""
     _left.setdefault(place, []).append(thread)
 
 
 def wait_for_abandoned(place: str) -> None:
     """Wait for the threads that still write to a place; Ctrl-C ends the wait."""
-    # not by `join`: one that Ctrl-C cuts short may take a thread for ended
+    # not `join`: one interrupted by Ctrl-C may mark a thread as ended
     while any(thread.is_alive() for thread in _left.get(place, ())):
         time.sleep(_LOOK_AGAIN_S)
     _left.pop(place, None)

@@ -1,8 +1,8 @@
-"""Hold the tokenizer or a shard of a store against what it says of itself, and against `store.json`.
+"""Check the tokenizer or a shard of a store against itself and `store.json`.
 
-A shard is read in pieces, so that memory is bounded whatever a header claims. What is wrong is a FormatError.
+A shard is read in pieces, so that memory is bounded whatever a header claims. Problems are raised as FormatError.
 
-Must never know of the other shards, or of what is done about damage.
+Must never know of the other shards, or of how damage is handled.
 """
 
 import re
@@ -35,21 +35,21 @@ __all__ = [
     "tell",
 ]
 
-# A multiple of every item's size, so that a piece of ids is whole ids.
+# A multiple of every item size, so that each piece of ids holds whole ids.
 _PIECE_BYTES = 8 << 20
 _ADVICE = re.compile(r"\. (Remove|Give|The file|Run|A store holds).*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What `store.json` and the tokenizer ask of shards; None where they do not say, or cannot be read.
+    """What `store.json` and the tokenizer require of shards; None for what they do not say, or if they cannot be read.
 
     Args:
-        fingerprint: Of the run.
-        sites: How they lie on disk.
-        num_units, num_examples: In all.
-        lowest_id, highest_id: Of the tokenizer; -1 stands for a row that has no token.
-        kept: Which rows there are; None for all.
+        fingerprint: Fingerprint of the run.
+        sites: How each site is stored.
+        num_units, num_examples: Counts of the whole store.
+        lowest_id, highest_id: Range of the tokenizer's ids; -1 stands for a row without a token.
+        kept: Which rows are kept; None for all.
     """
 
     fingerprint: str | None = None
@@ -62,17 +62,17 @@ class Wanted:
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], highest_id: int | None) -> "Wanted":
-        """Read it out of a description that was checked."""
+        """Derive it from a description that has been checked."""
         sites = tuple(StoredSite.from_description(name, said) for name, said in description["sites"].items())
         num_units, num_examples = read_totals(description)
-        # a Probe, which keeps no tokenizer, may see a model that is called with embeddings
+        # a Probe keeps no tokenizer, and its model may be called with embeddings, which have no ids
         lowest_id = -1 if description.get("tokenizer") is None else 0
         kept = parse_kept(description.get("plan"))
         return cls(description["fingerprint"], sites, num_units, num_examples, lowest_id, highest_id, kept)
 
 
 def read_totals(description: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Find how many units and examples a store is to have, where `store.json` says so."""
+    """Return how many units and examples a store is to have; None for what `store.json` does not say."""
     found: list[int | None] = []
     for section, key in (("plan", "units"), ("input", "examples")):
         said = description.get(section)
@@ -82,39 +82,39 @@ def read_totals(description: Mapping[str, Any]) -> tuple[int | None, int | None]
 
 
 def tell(place: Place, file: str, error: Exception) -> str:
-    """Say what is wrong with a file without its name, and without the advice that a report gives once."""
+    """Describe an error without the file's name, and without advice, which the report gives once."""
     return _ADVICE.sub("", brief(str(error).removeprefix(f"{place.label(file)}: "))).rstrip(".")
 
 
 def check_tokenizer(place: Place, said: Mapping[str, Any]) -> int:
-    """Load the tokenizer as a reader does, and hold it against what `store.json` says.
+    """Load the tokenizer as a reader does, and check it against `store.json`.
 
     Returns:
         Its highest id.
 
     Raises:
-        FormatError: it is not there, is none, or is another.
+        FormatError: it does not exist, is not a tokenizer, or is another one.
     """
     label = place.label(TOKENIZER_FILE)
     if not place.exists(TOKENIZER_FILE):
         raise FormatError(f"{label}: is not there.")
     data = read_bounded(place, TOKENIZER_FILE, LARGE)
     rules = parse_tokenizer(label, data)
-    # before the whole file is given to the native parser
+    # before the native parser sees the file
     if said.get("hash") not in (None, found := hash_tokenizer(rules)):
         raise FormatError(f"{label}: its hash is {found}, {STORE_FILE} says {brief(said['hash'])}.")
     tokenizer = load_tokenizer(label, data, rules)
-    # ids may have holes
+    # ids may have gaps
     return max([tokenizer.get_vocab_size(with_added_tokens=True) - 1, *tokenizer.get_vocab().values()])
 
 
 def check_shard(place: Place, file: str, wanted: Wanted, advance: Callable[[int], object]) -> ShardHeader:
-    """Read every byte of a shard and hold it against the header and `store.json`.
+    """Read every byte of a shard and check it against its header and `store.json`.
 
     Args:
-        place, file: Where it is.
-        wanted: What is asked of it.
-        advance: Told how many bytes were read.
+        place, file: The shard's location.
+        wanted: What is required of it.
+        advance: Called with the number of bytes of each piece read.
 
     Raises:
         FormatError: it is damaged.
@@ -128,7 +128,7 @@ def check_shard(place: Place, file: str, wanted: Wanted, advance: Callable[[int]
 
 
 def _check_contents(place: Place, header: ShardHeader, wanted: Wanted, advance: Callable[[int], object]) -> None:
-    """Read the tensors of a shard, each byte once, and hold them against header and `store.json`."""
+    """Read the tensors of a shard, each byte once, and check them against the header and `store.json`."""
     damaged: list[str] = []
     kept: dict[str, Tensor] = {}
     lowest, highest = 0, -1
@@ -173,7 +173,7 @@ def _read_pieces(place: Place, file: str, start: int, stop: int, advance: Callab
 
 
 def _check_positions(positions: Tensor, offsets: Tensor) -> None:
-    """Check that the positions of the rows that are kept rise in each example, from 0 or later."""
+    """Check that the positions of the kept rows are at least 0 and ascend within each example."""
     is_first = torch.zeros(len(positions) + 1, dtype=torch.bool, device="cpu").index_fill_(0, offsets, True)[:-1]
     rises = torch.cat([positions[:1] >= 0, positions.diff() > 0])
     if not bool(torch.where(is_first, positions >= 0, rises).all()):
@@ -181,7 +181,7 @@ def _check_positions(positions: Tensor, offsets: Tensor) -> None:
 
 
 def _check_kept(header: ShardHeader, rule: Kept, columns: Mapping[str, Tensor]) -> None:
-    """Check that every row is one that the run keeps; whether one is missing, only the texts could tell."""
+    """Check that the run keeps every stored row; whether one is missing could only be told from the texts."""
     if POSITIONS not in header.tensors:
         raise FormatError(f"has no {POSITIONS}; {STORE_FILE} says that it keeps {rule}")
     if not header.num_tokens:
@@ -197,7 +197,7 @@ def _check_kept(header: ShardHeader, rule: Kept, columns: Mapping[str, Tensor]) 
 
 
 def _check_records(header: ShardHeader, offsets: Tensor) -> None:
-    """Check that records lie back to back, one for each example, where there are any."""
+    """Check that records, if there are any, lie back to back, one per example."""
     there = header.tensors.keys() & {"record_offsets", "records"}
     if not there:
         return
@@ -212,7 +212,7 @@ def _check_records(header: ShardHeader, offsets: Tensor) -> None:
 
 
 def _check_sites(header: ShardHeader, sites: Sequence[StoredSite], num_pairs: int) -> None:
-    """Check dtype and shape of every tensor, that none is missing and none is unknown."""
+    """Check the dtype and shape of every tensor, and that none is missing or unknown."""
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for site in sites:
         wanted |= site.layout(header, num_pairs)

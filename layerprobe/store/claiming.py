@@ -1,4 +1,4 @@
-"""A place for a new store: empty, and held before anything is written to it.
+"""Claim a place for a new store: check that it is empty, and lock it before anything is written.
 
 Must never know what will be written.
 """
@@ -17,14 +17,14 @@ __all__ = ["claim_place"]
 
 
 def claim_place(where: Path | Place) -> StoreLock | None:
-    """Make sure that a place is empty, and hold it for a new store.
+    """Check that a place is empty, and lock it for a new store.
 
     Returns:
-        The folder's lock, held; the caller gives it back. None elsewhere: object stores have no locks.
+        The folder's lock, acquired; the caller releases it. None for a remote place: object stores have no locks.
 
     Raises:
         LockError: another run is writing there.
-        StoreError: it holds something, or cannot be written.
+        StoreError: it is not empty, or cannot be written.
     """
     place = find_place(where)
     folder = place.folder

@@ -1,7 +1,7 @@
-"""From shards to Arrow: a column per thing that is known of an example or of a token, in the order of the input.
+"""Convert shards to Arrow: a column for each property of an example or token, in input order.
 
-A record batch holds at most about 32 MiB of values, so memory does not grow with the store. Values keep their dtype
-where Arrow has it (float16, float32, float64) and are widened to float32 where it has not.
+A record batch holds at most about 32 MiB of values, so memory does not grow with the store. Values keep their dtype if
+Arrow has it (float16, float32, float64), and are widened to float32 otherwise.
 
 Hides pyarrow, which comes with the extra `data`. Must never know of folders or stores.
 """
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 ROWS = ("examples", "tokens")
-# Values of one record batch, which is also a row group of a Parquet file.
+# Bytes of values in one record batch, which is also a row group of a Parquet file.
 _BATCH_BYTES = 32 << 20
 _MAPPED_BYTES = 1 << 20
 _KEPT_DTYPES = (torch.float16, torch.float32, torch.float64)
@@ -53,17 +53,17 @@ _OWN_COLUMNS = ("index", "position", "input_id", "input_ids", "token", "tokens",
 
 @dataclass(frozen=True)
 class Columns:
-    """What becomes a column.
+    """The columns of a table.
 
     Args:
         sites: The sites, in the order in which the model runs them.
         rows: `examples` or `tokens`.
-        tokens: Turns ids into tokens; None where the store has no tokenizer.
-        has_positions: Whether not every row was kept, so that an example says which.
+        tokens: Converts ids to tokens; None if the store has no tokenizer.
+        has_positions: Whether the store keeps only some rows, so that an example needs their positions.
 
     Raises:
-        OptionError: there is no such row, or a site has no value per token.
-        FormatError: a site has the name of a column.
+        OptionError: `rows` is invalid, or a site has no value per token.
+        FormatError: a site has the name of a fixed column.
     """
 
     sites: tuple[StoredSite, ...]
@@ -85,15 +85,15 @@ class Columns:
 
 
 def column_dtype(site: StoredSite) -> torch.dtype:
-    """Choose what a site's values become where bfloat16, float8 and scaled int8 do not exist."""
+    """Return the dtype of a site's values in formats without bfloat16, float8 and scaled int8."""
     return site.dtype if site.dtype in _KEPT_DTYPES else torch.float32
 
 
 def cut_places(shard: Shard, sites: Sequence[StoredSite]) -> Iterator[list[int]]:
-    """Cut a shard's examples, in the order of the input, into lists whose values take about 32 MiB, at least one each.
+    """Split a shard's examples, in input order, into lists with about 32 MiB of values, at least one example each.
 
     Returns:
-        An iterator of places in the shard.
+        An iterator of lists of positions in the shard.
     """
     lengths = np.diff(shard.offsets)
     costs = np.full(len(lengths), 64, dtype=np.int64) + lengths * 16
@@ -113,7 +113,7 @@ def cut_places(shard: Shard, sites: Sequence[StoredSite]) -> Iterator[list[int]]
 
 
 def rows_of(shard: Shard, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Find the rows of examples, one after the other.
+    """Return the rows of some examples, concatenated.
 
     Returns:
         int64 `[n]`, the rows of the shard; int64 `[len(places) + 1]`, where each example begins among them.
@@ -129,7 +129,7 @@ def take_site(shard: Shard, site: StoredSite, places: Sequence[int]) -> np.ndarr
     """Copy a site's values of some examples out of a shard.
 
     Returns:
-        `[n, D]` in the column's dtype: rows, or vectors; for attention weights they are flat.
+        `[n, D]` rows or vectors, in the column's dtype; flat for attention weights.
     """
     dtype = np.dtype(format_dtype(column_dtype(site)))
     if site.kind == "example":
@@ -155,10 +155,10 @@ def take_site(shard: Shard, site: StoredSite, places: Sequence[int]) -> np.ndarr
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Make room for the values of one batch.
+    """Allocate memory for the values of one batch.
 
-    Large rooms are mapped, so that the system has them back after use: of blocks of this size that are each a little
-    larger than the hole that the last one left, the heap would grow with the store.
+    Large blocks are memory-mapped, so that they go back to the system after use: on the heap, blocks of slightly
+    growing size would each miss the hole that the last one left, and the heap would grow with the store.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < _MAPPED_BYTES:
@@ -167,7 +167,7 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def write_arrow(path: Path, shards: Iterable[Shard], columns: Columns, *, as_stream: bool = False) -> None:
-    """Write an Arrow IPC file, or a stream as `datasets` maps it."""
+    """Write an Arrow IPC file, or a stream of the kind that `datasets` maps."""
     pyarrow = need_package("pyarrow", "Arrow", "data")
     ipc = need_package("pyarrow.ipc", "Arrow", "data")
     schema = _schema(pyarrow, columns)
@@ -178,7 +178,7 @@ def write_arrow(path: Path, shards: Iterable[Shard], columns: Columns, *, as_str
 
 
 def write_parquet(path: Path, shards: Iterable[Shard], columns: Columns) -> None:
-    """Write a Parquet file, a row group per record batch."""
+    """Write a Parquet file, with a row group per record batch."""
     pyarrow = need_package("pyarrow", "Parquet", "data")
     parquet = need_package("pyarrow.parquet", "Parquet", "data")
     schema = _schema(pyarrow, columns)
@@ -190,18 +190,18 @@ def write_parquet(path: Path, shards: Iterable[Shard], columns: Columns) -> None
 def open_dataset(
     shards: Callable[[], Iterable[Shard]], columns: Columns, fingerprint: str, cache: str | Path | None
 ) -> Any:
-    """Give a `datasets.Dataset` that maps an Arrow stream, which is written into a cache if it is not there yet.
+    """Return a `datasets.Dataset` that maps an Arrow stream, which is written to a cache unless it exists there.
 
     Args:
-        shards: Goes through the shards in the order of the input.
-        columns: What becomes a column.
-        fingerprint: Of the store.
-        cache: Folder of the stream; None for the one of `datasets`.
+        shards: Iterates over the shards in input order.
+        columns: The columns of the table.
+        fingerprint: Fingerprint of the store.
+        cache: Folder of the stream; None for the cache of `datasets`.
     """
     datasets = need_package("datasets", "to_datasets", "data")
     folder = need_path("cache", cache) if cache is not None else Path(datasets.config.HF_DATASETS_CACHE) / "layerprobe"
     names = [site.name for site in columns.sites]
-    # the checksums of what is written, so that a shard that was added or made anew gives another name
+    # hash the checksums too, so that an added or recomputed shard changes the name
     contents = [[shard.header.file, sorted(shard.header.checksums.items())] for shard in shards()]
     digest = fingerprint_of(
         {"store": fingerprint, "sites": names, "shards": contents, "tokens": columns.tokens is not None}
@@ -304,7 +304,7 @@ def _nest(pyarrow: Any, begins: Tensor, values: Any) -> Any:
 
 
 def _read_records(pyarrow: Any, shard: Shard, places: Sequence[int]) -> tuple[Any, Any]:
-    """Give the texts, and the other fields as JSON, since what they are differs from record to record."""
+    """Return the texts, and the other fields as JSON, because their types differ from record to record."""
     ordinals = shard.tensor("example")[list(places)].tolist()
     records = list(read_records(shard, ordinals, shard.header.file))
     try:

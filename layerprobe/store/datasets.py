@@ -1,7 +1,7 @@
-"""Stores as data sets of torch: one example at a time, or batches of rows.
+"""Stores as torch datasets: one example at a time, or batches of rows.
 
-Both go to the workers of a `DataLoader` however those are started: what travels is the path of the store and what was
-seen when it was opened, and each worker maps the shards itself. What they give is copied out of the mapping.
+Both work in `DataLoader` workers however those are started: only the path and a snapshot of the store are pickled, and
+each worker maps the shards itself. The tensors returned are copies of the mapped values.
 
 Must never know how shards or orders are made.
 """
@@ -60,13 +60,13 @@ class ExampleDataset(Dataset[dict[str, Any]]):
         return len(self.store)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # left to itself Python takes an IndexError, which an example that is gone is too, for the end
+        # Python's default iteration stops at an IndexError, and a missing example raises one too
         return (self[place] for place in range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         ordinal = self.store.ordinal_at(index)
         values = {name: self.store[name][ordinal] for name in self.sites}
-        # A view would take its whole shard along through the queue of a worker.
+        # A view would carry its whole shard through the worker's queue.
         item: dict[str, Any] = {
             name: value.float() if isinstance(value, ScaledRows) else value.clone() for name, value in values.items()
         }
@@ -108,7 +108,7 @@ class RowDataset(IterableDataset[dict[str, Tensor]]):
         self.sites = sites
         self.options = RowOptions(batch_size, shuffle, seed, rank, world)
         self._num_batches = len(self._start(0))
-        # shared, so that workers that outlive an epoch see the next one's number
+        # shared, so that persistent workers see the number of the next epoch
         self._epoch = torch.zeros(1, dtype=torch.int64, device="cpu").share_memory_()
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
-"""What `store.json` says of a store and its sites: written first, and read by someone who believes none of it.
+"""The content of `store.json`, which describes a store and its sites: written first, and read without trusting it.
 
-Must never know of shards' bytes.
+Must never know of the bytes of shards.
 """
 
 import json
@@ -28,7 +28,7 @@ _MOST_NAME = 1000
 
 
 class Counts(Protocol):
-    """What has so many tokens and examples: a shard's header, a shard as the index names it, a whole store."""
+    """Anything with token and example counts: a shard's header, its entry in the index, a whole store."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -39,13 +39,13 @@ class Counts(Protocol):
 
 @dataclass(frozen=True)
 class StoredSite:
-    """A site as it lies on disk.
+    """A site as it is stored.
 
     Args:
-        name: The site.
+        name: Name of the site.
         kind: `token` for a row per token, `example` for a vector per example, `attention` for `[H, len, len]` per
-            example, flat.
-        dtype: As stored.
+            example, flattened.
+        dtype: Stored dtype.
         width: D; H for `attention`.
     """
 
@@ -56,36 +56,36 @@ class StoredSite:
 
     @classmethod
     def from_description(cls, name: str, said: Mapping[str, Any]) -> "StoredSite":
-        """Read what `describe` gives, out of a `store.json` that was checked."""
+        """Create it from what `describe` returns, read from a checked `store.json`."""
         return cls(name, said["kind"], _DTYPES[said["dtype"]], said["width"])
 
     def tell_vector(self, pool: str | None) -> str:
-        """Say in a message where its vector of each example comes from.
+        """Describe for a message where its one vector per example comes from.
 
         Args:
-            pool: Of the store; without one the model itself makes a vector per example.
+            pool: Pool of the store; if None, the model itself produces one vector per example.
         """
         how = "as the model makes it" if pool is None else f"pooled by {pool}"
         return f"{self.name!r} has one vector per example, {how}"
 
     @property
     def bytes_per_vector(self) -> int:
-        """Bytes of one vector, its scale included; for `attention` of one pair of a query and a key."""
+        """Bytes of one vector, including its scale; for `attention`, of one query-key pair over all heads."""
         return self.width * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
 
     def count_vectors(self, counts: Counts) -> int:
-        """Count its vectors among so many tokens and examples: it has one for each of the former or of the latter."""
+        """Return the number of its vectors: one per token or one per example."""
         return counts.num_tokens if self.kind == "token" else counts.num_examples
 
     def layout(self, counts: Counts, num_pairs: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Give dtype and shape of each of its tensors in a shard of so many tokens, examples and pairs."""
+        """Return the dtype and shape of each of its tensors in a shard with these counts."""
         count = self.count_vectors(counts)
         shape = (self.width * num_pairs,) if self.kind == "attention" else (count, self.width)
         scale = {self.name + SCALE_SUFFIX: (torch.float32, (count,))} if self.dtype == torch.int8 else {}
         return {self.name: (self.dtype, shape), **scale}
 
     def describe(self) -> dict[str, Any]:
-        """Give what `store.json` says of the site."""
+        """Return the entry of the site in `store.json`."""
         return {"kind": self.kind, "dtype": format_dtype(self.dtype), "width": self.width}
 
 
@@ -93,7 +93,7 @@ def commit_description(where: Path | Place, description: Mapping[str, Any]) -> N
     """Write `store.json`, the first file of a store.
 
     Raises:
-        StoreError: it would name more sites than a reader takes.
+        StoreError: it names more sites than a reader accepts, or cannot be written.
     """
     if (count := len(description.get("sites", {}))) > MOST_SITES:
         raise StoreError(f"{find_place(where)}: {count:,} sites; at most {MOST_SITES:,} are read. Ask for fewer sites.")
@@ -102,14 +102,15 @@ def commit_description(where: Path | Place, description: Mapping[str, Any]) -> N
 
 
 def load_description(place: Place, *, checks_fingerprint: bool = False) -> dict[str, Any]:
-    """Read `store.json` and check what a reader uses of it.
+    """Read `store.json` and check everything that a reader uses.
 
     Args:
-        place: Where the store is.
-        checks_fingerprint: Hold its fingerprint against all else that it says, where the recipe is known.
+        place: Location of the store.
+        checks_fingerprint: Verify the fingerprint against the other fields, if the way to compute it is known.
 
     Raises:
         FormatError: it is damaged, or of another format.
+        StoreError: it cannot be read.
     """
     label, description = place.label(STORE_FILE), load_json(place, STORE_FILE)
     found = description.get("format")
@@ -117,7 +118,7 @@ def load_description(place: Place, *, checks_fingerprint: bool = False) -> dict[
         raise FormatError(f"{label}: format {brief(repr(found))}; this version reads format {FORMAT_VERSION}.")
     try:
         _check_description(description)
-        # without a plan, which every version of layerprobe has written, the recipe is not known
+        # every version of layerprobe writes a plan; without one, how the fingerprint was computed is unknown
         own = fingerprint_run(description) if checks_fingerprint and "plan" in description else None
     except KeyError as error:
         raise FormatError(f"{label}: lacks {brief(error)}.") from error
@@ -131,7 +132,7 @@ def load_description(place: Place, *, checks_fingerprint: bool = False) -> dict[
 
 
 def _check_description(description: Mapping[str, Any]) -> None:
-    """Check what a reader uses of `store.json`; what is wrong is a KeyError, TypeError or ValueError."""
+    """Check what a reader uses of `store.json`; raises KeyError, TypeError or ValueError."""
     _check_sites(description["sites"])
     pool, model = description["pool"], description.get("model")
     for name, value in (("fingerprint", description["fingerprint"]), ("pool", "" if pool is None else pool)):
@@ -148,7 +149,7 @@ def _check_description(description: Mapping[str, Any]) -> None:
 
 
 def _check_sites(sites: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check what `store.json` says of its sites; what is wrong is a KeyError, TypeError or ValueError."""
+    """Check the sites in `store.json`; raises KeyError, TypeError or ValueError."""
     if not isinstance(sites, dict):
         raise TypeError(f"sites are {type(sites).__name__}, not an object")
     if len(sites) > MOST_SITES:
@@ -158,7 +159,7 @@ def _check_sites(sites: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _check_site(site: str, said: Mapping[str, Any]) -> None:
-    """Check what `store.json` says of a site; what is wrong is a KeyError, TypeError or ValueError."""
+    """Check one site in `store.json`; raises KeyError, TypeError or ValueError."""
     kind, dtype, width = said["kind"], said["dtype"], said["width"]
     name = brief(repr(site))
     if not site.isprintable() or len(site) > _MOST_NAME:

@@ -1,7 +1,7 @@
-"""The difference of two sites of a store, example by example, as if it were a site itself.
+"""The difference of two sites of a store, by example, with the interface of a site.
 
-Nothing is computed before it is asked for and nothing is written: `[i]` reads two views of mapped files and subtracts
-them in float32, so that the difference of two float16 rows is not rounded a second time.
+It is computed lazily and nothing is written: `[i]` reads two views of mapped files and subtracts them in float32, so
+that the difference of two float16 rows is not rounded a second time.
 
 Hides which sites follow each other in depth. Must never know of models, hooks or statistics.
 """
@@ -23,16 +23,16 @@ from layerprobe.tables import format_count
 
 __all__ = ["Difference", "pair_depth", "take_depth"]
 
-# The residual stream from its beginning to its end: the sites that depth is about.
+# The sites along the residual stream, from the embeddings to the final norm.
 _DEPTH = re.compile(r"(?:[a-z]+\.)?(?:embeddings|layers\.\d+|norm)\Z")
 
 
 def take_depth(sites: Mapping[str, StoredSite]) -> list[str]:
-    """Take the embeddings, every layer's output and the final norm, in the order in which the model runs them.
+    """Select the embeddings, every layer's output and the final norm, in the order in which the model runs them.
 
     Returns:
-        Names, all with a row per token, or else all with a vector per example; where none of those is stored, of all
-        sites that have rows.
+        Names, all with a row per token or, if there are none, all with a vector per example. If no such site is stored,
+        choose among all stored sites that have rows.
     """
     names = [name for name in sites if _DEPTH.match(name)] or list(sites)
     for kind in ("token", "example"):
@@ -42,7 +42,7 @@ def take_depth(sites: Mapping[str, StoredSite]) -> list[str]:
 
 
 def pair_depth(sites: Mapping[str, StoredSite], where: str) -> list[tuple[str, str]]:
-    """Pair each site of one depth with the next, the later first.
+    """Pair each site along depth with the next, as (later, earlier); pairs of different widths are left out.
 
     Raises:
         SiteError: fewer than two are stored.
@@ -59,11 +59,11 @@ class Difference(Sequence[Tensor]):
     `[17]` is float32 `[T, D]` (`[D]` for pooled sites); a slice or a list of ordinals gives a list of them.
 
     Raises:
-        OptionError: the two have no rows in common, or other widths.
+        OptionError: the sites have no rows in common, or different widths.
     """
 
     def __init__(self, site: SiteView, other: SiteView) -> None:
-        # attention weights, and a row per token beside a vector per example, are refused there
+        # refuses attention weights, and row-per-token with vector-per-example sites
         choose_sites(site.catalog, [site.site, other.site])
         if site.width != other.width:
             raise OptionError(
@@ -101,13 +101,13 @@ class Difference(Sequence[Tensor]):
     def rows(
         self, batch_size: int = 4096, shuffle: bool = False, seed: int = 0, *, rank: int = 0, world: int = 1
     ) -> RowBatches[Tensor]:
-        """Go through every row once, batch by batch, in the order in which `store[site].rows` gives them.
+        """Iterate over every row once, in batches, in the order of `store[site].rows`.
 
         Returns:
             An iterator of float32 `[batch_size, D]`.
 
         Raises:
-            OptionError: a value that is not possible.
+            OptionError: a value is invalid.
         """
         catalog = self._site.catalog
         options = RowOptions(batch_size, shuffle, seed, rank, world)
@@ -117,12 +117,12 @@ class Difference(Sequence[Tensor]):
         return rows[self._site.site].float() - rows[self._other.site].float()
 
     def pooled(self, pool: str | None = None) -> Tensor:
-        """Reduce each example to one vector: the pooled site minus the other pooled, which for `max` is not a maximum.
+        """Subtract the pooled values of the two sites; for `max` that is not the maximum of the differences.
 
         Returns:
-            float32 `[N, D]`, in the order of the input.
+            float32 `[N, D]`, in input order.
 
         Raises:
-            OptionError: the pool does not exist, or the store was pooled otherwise.
+            OptionError: the pool does not exist, or differs from that of the store.
         """
         return self._site.pooled(pool) - self._other.pooled(pool)

@@ -1,4 +1,4 @@
-"""One example of a store as a value: what `store.example` gives.
+"""One example of a store as a value: the result of `store.example`.
 
 Must never know of files.
 """

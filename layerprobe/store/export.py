@@ -1,8 +1,8 @@
-"""`layerprobe.export`: a store as one file, or folder, of another format.
+"""Export a store as one file, or folder, of another format: `layerprobe.export`.
 
-Goes through the shards in the order of the input, never holding more than one record batch or chunk, and gives the
-result its name when it is whole: a killed export leaves a folder `.layerprobe-NAME-*.tmp` beside it and nothing else,
-and the next export to that name removes it.
+Iterates over the shards in input order, holding at most one record batch or chunk, and renames the finished result to
+its final name. A killed export leaves only a folder `.layerprobe-NAME-*.tmp` beside it, which the next export to that
+name removes.
 
 Must never know of models or hooks.
 """
@@ -39,22 +39,22 @@ _TABLES: dict[str, Callable[..., None]] = {"parquet": write_parquet, "arrow": wr
 _PACKED: dict[str, Callable[[Path, Sequence[PackedArray]], None]] = {"npz": write_npz, "zarr": write_zarr}
 _MODULES = {"parquet": "pyarrow.parquet", "arrow": "pyarrow.ipc", "zarr": "zarr"}
 _FORMATS = (*_TABLES, *_PACKED)
-# file systems take 255 bytes, and the name of the folder of work has more to it
+# file systems allow 255 bytes, and the temporary folder's name adds a prefix and suffix
 _MOST_NAME_BYTES = 180
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported; `str(report)` says it in a line or two.
+    """The result of an export; `str(report)` describes it in a few lines.
 
     Args:
-        out: Where it is.
+        out: Path of the export.
         format: `parquet`, `arrow`, `npz` or `zarr`.
-        num_examples, num_tokens, num_bytes: How much it is.
-        sites: Their names.
-        widened: Sites whose dtype the format has not, with that dtype; they are float32 there.
-        is_complete: Whether the store was; if not, examples are missing.
-        left_out: Sites that have no row per token, where that was asked for.
+        num_examples, num_tokens, num_bytes: Size of the export.
+        sites: Names of the exported sites.
+        widened: Sites whose dtype the format lacks, with that dtype; they are exported as float32.
+        is_complete: Whether the store was complete; if not, examples are missing.
+        left_out: Sites left out of a table of tokens because they have no row per token.
     """
 
     out: Path
@@ -143,7 +143,7 @@ def export(
         else:
             with make_bar(0, "", progress, "shards") as bar:
                 arrays = list_arrays(lambda: _counted(store, bar), columns.sites)
-                # the pass that measured is done
+                # the pass that measures the arrays is done
                 bar.reset(store.num_shards * len(arrays))
                 _PACKED[to](partial, arrays)
     widened = {site.name: format_dtype(site.dtype) for site in columns.sites if column_dtype(site) != site.dtype}
@@ -166,7 +166,7 @@ def _choose_format(out: Path, to: str | None) -> str:
 
 
 def _require(to: str) -> None:
-    # the extra brings no zarr to an older Python
+    # on Python before 3.11 the extra does not install zarr
     what = "to='zarr', which is for Python 3.11 or newer," if to == "zarr" else f"to={to!r}"
     module = need_package(_MODULES[to], what, "data")
     if to == "zarr" and int(module.__version__.partition(".")[0]) < 3:
@@ -177,7 +177,7 @@ def _require(to: str) -> None:
 
 
 def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: str) -> tuple[Columns, tuple[str, ...]]:
-    """Choose what becomes a column; gives the sites that are left out, too."""
+    """Choose the columns of the export; also return the sites that are left out."""
     names, place, stored = store.sites, str(store.place), store.stored_sites
     if rows == "tokens":
         if patterns is None and all(site.kind != "token" for site in stored.values()):
@@ -190,7 +190,7 @@ def _choose_columns(store: Store, patterns: str | Sequence[str] | None, rows: st
 
 
 def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:
-    """Make sure that an export harms neither the store nor what is not an export."""
+    """Check that an export overwrites neither the store nor anything that is not an export."""
     folder = store.place.folder
     if folder is not None:
         inside, target = folder.path.resolve(), out.resolve()
@@ -209,22 +209,22 @@ def _check_target(store: Store, out: Path, to: str, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _committed(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Give the name to write under; the rest happens when all is written, or nothing is left."""
+    """Yield the temporary name to write to; commit it on success, and clean up after a failure."""
     try:
-        # of a long name its hash, so that the name with what is added is not too long for the file system
+        # hash a long name, so that the temporary name is not too long for the file system
         is_short = len(os.fsencode(out.name)) <= _MOST_NAME_BYTES
         prefix = f".layerprobe-{out.name if is_short else checksum(os.fsencode(out.name))}-"
         _remove_leftovers(out.parent, prefix)
-        # a name that nobody has, so that what is removed is never the user's
+        # a unique name, so that nothing of the user's is ever removed
         work = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=out.parent))
         partial, old = work / "new", work / "old"
         lock = StoreLock(work)
         try:
-            # what tells it from what a killed export leaves
+            # the lock shows that this export is alive, and not a killed one's leftover
             lock.acquire()
             yield partial
             if overwrite and out.is_dir():
-                # a folder cannot be renamed onto one that holds something
+                # a folder cannot be renamed onto one that is not empty
                 os.replace(out, old)
             commit_folder(partial, out)
         except BaseException:
@@ -241,13 +241,13 @@ def _committed(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _remove_work(work: Path, lock: StoreLock) -> None:
-    """Remove the folder of an export that has ended; where something in it stays, so does the lock that marks it."""
+    """Remove the folder of an export that has ended; if part of it stays, keep the lock file that marks it."""
     new, old = work / "new", work / "old"
     try:
         if not _has_only_copy(work):
             for path in (new, old):
                 with contextlib.suppress(OSError):
-                    # a file can be removed where no more of them can be opened, which `rmtree` has to do
+                    # `unlink` works even at the limit of open files, unlike `rmtree`
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     finally:
         is_empty = not os.path.lexists(new) and not os.path.lexists(old)
@@ -259,7 +259,7 @@ def _remove_work(work: Path, lock: StoreLock) -> None:
 
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove what killed exports to this name left: folders with the lock that each makes, and nobody who holds it."""
+    """Remove the leftovers of killed exports to this name: folders with a lock file that nobody holds."""
     for path in list(folder.iterdir()):
         is_work = path.name.startswith(prefix) and path.suffix == ".tmp" and path.is_dir() and not path.is_symlink()
         if is_work and not _has_only_copy(path) and is_abandoned(path):
@@ -267,7 +267,7 @@ def _remove_leftovers(folder: Path, prefix: str) -> None:
 
 
 def _has_only_copy(work: Path) -> bool:
-    """Whether what an export moved aside is there, and what replaces it has not got its name."""
+    """Return whether the old export was moved aside and the new one not yet renamed."""
     return (work / "old").exists() and (work / "new").exists()
 
 

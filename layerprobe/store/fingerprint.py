@@ -1,7 +1,7 @@
-"""What identifies a run and its model among all that `store.json` says, and the fingerprint that is made of it.
+"""The fields of `store.json` that identify a run and its model, and the fingerprint computed from them.
 
-Two runs of one fingerprint write the same shards; two models of the same fields make the same values. What else is said
-tells where something came from, and may differ. docs/format.md gives the rule.
+Runs with equal fingerprints write the same shards, and models with equal fields compute the same values. Other fields
+only record provenance and may differ. `docs/format.md` gives the rule.
 
 Must never know of files.
 """
@@ -16,28 +16,28 @@ __all__ = ["INCIDENTAL", "MODEL_FIELDS", "fingerprint_of", "fingerprint_run", "h
 
 _RUN_FIELDS = ("input", "model", "tokenizer", "sites", "pool", "plan")
 MODEL_FIELDS = ("class", "config_hash", "weights_hash")
-# What tells of a run and does not change a byte of it, or follows from the rest.
+# Fields that do not affect a byte of the shards, or follow from the others.
 INCIDENTAL = ("format", "layerprobe", "fingerprint", "model.id", "model.revision")
 
 
 def fingerprint_of(fields: Mapping[str, Any]) -> str:
-    """xxh3-128 of what tells one thing from another, as 32 hexadecimal digits."""
+    """Compute xxh3-128 of some fields, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True, default=str).encode())
 
 
 def hash_tokenizer(rules: Mapping[str, Any]) -> str:
-    """Hash a `tokenizer.json`, but for truncation and padding: set anew at each call, they are options of the run."""
+    """Hash a `tokenizer.json` without truncation and padding, which each run sets itself."""
     return fingerprint_of({key: value for key, value in rules.items() if key not in ("truncation", "padding")})
 
 
 def fingerprint_run(description: Mapping[str, Any]) -> str:
-    """Work out the fingerprint of a run from what its store says, or will say, of it.
+    """Compute the fingerprint of a run from its store's description.
 
     Args:
-        description: As in `store.json`; with a plan of None, as a `Probe` has it, all of it counts.
+        description: As in `store.json`; if its plan is None, as for a `Probe`, every field counts.
 
     Raises:
-        KeyError: a field is missing that counts.
+        KeyError: a required field is missing.
     """
     if description["plan"] is None:
         return fingerprint_of(

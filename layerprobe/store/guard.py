@@ -1,10 +1,10 @@
-"""Open files and read JSON that may be untrusted.
+"""Open files and parse JSON that may be untrusted.
 
-Only a regular file of the store itself is opened, never a link, a pipe or a device. JSON is held to a size, a depth and
-a number of values before it is parsed, because parsing is what takes memory and stack. `docs/security.md` has the
-table of bounds.
+Only a regular file inside the store is opened, never a link, a pipe or a device. JSON is limited in size, depth and
+number of values before it is parsed, because parsing is what takes memory and stack. `docs/security.md` has the table
+of limits.
 
-Hides how much a parser may take. Must never know what a file means.
+Hides the limits of the parser. Must never know what a file means.
 """
 
 import errno
@@ -57,11 +57,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class JsonBounds:
-    """How much JSON is taken.
+    """Limits on a JSON text.
 
     Args:
-        num_bytes: Of the text.
-        num_values: Values of all kinds; each costs up to a quarter of a kilobyte once it is parsed.
+        num_bytes: Size of the text.
+        num_values: Number of values of all kinds; each takes up to a quarter of a kilobyte once parsed.
     """
 
     num_bytes: int
@@ -72,71 +72,71 @@ class JsonBounds:
 SMALL = JsonBounds(8 << 20, 1 << 19)
 # An index takes about 130 bytes and 5 values for each shard. The largest vocabularies take half of this.
 LARGE = JsonBounds(64 << 20, 1 << 22)
-# What is written keeps to what is read.
+# Writers keep to the limits of readers.
 MOST_SITES = 10_000
 MOST_SHARDS = 500_000
-# A sum of two counts, and a count times the size of an item, stay within 64 bits.
+# A sum of two counts, or a count times an item size, stays within 64 bits.
 MOST_COUNT = 10**17
 # More than the shards that are read have by the rule that cuts them. An order of rows is in a million pieces at most.
 MOST_ROWS = 1 << 44
 NO_LINKS = "A store holds its files itself; make a copy that follows links, as 'cp -rL' does."
-# Far beyond what a store nests, far below what a C stack takes.
+# Far more than a store nests, far less than overflows a C stack.
 _MOST_DEPTH = 64
-# The fields of a record are the user's own, as deep as Python's parser writes them.
+# The fields of a record are the user's own and may nest about as deep as Python's JSON parser allows.
 _MOST_RECORD_DEPTH = 900
 _MOST_RECORD_VALUES = 1 << 20
 _MOST_MESSAGE = 200
 _INTEGER_DIGITS = 19
-# What Python itself converts without being asked twice; beyond it the time grows with the square.
+# Python's default limit on converting digits, whose time is quadratic.
 _LONG_DIGITS = 4300
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-# of each bracket, by its byte
+# nesting step of each bracket, by byte
 _STEPS = np.full(256, -1, dtype=np.int8)
 _STEPS[list(b"[{")] = 1
 
 
 def brief(value: object) -> str:
-    """Write something untrusted into a message: short, in one line, without control characters."""
+    """Format an untrusted value for a message: short, on one line, without control characters."""
     text = value if isinstance(value, str) else str(value)
     text = text if len(text) <= _MOST_MESSAGE else text[: _MOST_MESSAGE - 3] + "..."
     return "".join(character if character.isprintable() else " " for character in text)
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuse what is neither True nor False.
+    """Check that a value is True or False.
 
     Raises:
-        OptionError: it is not.
+        OptionError: it is neither.
     """
     if not isinstance(value, bool):
         raise OptionError(f"{name} is {value!r}: use True or False.")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuse a count that cannot be.
+    """Check that a value is a whole number of at least `least`.
 
     Raises:
-        OptionError: it is not a whole number of at least `least`.
+        OptionError: it is not.
     """
     if not is_whole(value) or value < least:
         raise OptionError(f"{name} is {value!r}: it must be a whole number of at least {least}.")
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value is one whole number, of Python or numpy; True and False are none."""
+    """Return whether a value is one integer, of Python or numpy, and not a bool."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is one real number, of Python or numpy; True and False are none."""
+    """Return whether a value is one real number, of Python or numpy, and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def need_path(name: str, value: object) -> Path:
-    """Take what names a file or a folder.
+    """Check that a value is a path, and return it as a `Path`.
 
     Raises:
-        OptionError: it is no path.
+        OptionError: it is not a path.
     """
     if not isinstance(value, (str, os.PathLike)):
         raise OptionError(f"{name} is {brief(repr(value))}: give a path.")
@@ -144,20 +144,20 @@ def need_path(name: str, value: object) -> Path:
 
 
 def need_list(name: str, value: object, what: str) -> list[Any]:
-    """Take several values as a list.
+    """Convert an iterable of values to a list.
 
     Args:
-        name: Of the option.
-        value: What was given.
-        what: What to give, for the message.
+        name: Name of the option.
+        value: The value given.
+        what: What to give instead, for the message.
 
     Raises:
-        OptionError: it is one value, or a mapping.
+        OptionError: it is a single value, or a mapping.
     """
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
         try:
             return list(value)
-        except TypeError:  # a tensor or an array of no dimension
+        except TypeError:  # a zero-dimensional tensor or array
             pass
     raise OptionError(f"{name} is {brief(repr(value))}: give {what}.")
 
@@ -188,26 +188,26 @@ def need_batch(what: str, batch: object) -> Mapping[str, Any]:
 
 
 def open_inside(folder: Path | NamedPath, file: str) -> BinaryIO:
-    """Open a regular file that lies in a store's folder itself.
+    """Open a regular file inside a store's folder.
 
     Args:
-        folder: The store; it may be a link, which the caller chose.
-        file: Its name there, with `/` between folders.
+        folder: The store; it may itself be a link, because the caller chose it.
+        file: Path of the file in the store, with `/` between folders.
 
     Raises:
-        FormatError: it is a link, a pipe, a device or a folder, or lies outside.
+        FormatError: it is a link, a pipe, a device or a folder, or lies outside the store.
         OSError: the system refused.
     """
     path = folder / file
     parts = PurePosixPath(file).parts
-    # an absolute one, of Windows too, would replace the folder
+    # an absolute path, also in Windows style, would replace the folder
     if not parts or Path(file).anchor or {"..", "/"} & set(parts):
         raise FormatError(f"{folder}: {brief(repr(file))} is no file of a store.")
     for part in parts[:-1]:
         folder = folder / part
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
             raise FormatError(f"{folder}: is not a folder. {NO_LINKS}")
-    # Opening a device can do something already, so it is looked at first.
+    # Opening a device can have side effects, so check the type first.
     _refuse_irregular(path, os.lstat(path).st_mode)
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -232,7 +232,7 @@ def _refuse_irregular(path: Path | NamedPath, mode: int) -> None:
 
 
 def exists_inside(folder: Path | NamedPath, file: str) -> bool:
-    """Whether a name is there, were it a link that leads nowhere; what a link leads to is not looked at."""
+    """Return whether a name exists, even as a dangling link; links are not followed."""
     return os.path.lexists(folder / file)
 
 
@@ -240,12 +240,12 @@ def read_inside(folder: Path | NamedPath, file: str, most_bytes: int) -> bytes:
     """Read a whole small file of a store.
 
     Raises:
-        FormatError: as `open_inside`, or the file is too large.
+        FormatError: as `open_inside`, or the file has more than `most_bytes`.
         OSError: the system refused.
     """
     with open_inside(folder, file) as opened:
         size = os.fstat(opened.fileno()).st_size
-        # what grows meanwhile is not followed
+        # a file that grows meanwhile is read up to the limit only
         data = opened.read(most_bytes + 1) if size <= most_bytes else b""
     if size > most_bytes or len(data) > most_bytes:
         raise FormatError(f"{folder / file}: has {max(size, len(data)):,} bytes; at most {most_bytes:,} are read.")
@@ -253,12 +253,12 @@ def read_inside(folder: Path | NamedPath, file: str, most_bytes: int) -> bytes:
 
 
 def parse_json(data: bytes, bounds: JsonBounds) -> Any:
-    """Parse JSON of a store: UTF-8, no key twice, no number that is not finite, no half of a character.
+    """Parse JSON of a store: UTF-8, without duplicate keys, non-finite numbers or lone surrogates.
 
     Raises:
-        ValueError: it is something else, or more than the bounds allow. The message is short.
+        ValueError: it is not such JSON, or exceeds the limits. The message is short.
 
-    Cost: at most three times the text, and a quarter of a kilobyte for each value.
+    Cost: at most three times the size of the text, and a quarter of a kilobyte for each value.
     """
     if len(data) > bounds.num_bytes:
         raise ValueError(f"{len(data):,} bytes of JSON; at most {bounds.num_bytes:,} are read")
@@ -272,15 +272,15 @@ def parse_json(data: bytes, bounds: JsonBounds) -> Any:
         parse_constant=_refuse_constant,
     )
     if _SURROGATE.search(text) is not None:
-        json.dumps(value, ensure_ascii=False).encode()  # half a character is a ValueError here
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate raises a ValueError here
     return value
 
 
 def check_record(data: bytes) -> None:
-    """Refuse a record that `parse_record` would not take for its size: also in brackets, in place of its own braces.
+    """Check that `parse_record` would accept a record's size, also if its braces are replaced by brackets.
 
     Raises:
-        ValueError: it has more values, or is nested deeper, than is read.
+        ValueError: it has too many values, or is nested too deeply.
     """
     _check_structure(data, _MOST_RECORD_VALUES, _MOST_RECORD_DEPTH)
 
@@ -289,7 +289,7 @@ def parse_record(data: bytes) -> dict[str, Any]:
     """Parse the record of an example. Its fields are the user's: numbers of any kind, as Python writes them.
 
     Raises:
-        ValueError: it is no such record.
+        ValueError: it is not a record.
     """
     check_record(data)
     try:
@@ -304,10 +304,10 @@ def parse_record(data: bytes) -> dict[str, Any]:
 
 
 def _check_structure(data: bytes, most_values: int, most_depth: int) -> None:
-    """Count values and depth without parsing; what is no JSON at all may pass."""
+    """Check the number of values and the depth without parsing; invalid JSON may pass."""
     if sum(map(data.count, (b",", b"[", b"{", b"]", b"}"))) <= most_depth:
         return
-    # Escapes first, so that every quotation mark left begins or ends a string; both patterns are linear.
+    # Remove escapes first, so that every quotation mark left begins or ends a string; both patterns are linear.
     bare = re.sub(rb'"[^"]*"?', b"", re.sub(rb"\\.", b"", data, flags=re.DOTALL))
     if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > most_values:
         raise ValueError(f"more than {most_values:,} values")
@@ -332,7 +332,7 @@ def _parse_int(digits: str, most_digits: int = _INTEGER_DIGITS) -> int:
     return int(digits)
 
 
-# made once, and not for each of millions of records
+# created once, not for each of millions of records
 _RECORDS = json.JSONDecoder(parse_int=partial(_parse_int, most_digits=_LONG_DIGITS))
 
 

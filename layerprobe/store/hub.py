@@ -1,7 +1,7 @@
-"""Stores to and from the Hugging Face hub, as the files of a data set repository.
+"""Push and pull stores to and from the Hugging Face Hub, as dataset repositories.
 
-What is sent is whole and checked, its index last. What is fetched is a store's files and nothing else: names and sizes
-are looked at before the first byte, headers before the folder gets its name. Who may do it is the hub client's affair;
+A push sends only a complete, checked store, its index last. A pull fetches only a store's files: names and sizes are
+checked before the first byte, headers before the folder gets its final name. Authentication is up to the Hub client;
 no token passes through here.
 
 Hides huggingface_hub. Must never know of models or hooks.
@@ -39,22 +39,22 @@ _Found = TypeVar("_Found")
 
 _URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?\Z")
 _TOKENIZER_FILE = re.compile(re.escape(TOKENIZER_FOLDER) + r"/\w[\w-]*(\.[\w-]+)*\.(json|txt|model|jinja)\Z")
-# What the hub or its users put beside any data set.
+# Files that the Hub or its users add to any dataset.
 _BESIDE = re.compile(r"\.gitattributes\Z|README\.md\Z|LICENSE(\.\w+)?\Z")
 _TOKEN = re.compile(r"hf_\w{4,}")
-# Where the client keeps how far it came.
+# Where the Hub client keeps its download state.
 _CLIENT_FOLDER = ".cache"
-# Tells a folder that a pull began from one that only has its name.
+# Marks a folder that a pull created.
 _MARKER = ".layerprobe-pull"
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What went to the hub or came from it; `str(moved)` says it.
+    """The result of a push or pull; `str(moved)` describes it.
 
     Args:
-        source, target: Where from, where to.
-        num_files, num_bytes: How much.
+        source, target: Path or URL.
+        num_files, num_bytes: Size of the store.
     """
 
     source: str
@@ -68,20 +68,20 @@ class Moved:
 
 
 def push(folder: str | Path, url: str, *, private: bool = False, api: Any = None) -> Moved:
-    """Send a complete store to the hub, into a repository of its own.
+    """Push a complete store to a Hub repository of its own.
 
     Args:
         folder: The store.
-        url: `hf://datasets/USER/NAME`. The repository is made if there is none; one that holds the same run is
+        url: `hf://datasets/USER/NAME`. The repository is created if it does not exist; one that holds the same run is
             added to.
-        private: Whether a repository that is made is private.
-        api: What speaks to the hub; None for `huggingface_hub.HfApi()`, which finds the user's token by itself.
+        private: Whether a newly created repository is private.
+        api: The Hub client; None for `huggingface_hub.HfApi()`, which finds the user's token itself.
 
     Raises:
-        OptionError: the URL names no repository.
-        StoreError: the store is not complete, or the hub refused.
-        FormatError: a shard is damaged, or the repository holds something else than a store.
-        PlanError: it holds another run.
+        OptionError: the URL does not name a repository, or names a revision.
+        StoreError: the store is not complete, or the Hub refused.
+        FormatError: a shard is damaged, or the repository holds something other than a store.
+        PlanError: the repository holds another run.
     """
     repo, revision = _parse(url)
     if revision is not None:
@@ -98,7 +98,7 @@ def push(folder: str | Path, url: str, *, private: bool = False, api: Any = None
         path = _ask(url, lambda: api.hf_hub_download(repo, STORE_FILE, repo_type="dataset"))
         if read_json(Path(os.path.realpath(path))).get("fingerprint") != fingerprint:
             raise PlanError(f"{url}: holds another run than {where}. Choose another repository.")
-    # older clients have a call of its own for what takes long
+    # older clients have a separate call for large uploads
     upload = getattr(api, "upload_large_folder", None) or api.upload_folder
     first = [name for name in files if name != INDEX_FILE]
     _ask(url, lambda: upload(repo_id=repo, folder_path=str(where), repo_type="dataset", allow_patterns=first))
@@ -111,20 +111,20 @@ def push(folder: str | Path, url: str, *, private: bool = False, api: Any = None
 
 
 def pull(url: str, folder: str | Path, *, api: Any = None) -> Moved:
-    """Fetch a store from the hub.
+    """Pull a store from the Hub.
 
     Args:
         url: `hf://datasets/USER/NAME`, or `...@REVISION`.
-        folder: Where to; new or empty. It gets its name when all is there and sound; until then what has come lies in
-            `FOLDER.tmp`, which the same call continues. A `FOLDER.tmp` that no pull began is refused.
+        folder: Destination; new or empty. Files are fetched into `FOLDER.tmp`, which the same call resumes, and the
+            folder gets its final name once all are there and checked. A `FOLDER.tmp` that no pull began is refused.
         api: As for `push`.
 
     Raises:
-        OptionError: the URL names no repository.
-        FormatError: the repository holds something else than a store, or a damaged one. `layerprobe verify` afterwards
-            holds every byte against its checksum, which this does not.
-        SpaceError: the disk cannot hold it.
-        StoreError: the folder holds something, the store there is not complete, or the hub refused.
+        OptionError: the URL does not name a repository.
+        FormatError: the repository holds something other than a store, or a damaged one. Tensor checksums are not
+            verified; run `layerprobe verify` afterwards for that.
+        SpaceError: the disk has too little space.
+        StoreError: the folder is not empty, the store there is not complete, or the Hub refused.
     """
     repo, revision = _parse(url)
     target = need_folder(find_place(folder)).said
@@ -151,13 +151,13 @@ def pull(url: str, folder: str | Path, *, api: Any = None) -> Moved:
             with open_store(partial, check=False) as store:
                 _check_store(store, partial)
         except FormatError:
-            # what is damaged would be taken for fetched the next time
+            # otherwise the next call would take the damaged files for fetched
             shutil.rmtree(partial)
             raise
         if target.is_dir():
             target.rmdir()
         commit_folder(partial, target)
-        # last: until then the same call goes on
+        # last: until then the same call resumes
         (target / _MARKER).unlink()
         flush_folder(target)
     return Moved(url, str(target), len(sizes), sum(sizes.values()))
@@ -177,14 +177,14 @@ def _connect() -> Any:
 
 
 def _ask(url: str, request: Callable[[], _Found]) -> _Found:
-    """Make a request of the hub's client, which raises errors of many kinds."""
+    """Make a request through the Hub client, which raises many kinds of errors."""
     try:
         return request()
     except LayerProbeError:
         raise
     except Exception as error:
         said = brief(_TOKEN.sub("hf_...", first_line(error)))
-        # without its cause, which may say in a traceback what is masked here
+        # no cause: its traceback could reveal what is masked here
         raise StoreError(f"{url}: the hub refused ({said}). Run the same command again to go on.") from None
 
 
@@ -210,7 +210,7 @@ def _list_files(api: Any, url: str, repo: str, revision: str | None) -> tuple[st
 
 
 def _list_own(folder: Path, store: Store) -> list[str]:
-    """List what of a folder is the store's."""
+    """List the files in a folder that belong to the store."""
     tokenizer = folder / TOKENIZER_FOLDER
     names = sorted(f"{TOKENIZER_FOLDER}/{name}" for name in (os.listdir(tokenizer) if tokenizer.is_dir() else ()))
     shards = [shard.header.file for shard in store.iter_shards()]
@@ -218,7 +218,7 @@ def _list_own(folder: Path, store: Store) -> list[str]:
 
 
 def _check_store(store: Store, folder: Path) -> None:
-    """Hold every header against the file's size, `store.json` and the index."""
+    """Check that a store is complete, and every header against the file size, `store.json` and the index."""
     if not store.is_complete:
         raise StoreError(f"{folder}: is not complete. Run the same extraction again to go on, then push.")
     for _ in store.iter_shards():
@@ -226,7 +226,7 @@ def _check_store(store: Store, folder: Path) -> None:
 
 
 def _begin(partial: Path) -> None:
-    """Make the folder that is fetched into, or continue one that a pull has begun."""
+    """Create the folder to fetch into, or continue one that a pull began."""
     marker = partial / _MARKER
     is_own = not partial.is_symlink() and partial.is_dir() and (marker.is_file() or not any(partial.iterdir()))
     if os.path.lexists(partial) and not is_own:
@@ -246,7 +246,7 @@ def _check_room(partial: Path, sizes: dict[str, int]) -> None:
 
 
 def _keep_only(partial: Path, sizes: dict[str, int]) -> None:
-    """Remove what the client keeps for itself and what an earlier revision left, and compare sizes."""
+    """Remove the client's own files and leftovers of an earlier revision, and compare sizes."""
     shutil.rmtree(partial / _CLIENT_FOLDER, ignore_errors=True)
     for path in sorted(partial.rglob("*"), reverse=True):
         name = path.relative_to(partial).as_posix()

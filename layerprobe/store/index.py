@@ -1,6 +1,6 @@
-"""What `index.json` says: which shards there are and what they add up to; written last, its presence means complete.
+"""The content of `index.json`: the shards and their totals. It is written last; its presence means complete.
 
-It is read by someone who believes none of it. Must never know of sites.
+It is read without trusting it. Must never know of sites.
 """
 
 import json
@@ -22,7 +22,7 @@ __all__ = ["ShardInfo", "check_apart", "check_index", "commit_index", "parse_ind
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the index, or else the header, says of a shard."""
+    """What the index or, without one, the header says of a shard."""
 
     file: str
     first_example: int
@@ -34,7 +34,7 @@ def commit_index(where: Path | Place, headers: Iterable[ShardHeader]) -> None:
     """Write `index.json`, the last file of a store: its presence means complete.
 
     Raises:
-        StoreError: it would name more shards than a reader takes.
+        StoreError: it names more shards than a reader accepts, or cannot be written.
     """
     place, headers = find_place(where), sorted(headers, key=lambda header: header.unit)
     if len(headers) > MOST_SHARDS:
@@ -60,7 +60,7 @@ def commit_index(where: Path | Place, headers: Iterable[ShardHeader]) -> None:
 
 
 def sum_headers(headers: Sequence[ShardHeader]) -> dict[str, Any]:
-    """Give what `index.json` says of all shards together."""
+    """Compute the totals over all shards for `index.json`."""
     nonfinite: Counter[str] = Counter()
     for header in headers:
         nonfinite.update(header.nonfinite)
@@ -73,10 +73,10 @@ def sum_headers(headers: Sequence[ShardHeader]) -> dict[str, Any]:
 
 
 def parse_index(label: str, index: Mapping[str, Any]) -> list[ShardInfo]:
-    """Read which shards an index names.
+    """Parse the shards that an index names.
 
     Raises:
-        FormatError: it names none, another file than a shard, a count that cannot be, or leaves an example out.
+        FormatError: an entry does not name a shard with valid counts, or shards and totals contradict each other.
     """
     shards: list[ShardInfo] = []
     named = index.get("shards")
@@ -100,7 +100,7 @@ def parse_index(label: str, index: Mapping[str, Any]) -> list[ShardInfo]:
 
 
 def check_apart(place: str, shards: Sequence[ShardInfo]) -> None:
-    """Make sure that no two shards of an unfinished store claim the same example.
+    """Check that no two shards of an unfinished store hold the same example.
 
     Raises:
         FormatError: two do.
@@ -112,7 +112,7 @@ def check_apart(place: str, shards: Sequence[ShardInfo]) -> None:
 
 
 def check_index(label: str, index: Mapping[str, Any], shards: Sequence[ShardInfo]) -> None:
-    """Make sure that an index names shards without a gap, with the counts that it says.
+    """Check that an index names shards without a gap or duplicate, and that its counts add up.
 
     Raises:
         FormatError: it does not.

@@ -1,8 +1,8 @@
-"""`layerprobe.merge`: stores of one plan, each with some of its units, become one store.
+"""Merge stores of the same plan, each with some of its units, into one store: `layerprobe.merge`.
 
-Headers are read first, so that another plan or two versions of a unit are refused before a byte is written. Then each
-shard is copied or linked beside the store, held byte by byte against its header there, and renamed into it. What is
-missing or damaged is told, and the index is written only when nothing is.
+Headers are read first, so that another plan or two versions of a unit are refused before a byte is written. Each shard
+is then copied or linked into a staging folder, verified there, and renamed into the store. Missing and damaged units
+are reported, and the index is written only if there are none.
 
 Must never know of models or hooks.
 """
@@ -50,17 +50,17 @@ _MOST_LISTED = 8
 
 @dataclass
 class MergeReport:
-    """What a merge did; `str(report)` says it, a line for each thing that is wrong.
+    """The result of a merge; `str(report)` describes it, with a line for each problem.
 
     Args:
         out: The store.
-        num_units: Of the plan.
-        num_added: Shards that came from the folders.
-        num_kept: Shards that the store had already.
-        num_alike: Further copies of a shard, the same to the byte as far as headers and their checksums tell.
+        num_units: Number of units in the plan.
+        num_added: Number of shards taken from the folders.
+        num_kept: Number of shards that the store had already.
+        num_alike: Number of further copies of a shard, byte-identical according to headers and checksums.
         damaged: Files that were left out, and why.
-        missing: Units that no folder has whole.
-        lacks_tokenizer: Whether the plan has a tokenizer that no folder has whole.
+        missing: Units of which no folder has an intact shard.
+        lacks_tokenizer: Whether the plan has a tokenizer that is intact in no folder.
     """
 
     out: Path
@@ -74,7 +74,7 @@ class MergeReport:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every unit and the tokenizer are there, and with them the index."""
+        """Whether every unit and the tokenizer are present, and thus the index."""
         return not self.missing and not self.lacks_tokenizer
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class _Copy:
-    """One copy of a shard, its header read."""
+    """One copy of a shard, with its parsed header."""
 
     folder: Path
     header: ShardHeader
@@ -152,12 +152,12 @@ def merge(
     made = [path for path in (target, *target.parents) if not path.exists()]
     try:
         make_folder(target)
-        # what a run that just ended has written is looked at only once no other can begin
+        # look at the shards only under the lock, so that no run can be writing them
         with StoreLock(target):
             return _merge_into(target, sources, link, progress)
     except BaseException as error:
         for path in made:
-            with contextlib.suppress(OSError):  # it holds what was merged
+            with contextlib.suppress(OSError):  # not empty: it holds merged files
                 path.rmdir()
         if isinstance(error, OSError) and not isinstance(error, LayerProbeError):
             raise tell_failure(target, error) from error
@@ -205,7 +205,7 @@ def _check_new(target: Path) -> None:
 
 
 def _list_copies(descriptions: Mapping[Path, dict[str, Any]], report: MergeReport) -> dict[int, list[_Copy]]:
-    """Find the copies of each unit, that of the store itself first; two that differ are refused."""
+    """Find the copies of each unit, the target store's own first; refuse two copies that differ."""
     found: defaultdict[int, list[_Copy]] = defaultdict(list)
     seen: set[Path] = set()
     for folder, description in descriptions.items():
@@ -242,7 +242,7 @@ def _compare(one: _Copy, other: _Copy) -> None:
 
 
 def _without_places(header: ShardHeader) -> ShardHeader:
-    """A header but for where in the file its tensors lie: how much padding is before them is the writer's affair."""
+    """Drop the tensor offsets from a header: the amount of padding before them is up to the writer."""
     tensors = {name: replace(entry, start=0, stop=entry.stop - entry.start) for name, entry in header.tensors.items()}
     return replace(header, tensors=tensors)
 
@@ -292,7 +292,7 @@ def _fill(
 def _bring(
     target: Path, copies: Sequence[_Copy], wanted: Wanted, report: MergeReport, link: bool, bar: "tqdm[Any]"
 ) -> ShardHeader | None:
-    """Take the first copy of a unit that is whole into the store, if it is not there; gives its header."""
+    """Bring the first intact copy of a unit into the store, unless it is there; return its header."""
     for copy in copies:
         is_own = copy.folder == target
         place = copy.folder if is_own else _stage(target, copy, link)
@@ -300,10 +300,10 @@ def _bring(
             header = check_shard(find_place(place), copy.header.file, wanted, bar.update)
         except FormatError as error:
             report.damaged.append((copy.path, tell(find_place(place), copy.header.file, error)))
-            # the index, if there is one, speaks of a shard that is none
+            # an existing index refers to a damaged shard now
             (target / INDEX_FILE if is_own else place / copy.header.file).unlink(missing_ok=True)
             continue
-        if is_own or link:  # whoever copied it may not have waited for the disk
+        if is_own or link:  # whoever wrote it may not have flushed it to disk
             flush_file(place / header.file)
         if not is_own:
             (target / INDEX_FILE).unlink(missing_ok=True)
@@ -318,7 +318,7 @@ def _bring(
 
 
 def _stage(target: Path, copy: _Copy, link: bool) -> Path:
-    """Put a shard beside the store, under its own name; gives the folder. A copy is on the disk then."""
+    """Link or copy a shard into the staging folder, under its own name; return the folder. A copy is flushed."""
     stage = target / STAGE_FOLDER
     path = stage / copy.header.file
     path.unlink(missing_ok=True)
@@ -348,7 +348,7 @@ def _copy(folder: Path, file: str, path: Path) -> None:
 
 
 def _bring_tokenizer(target: Path, descriptions: Mapping[Path, dict[str, Any]], report: MergeReport) -> int | None:
-    """Copy the first tokenizer that is the plan's, if the store has none; gives its highest id."""
+    """Copy the first tokenizer that matches the plan, if the store has none; return its highest id."""
     report.lacks_tokenizer = isinstance(next(iter(descriptions.values())).get("tokenizer"), dict)
     for folder, description in descriptions.items():
         said = description.get("tokenizer")
@@ -373,7 +373,7 @@ def _bring_tokenizer(target: Path, descriptions: Mapping[Path, dict[str, Any]], 
 
 
 def _check_run(target: Path, headers: Sequence[ShardHeader], wanted: Wanted) -> None:
-    """Make sure that all units together are the examples of the plan, without a gap."""
+    """Check that all units together are the examples of the plan, without a gap."""
     place = 0
     for header in headers:
         if header.first_example != place:

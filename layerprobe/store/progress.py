@@ -1,10 +1,10 @@
-"""How far a run is, told from outside: `progress.json`, and what `layerprobe status` makes of it.
+"""The progress of a run, seen from outside: `progress.json`, and how `layerprobe status` reads it.
 
-The run writes the file now and then; it is a courtesy, never flushed, never trusted by a reader of the store, and a
-disk that refuses it stops nothing. Whether a run is alive is asked of the system, not of the file: a process that was
-killed can say nothing any more.
+The run writes the file periodically. It is a courtesy: never flushed, never trusted by a reader of the store, and a
+disk that refuses it stops nothing. Whether a run is alive is asked of the system, not of the file, because a killed
+process can no longer update it.
 
-Hides processes and paces. Must never know of models or hooks.
+Hides processes and rates. Must never know of models or hooks.
 """
 
 import json
@@ -34,9 +34,9 @@ from layerprobe.tables import format_count
 __all__ = ["Done", "ProgressFile", "StoreStatus", "read_status"]
 
 _INTERVAL_S = 1.0
-# Rates are those of this much of the past: long enough for shards to be committed in it, short enough to be the pace.
+# Window for rates: long enough to include committed shards, short enough to be the current pace.
 _PACE_S = 300.0
-# A run that cannot be asked whether it lives is taken for running as long as it has been heard of so recently.
+# If a process cannot be checked, the run counts as alive while its last update is this recent.
 _SILENCE_S = 60.0
 
 
@@ -45,13 +45,13 @@ class Done:
     """What a run has done so far.
 
     Args:
-        units, num_units: Committed, and in all; what earlier runs committed included.
-        examples, num_examples: The same; examples of the current units included.
-        tokens, num_bytes: By this run alone; bytes that are committed.
-        missing_bytes: Estimate of what is still to be written.
-        stalled_s: How long the forward has waited for the disk, its device having nothing to compute.
-        waited_s: How long the run has waited for room on the disk.
-        is_waiting: Whether it does so now.
+        units, num_units: Committed units and all units, including those committed by earlier runs.
+        examples, num_examples: The same for examples, including those of the current units.
+        tokens, num_bytes: Tokens processed and bytes committed, by this run alone.
+        missing_bytes: Estimate of the bytes still to be written.
+        stalled_s: Seconds that the forward pass waited for the disk, with its device idle.
+        waited_s: Seconds that the run waited for free space on the disk.
+        is_waiting: Whether it is waiting for free space now.
     """
 
     units: int
@@ -68,27 +68,28 @@ class Done:
 
 @dataclass(frozen=True)
 class StoreStatus:
-    """How far the run of a store is. Made by `layerprobe.status`.
+    """The progress of a store's run. Made by `layerprobe.status`.
 
     Args:
         folder: Path or URL of the store.
-        state: `complete`; `damaged` (the index names shards that are not there, see `reason`); `running`;
+        state: `complete`; `damaged` (the index names shards that do not exist, see `reason`); `running`;
             `killed` (its process is gone); `stopped` (it ended by itself, see `reason`);
-            `silent` (on another machine, and not heard of for a minute); `incomplete` (nothing tells of a run).
+            `silent` (its process cannot be checked, and it has not been heard of for a minute); `incomplete` (no
+            valid progress file).
         reason: Why it stopped, or what is damaged.
-        num_units_done, num_units: Shards that are there, and of how many; None where that is not known.
+        num_units_done, num_units: Number of stored shards, and of all; None if that is not known.
         num_examples_done, num_examples: The same for examples.
-        tokens_per_s, bytes_per_s: Over the last five minutes; None unless it runs.
-        stalled: Share of that time in which the forward waited for the disk.
-        remaining_s: Until the run is complete, at that pace.
-        missing_bytes: Estimate of what is still to be written.
-        free_bytes: Of the disk; None under a URL.
-        full_s: Until the disk is full, at that pace.
-        process: Who runs it, or ran it.
-        is_alive: Whether that process is; None where it cannot be asked.
-        heard_s: Seconds since it last wrote how far it is.
-        waited_s: How long the run has waited for room on the disk by now; None unless it runs.
-        is_waiting: Whether it waits for room now; None unless it runs.
+        tokens_per_s, bytes_per_s: Rates over the last five minutes; None unless it runs.
+        stalled: Share of that time in which the forward pass waited for the disk.
+        remaining_s: Seconds until the run is complete, at that rate.
+        missing_bytes: Estimate of the bytes still to be written.
+        free_bytes: Free space on the disk; None under a URL.
+        full_s: Seconds until the disk is full, at that rate.
+        process: The process that runs it, or ran it.
+        is_alive: Whether that process is alive; None if it cannot be checked.
+        heard_s: Seconds since its last update.
+        waited_s: Seconds that the run has waited for free space on the disk; None unless it runs.
+        is_waiting: Whether it is waiting for free space now; None unless it runs.
     """
 
     folder: str
@@ -113,13 +114,13 @@ class StoreStatus:
 
 
 class ProgressFile(AbstractContextManager["ProgressFile"]):
-    """Write how far a run is into its store, at most once a second.
+    """Write the progress of a run into its store, at most once a second.
 
     Args:
-        folder: The store; None where it is not in a folder, and then nothing is written.
+        folder: The store; None if it is not a local folder, and then nothing is written.
 
-    Any thread may tick. Leaving the block removes the file if the store is complete, and else says in it that the run
-    has ended, and why.
+    Any thread may call `tick`. Leaving the block removes the file if the store is complete; otherwise it records that
+    the run has ended, and why.
     """
 
     def __init__(self, folder: Path | NamedPath | None) -> None:
@@ -135,7 +136,7 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._path is None:
             return
-        # whatever happens here, the error of the run is the one to be told
+        # nothing here may hide the error of the run
         with suppress(OSError):
             if error is None and (self._path.parent / INDEX_FILE).exists():
                 self._path.unlink(missing_ok=True)
@@ -144,12 +145,12 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
                 self._write("stopped", brief(reason))
 
     def begin(self, measure: Callable[[], Done]) -> None:
-        """Say that the run has begun, and how to ask it how far it is."""
+        """Record that the run has begun, and how to measure its progress."""
         self._measure = measure
         self._write("running")
 
     def tick(self) -> None:
-        """Write how far the run is, if the last time is long enough ago."""
+        """Write the progress, unless the last update is less than a second old."""
         if time.monotonic() >= self._next:
             self._write("running")
 
@@ -181,7 +182,7 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
             os.replace(partial, self._path)
             self._is_there = True
         except OSError:
-            # a disk that is full has to keep what it has left for shards
+            # leave the last space of a full disk to the shards
             with suppress(OSError):
                 partial.unlink()
             if self._is_there:
@@ -189,7 +190,7 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
                     _write_over(self._path, data)
 
     def _forget(self) -> None:
-        """Say nothing in a forked process: how far the run is, and how it ended, is its parent's to say."""
+        """Stop writing in a forked process: the run's progress and end are its parent's to report."""
         self._path, self._turn = None, threading.Lock()
 
 
@@ -197,11 +198,11 @@ _told = watch_forks(ProgressFile._forget)
 
 
 def _write_over(path: Path, data: bytes) -> None:
-    """Write into the block that a small file has already: on a disk without room a run that waits can still say so."""
+    """Overwrite a small file in its existing block, so that a waiting run can report even on a full disk."""
     descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     try:
-        # at once, with blanks behind it to the length of what was there: whoever reads it meanwhile finds JSON, or
-        # in the worst case half of each, which is taken for no progress until it is read again
+        # A single write, padded with blanks to the old length: a concurrent reader finds valid JSON or, at worst, a mix
+        # that it takes for no progress until it reads again.
         os.write(descriptor, data.ljust(os.fstat(descriptor).st_size))
     finally:
         os.close(descriptor)
@@ -298,7 +299,7 @@ _PACE = ("seconds", "examples", "tokens", "num_bytes", "stalled_s")
 
 
 def _read_progress(place: Place) -> Mapping[str, Any] | None:
-    """Read the file, or nothing where it is not what a run writes: it only informs."""
+    """Read the progress file; None if it is not what a run writes, because it is only informative."""
     try:
         said = load_json(place, PROGRESS_FILE)
         is_sound = (
@@ -306,7 +307,7 @@ def _read_progress(place: Place) -> Mapping[str, Any] | None:
             and all(type(said[key]) is int and said[key] >= 0 for key in _COUNTS)
             and all(_is_amount(said["pace"][key]) for key in _PACE)
             and _is_amount(said["updated"])
-            # these two are not in what older versions wrote
+            # older versions did not write these two
             and _is_amount(said.get("waited_s", 0))
             and type(said.get("is_waiting", False)) is bool
             and {"host", "space", "process_start", "reason"} <= said.keys()
@@ -321,7 +322,7 @@ def _is_amount(value: object) -> bool:
 
 
 def _count_examples(place: Place, shards: list[str]) -> int:
-    """Count the examples that are committed; a damaged shard has none."""
+    """Count the committed examples; a damaged shard has none."""
     count = 0
     for file in shards:
         with suppress(StoreError):
@@ -330,28 +331,28 @@ def _count_examples(place: Place, shards: list[str]) -> int:
 
 
 def _describe_process(pid: int) -> dict[str, Any]:
-    """Say which process it is, so that another that was given its number later is not taken for it."""
+    """Identify the process, also against a later process with the same pid."""
     return {"host": socket.gethostname(), "space": _find_space(), "pid": pid, "process_start": _read_stat(pid)[1]}
 
 
 def _find_space() -> str | None:
-    """Name the set of processes that this one sees: those of another container have numbers of their own."""
+    """Return the PID namespace of this process, because pids in another container are unrelated; None if unknown."""
     with suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return None
 
 
 def _read_stat(pid: int) -> tuple[str | None, str | None]:
-    """Tell a process's state, and when it began in clock ticks since the machine did; None where nothing says so."""
+    """Return a process's state, and its start time in clock ticks since boot; None if unknown."""
     with suppress(OSError, IndexError):
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        fields = text.rpartition(")")[2].split()  # the name, in brackets, may hold anything
+        fields = text.rpartition(")")[2].split()  # the process name, in parentheses, may contain anything
         return fields[0], fields[19]
     return None, None
 
 
 def _ask_process(said: Mapping[str, Any]) -> bool | None:
-    """Ask the system whether the process of a run is alive; None where it is another system's."""
+    """Ask the system whether the process of a run is alive; None if it runs on another system."""
     if os.name == "nt" or said["host"] != socket.gethostname() or said["space"] != _find_space():
         return None
     try:
@@ -359,8 +360,8 @@ def _ask_process(said: Mapping[str, Any]) -> bool | None:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # somebody else's, but there
+        pass  # another user's process, but alive
     state, start = _read_stat(said["pid"])
     if state == "Z":
-        return False  # dead, and nobody has asked how it ended
+        return False  # a zombie: dead, but not reaped
     return said["process_start"] is None or start is None or said["process_start"] == start

@@ -1,10 +1,10 @@
-"""One shard elsewhere than on a disk: header, rows and whole tensors by byte range.
+"""One remote shard: its header, rows and whole tensors, read with range requests.
 
-One example of one site costs its own bytes and, the first time in a shard, the first 64 KiB. Whole tensors are fetched
-by several requests at once, held against their checksums, and kept for as long as a bounded cache has room or someone
-holds them. Rows fetched by range cannot be held against the checksum of the whole: only their number is checked.
+One example of one site costs its own bytes and, for the first one in a shard, the first 64 KiB. Whole tensors are
+fetched with concurrent requests, verified against their checksums, and cached while there is room or someone holds
+them. Rows fetched alone cannot be verified, because the checksum covers the whole tensor; only their size is checked.
 
-Hides threads and the cache. Must never know of sites, or of what kind of place gives the bytes.
+Hides threads and the cache. Must never know of sites, or of the kind of place that the bytes come from.
 """
 
 import os
@@ -30,21 +30,21 @@ __all__ = ["RangedShard", "TensorCache"]
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
-# a file, a tensor in it, and its first row and the one after the last
+# file, tensor name, first row and the row after the last
 Key = tuple[str, str, int, int]
-# the bytes of a tensor, and what fetches it
+# key and size of a tensor, and the function that fetches it
 _Request = tuple[Key, int, Callable[[], Tensor]]
 
-# Of one request: large enough that a server's answer time is small beside it.
+# Bytes per request: large enough that the server's latency is small in comparison.
 _REQUEST_BYTES = 8 << 20
 _NUM_REQUESTS = 8
 _NUM_TENSORS = 4
-# Rows are mixed over a GiB at a time; what is fetched ahead of them needs room beside it.
+# Rows are shuffled over 1 GiB at a time; what is fetched ahead needs room beside it.
 _CACHE_BYTES = 2 << 30
 
 
 class _Held:
-    """A tensor that is fetched; it stays in the cache for as long as somebody has this."""
+    """Keeps a fetched tensor in the cache for as long as it is referenced."""
 
     def __init__(self, future: "Future[Tensor]") -> None:
         self.future = future
@@ -55,10 +55,10 @@ _GONE.cancel()
 
 
 class TensorCache:
-    """Tensors, fetched by threads, the latest kept. One per open store.
+    """A cache of tensors fetched by threads, evicting the least recently used. One per open store.
 
     Args:
-        most_bytes: Kept at most, but for what somebody holds; one tensor is kept however large it is.
+        most_bytes: Size limit; only held tensors, or a single tensor of any size, may exceed it.
     """
 
     def __init__(self, most_bytes: int = _CACHE_BYTES) -> None:
@@ -77,11 +77,11 @@ class TensorCache:
         self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
 
     def close(self) -> None:
-        """Let go of everything and end the threads."""
+        """Drop everything and end the threads."""
         with self._lock:
             pools, self._pools = self._pools, None
             for held in list(self._held.values()):
-                held.future = _GONE  # iterators may live on
+                held.future = _GONE  # iterators that hold it may live on
             self._kept.clear()
             self._held.clear()
             self._num_bytes = 0
@@ -89,14 +89,14 @@ class TensorCache:
             pool.shutdown(cancel_futures=True)
 
     def map(self, ask: Callable[[Item], Answer], items: Iterable[Item]) -> Iterator[Answer]:
-        """Make several requests at once; answers come in the order of the items."""
+        """Make several requests concurrently; answers come in the order of the items."""
         return self._start()[1].map(ask, items)
 
     def find(self, key: Key) -> Tensor | None:
-        """Give a tensor that is here or on its way; None where it was not asked for, or did not come.
+        """Return a tensor that is cached or being fetched; None if it was not requested, or could not be fetched.
 
         Raises:
-            FormatError: it came, and is damaged.
+            FormatError: it was fetched, and is damaged.
         """
         if self._pid != os.getpid():
             return None
@@ -112,13 +112,13 @@ class TensorCache:
             return None
 
     def begin(self, key: Key, size: int, load: Callable[[], Tensor]) -> _Held:
-        """Have a tensor fetched, unless it is here or on its way."""
+        """Begin to fetch a tensor, unless it is cached or being fetched."""
         held = self._begin(key, size, load, needs_room=False)
         assert held is not None
         return held
 
     def begin_ahead(self, key: Key, size: int, load: Callable[[], Tensor]) -> _Held | None:
-        """Have a tensor fetched as `begin` does, if it fits beside those that are held; None where it does not."""
+        """Begin to fetch a tensor as `begin` does, if it fits beside those that are held; None if it does not."""
         return self._begin(key, size, load, needs_room=True)
 
     def _begin(self, key: Key, size: int, load: Callable[[], Tensor], needs_room: bool) -> _Held | None:
@@ -139,12 +139,12 @@ class TensorCache:
             return held
 
     def _has_room(self, size: int) -> bool:
-        """Whether so much fits beside what somebody holds; anything does where nobody holds a tensor."""
+        """Return whether a tensor fits beside those that are held; if none is held, any tensor does."""
         held_bytes = sum(size for key, (_, size) in self._kept.items() if key in self._held)
         return not held_bytes or held_bytes + size <= self._most_bytes
 
     def _make_room(self, size: int) -> None:
-        """Forget what was asked for longest ago and nobody holds, as far as is needed."""
+        """Evict the least recently used tensors that are not held, until there is room."""
         for key in list(self._kept) if self._num_bytes + size > self._most_bytes else ():
             if self._num_bytes + size <= self._most_bytes:
                 return
@@ -152,8 +152,8 @@ class TensorCache:
                 self._forget(key)
 
     def _start(self) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
-        """Give the threads that wait for tensors and those that wait for requests."""
-        if self._pid != os.getpid():  # forked: the threads stayed behind
+        """Return the pool that loads tensors and the pool that makes requests, starting them if needed."""
+        if self._pid != os.getpid():  # threads do not survive a fork
             self._reset()
         with self._lock:
             if self._pools is None:
@@ -170,20 +170,20 @@ class TensorCache:
 
 
 class RangedShard:
-    """A shard whose bytes are asked for one by one.
+    """A remote shard, read with range requests.
 
     Args:
-        place: Where the store lies.
-        info: What the index says of the shard.
-        fingerprint: Of the store's plan.
-        check: Compare whole tensors with their checksums.
-        cache: Of the store.
+        place: Location of the store.
+        info: The shard's entry in the index.
+        fingerprint: Fingerprint of the store's plan.
+        check: Verify the checksums of whole tensors.
+        cache: The store's tensor cache.
 
     Raises:
-        FormatError: the file is damaged, or of another run.
+        FormatError: the file is damaged, or belongs to another run.
         StoreError: it cannot be read.
 
-    Cost: two requests and 64 KiB, as long as header, ordinals and offsets fit in those.
+    Cost: two requests and 64 KiB, as long as the header, ordinals and offsets fit in those.
     """
 
     def __init__(self, place: Place, info: ShardInfo, fingerprint: str, check: bool, cache: TensorCache) -> None:
@@ -202,17 +202,17 @@ class RangedShard:
 
     @cached_property
     def pairs_before(self) -> Sequence[int]:
-        """For each example the pairs of tokens of those that lie before it."""
+        """For each example, the number of token pairs of the examples before it."""
         return count_pairs(self._offsets)
 
     def tensor(self, name: str) -> Tensor:
-        """Fetch a whole tensor and hold it against its checksum."""
+        """Fetch a whole tensor and verify its checksum."""
         if name == "offsets":
             return self._offsets
         return self._begin(name).future.result()
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
-        """Fetch some rows of a tensor, and no others."""
+        """Return some rows of a tensor, fetching only those unless the whole is cached."""
         entry = self._entry(name)
         if (whole := self._cache.find(self._key(name))) is not None:
             return whole[start:stop]
@@ -221,15 +221,15 @@ class RangedShard:
         return _view(bytearray(self._place.read(self._file, first, last)), entry, stop - start)
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
-        """Fetch some rows of a tensor as one piece; held against the checksum where they are all of it."""
+        """Fetch some rows of a tensor as one piece; verified if they are the whole tensor."""
         return self._begin(name, start, stop).future.result()
 
     def fetch(self, names: Sequence[str], start: int, stop: int, needs_room: bool = False) -> list[object]:
-        """Begin to fetch pieces: all of them, or as many as there is room for."""
+        """Begin to fetch pieces: all of them or, with `needs_room`, as many as fit into the cache."""
         return self._begin_all([self._request(name, start, stop) for name in names], needs_room)
 
     def prefetch(self, names: Sequence[str], needs_room: bool = True) -> list[object]:
-        """Begin to fetch whole tensors: as many as there is room for, or all of them."""
+        """Begin to fetch whole tensors: as many as fit into the cache or, without `needs_room`, all of them."""
         return self._begin_all([self._request(name) for name in names if name in self.header.tensors], needs_room)
 
     def _begin_all(self, requests: Sequence[_Request], needs_room: bool) -> list[object]:
@@ -249,7 +249,7 @@ class RangedShard:
         return self._file, name, 0, _count(self._entry(name))
 
     def _begin(self, name: str, start: int = 0, stop: int | None = None) -> _Held:
-        """Have rows of a tensor fetched; all of them where no bounds are given."""
+        """Begin to fetch rows of a tensor; all of them by default."""
         return self._cache.begin(*self._request(name, start, stop))
 
     def _request(self, name: str, start: int = 0, stop: int | None = None) -> _Request:
@@ -273,7 +273,7 @@ class RangedShard:
         return self._finish(name, data) if is_whole else _view(data, entry, stop - start)
 
     def _read_small(self, name: str, first: bytes) -> Tensor:
-        """Take a tensor out of the first bytes of the file, or fetch what they do not hold."""
+        """Take a tensor from the first bytes of the file, fetching what they do not include."""
         entry = self._entry(name)
         data = bytearray(first[entry.start : entry.stop])
         data += self._place.read(self._file, entry.start + len(data), entry.stop)
@@ -291,7 +291,7 @@ def _count(entry: TensorEntry) -> int:
 
 
 def _bytes_of(entry: TensorEntry, start: int, stop: int) -> tuple[int, int]:
-    """Find where some rows of a tensor lie in the file."""
+    """Return the byte range of some rows of a tensor in the file."""
     row_bytes = (entry.stop - entry.start) // max(1, _count(entry))
     return entry.start + start * row_bytes, entry.start + stop * row_bytes
 

@@ -1,9 +1,9 @@
-"""A store under a URL: objects listed, read by byte range and written by one PUT each, through fsspec.
+"""A store under a URL: list objects, read byte ranges and write each object with one PUT, through fsspec.
 
-A request that fails in a way that may pass (a server's 5xx, a time-out, a body that was cut) is made again, a bounded
-number of times and ever later. Then it is a `StoreError` that names the URL and the last cause.
+A request that fails for a possibly transient reason (a server's 5xx, a timeout, a truncated body) is retried a bounded
+number of times with exponential backoff. Then it raises a `StoreError` with the URL and the last cause.
 
-Hides fsspec and the drivers under it. Must never know what is in an object, and never say a secret.
+Hides fsspec and its drivers. Must never know what is in an object, and never reveal a secret.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ __all__ = ["Patience", "RemotePlace", "is_url"]
 
 _Found = TypeVar("_Found")
 
-# Each writes an object whole or not at all, which is what a commit rests on.
+# Drivers that write an object atomically, which commits rely on.
 _DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "memory": "fsspec"}
-# What asking again does not change.
+# Errors that a retry cannot fix.
 _FINAL_ERRORS = (
     FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, AttributeError,
     NotImplementedError, ImportError,
 )  # fmt: skip
-# By name, so that no driver is imported to know them.
+# The same by class name, so that no driver need be imported.
 _FINAL_NAMES = (
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -40,27 +40,27 @@ _FINAL_NAMES = (
     "OfflineModeIsEnabled",
 )
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-# Of one object; S3 takes no more in one PUT.
+# Size limit of one object in a single PUT to S3.
 _MOST_PUT_BYTES = 5 << 30
 _QUERY = re.compile(r"(\w+://[^\s?'\"]+)\?[^\s'\"]+")
 _USER = re.compile(r"(\w+://)[^\s/@'\"]+@")
 
 
 def is_url(where: object) -> bool:
-    """Whether it names a place by URL rather than by path."""
+    """Return whether a value is a URL rather than a path."""
     return _URL.match(str(where)) is not None
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How often and how long a request is tried.
+    """How often and how long a request is retried.
 
     Args:
-        attempts: In all.
-        first_wait_s: Before the second; each further wait is twice as long, and up to half of it is left to chance so
-            that many readers do not come back at once.
-        longest_wait_s: No wait is longer.
-        timeout_s: How long a server may say nothing.
+        attempts: Number of attempts in all.
+        first_wait_s: Seconds before the second attempt. Each further wait doubles, and up to half of it is random, so
+            that many readers do not retry at once.
+        longest_wait_s: Upper bound on a wait, in seconds.
+        timeout_s: Seconds that a server may stay silent.
     """
 
     attempts: int = 6
@@ -73,7 +73,7 @@ class Patience:
             raise OptionError(f"{self}: ask for at least one attempt, waits of 0 or more, and a time-out above 0.")
 
     def wait_s(self, attempt: int) -> float:
-        """Seconds to wait after so many failed attempts."""
+        """Return the seconds to wait after this many failed attempts."""
         longest = min(self.longest_wait_s, self.first_wait_s * 2 ** (attempt - 1))
         return longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, hides nothing
 
@@ -81,15 +81,15 @@ class Patience:
 class RemotePlace:
     """A place for a store under `s3://`, `gs://`, `hf://` or `memory://`.
 
-    Keys, tokens and endpoints come from where the driver looks for them: the environment, its own files, fsspec's
-    configuration. Can be pickled; a process that was forked makes connections of its own.
+    The driver finds keys, tokens and endpoints itself: in the environment, its own files or fsspec's configuration.
+    Picklable; a forked process opens its own connections.
 
     Args:
-        url: Of the store: bucket and prefix.
-        patience: How often and how long a request is tried.
+        url: URL of the store: bucket and prefix.
+        patience: How often and how long a request is retried.
 
     Raises:
-        OptionError: stores do not lie under such URLs, or what it takes is not installed.
+        OptionError: the URL names no store, its scheme is not supported, or a package for it is not installed.
     """
 
     folder: NamedPath | None = None
@@ -115,33 +115,33 @@ class RemotePlace:
         return RemotePlace, (self.url, self.patience)
 
     def checked_by(self, check: Callable[[], None]) -> "RemotePlace":
-        """Give the same place, connected as it is, for someone who may come to wait no longer.
+        """Return the same place, sharing its connection, whose retries can be cancelled.
 
         Args:
-            check: Called before a request is tried again; raises where nobody waits for it any more. Not pickled.
+            check: Called before a request is retried; raises if nobody waits for it any more. Not pickled.
         """
-        # not by `copy`, which would connect anew, as a place does that comes out of a pickle
+        # not `copy`, which uses `__reduce__` and would connect anew
         checked = object.__new__(type(self))
         checked.__dict__ = {**self.__dict__, "_check": check}
         return checked
 
     def tried(self) -> "RemotePlace":
-        """Give the place itself: there is one way to write an object."""
+        """Return the place itself: there is only one way to write an object."""
         return self
 
     def __str__(self) -> str:
         return _mask(self.url)
 
     def label(self, file: str) -> str:
-        """Name a file in messages."""
+        """Return the name of a file for messages."""
         return f"{self}/{file}"
 
     def list_files(self, folder: str = "") -> list[str]:
-        """List what lies in the place or in a folder of it, without what lies deeper."""
+        """List the names directly in the place, or in a folder of it."""
         return [name for name, _ in self._list(folder)]
 
     def list_sizes(self) -> dict[str, int]:
-        """List the names and bytes of the files in the place."""
+        """Return the sizes in bytes of the files in the place, by name."""
         return {name: int(entry["size"]) for name, entry in self._list("") if entry["type"] == "file"}
 
     def _list(self, folder: str) -> list[tuple[str, dict[str, Any]]]:
@@ -152,13 +152,13 @@ class RemotePlace:
             except FileNotFoundError:
                 return []
             named = [(str(entry["name"]).rstrip("/"), entry) for entry in found]
-            # a prefix that is an object too, as some tools make for a folder, lists itself
+            # some tools create an object for a folder, which then lists itself
             return [(name.rsplit("/", 1)[-1], entry) for name, entry in named if name.strip("/") != path.strip("/")]
 
         return self._try(folder, "read", ask)
 
     def exists(self, file: str) -> bool:
-        """Whether a file is there."""
+        """Return whether a file exists."""
 
         def ask(fs: Any, root: str) -> bool:
             try:
@@ -169,14 +169,14 @@ class RemotePlace:
         return self._try(file, "read", ask)
 
     def size(self, file: str) -> int:
-        """Bytes of a file."""
+        """Return the size of a file in bytes."""
         return self._try(file, "read", lambda fs, root: int(fs.info(f"{root}/{file}")["size"]))
 
     def read(self, file: str, start: int, stop: int) -> bytes:
-        """Read a run of bytes, which must lie inside the file.
+        """Read a byte range, which must lie inside the file.
 
         Raises:
-            StoreError: the file is not there, or the server does not give them.
+            StoreError: the file does not exist, or the server did not return the bytes.
         """
         if start == stop:
             return b""
@@ -190,13 +190,13 @@ class RemotePlace:
         return self._try(file, "read", ask)
 
     def commit(self, file: str, pieces: "Sequence[bytes | memoryview]") -> None:
-        """Write an object whole, in one PUT, replacing an older one whole.
+        """Write an object atomically, in one PUT, replacing an older one.
 
         Raises:
-            StoreError: it could not be written; an older one is as it was.
+            StoreError: it could not be written; an older object is unchanged.
 
-        Cost: `s3://` is fed from the pieces; other drivers want one copy of them. Objects beyond 5 GiB go in parts,
-        which become one object when the last has come.
+        Cost: `s3://` streams from the pieces; other drivers need one copy of them. S3 objects of 5 GiB or more use a
+        multipart upload, which becomes an object once its last part has arrived.
         """
 
         def ask(fs: Any, root: str) -> None:
@@ -211,7 +211,7 @@ class RemotePlace:
         self._try(file, "written", ask)
 
     def remove(self, file: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
 
         def ask(fs: Any, root: str) -> None:
             with contextlib.suppress(FileNotFoundError):
@@ -220,8 +220,8 @@ class RemotePlace:
         self._try(file, "removed", ask)
 
     def _connect(self) -> tuple[Any, str]:
-        """Give the driver and the store's path in its words; a forked process needs a driver of its own."""
-        # no lock, which a fork could leave locked for ever: two threads that both make a driver do no harm
+        """Return the driver and the store's path for it; a forked process creates its own driver."""
+        # no lock, which a fork could leave locked for ever; if two threads both create a driver, no harm is done
         connected = self._connected
         if connected is None or connected[0] != os.getpid():
             connected = self._connected = (os.getpid(), *self._make_driver())
@@ -234,7 +234,7 @@ class RemotePlace:
         need_package(driver, what, "remote" if driver in ("fsspec", "s3fs") else None)
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
         if self._protocol == "s3":
-            # one set of retries, ours: three nested ones would multiply
+            # retry only here: nested retries would multiply
             wanted = {"connect_timeout": self.patience.timeout_s, "read_timeout": self.patience.timeout_s}
             own: Mapping[str, Any] = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
             options["config_kwargs"] = {**wanted, "retries": {"total_max_attempts": 1}, **own}
@@ -247,10 +247,10 @@ class RemotePlace:
         return fs, fs._strip_protocol(self.url).rstrip("/")
 
     def _try(self, file: str, what: str, ask: Callable[[Any, str], _Found]) -> _Found:
-        """Make a request, and again where that may help.
+        """Make a request, and retry it while that may help.
 
         Raises:
-            StoreError: the last cause.
+            StoreError: the request failed; gives the last cause.
         """
         attempt = 1
         while True:
@@ -279,7 +279,7 @@ class RemotePlace:
 
 
 class _Pieces(io.RawIOBase):
-    """Pieces of bytes as one file to be read, without joining them."""
+    """A readable file over several byte buffers, without joining them."""
 
     def __init__(self, pieces: "Sequence[bytes | memoryview]") -> None:
         self._pieces = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
@@ -327,5 +327,5 @@ class _Pieces(io.RawIOBase):
 
 
 def _mask(text: str) -> str:
-    """Take out of URLs what may be a secret: users, and queries with their signatures."""
+    """Remove possible secrets from URLs: user info, and queries with their signatures."""
     return _USER.sub(r"\1", _QUERY.sub(r"\1", text))

@@ -1,9 +1,9 @@
-"""Hold every byte of a store against what was written, and remove what is damaged.
+"""Verify every byte of a store, and remove what is damaged.
 
-Each file by itself, the shards against each other, and the index against them. Repair only ever removes: making a shard
-again is the extraction's.
+Checks each file by itself, the shards against each other, and the index against the shards. Repair only removes files;
+recomputing a shard is the extraction's task.
 
-Hides what there is to compare. Must never know of models.
+Hides what is compared. Must never know of models.
 """
 
 import shutil
@@ -44,7 +44,7 @@ _NUM_REQUESTS = 8
 
 
 class Problem(NamedTuple):
-    """Something that is not as it was written: a file of the store, and what is wrong with it."""
+    """A file of the store that is not as it was written, and what is wrong with it."""
 
     file: str
     what: str
@@ -52,17 +52,17 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a look at every byte of a store found; `str(report)` is its closing text. Made by `layerprobe.verify`.
+    """The result of verifying a store; `str(report)` is its closing text. Made by `layerprobe.verify`.
 
     Args:
-        folder: Where the store is.
-        num_shards: Shards that were read.
-        num_bytes: Bytes that were read.
-        problems: What is wrong: files that are not there, then the others in their order; of a damaged shard one line.
-        notes: What is worth knowing and not wrong.
-        removed: Files that repair has removed.
-        is_complete: Whether the store is, or was before repair.
-        advice: What to do.
+        folder: Path or URL of the store.
+        num_shards: Number of shards read.
+        num_bytes: Number of bytes read.
+        problems: What is wrong: missing files first, then the others in order; one entry per damaged shard.
+        notes: Observations that are not problems.
+        removed: Files that repair removed.
+        is_complete: Whether the store is complete, or was before repair.
+        advice: What to do next.
     """
 
     folder: str
@@ -76,7 +76,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong; what repair has removed was wrong."""
+        """Whether there are no problems; those that repair removed still count."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -93,11 +93,11 @@ class VerifyReport:
 
 @dataclass
 class _Findings:
-    """What was found so far."""
+    """The findings so far."""
 
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    # what repair may remove: made again by the run, and known to be wrong
+    # what repair may remove: known to be wrong, and recomputed by the next run
     removable: set[str] = field(default_factory=set)
 
     def add(self, file: str, what: str, *removable: str) -> None:
@@ -150,7 +150,7 @@ def verify(folder: Placed | str | Path, repair: bool = False, progress: bool | N
         if is_complete:
             _check_index(place, shards, headers, wanted, found)
             if description is not None and any(problem.file == STORE_FILE for problem in found.problems):
-                # what it says of the run may be wrong too, so nothing is removed by it
+                # the description may be wrong too, so do not rely on it to remove anything
                 description = None
         elif wanted.num_units is not None and len(shards) < wanted.num_units:
             found.notes.append(
@@ -161,7 +161,7 @@ def verify(folder: Placed | str | Path, repair: bool = False, progress: bool | N
         else:
             found.notes += [f"{file} is left over; the next run removes it" for file in files if is_leftover(file)]
         removed = _remove(place, files, description, found) if repair else ()
-    # a shard that is gone is why other files seem to be wrong
+    # a missing shard is often the cause of problems in other files
     problems = tuple(sorted(found.problems, key=lambda problem: (not problem.what.startswith(_GONE), problem)))
     notes = tuple(found.notes)
     advice = "" if writer is not None else _advise(place, description, found, removed, is_complete)
@@ -172,13 +172,13 @@ def _read_description(place: Place, found: _Findings) -> dict[str, Any] | None:
     try:
         return load_description(place, checks_fingerprint=True)
     except FormatError as error:
-        # no run makes it again, so it is not removed
+        # no run rewrites it, so it is not removed
         found.add(STORE_FILE, tell(place, STORE_FILE, error))
         return None
 
 
 def _read_tokenizer(place: Place, description: Mapping[str, Any], found: _Findings) -> int | None:
-    """Check the tokenizer, where there is to be one; gives its highest id."""
+    """Check the tokenizer if the store should have one; return its highest id."""
     said = description.get("tokenizer")
     if not isinstance(said, dict):
         return None
@@ -192,11 +192,11 @@ def _read_tokenizer(place: Place, description: Mapping[str, Any], found: _Findin
 def _check_shards(
     place: Place, files: Sequence[str], wanted: Wanted, found: _Findings, progress: bool | None
 ) -> tuple[list[ShardHeader], int]:
-    """Check each shard by itself; gives the headers of the sound ones, and the bytes of all."""
+    """Check each shard by itself; return the headers of the intact ones, and the total bytes."""
     sizes: list[int] = []
     for file in files:
         sizes.append(0)
-        with suppress(StoreError):  # a link to nowhere; what is wrong with it is said below
+        with suppress(StoreError):  # a dangling link; reported by the check below
             sizes[-1] = place.size(file)
     bar = make_bar(sum(sizes), "", progress, "B")
     executor = ThreadPoolExecutor(_NUM_THREADS if place.folder is not None else _NUM_REQUESTS)
@@ -210,7 +210,7 @@ def _check_shards(
                 except FormatError as error:
                     found.add(file, tell(place, file, error), file)
                 except StoreError as error:
-                    # what cannot be read is not known to be damaged
+                    # an unreadable file is not known to be damaged, so repair keeps it
                     found.add(file, tell(place, file, error))
     finally:
         executor.shutdown(cancel_futures=True)
@@ -218,14 +218,14 @@ def _check_shards(
 
 
 def _check_order(headers: Sequence[ShardHeader], wanted: Wanted, found: _Findings) -> None:
-    """Check that shards follow each other: no example twice, none left out between two neighbours."""
+    """Check that shards follow each other: no example occurs twice, and neighbours leave no gap."""
     before: ShardHeader | None = None
     for header in sorted(headers, key=lambda header: header.unit):
         end = 0 if before is None else before.first_example + before.num_examples
         is_next = header.unit == (0 if before is None else before.unit + 1)
         if header.first_example < end or (is_next and header.first_example > end):
             after = "" if before is None else f", {before.file} ends before {end}"
-            # either may be the wrong one
+            # either of the two may be wrong
             found.add(
                 header.file,
                 f"begins at example {header.first_example}{after}",
@@ -248,7 +248,7 @@ def _check_order(headers: Sequence[ShardHeader], wanted: Wanted, found: _Finding
 def _check_index(
     place: Place, shards: Sequence[str], headers: Sequence[ShardHeader], wanted: Wanted, found: _Findings
 ) -> None:
-    """Check the index against the shards; what a damaged shard would have to say is left out."""
+    """Check the index against the shards, except for what only a damaged shard could tell."""
     try:
         index = load_json(place, INDEX_FILE)
         listed = {shard["file"]: shard for shard in index["shards"]}
@@ -273,7 +273,7 @@ def _check_index(
             wrong.append(f"says {brief(listed[header.file])}, the shard says {own}")
     if index.get("format") != FORMAT_VERSION or type(index["format"]) is not int:
         wrong.append(f"says format {brief(repr(index.get('format')))}; this version reads format {FORMAT_VERSION}")
-    if wanted.sites is not None and index.get("store_checksum") is not None:  # those of older versions have none
+    if wanted.sites is not None and index.get("store_checksum") is not None:  # older versions did not write it
         own = checksum_file(place, STORE_FILE)
         if index["store_checksum"] != own:
             said = brief(repr(index["store_checksum"]))
@@ -294,7 +294,7 @@ def _check_index(
 def _remove(
     place: Place, files: Sequence[str], description: Mapping[str, Any] | None, found: _Findings
 ) -> tuple[str, ...]:
-    """Remove what is damaged and can be made again; gives the names."""
+    """Remove what is damaged and can be recomputed; return the names."""
     if not found.removable or description is None:
         return ()
     if not _can_resume(description):
@@ -302,7 +302,7 @@ def _remove(
             f"{place}: {sorted(found.removable)[0]} is damaged, and a Probe filled this store: no run makes a part "
             "of it again, so nothing was removed. Copy the damaged files from elsewhere."
         )
-    # The index first, and permanently: beside missing shards it would call the store complete.
+    # The index first, and durably: with missing shards it would declare the store complete.
     removed = sorted(found.removable | {INDEX_FILE}, key=lambda file: (file != INDEX_FILE, file))
     removed = [file for file in removed if file in files or file == TOKENIZER_FOLDER]
     for file in removed:
