@@ -49,7 +49,7 @@ _BLOCK_BYTES = 4096
 _SECTOR_BYTES = 512
 # Below this, a separate write costs more than a copy into the buffer.
 _LEAST_IN_PLACE = 1 << 20
-# File name prefix, bytes per write and repetitions of the disk probe.
+# File name prefix (followed by the pid), bytes per write, and writes per method of the disk probe.
 TRIAL_PREFIX = "probe-"
 _PROBE_BYTES = 16 << 20
 _NUM_PROBES = 3

@@ -77,7 +77,7 @@ MOST_SITES = 10_000
 MOST_SHARDS = 500_000
 # A sum of two counts, or a count times an item size, stays within 64 bits.
 MOST_COUNT = 10**17
-# More than the shards that are read have by the rule that cuts them. An order of rows is in a million pieces at most.
+# More rows than MOST_SHARDS shards of an extraction hold. An order has at most 2**20 pieces, and one more per shard.
 MOST_ROWS = 1 << 44
 NO_LINKS = "A store holds its files itself; make a copy that follows links, as 'cp -rL' does."
 # Far more than a store nests, far less than overflows a C stack.
@@ -176,10 +176,10 @@ def need_wholes(name: str, value: object) -> tuple[int, ...]:
 
 
 def need_batch(what: str, batch: object) -> Mapping[str, Any]:
-    """Take what a model is called with.
+    """Check that a batch is a non-empty mapping of model arguments, and return it.
 
     Raises:
-        OptionError: it names nothing.
+        OptionError: it is not a mapping, or is empty.
     """
     if not isinstance(batch, Mapping) or not batch:
         got = "an empty batch" if isinstance(batch, Mapping) else brief(repr(batch))

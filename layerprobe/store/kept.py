@@ -1,8 +1,8 @@
-"""Which rows a store keeps, where it does not keep all: by what kind of token they are, and by a draw.
+"""The rule by which a store keeps only some of its rows: by kind of token, and by random draw.
 
-The draw has no seed: it is a function of an example's ordinal and a token's position, so any process draws the same
-rows of any unit, and what a smaller share keeps a larger one keeps too. What is kept is said in `store.json`, so that
-a reader can tell a row that was left out from one that is missing.
+The draw has no seed: it depends only on an example's ordinal and a token's position, so every process draws the same
+rows of any unit, and a larger share includes all rows of a smaller one. The rule is recorded in `store.json`, so that a
+reader can tell a row that was left out from a missing one.
 
 Hides the draw. Must never know of models or files.
 """
@@ -26,18 +26,18 @@ _MOST_IDS = 1000
 
 @dataclass(frozen=True, eq=False)
 class KeptRows:
-    """The rows of a unit that are kept.
+    """The kept rows of a unit.
 
     Args:
-        positions: int64 `[T]`, the place of each among the tokens of its example, example after example.
-        begins: int64 `[N + 1]`, where those of each example begin.
+        positions: int64 `[T]`, the position of each row among the tokens of its example; concatenated by example.
+        begins: int64 `[N + 1]`, where the rows of each example begin.
     """
 
     positions: Tensor
     begins: Tensor
 
     def of(self, member: int) -> Tensor:
-        """Give the positions that are kept of one example, rising."""
+        """Return the kept positions of one example, in ascending order."""
         return self.positions[int(self.begins[member]) : int(self.begins[member + 1])]
 
 
@@ -48,8 +48,8 @@ class Kept:
     Args:
         tokens: `all`, `first` (the first token of each example), `cls`, `special` (those with one of `ids`) or
             `nonspecial` (those without).
-        keep: Share of them to keep, drawn token by token; above 0 and at most 1.
-        ids: Of the tokens that `tokens` names.
+        keep: Share of those tokens to keep, drawn token by token; above 0 and at most 1.
+        ids: Token ids that `tokens` refers to.
     """
 
     tokens: str = "all"
@@ -57,12 +57,12 @@ class Kept:
     ids: tuple[int, ...] = ()
 
     def choose(self, ids: np.ndarray, offsets: np.ndarray, ordinals: Sequence[int]) -> KeptRows:
-        """Choose among the tokens of some examples.
+        """Choose the rows to keep among the tokens of some examples.
 
         Args:
-            ids: Integers `[T]`, those of one example after those of the other, special ones included.
+            ids: Integers `[T]`, concatenated by example, special tokens included.
             offsets: int64 `[N + 1]`, where each example begins and ends.
-            ordinals: Of each example.
+            ordinals: Ordinal of each example.
         """
         lengths = np.diff(offsets)
         positions = np.arange(len(ids)) - offsets[:-1].repeat(lengths)
@@ -71,10 +71,10 @@ class Kept:
         return KeptRows(torch.from_numpy(positions[is_kept]), torch.from_numpy(counts[offsets]))
 
     def allows(self, ids: np.ndarray, ordinals: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Say of each row whether it is one to keep; by what is known of it alone, so that anyone can check it.
+        """Return for each row whether to keep it, from its own values alone, so that anyone can check it.
 
         Args:
-            ids, ordinals, positions: Integers `[T]`: its token, its example, and its place among that one's tokens.
+            ids, ordinals, positions: Integers `[T]`: token id, ordinal of the example, and position in the example.
 
         Returns:
             bool `[T]`.
@@ -89,7 +89,7 @@ class Kept:
         return is_kept if self.keep == 1 else is_kept & draw(ordinals, positions, self.keep)
 
     def estimate(self, num_tokens: int) -> float:
-        """Estimate how many rows of a text of so many tokens are kept; a function of that number alone."""
+        """Estimate the number of rows kept of a text with this many tokens, from that number alone."""
         named = min(num_tokens, len(self.ids))
         meant = {"all": num_tokens, "nonspecial": num_tokens - named, "special": named}.get(
             self.tokens, min(1, num_tokens)
@@ -97,7 +97,7 @@ class Kept:
         return meant * self.keep
 
     def describe(self) -> dict[str, Any]:
-        """Say what is kept, as `store.json` does."""
+        """Return the rule as it is written to `store.json`."""
         return {"tokens": self.tokens, "keep": self.keep, "ids": list(self.ids)}
 
     def __str__(self) -> str:
@@ -106,10 +106,10 @@ class Kept:
 
 
 def draw(ordinals: np.ndarray, positions: np.ndarray, keep: float) -> np.ndarray:
-    """Draw tokens, each with chance `keep` below 1, by nothing but its example's ordinal and its position.
+    """Draw tokens with probability `keep`, below 1, from the ordinals and positions alone.
 
     Source: the mixing function of Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators",
-    figure 17 (its 64-bit finaliser, as in splitmix64), once over the ordinal and once over the sum with the position.
+    figure 17 (its 64-bit finaliser, as in splitmix64), applied to the ordinal, then to the sum with the position.
     """
     return _mix(_mix(ordinals.astype(np.uint64)) + positions.astype(np.uint64)) < np.uint64(int(keep * 2.0**64))
 
@@ -122,20 +122,20 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def check_kept(tokens: object, keep: object) -> None:
-    """Refuse a kind of token or a share that does not exist.
+    """Check the options `tokens` and `keep`.
 
     Raises:
-        OptionError: it does not.
+        OptionError: there is no such kind of token, or the share is out of range.
     """
     if tokens not in TOKENS:
         raise OptionError(f"no tokens {tokens!r} to keep: use {', '.join(TOKENS)}.")
-    # beside False and True: shares below 2 ** -64 would keep nothing at all
+    # also refuses False and True; shares below 2 ** -64 would keep nothing at all
     if not is_number(keep) or not 2.0**-64 <= keep <= 1:
         raise OptionError(f"keep is {keep!r}: it is the share of the rows to keep, from 2**-64 to 1, such as 0.05.")
 
 
 def parse_kept(plan: Mapping[str, Any] | None) -> Kept | None:
-    """Read what the plan in `store.json` says of the rows that are kept; None where all are.
+    """Parse the rule for kept rows from the plan in `store.json`; None if all rows are kept.
 
     Raises:
         KeyError, TypeError, ValueError: it is damaged.

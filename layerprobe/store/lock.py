@@ -1,7 +1,7 @@
-"""One writer per store: a lock that the kernel takes back when its process ends, however it ends.
+"""One writer per store: a lock that the kernel releases when its process ends, however it ends.
 
-The lock is on `run.lock` in the store, held through an open file; what is written in the file only serves to name the
-holder to whom it refuses. A file system without locks is told of once on stderr, and the run continues.
+The lock is on `run.lock` in the store, held through an open file descriptor; the content of the file only names the
+holder in error messages. If the file system has no locks, a warning on stderr says so, and the run continues.
 
 Must never know what is written under the lock.
 """
@@ -32,18 +32,18 @@ __all__ = ["LOCK_FILE", "StoreLock", "find_holder", "is_abandoned", "refuse_held
 
 LOCK_FILE = "run.lock"
 _MOST_BYTES = 1 << 16
-# What a file system says that keeps no locks; network ones do when their server keeps none.
+# Errors of a file system without locks, such as a network one whose server has none.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class StoreLock(AbstractContextManager["StoreLock"]):
-    """Hold a store for writing.
+    """Lock a store for writing.
 
     Args:
-        folder: The store; exists.
+        folder: The store; must exist.
 
     Raises:
-        LockError: another run holds it; the message names that run's process.
+        LockError: another run holds the lock; the message names its process.
         StoreError: the folder cannot be written.
     """
 
@@ -59,7 +59,7 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         self.release()
 
     def acquire(self) -> "StoreLock":
-        """Take the lock; gives itself."""
+        """Acquire the lock and return `self`."""
         with telling_refusals(self._path, "written", "Choose another folder."):
             while not self._try_once():
                 pass
@@ -67,27 +67,27 @@ class StoreLock(AbstractContextManager["StoreLock"]):
 
     @property
     def descriptor(self) -> int | None:
-        """The open file that holds the lock, for processes that are to hold it too; None while it is not held."""
+        """The file descriptor that holds the lock, to share with other processes; None while it is not held."""
         return self._descriptor
 
     def release(self, keeps_file: bool = False) -> None:
-        """Give the lock back, if it is held.
+        """Release the lock, if it is held.
 
         Args:
-            keeps_file: Whether its file stays, so that the folder is one that was abandoned.
+            keeps_file: Keep the lock file, which marks the folder as abandoned.
         """
         if self._descriptor is None:
             return
-        # The name goes before the lock does: whoever takes it in between sees that its file has no name any more.
+        # Unlink before unlocking: whoever takes the lock in between sees that its file has no name any more.
         if not keeps_file:
             with suppress(OSError):
                 os.unlink(self._path)
         descriptor, self._descriptor = self._descriptor, None
-        with suppress(OSError):  # the descriptor is gone all the same, and the caller's error says more
+        with suppress(OSError):  # the descriptor is closed all the same, and the caller's error says more
             os.close(descriptor)
 
     def check(self) -> None:
-        """Make sure that what is written under the name of the folder still lands where the lock is.
+        """Check that the path of the folder still leads to the locked folder.
 
         Raises:
             StoreError: the folder was moved or removed, and another run may have begun under its name.
@@ -99,8 +99,8 @@ class StoreLock(AbstractContextManager["StoreLock"]):
             )
 
     def _try_once(self) -> bool:
-        """Take the lock; False if the file lost its name meanwhile, because its holder has just ended."""
-        # neither a link that leads out of the folder nor a pipe that nobody reads
+        """Try to take the lock; False if the file was unlinked meanwhile, because its holder has just ended."""
+        # do not follow a link out of the folder, or block on a pipe
         careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | careful, 0o666)
         try:
@@ -108,7 +108,7 @@ class StoreLock(AbstractContextManager["StoreLock"]):
             if not _has_name(descriptor, self._path):
                 os.close(descriptor)
                 return False
-            with suppress(OSError):  # a full disk forbids no lock
+            with suppress(OSError):  # a full disk must not prevent locking
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, _describe_holder().encode())
         except BaseException:
@@ -122,12 +122,13 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         reason = "Python has no file locks on this system"
         if fcntl is not None:
             try:
-                # Of the open file, not of the process: the same process is refused too. Over NFS it goes to the server.
+                # `flock` locks the open file, not the process, so a second lock of this process is refused too.
+                # Over NFS the server holds the lock.
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError as error:
                 if not _is_held(descriptor):
-                    self._lock(descriptor)  # somebody only looked
+                    self._lock(descriptor)  # only a short check by another process
                     return
                 raise _refuse(self._folder, _name_holder(self._path)) from error
             except OSError as error:
@@ -140,14 +141,14 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         )
 
     def _forget(self) -> None:
-        """Let go of the file in a forked process, which would keep the lock after its parent's death."""
+        """Close the file in a forked process, which would otherwise keep the lock after its parent's death."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 def find_holder(folder: Path | NamedPath) -> str | None:
-    """Say who is writing into a store, as far as that can be told from here; None if nobody is.
+    """Return which process is writing into a store, as far as can be told from here; None if none is.
 
     Args:
         folder: The store; need not exist.
@@ -162,26 +163,26 @@ def find_holder(folder: Path | NamedPath) -> str | None:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether a folder was locked by a process that has ended since; False where that cannot be told.
+    """Return whether a folder was locked by a process that has since ended; False if that cannot be told.
 
     Args:
-        folder: What the process wrote into.
+        folder: The folder that the process wrote into.
     """
     if fcntl is None:
         return False
     try:
         with open_inside(folder, LOCK_FILE) as file:
             fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-            # whoever has made the file and not locked it yet has not written into it either
+            # an empty file means that its creator has not locked it yet, so it has not written anything either
             return bool(file.read(1))
     except (OSError, StoreError):
         return False
 
 
 def refuse_held(folder: Path | NamedPath) -> None:
-    """Refuse a folder into which another run is writing, before work is done that would be lost.
+    """Check that no run is writing into a folder, before doing work that would be lost.
 
-    Only a lock that is taken afterwards keeps others out.
+    Only acquiring the lock afterwards keeps others out.
 
     Raises:
         LockError: another run is writing there; the message names its process.
@@ -198,7 +199,7 @@ def _refuse(folder: Path | NamedPath, holder: str) -> LockError:
 
 
 def _is_held(descriptor: int) -> bool:
-    """Whether a writer holds the lock; those who only look share it, for as long as looking takes."""
+    """Return whether a writer holds the lock; such checks take a shared lock for a moment."""
     assert fcntl is not None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -231,7 +232,7 @@ def _describe_holder() -> str:
 
 
 def _name_holder(path: Path | NamedPath) -> str:
-    """Say who holds a lock, as far as its file tells."""
+    """Describe the holder of a lock from its file, as far as possible."""
     found: Any = None
     with suppress(OSError, ValueError, RecursionError), open_inside(path.parent, path.name) as file:
         found = json.loads(file.read(_MOST_BYTES))

@@ -1,6 +1,6 @@
-"""In which fields two plans or models differ: what someone is told whose run is not the one that a store holds.
+"""The fields in which two plans or models differ, for messages that refuse a store of another run or model.
 
-A field that follows from others is named only where nothing else differs. Must never know of files.
+A field that follows from others is listed only if nothing else differs. Must never know of files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from layerprobe.store.fingerprint import INCIDENTAL, MODEL_FIELDS
 
 __all__ = ["list_differences", "list_model_differences"]
 
-# What follows from an option or from the input: named only where nothing else differs.
+# Fields that follow from an option or the input, listed only if nothing else differs.
 _DERIVED = (
     "plan.batch_cost_tokens",
     "plan.kept.ids",
@@ -22,11 +22,11 @@ _DERIVED = (
 
 
 def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Name the fields in which two runs differ, with both values.
+    """List the fields in which two runs differ, with both values.
 
     Args:
-        found: What a `store.json` says.
-        wanted: What another says, or a plan.
+        found: The content of a `store.json`.
+        wanted: The content of another, or a plan.
     """
     there, here = _flatten(_condense(found)), _flatten(_condense(wanted))
     keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
@@ -36,10 +36,10 @@ def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
 
 
 def list_model_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Name the fields in which two models differ, with both values.
+    """List the fields in which two models differ, with both values.
 
     Args:
-        there, here: What a store, or `describe_model`, says of each.
+        there, here: The description of each, from a store or from `describe_model`.
     """
     return _compare(there, here, [key for key in MODEL_FIELDS if there.get(key) != here.get(key)])
 
@@ -49,7 +49,7 @@ def _compare(there: Mapping[str, Any], here: Mapping[str, Any], keys: Sequence[s
 
 
 def _condense(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Put what is the same for most sites into one field each, so that a list of differences stays short."""
+    """Merge the fields that are the same for most sites into one each, to keep the list of differences short."""
     sites = description.get("sites")
     if not isinstance(sites, dict) or not all(isinstance(site, dict) for site in sites.values()):
         return dict(description)

@@ -1,7 +1,7 @@
-"""Which stored sites a name or a pattern means.
+"""Match names and patterns to stored sites.
 
-A store does not say how many layers its model has: negatives count from the last layer of which something is stored,
-and a slice without an end goes to it. Every function that takes sites of a store asks here, so that all mean the same.
+A store does not record the number of layers of its model: negative layers count from the last stored one, and an open
+slice ends there. Every function that takes sites of a store uses this module, so that all agree.
 
 Hides how stored names are matched. Must never know of files or models.
 """
@@ -21,10 +21,10 @@ _COUNTED = re.compile(r"(?:[a-z_]+\.)?layers\.-\d+(?:\.[a-z_.]+)?\Z")
 
 
 def match_sites(patterns: str | Sequence[str] | None, names: Sequence[str], owner: str) -> list[str]:
-    """Find the stored sites that patterns stand for, in the order of the store.
+    """Find the stored sites that match patterns, in the order of the store.
 
     Args:
-        patterns: As for `extract`; layers count to the last that is stored. None for every site.
+        patterns: As for `extract`; negative layers count from the last stored one. None for every site.
         names: The stored sites.
         owner: What to call the store in messages.
 
@@ -51,15 +51,15 @@ def match_sites(patterns: str | Sequence[str] | None, names: Sequence[str], owne
 def leave_out(
     patterns: str | Sequence[str] | None, names: Sequence[str], owner: str, is_unfit: Callable[[str], bool]
 ) -> tuple[list[str], list[str]]:
-    """Find the stored sites that patterns stand for, without what only a wildcard took along and does not fit.
+    """Find the stored sites that match patterns, leaving out unfit sites that only a wildcard matched.
 
     Args:
         patterns, names, owner: As for `match_sites`.
-        is_unfit: Whether a site does not fit.
+        is_unfit: Whether a site is unfit.
 
     Returns:
-        The sites that fit, and those that were named, fit or not, for the caller to refuse, or all that are found where
-        none fits; then those that are left out.
+        The sites that fit or were named explicitly (the caller may refuse the latter), or all that match if that leaves
+        none; then the sites left out.
 
     Raises:
         SiteError: as `match_sites`.
@@ -70,7 +70,7 @@ def leave_out(
 
 
 def list_named(patterns: str | Sequence[str] | None, names: Collection[str]) -> set[str]:
-    """List the stored sites that patterns name, each by one of its own, and not by a wildcard."""
+    """List the stored sites that patterns name explicitly, without a wildcard."""
     asked = [] if patterns is None else list_patterns(patterns)
     return {need_name(one, names, "the store") for one in asked if is_stored(one, names)}
 
@@ -87,7 +87,7 @@ def _count_layers(names: Iterable[str]) -> dict[str, int]:
 
 
 def list_names(sites: object) -> list[Any]:
-    """Take the name of one site, or several, as a list; what is neither stays in it, for `need_name` to refuse."""
+    """Convert one site name or several to a list; anything else stays in it, for `need_name` to refuse."""
     try:
         return [sites] if isinstance(sites, str) else list(cast("Iterable[Any]", sites))
     except TypeError:
@@ -95,10 +95,10 @@ def list_names(sites: object) -> list[Any]:
 
 
 def need_name(site: object, names: Collection[str], owner: str) -> str:
-    """Give the stored name of one site: as it is, or with its layer counted from the last that is stored.
+    """Return the stored name of a site, resolving a negative layer against the last stored one.
 
     Raises:
-        SiteError: it is not stored; the message says which are.
+        SiteError: it is not stored; the message lists those that are.
     """
     if isinstance(site, str) and site in names:
         return site
@@ -120,7 +120,7 @@ def need_name(site: object, names: Collection[str], owner: str) -> str:
 
 
 def is_stored(site: object, names: Collection[str]) -> bool:
-    """Whether `need_name` finds a site."""
+    """Return whether `need_name` finds a site."""
     try:
         return bool(need_name(site, names, "the store"))
     except SiteError:

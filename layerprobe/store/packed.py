@@ -1,7 +1,7 @@
-"""From shards to packed arrays in the order of the input, one after the other: `.npz` and Zarr.
+"""Convert shards to packed arrays in input order, one after the other: `.npz` and Zarr.
 
-Each array is written in a pass over the shards of its own, piece by piece, so memory does not grow with the store and
-no array is pickled. The records stay what they are in a shard: JSON objects back to back in bytes, with their offsets.
+Each array is written piece by piece in its own pass over the shards, so memory does not grow with the store and no
+array is pickled. Records stay as they are in a shard: JSON objects back to back in bytes, with their offsets.
 
 Must never know of folders or stores.
 """
@@ -29,9 +29,9 @@ from layerprobe.tables import format_dtype
 __all__ = ["PackedArray", "list_arrays", "write_npz", "write_zarr"]
 
 _OFFSETS_SUFFIX = ":offsets"
-# Values that are written at a time, and of a Zarr chunk.
+# Bytes written at a time, and size of a Zarr chunk.
 _PIECE_BYTES = 4 << 20
-# A member of an archive, or an array of a group, that cannot lead out of it.
+# The name of an archive member or of a group's array; it cannot be a path that leads outside.
 _SAFE_NAME = re.compile(r"\w[\w.:+-]*\Z")
 _RESERVED = ("zarr.json",)
 
@@ -40,7 +40,7 @@ Shards = Callable[[], Iterable[Shard]]
 
 @dataclass(frozen=True)
 class PackedArray:
-    """One array: its whole shape, and its values piece by piece along the first axis."""
+    """One array: its full shape, and its values in pieces along the first axis."""
 
     name: str
     dtype: np.dtype
@@ -61,16 +61,16 @@ def list_arrays(shards: Shards, sites: Sequence[StoredSite]) -> list[PackedArray
     """Plan the arrays of an export.
 
     Args:
-        shards: Goes through the shards in the order of the input; called once more for each array.
-        sites: What to export.
+        shards: Iterates over the shards in input order; called once to measure, then once per array.
+        sites: The sites to export.
 
     Returns:
-        `example [N]`, `offsets [N + 1]`, `input_ids [T]`, `positions [T]` where not all rows were kept, `record_offsets
-        [N + 1]` and `records` where texts were kept, then the sites: `[T, D]`, `[N, D]`, or flat with
+        `example [N]`, `offsets [N + 1]`, `input_ids [T]`, `positions [T]` if not all rows were kept, `record_offsets
+        [N + 1]` and `records` if texts were kept, then the sites: `[T, D]`, `[N, D]`, or flat with
         `SITE:offsets [N + 1]` for attention weights.
 
     Raises:
-        FormatError: a site has a name that no file may have.
+        FormatError: a site's name cannot be used as the name of an array.
     """
     for site in sites:
         if not _SAFE_NAME.match(site.name) or site.name in _RESERVED:
@@ -142,7 +142,7 @@ def _list_site(shards: Shards, site: StoredSite, totals: _Totals) -> list[Packed
 
 
 def _accumulate(shards: Shards, sizes: Callable[[Shard], np.ndarray]) -> Iterator[np.ndarray]:
-    """Turn the sizes of a shard's examples, in its own order, into offsets in the order of the input."""
+    """Convert the sizes of examples, given in shard order, to offsets in input order."""
     end = np.zeros(1, dtype=np.int64)
     yield end
     for shard in shards():
@@ -168,10 +168,10 @@ def _list_records(shards: Shards) -> Iterator[np.ndarray]:
 
 
 def write_npz(path: Path, arrays: Sequence[PackedArray]) -> None:
-    """Write arrays into an archive that `numpy.load(allow_pickle=False)` reads."""
+    """Write arrays to an archive that `numpy.load(allow_pickle=False)` reads."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for array in arrays:
-            # with a fixed date, so that the same store gives the same bytes
+            # `ZipInfo` has a fixed date, so the same store gives the same bytes
             with archive.open(zipfile.ZipInfo(array.name + ".npy"), "w", force_zip64=True) as member:
                 _write_npy(member, array)
 
@@ -184,9 +184,9 @@ def _write_npy(member: IO[bytes], array: PackedArray) -> None:
 
 
 def write_zarr(path: Path, arrays: Sequence[PackedArray]) -> None:
-    """Write arrays into a Zarr group, format 3, a chunk at a time."""
+    """Write arrays to a Zarr group, format 3, one chunk at a time."""
     zarr = need_package("zarr", "Zarr", "data")
-    # zarr writes in threads of its own, which a call that Ctrl-C cuts short does not wait for: so none is cut short
+    # Ctrl-C during a call would leave zarr's own threads writing, so calls run in a worker thread and always finish
     with ThreadPoolExecutor(1, "layerprobe-zarr") as thread:
         group = thread.submit(zarr.open_group, str(path), mode="w", zarr_format=3).result()
         for array in arrays:
@@ -204,10 +204,10 @@ def _chunk_rows(array: PackedArray) -> int:
 
 
 def _cut_evenly(array: PackedArray) -> Iterator[np.ndarray]:
-    """Cut the values again, so that each piece but the last fills a chunk: one that is half there is written twice.
+    """Regroup the values so that each piece but the last fills a chunk, because a partial chunk is written twice.
 
     Raises:
-        FormatError: there are not as many as was said before.
+        FormatError: their number differs from the shape.
     """
     most = _chunk_rows(array)
     room = np.empty((min(most, array.shape[0]), *array.shape[1:]), dtype=array.dtype)

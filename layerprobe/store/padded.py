@@ -1,9 +1,9 @@
-"""Examples of a site as one padded tensor and its mask: what a decoder takes in place of running an encoder.
+"""Examples of a site as one padded tensor and its mask: what a decoder takes instead of running an encoder.
 
-A store keeps no padding and no mask. Both are made here from the lengths of the examples, together, so that none can be
-had without the other: states without their mask would have a decoder read padding and not say so.
+A store keeps no padding and no mask. Both are made here from the lengths of the examples, and always together: states
+without their mask would let a decoder silently read padding.
 
-Hides how rows are padded. Must never know of models; transformers is asked only for the names that it gives to states.
+Hides how rows are padded. Must never know of models; transformers is used only for its names for states.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class EncoderOutputs:
         """Return keyword arguments for an encoder-decoder model: `model.generate(**outputs.inputs())`."""
         from transformers.modeling_outputs import BaseModelOutput
 
-        # its fields are declared as tensors of a kind that only torch's stubs know
+        # the annotations use a tensor type that exists only in torch's stubs
         states: Any = self.states
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": self.mask}
 
@@ -56,9 +56,9 @@ def choose_layer(layer: int | str, sites: Sequence[str], owner: str) -> str:
     """Find the one stored site that is selected.
 
     Args:
-        layer: A pattern such as `layers.-1` or `embeddings`, or a layer's number; negatives count from the last that
-            is stored, of an encoder where the store has layers of a decoder too.
-        sites: What is stored.
+        layer: A pattern such as `layers.-1` or `embeddings`, or a layer number. Negative layers count from the last
+            stored one; numbers mean encoder layers if the store has any.
+        sites: The stored sites.
         owner: What to call the store in messages.
 
     Raises:
@@ -81,13 +81,13 @@ def pad_examples(view: SiteView, examples: Any, dtype: torch.dtype) -> EncoderOu
     Args:
         view: The site.
         examples: Ordinals, a slice of them, or one.
-        dtype: Of the states.
+        dtype: Dtype of the states.
 
     Raises:
-        OptionError: the site has no row per token, no example is asked for, one has no tokens, or the dtype is none of
-            floating point.
+        OptionError: the site or store has no row for every token, no example is requested, one has no tokens, or the
+            dtype is not a floating-point one.
         NonFiniteError: a value is not finite, as stored or in the dtype.
-        MissingExample: an example is not there.
+        MissingExample: an example is not in the store.
     """
     if view.kind != "token":
         what = "attention weights" if view.kind == "attention" else "one vector per example"
@@ -110,7 +110,7 @@ def pad_examples(view: SiteView, examples: Any, dtype: torch.dtype) -> EncoderOu
     mask = (torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]).long()
     states = torch.zeros(*mask.shape, view.width, dtype=dtype, device="cpu")
     for place, one in enumerate(rows):
-        # float8 has no arithmetic of its own, so all come by way of float32
+        # float8 has no arithmetic, so convert by way of float32
         states[place, : len(one)] = one.float().to(dtype)
         if not bool(torch.isfinite(states[place]).all()):
             raise NonFiniteError(

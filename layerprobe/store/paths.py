@@ -1,7 +1,7 @@
-"""A path with two faces: where it is, from wherever the program goes, and what its user calls it.
+"""A path that keeps both its absolute location and the form in which the user gave it.
 
-A program may change its working folder while a store is open; what was opened by a relative path stays where it was.
-Messages keep the path that was given, which is short. A `NamedPath` is opened like any path, and written like a text.
+A program may change its working folder while a store is open; a store opened by a relative path must stay where it is.
+Messages use the path as given, which is short. A `NamedPath` opens like any path and formats as the given one.
 
 Must never know what lies under a path.
 """
@@ -15,11 +15,11 @@ __all__ = ["NamedPath"]
 
 @dataclass(frozen=True)
 class NamedPath(os.PathLike[str]):
-    """A path that the working folder does not move.
+    """A path that does not depend on the working folder.
 
     Args:
-        path: Where it is; absolute.
-        said: What messages call it.
+        path: The absolute path.
+        said: The path as given, for messages.
     """
 
     path: Path
@@ -27,10 +27,10 @@ class NamedPath(os.PathLike[str]):
 
     @classmethod
     def of(cls, given: "str | Path | NamedPath") -> "NamedPath":
-        """Hold on to where a path leads now.
+        """Resolve a path against the current working folder.
 
         Raises:
-            OSError: it is relative, and the working folder is gone.
+            OSError: it is relative, and the working folder no longer exists.
         """
         return given if isinstance(given, NamedPath) else cls(Path(given).absolute(), Path(given))
 
@@ -45,14 +45,14 @@ class NamedPath(os.PathLike[str]):
 
     @property
     def name(self) -> str:
-        """Of the file or folder itself."""
+        """Name of the file or folder itself."""
         return self.path.name
 
     @property
     def parent(self) -> "NamedPath":
-        """The folder that it lies in."""
+        """The folder that contains it."""
         return NamedPath(self.path.parent, self.said.parent)
 
     def with_name(self, name: str) -> "NamedPath":
-        """Give another file of the same folder."""
+        """Return the path of another file in the same folder."""
         return self.parent / name

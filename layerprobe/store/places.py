@@ -1,7 +1,7 @@
-"""Where a store lies: a local folder, or a prefix of an object store.
+"""The location of a store: a local folder, or a prefix in an object store.
 
-A store is a flat set of files, each written whole or not at all. Those who write and read one are handed a `Place` and
-do not ask which kind it is, but for the few things that only a folder has: files to map, locks, free space.
+A store is a flat set of files, each written atomically. Writers and readers are given a `Place` and need not know which
+kind it is, except for what only a folder has: files to map, locks, free space.
 
 Must never know what is in a file.
 """
@@ -24,71 +24,71 @@ __all__ = ["LocalPlace", "Place", "Placed", "find_place", "find_store", "names_p
 
 
 class Place(Protocol):
-    """Where a store lies. `str(place)` names it in messages, without secrets."""
+    """The location of a store. `str(place)` names it in messages, without secrets."""
 
     @property
     def folder(self) -> NamedPath | None:
-        """The local folder; None elsewhere."""
+        """The local folder; None for a remote place."""
         ...
 
     def label(self, file: str) -> str:
-        """Name a file in messages."""
+        """Return the name of a file for messages."""
         ...
 
     def list_files(self, folder: str = "") -> list[str]:
-        """List the names of what lies in the place or in a folder of it; empty where that does not exist."""
+        """List the names in the place, or in a folder of it; empty if that does not exist."""
         ...
 
     def list_sizes(self) -> dict[str, int]:
-        """List the names and bytes of the files in the place; empty where it does not exist."""
+        """Return the sizes in bytes of the files in the place, by name; empty if it does not exist."""
         ...
 
     def exists(self, file: str) -> bool:
-        """Whether a file is there."""
+        """Return whether a file exists."""
         ...
 
     def size(self, file: str) -> int:
-        """Bytes of a file. Raises StoreError where it is not there."""
+        """Return the size of a file in bytes. Raises StoreError if it does not exist."""
         ...
 
     def read(self, file: str, start: int, stop: int) -> bytes:
-        """Read a run of bytes that lies inside the file. Raises StoreError."""
+        """Read a byte range that lies inside the file. Raises StoreError."""
         ...
 
     def commit(self, file: str, pieces: "Sequence[bytes | memoryview]") -> None:
-        """Write a file whole or not at all, and permanently. Raises StoreError."""
+        """Write a file atomically and durably. Raises StoreError."""
         ...
 
     def remove(self, file: str) -> None:
-        """Remove a file if it is there. Raises StoreError."""
+        """Remove a file if it exists. Raises StoreError."""
         ...
 
     def checked_by(self, check: Callable[[], None]) -> "Place":
-        """Give the same place for someone who may come to wait no longer: `check` raises where nobody does."""
+        """Return the same place, whose retries can be cancelled: `check` raises when nobody waits any more."""
         ...
 
     def tried(self) -> "Place":
-        """Try how large files are best written here, and give the place that writes them so."""
+        """Measure how large files are best written here, and return the place that writes them that way."""
         ...
 
 
 @runtime_checkable
 class Placed(Protocol):
-    """What lies in a place, as an open store does."""
+    """An object with a place, such as an open store."""
 
     @property
     def place(self) -> Place:
-        """Where it lies."""
+        """Its location."""
         ...
 
 
 @dataclass(frozen=True)
 class LocalPlace:
-    """A folder of this machine.
+    """A local folder.
 
     Args:
-        folder: Need not exist yet.
-        is_direct: Whether large files go past the page cache, where the file system lets them.
+        folder: The folder; need not exist yet.
+        is_direct: Whether to write large files with direct I/O, if the file system supports it.
     """
 
     folder: NamedPath
@@ -113,7 +113,7 @@ class LocalPlace:
     def list_sizes(self) -> dict[str, int]:
         sizes = {}
         for name in self.list_files():
-            with contextlib.suppress(FileNotFoundError):  # a run goes on meanwhile
+            with contextlib.suppress(FileNotFoundError):  # an active run may remove files meanwhile
                 said = os.lstat(self.folder / name)
                 if stat.S_ISREG(said.st_mode):
                     sizes[name] = said.st_size
@@ -152,19 +152,19 @@ class LocalPlace:
 
 
 def names_place(where: object) -> bool:
-    """Whether a value is a path or a URL, or a place itself."""
+    """Return whether a value is a path, a URL or a place."""
     is_place = not isinstance(where, type) and all(hasattr(where, name) for name in ("label", "list_files", "commit"))
     return is_place or isinstance(where, (str, Path, NamedPath))
 
 
 def find_place(where: "str | Path | NamedPath | Place") -> Place:
-    """Find the place that a path or a URL names; a place is itself.
+    """Return the place that a path or a URL names; a place is returned as it is.
 
     Raises:
-        OptionError: it names none, stores do not lie under such a URL, or what it takes is not installed.
-        StoreError: it is relative to a working folder that is gone.
+        OptionError: the value names no place, the URL scheme is not supported, or a package for it is not installed.
+        StoreError: the path is relative, and the working folder no longer exists.
     """
-    # an empty text, which a shell makes of what is not set, would be the folder of the program
+    # an empty string, such as from an unset shell variable, would mean the working folder
     if where == "" or not names_place(where):
         raise OptionError(f"{brief(repr(where))} names no store: give a path, or a URL such as s3://bucket/acts.")
     if not isinstance(where, (str, Path, NamedPath)):
@@ -178,15 +178,15 @@ def find_place(where: "str | Path | NamedPath | Place") -> Place:
 
 
 def find_store(where: "str | Path | NamedPath | Place | Placed") -> Place:
-    """Find where a store lies that is open, or that a path or a URL names; raises as `find_place` does."""
+    """Return the place of an open store, or of one named by a path or a URL; raises as `find_place` does."""
     return find_place(where.place if isinstance(where, Placed) else where)
 
 
 def need_folder(place: Place) -> NamedPath:
-    """Give the folder of a place, for what only a folder can do.
+    """Return the local folder of a place.
 
     Raises:
-        StoreError: it has none.
+        StoreError: the place is remote.
     """
     if place.folder is None:
         raise StoreError(f"{place}: is not a folder of this machine. Copy the store into one for this.")

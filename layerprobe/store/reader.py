@@ -66,10 +66,10 @@ class Store:
 
     @property
     def folder(self) -> Path:
-        """The local folder that the store is; absolute.
+        """The local folder of the store, as an absolute path.
 
         Raises:
-            StoreError: it lies elsewhere.
+            StoreError: the store is remote.
         """
         return need_folder(self.place).path
 
@@ -80,17 +80,17 @@ class Store:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What `store.json` says."""
+        """The content of `store.json`."""
         return self.catalog.description
 
     @property
     def index(self) -> dict[str, Any] | None:
-        """What `index.json` says; None while the run is not complete."""
+        """The content of `index.json`; None while the run is not complete."""
         return self.catalog.index
 
     @property
     def fingerprint(self) -> str:
-        """What tells the run from any other."""
+        """The fingerprint that identifies the run."""
         return self.catalog.fingerprint
 
     @property
@@ -379,5 +379,5 @@ def open_store(folder: str | Path | Place, *, check: bool = True) -> Store:
 
 
 def take_store(store: Store | str | Path) -> Store:
-    """Take a store, or open the one that a path names."""
+    """Return an open store as it is, or open the one at a path or URL."""
     return store if isinstance(store, Store) else open_store(store)

@@ -1,6 +1,6 @@
 """The input records that a shard keeps: each example's text and its other fields.
 
-Hides how they lie in a shard. Must never know of sites or tokenizers.
+Hides how records are laid out in a shard. Must never know of sites or tokenizers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,20 +17,20 @@ RECORD_TENSORS = ("record_offsets", "records")
 
 
 def has_records(shard: Shard) -> bool:
-    """Tell whether a shard keeps what its examples were made of."""
+    """Return whether a shard keeps the input records of its examples."""
     return "record_offsets" in shard.header.tensors
 
 
 def read_record(shard: Shard, ordinal: int, label: str) -> dict[str, Any]:
-    """Read an example's record: `text` and `fields`, each if it was kept; empty where the shard keeps none.
+    """Read an example's record: `text` and `fields`, each if it was kept; empty if the shard keeps none.
 
     Args:
-        shard: The one that has the example.
-        ordinal: Of the example.
-        label: What to call the file in a message.
+        shard: The shard that holds the example.
+        ordinal: Ordinal of the example.
+        label: What to call the file in messages.
 
     Raises:
-        FormatError: it is damaged.
+        FormatError: the record is damaged.
     """
     if not has_records(shard):
         return {}
@@ -40,14 +40,14 @@ def read_record(shard: Shard, ordinal: int, label: str) -> dict[str, Any]:
 
 
 def read_records(shard: Shard, ordinals: Sequence[int], label: str) -> Iterator[dict[str, Any]]:
-    """Read the records of many examples of a shard, in their order; otherwise as `read_record`.
+    """Read the records of many examples of a shard, in their order; raises as `read_record` does.
 
-    Cost: fetches all records of the shard, held against their checksum.
+    Cost: fetches all records of the shard, verified against their checksum.
     """
     if not has_records(shard):
         yield from ({} for _ in ordinals)
         return
-    # a copy: what lies unaligned in the file is no view of whole numbers
+    # copy, because unaligned data in the file cannot be viewed as integers
     begins, records = shard.tensor("record_offsets").numpy().copy().data, shard.tensor("records").numpy().data
     for ordinal in ordinals:
         position = shard.position[ordinal - shard.header.first_example]
@@ -56,7 +56,7 @@ def read_records(shard: Shard, ordinals: Sequence[int], label: str) -> Iterator[
 
 
 def iter_records(catalog: Catalog, ordinals: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read the records of many examples of a store, each with its ordinal, shard by shard; rising ones stay so."""
+    """Yield many examples of a store with their records, shard by shard; ascending ordinals stay in order."""
     for shard, own in catalog.iter_parts(ordinals, RECORD_TENSORS):
         yield from zip(own, read_records(shard, own, catalog.place.label(shard.header.file)), strict=True)
 

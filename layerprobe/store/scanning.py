@@ -1,7 +1,7 @@
-"""One look at the values of a shard before they are written: their checksum, and how many of them are not finite.
+"""Scan the values of a shard before they are written: compute checksums and count non-finite values.
 
-Each piece is read from memory once and looked at twice while it is in the cache, since the forward pass beside wants
-the memory too. In numpy and not in torch, whose own threads would take turns with those of the forward.
+Each piece is read from memory once and used twice while it is in the CPU cache, because the forward pass competes for
+memory bandwidth. Uses numpy, because torch's threads would compete with those of the forward pass.
 
 Must never know what the values mean.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Scan", "scan_tensor"]
 
-# For each float dtype a whole number of its size, and from which on its bits without the sign are no finite value.
+# For each float dtype: the integer dtype of its size, and the least magnitude bits that are not finite.
 _SPECIAL = {
     torch.float64: ("i8", 0x7FF0000000000000),
     torch.float32: ("i4", 0x7F800000),
@@ -23,21 +23,21 @@ _SPECIAL = {
     torch.bfloat16: ("i2", 0x7F80),
     torch.float8_e4m3fn: ("i1", 0x7F),
 }
-# Stays in the cache of a core from one look to the next.
+# Small enough to stay in a core's cache between the two uses.
 _PIECE_BYTES = 1 << 19
 
 
 class Scan(NamedTuple):
-    """What was seen: xxh3-64 as 16 hexadecimal digits, and how many values are NaN or infinite."""
+    """Result of a scan: xxh3-64 as 16 hexadecimal digits, and the number of NaN or infinite values."""
 
     checksum: str
     num_nonfinite: int
 
 
 def scan_tensor(tensor: Tensor) -> Scan:
-    """Look at a contiguous tensor's memory once.
+    """Scan a contiguous tensor's memory once.
 
-    Cost: one pass, no memory; a second over a piece where there is something to count.
+    Cost: one pass without a copy; a second pass over a piece only if it holds values to count.
     """
     memory = tensor.view(-1).view(torch.uint8).numpy()
     digest, num_nonfinite = xxhash.xxh3_64(), 0
@@ -50,9 +50,9 @@ def scan_tensor(tensor: Tensor) -> Scan:
 
 
 def _count_nonfinite(piece: np.ndarray, whole: str, special: int) -> int:
-    """Count NaN and infinite values: those whose exponent is all ones."""
+    """Count NaN and infinite values by their bits, at or above `special` without the sign."""
     bits, largest = piece.view(whole), np.iinfo(whole).max
-    # as a signed number the largest positive value tells, as an unsigned one the largest with the sign bit set
+    # signed, the maximum finds positive non-finite values; unsigned, those with the sign bit set
     if bits.max() < special and bits.view(whole.replace("i", "u")).max() <= largest + special:
         return 0
     return int(np.count_nonzero((bits & largest) >= special))

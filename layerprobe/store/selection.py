@@ -1,7 +1,7 @@
-"""Selection: which examples or tokens of a store are selected, and their rows.
+"""Select examples or tokens of a store, and read their rows.
 
-Goes through ids and records shard by shard; sites are read only when rows are asked for. What comes out is in the order
-of the input, each example or token once.
+Conditions are tested on ids and records, shard by shard; sites are read only when rows are requested. Results are in
+input order, each example or token once.
 
 Hides how conditions are tested. Must never know of models.
 """
@@ -33,10 +33,10 @@ _ONE_VALUE = (
 
 @dataclass(frozen=True)
 class Asked:
-    """What `Store.where` was asked.
+    """The conditions given to `Store.where`.
 
     Raises:
-        OptionError: nothing, two ways to name a token, or a value of the wrong type.
+        OptionError: there are none, two name a token, or a value has the wrong type.
     """
 
     record: Callable[[dict[str, Any]], object] | None = None
@@ -63,7 +63,7 @@ class Asked:
             if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
                 raise OptionError(f"where({name}={value!r}): it must be of type {wanted.__name__}.")
         for name, value in self.fields.items():
-            # as records are read: a list is one, and what holds several values otherwise equals none of them
+            # records hold plain JSON values: a list or dict may equal one, any other collection never does
             if not isinstance(value, (str, Real, list, dict, np.generic, type(None))):
                 raise OptionError(f"where({name}={brief(repr(value))}): {_ONE_VALUE}")
         if self.token_id is not None and not -(1 << 63) <= self.token_id < 1 << 63:
@@ -82,11 +82,11 @@ class Selection:
     `len()` counts them; iterating gives ordinals, or pairs of an ordinal and a position in it.
 
     Args:
-        catalog: Of the store.
-        examples: int64 `[n]`, ordinals, rising.
-        positions: int64 `[n]`, each token's place in its example, that of a word's first piece; None for examples.
-        lengths: int64 `[n]`, the pieces of each word, 1 for a token; None for examples.
-        places: int64 `[n]`, the place of each among the rows that the store keeps of its example; None for examples.
+        catalog: The store's catalog.
+        examples: int64 `[n]`, ordinals in ascending order.
+        positions: int64 `[n]`, each token's position in its example (a word's first piece); None for examples.
+        lengths: int64 `[n]`, the number of pieces of each word, 1 for a token; None for examples.
+        places: int64 `[n]`, the row of each within the stored rows of its example; None for examples.
     """
 
     catalog: Catalog
@@ -149,7 +149,7 @@ class Selection:
         return stored
 
     def _spans(self) -> Iterator[tuple[int, slice]]:
-        """Cut the selection by shard."""
+        """Split the selection by shard."""
         first = 0
         while first < len(self):
             number, _ = self.catalog.locate(int(self.examples[first]))
@@ -188,7 +188,7 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What of a selection lies in one shard: its span in the selection, and where its examples lie."""
+    """The part of a selection in one shard: its span in the selection, and the positions of its examples."""
 
     span: slice
     places: Tensor
@@ -199,12 +199,12 @@ def _lengths(shard: Shard, part: _Part) -> Tensor:
 
 
 def select(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary | None]) -> Selection:
-    """Find what was asked for.
+    """Find the examples or tokens that meet all conditions.
 
     Args:
-        catalog: Of the store.
-        asked: The conditions, which must all hold.
-        vocabulary: Gives the store's tokenizer, if it has one; called only if it is needed.
+        catalog: The store's catalog.
+        asked: The conditions.
+        vocabulary: Returns the store's tokenizer, if it has one; called only if it is needed.
     """
     by_shard = _by_shard(catalog, asked.id)
     runs = _find_runs(catalog, asked, vocabulary)
@@ -235,7 +235,7 @@ def select(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary |
 
 
 def _by_shard(catalog: Catalog, wanted: int | Sequence[int] | None) -> dict[int, np.ndarray]:
-    """Give the ordinals to look at, shard by shard."""
+    """Group the ordinals to test by shard."""
     if wanted is None:
         catalog.check_claims()
         return {
@@ -256,7 +256,7 @@ def _by_shard(catalog: Catalog, wanted: int | Sequence[int] | None) -> dict[int,
 def _filter_records(
     catalog: Catalog, shard: Shard, ordinals: np.ndarray, asked: Asked, seen: set[str], lists: set[str]
 ) -> np.ndarray:
-    """Keep the ordinals whose records are as asked; adds which fields they have, and which of those lists are in."""
+    """Keep the ordinals whose records match; add the fields seen to `seen`, and those that hold lists to `lists`."""
     if asked.record is not None and not has_records(shard):
         raise OptionError(f"where(function): {catalog.place} keeps no records. Use id=, token= or token_id=.")
     kept = []
@@ -276,7 +276,7 @@ def _filter_records(
 
 
 def _find_runs(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabulary | None]) -> WordRuns | None:
-    """Turn what names a token or a word into runs of ids; None if examples are asked for."""
+    """Convert a token or a word to runs of ids; None if examples are requested."""
     if asked.token_id is not None:
         return WordRuns.of_token(asked.token_id)
     name, text = ("token", asked.token) if asked.token is not None else ("word", asked.word)
@@ -291,7 +291,7 @@ def _find_runs(catalog: Catalog, asked: Asked, vocabulary: Callable[[], Vocabula
 
 
 def _find_tokens(shard: Shard, ordinals: np.ndarray, wanted: WordRuns) -> tuple[np.ndarray, ...]:
-    """Find runs of ids in some examples of a shard: ordinals, positions, lengths, places, in the order of the input."""
+    """Find runs of ids in some examples of a shard: ordinals, positions, lengths and places, in input order."""
     if not len(ordinals):
         return (ordinals,) * 4
     rows, lengths = wanted.find(shard.tensor("input_ids"), shard.tensor("offsets"))

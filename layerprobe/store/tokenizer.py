@@ -1,7 +1,7 @@
-"""A `tokenizer.json` that may be untrusted: which token each id is, and how it is given to the native parser.
+"""Read a `tokenizer.json` that may be untrusted: map ids to tokens, or load it with the native parser.
 
-Which token an id is takes the vocabulary and the added tokens alone. Whatever cuts or writes texts takes the tokenizers
-package, whose parser ends the whole process at some merges; they are held against the vocabulary before.
+Mapping ids to tokens needs only the vocabulary and the added tokens. Tokenizing and decoding need the tokenizers
+package, whose parser aborts the whole process on some merges, so merges are checked against the vocabulary first.
 
 Hides that parser. Must never know of stores.
 """
@@ -18,21 +18,21 @@ _MOST_IDS = 1 << 32
 
 
 class TokenNames:
-    """Which token each id is, and which id each token has.
+    """The token of each id, and the id of each token.
 
     Args:
         label: What to call the file in messages.
-        rules: What it says.
+        rules: The parsed file.
 
     Raises:
-        FormatError: it has no vocabulary.
+        FormatError: it has no valid vocabulary.
     """
 
     def __init__(self, label: str, rules: Mapping[str, Any]) -> None:
         try:
             listed = list(_list_tokens(rules["model"]["vocab"]))
             ids = dict(listed)
-            # a piece that is listed twice has two ids, each of which is that piece
+            # a token that is listed twice has two ids, and both map to it
             added = _number_added(rules.get("added_tokens") or (), ids, len(listed))
             ids |= added
             if not all(type(token_id) is int and 0 <= token_id < _MOST_IDS for token_id in ids.values()):
@@ -43,16 +43,16 @@ class TokenNames:
         self._tokens = {token_id: token for token, token_id in (*listed, *added.items())}
 
     def token_of(self, token_id: int) -> str | None:
-        """Give the token that an id is; None where it is none."""
+        """Return the token of an id; None if there is none."""
         return self._tokens.get(token_id)
 
     def id_of(self, token: str) -> int | None:
-        """Give the id of a token; None where there is no such token."""
+        """Return the id of a token; None if there is no such token."""
         return self._ids.get(token)
 
 
 def _list_tokens(vocab: Any) -> Iterator[tuple[str, int]]:
-    """List the tokens of a model with their ids: it maps the one to the other, or has them in order, with scores."""
+    """List the tokens of a model with their ids: it is either a mapping, or a list of tokens and scores in id order."""
     pairs = vocab.items() if isinstance(vocab, dict) else ((token, place) for place, (token, _) in enumerate(vocab))
     for token, token_id in pairs:
         if not isinstance(token, str):
@@ -61,7 +61,7 @@ def _list_tokens(vocab: Any) -> Iterator[tuple[str, int]]:
 
 
 def _number_added(added_tokens: Any, ids: Mapping[str, int], following: int) -> dict[str, int]:
-    """Give added tokens the ids that the tokenizers package gives them when it reads the file, whatever it says."""
+    """Give added tokens the ids that the tokenizers package assigns on load, whatever the file says."""
     found: dict[str, int] = {}
     for added in added_tokens:
         token = added["content"]
@@ -74,10 +74,10 @@ def _number_added(added_tokens: Any, ids: Mapping[str, int], following: int) -> 
 
 
 def parse_tokenizer(label: str, data: bytes) -> dict[str, Any]:
-    """Read what a `tokenizer.json` says.
+    """Parse a `tokenizer.json`.
 
     Raises:
-        FormatError: it is no JSON object, or more than is read.
+        FormatError: it is not a JSON object, or exceeds the limits.
     """
     try:
         rules = parse_json(data, LARGE)
@@ -89,12 +89,12 @@ def parse_tokenizer(label: str, data: bytes) -> dict[str, Any]:
 
 
 def load_tokenizer(label: str, data: bytes, rules: Mapping[str, Any] | None = None) -> Any:
-    """Give a `tokenizer.json` to the tokenizers package.
+    """Load a `tokenizer.json` with the tokenizers package.
 
     Args:
         label: What to call the file in messages.
-        data: Its bytes.
-        rules: What it says, if it was parsed already.
+        data: The bytes of the file.
+        rules: The parsed file, if it was parsed already.
 
     Returns:
         A `tokenizers.Tokenizer`.
@@ -108,14 +108,14 @@ def load_tokenizer(label: str, data: bytes, rules: Mapping[str, Any] | None = No
     try:
         _check_merges(rules["model"])
         return Tokenizer.from_buffer(data)
-    except BaseException as error:  # tokenizers raises bare Exception, and where it panics not even that
+    except BaseException as error:  # tokenizers raises bare Exception, and a panic is not even that
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise FormatError(f"{label}: is not a tokenizer ({brief(error)}).") from error
 
 
 def _check_merges(model: Mapping[str, Any]) -> None:
-    """Make sure that each merge is of two tokens and makes a third: of others the parser may make text that is none."""
+    """Check that each merge joins two tokens into a third; from others the parser may build invalid UTF-8."""
     merges = model.get("merges") or ()
     if not merges:
         return

@@ -1,9 +1,9 @@
-"""The tokenizer that lies in a store: from ids to tokens, and from a token or a word to ids.
+"""The tokenizer in a store: convert ids to tokens, and a token or a word to ids.
 
-A token is a token of the tokenizer, written as the tokenizer writes it (`bank`, `##er`, `Ġbank`). A word is the run of
-tokens that it is cut into, with no piece of a longer word before or after it.
+A token is written as the tokenizer writes it (`bank`, `##er`, `Ġbank`). A word is the run of tokens that it is split
+into, with no piece of a longer word before or after it.
 
-Hides the styles of the tokenizers' families. Must never know of shards.
+Hides the conventions of tokenizer families. Must never know of shards.
 """
 
 import json
@@ -21,18 +21,18 @@ from layerprobe.store.tokenizer import TokenNames, load_tokenizer, parse_tokeniz
 
 __all__ = ["Vocabulary", "WordRuns", "find_characters"]
 
-# what families of tokenizers put before a token that begins a word
+# the marker that each tokenizer family puts before a token that begins a word
 _MARKERS = {"ByteLevel": "Ġ", "Metaspace": "▁"}
 
 
 @dataclass(frozen=True, eq=False)
 class WordRuns:
-    """How a word looks among ids.
+    """The ways in which a word occurs among ids.
 
     Args:
         runs: Each way to write it, as ids.
         continues: bool `[V]`, whether a token continues the word before it.
-        ends_in_word: bool `[V]`, whether a token's last sign is a letter or digit.
+        ends_in_word: bool `[V]`, whether a token's last character is a letter or digit.
     """
 
     runs: tuple[tuple[int, ...], ...]
@@ -41,7 +41,7 @@ class WordRuns:
 
     @classmethod
     def of_token(cls, token_id: int) -> "WordRuns":
-        """Look for one token, wherever it stands."""
+        """Match a single token, wherever it occurs."""
         nothing = torch.zeros(1, dtype=torch.bool, device="cpu")
         return cls(((token_id,),), nothing, nothing)
 
@@ -49,7 +49,7 @@ class WordRuns:
         """Find the runs among packed ids.
 
         Returns:
-            int64 `[n]` each: the row at which a run begins, and its length.
+            int64 `[n]` each: the first row of each run, and its length.
         """
         rows, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for run in self.runs:
@@ -71,19 +71,19 @@ class WordRuns:
 
     @staticmethod
     def _look_up(table: Tensor, input_ids: Tensor, rows: Tensor) -> Tensor:
-        """Ask a table about the ids at some rows; ids that the tokenizer does not have are not part of a word."""
+        """Look up the ids at some rows in a table; False for ids that the tokenizer does not have."""
         ids = input_ids[rows.clamp(0, max(0, len(input_ids) - 1))]
         is_known = (ids >= 0) & (ids < len(table))
         return is_known & table[ids.clamp(0, len(table) - 1)]
 
 
 class Vocabulary:
-    """A tokenizer, by its file.
+    """A tokenizer, read from its file.
 
     Args:
         label: What to call the file in messages.
         data: The bytes of a `tokenizer.json`.
-        said: What `store.json` says of how it was set.
+        said: The tokenizer's settings in `store.json`.
 
     Raises:
         FormatError: it is not a tokenizer.
@@ -93,12 +93,12 @@ class Vocabulary:
         self._label = label
         self._data = data
         self._set = said or {}
-        # the patterns of the other parts, which a stranger may have made slow, take no part in what an id is
+        # mapping ids does not run the file's regular expressions, which an attacker may have made slow
         self._names = TokenNames(label, parse_tokenizer(label, data))
 
     @cached_property
     def _tokenizer(self) -> Any:
-        """The tokenizer with all its parts, to cut texts of the reader's own."""
+        """The full tokenizer, to split texts given by the reader."""
         return self._load()
 
     def _load(self) -> Any:
@@ -109,14 +109,14 @@ class Vocabulary:
         return found
 
     def tokens(self, ids: Tensor) -> list[str]:
-        """Give each id's token; an id that has none gives an empty text."""
+        """Return each id's token; an empty string for an id without one."""
         return [self._names.token_of(token_id) or "" for token_id in ids.tolist()]
 
     def offsets(self, text: str, ids: Tensor) -> list[tuple[int, int]] | None:
-        """Find the characters of a text that each of its tokens stands for; nothing, (0, 0), for special tokens.
+        """Find the characters of a text that each of its tokens covers; (0, 0) for special tokens.
 
         Returns:
-            First character and the one after the last, for each id; None where the text is not cut into these ids.
+            First character and the one after the last, for each id; None if the text is not split into these ids.
         """
         encoding = self._tokenizer.encode(text)
         if len(encoding.ids) > len(ids):
@@ -127,22 +127,22 @@ class Vocabulary:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """The ids of tokens that stand for no text, such as `[CLS]`."""
+        """The ids of special tokens, such as `[CLS]`."""
         return frozenset(added["id"] for added in self._said.get("added_tokens") or () if added.get("special"))
 
     def encode(self, text: str) -> list[int]:
-        """Cut a text into ids, no special tokens around them."""
+        """Split a text into ids, without adding special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Write ids as text, special tokens left out; what the tokenizer took from the text stays away."""
+        """Decode ids to text, without special tokens; what the tokenizer's normalization removed is not restored."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def id_of(self, token: str) -> int:
-        """Find a token's id.
+        """Return a token's id.
 
         Raises:
-            OptionError: it is not a token; the message says which tokens it is cut into.
+            OptionError: it is not a token; the message says which tokens it is split into.
         """
         found = self._names.id_of(token)
         if found is None:
@@ -154,7 +154,7 @@ class Vocabulary:
         return found
 
     def runs_of(self, word: str) -> WordRuns:
-        """Find how a word, or several in a row, may be written.
+        """Find the ways to write a word, or several consecutive ones, as ids.
 
         Raises:
             OptionError: the tokenizer has no tokens for it.
@@ -180,7 +180,7 @@ class Vocabulary:
 
     @cached_property
     def _joints(self) -> tuple[Tensor, Tensor]:
-        """For each id, whether it continues a word, and whether it ends as a word does."""
+        """For each id, whether it continues a word, and whether it ends in a word character."""
         model = self._said["model"]
         used = json.dumps([self._said.get("pre_tokenizer"), self._said.get("normalizer"), self._said.get("decoder")])
         marker = next((marker for name, marker in _MARKERS.items() if f'"{name}"' in used), None)
@@ -199,22 +199,23 @@ class Vocabulary:
         return continues, ends_in_word
 
     def _spell(self, token: str, token_id: int, marker: str) -> str:
-        """Turn a token into text, its leading space kept."""
+        """Convert a token to text, keeping its leading space."""
         if marker == _MARKERS["Metaspace"]:
             return token.replace(marker, " ")
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
 
 def _is_of_word(sign: str) -> bool:
-    # a token may end inside a letter of several bytes
+    # a token may end in the middle of a multi-byte letter
     return sign.isalnum() or sign == "\N{REPLACEMENT CHARACTER}"
 
 
 def find_characters(vocabulary: Vocabulary | None, text: str | None, ids: Tensor, what: str) -> list[tuple[int, int]]:
-    """Find the characters of a text that each of its tokens stands for; (0, 0) for special ones.
+    """Find the characters of a text that each of its tokens covers; (0, 0) for special tokens.
 
     Raises:
-        OptionError: there is no tokenizer or no text, or the text is not cut into these ids; it begins with `what`.
+        OptionError: there is no tokenizer or no text, or the text is not split into these ids; the message begins with
+            `what`.
     """
     if vocabulary is None or text is None:
         lacks = "text" if text is None else "tokenizer"
