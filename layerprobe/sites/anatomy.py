@@ -1,10 +1,10 @@
-"""Where each architecture keeps its parts: one row of module paths per `model_type`.
+"""The module paths of each supported architecture: one row per `model_type`.
 
-A place is a module path, relative to the base model or to one layer; `:input` after it means what goes into the
-module instead of what comes out. Reading `attention.context` and `ffn.act` as inputs of the projection that follows
-makes fused and gated variants look alike.
+A place is a module path, relative to the base model or to one layer; the suffix `:input` selects the module's input
+instead of its output. `attention.context` and `ffn.act` are read as the input of the projection that follows, so
+fused and gated variants need no special case.
 
-Everything that differs between families lives in this table as data. Must never know of hooks or tensors.
+Every difference between model families is data in this table. Must never know of hooks or tensors.
 """
 
 from dataclasses import dataclass, replace
@@ -16,13 +16,13 @@ __all__ = ["REFUSED", "Anatomy", "Fused", "Place", "find_anatomy", "register_arc
 
 @dataclass(frozen=True)
 class Fused:
-    """A third of a projection that makes query, key and value at once.
+    """One third of a fused projection that computes query, key and value together.
 
     Args:
         path: The fused projection.
         part: 0 for query, 1 for key, 2 for value.
         by_head: Whether its output is laid out `H, 3, d` instead of `3, H, d`.
-        bias: A parameter that the model adds to this third afterwards, or None.
+        bias: Name of a parameter that the model adds to this third afterwards, or None.
     """
 
     path: str
@@ -110,13 +110,13 @@ _ROWS: dict[str, Anatomy] = {
     "data2vec-text": _ROBERTA,
     "roberta-prelayernorm": replace(_ROBERTA, norm="LayerNorm"),
     "xmod": replace(_ROBERTA, norm="encoder.LayerNorm"),
-    # scales the embeddings of a text by how much of it is masked
+    # ESM scales a text's embeddings by its fraction of mask tokens
     "esm": replace(_ROBERTA, norm="encoder.emb_layer_norm_after", flat=False),
     "electra": replace(
         _BERT,
         embeddings=("embeddings_project", "embeddings"),
         pooler=None,
-        # the discriminator drops the last dimension of what its last projection makes
+        # the discriminator squeezes the last dimension of its final projection, so the site is that projection
         heads=("generator_lm_head", "discriminator_predictions.dense_prediction", "classifier", "qa_outputs"),
     ),
     "roformer": replace(_BERT, embeddings=("embeddings_project", "embeddings"), pooler=None, flat=False),
@@ -125,7 +125,7 @@ _ROWS: dict[str, Anatomy] = {
         pooler=None,
         heads=("generator_lm_head", "classifier", "qa_outputs"),
     ),
-    # inside a layer the bottleneck's width holds; of its several FFNs the sites name the last
+    # sites inside a layer have the bottleneck's width; the `ffn` sites refer to the last of the layer's several FFNs
     "mobilebert": Anatomy(),
     "splinter": Anatomy(pooler=None, heads=()),
     "deberta": Anatomy(
@@ -141,7 +141,7 @@ _ROWS: dict[str, Anatomy] = {
         value="attention.self.value_proj",
         pooler=None,
         heads=("lm_predictions", "cls", "classifier", "qa_outputs"),
-        # share_att_key sends relative positions through the same projections afterwards
+        # with share_att_key, relative positions pass through the same projections in later calls
         first_call=True,
     ),
     "mpnet": Anatomy(
@@ -199,7 +199,7 @@ _ROWS: dict[str, Anatomy] = {
 _SHORTENS = "its layers shorten the sequence, so that no row stands for one token"
 _SEQUENCE_FIRST = "its layers take positions before sequences, so that rows of one text would be those of others"
 
-# What would be captured wrongly; everything else without a row may still be guessed from its structure.
+# These would be captured incorrectly. Any other architecture without a row may still be inferred from its structure.
 REFUSED = {
     "squeezebert": "its layers are called around their hooks, in another layout, and would be missed in silence",
     "funnel": _SHORTENS,
@@ -231,10 +231,10 @@ def registered_architectures() -> list[str]:
 
 
 def find_anatomy(model_type: str) -> Anatomy:
-    """Give the row of an architecture.
+    """Return the module paths of an architecture.
 
     Raises:
-        ArchitectureError: there is no row.
+        ArchitectureError: the architecture is refused or has no row.
     """
     if model_type in REFUSED:
         raise ArchitectureError(f"architecture {model_type!r} is not supported: {REFUSED[model_type]}.")

@@ -1,8 +1,8 @@
-"""The language of site patterns: from `layers.8:12.ffn.act` to the names it stands for.
+"""Parse site patterns such as `layers.8:12.ffn.act` and expand them to site names.
 
-A site name is a row of segments joined by dots. In a pattern the segment after `layers` may be an index, a slice or a
-comma-joined list of both, negatives counting from the end; any segment may be `*`, which stands for exactly one
-segment. `module:NAME` and `module:NAME:input` name any module of the model by its own name.
+A site name is a sequence of segments joined by dots. In a pattern, the segment after `layers` may be an index, a slice
+or a comma-separated list of both; negative numbers count from the end. Any segment may be `*`, which matches exactly
+one segment. `module:NAME` and `module:NAME:input` refer to any module of the model by its own name.
 
 Hides how patterns are parsed and matched. Never sees a model: it works on names alone.
 """
@@ -25,7 +25,7 @@ _INDEX = re.compile(r"-?\d+\Z")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?\Z")
 _DIGITS = re.compile(r"\d+")
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")
-# the names that families give their layers: `bert.encoder.layer.0`, `transformer.h.0`, `blocks.0`
+# prefixes that model families use for their layers: `bert.encoder.layer.0`, `transformer.h.0`, `blocks.0`
 _ELSEWHERE = re.compile(r"^(?:[a-z_]+\.)*(?:layers?|blocks?|h)\.")
 
 
@@ -43,14 +43,14 @@ class Pattern:
 
 
 def list_patterns(patterns: str | Sequence[str]) -> list[str]:
-    """Take one pattern or several as a list.
+    """Return one pattern or several as a list.
 
     Raises:
-        SiteError: they are neither, or one is no text.
+        SiteError: the argument is neither a string nor an iterable of strings.
     """
     listed: list[Any] = [patterns]
     if not isinstance(patterns, (str, bytes, Mapping)):
-        with suppress(TypeError):  # also of a tensor or an array of no dimension
+        with suppress(TypeError):  # list() also raises TypeError for a 0-dimensional tensor or array
             listed = list(patterns)
     for one in listed:
         if not isinstance(one, str):
@@ -65,7 +65,7 @@ def parse_pattern(text: str) -> Pattern:
     """Parse one pattern.
 
     Raises:
-        SiteError: the text is not of the grammar.
+        SiteError: the text is not a valid pattern.
     """
     if not text:
         raise SiteError("'' is not a site pattern: a pattern is a text such as 'layers.*' or 'layers.-1'.")
@@ -91,7 +91,7 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def _guess(text: str) -> str | None:
-    """Read a layer as other libraries write it: `layer.0`, `encoder.layer.0`, `layers[0]`."""
+    """Translate the layer notation of other libraries (`layer.0`, `encoder.layer.0`, `layers[0]`) to a site pattern."""
     guess = _ELSEWHERE.sub("layers.", _BRACKETS.sub(r".\1", text.lower()))
     if guess == text:
         return None
@@ -102,7 +102,7 @@ def _guess(text: str) -> str | None:
 
 
 def _parse_selector(segment: str, text: str) -> list[int | slice | None]:
-    """Read `*`, `3`, `-1`, `8:12`, `-4:` or a comma-joined list of them; None stands for `*`."""
+    """Parse `*`, `3`, `-1`, `8:12`, `-4:` or a comma-separated list of them; None stands for `*`."""
     selectors: list[int | slice | None] = []
     for part in segment.split(","):
         if part == "*":
@@ -120,7 +120,7 @@ def _parse_selector(segment: str, text: str) -> list[int | slice | None]:
 
 
 def _select_layers(pattern: Pattern, num_layers: int, owner: str) -> set[int]:
-    """Turn the selector of a pattern into layer indices; one out of range is an error, never dropped."""
+    """Turn the selector of a pattern into layer indices; an index out of range is an error."""
     assert pattern.selector_at is not None
     chosen: set[int] = set()
     for selector in _parse_selector(pattern.segments[pattern.selector_at], pattern.text):
@@ -163,20 +163,20 @@ def expand_patterns(
     owner: str,
     modules: Sequence[str] = (),
 ) -> list[str]:
-    """Find the names that the patterns stand for.
+    """Expand patterns to site names.
 
     Args:
         patterns: One pattern or several; several give the union.
-        names: All site names of the model, in the order in which the model runs them.
+        names: All site names of the model, in execution order.
         num_layers: Number of layers behind each prefix that ends in `layers`: `{"layers": 12}`.
-        owner: What to call the model in messages.
+        owner: Name of the model in error messages.
         modules: The model's own module names, for `module:` patterns.
 
     Returns:
-        Names in the order of `names`, then `module:` sites in the order asked, each once.
+        Names in the order of `names`, then `module:` sites in the order requested, without duplicates.
 
     Raises:
-        SiteError: a pattern is malformed, selects a layer that is not there, or matches nothing.
+        SiteError: a pattern is malformed, selects a layer that does not exist, or matches nothing.
     """
     patterns = list_patterns(patterns)
     if not patterns:
@@ -202,7 +202,7 @@ def _match_names(pattern: Pattern, names: Sequence[str], num_layers: Mapping[str
             raise SiteError(
                 f"no site {pattern.text!r} in {owner}: it has no {'.'.join(prefix)!r}.{_suggest(pattern, names)}"
             )
-        # by stack, since -1 is another layer in a stack of another depth
+        # resolve per stack: -1 is a different layer in stacks of different depth
         chosen = {f"{stack}.{index}" for stack in stacks for index in _select_layers(pattern, num_layers[stack], owner)}
         found = [name for name in found if ".".join(name.split(".")[: at + 1]) in chosen]
     if not found:
@@ -228,7 +228,7 @@ def _match_modules(pattern: Pattern, modules: Sequence[str], owner: str) -> list
 
 
 def _suggest(pattern: Pattern, names: Sequence[str]) -> str:
-    """Offer the nearest site; layer numbers are taken out first so that they do not weigh in."""
+    """Suggest the closest site name; layer numbers are replaced by 0 so that they do not affect the match."""
     asked = _replace_selector(pattern, "0")
     shapes = {_DIGITS.sub("0", name): None for name in names}
     close = difflib.get_close_matches(_DIGITS.sub("0", asked), list(shapes), n=1, cutoff=0.5)
@@ -238,6 +238,6 @@ def _suggest(pattern: Pattern, names: Sequence[str]) -> str:
         return f" Its sites are {', '.join(shape.replace('.0', '.i') for shape in shapes)}."
     selector = pattern.segments[pattern.selector_at] if pattern.selector_at is not None else "*"
     guess = close[0].replace("layers.0", f"layers.{selector}")
-    if guess == pattern.text:  # of captured sites some layers may be missing
+    if guess == pattern.text:  # a captured result may lack some layers
         return f" It holds {', '.join(name for name in names if _DIGITS.sub('0', name) == close[0])}."
     return f" Did you mean {guess!r}?"

@@ -1,7 +1,7 @@
-"""From a model and patterns to sites: which module, its input or its output, which kind, how wide.
+"""Resolve site patterns on a model: which module, input or output, kind and width.
 
-Looks the stacks of a model up in the table of architectures. A site is found in the model before anything is attached,
-so a wrong name costs nothing.
+Looks up each stack of the model in the table of architectures. Sites are resolved before any hook is attached, so a
+wrong name is reported at no cost.
 
 Must never touch hooks or run the model.
 """
@@ -22,18 +22,18 @@ from layerprobe.tables import format_table
 
 __all__ = ["DEFAULT_SITES", "ModelMap", "Part", "Site", "SiteTable", "map_model", "sites"]
 
-# What is looked at where no sites are asked for, as far as the model has it.
+# The default sites; those that the model lacks are left out.
 DEFAULT_SITES = ("embeddings", "layers.*")
 
 Kind = Literal["token", "example", "attention", "source", "unknown"]
 
-# Task models whose logits are one row per token; every other head makes one row per example.
+# Task models whose logits have one row per token; every other head gives one row per example.
 _TOKEN_HEADS = (
     "ForMaskedLM", "ForCausalLM", "LMHeadModel", "GenerationDecoder", "ForPreTraining", "ForTokenClassification",
     "ForQuestionAnswering", "ForConditionalGeneration", "EncoderDecoderModel",
 )  # fmt: skip
 
-# Under these names torch.compile, FSDP and checkpoint wrappers keep the module that they stand for.
+# Attributes under which torch.compile, FSDP and checkpoint wrappers store the wrapped module.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -43,8 +43,8 @@ class Part:
 
     Args:
         index: 0, 1 or 2.
-        num_heads: Heads, where the thirds are laid out head by head; None where they are three blocks.
-        bias: Name of the parameter, in the unwrapped model, that is added afterwards, or None.
+        num_heads: Number of heads if the thirds are interleaved head by head; None if they are three contiguous blocks.
+        bias: Name, in the unwrapped model, of the parameter that is added afterwards, or None.
     """
 
     index: int
@@ -59,14 +59,14 @@ class Site:
     Args:
         name: Canonical name, such as `layers.3.attention.query`.
         module: Name of the module that is read, as in `named_modules()` of the unwrapped model.
-        takes: Whether the module's output, its first input or its attention weights are read.
+        takes: What is read: the module's output, its first input or its attention weights.
         kind: `token` for one vector per token, `example` for one per text, `attention` for `[H, S, S]` per text,
-            `source` for one vector per token of the other half, as of the encoder that a decoder looks at, `unknown`
-            until the model has run.
-        width: Size of the vector (number of heads for `attention`), or None where only running the model can tell.
-        call_index: Which call of the module is used, where it runs several times; None where it runs once.
+            `source` for one vector per token of the other sequence of an encoder-decoder, such as cross attention's
+            keys, `unknown` until the model has run.
+        width: Size of the vector (number of heads for `attention`), or None if only running the model can tell.
+        call_index: Index of the call used, if the module runs several times; None if it runs once.
         part: Which part of a fused output is used, or None.
-        stack: Number of the stack of layers that it belongs to, or None for what comes after them.
+        stack: Index of the stack of layers that the site belongs to, or None for modules after the stacks.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Site:
 
     @cached_property
     def is_by_name(self) -> bool:
-        """Whether it is a module known by its name alone: the model may go on to change what that gave."""
+        """Whether the site is a `module:` site. The model may modify such a module's output in place later."""
         return self.name.startswith(MODULE_PREFIX)
 
 
@@ -113,7 +113,7 @@ class SiteTable(Sequence[Site]):
 
 @dataclass(frozen=True)
 class ModelMap:
-    """What layerprobe knows of one model: the model under its wrappers, its stacks, its sites, its name in messages."""
+    """A model as layerprobe sees it: the unwrapped model, its stacks, its sites and its name in messages."""
 
     model: nn.Module
     stacks: tuple[Stack, ...]
@@ -131,7 +131,7 @@ class ModelMap:
         return self.stacks[0].base
 
     def select(self, patterns: "str | Sequence[str]") -> tuple[Site, ...]:
-        """Find the sites that the patterns stand for, each once, in running order.
+        """Find the sites that match the patterns, in execution order, without duplicates.
 
         Raises:
             SiteError: a pattern is malformed or matches nothing.
@@ -143,7 +143,7 @@ class ModelMap:
         return tuple(known.get(name) or self._module_site(name) for name in names)
 
     def leave_out_missing(self, patterns: Sequence[str] = DEFAULT_SITES) -> list[str]:
-        """Keep the patterns that the model has sites for, where nobody asked for them; all of them if it has none."""
+        """Drop the default patterns that match no site of the model; return all of them if none match."""
         known = []
         for pattern in patterns:
             try:
@@ -154,9 +154,9 @@ class ModelMap:
         return known or list(patterns)
 
     def is_chunked(self, site: Site) -> bool:
-        """Whether the module of a site may run several times in one call, each time on a few positions.
+        """Return whether the module of a site may run several times per call, each time on a slice of the positions.
 
-        `chunk_size_feed_forward` does that to what an FFN is made of, and so perhaps to a module known by its name.
+        `chunk_size_feed_forward` splits the FFN this way, and possibly a `module:` site inside it.
         """
         config = self.stacks[site.stack or 0].base.config
         in_ffn = ".ffn." in site.name or (site.kind == "unknown" and site.stack is not None)
@@ -199,8 +199,8 @@ def map_model(model: nn.Module | LoadedModel) -> ModelMap:
     """Find the stacks of a model, their architecture and all sites.
 
     Raises:
-        ArchitectureError: not a Hugging Face model, or one whose parts are not known.
-        OptionError: it is no model at all.
+        ArchitectureError: not a Hugging Face model, or its architecture is not supported.
+        OptionError: the argument is not a model.
     """
     root = unwrap(model)
     if not isinstance(getattr(root, "base_model", None), nn.Module) or not hasattr(config_of(root), "model_type"):
@@ -218,7 +218,7 @@ def map_model(model: nn.Module | LoadedModel) -> ModelMap:
 
 @dataclass
 class _Lister:
-    """Makes the sites of one stack."""
+    """Build the sites of one stack."""
 
     root: nn.Module
     number: int
@@ -229,13 +229,13 @@ class _Lister:
     def __post_init__(self) -> None:
         config = self.stack.base.config
         self.hidden_size = config.hidden_size
-        # only rows tell of heads, and without one they may differ from layer to layer
+        # without a row the number of heads may differ from layer to layer
         self.num_heads = getattr(config, "num_attention_heads", None) if self.stack.anatomy else None
 
     def make(
         self, name: str, layer: str, place: Place, kind: Kind, call: int | None = None, takes: str | None = None
     ) -> Site:
-        """Make a site for a place in a layer, or in the base where `layer` is empty."""
+        """Make a site for a place in a layer, or in the base model if `layer` is empty."""
         path = place.path if isinstance(place, Fused) else place.removesuffix(":input")
         takes = takes or ("input" if isinstance(place, str) and place.endswith(":input") else "output")
         path = f"{layer}.{path}" if layer and path else layer or path
@@ -246,9 +246,9 @@ class _Lister:
             bias = self.full_path(f"{layer}.{place.bias}") if place.bias else None
             part = Part(place.part, self.num_heads if place.by_head else None, bias)
         if takes == "weights":
-            # the module itself first: ConvBERT leaves some heads to a convolution
+            # the module takes precedence: ConvBERT replaces some heads by a convolution
             width = getattr(self.stack.base.get_submodule(path), "num_attention_heads", self.num_heads) or width
-        # of a module that does not tell, as an adapter of a user's own around a projection
+        # some modules do not state their width, such as a custom adapter around a projection
         width = self._usual_width(name) if width is None else width
         full = self.full_path(path)
         if kind == "token" and self.stack.is_of_decoder(full, self.root):
@@ -256,7 +256,7 @@ class _Lister:
         return Site(self.stack.prefix + name, full, takes, kind, width, call, part, self.number)  # type: ignore[arg-type]
 
     def _usual_width(self, name: str) -> int | None:
-        """Give the width of the residual stream where a site has it; only the module tells how wide an FFN is."""
+        """Return the width expected from the config; None for `ffn.act`, whose width only the module can tell."""
         if name.endswith(".ffn.act"):
             return None
         groups = getattr(self.stack.base.config, "num_key_value_heads", None)
@@ -265,7 +265,7 @@ class _Lister:
         return self.hidden_size
 
     def full_path(self, path: str) -> str:
-        """Name a module of the base as the unwrapped model names it."""
+        """Convert a module path in the base model to its path in the unwrapped model."""
         return f"{self.stack.path}.{path}" if self.stack.path else path
 
 
@@ -290,7 +290,7 @@ def _list_stack(root: nn.Module, number: int, stack: Stack) -> Iterator[Site]:
 
 
 def _list_layer(lister: _Lister, anatomy: Anatomy, index: int, layer: str, call: int | None) -> Iterator[Site]:
-    """List the sites inside a layer, in the order in which it runs them."""
+    """List the sites inside a layer, in execution order."""
     block = lister.stack.base.get_submodule(layer)
     yield from _list_attention(lister, anatomy, f"layers.{index}.attention", layer, call, "")
     cross = anatomy.cross if anatomy.cross and has_module(block, anatomy.cross) else None
@@ -298,7 +298,7 @@ def _list_layer(lister: _Lister, anatomy: Anatomy, index: int, layer: str, call:
         yield from _list_attention(lister, anatomy, f"layers.{index}.cross_attention", layer, call, cross)
     mid = cross or anatomy.mid
     if mid is not None:
-        # as wide as what is added to it: inside a bottleneck that is less than the layer's own width
+        # the width of the attention output that is added to it: in a bottleneck this is less than the layer's width
         width = _module_width(block.get_submodule(anatomy.out), "output")
         yield replace(lister.make(f"layers.{index}.mid", layer, mid, "token", call), width=width or lister.hidden_size)
     yield lister.make(f"layers.{index}.ffn.act", layer, f"{anatomy.down}:input", "token", call)
@@ -308,7 +308,7 @@ def _list_layer(lister: _Lister, anatomy: Anatomy, index: int, layer: str, call:
 def _list_attention(
     lister: _Lister, anatomy: Anatomy, name: str, layer: str, call: int | None, cross: str
 ) -> Iterator[Site]:
-    """List the sites of one attention; `cross` stands for the first segment of its paths where it is not the first."""
+    """List the sites of one attention block; `cross`, if not empty, replaces the first segment of its paths."""
 
     def moved(place: Any) -> Any:
         return cross + place[place.index(".") :] if cross and isinstance(place, str) else place
@@ -324,7 +324,7 @@ def _list_attention(
 
 
 def _list_head(root: nn.Module, stacks: tuple[Stack, ...]) -> list[Site]:
-    """Find what makes the logits, if anything does."""
+    """Find the module that computes the logits, if there is one."""
     stack = stacks[-1]
     owner = root if len(stacks) == 1 else root.decoder
     if stack.anatomy is None or owner is stack.base:
@@ -332,7 +332,7 @@ def _list_head(root: nn.Module, stacks: tuple[Stack, ...]) -> list[Site]:
     if getattr(config_of(root), "classifier_pooling", None) == "late" and type(root).__name__ == (
         "EuroBertForSequenceClassification"
     ):
-        return []  # it pools after the classifier: no module makes the logits
+        return []  # it pools after the classifier, so no module outputs the logits
     head = next((name for name in stack.anatomy.heads if has_module(owner, name)), None)
     if head is None:
         return []
@@ -343,7 +343,7 @@ def _list_head(root: nn.Module, stacks: tuple[Stack, ...]) -> list[Site]:
 
 
 def _leave_out(name: str) -> str:
-    """Leave out of a module's name what wraps it; the wrapper has the attributes of what is in it."""
+    """Remove wrapper attributes from a module path; a wrapper forwards attribute access to the wrapped module."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
@@ -359,8 +359,8 @@ def _describe_place(site: Site) -> str:
 
 
 def _module_width(module: nn.Module, takes: str) -> int | None:
-    """Read a module's width off its attributes, where it tells."""
-    # nx and nf: the Conv1D of transformers, a Linear as GPT-2 has it
+    """Read a module's width from its attributes, or None if it has no such attribute."""
+    # nx and nf belong to transformers' Conv1D, the transposed Linear of GPT-2
     for name in ("in_features", "nx") if takes == "input" else ("out_features", "embedding_dim", "nf"):
         width = getattr(module, name, None)
         if isinstance(width, int):
@@ -369,7 +369,7 @@ def _module_width(module: nn.Module, takes: str) -> int | None:
 
 
 def _last_linear_width(module: nn.Module) -> int | None:
-    # A pre-training head holds a second classifier beside the predictions; the logits are the predictions'.
+    # A pre-training head also holds a second classifier; the logits come from `predictions`.
     widths = [_module_width(part, "output") for part in getattr(module, "predictions", module).modules()]
     widths = [width for width in widths if width is not None]
     return widths[-1] if widths else None

@@ -1,6 +1,6 @@
-"""The stacks of layers inside a model, whatever it is wrapped in.
+"""Find the stacks of layers in a model, however it is wrapped.
 
-Looks under DDP, FSDP, torch.compile, PEFT and SentenceTransformer, finds the base model of each stack and lays out its
+Unwraps DDP, FSDP, torch.compile, PEFT and SentenceTransformer, finds the base model of each stack and lists its
 layers. Hides how wrappers and task models nest. Must never touch hooks or run the model.
 """
 
@@ -40,14 +40,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of layers: `""`, or `encoder.` and `decoder.` of a model that has both.
+    """A stack of layers; an EncoderDecoderModel has two, with the prefixes `encoder.` and `decoder.`.
 
     Args:
-        prefix: What its sites' names begin with.
-        path: Name of its base model in the unwrapped model.
-        base: The base model: what is called with ids and mask.
-        anatomy: Where it keeps its parts; None where only its structure is known.
-        layers: For each layer the module's path from the base, and which of its calls is used.
+        prefix: Prefix of its site names; empty if the model has one stack.
+        path: Path of its base model in the unwrapped model.
+        base: The base model, which is called with ids and mask.
+        anatomy: Its module paths; None if its layers were inferred from the model's structure.
+        layers: For each layer, the module's path in the base model and the index of the call used, or None.
     """
 
     prefix: str
@@ -58,32 +58,32 @@ class Stack:
 
     @property
     def has_decoder(self) -> bool:
-        """Whether its base model has a decoder too, whose tokens and padding a call of the base does not show."""
+        """Whether the base model also contains a decoder, whose tokens and padding a call of the base does not show."""
         is_pair = bool(getattr(self.base.config, "is_encoder_decoder", False))
         return is_pair and any(_is_decoder(name) for name, _ in self.base.named_children())
 
     def is_of_decoder(self, path: str, root: nn.Module) -> bool:
-        """Whether a module, by its name in the unwrapped model, is part of that decoder or makes words of its rows."""
+        """Return whether a module of the unwrapped model belongs to that decoder or is its output embedding."""
         if not self.has_decoder:
             return False
         prefix = f"{self.path}." if self.path else ""
         if path.startswith(prefix) and _is_decoder(path.removeprefix(prefix).partition(".")[0]):
             return True
-        # a module of a user's own around the base need not be a model of transformers
+        # a custom module around the base need not be a transformers model
         find_head = getattr(root, "get_output_embeddings", None)
         return find_head is not None and root.get_submodule(path) is find_head()
 
 
 def _is_decoder(name: str) -> bool:
-    """Whether a part of a base model is its decoder, by its name: SeamlessM4T has a `text_decoder`."""
+    """Return whether the name of a submodule marks it as a decoder; SeamlessM4T has a `text_decoder`."""
     return name.endswith("decoder")
 
 
 def need_model(model: nn.Module | LoadedModel) -> nn.Module:
-    """Take a model, or that of what `load_model` gave.
+    """Return the model itself, or the model inside a result of `load_model`.
 
     Raises:
-        OptionError: it is neither.
+        OptionError: the argument is neither.
     """
     if isinstance(model, LoadedModel):
         return model.model
@@ -94,11 +94,11 @@ def need_model(model: nn.Module | LoadedModel) -> nn.Module:
 
 
 def unwrap(model: nn.Module | LoadedModel) -> nn.Module:
-    """Look under DDP, FSDP, torch.compile, PEFT and SentenceTransformer.
+    """Unwrap DDP, FSDP, torch.compile, PEFT and SentenceTransformer.
 
     Raises:
-        ArchitectureError: a wrapper that runs copies of the model, whose rows would come in no order.
-        OptionError: it is no model.
+        ArchitectureError: nn.DataParallel, which runs replicas of the model, so rows would arrive in no fixed order.
+        OptionError: the argument is not a model.
     """
     model = need_model(model)
     while True:
@@ -120,38 +120,38 @@ def unwrap(model: nn.Module | LoadedModel) -> nn.Module:
 
 
 def calls_forward(model: nn.Module) -> bool:
-    """Whether a wrapper runs `forward` of the model, past the hooks on it: a SentenceTransformer does."""
+    """Return whether a wrapper calls the model's `forward` directly, past its hooks, as SentenceTransformer does."""
     model = model._modules.get("_orig_mod") or model
     return isinstance(model, nn.Sequential) and len(model) > 0 and hasattr(model[0], "auto_model")
 
 
 def find_called(model: nn.Module | LoadedModel) -> nn.Module:
-    """Give what is called with ids and mask: of a SentenceTransformer the model in it.
+    """Return the module to call with ids and mask: for a SentenceTransformer, the model inside it.
 
     Raises:
-        OptionError: it is no model.
+        OptionError: the argument is not a model.
     """
     model = need_model(model)
     return unwrap(model) if calls_forward(model) else model
 
 
 def is_compile_wrapper(model: nn.Module) -> bool:
-    """Whether it is what `torch.compile(model)` gave."""
+    """Return whether the model is a result of `torch.compile(model)`."""
     return "_orig_mod" in model._modules
 
 
 def is_compiled_in_place(model: nn.Module) -> bool:
-    """Whether a part of a model was compiled where it stands, as `module.compile()` does."""
+    """Return whether any module of the model was compiled in place with `module.compile()`."""
     return any(part._compiled_call_impl is not None for part in model.modules())
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether a model or a part of it is compiled, either way."""
+    """Return whether the model or any of its modules is compiled, wrapped or in place."""
     return is_compiled_in_place(model) or any(is_compile_wrapper(part) for part in model.modules())
 
 
 def config_of(model: nn.Module) -> Any:
-    """Give the configuration of a model; None for a module without one."""
+    """Return the configuration of a model, or None if it has none."""
     return getattr(model, "config", None)
 
 
@@ -159,7 +159,7 @@ def find_stacks(root: Any) -> Iterator[Stack]:
     """Find the stacks of an unwrapped model: one, or the encoder and the decoder of an EncoderDecoderModel.
 
     Raises:
-        ArchitectureError: there is no row for its architecture, and no telling by its structure.
+        ArchitectureError: the architecture has no row and its layers cannot be inferred from its structure.
     """
     if config_of(root).model_type == "encoder-decoder":
         for prefix, half in (("encoder.", root.encoder), ("decoder.", root.decoder)):
@@ -185,7 +185,7 @@ def _make_stack(root: nn.Module, prefix: str, base: Any) -> Stack:
 
 
 def _shared_layers(config: Any, template: str) -> Iterator[tuple[str, int]]:
-    """Lay out ALBERT's layers: a few modules that run again and again."""
+    """List ALBERT's layers: a few shared modules that each run several times."""
     calls: dict[str, int] = {}
     for index in range(config.num_hidden_layers):
         group = int(index / (config.num_hidden_layers / config.num_hidden_groups))
@@ -196,9 +196,9 @@ def _shared_layers(config: Any, template: str) -> Iterator[tuple[str, int]]:
 
 
 def _guess_layers(base: Any) -> tuple[tuple[str, None], ...] | None:
-    """Find the one list of `num_hidden_layers` equal blocks of one width in a model without a row."""
+    """Find the only ModuleList of `num_hidden_layers` modules of one type, for an architecture without a row."""
     if getattr(base.config, "hidden_size", None) is None:
-        return None  # stages of a convolutional model, each of its own width
+        return None  # the stages of a convolutional model differ in width
     wanted = getattr(base.config, "num_hidden_layers", 0)
     lists = [
         name
@@ -209,7 +209,7 @@ def _guess_layers(base: Any) -> tuple[tuple[str, None], ...] | None:
 
 
 def guess_embeddings(stack: Stack) -> tuple[str, ...]:
-    """Find the embedding block in a model without a row; none where a projection or a norm follows it."""
+    """Guess the embedding module for an architecture without a row; none if a projection or a norm follows it."""
     following, parent = [], stack.base
     for step in stack.layers[0][0].split("."):
         for name, child in parent.named_children():
@@ -222,7 +222,7 @@ def guess_embeddings(stack: Stack) -> tuple[str, ...]:
 
 
 def has_module(module: Any, path: str) -> bool:
-    """Whether a module has one of this name in it."""
+    """Return whether a module has a submodule at this path."""
     try:
         return isinstance(module.get_submodule(path), nn.Module)
     except AttributeError:
@@ -230,9 +230,9 @@ def has_module(module: Any, path: str) -> bool:
 
 
 def fills_masks(model: nn.Module) -> bool:
-    """Whether a model puts in words for masks, by the name of its class, as transformers names them.
+    """Return whether a model predicts masked tokens, judging by the class name that transformers gives it.
 
-    What is pretrained otherwise, as a discriminator of words that were replaced, has no output for each word.
+    Other pre-training models, such as ELECTRA's discriminator, have no output embedding and do not count.
     """
     own: Any = model
     name = type(model).__name__
@@ -240,13 +240,13 @@ def fills_masks(model: nn.Module) -> bool:
 
 
 def find_cache(given: Mapping[str, Any]) -> Any:
-    """Find the key-value cache among the named arguments of a call, or None. transformers renamed it in 5.24."""
+    """Return the key-value cache from the keyword arguments of a call, or None. transformers renamed it in 5.24."""
     cache = given.get("cache")
     return given.get("past_key_values") if cache is None else cache
 
 
 def find_device(model: nn.Module) -> torch.device:
-    """Find where the model makes its values; weights that accelerate keeps elsewhere tell by their hooks."""
+    """Find the device on which the model computes; for weights offloaded by accelerate, ask its hooks."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if device.type == "meta":
         hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
@@ -256,29 +256,29 @@ def find_device(model: nn.Module) -> torch.device:
 
 
 def find_weight_dtype(model: nn.Module) -> torch.dtype:
-    """Find the dtype of a model's weights; float32 where it has none."""
+    """Return the dtype of a model's floating-point weights; float32 if it has none."""
     return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
 
 
 def find_sum_device(device: torch.device) -> torch.device:
-    """Find where sums of values on a device are kept in float64: there, or on the host if it has none, as mps."""
+    """Return the device on which float64 sums of values on `device` are kept: the CPU for mps, which lacks float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def widen(values: Tensor) -> Tensor:
-    """Give values in float64, where sums of them are kept."""
+    """Convert values to float64 on the device where their sums are kept."""
     return values.to(find_sum_device(values.device)).double()
 
 
 def need_one_device(model: nn.Module) -> torch.device:
-    """Find where the model makes its values, for those who collect them in one place.
+    """Return the one device on which the model computes.
 
     Raises:
-        OptionError: accelerate has spread it over several.
+        OptionError: accelerate has spread the model over several devices.
     """
     root = unwrap(model)
     placed = getattr(root, "hf_device_map", None) or {}
-    # `0` and `cuda:0` are one device; what lies on the CPU or on disk is computed on it all the same
+    # `0` and `cuda:0` are the same device; weights offloaded to CPU or disk are still computed on it
     devices = sorted({str(place).rpartition(":")[2] for place in placed.values()} - {"cpu", "disk"})
     if len(devices) > 1:
         raise OptionError(

@@ -1,14 +1,12 @@
-"""Attention probabilities of a model that keeps its own attention kernel.
+"""Recompute the attention probabilities of a model that runs a fused attention kernel.
 
-A fused kernel (sdpa, flash, flex) never writes the `[B, H, S, S]` probabilities down. They are made here once more,
-for the asked layers only, by the eager code that transformers ships beside the kernel: a twin of the attention module
-runs that code, and its children give back what the module's own children gave in the call just done. So no projection
-is computed twice, no hook fires twice, no random number is drawn, and an edit of a query is seen. Position encodings,
-scale and grouped heads are the model's own code; the one thing translated is the mask, which every kernel takes in
-another form.
+A fused kernel (sdpa, flash, flex) never materialises the `[B, H, S, S]` probabilities. They are recomputed here, only
+for the requested layers, with the eager code that transformers ships: a twin of the attention module runs that code,
+and its children replay the outputs that the real children just gave. So no projection is computed twice, no hook fires
+twice, no random number is drawn, and an edit of a query is visible. Position encodings, scale and grouped heads are the
+model's own code; only the mask is translated, because each kernel takes a different form.
 
 Never touches the model's configuration, buffers or outputs, and knows no model by name.
-
 Letters: B sequences, H heads, S positions, D width.
 """
 
@@ -28,28 +26,28 @@ from layerprobe.sites.stacks import find_cache
 
 __all__ = ["ContextComparison", "EagerTwin", "require_same_contexts"]
 
-# What rounding may move a context by, in the eps of what computes it. Seen at most, over the demo model and tiny ones
-# of every family on a CPU: 2.5 eps in float32, 1.2 in the half types. A query times 1.5 in bfloat16 moves the demo
-# model by 24 to 57 eps.
+# Allowed rounding difference between two contexts, in eps of the dtype computed in. Largest difference measured, over
+# the demo model and tiny models of every family on a CPU: 2.5 eps in float32, 1.2 in the half types. Scaling a query by
+# 1.5 in bfloat16 moves the demo model by 24 to 57 eps.
 _MOST_EPS = 8
-# TF32 keeps ten bits of a mantissa
+# TF32 has a 10-bit mantissa
 _TF32_EPS = 2.0**-10
-# float32 kernels of CUDA split their products and sum them in other orders; a guess that no GPU has tried
+# CUDA's float32 kernels split products and sum them in other orders; an estimate, not measured on a GPU
 _CUDA_FLOAT32 = 4
 _LOAD_EAGER = "Load the model with attn_implementation='eager'."
 
 
 class EagerTwin:
-    """Give the attention probabilities of the calls of one attention module.
+    """Recompute the attention probabilities of one attention module's calls.
 
-    One twin serves one call: `note` after each call of a direct child, then `finish` after the module. The twin's
-    context is compared with the one the kernel made, which costs a comparison of `[B, S, D]` and, on a device, a wait
-    where its outcome is looked at; it catches every kernel that does more than its arguments say.
+    One twin handles one call at a time: `note` after each call of a direct child, then `finish` after the module. The
+    twin's context is compared with the kernel's to catch any kernel that does more than its arguments say. This costs a
+    comparison of `[B, S, D]` and, on a GPU, a synchronisation when the result is read.
 
     Args:
-        module: What mixes the heads (for BERT, `BertSelfAttention`).
-        checks: Whether to compare contexts; a graph that is being compiled cannot.
-        later: Where comparisons go that the caller will look at; None to have them looked at by `finish`.
+        module: The module that mixes the heads (for BERT, `BertSelfAttention`).
+        checks: Whether to compare contexts; not possible in a graph that is being compiled.
+        later: List that receives the comparisons, for the caller to check; if None, `finish` checks them.
     """
 
     def __init__(self, module: nn.Module, checks: bool = True, later: "list[ContextComparison] | None" = None) -> None:
@@ -63,34 +61,35 @@ class EagerTwin:
             self._twin.__dict__["config"] = _EagerConfig(module.config)
 
     def clear(self) -> None:
-        """Forget the call, so that the twin can serve another."""
+        """Forget the recorded call, so that the twin can handle another."""
         for child in self._children.values():
             child.calls, child.given, child.other = [], 0, []
 
     def note(self, name: str, first: Any, output: Any) -> None:
-        """Remember what the direct child `name` took first and gave."""
+        """Record the first input and the output of a call of the direct child `name`."""
         self._children[name].calls.append((first, output))
 
     def finish(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
-        """Give the probabilities of the call just done, before attention dropout.
+        """Return the probabilities of the call just recorded, before attention dropout.
 
-        Before dropout, because that is the one value every kernel has: a fused kernel draws its dropout mask inside and
-        shows it to nobody. In eval mode it is what `output_attentions=True` returns under eager attention.
+        Fused kernels apply dropout internally and never expose the mask, so only the values before dropout are
+        comparable across kernels. In eval mode they equal what `output_attentions=True` returns under eager attention.
 
         Args:
-            args, kwargs: What the module was called with.
-            output: What it returned.
+            args, kwargs: The arguments of the module's call.
+            output: What the call returned.
 
         Returns:
-            `[B, H, S, S]`, in the dtype the eager code gives.
+            `[B, H, S, S]`, in the dtype that the eager code gives.
 
         Raises:
-            CaptureError: the call cannot be repeated, or, with no `later`, repeating it gives another context.
+            CaptureError: the call cannot be repeated, or, with `later` None, repeating it gives a different context.
 
-        Cost: nothing where the model itself ran eager code; else one eager attention (scores, softmax, mix).
+        Cost: nothing if the model itself ran eager code; otherwise one eager attention (scores, softmax, mix).
         """
-        # Classes older than transformers' attention interface (DeBERTa, MPNet, all eager ones of 4.x) end their softmax
-        # in `self.dropout(probabilities)`, returned or not; no other dropout child ever takes four dimensions.
+        # Classes older than transformers' attention interface (DeBERTa, MPNet, all eager classes of 4.x) pass their
+        # softmax through `self.dropout(probabilities)`, whether or not they return it; no other dropout child takes
+        # four dimensions.
         handed = [first for name in self._dropouts for first, _ in self._children[name].calls if first.ndim == 4]
         if handed:
             return handed[0]
@@ -111,7 +110,7 @@ class EagerTwin:
             asked["attention_mask"] = _additive(mask, states_BSD.dtype)
             if isinstance(seen := asked.get("encoder_attention_mask"), Tensor):  # ESM's cross attention reads this one
                 asked["encoder_attention_mask"] = _additive(_spread(seen), states_BSD.dtype)
-        elif "mask" in self._parameters and "query" in self._parameters:  # 4.x DistilBERT wants B,S, ones to keep
+        elif "mask" in self._parameters and "query" in self._parameters:  # 4.x DistilBERT expects B,S with 1 for keep
             asked["mask"] = _kept_keys(asked.get("mask"), states_BSD)
         elif "mask" in self._parameters:  # T5
             mask = _with_pattern(asked.get("mask"), self._module, states_BSD, asked)
@@ -123,7 +122,7 @@ class EagerTwin:
         weights = self._find_weights(again)
         if weights is None:
             raise CaptureError(f"{self._name}: its eager code returns no weights. {_LOAD_EAGER}")
-        # In training the kernel dropped some of its weights: its context is another, rightly.
+        # In training the kernel applied dropout to its weights, so its context rightly differs.
         if self._checks and not self._module.training:
             pairs = [pair for child in self._children.values() for pair in child.other]
             real_BS = _real_queries(asked, states_BSD)
@@ -135,18 +134,18 @@ class EagerTwin:
         return weights
 
     def _find_weights(self, output: Any) -> Tensor | None:
-        """Find the weights in what the module gives; one that takes a position bias (T5) gives it before them."""
+        """Find the weights in a module's output; a module with a position bias (T5) returns the bias before them."""
         items = output if isinstance(output, tuple) else ()
         found = [item for item in items if isinstance(item, Tensor) and item.ndim == 4]
         return next(iter(found["position_bias" in self._parameters :]), None)
 
 
 class _Replay(nn.Module):
-    """A child that gives back what the real one gave, in order, and passes through what the real one was never asked.
+    """Replay the recorded outputs of a child in order; pass the input through once they are used up.
 
-    The second rule is for dropout: the eager code calls it, the fused kernel did not, and no dropout is wanted.
-    `other` keeps the arguments that differ from the recorded ones: where the output projection is a child, its input
-    is the context, once as the twin made it and once as the kernel did.
+    The pass-through is for dropout: the eager code calls it, the fused kernel did not, and no dropout is wanted.
+    `other` collects pairs of inputs that are not the same tensor: if the output projection is a child, its input is the
+    context, once as computed by the twin and once by the kernel.
     """
 
     def __init__(self) -> None:
@@ -161,16 +160,16 @@ class _Replay(nn.Module):
             return first
         recorded, output = self.calls[self.given]
         self.given += 1
-        # places in a table of positions are numbers, and no context
+        # integer inputs are indices into a position table, not a context
         if isinstance(first, Tensor) and first is not recorded and first.is_floating_point():
             self.other.append((first, recorded))
         return output
 
 
 class _EagerConfig:
-    """The module's own configuration, but for the kernel it names.
+    """Wrap the module's configuration and override only the attention implementation.
 
-    Not a copy: assigning `_attn_implementation` on a copy would reach the original's sub-configurations.
+    Not a copy: assigning `_attn_implementation` on a copy would also change the original's sub-configurations.
     """
 
     _attn_implementation = "eager"
@@ -184,11 +183,11 @@ class _EagerConfig:
 
 @functools.cache
 def _eager_forward(kind: type[nn.Module]) -> tuple[Callable[..., Any], list[str]]:
-    """Give the eager `forward` of an attention class, the one highest in its line of descent, and its parameters.
+    """Return the eager `forward` of an attention class, from its most basic ancestor, and its parameter names.
 
     transformers 4.x has one class per kernel, derived from the eager one (`BertSdpaSelfAttention` from
-    `BertSelfAttention`); 5.x has one class, whose `forward` asks the configuration. Taken from the class, so that
-    neither hooks nor a `forward` set on the instance (accelerate) run again.
+    `BertSelfAttention`); 5.x has one class whose `forward` reads the configuration. Taking it from the class keeps
+    hooks and a `forward` set on the instance (accelerate) from running again.
     """
     line = [c for c in kind.__mro__ if issubclass(c, nn.Module) and c is not nn.Module and "forward" in vars(c)]
     forward = vars(line[-1])["forward"]
@@ -207,12 +206,12 @@ def _first(args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class ContextComparison:
-    """How far a context is off the one that the kernel made, measured but not looked at.
+    """The difference between a recomputed context and the kernel's, measured but not yet read.
 
     Args:
-        module, kernel: By name.
-        measured: Root mean squares of the difference and of the kernel's context, float32 `[2]`, where the model is.
-        eps: Of what computed them.
+        module, kernel: Names for the error message.
+        measured: Root mean squares of the difference and of the kernel's context, float32 `[2]`, on the model's device.
+        eps: Machine epsilon of the computation.
     """
 
     module: str
@@ -222,12 +221,12 @@ class ContextComparison:
 
 
 def require_same_contexts(compared: Sequence[ContextComparison]) -> None:
-    """Refuse weights whose mix of the values is not the context the kernel made.
+    """Check that the recomputed weights reproduce the kernel's contexts.
 
     Raises:
-        CaptureError: one is not.
+        CaptureError: a context differs by more than rounding.
 
-    Cost: one wait for the device.
+    Cost: one device synchronisation.
     """
     if not compared:
         return
@@ -243,25 +242,25 @@ def require_same_contexts(compared: Sequence[ContextComparison]) -> None:
 
 
 def _compare(module: nn.Module, twin: Tensor, real: Tensor, real_BS: Tensor | None) -> ContextComparison:
-    """Hold a context against the kernel's.
+    """Measure how far a recomputed context is from the kernel's.
 
-    Left out are padding queries, which may have no key to look at (far from any token, under a window): there sdpa and
-    flash give zeros, eager attention the mean, or NaN where the sum of mask and score overflows. So are rows of zeros,
-    where no mask tells of padding, and rows the model itself made NaN.
+    Padding queries are excluded, since under a window they may have no key to attend to: there sdpa and flash give
+    zeros, eager attention the mean, or NaN if mask plus score overflows. So are rows of zeros, in case no mask
+    identifies padding, and rows in which the model itself produced non-finite values.
     """
     if twin.shape != real.shape:
         raise CaptureError(f"{type(module).__name__}: its eager code takes another path. {_LOAD_EAGER}")
     seen = (real != 0).any(-1, keepdim=True) & real.isfinite().all(-1, keepdim=True)
     if real_BS is not None and real_BS.shape == seen.shape[:-1]:
         seen &= real_BS[..., None]
-    # By root mean square over the whole context: rounding is spread over it, and another formula moves all of it.
+    # Root mean square over the whole context: rounding is spread over it, a different formula changes all of it.
     sizes = [_root_mean_square(value, seen) for value in (twin.float() - real.float(), real.float())]
     eps = _rounding_of(real.dtype, real.is_cuda, rounds_products())
     return ContextComparison(type(module).__name__, _kernel(module) or "sdpa", torch.stack(sizes), eps)
 
 
 def _real_queries(asked: Mapping[str, Any], states_BSD: Tensor) -> Tensor | None:
-    """Find the queries of real tokens by a mask of B,1,S,S or B,1,1,S: a token that is padding is no query's key."""
+    """Find the queries of real tokens from a mask of B,1,S,S or B,1,1,S: padding is never attended to as a key."""
     mask = asked.get("attention_mask", asked.get("mask"))
     if not isinstance(mask, Tensor) or mask.ndim != 4 or asked.get("encoder_hidden_states") is not None:
         return None
@@ -275,8 +274,8 @@ def _root_mean_square(value: Tensor, seen: Tensor) -> Tensor:
 
 
 def _rounding_of(dtype: torch.dtype, is_cuda: bool, is_rounded: bool) -> float:
-    """Give the eps that two contexts may differ by; `is_rounded`: whether CUDA rounds the operands of products."""
-    # the eager code of ModernBERT and others takes its softmax in float32, whatever the model is in
+    """Return the eps for comparing contexts; `is_rounded`: whether CUDA rounds the operands of matrix products."""
+    # ModernBERT and others compute the softmax in float32, whatever the model's dtype
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     if not is_cuda or dtype != torch.float32:
         return eps
@@ -284,10 +283,10 @@ def _rounding_of(dtype: torch.dtype, is_cuda: bool, is_rounded: bool) -> float:
 
 
 def _with_pattern(mask: Any, module: nn.Module, states_BSD: Tensor, asked: Mapping[str, Any]) -> Tensor | None:
-    """Give a kernel's mask as one tensor that broadcasts to B,H,S,S: bool (true to keep) or additive.
+    """Convert a kernel's mask to one tensor that broadcasts to B,H,S,S: bool (true to keep) or additive.
 
-    sdpa takes either of these, or None; flash takes B,S or None and does causality and the window itself; flex takes a
-    BlockMask.
+    sdpa takes either of these, or None; flash takes B,S or None and applies causality and the window itself; flex takes
+    a BlockMask.
     """
     size = states_BSD.shape[1]
     if isinstance(mask, BlockMask):
@@ -307,7 +306,7 @@ def _with_pattern(mask: Any, module: nn.Module, states_BSD: Tensor, asked: Mappi
 
 
 def _spread(mask: Tensor) -> Tensor:
-    """Give a B,S mask of ones to keep the four dimensions of the others."""
+    """Expand a B,S keep mask to four dimensions; return any other mask unchanged."""
     return mask[:, None, None, :].bool() if mask.ndim == 2 else mask
 
 
