@@ -1,9 +1,9 @@
-"""What a sink can do beyond taking values as the model makes them: the sink says it, whoever feeds it asks.
+"""Optional abilities of a sink, declared by the sink and queried by the code that feeds it.
 
-A sink of the six methods of `calls.Sink`, as users write them, can do none of this and need not know of it: what it is
-given is whole, and its own to keep.
+A user's sink with only the six methods of `calls.Sink` has none of these abilities and need not know of them: it
+receives whole values, which it may keep.
 
-Must never know of modules or of what becomes of values.
+Must never know of modules or of what happens to values.
 """
 
 from collections.abc import Sequence
@@ -19,30 +19,30 @@ __all__ = ["History", "SinkAbilities", "abilities_of"]
 
 
 class History(Protocol):
-    """Where compiled graphs leave values with their history in autograd."""
+    """Where compiled graphs leave values with autograd history."""
 
     def attach_history(self) -> None:
-        """Give the sink what the last graph has left, by `SinkAbilities.attach`."""
+        """Pass the values left by the last graph to the sink's `SinkAbilities.attach`."""
 
     def drop_history(self) -> None:
-        """Forget it."""
+        """Drop them."""
 
 
 class SinkAbilities:
-    """What a sink can do beyond taking values, as one that can do nothing of it; a sink that can says otherwise."""
+    """The optional abilities of a sink, all off; a sink overrides those that it has."""
 
-    # no value is seen before its call is finished, so what is to be checked may be looked at by then
+    # values are not exposed before their call is finished, so checks of them may be deferred until then
     forgets_abandoned: bool = False
-    # values are kept with their history in autograd, and what backward sends to them: `attach` is called
+    # values are kept with autograd history together with their gradients, and `attach` is called
     keeps_gradients: bool = False
-    # set for a sink that keeps gradients, while it is probed
+    # set while a sink that keeps gradients is attached to a model
     history: History | None = None
-    # the dtype of rows that a graph packs; None for that of the values
+    # dtype of the rows that a graph packs; None for that of the values
     packed_dtype: torch.dtype | None = None
 
     @property
     def copies_at_once(self) -> bool:
-        """Whether a value may be overwritten as soon as `receive` returns, as a compiled graph does with its memory."""
+        """Whether a value may be overwritten once `receive` returns, as compiled graphs do when they reuse memory."""
         return False
 
     @property
@@ -51,27 +51,30 @@ class SinkAbilities:
         return False
 
     def receive_rows(self, call: Call, index: int, rows_TD: Tensor) -> None:
-        """Take rows that are gathered and cast already; only where `packs_rows`."""
+        """Receive rows that are already gathered and cast; called only if `packs_rows`."""
         raise NotImplementedError
 
     def attach(self, index: int, value: Tensor) -> None:
-        """Take a value of the last call once more, with its history; only where `keeps_gradients`."""
+        """Receive a value of the last call again, with autograd history; called only if `keeps_gradients`."""
         raise NotImplementedError
 
     def make_outlet(self, root: nn.Module, device: torch.device, readings: Sequence[Reading]) -> Outlet | None:
-        """Make what takes values straight from compiled graphs; None for operators that call `receive`.
+        """Return an outlet that takes values directly from compiled graphs.
 
         Args:
             root: The model.
-            device: Where it is.
+            device: Its device.
             readings: What is read, module by module.
+
+        Returns:
+            The outlet, or None to use operators that call `receive`.
         """
         return None
 
     def announce_examples(self, ordinals: Sequence[int]) -> None:
-        """Take note which examples of the input the sequences of the next call are."""
+        """Record the input ordinals of the next call's examples."""
 
 
 def abilities_of(sink: Sink) -> SinkAbilities:
-    """Give what a sink can do: the sink itself where it says so, else what can do nothing."""
+    """Return a sink's abilities: the sink itself if it declares them, otherwise none."""
     return sink if isinstance(sink, SinkAbilities) else SinkAbilities()

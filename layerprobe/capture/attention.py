@@ -1,8 +1,7 @@
-"""Watch an attention module and its children, and let its twin work the weights out.
+"""Hook an attention module and its children, and recompute its weights with a twin.
 
-The children tell what they gave, so that nothing is computed twice; the weights are there once the module is done.
-
-Hides the hooks that this takes. Must never know what becomes of the weights.
+The children's outputs are recorded so that nothing is computed twice; the weights are available when the module
+returns. Hides the hooks involved. Must never know what happens to the weights.
 """
 
 import functools
@@ -20,7 +19,7 @@ from layerprobe.sites.weights import EagerTwin
 
 __all__ = ["watch_attention"]
 
-# What torch leaves out for a hook that came off while those of its module ran.
+# Default for the argument that torch omits when a hook was removed while its module's hooks were running.
 _GONE: Any = object()
 
 
@@ -37,16 +36,16 @@ def watch_attention(
     """Hook one attention module.
 
     Args:
-        hooks: What takes the hooks off again.
-        module: What mixes the heads.
-        key: Its number among the points of the probe.
-        frames: Tell which call is running.
-        port: The way out of a compiled graph.
+        hooks: Set that removes the hooks later.
+        module: The module that mixes the heads.
+        key: Its number among the probe's points.
+        frames: Give the running call.
+        port: Outlet from a compiled graph.
         deliver: Called with the call and `value=`, the `[B, H, S, S]` weights.
-        checks_later: Whether weights may be delivered before they are checked, all of a call at once as it ends.
+        checks_later: Whether weights may be delivered before they are checked, with all checks of a call at its end.
     """
     current = frames.current
-    # A graph traces one twin that is there beforehand; threads that run Python have one per call.
+    # A traced graph uses one twin created beforehand; Python calls get one twin each.
     traced = EagerTwin(module, checks=False)
 
     def twin_of() -> EagerTwin | None:

@@ -1,7 +1,7 @@
-"""A call of the model as sinks see it, and what a sink is.
+"""The sink interface, and a call of the model as sinks see it.
 
-The registry makes calls and tells sinks of them. Hides how ids, mask and cached positions are found among the arguments
-of a base model. Must never know of hooks.
+The registry creates calls and reports them to sinks. Hides how ids, mask and cached positions are found among the
+arguments of a base model. Must never know of hooks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,15 +20,15 @@ __all__ = ["Call", "Context", "Sink", "Source", "is_sink", "read_context"]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Context:
-    """What a stack of layers was called with.
+    """The arguments with which a stack of layers was called.
 
     Args:
-        input_ids: `[B, S]`, or None when it was called with embeddings.
-        attention_mask: As it was passed, or None.
-        shape: B and S, or None where neither ids nor embeddings were passed.
-        first_position: Position of the first of the S tokens; above 0 where a key-value cache holds those before it,
-            None where a compiled graph has a cache and cannot tell.
-        is_named: Whether ids and mask would be seen: not if the model is of a class that calls them by other names.
+        input_ids: `[B, S]`, or None if it was called with embeddings.
+        attention_mask: The mask as passed, or None.
+        shape: B and S, or None if neither ids nor embeddings were passed.
+        first_position: Position of the first of the S tokens; above 0 if a key-value cache holds the tokens before it,
+            None in a compiled graph with a cache, where it is not known.
+        is_named: False if the model's class renames the arguments for ids and mask, so that they cannot be found.
     """
 
     input_ids: Tensor | None
@@ -39,10 +39,10 @@ class Context:
 
     @property
     def token_mask(self) -> Tensor | None:
-        """The mask of the S tokens: with a cache in use, the last S columns of one that has those before them too.
+        """The mask of the S tokens: with a cache, the last S columns of a mask that also covers the cached tokens.
 
         Raises:
-            CaptureError: it may have been passed under another name.
+            CaptureError: the mask may have been passed under another name.
         """
         if not self.is_named:
             raise CaptureError(
@@ -57,7 +57,7 @@ class Context:
 
 
 class Source(NamedTuple):
-    """The tensors of the model that a value is made of, and how its gradient is made of theirs."""
+    """The tensors that a value is made of, and a function that derives its gradient from theirs."""
 
     tensors: Sequence[Tensor]
     derive: Callable[[Sequence[Tensor]], Tensor]
@@ -69,16 +69,18 @@ class Call:
 
     Args:
         stacks: For each site the number of its stack, as in `Site.stack`.
-        contexts: What each stack was called with, by number, in the order in which they were called.
-        expected, ahead, seen: Sites as bits: of the stacks called so far, of those still to be called, already made.
-        state: Room for the sink to keep what it needs for this call.
-        values: Set by a sink that keeps values as they were made: a place for each site, where hooks put them without
-            calling `receive`.
-        places: By stack, what a compiled graph has asked: where the real tokens are in `[B * S]`.
+        contexts: Arguments of each stack's call, by stack number, in calling order.
+        expected, ahead, seen: Bit masks of sites: those of the stacks called so far, those of stacks still to be
+            called, and those already received.
+        state: For the sink's own data about this call.
+        values: Set by a sink that keeps values unchanged: one slot per site, which hooks fill without calling
+            `receive`.
+        places: By stack, the indices of the real tokens in `[B * S]`, once a compiled graph has requested them.
         is_orphan: The probe was closed by another thread while this call was running.
-        is_running: Asked from any thread whether it still runs; one that Ctrl-C cut short does not.
-        unchecked: Of attention weights that have been given to the sink, what is to be looked at before the call ends.
-        sources: Set by a sink that follows gradients: for sites whose value is cut or joined, what it is made of.
+        is_running: Returns, in any thread, whether the call is still running; False if Ctrl-C interrupted it.
+        unchecked: Comparisons of attention weights already given to the sink, to be checked before the call ends.
+        sources: Set by a sink that follows gradients: for sites whose value is split or concatenated, its source
+            tensors.
     """
 
     stacks: Sequence[int | None]
@@ -98,27 +100,27 @@ class Call:
     is_running: Callable[[], bool] = lambda: True
 
     def context(self, index: int) -> Context:
-        """Give what the stack of a site was called with; for what follows all stacks, the last one's."""
+        """Return the context of a site's stack; for sites after the stacks, that of the last stack called."""
         return self.find_context(index)[1]
 
     def find_context(self, index: int) -> tuple[int, Context]:
-        """Give the stack too."""
+        """Return the stack number and its context."""
         stack = self.stacks[index]
         if stack is not None and stack in self.contexts:
             return stack, self.contexts[stack]
         return next(reversed(self.contexts.items()))
 
     def find_source(self, index: int) -> Context | None:
-        """Give what the other stack was called with, which cross attention looks at; None where it did not run.
+        """Return the context of the other stack, which cross attention attends to, or None if it did not run.
 
-        What follows the one stack of a model, whose call its decoder is part of, has no other.
+        Sites after the only stack of a model, whose decoder runs in the same call, have no other stack.
         """
         own = self.stacks[index]
         return next((context for stack, context in self.contexts.items() if own is not None and stack != own), None)
 
     @property
     def made(self) -> list[int]:
-        """Indices of the sites that this call makes."""
+        """Indices of the sites that this call is expected to produce."""
         return [index for index in range(len(self.stacks)) if self.expected >> index & 1]
 
 
@@ -167,12 +169,12 @@ class Sink(Protocol):
 
 
 def is_sink(value: object) -> bool:
-    """Whether a value has every method of a sink."""
+    """Return whether an object has every method of a sink."""
     return all(hasattr(value, method) for method in ("open", "begin", "receive", "finish", "abandon", "close"))
 
 
 def read_context(given: Mapping[str, Any]) -> Context:
-    """Read ids, mask and position out of the arguments of a base model, by name."""
+    """Read ids, mask and position from the arguments of a base model, by name."""
     input_ids = given.get("input_ids")
     tokens = input_ids if input_ids is not None else given.get("inputs_embeds")
     shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) else None

@@ -1,4 +1,4 @@
-"""The dtypes that are stored, and how values are brought to them.
+"""The storage dtypes, and the cast of values to them.
 
 Must never know which rows are real or where they go.
 """
@@ -20,12 +20,12 @@ DTYPES: dict[str, torch.dtype] = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-# Into these `cast_into` does more than copy.
+# Dtypes for which `cast_into` does more than a plain copy.
 NOT_PLAIN = (torch.int8, torch.float8_e4m3fn)
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Find a storage dtype by name; None means as the model made it.
+    """Return the storage dtype of this name; None keeps the model's dtype.
 
     Raises:
         OptionError: layerprobe does not store this dtype.
@@ -38,9 +38,9 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def cast_into(target: Target, value: Tensor) -> None:
-    """Copy `value` into `target`, of the same shape, and cast it.
+    """Cast `value` into `target`, which has the same shape.
 
-    For int8 each vector is divided by its largest magnitude over 127, which goes to the scale.
+    For int8 each vector is divided by its scale, its largest magnitude over 127.
     """
     out = target.values
     if out.dtype not in NOT_PLAIN:
@@ -52,7 +52,7 @@ def cast_into(target: Target, value: Tensor) -> None:
         vectors = value.float()
         scale.copy_(vectors.abs().amax(dim=-1) / 127)
         divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None]
-        # A NaN has no int8; its vector's scale is NaN, so it reads back as NaN all the same.
+        # NaN has no int8 representation; the vector's scale is NaN, so the vector reads back as NaN.
         out.copy_((vectors / divisor).nan_to_num(0.0).round())
         return
     most = torch.finfo(out.dtype).max
@@ -63,7 +63,7 @@ def cast_into(target: Target, value: Tensor) -> None:
 
 @functools.cache
 def _saturates(device: torch.device) -> bool:
-    """Whether torch casts what is beyond the range of float8 to its ends; older releases make a NaN of it."""
+    """Return whether torch clamps values beyond the range of float8 when casting; older releases produce NaN."""
     ends = torch.finfo(torch.float8_e4m3fn)
     given = torch.tensor([1e4, -1e4], device=device)
     return given.to(torch.float8_e4m3fn).float().tolist() == [ends.max, ends.min]

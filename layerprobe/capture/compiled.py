@@ -1,10 +1,9 @@
-"""Hooks that survive `torch.compile`: operators that carry values out of a compiled graph.
+"""Custom operators that carry values out of a `torch.compile` graph, so that hooks survive compilation.
 
-Python that appends to a list or asks for its thread cannot be part of a graph, and a graph break is an error under
-`fullgraph=True`. An operator can: the compiler sees an opaque call with tensors and numbers, keeps its place among
-the others, and runs it for every batch of any length. So a hook that is traced calls an operator, and the operator
-finds the probe by its number. A graph that outlives its probe calls a number that nobody has, and nothing happens.
-Rows for a store are gathered and cast before that, in the graph, where the compiler can join it to what it computes.
+Python code that appends to a list or reads the thread id causes a graph break, an error under `fullgraph=True`. A
+custom operator is an opaque call that keeps its place among the others and runs for every batch of any length. So a
+traced hook calls an operator, which finds the probe by its number. A graph that outlives its probe finds no receiver,
+and nothing happens. Rows for a store are gathered and cast in the graph, where the compiler can fuse this work.
 
 Hides torch's operator registry and its compiler. Must never know of sites or sinks.
 """
@@ -39,61 +38,61 @@ __all__ = [
     "watching_hooks",
 ]
 
-# A CUDA graph replays kernels and not Python; the compiler has to leave these calls out of it.
+# A CUDA graph replays kernels but no Python, so these operators must stay outside it.
 TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 class Reading(NamedTuple):
-    """What is read at one module: the sites, by index, and whether it gives its value in chunks."""
+    """What is read at one module: the indices of its sites, and whether it outputs its value in chunks."""
 
     indices: tuple[int, ...]
     is_chunked: bool
 
 
 class Outlet(Protocol):
-    """The way out of a graph, as hooks see it while they are traced."""
+    """The interface that hooks call while they are traced."""
 
     def enter(self, stack: int, ids: Any, mask: Any, embeds: Any, cached: bool) -> None:
-        """A base model is called; a stack of -1 is the task model around it."""
+        """Report a call of a base model; stack -1 is the task model around it."""
 
     def receive(self, point: int, value: Any, is_rows: bool = False) -> None:
-        """A module that is read made a value."""
+        """Report the value of a hooked module."""
 
     def leave(self, stack: int, completed: bool) -> None:
-        """The model that was entered is done, or has raised."""
+        """Report that the model has returned or raised."""
 
 
 class Follower(Protocol):
-    """What a port tells of calls, as the graph runs."""
+    """The interface for calls reported by a running graph."""
 
     def enter_compiled(
         self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
     ) -> None:
-        """A base model was called, with a key-value cache or without; a stack of -1 is the task model around it."""
+        """Record a call of a base model, with or without a key-value cache; stack -1 is the task model around it."""
 
     def leave_compiled(self, stack: int, completed: bool) -> None:
-        """The model that was entered is done, or has raised."""
+        """Record that the model has returned or raised."""
 
 
 class Receiver(Follower, Protocol):
-    """What a port tells of values too."""
+    """The interface for calls and values reported by a running graph."""
 
     def receive_compiled(self, point: int, value: Tensor) -> None:
-        """A module that is read made a value."""
+        """Receive the value of a hooked module."""
 
     def find_places(self, point: int, num_sequences: int, num_positions: int) -> Tensor | None:
-        """Where the real tokens of this thread's call are in `[B * S]`; None where no call is running."""
+        """Return the indices of the real tokens of this thread's call in `[B * S]`, or None if no call is running."""
         ...
 
     def receive_packed(self, point: int, rows_TD: Tensor) -> None:
-        """A module that is read made rows, gathered and cast by the graph."""
+        """Receive rows of a hooked module, gathered and cast by the graph."""
 
 
 _RECEIVERS: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
-# `token` is said to be changed by every operator, and so the compiler neither drops nor reorders them.
+# Every operator declares that it mutates `token`, so that the compiler neither drops nor reorders them.
 @torch.library.custom_op("layerprobe::enter", mutates_args=("token",), **TAGS)
 def _enter(
     token: Tensor,
@@ -111,10 +110,10 @@ def _enter(
 
 @torch.library.custom_op("layerprobe::places", mutates_args=("token",), **TAGS)
 def _places(token: Tensor, probe: int, point: int, num_sequences: int, num_positions: int) -> Tensor:
-    """Ask where the real tokens are; asked for each value, since Python could hand on another thread's answer."""
+    """Return the indices of the real tokens; not cached, since Python could pass on another thread's result."""
     receiver: Receiver | None = _RECEIVERS.get(probe)
     found = receiver.find_places(point, num_sequences, num_positions) if receiver is not None else None
-    # a graph uses the memory of what it is given again
+    # a copy, because the graph reuses the memory of its inputs
     return token.new_empty(0, dtype=torch.int64) if found is None else found.clone()
 
 
@@ -145,10 +144,10 @@ def _leave(token: Tensor, probe: int, stack: int, completed: bool) -> None:
 
 
 def _takes_any_number() -> bool:
-    """Whether the graph that is traced may hold an operator that gives a number of rows of its own choice.
+    """Return whether the traced graph may contain an operator whose output has a data-dependent number of rows.
 
-    Under `fullgraph=True` or `capture_dynamic_output_shape_ops` it may. Elsewhere the compiler would break the graph
-    there, and take what it made of one layer for another, without the hook.
+    It may under `fullgraph=True` or `capture_dynamic_output_shape_ops`. Otherwise the compiler would break the graph
+    there and reuse the code of one layer for another without its hook.
     """
     context = TracingContext.try_get()
     shapes = getattr(getattr(context, "fake_mode", None), "shape_env", None)
@@ -156,45 +155,45 @@ def _takes_any_number() -> bool:
 
 
 class Port:
-    """The way out of compiled graphs for one probe.
+    """One probe's outlet from compiled graphs.
 
     Args:
-        receiver: What is told; held weakly.
-        device: Where the model is.
-        packs: Whether rows are wanted without padding, and cast to `dtype` (None: as they are).
+        receiver: The object to notify; held weakly.
+        device: Device of the model.
+        packs: Whether to gather rows without padding and cast them to `dtype` (None: no cast).
     """
 
     def __init__(
         self, receiver: Follower, device: torch.device, packs: bool = False, dtype: torch.dtype | None = None
     ) -> None:
-        # here and not above the function, since it imports the compiler, which takes a second
+        # not as a decorator: this call imports the compiler, which takes a second
         torch.compiler.assume_constant_result(_takes_any_number)
         self.number = next(_NUMBERS)
         with torch.inference_mode(False):
             self.token = torch.zeros(1, device=device)
         self._packs = packs
         self._dtype = dtype
-        # Values with their history, which operators do not carry: a graph gives them to Python once it has run.
+        # Values with autograd history, which operators cannot carry; the graph stores them here when it has run.
         self._attached: list[Tensor | None] | None = None
         self._receiver = weakref.ref(receiver)
 
     def open(self) -> None:
-        """Hear of graphs from now on."""
+        """Start receiving from graphs."""
         receiver = self._receiver()
         if receiver is not None:
             _RECEIVERS[self.number] = receiver
 
     def close(self) -> None:
-        """Hear no more of graphs that were compiled with this port."""
+        """Stop receiving from graphs compiled with this port."""
         _RECEIVERS.pop(self.number, None)
 
     def keep_history(self, num_points: int) -> None:
-        """Let graphs give their values to Python too, for autograd."""
+        """Make graphs also store their values with autograd history."""
         attached: list[Tensor | None] = [None] * num_points
         self._attached = attached
 
     def take_attached(self) -> dict[int, Tensor]:
-        """Give what the last graph gave to Python, by point, and forget it."""
+        """Return and clear the values with history from the last graph, by point."""
         attached: list[Tensor | None] = self._attached or []
         taken = {point: value for point, value in enumerate(attached) if value is not None}
         for point in taken:
@@ -202,12 +201,12 @@ class Port:
         return taken
 
     def enter(self, stack: int, ids: Any, mask: Any, embeds: Any, cached: bool) -> None:
-        """Tell of a call, from within a graph."""
+        """Report a call from inside a graph."""
         tensors = [value if isinstance(value, Tensor) else None for value in (ids, mask, embeds)]
         torch.ops.layerprobe.enter(self.token, *tensors, cached, self.number, stack)
 
     def receive(self, point: int, value: Any, is_rows: bool = False) -> None:
-        """Tell of a value, from within a graph; `is_rows`: it has a row per token."""
+        """Report a value from inside a graph; `is_rows`: it has one row per token."""
         if not isinstance(value, Tensor):
             raise CaptureError(f"a module that is read gave {type(value).__name__}, not a tensor.")
         if self._attached is not None and value.requires_grad:
@@ -222,17 +221,17 @@ class Port:
         torch.ops.layerprobe.receive_packed(self.token, rows, self.number, point)
 
     def leave(self, stack: int, completed: bool) -> None:
-        """Tell of the end of a call, from within a graph."""
+        """Report the end of a call from inside a graph."""
         torch.ops.layerprobe.leave(self.token, self.number, stack, completed)
 
 
 def find_receiver(number: int) -> Any:
-    """Find whom the open port of this number tells, for operators of others; None once it is closed."""
+    """Return the receiver of the open port with this number, for operators elsewhere; None once it is closed."""
     return _RECEIVERS.get(number)
 
 
 def has_compiled() -> bool:
-    """Tell whether anything in this process was compiled, and so perhaps the model.
+    """Return whether anything in this process has been compiled, and so possibly the model.
 
     A compiled function that calls the model, or a module around it, cannot be found from the model.
     """
@@ -242,7 +241,7 @@ def has_compiled() -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Guards:
-    """Whose setting it is: the process's, or a thread's where torch keeps one for each."""
+    """The owner of the setting: the process, or a thread if torch keeps one per thread."""
 
     config: Any
 
@@ -268,10 +267,10 @@ _HOOK_GUARDS: SharedSetting[_Guards, bool] = SharedSetting(
 
 @contextlib.contextmanager
 def watching_hooks() -> Iterator[None]:
-    """Let what is compiled look at hooks while this is open, where the compiler is loaded.
+    """Make compiled code guard on hooks inside the block, if the compiler is loaded.
 
-    A model that breaks its graph has code that its layers share: without a look, that of one is run for another. Of a
-    torch whose settings are each thread's, it is this thread's calls that look.
+    If a model breaks its graph, its layers share compiled code; without the guard, one layer's code would run for
+    another. In torch versions with per-thread settings, this applies to calls of the current thread only.
     """
     config = getattr(sys.modules.get("torch._dynamo"), "config", None)
     if config is None or not hasattr(config, "skip_nnmodule_hook_guards"):
@@ -283,5 +282,5 @@ def watching_hooks() -> Iterator[None]:
 
 
 def forget_compiled_graphs() -> None:
-    """Let the next call of a compiled model be compiled again: torch does not notice that hooks have come or gone."""
+    """Force compiled models to recompile at their next call: torch does not notice that hooks were added or removed."""
     torch.compiler.reset()

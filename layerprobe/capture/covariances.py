@@ -1,7 +1,7 @@
-"""`lp.Covariance` and `lp.CrossCovariance`: how the dimensions of a site, or of two sites, vary together.
+"""`lp.Covariance` and `lp.CrossCovariance`: covariance of the dimensions of a site, or between two sites.
 
-The mean of each call is taken off before anything is multiplied, so a large mean costs no digits. Must never know of
-probes or modules.
+The mean of each call is subtracted before multiplying, so a large mean costs no digits. Must never know of probes or
+modules.
 
 Letters: T rows, D width, E width of another site.
 """
@@ -22,17 +22,17 @@ from layerprobe.tables import format_fields, format_table
 __all__ = ["Covariance", "CrossCovariance", "SiteCovariance"]
 
 _FIELDS = ("count", "nonfinite", "mean", "other_mean", "products")
-# Between two sites in the name of a pair; no site has it in its own.
+# Separates the two sites in the name of a pair; no site name contains it.
 _AND = " "
 
 
 @dataclass(frozen=True, eq=False)
 class SiteCovariance:
-    """How the dimensions of a site vary together.
+    """The covariance of a site's dimensions.
 
     Args:
-        count: Rows.
-        nonfinite: Rows that were left out, having a NaN or an infinity in them.
+        count: Number of rows.
+        nonfinite: Number of rows with a NaN or an infinity, which are left out.
         mean: float64 `[D]`.
         covariance: float64 `[D, D]`, divided by n.
     """
@@ -47,7 +47,7 @@ class SiteCovariance:
 
     @property
     def correlation(self) -> Tensor:
-        """float64 `[D, D]`; NaN where a dimension does not vary."""
+        """The correlation matrix, float64 `[D, D]`; NaN for a constant dimension."""
         deviation = self.covariance.diagonal().sqrt()
         return self.covariance / torch.outer(deviation, deviation)
 
@@ -109,7 +109,7 @@ class CrossCovariance(RowSink[SiteCovariance]):
 
     @property
     def sites(self) -> list[str]:
-        """Sites that something was measured at."""
+        """Sites with measured values."""
         return [key for key in self._sums if _AND not in key]
 
     @property
@@ -141,7 +141,7 @@ class CrossCovariance(RowSink[SiteCovariance]):
         return float(cross.square().sum() / own)
 
     def summary(self) -> list[Said]:
-        """Say how alike the sites of each pair are."""
+        """Return the linear CKA of each pair of sites."""
         return [
             {
                 "site": one,
@@ -168,7 +168,7 @@ def _measure(rows: Rows) -> Sums:
 
 
 def _multiply(one_TD: Tensor, other_TE: Tensor, finite: Tensor) -> Sums:
-    """Give the means of both and the products of what is left without them."""
+    """Return the means of both, and the product of the centred rows."""
     count = finite.sum().clamp_min(1)
     keep = finite[:, None]
     means = [torch.where(keep, rows, 0.0).sum(0) / count for rows in (one_TD, other_TE)]
@@ -202,30 +202,30 @@ def _describe(found: SiteCovariance) -> Said:
         "rows": found.count,
         "width": len(found.mean),
         "variance": total,
-        # dimensions that would have as much between them, were all alike: the participation ratio
+        # participation ratio: the number of equally large dimensions with the same total
         "dimensions": total**2 / squares if squares else None,
         "not finite": found.nonfinite,
     }
 
 
 def _hold(rows: Rows) -> Sums:
-    """Keep a site's rows until the call is whole."""
+    """Keep a site's rows until the call is complete."""
     return {"rows": rows.values, "finite": rows.finite}
 
 
 def _check_sites(pairs: str | Sequence[tuple[str, str]], sites: Sequence[Site]) -> None:
-    """Refuse sites whose rows do not stand for the same tokens, and pairs of what is not asked for.
+    """Refuse sites whose rows stand for different tokens, and pairs with a site that is not captured.
 
     Raises:
-        OptionError: they are of two stacks, or of tokens and of examples.
+        OptionError: the sites belong to two stacks or mix tokens and examples, or a pair's site is not captured.
     """
     names = [site.name for site in sites]
     missing = [] if isinstance(pairs, str) else [name for pair in pairs for name in pair if name not in names]
     if missing:
         raise OptionError(f"pairs ask for {missing[0]!r}, which is not captured: the sites are {', '.join(names)}.")
-    # logits belong to no stack, but have rows of the decoder's tokens
+    # logits belong to no stack but have one row per token of the decoder
     apart = {(site.kind, site.kind == "token" and site.name.startswith("encoder.")): site.name for site in sites[::-1]}
-    # what the rows of a module known by its name alone stand for shows only when it runs
+    # what the rows of a `module:` site stand for is not known before it runs
     known = [name for (kind, _), name in apart.items() if kind != "unknown"]
     if len(known) > 1:
         raise OptionError(
@@ -235,7 +235,7 @@ def _check_sites(pairs: str | Sequence[tuple[str, str]], sites: Sequence[Site]) 
 
 
 def _combine(pairs: str | Sequence[tuple[str, str]], made: dict[str, Sums]) -> dict[str, Sums]:
-    """Multiply the rows of a call, site by site and pair by pair."""
+    """Multiply the rows of a call, for each site and each pair."""
     if not made:
         return {}
     lengths = {site: len(held["rows"]) for site, held in made.items()}

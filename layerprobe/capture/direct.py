@@ -1,7 +1,7 @@
-"""Calls that go past the hooks of a model.
+"""Track calls that bypass a model's hooks.
 
-A SentenceTransformer runs `model.forward(...)` instead of `model(...)`, and torch calls hooks for the second only. For
-such a wrapper the model's own `forward` is overridden: where no hook has opened the call, the override does.
+A SentenceTransformer runs `model.forward(...)` instead of `model(...)`, for which torch runs no hooks. For such a
+wrapper the model's own `forward` is overridden: if no hook has opened the call, the override does.
 
 Hides which of the two ways a model was called. Must never know of sites or values.
 """
@@ -26,14 +26,14 @@ def watch_direct_calls(
     enter: Callable[..., None],
     leave: Callable[..., None],
 ) -> None:
-    """Open and close a call around each run of a module's forward that its hooks do not see.
+    """Open and close a call around each run of a module's forward that bypasses its hooks.
 
     Args:
-        hooks: What takes the override off again.
+        hooks: Set that removes the override later.
         module: The model that the wrapper runs.
         number: Its number among the frames.
-        frames: Tell whether its hooks have seen the call.
-        enter, leave: What the hooks would have called: with the module, the arguments and, to leave, the output.
+        frames: Tell whether the hooks have opened the call.
+        enter, leave: The hooks' functions; called with the module, the arguments and, for `leave`, the output.
     """
 
     def watch(inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,8 +1,9 @@
-"""Forwards that end after the last requested site.
+"""End a forward pass after the last requested site.
 
-`Stop` runs up through the modules; where it comes out, the model's call returns None.
+`Stop` propagates up through the modules; where it is caught, the model's call returns None.
 
-Hides where that is: at a wrapper of `torch.compile`, else at the model and its bases. Must never know of values.
+Hides where that is: at a `torch.compile` wrapper, otherwise at the model and its base models. Must never know of
+values.
 """
 
 import functools
@@ -22,16 +23,16 @@ __all__ = ["can_end_early", "end_early", "require_an_end"]
 
 
 def can_end_early(given: nn.Module) -> bool:
-    """Whether `stop` goes with a model as the user has it."""
+    """Return whether `stop` is supported for a model as the user passed it."""
     return not is_compiled_in_place(unwrap(given)) and not calls_forward(given)
 
 
 def require_an_end(given: nn.Module, root: nn.Module) -> None:
-    """Refuse `stop` where nothing of the model can be wrapped, or its wrapper could not do without the output.
+    """Refuse `stop` if the model's forward cannot be wrapped or its wrapper needs the output.
 
     Args:
-        given: What the user passed.
-        root: The model in it.
+        given: The model as the user passed it.
+        root: The unwrapped model.
     """
     if is_compiled_in_place(root):
         raise OptionError("stop=True does not go with model.compile(): use torch.compile(model), or leave it out.")
@@ -40,13 +41,13 @@ def require_an_end(given: nn.Module, root: nn.Module) -> None:
 
 
 def end_early(hooks: HookSet, given: nn.Module, mapped: ModelMap, frames: Frames) -> None:
-    """Let a stopped forward come out of the module that was called from outside.
+    """Override the forwards at which a stopped call may return None.
 
     Args:
-        hooks: What takes the overrides off again.
-        given: What the user passed.
-        mapped: The model in it.
-        frames: Of the probe.
+        hooks: Set that removes the overrides later.
+        given: The model as the user passed it.
+        mapped: The unwrapped model.
+        frames: The probe's frames.
     """
     require_an_end(given, mapped.model)
     if is_compile_wrapper(given):
@@ -58,11 +59,11 @@ def end_early(hooks: HookSet, given: nn.Module, mapped: ModelMap, frames: Frames
 
 
 def _wrap(frames: Frames, number: int | None, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn `Stop` into None. A wrapper of `torch.compile` has no number: it runs a graph, whose frames it closes."""
+    """Wrap a forward to turn `Stop` into None; for a `torch.compile` wrapper `number` is None."""
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a graph ends where it ends
+        if torch.compiler.is_compiling():  # a graph cannot end early
             return inner(*args, **kwargs)
         frames.begin_catching(number)
         try:
@@ -72,7 +73,7 @@ def _wrap(frames: Frames, number: int | None, inner: Callable[..., Any]) -> Call
                 frames.close_top()
             elif not frames.is_outermost(number):
                 raise
-            if stop.reader is not frames:  # another probe's, which has put this around the model too
+            if stop.reader is not frames:  # raised for another probe on the same model
                 raise
             return None
         finally:

@@ -1,9 +1,9 @@
-"""Where a call of the model begins and where it ends: the hooks on the outermost model and on the bases inside it.
+"""Hooks that mark the beginning and end of a call, on the outermost model and the base models inside it.
 
-A probe and an edit follow calls alike. In Python the hooks tell the frames; in a graph of `torch.compile` they tell a
-port, which tells the frames as the graph runs.
+Probes and edits follow calls in the same way. In Python the hooks notify the frames; in a `torch.compile` graph they
+call a port, which notifies the frames when the graph runs.
 
-Hides calls that go past hooks. Must never know of sites or values.
+Hides calls that bypass hooks. Must never know of sites or values.
 """
 
 import inspect
@@ -30,11 +30,11 @@ def watch_calls(hooks: HookSet, given: nn.Module, mapped: ModelMap, frames: Fram
     """Follow the calls of a model.
 
     Args:
-        hooks: What takes the hooks off again.
-        given: What the user passed.
-        mapped: The model in it.
-        frames: Told of each call.
-        port: Told of each call that a compiled graph makes.
+        hooks: Set that removes the hooks later.
+        given: The model as the user passed it.
+        mapped: The unwrapped model.
+        frames: Notified of each call.
+        port: Notified of each call from a compiled graph.
     """
     root, bases = mapped.model, [stack.base for stack in mapped.stacks]
     enter_root = _make_root_entry(frames, port)
@@ -54,7 +54,7 @@ def watch_calls(hooks: HookSet, given: nn.Module, mapped: ModelMap, frames: Fram
 
 
 def _renames_ids(kind: type[nn.Module]) -> bool:
-    """Whether a class takes ids by another name, or by none, than one that it is made from."""
+    """Return whether a class has no `input_ids` argument although one of its base classes has."""
     line = [inspect.signature(one.forward).parameters for one in kind.__mro__ if "forward" in vars(one)]
     return "input_ids" not in line[0] and any("input_ids" in parameters for parameters in line)
 
@@ -73,7 +73,7 @@ def _make_base_entry(number: int, base: nn.Module, owner: str, frames: Frames, p
     parameters = list(inspect.signature(type(base).forward).parameters)[1:]
 
     def enter_base(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        if kwargs is None:  # torch: the hook came off while those of this module ran
+        if kwargs is None:  # torch passes no kwargs if the hook was removed while the module's hooks were running
             return
         given = {**dict(zip(parameters, args, strict=False)), **kwargs} if args else kwargs
         if torch.compiler.is_compiling():
@@ -93,7 +93,7 @@ def _make_base_entry(number: int, base: nn.Module, owner: str, frames: Frames, p
 
 def _make_exit(number: int, frames: Frames, port: Outlet) -> Callable[..., None]:
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # torch passes None for the output of a forward that raised
+        # torch passes None as the output of a forward that raised
         if torch.compiler.is_compiling():
             port.leave(number, output is not None)
         else:

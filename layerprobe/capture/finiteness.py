@@ -1,7 +1,7 @@
-"""`lp.find_nonfinite`: where in a forward the first NaN or infinity is made, and out of what.
+"""`lp.find_nonfinite`: find where a forward pass first produces a NaN or an infinity, and from what inputs.
 
-Every site is measured as it is made: how much of it is finite, and its range. Nothing waits for the device before the
-forward is over. Must never change the model, nor the random numbers that it draws.
+Every site's range and its counts of NaNs and infinities are measured as the value is computed, without synchronising
+before the forward pass is over. Must never change the model, nor the random numbers that it draws.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ __all__ = ["Nonfinite", "ValueRange", "find_nonfinite"]
 
 @dataclass(frozen=True)
 class ValueRange:
-    """How far values reach.
+    """Range of the values of a tensor.
 
     Args:
-        low, high: The least and the largest finite value; NaN where there is none.
-        num_nan, num_inf: How many are not finite.
-        num_values: How many there are.
+        low, high: Smallest and largest finite value; NaN if there is none.
+        num_nan, num_inf: Number of NaNs and of infinities.
+        num_values: Number of values.
     """
 
     low: float
@@ -40,7 +40,7 @@ class ValueRange:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all are."""
+        """Whether all values are finite."""
         return self.num_nan + self.num_inf == 0
 
     def __str__(self) -> str:
@@ -51,15 +51,16 @@ class ValueRange:
 
 @dataclass(frozen=True)
 class Nonfinite:
-    """Where the first value that is not finite was made; false, and printed as `none`, where all are finite.
+    """The first site with a non-finite value; false, and printed as `none`, if all values are finite.
 
     Args:
-        site: Its name; `output.NAME` for a loss, or for what is made after the last site; None if there is none.
+        site: Name of the site; `output.NAME` for a loss, or for other outputs after the last site; None if there is
+            none.
         module: The module that is read there.
-        values: What was made there.
-        inputs: By name, what it was made of: what the module was called with, or the sites just before.
-        parameters: Names of weights and buffers of the model that are not finite themselves.
-        num_sites: How many sites were looked at.
+        values: Range of the values there.
+        inputs: By name, the ranges of its inputs: the module's input, or the sites just before.
+        parameters: Names of parameters and buffers of the model that are themselves not finite.
+        num_sites: Number of sites checked.
     """
 
     site: str | None
@@ -86,7 +87,7 @@ class Nonfinite:
 
 
 class _Record(NamedTuple):
-    """What was made at a site, and what it was made of where that is known, both from `_measure`."""
+    """The measurements of a site and, if known, of its input, both from `_measure`."""
 
     name: str
     module: str
@@ -166,7 +167,7 @@ def _judge(records: list[_Record], parameters: tuple[str, ...], num_sites: int) 
 
 
 def _measure(value: Tensor) -> Tensor:
-    """Low, high, NaNs, infinities and values as float64 `[5]`, where sums of it are kept; nothing waits for them."""
+    """Return low, high, NaNs, infinities and size as float64 `[5]`, without synchronising."""
     value = value.detach().to(find_sum_device(value.device))
     if not value.numel():
         return torch.tensor([float("nan"), float("nan"), 0.0, 0.0, 0.0], device=value.device, dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""Which call of the model is running, thread by thread.
+"""Track the running calls of a model in each thread.
 
-A frame opens when the model, or a base inside it, is called from outside, and closes when that same module is done. A
-call begins inside it when a base is entered. Calls within calls (a model run inside a sink) stack up; a frame that
-Ctrl-C left behind is found and abandoned when the next one opens.
+A frame opens when the model, or a base model inside it, is called from outside, and closes when that module returns. A
+call begins in the frame when a base model is entered. Nested calls (a model run inside a sink) stack up; a frame left
+behind by Ctrl-C is detected and abandoned when the next one opens.
 
 Hides threads, nesting and interruption. Must never know of hooks or values.
 """
@@ -30,10 +30,10 @@ _AGAIN = -2
 class _Frame:
     """A running call of the model in one thread.
 
-    `runner` is the interpreter's frame that runs it: one that is on no stack any more was cut short. None where a
-    compiled graph runs it. `caller` is the one that called that. `inside` holds the stacks whose base is running;
-    `is_stopped` says that it ends early because every probe has what it asked, `has_begun` that a call began in it, and
-    `is_asked` that a module of a site ran in it while there was no call.
+    `runner` is the Python stack frame that runs the call: if it is on no stack any more, the call was interrupted. It
+    is None if a compiled graph runs the call. `caller` is the stack frame that called it. `inside` holds the stacks of
+    layers whose base model is running. `is_stopped` means that the call ends early with every requested value,
+    `has_begun` that a call began in this frame, and `is_asked` that a hooked module ran in it while there was no call.
     """
 
     __slots__ = ("call", "caller", "has_begun", "inside", "is_asked", "is_stopped", "owner", "runner")
@@ -50,13 +50,14 @@ class _Frame:
 class Frames:
     """The frames of one probe.
 
-    Modules are known by number: that of the stack whose base it is, or `ROOT` for a task model around them.
+    Modules are identified by number: the index of the stack for its base model, or `ROOT` for the task model around
+    them.
 
     Args:
-        sites: What is read.
-        num_stacks: Stacks of the model.
-        sink: Told when a call begins and ends.
-        owner: What to call the model in messages.
+        sites: The captured sites.
+        num_stacks: Number of stacks in the model.
+        sink: Notified when a call begins and ends.
+        owner: Name of the model in error messages.
         stops: Whether calls should end after the last requested site.
     """
 
@@ -70,32 +71,32 @@ class Frames:
         self._owner = owner
         self._stops = stops
         self.by_thread: dict[int, list[_Frame]] = {}
-        # by thread, the modules in which an early end comes out; None is a wrapper of torch.compile
+        # by thread, the modules that catch an early end; None is a torch.compile wrapper
         self._catching: dict[int, list[int | None]] = {}
-        # Hooks go on and come off one by one; calls that other threads make meanwhile are not this probe's.
+        # Hooks are attached and removed one by one; calls by other threads meanwhile are not captured.
         self.is_open = False
-        # the only thread whose calls are followed; None for every one
+        # the only thread whose calls are followed; None for all threads
         self.thread: int | None = None
-        # whether a call need not make a site that an earlier call has made and a key-value cache still holds
+        # whether a call may omit a site that an earlier call produced and a key-value cache still holds
         self.spares_cached = False
-        # stacks whose base calls its ids by another name than transformers does
+        # stacks whose base model names its ids differently from transformers
         self.renaming: set[int] = set()
         self._made = 0
 
     @property
     def has_made(self) -> bool:
-        """Whether a call has made one of the sites."""
+        """Whether any call has produced one of the sites."""
         return self._made != 0
 
     def _bits(self, stack: int | None) -> int:
         return sum(1 << index for index, site in enumerate(self._sites) if site.stack == stack)
 
     def is_of_thread(self) -> bool:
-        """Whether the calls of this thread are among those to be followed."""
+        """Return whether calls of this thread are followed."""
         return self.thread is None or self.thread == threading.get_ident()
 
     def enter_root(self, runner: FrameType | None) -> None:
-        """Take note that the task model was called."""
+        """Record that the task model was called."""
         if not self.is_open or not self.is_of_thread():
             return
         frames = self.by_thread.setdefault(threading.get_ident(), [])
@@ -103,7 +104,7 @@ class Frames:
         frames.append(_Frame(ROOT, runner))
 
     def enter_base(self, number: int, context: Context, runner: FrameType | None) -> None:
-        """Take note that the base of a stack was called."""
+        """Record that the base model of a stack was called."""
         if not self.is_open or not self.is_of_thread():
             return
         ident = threading.get_ident()
@@ -119,15 +120,15 @@ class Frames:
         if number in self.renaming and context.shape is None:
             context = replace(context, is_named=False)
         if frame.call is not None and number in frame.call.contexts:
-            # a task model that runs its base twice in one call
+            # a task model that runs its base model twice in one call
             self._end_call(frame, completed=True)
         if frame.call is not None:  # the other stack of the same call
             frame.call.contexts[number] = context
             frame.call.expected |= self._of_stack[number]
             frame.call.ahead = self._later[number]
             return
-        # A stack called by itself, as generate() calls an encoder, does not make what comes after all stacks, and
-        # nor does a base that a sink calls within a call.
+        # A stack called on its own, as generate() calls an encoder, does not run what follows the stacks; nor does a
+        # base model that a sink calls within a call.
         is_alone = frame.owner == number and (len(self._of_stack) > 1 or len(frames) > 1)
         follows = 0 if is_alone else self._after
         ahead = 0 if frame.owner == number else self._later[number]
@@ -139,24 +140,24 @@ class Frames:
     def enter_compiled(
         self, number: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, is_cached: bool
     ) -> None:
-        """Take note that a module was called, in a graph that runs: no frame of the interpreter's does.
+        """Record that a running graph has called a module, without a Python stack frame.
 
         Args:
-            number: Of the module.
-            ids, mask, embeds: What the base of a stack was called with.
-            is_cached: Whether it was given a cache too.
+            number: Number of the module.
+            ids, mask, embeds: Arguments of the base model.
+            is_cached: Whether a key-value cache was passed too.
         """
         if number == ROOT:
             self.enter_root(None)
             return
         context = read_context({"input_ids": ids, "attention_mask": mask, "inputs_embeds": embeds})
-        # the length of a cache is no number that a graph of all lengths can give
+        # a graph compiled for all lengths cannot report the length of a cache
         self.enter_base(number, replace(context, first_position=None) if is_cached else context, None)
 
     def _is_past(self, frame: _Frame, number: int) -> bool:
-        """Whether what follows a stack has begun: a base that is called then is called by a sink.
+        """Return whether the modules after the stacks have begun to run; a base model called then is called by a sink.
 
-        What stands between two stacks is of no stack either, and the second one is still to come.
+        Modules between two stacks belong to no stack either, but then the second stack is still to come.
         """
         call = frame.call
         return call is not None and bool(call.seen & self._after) and max(call.contexts) >= number
@@ -164,40 +165,40 @@ class Frames:
     # early end
 
     def begin_catching(self, number: int | None) -> None:
-        """Take note that an early end comes out of a module that begins to run."""
+        """Record that a module which catches an early end starts running."""
         self._catching.setdefault(threading.get_ident(), []).append(number)
 
     def end_catching(self) -> None:
-        """Take note that it has run."""
+        """Record that this module has finished."""
         ident = threading.get_ident()
         self._catching[ident].pop()
         if not self._catching[ident]:
             del self._catching[ident]
 
     def wants_stop(self) -> bool:
-        """Whether the call of this thread should end, and come out of its model, once nobody waits for a value."""
-        # first of all: a compiler that traces a layer with its hooks does not know of threads
+        """Return whether this thread's call should end early once no reader is waiting for a value."""
+        # checked first: a compiler that traces a layer with its hooks cannot trace thread functions
         if not self._stops or not self.is_of_thread():
             return False
         top, catching = self._top(), self._catching.get(threading.get_ident(), ())
         return top is not None and (top.owner in catching or None in catching)
 
     def is_within(self, other: "Frames") -> bool:
-        """Whether the call of this thread is made by one that another probe follows, which goes on after it."""
+        """Return whether this thread's call is nested in a call that `other` follows and that continues afterwards."""
         mine, theirs = self._top(), other._top()
         inner, outer = (top.runner if top is not None else None for top in (mine, theirs))
         return inner is not None and outer is not None and inner is not outer and _is_on_stack(outer, inner)
 
     def is_waiting(self) -> bool:
-        """Whether the call of this thread has yet to make a site."""
+        """Return whether this thread's call has yet to produce a site."""
         call = self.current()
         return call is not None and (call.seen != call.expected or bool(call.ahead))
 
     def mark_stopped(self) -> None:
-        """End the innermost call of this thread, as one that has made all that was asked.
+        """End this thread's innermost call as one that has produced every requested site.
 
-        Here and not as its frame closes: torch tells hooks nothing of an early end, so a probe without `stop` on the
-        base of a task model would not hear of it.
+        This cannot wait until the frame closes: torch does not report an early end to hooks, so a probe without `stop`
+        on the base of a task model would never learn of it.
         """
         top = self._top()
         if top is not None:
@@ -205,11 +206,11 @@ class Frames:
             self._end_call(top, completed=False)
 
     def leave(self, number: int, completed: bool, runner: FrameType | None = None) -> None:
-        """Take note that a module is done; `completed` is False if it raised or was stopped.
+        """Record that a module has finished; `completed` is False if it raised or was stopped.
 
         Args:
-            runner: The interpreter's frame that tells so, which is one of those that ran the module. torch tells too of
-                a call that never began, because a hook before it has raised, and that is none of them.
+            runner: The Python stack frame that reports this, one of those that ran the module. torch also reports calls
+                that never began because an earlier hook raised; their stack frame is a different one.
         """
         frames = self.by_thread.get(threading.get_ident())
         if not frames:
@@ -229,12 +230,12 @@ class Frames:
                 )
 
     def is_inside(self, number: int) -> bool:
-        """Whether the innermost call of this thread has come through this module."""
+        """Return whether this thread's innermost call is inside this module."""
         top = self._top()
         return top is not None and (top.owner == number or number in top.inside)
 
     def current(self) -> Call | None:
-        """Give the call that is running in this thread; asked where a module of a site runs."""
+        """Return the call running in this thread; called when a hooked module runs."""
         top = self._top()
         if top is None:
             return None
@@ -246,28 +247,28 @@ class Frames:
         return frames[-1] if frames else None
 
     def close_top(self) -> None:
-        """End the innermost call of this thread, as one that has made what was asked."""
+        """End this thread's innermost call and close its frame, as one that has produced every requested site."""
         frames = self.by_thread.get(threading.get_ident())
         if frames:
             frames[-1].is_stopped = True
             self._end_call(frames.pop(), completed=False)
 
     def is_outermost(self, number: int) -> bool:
-        """Whether the innermost frame of this thread was opened by this module."""
+        """Return whether this thread's innermost frame was opened by this module, or there is none."""
         top = self._top()
         return top is None or top.owner == number
 
     def open_again(self, call: Call) -> None:
-        """Open a frame for a layer that runs again in backward, with no call of the model around it."""
+        """Open a frame for a layer recomputed in backward, outside any call of the model."""
         frames = self.by_thread.setdefault(threading.get_ident(), [])
         frames.append(_Frame(_AGAIN, None, call))
 
     def close_again(self) -> None:
-        """Close the frame of such a layer; its call was recorded when it first ran."""
+        """Close the frame of a recomputed layer; its call was recorded when it first ran."""
         self.by_thread[threading.get_ident()].pop()
 
     def drain(self) -> None:
-        """Abandon whatever is still open, in every thread."""
+        """Abandon all open calls, in every thread."""
         mine, left = threading.get_ident(), list(self.by_thread.items())
         self.by_thread.clear()
         for ident, frames in left:
@@ -276,7 +277,7 @@ class Frames:
                 self._sink.abandon(call)
 
     def _drop_interrupted(self, frames: list[_Frame]) -> None:
-        # torch tells hooks of an Exception and of nothing else, so Ctrl-C leaves its frames behind
+        # torch notifies hooks of an Exception only, so Ctrl-C leaves its frames behind
         while frames and not _is_running(frames[-1].runner):
             self._end_call(frames.pop(), completed=False)
 
@@ -290,13 +291,13 @@ class Frames:
                 self._check_weights(call, call.unchecked)
             self._sink.finish(call)
             return
-        # one of which nothing was asked, as of an encoder alone for a site of the decoder, is none for the sink
+        # a call with no requested site, such as an encoder run alone for a decoder site, is abandoned, not finished
         self._sink.abandon(call)
         if completed and self.is_open and call.seen != call.expected:
             self._refuse_missing(call, [index for index in call.made if not call.seen >> index & 1])
 
     def _refuse_missing(self, call: Call, missing: Sequence[int]) -> None:
-        """Refuse a call that has not made all its sites, unless a cache holds them as they are wanted."""
+        """Raise an error for sites that a call did not produce, unless a cache may supply them."""
         is_cached = all(self._sites[index].kind == "source" and _has_cache(call, index) for index in missing)
         if is_cached and self.spares_cached and all(self._made >> index & 1 for index in missing):
             return
@@ -319,7 +320,7 @@ class Frames:
 
 
 def _has_cache(call: Call, index: int) -> bool:
-    """Whether a cache holds tokens before those of a call, or may, where a compiled graph cannot tell."""
+    """Return whether a cache holds, or in a compiled graph may hold, tokens that precede the call's."""
     return call.context(index).first_position != 0
 
 
@@ -328,7 +329,7 @@ def _is_running(runner: FrameType | None) -> bool:
 
 
 def _is_running_in(ident: int, runner: FrameType | None) -> bool:
-    """Whether a thread still runs a frame; asked from another one."""
+    """Return whether a thread, usually another one, is still running a stack frame."""
     return _is_on_stack(runner, sys._current_frames().get(ident))
 
 

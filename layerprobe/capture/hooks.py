@@ -1,10 +1,10 @@
-"""What a probe puts on the modules of a model, so that all of it comes off again and none of it leaves with a copy.
+"""Attach hooks and method overrides to modules so that they can be removed completely and are never copied.
 
-`copy.deepcopy`, `copy.copy` and `pickle` ask an object for its state. A module with hooks of a probe on it has, for as
-long, a `__getstate__` among its own attributes that leaves them out; so a copy carries nothing, and a call of the model
-costs nothing more. Several probes may be on one module and come off in any order.
+`copy.deepcopy`, `copy.copy` and `pickle` ask an object for its state. While a module carries a probe's hooks, its
+instance attributes include a `__getstate__` that omits them, so copies carry no hooks and calls of the model cost
+nothing extra. Several probes may share a module and be removed in any order.
 
-Hides torch's handles and how an override of `forward` is stacked on others. Must never know of sites or values.
+Hides torch's handles and how overrides of `forward` stack. Must never know of sites or values.
 """
 
 import enum
@@ -17,10 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 __all__ = ["EDIT", "HookSet", "Lifecycle", "Reader", "Stop", "list_edits", "list_hooks", "list_strange"]
 
-# Attribute of a hook that edits values: what it does to them.
+# Name of the attribute by which a hook that edits values describes the edit.
 EDIT = "layerprobe_edit"
 
-# Where torch keeps the forward hooks of a module, by the number of their handle.
+# The dicts in which torch keeps a module's forward hooks, by handle id.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -34,7 +34,7 @@ Make = Callable[[Method], Method]
 
 
 class Lifecycle(enum.Enum):
-    """Where a `with` block is that puts hooks on a model; each is for one block."""
+    """State of a `with` block that attaches hooks to a model; each object serves one block."""
 
     NEW = "new"
     OPEN = "open"
@@ -42,10 +42,12 @@ class Lifecycle(enum.Enum):
 
 
 class Stop(BaseException):
-    """Ends a forward after the last requested site; a BaseException, which no `except Exception` in a model stops.
+    """End a forward pass after the last requested site.
+
+    A BaseException, so that no `except Exception` in a model catches it.
 
     Args:
-        reader: The one whose model the call comes out of.
+        reader: The reader at whose model the exception is caught.
     """
 
     def __init__(self, reader: "Reader") -> None:
@@ -53,22 +55,22 @@ class Stop(BaseException):
 
 
 class Reader(Protocol):
-    """A probe on a model that others may be on too."""
+    """A probe on a model that it may share with other probes."""
 
     def wants_stop(self) -> bool:
-        """Whether the call of this thread should end, and come out of its model, once nobody waits for a value."""
+        """Return whether this thread's call should end early once no reader is waiting for a value."""
         ...
 
     def is_within(self, other: Any) -> bool:
-        """Whether the call of this thread is made by one that another reader follows, which goes on after it."""
+        """Return whether this thread's call is nested in a call that `other` follows and that continues afterwards."""
         ...
 
     def is_waiting(self) -> bool:
-        """Whether the call of this thread has yet to make a value for it."""
+        """Return whether this thread's call has yet to produce a value for this reader."""
         ...
 
     def mark_stopped(self) -> None:
-        """Take note that the call of this thread ends here, with all that was asked."""
+        """Record that this thread's call ends here with every requested value."""
 
 
 class HookSet:
@@ -83,31 +85,31 @@ class HookSet:
         return bool(self._hooks)
 
     def keep(self, module: nn.Module, handle: RemovableHandle) -> None:
-        """Take over a hook just put on `module`."""
+        """Take ownership of a hook just registered on `module`."""
         with _LOCK:
             guests = _guests_of(module)
             guests.hooks.add(handle.id)
             self._hooks.append((guests, handle))
 
     def override(self, module: nn.Module, name: str, make: Make) -> None:
-        """Let `make(method)` stand for the module's method `name`, such as `forward`."""
+        """Replace the module's method `name`, such as `forward`, by `make(method)`."""
         with _LOCK:
             guests = _guests_of(module)
             guests.overrides.setdefault(name, _Override(module, name)).add(make)
             self._overrides.append((guests, name, make))
 
     def join(self, base: nn.Module, reader: Reader) -> None:
-        """Let the other probes on the same base model know of this one."""
+        """Make this probe known to the other probes on the same base model."""
         with _LOCK:
             guests = _guests_of(base)
             guests.readers = (*guests.readers, reader)
             self._joined = guests, reader
 
     def stop_if_done(self) -> None:
-        """End the forward where a probe on the base model wants it, and none waits for a value or has a call around it.
+        """End the forward pass if a probe wants it, no probe waits for a value, and no outer call must continue.
 
         Raises:
-            Stop: to be turned into None where the call began.
+            Stop: caught at the outermost call, which then returns None.
         """
         readers = self._joined[0].readers if self._joined is not None else ()
         ending = [reader for reader in readers if reader.wants_stop()]
@@ -120,7 +122,7 @@ class HookSet:
                 raise Stop(reader)
 
     def remove(self) -> None:
-        """Take everything off again."""
+        """Remove all hooks and overrides."""
         with _LOCK:
             if self._joined is not None:
                 (guests, reader), self._joined = self._joined, None
@@ -138,14 +140,14 @@ class HookSet:
 
 
 def list_edits(module: nn.Module) -> list[Any]:
-    """List what edits do to the values of one module."""
+    """List the edits attached to one module."""
     return [getattr(hook, EDIT) for _, hook in list_hooks(module) if hasattr(hook, EDIT)]
 
 
 def list_strange(module: nn.Module) -> Iterator[Any]:
-    """Go through what neither a probe nor an edit has put on one module: hooks, and a method in place of `forward`.
+    """Iterate over the hooks of one module, and its replaced `forward`, that neither a probe nor an edit has attached.
 
-    A method of accelerate's, which brings weights that lie elsewhere, is none of it, but the one under it may be.
+    The `forward` with which accelerate loads offloaded weights does not count, but the method beneath it may.
     """
     guests = _find_guests(module) or _Guests(module)
     yield from (hook for number, hook in list_hooks(module) if number not in guests.hooks)
@@ -158,12 +160,12 @@ def list_strange(module: nn.Module) -> Iterator[Any]:
 
 
 def list_hooks(module: nn.Module) -> list[tuple[int, Any]]:
-    """List the hooks of one module that see or make values, by number; another thread may put some on meanwhile."""
+    """List one module's forward hooks by handle id, as a copy: another thread may attach hooks meanwhile."""
     return [*vars(module)["_forward_pre_hooks"].items(), *vars(module)["_forward_hooks"].items()]
 
 
 class _Guests:
-    """What the probes have put on one module; called as its `__getstate__`, gives its state without any of it."""
+    """What the probes have attached to one module; as its `__getstate__`, returns the state without any of it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -172,7 +174,7 @@ class _Guests:
         self.readers: tuple[Reader, ...] = ()
 
     def __call__(self) -> Any:
-        # Before 3.11 an object has no __getstate__ of its own.
+        # Before Python 3.11 objects have no default __getstate__.
         read = getattr(type(self.module), "__getstate__", None)
         state = self.module.__dict__ if read is None else read(self.module)
         if not isinstance(state, dict):
@@ -187,14 +189,14 @@ class _Guests:
         return state
 
     def leave(self) -> None:
-        """Forget the module once nothing is on it."""
+        """Detach from the module once nothing is left on it."""
         self.overrides = {name: override for name, override in self.overrides.items() if override.makes}
         if not (self.hooks or self.overrides or self.readers):
             self.module.__dict__.pop("__getstate__", None)
 
 
 class _Override:
-    """What stands before a method of one module: `makes` on top of what was there before the first of them."""
+    """The stacked overrides of one method of a module: each of `makes` wraps the one before."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.makes: list[Make] = []
@@ -213,13 +215,13 @@ class _Override:
         self._stack()
 
     def leave_out(self, attributes: dict[str, Any]) -> None:
-        """Put back among the attributes what was there before."""
+        """Restore the original attribute in a copy of the module's attributes."""
         if attributes.get(self._name) is self._top:
             _set_or_delete(attributes, self._name, self.before)
 
     def _stack(self) -> None:
         if self._attributes.get(self._name) is not self._top:
-            return  # somebody has wrapped it since: theirs stays, and what it wraps only passes on
+            return  # other code has wrapped it since: keep that wrapper; our method beneath it only passes calls on
         method = self._method
         for make in self.makes:
             method = make(method)

@@ -1,10 +1,10 @@
-"""When two pieces of a user's code are the same: a pool, or what somebody has put on a model's modules.
+"""Fingerprint user code: a pool function, or whatever is attached to a model's modules.
 
 Two runs are the same only if their code does the same, and a run resumes only if another process can verify that. So
 functions are hashed by their code and what it refers to, tensors by their bytes, objects by class and attributes. What
 cannot be hashed never matches anything.
 
-Code of libraries is covered by their versions, so it is identified by name.
+Library code is covered by package versions, so it is identified by name.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type(...), torch.dtype, np.dtype,
     pathlib.PurePath,
 )  # fmt: skip
-# Their hooks and modules go with a model: its config and its weights tell of them.
+# Hooks and modules of these packages belong to the model, whose config and weights describe them.
 _OF_MODELS = {"accelerate", "layerprobe", "sentence_transformers", "torch", "transformers", "transformers_modules"}
 _NAMED = {*sys.stdlib_module_names, *_OF_MODELS} - {"__main__"}
-# Of a module, what is told otherwise.
+# Attributes of a module that are covered elsewhere.
 _STATE = ("_buffers", "_modules", "_parameters", "training")
 _BUILT_IN = (
     types.BuiltinFunctionType, types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType,
@@ -49,7 +49,7 @@ _BUILT_IN = (
 
 
 def describe_pool(pool: Pool) -> str | None:
-    """Name a pool: a callable by its name and by what tells it from any other."""
+    """Describe a pool; a callable by its name and a digest of its code."""
     return pool if pool is None or isinstance(pool, str) else _describe(pool)
 
 
@@ -96,16 +96,16 @@ def _top_of(module: str | None) -> str:
 
 
 class _Walk:
-    """Goes through all that a value is made of, each thing once, and feeds it to a digest.
+    """Traverses everything a value consists of, each object once, and feeds it to a digest.
 
     Args:
-        seen: Numbers of what was met on the way here.
+        seen: Numbers of the objects already visited, by id.
     """
 
     def __init__(self, seen: Mapping[int, int]) -> None:
         self._digest = xxhash.xxh3_64()
         self._seen = dict(seen)
-        # what was made on the way must not give its number to another
+        # keeps temporary objects alive, so that no id is reused
         self._kept: list[Any] = []
 
     def digest_of(self, value: Any) -> str:
@@ -121,7 +121,7 @@ class _Walk:
         elif isinstance(value, _PLAIN):
             self._say(type(value).__qualname__, str(value) if isinstance(value, pathlib.PurePath) else repr(value))
         elif isinstance(value, torch.device):
-            self._say("device")  # a run may go on elsewhere
+            self._say("device")  # a run may resume on another device
         elif id(value) in self._seen:
             self._say("again", self._seen[id(value)])
         else:
@@ -173,14 +173,14 @@ class _Walk:
                 self.add(value.tolist())
             else:
                 self._digest.update(value.tobytes())
-        except (NotImplementedError, RuntimeError, TypeError):  # sparse ones, and others whose bytes are nowhere
+        except (NotImplementedError, RuntimeError, TypeError):  # sparse tensors, and others without accessible bytes
             self._add_hidden()
 
     def _add_collection(self, value: Any) -> None:
         self._add_class(type(value))
         self._say("of", len(value))
         if isinstance(value, Set):
-            # in whatever order: each by a digest of its own
+            # unordered: hash each element separately and sort
             self._say(sorted(_Walk(self._seen).digest_of(one) for one in value))
         elif isinstance(value, Mapping):
             for pair in list(value.items()):
@@ -201,7 +201,7 @@ class _Walk:
             return
         self._add_all(value.__bases__)
         for name, held in sorted(vars(value).items()):
-            # methods, and what the class says in its own words; not what Python notes of how it was written
+            # hash methods and the class's own attributes, but not metadata such as __module__ or __doc__
             is_noted = name.startswith("__") and not isinstance(held, (types.FunctionType, staticmethod, classmethod))
             if not is_noted and not name.startswith("_abc_") and not isinstance(held, _BUILT_IN):
                 self._say("attribute", name)
@@ -214,7 +214,7 @@ class _Walk:
             return
         self._add_all((value.__defaults__, value.__kwdefaults__))
         for cell in value.__closure__ or ():
-            with contextlib.suppress(ValueError):  # one that is not filled yet
+            with contextlib.suppress(ValueError):  # a cell that is still empty
                 self.add(cell.cell_contents)
         if not _is_installed(top):
             self.add(code)
@@ -234,19 +234,19 @@ class _Walk:
             said = repr(value)
             if type(value).__repr__ is object.__repr__ or " at 0x" in said:
                 self._add_hidden()
-            self._say("said", said)  # a date, a ufunc, a fraction
+            self._say("said", said)  # e.g. a date, a ufunc, a fraction
         if isinstance(value, (io.IOBase, random.Random)):
             self._add_hidden()
         for name, held in sorted((own or {}).items()):
-            if name == "__getstate__":  # a probe's, while it is on a module
+            if name == "__getstate__":  # a probe's, present while it is attached to a module
                 continue
             self._say("attribute", name)
-            # torch keeps hooks by numbers that it counts up
+            # torch keys hooks by a running number, which differs between runs
             is_hooks = isinstance(value, nn.Module) and "_hooks" in name and isinstance(held, dict)
             self.add(list(held.values()) if is_hooks else held)
 
     def _add_hidden(self) -> None:
-        """Take in what cannot be told: of a lock, a generator or a file, what they do next is written nowhere."""
+        """Add a token that matches nothing, for values whose state is not accessible: a lock, a generator, a file."""
         self._say("like nothing else", uuid.uuid4())
 
     def _add_all(self, values: Any) -> None:
@@ -259,7 +259,7 @@ class _Walk:
 
 
 def _attributes_of(value: Any) -> dict[str, Any] | None:
-    """Give the attributes of an object; None where it has no place for any, and may keep what it holds out of sight."""
+    """Return an object's attributes; None if it can have none and so may hide its state."""
     own: dict[str, Any] = {}
     has_slots = False
     for one in type(value).__mro__:
@@ -276,7 +276,7 @@ def _attributes_of(value: Any) -> dict[str, Any] | None:
 
 @functools.lru_cache
 def _is_installed(top: str) -> bool:
-    """Whether a package is a library."""
+    """Return whether a package is an installed library."""
     if top in _NAMED or top == "numpy":
         return True
     module = sys.modules.get(top)
@@ -285,14 +285,14 @@ def _is_installed(top: str) -> bool:
 
 
 def _find_operands(code: types.CodeType, *operators: str) -> list[str]:
-    """List what a function and those within it name to some operators, each once, sorted: globals, imported modules."""
+    """List the names that some opcodes use in a function and in its nested functions, sorted, without duplicates."""
     found = {one.argval for one in dis.get_instructions(code) if one.opname in operators}
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
     return sorted(found.union(*(_find_operands(one, *operators) for one in inner)))
 
 
 def _is_setting(value: Any, depth: int = 8) -> bool:
-    """Whether a value is a number, a word, or a collection of them; no device, since runs may resume elsewhere."""
+    """Return whether a value is plain data or a collection of it; not a device, since runs may resume elsewhere."""
     if not isinstance(value, (list, tuple, set, frozenset, Mapping)):
         return isinstance(value, _PLAIN)
     inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
@@ -300,5 +300,5 @@ def _is_setting(value: Any, depth: int = 8) -> bool:
 
 
 def _is_setting_of_user(value: Any) -> bool:
-    """Whether a value is a setting, an array that is not a weight, or a function."""
+    """Return whether a value is a setting, an array or tensor, or a function."""
     return _is_setting(value) or isinstance(value, (Tensor, np.ndarray, types.FunctionType, functools.partial))

@@ -1,10 +1,10 @@
 """Pack captured rows into shards: the sink behind `Probe(to="acts/")` and `extract`.
 
-Rows of a call go to the end of the open unit's buffer; a finished call stays there, an abandoned one is overwritten
-by the next. A unit is sealed when its buffer is full (`Probe`) or when it is told to (`extract`) and becomes one
+The rows of a call are appended to the open unit's buffer. A finished call's rows stay, an abandoned call's are
+overwritten by the next. A unit is sealed when its buffer is full (`Probe`) or on request (`extract`) and becomes one
 shard.
 
-Hides the turns of the buffers: one more than there are writers. Must never know of modules or hooks.
+Hides how buffers rotate: there is one more than there are writer threads. Must never know of modules or hooks.
 """
 
 import contextlib
@@ -43,20 +43,20 @@ __all__ = ["StoreSink"]
 
 @dataclass(eq=False)
 class _Pending:
-    """The running call: where its rows go."""
+    """The running call and the destination of its rows."""
 
     thread: int
     call: Call
     batch: AnnouncedBatch | None = None
     selection: BatchSelection | None = None
     room: Room = NO_ROOM
-    # where values need no more than a copy that casts: the rectangles of them that are copied
+    # set if values need only a casting copy: the rectangles to copy
     runs: Sequence[Run] | None = None
     values: dict[int, Tensor] | None = None
-    # sites whose values a compiled graph has gathered and cast already
+    # sites whose values a compiled graph has already gathered and cast
     packed: set[int] = field(default_factory=set)
     input_ids: Tensor | None = None
-    # values beyond the range of float8, counted where the values are made
+    # number of values beyond the range of float8, counted on the device
     overflow: dict[int, Tensor] = field(default_factory=dict)
     is_displaced: bool = False
 
@@ -64,21 +64,21 @@ class _Pending:
 class StoreSink(SinkAbilities):
     """Stream captured rows into a store.
 
-    Without `stored` sites the first call tells how wide they are, and units are cut as buffers fill. With them, units
-    are opened and sealed by the caller (`begin_unit`, `end_unit`) and every batch is announced.
+    Without `stored`, the first call determines the widths, and units are cut as buffers fill. With it, the caller opens
+    and seals units (`begin_unit`, `end_unit`) and announces every batch.
 
     Args:
-        where: The store. With a description it is made new; without, it is the caller's.
-        writer: Not started yet.
-        pool, dtype: What happens to the rows.
-        device: Where the model makes them.
+        where: The store. With a description it is created; without one, the caller owns it.
+        writer: A writer that has not been started.
+        pool, dtype: Pooling and cast applied to the rows.
+        device: Device on which the model computes the rows.
         shard_bytes: Size of a buffer, and so of a shard.
-        description: What `store.json` will say; None where the caller writes it.
-        fingerprint: Of the plan; with a description it is computed from that and from the sites.
-        stored: How the sites will lie on disk, if known.
-        keeps_part: Whether the batches that are announced say which rows to keep.
-        packs_in_graphs: Whether compiled graphs may gather and cast rows. As many rows as tokens are a new shape with
-            almost every batch, and CUDA graphs are recorded for each shape.
+        description: Content of `store.json`; None if the caller writes it.
+        fingerprint: Fingerprint of the plan; with a description it is computed from that and the sites.
+        stored: Layout of the sites on disk, if known.
+        keeps_part: Whether announced batches select the rows to keep.
+        packs_in_graphs: Whether compiled graphs may gather and cast rows. The number of rows changes with almost every
+            batch, and CUDA graphs are recorded once per shape.
     """
 
     forgets_abandoned = True
@@ -118,12 +118,12 @@ class StoreSink(SinkAbilities):
         self._next_example = 0
         self._lock: StoreLock | None = None
         self._made_folder: Path | None = None
-        # a unit is one run of examples
+        # a unit is a run of consecutive examples, so calls take turns
         self._turns = Turns()
 
     @property
     def copies_at_once(self) -> bool:
-        """Whether a value may be overwritten as soon as `receive` returns; the first call's are kept until its end."""
+        """Whether a value may be overwritten once `receive` returns; those of the first call are kept until it ends."""
         return self._stored is not None
 
     @property
@@ -134,7 +134,7 @@ class StoreSink(SinkAbilities):
 
     @property
     def stalled_s(self) -> float:
-        """Seconds the forward has waited for a buffer, its device idle."""
+        """Seconds the forward pass has waited for a buffer while its device was idle."""
         return self.buffers.stalled_s if self.buffers is not None else 0.0
 
     def open(self, sites: Sequence[Site]) -> None:
@@ -152,7 +152,7 @@ class StoreSink(SinkAbilities):
             raise
 
     def shrink(self) -> None:
-        """Give back what is kept of the device's memory between calls, where it has run out."""
+        """Free the device memory kept between calls, after an out-of-memory error."""
         self._lane.shrink()
 
     def close(self, error: BaseException | None) -> None:
@@ -162,18 +162,18 @@ class StoreSink(SinkAbilities):
             self._let_go()
 
     def _let_go(self) -> None:
-        """Let others have the place."""
+        """Release the lock, and remove a folder that was created but received no call."""
         if self._lock is not None:
             self._lock.release()
-        # a store of no call says nothing: not even how wide its sites are
+        # without a call nothing is known, not even the width of the sites
         if self._made_folder is not None and self._stored is None:
             with contextlib.suppress(OSError):
                 self._made_folder.rmdir()
 
     def _close(self, error: BaseException | None) -> None:
         try:
-            # Without a description the caller decides what is whole; a unit it has not ended is not.
-            with self._turns.lock:  # a call of another thread may just be adding its rows, or come too late to
+            # Without a description the caller decides which units are complete; a unit it has not ended is discarded.
+            with self._turns.lock:  # another thread may be adding the rows of a call, or finish one too late
                 self._turns.holder = None
                 if self._unit is not None and self._unit.used.examples and self._description is not None:
                     self.end_unit()
@@ -187,11 +187,11 @@ class StoreSink(SinkAbilities):
     # calls
 
     def announce(self, batch: AnnouncedBatch) -> None:
-        """Say what the next call of the model will run."""
+        """Announce the batch of the model's next call."""
         self._announced = batch
 
     def begin(self, call: Call) -> None:
-        self.writer.check()  # before the turn is taken: after a failure nobody would give it back
+        self.writer.check()  # before taking the turn: after a failure nothing would return it
         if self._description is None and self._announced is None:
             raise CaptureError(
                 "the model was called once more than the run has called it: by a sink, a pool or a hook, or by the "
@@ -208,12 +208,12 @@ class StoreSink(SinkAbilities):
                 f"{self._sites[index].name!r} was made after another call of the model began inside this one: a store "
                 "takes one call at a time. Use a second model, or capture into memory."
             )
-        if value.requires_grad:  # a detached tensor is another object, and making one costs too
+        if value.requires_grad:  # detach creates a new tensor object, which is not free
             value = value.detach()
         if self._stored is None or pending.values is not None:
             if pending.values is None:
                 pending.values = {}
-            # held until the call ends: what a module gave that is known by its name alone may be changed by then
+            # held until the call ends, by which time the model may have modified a `module:` site's output
             pending.values[index] = value.clone() if self._sites[index].is_by_name else value
             return
         if pending.selection is None:
@@ -223,13 +223,13 @@ class StoreSink(SinkAbilities):
         is_plain = stored.kind == "token" and stored.dtype not in NOT_PLAIN
         wanted = (selection.num_sequences, selection.num_positions, stored.width)
         if is_plain and pending.runs is not None and value.shape == wanted:
-            # most values of most runs: `_put` would do the same in a dozen small steps
+            # fast path for most values of most runs; `_put` would do the same in many more steps
             copy_runs(unit.buffer.values[index], unit.used.rows, value, pending.runs)
         else:
             self._put(pending, index, value)
 
     def receive_rows(self, call: Call, index: int, rows_TD: Tensor) -> None:
-        """Take rows that are gathered and cast already."""
+        """Receive rows that are already gathered and cast."""
         call.state.packed.add(index)
         self.receive(call, index, rows_TD)
 
@@ -237,7 +237,7 @@ class StoreSink(SinkAbilities):
         pending: _Pending = call.state
         try:
             with self._turns.lock:
-                if pending is self._turns.holder:  # else another thread has closed the probe meanwhile
+                if pending is self._turns.holder:  # otherwise another thread has closed the probe meanwhile
                     if pending.values is not None:
                         self._establish(pending, call)
                     if not pending.is_displaced:
@@ -255,7 +255,7 @@ class StoreSink(SinkAbilities):
             self._turns.end(call.state)
 
     def _establish(self, pending: _Pending, call: Call) -> None:
-        """Learn from the first call how the sites will lie on disk, say so in `store.json`, and pack its rows."""
+        """Determine the sites' layout on disk from the first call, write `store.json`, and pack the call's rows."""
         assert pending.values is not None and self._description is not None
         self._stored = [
             measure_site(site, pending.values[index], self._pool, self.packed_dtype, index in pending.packed)
@@ -271,7 +271,7 @@ class StoreSink(SinkAbilities):
             self._put(pending, index, value)
 
     def _reserve(self, pending: _Pending, call: Call, value: Tensor) -> None:
-        """Work out the rows of a call and make room for them."""
+        """Select the rows of a call and make room for them."""
         batch = pending.batch
         if batch is not None:
             pending.selection, pending.input_ids = batch.select(value.device), batch.input_ids
@@ -280,16 +280,16 @@ class StoreSink(SinkAbilities):
         needed = pending.room = room_for(pending.selection)
         unit = self._unit
         if unit is not None:
-            # Held against what buffers begin with: which of them a unit gets depends on timing, and one that has grown
-            # would take more. A shard's own bounds come first: of rows, or of examples, a buffer has room only where a
-            # site is of that kind.
+            # Compare with the initial room of the buffers: which buffer a unit gets depends on timing, and one that has
+            # grown would hold more. The shard's own limits are checked as well, because a buffer limits rows or
+            # examples only if it stores sites of that kind.
             wanted = unit.used.plus(needed)
             is_read = wanted.rows <= MOST_TOKENS and wanted.examples <= MOST_EXAMPLES
             fits = is_read and self._room.holds(wanted, unit.buffer.kinds)
             if batch is None and unit.used.examples and not fits:
                 self.end_unit()
             elif not unit.buffer.fits(wanted):
-                self._lane.fence()()  # what is on its way must land before its buffer moves
+                self._lane.fence()()  # pending copies must finish before their buffer is reallocated
                 unit.buffer.grow(wanted, unit.used)
         if self._unit is None:
             self.begin_unit(self._next_unit, self._next_example, needed)
@@ -349,7 +349,7 @@ class StoreSink(SinkAbilities):
     # units
 
     def begin_unit(self, number: int, first_example: int, room: Room, num_truncated: int = 0) -> None:
-        """Open a unit with so much room, waiting for a free buffer."""
+        """Open a unit with at least this much room, waiting for a free buffer."""
         assert self._stored is not None
         if self.buffers is None:
             self.buffers = self._make_buffers(room)
@@ -382,13 +382,13 @@ class StoreSink(SinkAbilities):
             raise
 
     def _make_buffers(self, first: Room) -> BufferPool:
-        """Make buffers of the shard's size, shared out between rows, examples and pairs as the first need has them."""
+        """Create buffers of the shard size, divided between rows, examples and pairs as in the first batch."""
         assert self._stored is not None
         size: dict[str, int] = {"token": 0, "example": 0, "attention": 0}
         for site in self._stored:
             size[site.kind] += site.bytes_per_vector
-        pairs_per_row = max(1.0, first.pairs / max(1, first.rows))  # each token is a pair with itself
-        # Texts average more than one token, so a vector per row is more than enough for vectors per example.
+        pairs_per_row = max(1.0, first.pairs / max(1, first.rows))  # each token forms a pair with itself
+        # Texts average more than one token, so room for one vector per row is enough for one per example.
         rows = int(self._shard_bytes / (size["token"] + size["example"] + size["attention"] * pairs_per_row))
         pairs = int(rows * pairs_per_row)
         room = self._room = Room(*map(max, first, Room(min(rows, MOST_TOKENS), min(rows, MOST_EXAMPLES), pairs)))

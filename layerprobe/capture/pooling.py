@@ -1,6 +1,6 @@
-"""From rows to a vector for each text: cls, mean, max, last, or a function of the user's.
+"""Pool rows to one vector per text: cls, mean, max, last, or a user's function.
 
-Done where the values are, before anything is copied. Must never know where vectors go.
+Runs on the device of the values, before anything is copied. Must never know where vectors go.
 
 Letters: B sequences, S padded positions, T rows, N examples, D width.
 """
@@ -20,15 +20,15 @@ __all__ = ["Pool", "check_pool", "pool_rows"]
 
 Pool = str | Callable[[Tensor], Tensor] | None
 
-# Where every torch that we take has the mean of many at once; on mps it came with 2.10.
+# Devices on which every supported torch version has embedding_bag; mps has it only since 2.10.
 _MEANS_AT_ONCE = ("cpu", "cuda")
 
 
 def check_pool(pool: object) -> None:
-    """Refuse a pool that does not exist.
+    """Check that a pool is valid.
 
     Raises:
-        OptionError: neither a known name nor callable.
+        OptionError: it is neither a known name nor callable.
     """
     if pool is not None and pool not in POOLS and not callable(pool):
         raise OptionError(
@@ -42,13 +42,15 @@ def pool_rows(value_BSD: Tensor, selection: BatchSelection, pool: Pool) -> Tenso
     Args:
         value_BSD: `[B, S, D]`.
         selection: Which tokens are real; special tokens count.
-        pool: `cls` first real token, `last` last one, `mean`, `max`, or a callable from `[T, D]` to one vector.
+        pool: `cls` (first real token), `last` (last real token), `mean`, `max`, or a callable from `[T, D]` to one
+            vector.
 
     Returns:
-        `[N, D]` in the dtype of the values (means are taken in float32 at least). A sequence without tokens gives NaN.
+        `[N, D]` in the dtype of the values (means are computed in at least float32). A sequence without tokens gives
+        NaN.
 
     Raises:
-        CaptureError: the values have no row per token, or the callable fails or does not give one vector.
+        CaptureError: the values have no row per token, or the callable fails or does not return one vector.
     """
     if value_BSD.ndim != 3 or tuple(value_BSD.shape[:2]) != (selection.num_sequences, selection.num_positions):
         raise CaptureError(f"a value of shape {tuple(value_BSD.shape)} has no row per token to pool.")
@@ -57,13 +59,13 @@ def pool_rows(value_BSD: Tensor, selection: BatchSelection, pool: Pool) -> Tenso
         blocks = [value_BSD[run.first : run.last, run.start : run.stop] for run in selection.runs]
         return _pool_blocks(blocks, pool, value_BSD)
     index, flat = selection.index, value_BSD.flatten(0, 1)
-    # the backward of a mean of many has none of its own
+    # embedding_bag's backward is not itself differentiable
     has_mean = value_BSD.device.type in _MEANS_AT_ONCE and not value_BSD.requires_grad
     if pool in ("cls", "last") or (pool == "mean" and has_mean):
         index = torch.arange(len(flat), device=flat.device) if index is None else index
         return _pool_at_once(flat, index, selection, pool)
     rows = flat if index is None else flat.index_select(0, index)
-    # texts of one length that follow each other are a block
+    # consecutive texts of equal length form a block
     groups = [(length, len(list(equal))) for length, equal in groupby(selection.lengths)]
     pieces = rows.split([length * count for length, count in groups])
     blocks = [piece.unflatten(0, (count, length)) for piece, (length, count) in zip(pieces, groups, strict=True)]
@@ -71,7 +73,7 @@ def pool_rows(value_BSD: Tensor, selection: BatchSelection, pool: Pool) -> Tenso
 
 
 def _pool_at_once(flat: Tensor, index: Tensor, selection: BatchSelection, pool: Pool) -> Tensor:
-    """Pool every sequence by as many operators as one takes: on a GPU each is a launch, and here they are small."""
+    """Pool all sequences with a constant number of operators: on a GPU each is a kernel launch, and these are small."""
     if not len(index):
         return flat.new_full((len(selection.lengths), flat.shape[1]), float("nan"))
     starts, stops = selection.bounds
@@ -89,18 +91,18 @@ def _pool_at_once(flat: Tensor, index: Tensor, selection: BatchSelection, pool: 
 
 
 def _pool_blocks(blocks: Sequence[Tensor], pool: Pool, like: Tensor) -> Tensor:
-    """Pool blocks of sequences of one length each, `[k, t, D]`, to `[N, D]`."""
+    """Pool blocks of equally long sequences, `[k, t, D]` each, to `[N, D]`."""
     if callable(pool):
         return _pool_by(pool, [rows for block in blocks for rows in block], like)
     return torch.cat([_pool_block(block, pool) for block in blocks]) if blocks else like.new_empty(0, like.shape[2])
 
 
 def _pool_by(pool: Callable[[Tensor], Tensor], texts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Pool each text by a function; one without tokens gives NaN, as with the other pools, and it is not asked."""
+    """Pool each text with a function; a text without tokens gives NaN without calling it, as with the other pools."""
     vectors = {number: _ask(pool, rows, number) for number, rows in enumerate(texts) if len(rows)}
     if not texts:
         return like.new_empty(0, like.shape[2])
-    # how wide its vectors are only the function knows
+    # only the function knows the width of its vectors
     known = next(iter(vectors.values())) if vectors else _ask(pool, like.new_zeros(1, like.shape[2]), 0)
     lengths = sorted({len(vector) for vector in vectors.values()})
     if len(lengths) > 1:
@@ -130,7 +132,7 @@ def _ask(pool: Callable[[Tensor], Tensor], rows_TD: Tensor, number: int) -> Tens
 
 
 def _pool_block(block: Tensor, pool: Pool) -> Tensor:
-    """Pool sequences of one length, `[k, t, D]`, to `[k, D]`."""
+    """Pool sequences of equal length, `[k, t, D]`, to `[k, D]`."""
     if block.shape[1] == 0:
         return block.new_full((block.shape[0], block.shape[2]), float("nan"))
     if pool == "cls":

@@ -1,7 +1,7 @@
-"""The probe: a `with` block in which a model's activations are captured.
+"""Capture a model's activations inside a `with` block.
 
-Checks every option before anything exists, chooses the sink, and owns the registry. Knows what a user asks for; how
-values are read and packed is hidden below it.
+Validates every option before anything is allocated, chooses the sink and owns the registry. Knows what the user
+requests; how values are read and packed is hidden below.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,7 +107,7 @@ class Probe(AbstractContextManager["Probe"]):
             to.name_layers(registry.num_layers)
         self._sites = registry.sites
         self._num_layers = registry.num_layers
-        # let go of when the probe closes, and the model with it
+        # released when the probe closes, so that the probe does not keep the model alive
         self._registry: ProbeRegistry | None = registry
         self._state = Lifecycle.NEW
 
@@ -129,7 +129,7 @@ class Probe(AbstractContextManager["Probe"]):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The captured sites, in the order in which the model runs them."""
+        """The captured sites, in execution order."""
         return self._sites
 
     def __enter__(self) -> "Probe":
@@ -155,7 +155,7 @@ class Probe(AbstractContextManager["Probe"]):
             finally:
                 self._sink.close(error)
         except Exception:
-            # what went wrong in the block says more than what went wrong because of it
+            # an error raised in the block takes precedence over errors in the cleanup
             if error is None:
                 raise
 
@@ -182,7 +182,7 @@ class Probe(AbstractContextManager["Probe"]):
         return len(self._sites)
 
     def __getitem__(self, site: str) -> Any:
-        """Give the value of a site, when the model was called once."""
+        """Return the value of a site, if the model was called once."""
         return self._only_call()[site]
 
     @property
@@ -212,10 +212,10 @@ class Probe(AbstractContextManager["Probe"]):
 
 
 def _check_staged(model: nn.Module, pool: Pool, stop: bool, this_thread: bool) -> None:
-    """Refuse what a stage does not do.
+    """Refuse options that a stage does not support.
 
     Raises:
-        OptionError: a pool, one thread alone, or an early end of a compiled model.
+        OptionError: a pool, `this_thread`, or `stop` with a compiled model.
     """
     if pool is not None:
         raise OptionError(f"pool={pool!r} and a stage: a stage holds rows as they are. Leave out pool, or use memory.")

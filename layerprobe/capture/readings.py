@@ -1,10 +1,10 @@
-"""Values of sites as they are made, with nothing kept: for what looks at each one and lets it go.
+"""Pass each value of some sites to a function as it is computed, keeping nothing.
 
-A reading is a value, or one chunk of it, in the order in which the model runs; no call has to be whole. Lighter than
-the registry, and less: a graph of `torch.compile` takes no hooks that come and go, so compiled models are refused.
+Values, or chunks of them, arrive in execution order; calls need not be complete. Lighter than the registry but with
+fewer features: compiled graphs do not pick up hooks that come and go, so compiled models are refused.
 
-Hides which module makes which site, layers that share a module, fused projections and chunks. Must never know what
-becomes of the values.
+Hides which module produces which site, shared layers, fused projections and chunks. Must never know what happens to
+the values.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,9 +26,9 @@ class Taken(NamedTuple):
     """A value as a hook sees it.
 
     Args:
-        site: Where.
-        value: What was made there; of some positions where an FFN runs in chunks.
-        given: What the module was called with, its first tensor; None for a site that is read as an input.
+        site: Its site.
+        value: The value; only some positions if the FFN runs in chunks.
+        given: The first tensor argument of the module; None for a site that is read as an input.
         start: Position of the first token in `value`.
     """
 
@@ -39,12 +39,12 @@ class Taken(NamedTuple):
 
 
 class Readings:
-    """Hooks that give each value of some sites to a function.
+    """Hooks that pass each value of some sites to a function.
 
     Args:
         mapped: The model.
-        sites: What is read; no attention weights.
-        deliver: Takes each value.
+        sites: The sites to read; attention weights are not supported.
+        deliver: Receives each value.
     """
 
     def __init__(self, mapped: ModelMap, sites: Sequence[Site], deliver: Callable[[Taken], None]) -> None:
@@ -58,7 +58,7 @@ class Readings:
         self._starts: dict[tuple[str, str], int] = {}
 
     def attach(self, hooks: HookSet) -> None:
-        """Put the hooks on, to be taken off with `hooks`."""
+        """Attach the hooks; `hooks` removes them later."""
         for point in self._points:
             module = self._mapped.model.get_submodule(point[0])
             if point[1] == "input":
@@ -68,13 +68,13 @@ class Readings:
             hooks.keep(module, handle)
 
     def begin(self, num_positions: int | None) -> None:
-        """Start a call of so many positions."""
+        """Begin a call with this number of positions."""
         self._num_positions = num_positions
         self._runs.clear()
         self._starts.clear()
 
     def _take_input(self, point: tuple[str, str], module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        if kwargs is not None:  # None: torch calls hooks that came off while those of this module ran
+        if kwargs is not None:  # torch passes no kwargs if the hook was removed while the module's hooks were running
             self._take(point, args[0] if args else next(iter(kwargs.values())), None)
 
     def _take_output(
@@ -100,10 +100,10 @@ class Readings:
 
 
 def require_uncompiled(model: nn.Module, asked: str) -> None:
-    """Refuse a model whose values only its graphs see.
+    """Refuse a compiled model, whose values only its graphs see.
 
     Raises:
-        OptionError: it is compiled.
+        OptionError: the model is compiled.
     """
     if is_compiled(model):
         raise OptionError(f"{asked} of a compiled model: its graphs take no hooks that come and go. Compile it later.")

@@ -1,12 +1,11 @@
-"""Layers that gradient checkpointing runs again during backward.
+"""Handle layers that gradient checkpointing recomputes during backward.
 
-With `use_reentrant=True` the values of the first run are in no graph; only those of the second get gradients. The
-second run has no call of the model around it, so what transformers checkpoints with is told which call the first
-belongs to. The values of the second run are given to the sink with the state of that call; no further call is
-recorded. Without `use_reentrant` the first run is in the graph, and the second is of no interest, but to edits: both
-runs have to be edited, and after their block the second would not be.
+With `use_reentrant=True` the values of the first run have no graph; only those of the second get gradients. The second
+run happens outside any call of the model, so the checkpoint function is wrapped to remember the call of the first run.
+The second run's values go to the sink with the state of that call; no new call is recorded. Otherwise the first run is
+in the graph, and the second matters only to edits, which must be applied in both.
 
-Hides how the two runs find each other. Must never know what becomes of the values.
+Hides how the two runs find each other. Must never know what happens to the values.
 """
 
 from collections.abc import Callable
@@ -24,19 +23,19 @@ from layerprobe.errors import CaptureError
 
 __all__ = ["watch_second_runs"]
 
-# What 4.x and 5.x checkpoint with: called with the forward of a layer and its arguments.
+# The checkpoint function of transformers 4.x and 5.x, called with a layer's forward and its arguments.
 _CHECKPOINT = "_gradient_checkpointing_func"
 
 
 def watch_second_runs(hooks: HookSet, model: nn.Module, frames: Frames, *, always: bool = False) -> None:
-    """Open a frame around each layer that runs again in backward.
+    """Open a frame around each layer that is recomputed in backward.
 
     Args:
-        hooks: What takes it all off again.
-        model: Its layers are watched where checkpointing is on.
-        frames: Of the probe.
-        always: Also where the first run was in the graph: what changes values has to change them again, and where it
-            cannot any more, a second run of a layer in which it had a say raises CaptureError.
+        hooks: Set that removes the overrides later.
+        model: The model; only modules with checkpointing enabled are watched.
+        frames: The probe's frames.
+        always: Also follow the second run if the first was in the graph, because edits must be applied again. If the
+            edits have ended by then, the second run of an edited layer raises CaptureError.
     """
 
     def watch(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +43,7 @@ def watch_second_runs(hooks: HookSet, model: nn.Module, frames: Frames, *, alway
             call = frames.current()
             if call is None:
                 return checkpoint(function, *args, **kwargs)
-            # a module that serves several layers goes on counting from here
+            # a module shared by several layers continues counting from here
             again = replace(call, expected=-1, seen=0, counts=dict(call.counts), chunks={}, twins={})
             return checkpoint(partial(_run, function, frames, again, {}, always), *args, **kwargs)
 
@@ -64,17 +63,17 @@ def _run(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run a layer; the second time within a frame, if the first was in no graph or that does not matter.
+    """Run a layer; the second run gets a frame if the first was in no graph, or always if `always`.
 
     Raises:
-        CaptureError: values that were changed in the first run would not be in the second.
+        CaptureError: edits applied in the first run have ended before the second.
     """
     if not first:
         first["in_graph"], call = torch.is_grad_enabled(), frames.current()
         try:
             return function(*args, **kwargs)
         finally:
-            # a hook that changes a value counts it
+            # edits increment the counts
             first["is_changed"] = always and call is not None and call.counts != again.counts
     if first["is_changed"] and not frames.is_open:
         raise CaptureError(

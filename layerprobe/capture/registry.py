@@ -1,9 +1,9 @@
-"""Hooks on a model: all of them or none, and every one gone at the end.
+"""Attach forward hooks to a model, all or none, and always remove them.
 
-The registry turns sites into forward hooks, follows calls from their beginning to their end, and gives a sink each
-site's value as it is made. A hook that is traced by `torch.compile` goes through a port instead of running Python.
+The registry turns sites into forward hooks, follows each call from beginning to end, and hands each site's value to a
+sink as soon as it is computed. A hook traced by `torch.compile` goes through a port instead of running Python.
 
-Hides torch's hook machinery and the early end of a forward. Must never know what becomes of the values.
+Hides torch's hook machinery and the early end of a forward pass. Must never know what happens to the values.
 """
 
 import functools
@@ -35,7 +35,7 @@ __all__ = ["ProbeRegistry"]
 
 @dataclass(frozen=True, eq=False)
 class _Point:
-    """A module that is read, and the sites that are read there: several where it is fused or runs several times."""
+    """A hooked module and the sites read from it: several if its output is fused or it runs several times."""
 
     key: int
     module: nn.Module
@@ -115,10 +115,10 @@ class ProbeRegistry:
         self.detach()
 
     def attach(self) -> None:
-        """Put all hooks on, or none if one fails.
+        """Attach all hooks, or none if one fails.
 
         Raises:
-            CaptureError: the hooks are on already.
+            CaptureError: the hooks are already attached.
         """
         if self._hooks:
             raise CaptureError(f"the probe is already attached to {self._mapped.owner}. Leave its with block first.")
@@ -136,14 +136,14 @@ class ProbeRegistry:
                 end_early(self._hooks, self._given, self._mapped, self._frames)
             self._frames.thread = threading.get_ident() if self._this_thread else None
             self._frames.is_open = True
-            if has_graphs:  # takes a while, and Ctrl-C may come in it
+            if has_graphs:  # slow, and Ctrl-C may interrupt it
                 forget_compiled_graphs()
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
-        """Take every hook off, and abandon calls that were cut short."""
+        """Remove every hook and abandon calls that were interrupted."""
         self._frames.is_open = False
         self._hooks.remove()
         self._port.close()
@@ -151,7 +151,7 @@ class ProbeRegistry:
         self._frames.drain()
 
     def _group_points(self) -> list[_Point]:
-        """Gather the sites that are read at one module, so that each module is hooked once."""
+        """Group the sites by module, so that each module is hooked once."""
         grouped: dict[tuple[str, str], list[int]] = {}
         for index, site in enumerate(self.sites):
             grouped.setdefault((site.module, site.takes), []).append(index)
@@ -161,33 +161,33 @@ class ProbeRegistry:
             points.append(_Point(key, self._root.get_submodule(path), takes, tuple(indices), is_chunked))
         return points
 
-    # calls of compiled graphs
+    # calls from compiled graphs
 
     def enter_compiled(
         self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
     ) -> None:
-        """Take note, from a running graph, that a module was called."""
+        """Record, from a running graph, that a module was called."""
         self._frames.enter_compiled(stack, ids, mask, embeds, cached)
 
     def find_places(self, point: int, num_sequences: int, num_positions: int) -> Tensor | None:
-        """Tell a running graph where the real tokens of its call are in `[B * S]`."""
+        """Return to a running graph the indices of the real tokens of its call in `[B * S]`."""
         call = self._frames.current()
         if call is None:
             return None
         stack, context = call.find_context(self._points[point].indices[0])
         shape = (num_sequences, num_positions)
-        if context.shape is None:  # a model that is given neither ids nor embeddings
+        if context.shape is None:  # the model was called with neither ids nor embeddings
             call.contexts[stack] = context = replace(context, shape=shape)
         if stack not in call.places:
             mask = context.token_mask
-            if mask is None or tuple(mask.shape) != shape:  # a mask of another shape is refused by the sink
+            if mask is None or tuple(mask.shape) != shape:  # the sink refuses a mask of another shape
                 call.places[stack] = torch.arange(num_sequences * num_positions, device=self._port.token.device)
             else:
                 call.places[stack] = (mask != 0).flatten().nonzero()[:, 0]
         return call.places[stack]
 
     def receive_compiled(self, point: int, value: Tensor) -> None:
-        """Take a value from a running graph, whose memory the graph will use again."""
+        """Receive a value from a running graph, which will reuse the value's memory."""
         if self._abilities.keeps_gradients and not self._is_whole(self._points[point]):
             name = self.sites[self._points[point].indices[0]].name
             raise OptionError(
@@ -201,7 +201,7 @@ class ProbeRegistry:
                 self._receive_at(call, self._points[point], value)
 
     def receive_packed(self, point: int, rows_TD: Tensor) -> None:
-        """Take rows that a running graph has gathered and cast."""
+        """Receive rows that a running graph has already gathered and cast."""
         call = self._frames.current()
         if call is not None:
             rows_TD = rows_TD if self._abilities.copies_at_once else rows_TD.clone()
@@ -209,21 +209,21 @@ class ProbeRegistry:
                 self._receive(call, self._points[point].indices[0], rows_TD, self._abilities.receive_rows)
 
     def _running_on(self) -> AbstractContextManager[None]:
-        """Let a graph run to its end where nothing around it turns an early end into None."""
+        """Suppress an early end unless a torch.compile wrapper around the model can turn it into None."""
         return nullcontext() if is_compile_wrapper(self._given) else suppress(Stop)
 
     def drop_history(self) -> None:
-        """Forget what a graph made for a call that was cut short."""
+        """Drop what a graph returned with autograd history for a call that was interrupted."""
         self._port.take_attached()
 
     def attach_history(self) -> None:
-        """Give the sink what the last graph made with its history, in place of what the operators took of it."""
+        """Replace the values received from the last graph's operators by its outputs with autograd history."""
         for point, value in self._port.take_attached().items():
             for index in self._points[point].indices:
                 self._abilities.attach(index, take_part(self._root, self.sites[index].part, value))
 
     def leave_compiled(self, stack: int, completed: bool) -> None:
-        """Take note, from a running graph, that a module is done or has raised."""
+        """Record, from a running graph, that a module has returned or raised."""
         self._frames.leave(stack, completed)
 
     # values
@@ -234,7 +234,7 @@ class ProbeRegistry:
             hooks, frames, outlet, later = self._hooks, self._frames, self._outlet, self._abilities.forgets_abandoned
             watch_attention(hooks, point.module, point.key, frames, outlet, deliver, checks_later=later)
             return
-        # Run at every layer of every call, so without the calls that would make it shorter.
+        # These run at every layer of every call: bind attributes to locals and inline `_receive` to keep them fast.
         frames, get_ident, port, key = self._frames.by_thread, threading.get_ident, self._outlet, point.key
         is_compiling, sink_receive = torch.compiler.is_compiling, self._sink.receive
         stop_if_done = self._hooks.stop_if_done
@@ -244,7 +244,7 @@ class ProbeRegistry:
         if self._is_plain(point):
             receive, which = self._receive, point.indices[0]
             site = self.sites[which]
-            # a module known by its name alone may change its value afterwards, so that the sink has to look at it
+            # the model may modify the output of a `module:` site in place later, so the sink must inspect it
             bit, is_rows = 0 if site.is_by_name else 1 << which, site.kind == "token"
         if point.takes == "input":
 
@@ -266,10 +266,10 @@ class ProbeRegistry:
                 if is_compiling():
                     port.receive(key, find_tensor(output), is_rows)
                 elif (stack := frames.get(get_ident())) and (call := stack[-1].call) is not None:
-                    if bit and type(output) is Tensor and not call.seen & bit:  # what `_receive` does
+                    if bit and type(output) is Tensor and not call.seen & bit:  # inlines `_receive`
                         call.seen |= bit
                         if (values := call.values) is not None:
-                            # a detached tensor is another object, and making one takes as long as the rest of a hook
+                            # detach creates a new tensor object, which costs as much as the rest of the hook
                             values[which] = output.detach() if output.requires_grad else output
                         else:
                             try:
@@ -287,20 +287,20 @@ class ProbeRegistry:
             self._hooks.keep(point.module, point.module.register_forward_hook(read_output))
 
     def _is_plain(self, point: _Point) -> bool:
-        """Whether the module makes one whole value for one site."""
+        """Return whether the module gives one whole value for exactly one site."""
         return self._is_whole(point) and len(point.indices) == 1 and self.sites[point.indices[0]].part is None
 
     def _is_whole(self, point: _Point) -> bool:
-        """Whether the module runs once in a call."""
+        """Return whether the module runs once per call."""
         return not point.is_chunked and all(self.sites[index].call_index is None for index in point.indices)
 
     def _receive_at(self, call: Call, point: _Point, value: Any) -> None:
-        """Take a value that is a chunk, or one of several calls, or several sites at once."""
+        """Receive a value that is a chunk, one of several calls, or shared by several sites."""
         value = value if type(value) is Tensor else self._take_tensor(point.indices[0], value)
         shape, sources = call.context(point.indices[0]).shape, [value]
         if point.is_chunked and shape is not None and _is_chunk(value, shape):
             chunks = call.chunks.setdefault(point.key, [])
-            # of a module known by its name alone, which the model may change before the next chunk
+            # the model may overwrite the output of a `module:` site before the next chunk
             is_safe = value.requires_grad or not any(self.sites[index].is_by_name for index in point.indices)
             chunks.append(value if is_safe else value.clone())
             if sum(chunk.shape[1] for chunk in chunks) < shape[1]:
@@ -317,7 +317,7 @@ class ProbeRegistry:
                 self._receive(call, index, take_part(self._root, site.part, value))
 
     def _join_gradients(self, part: Part | None, gradients: Sequence[Tensor]) -> Tensor:
-        """Make the gradient of a value out of those of what it is made of."""
+        """Assemble the gradient of a value from the gradients of the tensors it was made of."""
         gradient = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients), dim=1)
         return gradient if part is None else take_part(self._root, replace(part, bias=None), gradient)
 
@@ -333,7 +333,7 @@ class ProbeRegistry:
         try:
             (hand_over or self._sink.receive)(call, index, value)
         except Exception:
-            # the sink of a probe that another thread has closed meanwhile takes nothing any more
+            # a probe closed by another thread no longer accepts values
             if not call.is_orphan:
                 raise
         if call.seen == call.expected:

@@ -1,8 +1,8 @@
-"""From a batch to the rows that count.
+"""Select the rows of real tokens from a padded batch.
 
-A `BatchSelection` is computed once per call from the attention mask and then used for every site. Batches made by a
-tokenizer are padded on one side, so their rows are a few rectangles, each copied and cast in one pass; any other mask
-falls back to an index. Must never know where rows go.
+A `BatchSelection` is computed once per call from the attention mask and used for every site. Tokenizers pad on one
+side, so the real tokens form a few rectangles, each copied and cast in one pass; any other mask falls back to an index.
+Must never know where rows go.
 
 Letters: B sequences, S padded positions, T rows (real tokens), D width.
 """
@@ -41,16 +41,16 @@ class BatchSelection:
     """Which tokens of a `[B, S]` batch are real.
 
     Args:
-        lengths: Real tokens of each example.
+        lengths: Number of real tokens per example.
         num_positions: S.
-        runs: Rectangles that hold all real tokens, in order; None where a mask has holes, or only some are kept.
-        index: Flat positions of the real tokens on the model's device, where rows are gathered by it and not run by
-            run: there are many runs, or none.
-        sequences: For each example which text it is, counted in the order of the batch, where several are one; None
-            where each has its own.
-        spans: For each example where it begins and ends, where that is all there is to its mask.
-        device: The model's.
-        is_flat: Whether all examples lie behind one another in one sequence, without padding.
+        runs: Rectangles that cover all real tokens, in order; None if the mask has holes or only some tokens are kept.
+        index: Flat positions of the real tokens, on the model's device, if rows are gathered by index because there are
+            many runs or none.
+        sequences: For each example the index of its text in the batch, if several examples share one text; None if each
+            has its own.
+        spans: Start and end of each example's real tokens, if its mask is contiguous.
+        device: The model's device.
+        is_flat: Whether all examples are concatenated into one sequence without padding.
     """
 
     lengths: tuple[int, ...]
@@ -64,22 +64,22 @@ class BatchSelection:
 
     @cached_property
     def num_sequences(self) -> int:
-        """B."""
+        """The number of sequences in the batch, B."""
         return 1 if self.is_flat else self.num_distinct
 
     @cached_property
     def num_distinct(self) -> int:
-        """How many texts there are, of those that are the same one."""
+        """The number of distinct texts."""
         return len(self.lengths) if self.sequences is None else 1 + max(self.sequences, default=-1)
 
     @cached_property
     def num_rows(self) -> int:
-        """T."""
+        """The number of real tokens, T."""
         return sum(self.lengths)
 
     @cached_property
     def num_pairs(self) -> int:
-        """Pairs of a real query and a real key, over all sequences."""
+        """The number of pairs of a real query and a real key, over all examples."""
         return sum(length * length for length in self.lengths)
 
     @classmethod
@@ -90,7 +90,7 @@ class BatchSelection:
         device: torch.device,
         sequences: Sequence[int] | None = None,
     ) -> "BatchSelection":
-        """Describe a batch padded on the right, without looking at a mask."""
+        """Describe a right-padded batch from its lengths alone, without a mask."""
         spans = [(0, length) for length in lengths]
         return cls._from_spans(spans, num_positions, device, None if sequences is None else tuple(sequences))
 
@@ -98,12 +98,12 @@ class BatchSelection:
     def from_flat(
         cls, lengths: Sequence[int], device: torch.device, sequences: Sequence[int] | None = None
     ) -> "BatchSelection":
-        """Describe texts that lie behind one another in one sequence, each once.
+        """Describe texts concatenated into one sequence, each once.
 
         Args:
-            lengths: Tokens of each example.
-            device: Where the model's values live.
-            sequences: For each example which of the texts it is, where several are one.
+            lengths: Number of tokens per example.
+            device: Device of the model's values.
+            sequences: For each example the index of its text, if several examples share one.
         """
         own = dict(enumerate(lengths)) if sequences is None else dict(zip(sequences, lengths, strict=True))
         starts = dict(zip(own, accumulate(own.values(), initial=0), strict=False))
@@ -119,12 +119,12 @@ class BatchSelection:
 
     @classmethod
     def from_mask(cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> "BatchSelection":
-        """Describe a batch by its attention mask.
+        """Describe a batch from its attention mask.
 
         Args:
             mask: `[B, S]`, zero for padding; None keeps every token.
             shape: B and S.
-            device: Where the model's values live.
+            device: Device of the model's values.
 
         Raises:
             CaptureError: the mask has another shape.
@@ -138,7 +138,7 @@ class BatchSelection:
                 "Pass a [batch, positions] mask, or capture into memory without pool."
             )
         kept = (mask != 0).cpu()
-        # by its bytes: a dozen small operators of torch are a percent of a small model's forward
+        # on raw bytes: a dozen small torch operators cost about 1% of a small model's forward
         flags = kept.numpy().tobytes()
         rows = [flags[start : start + num_positions] for start in range(0, len(flags), max(1, num_positions))]
         spans = [(max(0, row.find(1)), 1 + row.rfind(1)) for row in rows] if num_positions else [(0, 0)] * num_sequences
@@ -176,7 +176,7 @@ class BatchSelection:
         sequences: tuple[int, ...] | None,
         is_flat: bool = False,
     ) -> "BatchSelection":
-        """Add an index where the runs are many; `rows`: for each example the row of the batch it lies in."""
+        """Add an index if there are many runs; `rows`: for each example its row of the batch."""
         lengths = tuple(stop - start for start, stop in spans)
         index = None
         if len(runs) > MOST_COPIES.get(device.type, 0):
@@ -186,13 +186,13 @@ class BatchSelection:
 
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Where among the rows those of each example begin and end, `[N]` each, int64, on the model's device."""
+        """Start and end of each example among the rows, int64 `[N]` each, on the model's device."""
         bounds = send(torch.tensor([0, *accumulate(self.lengths)], device="cpu"), self.device)
         return bounds[:-1], bounds[1:]
 
     @cached_property
     def distinct(self) -> "BatchSelection":
-        """Each sequence once."""
+        """The selection with each text once."""
         if self.sequences is None:
             return self
         first = [self.sequences.index(number) for number in range(self.num_distinct)]
@@ -204,7 +204,7 @@ class BatchSelection:
         """Keep some tokens of each example.
 
         Args:
-            kept: int64, their positions among its real tokens, rising. `spans` must be known.
+            kept: int64, increasing positions among each example's real tokens. `spans` must be known.
         """
         numbers = self.sequences or tuple(range(len(self.lengths)))
         rows_of = (0,) * len(kept) if self.is_flat else numbers
@@ -216,10 +216,10 @@ class BatchSelection:
         return BatchSelection(lengths, self.num_positions, None, index, numbers, self.spans, self.device, self.is_flat)
 
     def repeat_rows(self, rows_TD: Tensor) -> Tensor:
-        """Give each example its rows, of rows that hold each sequence once.
+        """Expand rows of the distinct texts to rows of every example.
 
         Raises:
-            CaptureError: those are not as many.
+            CaptureError: the number of rows does not match the distinct texts.
         """
         if self.sequences is None:
             return rows_TD
@@ -228,12 +228,12 @@ class BatchSelection:
         return rows_TD.index_select(0, self._repeated_rows.to(rows_TD.device))
 
     def repeat_vectors(self, vectors: Tensor) -> Tensor:
-        """Give each example its vector, of one per sequence; of another count they are given back as they are."""
+        """Expand one vector per distinct text to one per example; any other number of vectors is returned unchanged."""
         if self.sequences is None or len(vectors) != self.num_distinct:
             return vectors
         return vectors.index_select(0, self._repeated.to(vectors.device))
 
-    # for all sites of a call on the model's first device: sending them to a GPU at each would wait for it at each
+    # cached for all sites of a call: sending them to a GPU for each site would synchronise each time
 
     @cached_property
     def _repeated(self) -> Tensor:
@@ -247,24 +247,24 @@ class BatchSelection:
 
 
 def _count_on(firsts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """Count on from each of `firsts`, as far as its length, int64: by numpy, whose small operators cost less."""
+    """Concatenate the ranges `[first, first + length)`, int64; in numpy, whose small operators cost less."""
     stops = np.cumsum(lengths, dtype=np.int64)
     offsets = np.array(firsts, dtype=np.int64) - (stops - np.array(lengths, dtype=np.int64))
     return torch.from_numpy(np.arange(stops[-1] if len(stops) else 0) + np.repeat(offsets, lengths))
 
 
 def write_rows(target: Target, value: Tensor, selection: BatchSelection) -> None:
-    """Gather the real tokens of a batch into `target`, cast on the way.
+    """Gather the real tokens of a batch into `target`, casting them.
 
     Args:
-        target: For `[T, ...]`.
+        target: Destination of shape `[T, ...]`.
         value: `[B, S, ...]`.
         selection: Which tokens are real.
 
     Raises:
-        CaptureError: `value` does not begin with the B and S of the call, or its rows do not go into a row of `target`.
+        CaptureError: `value` does not start with the call's B and S, or its rows do not fit a row of `target`.
 
-    Cost: one pass over the rows with no memory of its own; two where an index gathers what is also cast, for int8 and
+    Cost: one pass over the rows without temporary memory; two passes for an indexed gather with a cast, for int8 and
     for float8.
     """
     whole = target.whole
@@ -301,15 +301,15 @@ def write_rows(target: Target, value: Tensor, selection: BatchSelection) -> None
 
 
 def copy_runs(whole: Tensor, row: int, value: Tensor, runs: Sequence[Run]) -> None:
-    """Copy the runs of a value behind one another into rows from `row` on, cast on the way.
+    """Copy the runs of a value consecutively into rows from `row` on, casting them.
 
     Args:
         whole: `[R, ...]`, contiguous.
-        row: The first of the rows.
+        row: Index of the first row written.
         value: `[B, S, ...]`.
-        runs: Of it.
+        runs: The rectangles of `value` to copy.
     """
-    # Run at every site of every batch: two views and a copy for each run. Slices would take a dozen operators of torch.
+    # Runs at every site of every batch: two views and a copy per run; slicing would take a dozen torch operators.
     strides, offset, trailing = value.stride(), value.storage_offset(), value.shape[2:]
     out_strides = whole.stride()
     size, out_offset = out_strides[0], whole.storage_offset() + row * out_strides[0]
@@ -322,15 +322,15 @@ def copy_runs(whole: Tensor, row: int, value: Tensor, runs: Sequence[Run]) -> No
 
 
 def write_pairs(target: Target, weights_BHSS: Tensor, selection: BatchSelection) -> None:
-    """Write the attention among real tokens, flat, `[H, len, len]` per example.
+    """Write the attention weights among real tokens, flat, `[H, len, len]` per example.
 
     Args:
-        target: For `H * num_pairs` values.
+        target: Destination of `H * num_pairs` values.
         weights_BHSS: Attention probabilities.
         selection: Which tokens are real.
 
     Raises:
-        CaptureError: the weights are not of the B and S of the call.
+        CaptureError: the shape of the weights does not match the call's B and S.
     """
     size, _, *positions = weights_BHSS.shape
     if size != selection.num_sequences or positions != [selection.num_positions] * 2:
@@ -351,14 +351,14 @@ def write_pairs(target: Target, weights_BHSS: Tensor, selection: BatchSelection)
 
 
 def take_ids(input_ids: Tensor | None, selection: BatchSelection) -> Tensor:
-    """Take the ids of the real tokens, to the CPU; -1 where the model was called with embeddings.
+    """Return the ids of the real tokens on the CPU; -1 if the model was called with embeddings.
 
     Raises:
-        CaptureError: they are not of `[B, S]`.
+        CaptureError: the ids are not of shape `[B, S]`.
     """
     if input_ids is None:
         return torch.full((selection.num_rows,), -1, dtype=torch.int64, device="cpu")
-    # by numpy, whose small operators cost a fifth of torch's
+    # in numpy, whose small operators cost a fifth of torch's
     ids_BS = input_ids.cpu().numpy()
     if ids_BS.shape != (selection.num_sequences, selection.num_positions):
         raise CaptureError(

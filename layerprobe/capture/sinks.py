@@ -1,7 +1,7 @@
-"""Where captured values go as the model made them: into memory, or to a callable.
+"""Sinks that receive values as the model produced them: memory, or a callable.
 
-Each sink is a `calls.Sink`, as are those that pack rows for a store or sum them up. What sinks ask of a site or a value
-stands here too.
+Each implements `calls.Sink`, as do the sinks that pack rows for a store or accumulate sums. The questions that sinks
+ask about a site or a value are answered here too.
 
 Must never know of modules or hooks.
 """
@@ -44,7 +44,7 @@ Item = TypeVar("Item")
 
 
 class _BySite(Mapping[str, Item]):
-    """A mapping by site whose errors say what is there; Mapping's own `in` and `get` know of no error but KeyError."""
+    """A mapping by site with descriptive errors; Mapping's own `in` and `get` handle only KeyError."""
 
     __slots__ = ()
 
@@ -59,15 +59,15 @@ class _BySite(Mapping[str, Item]):
 
 
 class CapturedCall(_BySite[Value]):
-    """What one call of the model made, by site.
+    """The values of one call of the model, by site.
 
-    `call["layers.-1"]` finds a site by any pattern that stands for one; negatives count from the model's last layer.
+    `call["layers.-1"]` accepts any pattern that matches one site; negative numbers count from the model's last layer.
 
     Args:
         made: Values by canonical site name.
-        context: What the model was called with; the decoder, where it has two stacks.
-        num_layers: Of the model, as in `expand_patterns`.
-        gradients: What backward sends to the sites, or None where that is not kept.
+        context: Arguments of the call; those of the decoder, if the model has two stacks.
+        num_layers: Number of layers of the model, as in `expand_patterns`.
+        gradients: Gradients by site, or None if they are not kept.
     """
 
     __slots__ = ("_context", "_gradients", "_is_compiled", "_made", "_num_layers")
@@ -90,24 +90,24 @@ class CapturedCall(_BySite[Value]):
 
     @property
     def input_ids(self) -> Tensor | None:
-        """`[B, S]`, or None where the model was called with embeddings."""
+        """`[B, S]`, or None if the model was called with embeddings."""
         return self._context.input_ids
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """As it was passed, or None."""
+        """The mask as passed, or None."""
         return self._context.attention_mask
 
     @property
     def positions(self) -> range:
-        """Positions of the S tokens of this call: under `generate` with a cache, one new position a call."""
+        """Positions of the S tokens of this call; under `generate` with a cache, one new position per call."""
         first = self._context.first_position
         if first is None:
             raise CaptureError("positions are not known: the model was compiled and called with a key-value cache.")
         return range(first, first + (self._context.shape[1] if self._context.shape else 0))
 
     def attach(self, name: str, value: Tensor) -> bool:
-        """Take the same value with its history, if it is the same."""
+        """Replace a value by the same value with autograd history; return False if the values differ."""
         held = self._made.get(name)
         if not isinstance(held, Tensor) or not _is_same(held, value.detach()):
             return False
@@ -117,7 +117,7 @@ class CapturedCall(_BySite[Value]):
 
     @property
     def gradients(self) -> "Gradients":
-        """What the last `backward` through this call sent to each site; with `gradients=True`."""
+        """Gradients of the last `backward` through this call, by site; requires `gradients=True`."""
         if self._is_compiled:
             raise CaptureError(
                 "what backward sends to a site inside a compiled graph is not seen: the values themselves have their "
@@ -138,12 +138,12 @@ class CapturedCall(_BySite[Value]):
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Bit-equal, a NaN to a NaN."""
+    """Return whether two tensors are equal, NaN counting as equal to NaN."""
     return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 class Gradients(_BySite[Tensor]):
-    """Gradients by site; a site that got none says so."""
+    """Gradients by site; asking for a site that received none raises an error."""
 
     def __init__(self, values: dict[str, Tensor], names: Sequence[str], num_layers: Mapping[str, int]) -> None:
         self._values = values
@@ -167,10 +167,10 @@ class Gradients(_BySite[Tensor]):
 
 
 def find_site(pattern: str, names: Sequence[str], num_layers: Mapping[str, int]) -> str:
-    """Find the one captured site that a pattern stands for.
+    """Find the one captured site that matches a pattern.
 
     Raises:
-        SiteError: none, or several.
+        SiteError: no site or several sites match.
     """
     if pattern in names:
         return pattern
@@ -181,13 +181,13 @@ def find_site(pattern: str, names: Sequence[str], num_layers: Mapping[str, int])
 
 
 def select_call(context: Context, value: Tensor) -> BatchSelection:
-    """Work out the real tokens of a call from its mask; all of them where there is none."""
+    """Select the real tokens of a call by its mask; all tokens if there is none."""
     shape = context.shape or (value.shape[0], value.shape[1])
     return BatchSelection.from_mask(context.token_mask, shape, value.device)
 
 
 def select_tokens(context: Context, value: Tensor) -> tuple[BatchSelection, Tensor]:
-    """Work out the real tokens of a call and take their ids to the CPU, with one wait for the model's device."""
+    """Select the real tokens of a call and copy their ids to the CPU, synchronising with the device once."""
     asked = {"input_ids": context.input_ids, "attention_mask": context.attention_mask}
     asked = {name: tensor for name, tensor in asked.items() if isinstance(tensor, Tensor)}
     here = replace(context, **dict(zip(asked, fetch(list(asked.values())), strict=True)))
@@ -196,10 +196,10 @@ def select_tokens(context: Context, value: Tensor) -> tuple[BatchSelection, Tens
 
 
 def _find_texts(call: Call, index: int, site: Site) -> Context:
-    """Find what the texts are whose tokens a value has a row for: in cross attention those of the encoder.
+    """Return the context of the texts that a value has rows for; in cross attention, that of the encoder.
 
     Raises:
-        CaptureError: the call does not tell, as where the encoder did not run in it.
+        CaptureError: the call does not include it, for example because the encoder did not run.
     """
     if site.kind != "source":
         return call.context(index)
@@ -213,7 +213,7 @@ def _find_texts(call: Call, index: int, site: Site) -> Context:
 
 
 def shape_value(value: Tensor, call: Call, index: int, site: Site, *, pool: Pool, dtype: torch.dtype | None) -> Value:
-    """Pool and cast one value outside any store."""
+    """Pool and cast one value, outside any store."""
     if pool is not None and is_per_token(site, value):
         value = pool_rows(value, select_call(_find_texts(call, index, site), value), pool)
     if dtype is None or dtype == value.dtype:
@@ -226,10 +226,10 @@ def shape_value(value: Tensor, call: Call, index: int, site: Site, *, pool: Pool
 
 
 def check_pooled(sites: Sequence[Site], pool: Pool) -> None:
-    """Refuse a pool where a site has nothing to pool.
+    """Check that a pool applies to all sites.
 
     Raises:
-        OptionError: attention weights are requested.
+        OptionError: attention weights are requested together with a pool.
     """
     matrices = [site.name for site in sites if site.kind == "attention"]
     if pool is not None and matrices:
@@ -237,22 +237,22 @@ def check_pooled(sites: Sequence[Site], pool: Pool) -> None:
 
 
 def is_per_token(site: Site, value: Tensor) -> bool:
-    """Tell rows per token from one vector per example; a `module:` site tells only by its value."""
+    """Return whether a value has a row per token rather than per example; a `module:` site is judged by its shape."""
     return value.ndim >= 3 if site.kind == "unknown" else site.kind in ("token", "source")
 
 
 class MemorySink(SinkAbilities):
-    """Keep values in memory, call by call, as the model made them.
+    """Keep values in memory, call by call, as the model produced them.
 
-    Of a `module:` site a copy, since a model may go on to change what such a module gave; with gradients where it did.
+    Values of `module:` sites are copied, since the model may modify them in place; with gradients, only if it did.
 
     Args:
         pool: Reduce each example's rows first.
-        dtype: Cast to this; None keeps the very tensors.
-        gradients: Keep values with their history in autograd, and record what backward sends to them.
+        dtype: Cast to this; None keeps the tensors themselves.
+        gradients: Keep values with their autograd history, and record their gradients.
     """
 
-    # nobody sees a value before its call is finished
+    # values are not visible before their call is finished
     forgets_abandoned = True
 
     def __init__(self, pool: Pool = None, dtype: torch.dtype | None = None, gradients: bool = False) -> None:
@@ -315,10 +315,10 @@ class MemorySink(SinkAbilities):
         self.calls.append(CapturedCall(named, context, self.num_layers, followed))
 
     def attach(self, index: int, value: Tensor) -> None:
-        """Put a value with its history, from a compiled graph, in place of the copy that the last call holds.
+        """Replace the last call's copy of a value by the value with autograd history, from a compiled graph.
 
         Raises:
-            CaptureError: it is of another call.
+            CaptureError: the value belongs to another call.
         """
         name = self._sites[index].name
         if not self.calls or not self.calls[-1].attach(name, value):
@@ -337,7 +337,7 @@ class MemorySink(SinkAbilities):
 
 
 def _follow_gradient(source: Source, name: str, gradients: dict[str, Tensor]) -> None:
-    """Keep what each backward sends to a value, as it comes to the tensors that the value is made of."""
+    """Record the gradient of a value at each backward, from the gradients of the tensors it was made of."""
     arrived: dict[int, Tensor] = {}
 
     def keep(place: int, gradient: Tensor) -> None:
@@ -350,7 +350,7 @@ def _follow_gradient(source: Source, name: str, gradients: dict[str, Tensor]) ->
 
 
 class CallableSink:
-    """Give each value to a function as soon as it is made, and keep nothing.
+    """Pass each value to a function as soon as it is computed, and keep nothing.
 
     Args:
         function: Called as `function(site, value)`.

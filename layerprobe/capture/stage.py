@@ -1,10 +1,9 @@
-"""`lp.Stage`: room for the rows of one call, in tensors that are allocated once and never move.
+"""`lp.Stage`: the rows of one call, in tensors that are allocated once and never move.
 
-A compiled graph, and a CUDA graph all the more, keeps the address of what it writes to. So a stage does not grow: what
-it has no room for goes to a last row that nobody reads, and reading says how much there was.
+Compiled graphs, and CUDA graphs in particular, keep the addresses that they write to. So a stage does not grow:
+rows beyond its capacity go to an extra last row that is never read, and reading the stage then raises an error.
 
 Hides how the tensors are laid out. Must never know of models or of who writes.
-
 Letters: B sequences in a batch, S padded positions, T rows (real tokens), D width.
 """
 
@@ -25,7 +24,7 @@ __all__ = ["Stage", "StageTensors"]
 
 
 class StageTensors(NamedTuple):
-    """The tensors of a stage; each has one element more than there is room for.
+    """The tensors of a stage; each has one element more than its capacity.
 
     `counts` holds T and B of the last call, `is_done` whether it ran to its end, `is_open` whether a probe is open.
     """
@@ -78,23 +77,23 @@ class Stage:
 
     @property
     def offsets(self) -> Tensor:
-        """`[B + 1]` int64, a view: rows `offsets[b]` to `offsets[b + 1]` are those of sequence b."""
+        """`[B + 1]` int64, a view: rows `offsets[b]` to `offsets[b + 1]` belong to sequence b."""
         tensors, room = self._look()
         return tensors.offsets[: room.examples + 1]
 
     def __getitem__(self, site: str) -> Tensor:
-        """Give what the last call made, a view: `[T, D]` rows, or `[B, D]` where a site has one vector per example.
+        """Return the last call's value of a site, a view: `[T, D]` rows, or `[B, D]` if it has one vector per example.
 
         Raises:
             SiteError: the site is not among those of the probe.
-            CaptureError: no call has ended, or the last one had more than there is room for.
+            CaptureError: no call has ended, or the last one exceeded the capacity.
         """
         tensors, room = self._look()
         index, kind = self._kinds[find_site(site, list(self._kinds), self._num_layers)]
         return tensors.values[index][: room.of(kind)]
 
     def _look(self) -> tuple[StageTensors, Room]:
-        """Ask the device how much the last call has made."""
+        """Read the size of the last call from the device."""
         if self._tensors is None or not self._tensors.is_done:
             raise CaptureError(
                 "the stage holds no call: none of the model has ended in the probe, or the last was cut short. "
@@ -110,10 +109,10 @@ class Stage:
         return self._tensors, Room(num_tokens, num_examples)
 
     def take(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> StageTensors:
-        """Get ready for these sites; the tensors of the last probe stay where they are if they fit.
+        """Prepare for these sites; the last probe's tensors are reused if they fit.
 
         Raises:
-            CaptureError: another probe has it.
+            CaptureError: another probe is using the stage.
         """
         if self._is_taken:
             raise CaptureError("the stage belongs to another open probe: make one for each.")
@@ -127,13 +126,13 @@ class Stage:
         return self._tensors
 
     def leave(self) -> None:
-        """Write no more, even where a graph that was compiled with the probe outlives it."""
+        """Disable writing, even for a compiled graph that outlives the probe."""
         if self._tensors is not None:
             self._tensors.is_open.fill_(False)
         self._is_taken = False
 
     def name_layers(self, num_layers: Mapping[str, int]) -> None:
-        """Let negative layer numbers be resolved."""
+        """Set the number of layers, to resolve negative layer numbers."""
         self._num_layers = num_layers
 
     def _allocate(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> StageTensors:

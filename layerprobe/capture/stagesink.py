@@ -1,12 +1,10 @@
-"""The sink of `lp.Stage`: rows to their places, from Python or inside a compiled graph.
+"""The sink of `lp.Stage`: scatter rows to their places, from Python or inside a compiled graph.
 
-Everything is arithmetic on tensors: a cumulative sum of the mask says where each token's row goes, padding goes to a
-last row that nobody reads. So no number is asked of the device, no shape depends on the mask, and no operator cuts a
-graph of `torch.compile`. Between the beginning of a call and its end an object holds the mask; a compiler carries it
-from one piece of the model to the next.
+Everything is tensor arithmetic: a cumulative sum of the mask gives each token's row, and padding goes to a last row
+that is never read. So nothing is read from the device, no shape depends on the mask, and no operator breaks a
+`torch.compile` graph. During a call an object holds the mask; the compiler carries it through the model.
 
 Hides how rows find their places. Must never know of hooks.
-
 Letters: B sequences in a batch, S padded positions, D width.
 """
 
@@ -37,12 +35,12 @@ class StageSink(SinkAbilities):
     """Write the rows of each call to a stage.
 
     Args:
-        stage: Where to.
-        dtype: Of the rows; None for that of the model's weights.
-        model: What makes them.
+        stage: The stage.
+        dtype: Dtype of the rows; None for that of the model's weights.
+        model: The model.
 
     Raises:
-        OptionError: rows of that dtype need more than a cast.
+        OptionError: the dtype needs more than a cast.
     """
 
     def __init__(self, stage: Stage, dtype: torch.dtype | None, model: nn.Module) -> None:
@@ -62,7 +60,7 @@ class StageSink(SinkAbilities):
         self._thread: int | None = None
 
     def make_outlet(self, root: nn.Module, device: torch.device, readings: Sequence[Reading]) -> Outlet:
-        """Make what takes values straight from graphs."""
+        """Return the outlet that takes values directly from compiled graphs."""
         self._device = device
         self._outlet = _StageOutlet(root, readings)
         return self._outlet
@@ -84,7 +82,7 @@ class StageSink(SinkAbilities):
         with self._lock:
             if self._thread not in (None, thread):
                 raise CaptureError("a stage holds one call at a time: call the model from one thread, or use memory.")
-            # one left over from this thread was cut short, by Ctrl-C say
+            # an earlier call of this thread that is still recorded here was interrupted, for example by Ctrl-C
             self._call, self._thread = call, thread
         assert self._packer is not None
         self._packer.start(None, None, in_graph=False)
@@ -119,7 +117,7 @@ class StageSink(SinkAbilities):
 
 
 class _StageOutlet:
-    """The way of a compiled graph into a stage: a compiler traces what stands here."""
+    """The outlet from a compiled graph into a stage; the compiler traces these methods."""
 
     def __init__(self, root: nn.Module, readings: Sequence[Reading]) -> None:
         self._root = root
@@ -130,7 +128,7 @@ class _StageOutlet:
         if stack != ROOT and self.packer.stack in (None, stack):
             tokens = ids if ids is not None else embeds
             if cached and mask is not None and mask.ndim == 2 and tokens is not None:
-                mask = mask[:, -tokens.shape[1] :]  # it may have columns for what lies in the cache too
+                mask = mask[:, -tokens.shape[1] :]  # the mask may also have columns for cached tokens
             self.packer.start(tokens, mask, in_graph=True)
 
     def receive(self, point: int, value: Any, is_rows: bool = False) -> None:
@@ -169,7 +167,7 @@ class _StageOutlet:
 
 
 class _Packer:
-    """Where the rows of the running call go."""
+    """The destination of the running call's rows."""
 
     def __init__(self, stage: Stage, tensors: StageTensors, sites: Sequence[Site]) -> None:
         self._most_tokens = stage.max_tokens
@@ -177,7 +175,7 @@ class _Packer:
         self._tensors = tensors
         self.sites = sites
         self.stack = next((site.stack for site in sites if site.stack is not None), None)
-        # what follows all stacks is made by the task model around them
+        # sites outside the stacks are produced by the task model around them
         self.last = ROOT if any(site.stack is None for site in sites) else self.stack
         self._forget()
 
@@ -185,7 +183,7 @@ class _Packer:
         self.is_in_graph = False
         self.mask: Any = None
         self.tokens: Any = None
-        # no number with a bit for each: a compiler takes a number for one that changes
+        # a list, not a bit mask: the compiler would treat a changing integer as dynamic
         self.is_made = [False] * len(self.sites)
         self.runs: dict[int, int] = {}
         self.chunks: dict[int, list[Tensor]] = {}
@@ -194,23 +192,23 @@ class _Packer:
 
     @property
     def has_places(self) -> bool:
-        """Whether it is known where the rows of this call go."""
+        """Whether the destination of this call's rows has been computed."""
         return self._row_places is not None
 
     def start(self, tokens: Tensor | None, mask: Tensor | None, in_graph: bool) -> None:
-        """Begin a call: what the stage holds is that of the last one no more."""
+        """Begin a call, marking the stage's content as incomplete."""
         self._forget()
         self.tokens, self.mask, self.is_in_graph = tokens, mask, in_graph
         self._tensors.is_done.logical_and_(self._tensors.is_open.logical_not())
 
     def end(self, completed: bool) -> None:
-        """End it."""
+        """End the call, and mark the content as complete if it ran to its end."""
         if completed:
             self._tensors.is_done.logical_or_(self._tensors.is_open)
         self._forget()
 
     def find_places(self, shape: Sequence[int], device: torch.device) -> None:
-        """Work out which row of the stage each token goes to, and say where each sequence begins."""
+        """Compute each token's row in the stage, and write the offsets and counts."""
         mask, tensors = self.mask, self._tensors
         if mask is None:
             real_BS = torch.ones(shape[0], shape[1], dtype=torch.bool, device=device)
@@ -231,7 +229,7 @@ class _Packer:
         tensors.counts.copy_(torch.where(tensors.is_open, counts, tensors.counts))
 
     def write(self, index: int, value: Tensor) -> None:
-        """Write what a site has made, cast."""
+        """Write a site's value to its rows, cast to the stage's dtype."""
         site, kept = self.sites[index], self._tensors.values[index]
         if self.is_made[index]:
             raise CaptureError(f"{site.name!r} was made twice in one call. Ask for the sites of single layers.")
@@ -250,7 +248,7 @@ class _Packer:
 
 
 def _check_sites(sites: Sequence[Site]) -> None:
-    """Refuse what has no place in a stage before a hook exists.
+    """Refuse, before any hook is attached, sites that a stage cannot hold.
 
     Raises:
         OptionError: a site has no rows of a known width, or sites are of two stacks.

@@ -1,11 +1,12 @@
-"""Buffers that values pass through on their way from the model to the writer, each allocated once.
+"""Buffers between the model and the writer, each allocated once.
 
-On the CPU a value goes straight into the shard-shaped host buffer: a stage would be a second copy. On CUDA it goes
-into a stage on the device and from there, on a copy stream, into a pinned host buffer while the model computes on.
-Host buffers take turns, two of them with one writer; when all are busy the forward waits, and the wait is counted.
+On the CPU a value is written directly into the shard-shaped host buffer, since a stage would add a copy. On CUDA it is
+written to a stage on the device and copied from there, on a copy stream, into a pinned host buffer while the model
+continues. Host buffers rotate, two of them with one writer; if all are in use the forward pass waits, and the wait is
+timed.
 
-With `streams`, the only file of capture that owns streams, stages and pinned memory. Must never know what the values
-mean.
+Apart from `streams`, the only file in capture that owns streams, stages and pinned memory. Must never know what the
+values mean.
 """
 
 import contextlib
@@ -44,30 +45,32 @@ __all__ = [
 
 Produce = Callable[[Target], None]
 
-# From here on memory begins with a page, so that the disk takes it as it lies: `durable` bounces what is smaller.
+# Buffers of at least this size are page-aligned, so that the disk can take them as they are: `durable` goes through a
+# bounce buffer for smaller ones.
 _PAGED_BYTES = 1 << 20
 _LOOK_AGAIN_S = 1.0
-# So often is a device asked whether it still computes, while the host has nothing to give it.
+# Interval for polling whether the device still computes, while the host has nothing to give it.
 _LOOK_AT_DEVICE_S = 0.01
-# Of a site on a device; each is larger than asked for by this part: batches differ, and one that does not fit waits.
+# Stages per site on a device, and the fraction (1/8) by which each is larger than requested: batches differ in size,
+# and growing a stage means waiting for its copy.
 _NUM_STAGES, _SPARE_PART = 2, 8
-# Beyond so many pieces one gather through an index is quicker than a copy of each: measured on two cores; on CUDA,
-# where each is a launch, a guess that no GPU has tried; elsewhere there is always an index.
+# Above this number of runs one index gather is faster than a copy per run. The CPU value was measured on two cores; the
+# CUDA value, where each copy is a kernel launch, is an estimate. Other devices always use an index.
 MOST_COPIES = {"cpu": 64, "cuda": 4}
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to a device; to CUDA without waiting for what that has yet to do."""
+    """Copy a host tensor to a device; for CUDA, without waiting for the device's pending work."""
     if device.type != "cuda":
-        # mps would read memory that by then is another tensor's (pytorch/pytorch#189690)
+        # a non-blocking copy to mps could read memory that has been reused meanwhile (pytorch/pytorch#189690)
         return tensor.to(device)
-    # from memory that is not pinned, CUDA copies when the model's stream is empty, and the host waits for that
+    # from unpinned memory, the copy would block the host until the model's stream is empty
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copy tensors to the host, and wait for a device once for all of them."""
-    # to memory that torch pins for it; elsewhere a copy that does not wait could be read before it has happened
+    """Copy tensors to the host, synchronising once per device."""
+    # torch pins the destination for CUDA; on other devices a non-blocking copy could be read before it is complete
     fetched = [tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
@@ -75,14 +78,14 @@ def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Room(NamedTuple):
-    """Space in a buffer, or use of it: rows, examples, and pairs of a query and a key."""
+    """Capacity or use of a buffer: rows, examples, and query-key pairs."""
 
     rows: int
     examples: int
     pairs: int = 0
 
     def of(self, kind: str) -> int:
-        """Vectors (or pairs) of sites of one kind."""
+        """Return the number of vectors (or pairs) for sites of one kind."""
         return self.rows if kind == "token" else self.examples if kind == "example" else self.pairs
 
     def plus(self, other: "Room") -> "Room":
@@ -90,7 +93,7 @@ class Room(NamedTuple):
         return Room(self.rows + other.rows, self.examples + other.examples, self.pairs + other.pairs)
 
     def holds(self, wanted: "Room", kinds: Iterable[str]) -> bool:
-        """Whether so much goes in of these kinds of sites."""
+        """Return whether `wanted` fits, for these kinds of sites."""
         return all(wanted.of(kind) <= self.of(kind) for kind in kinds)
 
 
@@ -98,37 +101,37 @@ NO_ROOM = Room(0, 0)
 
 
 class HostBuffer:
-    """Room for one shard in host memory: a tensor per site.
+    """Host memory for one shard: one tensor per site.
 
     Args:
-        sites: What will be stored.
-        room: How much of each kind at first; grows.
+        sites: The sites to store.
+        room: Initial capacity of each kind; grows.
         pinned: Whether the memory is page-locked, so that CUDA can copy into it while it computes.
 
-    Cost: address space at once; memory as it is filled.
+    Cost: address space at once; physical memory as it is filled.
     """
 
     def __init__(self, sites: Sequence[StoredSite], room: Room, pinned: bool) -> None:
         self._sites = sites
         self._pinned = pinned
         self.kinds = {site.kind for site in sites}
-        # attention lies flat
+        # attention weights are stored flat
         self._flat_widths = [site.width if site.kind == "attention" else 1 for site in sites]
         self.room = room
         self.values = [self._allocate(site, room.of(site.kind)) for site in sites]
         self._scales = [self._allocate_scale(site, room.of(site.kind)) for site in sites]
 
     def target(self, index: int, start: int, stop: int, overflow: Tensor | None = None) -> Target:
-        """Give vectors `[start, stop)` of a site; of attention weights, flat, those of pairs `[start, stop)`."""
+        """Return the target for vectors `[start, stop)` of a site; for attention, pairs `[start, stop)`, flat."""
         width = self._flat_widths[index]
         return Target(self.values[index], self._scales[index], overflow, start * width, stop * width)
 
     def fits(self, wanted: Room) -> bool:
-        """Whether there is room for so much."""
+        """Return whether `wanted` fits into the buffer."""
         return self.room.holds(wanted, self.kinds)
 
     def grow(self, wanted: Room, used: Room = NO_ROOM) -> None:
-        """Make room for more, keeping what is used."""
+        """Grow the buffer to hold `wanted`, keeping the used part."""
         if self.fits(wanted):
             return
         old, room = self.room, Room(*map(max, wanted, self.room))
@@ -136,7 +139,7 @@ class HostBuffer:
             extent = room.of(site.kind)
             if extent == old.of(site.kind):
                 continue
-            # One site at a time, so that only one is ever held twice; not even that where nothing is used.
+            # One site at a time, so that at most one is held twice; an unused one is freed before it is replaced.
             kept = self.target(index, 0, used.of(site.kind))
             if not kept.count:
                 kept = Target(torch.empty_like(kept.values))
@@ -157,52 +160,52 @@ class HostBuffer:
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
-    """Make a tensor outside inference mode, where one could not be written from another mode."""
+    """Allocate a tensor outside inference mode; an inference tensor could not be written outside that mode."""
     with torch.inference_mode(False):
         num_bytes = math.prod(shape) * dtype.itemsize
-        if pinned:  # nothing is read that was not written, and zeros would be a pass over all of it
+        if pinned:  # unwritten memory is never read, and zeroing would cost a pass over it
             return torch.empty(shape, dtype=dtype, pin_memory=True, device="cpu")
         if num_bytes < _PAGED_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
             return torch.zeros(shape, dtype=dtype, device="cpu")
-        # No large pages are asked for: a virtual machine that gives free ones back to its host pays for each anew, at a
-        # third of a gigabyte a second, where the small ones at hand cost a fifth of that.
+        # No huge pages: on a virtual machine that returns free memory to its host, each must be faulted in anew, at a
+        # third of a gigabyte per second; small pages already at hand cost a fifth of that.
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class BufferPool:
-    """A few host buffers that take turns, each made when it is first needed.
+    """A rotating pool of host buffers, each created on first use.
 
     Args:
-        make: Makes a buffer.
-        count: How many there are at most.
-        is_busy: Asked while a caller waits: whether its device still computes what it was given before.
+        make: Creates a buffer.
+        count: Maximum number of buffers.
+        is_busy: Called while a caller waits: whether its device still has earlier work to do.
 
-    `stalled_s` is the time that callers have waited for one while their device had nothing to do: a host that runs
-    ahead of a GPU waits for buffers that the GPU has yet to fill, and nothing is lost by that.
+    `stalled_s` counts only waits during which the device was idle: a host that runs ahead of a GPU waits for buffers
+    that the GPU has yet to fill, at no loss.
     """
 
     def __init__(self, make: Callable[[], HostBuffer], count: int, is_busy: Callable[[], bool] = lambda: False) -> None:
         self._make = make
         self._is_busy = is_busy
         self._count = count
-        # not a `Condition`: Ctrl-C within one may leave its lock held, and the writer would wait for it for ever
+        # not a `Condition`: Ctrl-C inside one may leave its lock held, and the writer would block forever
         self._free: queue.SimpleQueue[HostBuffer] = queue.SimpleQueue()
-        # one that Ctrl-C has lost on its way from hand to hand is made again
+        # weak references: a buffer that Ctrl-C drops between acquire and release is replaced
         self._made: list[weakref.ref[HostBuffer]] = []
         self.stalled_s = 0.0
 
     def acquire(self, check: Callable[[], None]) -> HostBuffer:
-        """Take a free buffer, waiting for one if need be; by one thread at a time.
+        """Take a free buffer, waiting if necessary. Only one thread may call this at a time.
 
         Args:
-            check: Raises if no buffer will ever come free; called before waiting, at each change and now and then.
+            check: Raises if no buffer will ever become free; called before waiting and after each wait.
         """
         check()
         buffer = self._find()
         while buffer is None:
             is_busy, start = self._is_busy(), time.perf_counter()
-            # not for ever: a writer that dies gives no buffer back
+            # with a timeout, because a writer that dies returns no buffer
             with contextlib.suppress(queue.Empty):
                 buffer = self._free.get(timeout=_LOOK_AT_DEVICE_S if is_busy else _LOOK_AGAIN_S)
             if not is_busy:
@@ -212,7 +215,7 @@ class BufferPool:
         return buffer
 
     def _find(self) -> HostBuffer | None:
-        """Take a free buffer, or make one; None where all are busy."""
+        """Return a free buffer or create one; None if all are in use."""
         with contextlib.suppress(queue.Empty):
             return self._free.get_nowait()
         self._made = [made for made in self._made if made() is not None]
@@ -223,34 +226,34 @@ class BufferPool:
         return buffer
 
     def release(self, buffer: HostBuffer) -> None:
-        """Give a buffer back."""
+        """Return a buffer to the pool."""
         self._free.put(buffer)
 
 
 class Lane(Protocol):
-    """The way of values from the model's device into a host buffer."""
+    """The path of values from the model's device into a host buffer."""
 
     pinned: bool
-    # whether a value may as well be written to the host buffer by whoever has it
+    # whether the caller may write values to the host buffer directly
     is_direct: bool
 
     def put(self, key: int, target: Target, produce: Produce) -> None:
-        """Let `produce` make the values of site `key` for a piece of a host buffer."""
+        """Have `produce` compute the values of site `key` for a slice of a host buffer."""
 
     def fence(self) -> Callable[[], None]:
-        """Give a function that waits until all that was put so far has arrived."""
+        """Return a function that waits until everything put so far has arrived."""
         ...
 
     def joined(self) -> AbstractContextManager[object]:
-        """Let the device do what is asked of it meanwhile after what it was asked in earlier such blocks."""
+        """Return a context whose device work is ordered after that of earlier such contexts."""
         ...
 
     def is_busy(self) -> bool:
-        """Whether the device has yet to make what was put."""
+        """Return whether the device has yet to compute what was put."""
         ...
 
     def shrink(self) -> None:
-        """Give back the device's memory, where it has run out."""
+        """Free the lane's device memory, after an out-of-memory error."""
 
 
 def _nothing_to_wait_for() -> None:
@@ -258,7 +261,7 @@ def _nothing_to_wait_for() -> None:
 
 
 class DirectLane:
-    """On the CPU: values are made in the host buffer itself."""
+    """The lane for the CPU: values are written directly into the host buffer."""
 
     pinned = False
     is_direct = True
@@ -287,10 +290,10 @@ class _Stage:
 
 
 class StagedLane:
-    """On an accelerator: values are made in a stage on the device and copied to the host behind the model's back.
+    """The lane for accelerators: values are staged on the device and copied to the host asynchronously.
 
-    Each site has two stages that take turns, so the model may make the next batch's values while the last ones are
-    still on their way.
+    Each site has two alternating stages, so the model can compute the next batch's values while the previous ones are
+    still being copied.
     """
 
     is_direct = False
@@ -317,7 +320,7 @@ class StagedLane:
         if len(stage.values) < count:
             if stage.copied is not None:
                 self._streams.wait(stage.copied)
-            # the old one's memory is free before the new one is made
+            # free the old stage before allocating the new one
             del stage, stages[-1]
             stage = self._make_stage(target)
             stages.append(stage)
@@ -327,7 +330,7 @@ class StagedLane:
         if target.scale is not None:
             assert staged.scale is not None
             self._streams.copy(target.scale, staged.scale, made)
-        # copies run in the order given, so the last one's event stands for both
+        # copies run in order, so the last event covers both
         stage.copied = self._last = self._streams.copy(target.values, staged.values, made)
 
     def fence(self) -> Callable[[], None]:
@@ -335,7 +338,7 @@ class StagedLane:
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
-        # calls may be made in several streams, of which none waits for another
+        # calls may run in different streams that do not wait for one another
         if self._joined is not None:
             self._streams.hold(self._joined)
         yield
@@ -361,14 +364,14 @@ def _add_spare(count: int) -> int:
 
 
 def hold_stages(device: torch.device, sites: Sequence[StoredSite], room: Room) -> Tensor:
-    """Take as much of a device's memory as the stages of these sites do for batches of so much; on a CPU none.
+    """Allocate as much device memory as these sites' stages need for batches of this size; none on a CPU.
 
     Returns:
-        What holds it: uint8, of no values.
+        uint8 tensor that holds the memory; its content is undefined.
     """
     num_bytes = 0
     for site in sites if device.type != "cpu" else ():
-        # attention lies flat
+        # attention weights are stored flat
         is_flat = site.kind == "attention"
         count = _add_spare(room.of(site.kind) * (site.width if is_flat else 1))
         num_bytes += _NUM_STAGES * count * (site.dtype.itemsize if is_flat else site.bytes_per_vector)
@@ -376,10 +379,10 @@ def hold_stages(device: torch.device, sites: Sequence[StoredSite], room: Room) -
 
 
 def make_lane(device: torch.device) -> Lane:
-    """Choose the way from a device to the host."""
+    """Choose the lane from a device to the host."""
     if device.type == "cuda":
         return StagedLane(device, CudaStreams(device))
     if device.type == "cpu":
         return DirectLane()
-    # Elsewhere (mps, xpu) there is one stream, and a copy to the host waits by itself.
+    # Other devices (mps, xpu) use one stream, and a copy to the host blocks.
     return StagedLane(device, PlainCopies(), pinned=False)

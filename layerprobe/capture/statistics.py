@@ -1,11 +1,10 @@
-"""Sinks that keep sums instead of rows: what they have in common.
+"""The common base of sinks that keep sums instead of rows.
 
-Each value is brought to the rows of its real tokens, in float64 where it was made, and measured by itself; what was
-measured is joined with what came before once the call is whole. So a call that raises counts for nothing, memory does
-not grow, and sums of several processes are joined by the same function.
+Each value is reduced to the rows of its real tokens, in float64 on its device, and measured on its own; the result is
+merged into the sums once the call is complete. So a call that raises does not count, memory does not grow, and the
+sums of several processes are merged by the same function.
 
-Which sums, and how they are joined and read, are functions handed in. Must never know of modules or hooks.
-
+Which sums, and how they are merged and read, are functions passed in. Must never know of modules or hooks.
 Letters: B sequences, T rows, D width.
 """
 
@@ -31,7 +30,7 @@ from layerprobe.tables import format_table
 __all__ = ["RowSink", "Rows", "Said", "Sums", "Tokens", "format_said"]
 
 Sums = dict[str, Tensor]
-# What is said of a site in a few words and numbers.
+# A summary of a site in a few words and numbers.
 Said = dict[str, str | int | float | None]
 View = TypeVar("View")
 _COUNTER = "num_examples"
@@ -44,11 +43,11 @@ _REFUSED = {
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """What the rows of a call stand for: real tokens, or whole examples where there is one row per example.
+    """What the rows of a call stand for: real tokens, or examples if there is one row per example.
 
     Args:
-        ids: `[T]` token ids, -1 where they are not known.
-        lengths: Rows of each sequence.
+        ids: `[T]` token ids, -1 if not known.
+        lengths: Number of rows per sequence.
     """
 
     ids: Tensor
@@ -56,7 +55,7 @@ class Tokens:
 
     @cached_property
     def examples(self) -> Tensor:
-        """Place of each row's sequence in the batch."""
+        """Index in the batch of each row's sequence."""
         lengths = torch.tensor(self.lengths, device="cpu")
         return torch.arange(len(lengths), device="cpu").repeat_interleave(lengths).to(self.ids.device)
 
@@ -72,8 +71,8 @@ class Rows:
     """The rows of one site in one call, float64.
 
     Args:
-        values: `[T, D]`, where they were made. Rows that are not finite are among them.
-        tokens: What they stand for.
+        values: `[T, D]`, on the device of the site. May include rows that are not finite.
+        tokens: What the rows stand for.
     """
 
     values: Tensor
@@ -81,23 +80,23 @@ class Rows:
 
     @cached_property
     def finite(self) -> Tensor:
-        """Which rows are finite; the others are counted and left out."""
+        """Mask of the finite rows; the others are counted and left out."""
         return self.values.isfinite().all(dim=1)
 
     @cached_property
     def counts(self) -> Sums:
-        """How many rows are finite and how many are not, int64; on the device, so that nothing waits for it."""
+        """Number of finite and of non-finite rows, int64; on the device, so that nothing synchronises."""
         count = self.finite.sum()
         return {"count": count, "nonfinite": len(self.values) - count}
 
     def fill(self, value: float, other: Tensor | None = None) -> Tensor:
-        """Give the rows, or another `[T, D]`, with `value` in those that are not finite."""
+        """Return the rows, or another `[T, D]`, with `value` in place of the non-finite rows."""
         return torch.where(self.finite[:, None], self.values if other is None else other, value)
 
 
 @dataclass
 class _CallState:
-    """What a call has made so far: tokens by stack, sums by site, and how many sequences it has."""
+    """Intermediate results of a call: tokens by stack, sums by site, and the number of sequences."""
 
     tokens: dict[int, tuple[BatchSelection, Tokens]] = field(default_factory=dict)
     sums: dict[str, Sums] = field(default_factory=dict)
@@ -105,18 +104,18 @@ class _CallState:
 
 
 class RowSink(SinkAbilities, Generic[View]):
-    """Measures the rows of each site call by call, and joins what was measured.
+    """Measure the rows of each site call by call, and merge the results.
 
-    A sink may be given to several probes, one after the other, and keeps counting.
+    A sink may be passed to several probes, one after the other, and keeps accumulating.
 
     Args:
         fields: Names of the sums.
-        measure: From the rows of a site in a call, at least one, to sums.
-        join: From two sums of one site to those of all their rows.
-        view: From sums, on the host, to what `sink[site]` gives.
-        describe: From that to a few numbers, for a table.
-        combine: From what was measured in a call, site by site, to what is kept, where that is not the same.
-        options: By name, what must be equal in sums that are joined.
+        measure: Computes sums from a site's rows in one call, at least one row.
+        join: Merges two sums of one site into the sums of all their rows.
+        view: Converts sums on the host to the result of `sink[site]`.
+        describe: Reduces that result to a few numbers, for a table.
+        combine: Converts the measurements of a call, by site, to the sums that are kept, if these differ.
+        options: Named settings that must be equal in sums that are merged.
         check: Refuses sites that cannot be measured together.
     """
 
@@ -140,24 +139,24 @@ class RowSink(SinkAbilities, Generic[View]):
         self._options = dict(options or {})
         self._check = check
         self._sums: dict[str, Sums] = {}
-        # the number of the next text, and of the first one since the sink was opened
+        # ordinal of the next text, and of the first text since the sink was opened
         self._num_examples = self._first_example = 0
         self._announced: Sequence[int] | None = None
         self._open: Sequence[Site] | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy is open in no probe, and has a lock of its own
+        # a copy is not open in any probe, and gets its own lock
         return {**self.__dict__, "_announced": None, "_open": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _sums=dict(state["_sums"]), _lock=threading.Lock())
 
-    # what a probe calls
+    # called by a probe
 
     @property
     def copies_at_once(self) -> bool:
-        """Whether a compiled graph may use its memory again: all that is kept is sums."""
+        """Whether a compiled graph may reuse a value's memory: yes, because only sums are kept."""
         return True
 
     def open(self, sites: Sequence[Site]) -> None:
@@ -176,7 +175,7 @@ class RowSink(SinkAbilities, Generic[View]):
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
         assert self._open is not None
-        # what inference mode makes could not be added to outside of it
+        # tensors created in inference mode could not be updated outside it
         with torch.inference_mode(False), torch.no_grad():
             rows = _take_rows(call, index, self._open[index], value)
             if len(rows.values):
@@ -203,13 +202,13 @@ class RowSink(SinkAbilities, Generic[View]):
         self._open = None
 
     def announce_examples(self, ordinals: Sequence[int]) -> None:
-        """Say which examples of the input the sequences of the next call are; without it they are counted in order.
+        """Set the input ordinals of the next call's sequences; otherwise they are numbered consecutively.
 
-        An input is numbered on after what the sink has seen before it was opened.
+        Numbering continues after what the sink has seen before it was opened.
         """
         self._announced = ordinals
 
-    # what a user calls
+    # called by a user
 
     @property
     def sites(self) -> list[str]:
@@ -223,7 +222,7 @@ class RowSink(SinkAbilities, Generic[View]):
         return self._view({name: tensor.cpu() for name, tensor in self._find(site).items()})
 
     def summary(self) -> list[Said]:
-        """Say a few numbers of each site; `print(sink)` lays them out."""
+        """Return a few numbers for each site; `print(sink)` shows them as a table."""
         return [{"site": site, **self._describe(self[site])} for site in self.sites]
 
     def __str__(self) -> str:
@@ -294,7 +293,7 @@ class RowSink(SinkAbilities, Generic[View]):
         return self._sums[site]
 
     def _add(self, made: Mapping[str, Sums]) -> None:
-        """Join sums with those that are there; all of them or, where one does not fit, none."""
+        """Merge sums into the existing ones; if one does not fit, none is merged."""
         joined = dict(self._sums)
         for key, sums in made.items():
             held = self._sums.get(key)
@@ -314,7 +313,7 @@ class RowSink(SinkAbilities, Generic[View]):
 
 
 def format_said(said: Sequence[Said]) -> str:
-    """Lay out what is said of sites as a table, numbers to four digits."""
+    """Format summaries of sites as a table, with four significant digits."""
     if not said:
         return "nothing was measured yet"
 
@@ -325,17 +324,17 @@ def format_said(said: Sequence[Said]) -> str:
 
 
 def _number_examples(sums: Sums, ordinals: Sequence[int]) -> Sums:
-    """Name examples by their ordinal instead of their place in the batch."""
+    """Replace indices in the batch by the examples' ordinals."""
     if "example" not in sums:
         return sums
     places = sums["example"]
-    # the last is for places that hold nothing
+    # index -1, for empty places, selects the appended -1
     names = torch.tensor([*ordinals, -1], device=places.device)
     return {**sums, "example": names[places]}
 
 
 def _shift_examples(sums: Sums, count: int) -> Sums:
-    """Number examples on from `count`; places that hold nothing stay so."""
+    """Shift example ordinals by `count`; empty places stay empty."""
     if "example" not in sums:
         return sums
     numbers = sums["example"]
@@ -343,7 +342,7 @@ def _shift_examples(sums: Sums, count: int) -> Sums:
 
 
 def _take_rows(call: Call, index: int, site: Site, value: Tensor) -> Rows:
-    """Bring a value to the rows of its real tokens."""
+    """Reduce a value to the rows of its real tokens."""
     stack, context = call.find_context(index)
     state: _CallState = call.state
     value = value.detach()

@@ -1,4 +1,4 @@
-"""What a staged lane asks of a device: that copies go beside the model's own work, and to know when they are over.
+"""Streams for a staged lane: run copies beside the model's own work and signal their completion.
 
 Hides CUDA's streams and events. Must never know what is copied.
 """
@@ -12,22 +12,22 @@ __all__ = ["CudaStreams", "PlainCopies", "Streams"]
 
 
 class Streams(Protocol):
-    """The few things a staged lane asks of a device; tests give it one that delays every copy."""
+    """The device operations that a staged lane needs; tests substitute one that delays every copy."""
 
     def record(self) -> Any:
-        """Mark the point that the model's stream has reached."""
+        """Record an event at the current point of the model's stream."""
 
     def hold(self, event: Any) -> None:
-        """Let the model's stream wait for an event, without stopping the host."""
+        """Make the model's stream wait for an event, without blocking the host."""
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        """Copy on the copy stream once `after` has passed; gives the event of its end."""
+        """Copy on the copy stream once `after` has passed; returns an event for the end of the copy."""
 
     def wait(self, event: Any) -> None:
-        """Stop the host until an event has passed."""
+        """Block the host until an event has passed."""
 
     def has_passed(self, event: Any) -> bool:
-        """Whether an event has passed, without waiting for it."""
+        """Return whether an event has passed, without blocking."""
         ...
 
 
@@ -50,13 +50,13 @@ class CudaStreams:
         with torch.cuda.stream(self._copy_stream):
             self._copy_stream.wait_event(after)
             target.copy_(source, non_blocking=True)
-            # a writer thread waits for it, asleep: one that spins takes a core from the thread that feeds the model
+            # blocking: the waiting writer thread sleeps instead of spinning on a core that the model's thread needs
             event = torch.cuda.Event(blocking=True)
             event.record(self._copy_stream)
         return event
 
     def wait(self, event: torch.cuda.Event) -> None:
-        # the first device is the current one of a new thread, and would get a context that nobody needs
+        # otherwise a new thread would use the first device and create a context there that nobody needs
         with torch.cuda.device(self._device):
             event.synchronize()
 
@@ -65,7 +65,7 @@ class CudaStreams:
 
 
 class PlainCopies:
-    """For devices whose copies to the host are over when the call returns: nothing to wait for."""
+    """For devices whose copies to the host block, so that there is nothing to wait for."""
 
     def record(self) -> None:
         return None

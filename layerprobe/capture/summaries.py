@@ -1,7 +1,6 @@
-"""`lp.Moments` and `lp.Histogram`: how the values of a site are distributed, without keeping them.
+"""`lp.Moments` and `lp.Histogram`: the distribution of a site's values, without keeping them.
 
-Moments are joined by the formulas for central ones, which lose no digits where the mean is large. Must never know of
-probes or modules.
+Central moments are merged directly, which loses no digits if the mean is large. Must never know of probes or modules.
 
 Letters: T rows, D width.
 """
@@ -27,13 +26,13 @@ _MOMENTS = (
 
 @dataclass(frozen=True, eq=False)
 class SiteMoments:
-    """The moments of a site, dimension by dimension, and of the norms of its rows.
+    """The moments of a site per dimension, and those of the norms of its rows.
 
     Args:
-        count: Rows.
-        nonfinite: Rows with a NaN or an infinity in them, which are left out.
+        count: Number of rows.
+        nonfinite: Number of rows with a NaN or an infinity, which are left out.
         mean, variance: float64 `[D]`; the variance is divided by n.
-        skewness, kurtosis: float64 `[D]`; 0 and 3 for a normal distribution, NaN where nothing varies.
+        skewness, kurtosis: float64 `[D]`; 0 and 3 for a normal distribution, NaN for a constant dimension.
         min, max: float64 `[D]`.
         norm_mean, norm_std, norm_min, norm_max: Of the rows' Euclidean norms.
     """
@@ -106,7 +105,7 @@ def _measure_moments(rows: Rows) -> Sums:
 
 def _join_moments(one: Sums, other: Sums) -> Sums:
     first, second = one["count"].double(), other["count"].double()
-    # n below the fraction bars; two empty sides stay empty
+    # at least 1 as a denominator; two empty sides give zeros
     n = (first + second).clamp_min(1)
     apart = other["mean"] - one["mean"]
     m2, m3 = (one["m2"], other["m2"]), (one["m3"], other["m3"])
@@ -165,7 +164,7 @@ def _describe_moments(found: SiteMoments) -> Said:
         "max": found.max.max().item(),
         "mean": found.mean.mean().item(),
         "std": found.variance.mean().sqrt().item(),
-        # of the dimension in the middle: a constant one has none
+        # median over the dimensions; a constant dimension has no kurtosis
         "kurtosis": varying.median().item() if len(varying) else None,
         "not finite": found.nonfinite,
     }
@@ -173,13 +172,14 @@ def _describe_moments(found: SiteMoments) -> Said:
 
 @dataclass(frozen=True, eq=False)
 class SiteHistogram:
-    """How many values of a site lie in each bin.
+    """The number of values of a site in each bin.
 
     Args:
         edges: float64 `[bins + 1]`.
-        counts: int64 `[bins]`; a value on an edge is in the bin above it, but the last bin has both its edges.
-        below, above: Values beyond the edges.
-        nonfinite: Rows with a NaN or an infinity in them, which are left out.
+        counts: int64 `[bins]`; a value on an edge belongs to the bin above it, but the last bin includes both its
+            edges.
+        below, above: Number of values beyond the edges.
+        nonfinite: Number of rows with a NaN or an infinity, which are left out.
     """
 
     edges: Tensor
@@ -192,9 +192,9 @@ class SiteHistogram:
         return format_fields(self)
 
     def quantile(self, share: float) -> float:
-        """Give the value that a share of all values lies below, as if they lay evenly in each bin.
+        """Return a quantile, assuming that values are spread evenly within each bin.
 
-        Infinite where it lies beyond the edges, NaN where there are no values.
+        Infinite if it lies beyond the edges, NaN if there are no values.
         """
         if not is_number(share) or not 0 <= share <= 1:
             raise OptionError(f"quantile {share!r}: it must be between 0 and 1.")
@@ -254,7 +254,7 @@ def _measure_bins(edges: Tensor, rows: Rows) -> Sums:
     last = len(edges)
     places = torch.bucketize(rows.values, edges, right=True)
     places = torch.where(rows.values == edges[-1], last - 1, places)
-    # one place more, for rows that are left out
+    # one extra bin at the end, for rows that are left out
     counts = torch.bincount(rows.fill(last + 1, places).flatten(), minlength=last + 2)
     return {"counts": counts[: last + 1], "nonfinite": rows.counts["nonfinite"]}
 

@@ -1,4 +1,4 @@
-"""Where the vectors of one site go: a stretch of a buffer, of which a view is made only where one is needed.
+"""The destination of a site's vectors: a slice of a buffer, with views created only when needed.
 
 Must never know which tokens are real, or on which device a buffer is.
 """
@@ -9,17 +9,17 @@ __all__ = ["Target"]
 
 
 class Target:
-    """A stretch of a buffer.
+    """A slice of a buffer.
 
     Args:
-        whole: `[R, ...]`, of which vectors `[start, stop)` are written.
-        scales: One float32 per vector of `whole`, written alike, when that is int8.
-        overflow: Zero-dimensional int64, raised by the number of values beyond the range of float8, which that cast
-            would clip in silence. (Every other overflow leaves an infinity behind and is counted on its way to disk.)
-        start, stop: To the end of it where `stop` is None.
+        whole: `[R, ...]`; vectors `[start, stop)` are written.
+        scales: For int8, one float32 per vector of `whole`, sliced alike.
+        overflow: Zero-dimensional int64 counter of values beyond the range of float8, which the cast would clip
+            silently. (Other overflows leave an infinity, which is counted on the way to disk.)
+        start, stop: Bounds of the slice; `stop` None for the end of the buffer.
     """
 
-    # One is made for each site of each call, and the rows of most go to their place without a view of it being made.
+    # Created for each site of each call; most rows are copied without creating a view.
     __slots__ = ("overflow", "scales", "start", "stop", "whole")
 
     def __init__(
@@ -38,25 +38,25 @@ class Target:
 
     @property
     def count(self) -> int:
-        """Vectors there is room for."""
+        """Capacity in vectors."""
         size = len(self.whole)
         return (size if self.stop is None else min(self.stop, size)) - self.start
 
     @property
     def values(self) -> Tensor:
-        """`[T, ...]` or `[N, ...]`, a view."""
+        """The slice of `whole`, `[T, ...]` or `[N, ...]`, a view."""
         return self._part_of(self.whole)
 
     @property
     def scale(self) -> Tensor | None:
-        """One float32 per vector, a view, or None."""
+        """The slice of `scales`, one float32 per vector, a view, or None."""
         return None if self.scales is None else self._part_of(self.scales)
 
     def _part_of(self, vectors: Tensor) -> Tensor:
         return vectors[self.start : self.stop] if self.start or self.stop is not None else vectors
 
     def part(self, start: int, stop: int, shape: tuple[int, ...] | None = None) -> "Target":
-        """Give vectors `[start, stop)` of these, with their first dimension unfolded to `shape`."""
+        """Return the target for vectors `[start, stop)` of this slice, their first dimension unflattened to `shape`."""
         shape = (stop - start,) if shape is None else shape
         values, scale = self.values[start:stop], self.scale
         scale = None if scale is None else scale[start:stop].view(shape)

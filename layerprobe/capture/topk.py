@@ -1,4 +1,4 @@
-"""`lp.TopK`: for each unit the tokens that excite it most, with the tokens around them.
+"""`lp.TopK`: for each unit the tokens with the largest activations, and the tokens around them.
 
 Must never know of probes or modules.
 
@@ -25,13 +25,13 @@ _FIELDS = ("values", "example", "position", "context")
 
 @dataclass(frozen=True)
 class Top:
-    """A token that excites a unit.
+    """A top token of a unit.
 
     Args:
-        value: Of the unit there.
-        example: Ordinal of the text among all that the sink was given; of a first `lp.extract`, in its input.
-        position: Among the text's real tokens.
-        token_id: Its id, -1 where the model was called with embeddings.
+        value: The unit's value.
+        example: Ordinal of the text among all texts that the sink has seen; in a first `lp.extract`, that in its input.
+        position: Position among the text's real tokens.
+        token_id: Id of the token, -1 if the model was called with embeddings.
         before, after: Ids of the tokens around it in the same text.
     """
 
@@ -43,7 +43,7 @@ class Top:
     after: tuple[int, ...]
 
     def describe(self, tokenizer: Any) -> str:
-        """Write the context as text, the token itself in brackets."""
+        """Return the context as text, with the token itself in brackets."""
         parts = [tokenizer.convert_ids_to_tokens([i for i in ids if i >= 0]) for ids in (self.before, self.after)]
         (token,) = tokenizer.convert_ids_to_tokens([self.token_id]) if self.token_id >= 0 else ("?",)
         return " ".join([*parts[0], f"[{token}]" if not token.startswith("[") else token, *parts[1]])
@@ -51,11 +51,11 @@ class Top:
 
 @dataclass(frozen=True, eq=False)
 class SiteTops:
-    """The most exciting tokens of each unit of a site, the first of them first.
+    """The top tokens of each unit of a site, in descending order.
 
     Args:
-        values: float64 `[K, D]`; minus infinity where fewer than K tokens came.
-        example, position: int64 `[K, D]`; -1 there.
+        values: float64 `[K, D]`; minus infinity in unused places, if there were fewer than K tokens.
+        example, position: int64 `[K, D]`; -1 in unused places.
         context: int64 `[K, D, C]`: ids around the token, which is in the middle; -1 beyond the text's ends.
     """
 
@@ -68,7 +68,7 @@ class SiteTops:
         return format_fields(self)
 
     def unit(self, number: int) -> list[Top]:
-        """Give the tokens of one unit.
+        """Return the top tokens of one unit.
 
         Raises:
             OptionError: there is no such unit.
@@ -194,7 +194,7 @@ def _measure(k: int, context: int, magnitude: bool, rows: Rows) -> Sums:
 
 
 def _pad(k: int, sums: Sums) -> Sums:
-    """Fill up to K where a call had fewer rows."""
+    """Pad to K places if a call had fewer rows."""
     missing = k - len(sums["values"])
     if not missing:
         return sums
@@ -207,7 +207,7 @@ def _pad(k: int, sums: Sums) -> Sums:
 
 
 def _cut_windows(ids_T: Tensor, example_T: Tensor, context: int) -> Tensor:
-    """Give for each row the ids around it, `[T, 2 context + 1]`; -1 beyond its text."""
+    """Return the ids around each row, `[T, 2 context + 1]`; -1 beyond its text."""
     offsets = torch.arange(-context, context + 1, device=ids_T.device)
     places = torch.arange(len(ids_T), device=ids_T.device)[:, None] + offsets
     inside = (places >= 0) & (places < len(ids_T))
@@ -218,7 +218,7 @@ def _cut_windows(ids_T: Tensor, example_T: Tensor, context: int) -> Tensor:
 def _join(k: int, magnitude: bool, one: Sums, other: Sums) -> Sums:
     both = {name: torch.cat([one[name], other[name]]) for name in one}
     rank = both["values"].abs() if magnitude else both["values"]
-    # what holds nothing has no example
+    # empty places have no example
     rank = torch.where(both["example"] < 0, float("-inf"), rank)
     order = rank.topk(k, dim=0).indices
     chosen = {name: both[name].gather(0, order) for name in ("values", "example", "position")}

@@ -1,7 +1,7 @@
-"""An open unit, and how its tensors lie in a shard.
+"""An open unit, and the layout of its tensors in a shard.
 
-What a sink knows of a unit while it fills, and how a site will lie on disk. Hides in which order the tensors go to the
-file. Must never know of modules or hooks.
+What a sink tracks about a unit while it fills, and how each site is stored on disk. Hides the order of the tensors in
+the file. Must never know of modules or hooks.
 """
 
 import json
@@ -32,24 +32,24 @@ __all__ = [
     "room_for",
 ]
 
-# made once: json.dumps makes one for each record
+# created once: json.dumps would create one per record
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, eq=False)
 class AnnouncedBatch:
-    """What the extractor knows of a batch before the model does, so that no mask need be read back from a device.
+    """What the extractor knows of a batch before the model runs, so that no mask need be read back from a device.
 
     Args:
-        ordinals: Of its examples.
-        lengths: Real tokens of each.
+        ordinals: Ordinals of its examples.
+        lengths: Number of real tokens per example.
         num_positions: S.
-        input_ids: int64 `[T]` on the CPU, without padding; of the rows that are kept.
-        records: What travels with each example, from `encode_record`, or None.
-        sequences: For each example its sequence in the batch, where texts that are the same share one; else None.
-        kept: For each example the positions of its rows that are kept, rising, among its real tokens; None for all.
-        num_filling: Last sequences of the batch that are of no example.
-        is_flat: Whether the examples lie behind one another in one sequence, each of `sequences` once.
+        input_ids: int64 `[T]` on the CPU, without padding; those of the kept rows only.
+        records: Encoded record of each example, from `encode_record`, or None.
+        sequences: For each example its sequence in the batch, if identical texts share one; otherwise None.
+        kept: For each example the increasing positions, among its real tokens, of the rows to keep; None for all.
+        num_filling: Number of filler sequences at the end of the batch, which belong to no example.
+        is_flat: Whether the examples are concatenated into one sequence, each of `sequences` once.
     """
 
     ordinals: Sequence[int]
@@ -63,7 +63,7 @@ class AnnouncedBatch:
     is_flat: bool = False
 
     def select(self, device: torch.device) -> BatchSelection:
-        """Tell where its rows are in what the model makes there."""
+        """Return the selection of the batch's rows for values on `device`."""
         if self.is_flat:
             selection = BatchSelection.from_flat(self.lengths, device, self.sequences)
         else:
@@ -73,7 +73,7 @@ class AnnouncedBatch:
 
 @dataclass(eq=False)
 class OpenUnit:
-    """An open unit: its buffer and what has been finished in it."""
+    """An open unit: its buffer and the finished calls in it."""
 
     number: int
     first_example: int
@@ -85,21 +85,21 @@ class OpenUnit:
     input_ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
-    # values beyond the range of float8, counted where the values are made
+    # number of values beyond the range of float8, counted on the device
     overflow: dict[int, Tensor] = field(default_factory=dict)
 
     def add_clipped(self, counts: Mapping[int, Tensor]) -> None:
-        """Add what a call has counted, by site."""
+        """Add the counts of one call, by site."""
         for index, count in counts.items():
             if index not in self.overflow:
-                # in place from here on: what is freed may be filled anew before another stream has read it
+                # accumulate in place: freed memory could be reused before another stream has read it
                 with torch.inference_mode(False):
                     self.overflow[index] = torch.zeros_like(count)
             self.overflow[index].add_(count)
 
     def count_clipped(self, stored: Sequence[StoredSite]) -> dict[str, int]:
-        """Count by site the values that were beyond the range of float8, where there were some."""
-        # one copy for all sites: each waits for all that the device has yet to do
+        """Return the number of values beyond the range of float8, for sites that have any."""
+        # one copy for all sites, because each copy waits for all pending device work
         counts = torch.stack(list(self.overflow.values())).tolist() if self.overflow else []
         return {stored[index].name: count for index, count in zip(self.overflow, counts, strict=True) if count}
 
@@ -107,7 +107,7 @@ class OpenUnit:
 def measure_site(
     site: Site, value: Tensor, pool: Pool, dtype: torch.dtype | None, is_packed: bool = False
 ) -> StoredSite:
-    """Work out how a site will lie on disk from one of its values; `is_packed`: from its rows `[T, D]`, cast already.
+    """Derive a site's layout on disk from one of its values; `is_packed`: from rows `[T, D]` that are already cast.
 
     Raises:
         CaptureError: the value is neither `[B, S, D]` nor `[B, D]`.
@@ -131,11 +131,11 @@ def measure_site(
 
 
 def check_storable(sites: Sequence[Site], pool: Pool, dtype: torch.dtype | None) -> None:
-    """Make sure that sites can be stored so, and that one run of tokens serves all of them, as a shard has only one.
+    """Check that sites can be stored with these options and have the same tokens, as a shard requires.
 
     Raises:
-        OptionError: attention weights that are pooled or stored as int8; sites of an encoder and of a decoder, or of a
-            decoder's view of the encoder.
+        OptionError: attention weights that are pooled or stored as int8; sites of both encoder and decoder, or sites
+            whose rows are the encoder's tokens as the decoder sees them.
     """
     check_pooled(sites, pool)
     matrices = [site.name for site in sites if site.kind == "attention"]
@@ -151,26 +151,26 @@ def check_storable(sites: Sequence[Site], pool: Pool, dtype: torch.dtype | None)
 
 
 def room_for(selection: BatchSelection) -> Room:
-    """Give the room that the rows of a batch take."""
+    """Return the room that a batch's rows need."""
     return Room(selection.num_rows, len(selection.lengths), selection.num_pairs)
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
-    """Bring what travels with an example to the bytes that a shard holds."""
+    """Encode an example's record as stored in a shard."""
     return _encode(record).encode()
 
 
 def list_shapes(
     stored: Sequence[StoredSite], counts: Counts, num_pairs: int, record_bytes: int, has_positions: bool
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Work out what `list_tensors` will give for a unit with records, before any value of it is made.
+    """Return the shapes that `list_tensors` will give for a unit with records, before any value is computed.
 
     Args:
         stored: The sites.
         counts: Rows and examples of the unit.
-        num_pairs: Its pairs of a query and a key.
-        record_bytes: Of all its records.
-        has_positions: Whether rows are kept with their positions.
+        num_pairs: Query-key pairs of the unit.
+        record_bytes: Size of all its records.
+        has_positions: Whether rows are stored with their positions.
     """
     num_rows, num_examples = counts.num_tokens, counts.num_examples
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -188,7 +188,7 @@ def list_shapes(
 
 
 def list_tensors(unit: OpenUnit, stored: Sequence[StoredSite]) -> list[tuple[str, Tensor]]:
-    """Put the tensors of a shard in file order: widest dtype first, so that each is aligned, and records last."""
+    """List the tensors of a shard in file order: widest dtype first, so that each is aligned, and records last."""
     lengths = torch.tensor([0, *unit.lengths], dtype=torch.int64, device="cpu")
     tensors = [
         ("example", torch.tensor(unit.ordinals, dtype=torch.int64, device="cpu")),
@@ -210,5 +210,5 @@ def list_tensors(unit: OpenUnit, stored: Sequence[StoredSite]) -> list[tuple[str
 
 
 def _file_order(name: str, dtype: torch.dtype) -> tuple[int, bool]:
-    # records last: of any length, they would leave the values of bytes behind them where no block begins
+    # records last: their arbitrary length would leave later one-byte values unaligned to a block
     return -dtype.itemsize, name == "records"

@@ -1,10 +1,9 @@
-"""What a module gives and takes, and which tensor of it is a site's value.
+"""Extract a site's tensor from a module's inputs or outputs, and put it back.
 
-Reading and writing stand side by side, so that an edit puts its value where a probe reads it: out of a tuple or an
-output object, out of the third of a fused projection.
+Reading and writing are side by side, so that an edit puts its value where a probe reads it: in a tuple, an output
+object, or one third of a fused projection.
 
 Hides how modules pack their values. Must never know of calls, hooks or sinks.
-
 Letters: H heads, d width of a head.
 """
 
@@ -22,13 +21,13 @@ _STATE = "last_hidden_state"
 
 
 def find_tensor(value: Any) -> Any:
-    """Find the hidden state in what a module gives; anything but a tensor is returned as it is."""
+    """Find the hidden state in a module's output; return the output itself if it contains no tensor."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (tuple, list)):
         items = [item for item in value if isinstance(item, Tensor)]
-        # 4.x DistilBERT puts its weights, of four dimensions, before the hidden state
-        for item in items:  # torch 2.6 traces no `next` with a default
+        # 4.x DistilBERT returns its four-dimensional weights before the hidden state
+        for item in items:  # torch 2.6 cannot trace `next` with a default
             if item.ndim != 4:
                 return item
         return items[0] if items else value
@@ -36,12 +35,12 @@ def find_tensor(value: Any) -> Any:
 
 
 def put_tensor(value: Any, held: Tensor, tensor: Tensor) -> Any:
-    """Give what a module gave with `tensor` in place of `held`, which `find_tensor` found in it; `value` stays."""
+    """Return a module's output with `tensor` in place of `held`, which `find_tensor` found; `value` is not modified."""
     if isinstance(value, Tensor):
         return tensor
     if isinstance(value, (tuple, list)):
         items = [tensor if item is held else item for item in value]
-        # a named tuple takes its fields one by one
+        # a named tuple takes its fields as separate arguments
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     other = copy.copy(value)
     setattr(other, _STATE, tensor)
@@ -49,7 +48,7 @@ def put_tensor(value: Any, held: Tensor, tensor: Tensor) -> Any:
 
 
 def take_part(root: nn.Module, part: Part | None, value: Tensor) -> Tensor:
-    """Take query, key or value out of a fused projection's output; all of it where no part is meant."""
+    """Return query, key or value from a fused projection's output; the whole value if `part` is None."""
     if part is None:
         return value
     if part.num_heads is None:
@@ -62,18 +61,18 @@ def take_part(root: nn.Module, part: Part | None, value: Tensor) -> Tensor:
 def put_part(
     root: nn.Module, part: Part | None, value: Tensor, held: Tensor, made: Tensor, kept: Tensor | None
 ) -> Tensor:
-    """Put back what `take_part` has taken, changed, and give a new value.
+    """Return a new value with an edited part merged back, the inverse of `take_part`.
 
-    The new third stands there whole, less a bias that the model adds afterwards. Adding only the difference to the old
-    one would round as coarsely as the old one does, and could not replace one that is not finite.
+    The new third is written whole, minus a bias that the model adds afterwards. Adding the difference to the old third
+    would round as coarsely as the old values, and could not replace non-finite ones.
 
     Args:
         root: The unwrapped model.
-        part: Which third of a fused projection; None for all of a value.
-        value: What the module gave.
-        held: What `take_part` found in it.
-        made: What it is to be.
-        kept: Where it is to be so, to be broadcast to it; None for everywhere. What is left stays to the bit.
+        part: Which third of a fused projection; None for the whole value.
+        value: The module's output.
+        held: The part that `take_part` returned.
+        made: The edited part.
+        kept: Mask, broadcast to the part, of the elements to replace; None for all. The others stay bit-identical.
     """
     if part is None:
         return made if kept is None else torch.where(kept, made, held)
@@ -81,7 +80,7 @@ def put_part(
     thirds = list(value.unflatten(-1, (*shape, -1)).unbind(-2))
     own = thirds[part.index] if part.num_heads is None else thirds[part.index].flatten(-2)
     if part.bias is not None:
-        # what an edit has left as it was is not rounded either; its gradient is that of the edit
+        # unchanged elements are not rounded; adding `made - held`, which is zero there, keeps the edit's gradient
         is_same = (made == held) & made.isfinite()
         made = torch.where(is_same, own + (made - held), made - root.get_parameter(part.bias)).to(value.dtype)
     third = made if kept is None else torch.where(kept, made, own)

@@ -1,7 +1,7 @@
-"""What is said of a site in a training run: norms, dead and saturated units, gradients, values that are not finite.
+"""Statistics of a site during training: norms, dead and saturated units, gradients, non-finite values.
 
-Made of sums over the real tokens of a step, on the device, so that nothing waits for it before the numbers are asked
-for. Constant memory: a few numbers per unit. Must never know of hooks or of when a step is watched.
+Computed from sums over the real tokens of a step, kept on the device so that nothing synchronises before the numbers
+are read. Constant memory: a few numbers per unit. Must never know of hooks or of when a step is watched.
 
 Letters: T rows, D units.
 """
@@ -13,9 +13,9 @@ from layerprobe.sites.stacks import find_sum_device, widen
 
 __all__ = ["MOVES_LESS", "NEAR_TOP", "Vitals"]
 
-# A unit is dead if it moves by less than this part of the site's root mean square over all tokens of a step ...
+# A unit is dead if its range is at most this fraction of the site's root mean square over all tokens of a step ...
 MOVES_LESS = 1e-3
-# ... and saturated if it stays above this part of the site's largest size at every one of them.
+# ... and saturated if its magnitude is at least this fraction of the site's largest for every token.
 NEAR_TOP = 0.99
 
 
@@ -27,12 +27,12 @@ class Vitals:
         self._norms: Tensor | None = None
         self._squares: Tensor | None = None
         self._nonfinite: Tensor | None = None
-        # by unit: least, largest, and least size
+        # by unit: minimum, negated maximum, and minimum magnitude
         self._extremes: Tensor | None = None
         self._gradient: Tensor | None = None
 
     def add_rows(self, rows_TD: Tensor) -> None:
-        """Take the rows of a call; one with a NaN or an infinity is counted, and left out of all else."""
+        """Add the rows of a call; a row with a NaN or an infinity is counted and otherwise ignored."""
         rows_TD = rows_TD.detach()
         rows_TD = rows_TD.to(find_sum_device(rows_TD.device))
         rows_TD = rows_TD if rows_TD.dtype == torch.float64 else rows_TD.float()
@@ -57,16 +57,16 @@ class Vitals:
         self._rows += len(rows_TD)
 
     def add_gradient(self, gradient: Tensor) -> None:
-        """Take what a backward sent to a value, or to a part of it."""
+        """Add the gradient of a value or of a chunk of it."""
         norm = torch.linalg.vector_norm(gradient.detach().float())
         self._gradient = _sum(self._gradient, widen(norm).square())
 
     def read(self) -> dict[str, float]:
-        """Give the numbers; those that nothing was measured for are left out.
+        """Return the statistics; those without measurements are left out.
 
         Returns:
-            `norm`, the mean over rows; `dead` and `saturated`, shares of the units; `nonfinite`, a number of rows;
-            `gradient_norm`, of the gradient of all values at once.
+            `norm`, the mean over rows; `dead` and `saturated`, fractions of the units; `nonfinite`, a number of rows;
+            `gradient_norm`, of the gradient of all values together.
         """
         said: dict[str, float] = {}
         if self._norms is not None and self._squares is not None and self._extremes is not None:
@@ -77,7 +77,7 @@ class Vitals:
                 mean_square = self._squares / (num_rows * len(least))
                 top = torch.maximum(largest.max(), -least.min())
                 said["norm"] = float(self._norms / num_rows)
-                if num_rows > 1:  # one row moves nothing
+                if num_rows > 1:  # a single row has no range
                     said["dead"] = float((largest - least <= MOVES_LESS * mean_square.sqrt()).double().mean())
                     said["saturated"] = float((size >= NEAR_TOP * top).double().mean())
             said["nonfinite"] = float(nonfinite)

@@ -1,7 +1,7 @@
-"""`lp.watch` and `lp.WatchCallback`: sites of a model in training, looked at every so many steps.
+"""`lp.watch` and `lp.WatchCallback`: statistics of a model's sites during training, every so many steps.
 
-Between watched steps one hook on the model counts its calls, and that is all. In a watched one hooks go on as the call
-begins and come off as it ends; what backward sends arrives later, at hooks on tensors that go with the graph.
+Between watched steps a single hook counts the model's calls. In a watched step the site hooks are attached when the
+call begins and removed when it ends; gradients arrive later, at tensor hooks that belong to the graph.
 
 Hides when that is, and where numbers are logged. Must never wait for the device before a step is logged.
 """
@@ -39,11 +39,11 @@ class Watcher(AbstractContextManager["Watcher"]):
     """The hooks of a watch.
 
     Args:
-        model: What is trained.
+        model: The model being trained.
         sites: Patterns.
         log: As for `watch`.
-        choose: Asked at each training call; gives the step if this one is watched.
-        once: Take all hooks off after the first call that is.
+        choose: Called at each training call; returns the step if it is to be watched, otherwise None.
+        once: Remove all hooks after the first watched call.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Watcher(AbstractContextManager["Watcher"]):
         self._readings = Readings(self._mapped, chosen, self._take)
         self._always, self._hooks = HookSet(), HookSet()
         self._contexts: dict[int, Context] = {}
-        # by stack, first position, shape and device: each is worked out on the host, which waits for the device
+        # cached by stack, first position, shape and device: computing a selection synchronises with the device
         self._selections: dict[tuple[int, int, torch.Size, torch.device], BatchSelection] = {}
         self._vitals: dict[str, Vitals] = {}
         self._watched: int | None = None
@@ -78,7 +78,7 @@ class Watcher(AbstractContextManager["Watcher"]):
         if self._always:
             raise CaptureError("this watch is open already. Make a new one for another with block.")
         if has_compiled():
-            forget_compiled_graphs()  # a function that calls the model may be compiled, and would run no hook
+            forget_compiled_graphs()  # a compiled function that calls the model would not run the new hooks
         root = self._mapped.model
         try:
             self._always.keep(root, root.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -92,15 +92,15 @@ class Watcher(AbstractContextManager["Watcher"]):
         self._always.remove()
         self._hooks.remove()
         if has_compiled():
-            forget_compiled_graphs()  # what the compiler gave up because of the hooks it may take again
+            forget_compiled_graphs()  # frames that the compiler skipped because of the hooks can be compiled again
         try:
             self.flush()
         except Exception:
-            if error is None:  # the caller's own says more
+            if error is None:  # an error raised in the block takes precedence
                 raise
 
     def flush(self) -> None:
-        """Log what the last watched step measured, if that has not been done."""
+        """Log the last watched step, if that has not been done."""
         step, self._watched = self._watched, None
         vitals, self._vitals = self._vitals, {}
         if step is not None and vitals:
@@ -108,11 +108,11 @@ class Watcher(AbstractContextManager["Watcher"]):
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if torch.compiler.is_compiling():
-            # the compiler gives this frame up, and it runs uncompiled; with fullgraph=True the caller reads this
+            # the compiler skips this frame and runs it uncompiled; with fullgraph=True the caller sees this message
             raise CaptureError("watch: torch.compile is to take a model that is watched. Compile it after the watch.")
         if kwargs is None or not torch.is_grad_enabled():
             return
-        self._hooks.remove()  # of a call that Ctrl-C ended
+        self._hooks.remove()  # left over from a call that Ctrl-C interrupted
         self.flush()
         self._watched = self._choose()
         if self._watched is None:
@@ -122,7 +122,7 @@ class Watcher(AbstractContextManager["Watcher"]):
         try:
             for number, stack in enumerate(self._mapped.stacks):
                 if stack.base is module:
-                    # a hook put on it now would not run in this call
+                    # a hook attached to it now would not run in this call
                     self._note(number, module, args, kwargs)
                 else:
                     hook = partial(self._note, number)
@@ -136,12 +136,12 @@ class Watcher(AbstractContextManager["Watcher"]):
         self._hooks.remove()
         if self._watched is not None and self._once:
             self._always.remove()
-        if output is None:  # it raised
+        if output is None:  # the call raised
             self._watched = None
             self._vitals = {}
 
     def _note(self, number: int, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        """Take note of the mask that a stack is called with."""
+        """Record the attention mask with which a stack is called."""
         if kwargs is not None:
             parameters = list(inspect.signature(type(module).forward).parameters)[1:]
             context = read_context(dict(zip(parameters, args, strict=False)) | kwargs)
@@ -159,7 +159,7 @@ class Watcher(AbstractContextManager["Watcher"]):
             value.register_hook(vitals.add_gradient)
 
     def _select(self, taken: Taken) -> Tensor:
-        """Bring a value to the rows of its real tokens."""
+        """Reduce a value to the rows of its real tokens."""
         value, site = taken.value.detach(), taken.site
         if value.ndim != 3 or not is_per_token(site, value):
             return value.flatten(0, -2)
@@ -237,7 +237,7 @@ class WatchCallback:
     """
 
     def __new__(cls, *_: Any, **__: Any) -> "WatchCallback":
-        """Make it a callback of transformers, which is imported only now."""
+        """Create an instance that derives from TrainerCallback, importing transformers only now."""
         return object.__new__(_join_trainer() if cls is WatchCallback else cls)
 
     def __init__(self, sites: str | Sequence[str], *, every: int = 50, log: Any) -> None:
@@ -285,10 +285,10 @@ def _join_trainer() -> type:
 
 
 def _find_log(log: Any) -> Log:
-    """Find how numbers are logged: by a function, or by a writer of TensorBoard.
+    """Return the function that logs: `log` itself, or one that writes to a TensorBoard writer.
 
     Raises:
-        OptionError: by neither.
+        OptionError: `log` is neither.
     """
     if hasattr(log, "add_scalar"):
 
