@@ -1,10 +1,10 @@
-"""`lp.edit`: a `with` block in which values of a model are changed as it runs.
+"""`lp.edit`: change values of a model inside a `with` block while it runs.
 
-Its hooks stand before all others at a module, so a probe at the same site sees the changed value; edits within edits
-run outermost first. In a graph of `torch.compile` the same hooks are traced: the arithmetic joins the graph, and
-operators tell it what only the running call knows.
+Its hooks precede all others at a module, so a probe at the same site sees the edited value; nested edits run outermost
+first. Under `torch.compile` the same hooks are traced: the arithmetic becomes part of the graph, and custom operators
+supply what only the running call knows.
 
-Hides the order of hooks and how a call is followed. Must never know what an edit does.
+Hides the order of hooks and how calls are followed. Must never know what an edit does.
 """
 
 import inspect
@@ -72,29 +72,29 @@ def edit(
 
 
 class _Numbering:
-    """The sink of the frames: gives each call its number, and keeps nothing."""
+    """A sink that numbers the calls and keeps nothing."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
 
     def open(self, sites: Sequence[Site]) -> None:
-        """Begin at 0."""
+        """Do nothing."""
 
     def begin(self, call: Call) -> None:
-        """Number a call."""
+        """Assign the next number to a call."""
         call.state = CallState(next(self._numbers))
 
     def receive(self, call: Call, index: int, value: Tensor) -> None:
-        """Values are changed where they are made, and not handed on."""
+        """Do nothing: values are edited by the hooks and not passed on."""
 
     def finish(self, call: Call) -> None:
-        """A call leaves nothing."""
+        """Do nothing."""
 
     def abandon(self, call: Call) -> None:
-        """Nor does one that was cut short."""
+        """Do nothing."""
 
     def close(self, error: BaseException | None) -> None:
-        """Nothing is held."""
+        """Do nothing."""
 
 
 class Editor(AbstractContextManager["Editor"]):
@@ -117,7 +117,7 @@ class Editor(AbstractContextManager["Editor"]):
         self._hooks = HookSet()
         self._guarding = ExitStack()
         self._has_graphs = False
-        # the thread of the block, and the first site there that was made outside a call and so left as it was
+        # the thread that runs the block, and the first site in it that ran outside a call and so was not edited
         self._thread = 0
         self._left: str | None = None
         self._state = Lifecycle.NEW
@@ -135,7 +135,7 @@ class Editor(AbstractContextManager["Editor"]):
             watch_second_runs(self._hooks, self._root, self._frames, always=True)
             self._thread = threading.get_ident()
             self._frames.is_open = True
-            if has_compiled():  # takes a while, and Ctrl-C may come in it
+            if has_compiled():  # slow, and Ctrl-C may interrupt it
                 forget_compiled_graphs()
         except BaseException:
             self._detach()
@@ -152,7 +152,7 @@ class Editor(AbstractContextManager["Editor"]):
             self._tell_what_was_left(f"{self._left!r} of {self._mapped.owner}")
 
     def _tell_what_was_left(self, site: str) -> None:
-        """Tell of a module that ran outside a call: an error as of a probe without a call, a warning beside others."""
+        """Report a module that ran outside a call: an error if no call was made, otherwise a warning."""
         if not self._frames.has_made:
             raise CaptureError(
                 f"{site} ran and was not edited, since the model was not called (model.forward(), a module by itself "
@@ -175,7 +175,7 @@ class Editor(AbstractContextManager["Editor"]):
     # hooks
 
     def _attach(self, point: Point) -> None:
-        """Put a hook before those of others, and behind those of edits that are on already."""
+        """Register a hook before all other hooks at the module but after those of outer edits."""
         if point.takes == "input":
             hook = self._make_input_hook(point)
             handle = point.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
@@ -190,7 +190,7 @@ class Editor(AbstractContextManager["Editor"]):
             beside.move_to_end(number, last=False)
 
     def _refuse_chosen_logits(self, point: Point) -> None:
-        """Refuse calls that choose which tokens have logits, where an edit has to know which they are."""
+        """Refuse `logits_to_keep` tensors if an edit must know which tokens the logits belong to."""
         slots = [slot for slot in point.slots if slot.spot.kind != "all" or slot.edit.need == "rows"]
         if not slots or not point.makes_logits:
             return
@@ -219,7 +219,7 @@ class Editor(AbstractContextManager["Editor"]):
 
     def _make_input_hook(self, point: Point) -> Callable[..., Any]:
         def edit_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-            if kwargs is None:  # torch: the hook came off while those of this module ran
+            if kwargs is None:  # torch passes no kwargs if the hook was removed while the module's hooks were running
                 return None
             name = None if args else next(iter(kwargs))
             held = self._require_values(point, args[0] if name is None else kwargs[name])
@@ -243,7 +243,7 @@ class Editor(AbstractContextManager["Editor"]):
     # values
 
     def _change(self, point: Point, value: Tensor) -> Tensor:
-        """Run the edits of a module on a value."""
+        """Apply a module's edits to a value."""
         if torch.compiler.is_compiling():
             return self._change_traced(point, value)
         call = self._find_call(point)
@@ -257,16 +257,16 @@ class Editor(AbstractContextManager["Editor"]):
         return value
 
     def _find_call(self, point: Point) -> Call | None:
-        """Give the call that is running; take note where there is none."""
+        """Return the running call; remember the site if there is none."""
         call = self._frames.current()
         if call is None and self._left is None and threading.get_ident() == self._thread:
-            # a call that ends early, or has not come to its base, is one all the same
+            # a call that was stopped, or has not yet reached its base model, does not count as outside
             is_outside = not self._frames.by_thread.get(self._thread)
             self._left = point.slots[0].site.name if is_outside else None
         return call
 
     def _change_traced(self, point: Point, value: Tensor) -> Tensor:
-        """The same in a graph, where every edit runs and masks alone decide."""
+        """Apply the edits inside a compiled graph, where every edit runs and only masks select."""
         token, editor, key = self._port.token, self._port.number, point.key
         masks = ask_for_tokens(token, value, editor, key, len(point.slots))
         for number, slot in enumerate(point.slots):
@@ -280,7 +280,7 @@ class Editor(AbstractContextManager["Editor"]):
         return value
 
     def _apply(self, slot: Slot, value: Tensor, held: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
-        """Change a site, and put it back into the value it is of; what is not meant stays to the bit."""
+        """Edit a site's part of a value and merge it back; unselected elements stay bit-identical."""
         made = slot.edit.change(held, mask, extra)
         if made is held:
             return value
@@ -290,21 +290,21 @@ class Editor(AbstractContextManager["Editor"]):
             kept = mask if kept is None else mask & kept
         return put_part(self._root, slot.site.part, value, held, made, kept)
 
-    # what graphs ask for
+    # callbacks from compiled graphs
 
     def enter_compiled(
         self, stack: int, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, cached: bool
     ) -> None:
-        """Take note, from a running graph, that a module was called."""
+        """Record, from a running graph, that a module was called."""
         self._has_graphs = True
         self._frames.enter_compiled(stack, ids, mask, embeds, cached)
 
     def leave_compiled(self, stack: int, completed: bool) -> None:
-        """Take note, from a running graph, that a module is done or has raised."""
+        """Record, from a running graph, that a module has returned or raised."""
         self._frames.leave(stack, completed)
 
     def pick_compiled(self, key: int, value: Tensor) -> Tensor:
-        """Tell a running graph which tokens of a value each edit applies to."""
+        """Return to a running graph the token mask of each edit."""
         point, shape = self._points[key], value.shape[:-1]
         self._has_graphs = True
         call = self._find_call(point)
@@ -329,7 +329,7 @@ class Editor(AbstractContextManager["Editor"]):
         return torch.stack(masks)
 
     def give_compiled(self, key: int, number: int, value: Tensor) -> Tensor:
-        """Tell a running graph what an edit needs beside the value."""
+        """Return to a running graph the extra input of an edit."""
         slot, call = self._points[key].slots[number], self._frames.current()
         moment: Moment | None = None if call is None else call.state.moments.get(key)
         if moment is None or not moment.is_meant[number]:

@@ -1,11 +1,8 @@
-"""The edits: what each does to a value, as small frozen values of their own.
+"""The edits, as frozen dataclasses that hold only arithmetic.
 
-An edit is made by a user, checked as it is made, fitted to a site before the model runs, and then asked for a changed
-value. It gives a new tensor and never writes into the one it got. What it needs beside the value (random numbers, rows
-laid out on the tokens of a call) is handed to it, so that all of it can be traced into a graph.
-
-Hides the arithmetic. Must never know of hooks, calls or the model.
-
+An edit is validated when it is made, fitted to a site before the model runs, and then applied to values. It returns a
+new tensor and never writes into its input. Further input (noise, rows laid out on the call's tokens) is passed in, so
+that the edit can be traced. Must never know of hooks, calls or the model.
 Letters: B sequences, S positions, D width, T rows, K directions.
 """
 
@@ -26,18 +23,17 @@ from layerprobe.tables import format_count
 __all__ = ["Ablate", "Clamp", "Edit", "Noise", "Patch", "ProjectOut", "Replace", "Resample", "Scale", "Steer"]
 
 Number = float | Tensor
-# Beside the value an edit may need: numbers drawn like it, an order of its tokens, or its rows laid out on the tokens.
+# An edit's extra input: noise shaped like the value, a permutation of its tokens, or rows laid out on its tokens.
 Need = Literal["", "noise", "order", "rows"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Edit:
-    """What every edit has: where it applies, and to which heads or units.
+    """The options shared by all edits: which tokens, heads or units they change.
 
     Args:
-        where: Which tokens; None for real ones, never padding.
-        heads: Only the columns of these heads, at sites that have heads.
-        units: Only these columns.
+        where: Selected tokens; None for real ones, never padding.
+        heads, units: Change only the columns of these heads (at sites that have heads), or only these columns.
     """
 
     name: ClassVar[str] = ""
@@ -55,35 +51,35 @@ class Edit:
 
     @property
     def need(self) -> Need:
-        """What `change` has to be given beside the value."""
+        """The extra input that `change` needs."""
         return ""
 
     @property
     def needs_whole(self) -> bool:
-        """Whether chunks of a value would be changed otherwise than the whole."""
+        """Whether the edit would change a value differently if applied chunk by chunk."""
         return False
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors of the user's that meet values of the model, by what they are called."""
+        """The user's tensors that are combined with values of the model, by argument name."""
         return {}
 
     def fit(self, site: str, width: int | None) -> "Edit":
-        """Check the edit against one site, and compute beforehand what can be."""
+        """Check the edit against one site and precompute what it can."""
         return self
 
     def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
-        """Give the changed value; what `where`, `heads` and `units` leave out is put back by the caller.
+        """Return the edited value; the caller restores what `where`, `heads` and `units` leave out.
 
         Args:
             value: `[B, S, D]`, or `[B, D]` at a site with one vector per text.
-            mask: bool `[B, S]`, the tokens that are selected; None for all.
-            extra: What the edit needs, as `need` says.
+            mask: bool `[B, S]`, the selected tokens; None for all.
+            extra: The extra input, as `need` says.
         """
         raise NotImplementedError
 
     def require_width(self, label: str, found: int, site: str, width: int | None) -> None:
-        """Refuse a tensor that is not as wide as the site."""
+        """Refuse a tensor whose width differs from the site's."""
         if width is not None and found != width:
             raise OptionError(
                 f"lp.{self.name} at {site!r}: its {label} has {format_count(found, 'value')}, the site {width}. "
@@ -93,7 +89,7 @@ class Edit:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Steer(Edit):
-    """Adds a vector."""
+    """Add a vector."""
 
     name: ClassVar[str] = "steer"
     vector: Tensor
@@ -120,7 +116,7 @@ class Steer(Edit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Ablate(Edit):
-    """Takes a value's information away."""
+    """Replace values by zeros or by their mean."""
 
     name: ClassVar[str] = "ablate"
     kind: str = "zero"
@@ -149,7 +145,7 @@ class Ablate(Edit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Resample(Edit):
-    """Gives each token the vector of another one of the call."""
+    """Replace each token's vector by that of another token of the call."""
 
     name: ClassVar[str] = "ablate"
     seed: int = 0
@@ -174,7 +170,7 @@ class Resample(Edit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Patch(Edit):
-    """Puts given values in place of the model's."""
+    """Replace the model's values by given ones."""
 
     name: ClassVar[str] = "patch"
     values: Any
@@ -208,7 +204,7 @@ class Patch(Edit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ProjectOut(Edit):
-    """Takes the part of a value that lies in the span of some directions away."""
+    """Remove the component of a value in the span of some directions."""
 
     name: ClassVar[str] = "project_out"
     directions: Tensor
@@ -237,7 +233,7 @@ class ProjectOut(Edit):
 
     def fit(self, site: str, width: int | None) -> "Edit":
         self.require_width("direction", self.directions.shape[-1], site, width)
-        # an orthonormal basis is worked out once, unless somebody learns it
+        # compute the orthonormal basis once, unless the directions are being learned
         return self if self.directions.requires_grad else replace(self, directions=_orthonormal(self.rows))
 
     def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
@@ -249,7 +245,7 @@ class ProjectOut(Edit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Noise(Edit):
-    """Adds Gaussian noise."""
+    """Add Gaussian noise."""
 
     name: ClassVar[str] = "noise"
     std: float
@@ -272,7 +268,7 @@ class Noise(Edit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Clamp(Edit):
-    """Keeps values within bounds."""
+    """Clamp values to bounds."""
 
     name: ClassVar[str] = "clamp"
     low: float | None
@@ -292,7 +288,7 @@ class Clamp(Edit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Scale(Edit):
-    """Multiplies values."""
+    """Multiply values by a factor."""
 
     name: ClassVar[str] = "scale"
     factor: Number
@@ -318,7 +314,7 @@ class Scale(Edit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Replace(Edit):
-    """Puts what a function makes of a value in its place."""
+    """Replace values by the result of a function."""
 
     name: ClassVar[str] = "replace"
     function: Callable[[Tensor], Tensor]
@@ -333,7 +329,7 @@ class Replace(Edit):
             raise OptionError(f"lp.replace: {self.function!r} is no function: give one from a value to a value.")
 
     def change(self, value: Tensor, mask: Tensor | None, extra: Tensor | None) -> Tensor:
-        # a copy costs little beside a layer, and what the model made is not written into even where a function writes
+        # a copy is cheap next to a layer and protects the model's tensor if the function writes in place
         made = self.function(value.clone())
         if not isinstance(made, Tensor) or made.shape != value.shape or made.dtype != value.dtype:
             got = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
@@ -344,23 +340,22 @@ class Replace(Edit):
 
 
 def _count_dimensions(rows_KD: Tensor) -> int:
-    """Count the dimensions that rows span, but for what rounding alone made, as of class means less their mean."""
+    """Return the rank of the rows, ignoring dimensions due to rounding, as in class means minus their mean."""
     units_KD = nn.functional.normalize(widen(rows_KD), dim=1, eps=torch.finfo(torch.float64).tiny)
-    # Rounding is held against the length of a unit row, whatever the rows have in common: that is long, and known no
-    # worse for it. A mean of many rows rounds often; of narrow ones torch takes it in float32.
+    # Absolute for unit rows, whatever they share; means of many rows accumulate rounding, in float32 for half types.
     most = (4 if rows_KD.dtype.itemsize <= 2 else 64) * torch.finfo(rows_KD.dtype).eps
     least = max(units_KD.shape) * torch.finfo(torch.float64).eps
     return int(torch.linalg.matrix_rank(units_KD, atol=most, rtol=least))
 
 
 def _orthonormal(rows_KD: Tensor) -> Tensor:
-    """Give an orthonormal basis of what the rows span, computed in float64 and rounded once."""
+    """Return an orthonormal basis of the span of the rows, computed in float64 and rounded once."""
     basis_KD = torch.linalg.qr(widen(rows_KD).T)[0].T
     return basis_KD.to(torch.promote_types(rows_KD.dtype, torch.float32)).to(rows_KD.device)
 
 
 def _look_up(values: Any, site: str) -> Tensor:
-    """Find a site's values in a probe, a call, an example or a mapping; int8 ones with their scale."""
+    """Find a site's values in a probe, a call, an example or a mapping; int8 values are dequantised."""
     try:
         found = values[site]
     except KeyError as error:

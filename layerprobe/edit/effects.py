@@ -1,4 +1,4 @@
-"""What a sweep of patches found: the table of effects, as numbers, text, CSV, JSON and a picture.
+"""The results of a patching sweep, as a table, CSV, JSON and a heat map.
 
 Must never know of models or of how the effects were measured.
 
@@ -22,7 +22,7 @@ from layerprobe.tables import format_table
 __all__ = ["Effects"]
 
 
-# Of a picture, and what a row and a column of letters take of it.
+# Maximum size of the figure, the space for a line and for a letter of its labels, and the longest column label.
 _MOST_INCHES = 12.0
 _LINE_INCHES = 0.14
 _LETTER_INCHES = 0.07
@@ -73,7 +73,7 @@ class Effects:
         headers, rows = self._rows()
         most = float(self.effects.abs().nan_to_num(0.0, posinf=0.0).amax()) if self.effects.numel() else 0.0
         decimals = digits - min(0, math.floor(math.log10(most)) + 1) if most else digits
-        # what is rounded to nothing has no sign
+        # + 0.0 turns -0.0 into 0.0
         rounded = [[round(cell, decimals) + 0.0 if isinstance(cell, float) else cell for cell in row] for row in rows]
         end = f"metric: clean {self.clean:.4g}, corrupt {self.corrupt:.4g}; effects by {self.method} patching"
         return f"{format_table(headers, rounded)}\n{end}"
@@ -134,10 +134,10 @@ class Effects:
         figure = make_figure(figsize=(2.6 + wide, 1.8 + high), layout="constrained")
         axes = figure.subplots()
         most = float(grid.abs().nan_to_num(0.0, posinf=0.0).max()) or 1.0
-        # the middle of the colours is no effect; what is no number is grey
+        # white is no effect, grey is not a number
         image = axes.imshow(grid.numpy(), cmap="RdBu", vmin=-most, vmax=most, aspect="auto", origin="lower")
         axes.set_facecolor(GREY)
-        # of more rows and columns than names have room for, every second or third is named
+        # label only every n-th row and column if there is no room for all
         step = math.ceil(len(labels) * _LINE_INCHES / high)
         axes.set_yticks(range(0, len(labels), step), labels[::step])
         step = math.ceil(len(columns) * _LINE_INCHES / wide)
@@ -155,7 +155,7 @@ class Effects:
         return figure
 
     def _grid(self) -> tuple[Tensor, list[str]]:
-        """Give the effects as rows and columns, and what stands above the columns."""
+        """Return the effects as a 2-D grid and the column labels."""
         values = self.effects
         if self.positions is not None and self.heads is not None:
             return values.transpose(1, 2).flatten(0, 1), self._column_labels()

@@ -1,7 +1,7 @@
-"""The functions that make edits: `lp.steer`, `lp.ablate` and the others.
+"""The public functions that make edits: `lp.steer`, `lp.ablate` and the others.
 
-Each takes what a user writes, such as a list of heads, and gives a frozen `Edit`, checked. The public face of `edits`;
-computes nothing. Must never know of models.
+Each turns user arguments, such as a list of heads, into a validated, frozen `Edit`. Computes nothing. Must never know
+of models.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
-"""Patching for masked models, from texts: which sites carry what the model puts in for `[MASK]`.
+"""Activation patching for masked language models: which sites carry the prediction at `[MASK]`.
 
-Both texts hold one mask each; the metric is the logit of an answer there. Knows texts and tokenizers; how patches are
-run is below it.
+Both texts contain one mask each; the metric is the logit of an answer there. Handles texts and tokenizers; `patching`
+runs the patches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,17 +33,17 @@ def patch_masked(
     batch_size: int = 32,
     progress: bool | None = None,
 ) -> Effects:
-    """Measure what each site and position carries for one answer at the mask.
+    """Measure how much each site and position contributes to one answer at the mask.
 
     Args:
-        loaded: A model that fills masks, and its tokenizer.
-        clean, corrupt: Texts with one `[MASK]` each (whatever the tokenizer calls it), of as many tokens.
+        loaded: A masked language model and its tokenizer.
+        clean, corrupt: Texts with one `[MASK]` each (whatever the tokenizer's own mask token is), equal in length.
         answer: A word that is one token.
         sites, positions, heads, method, batch_size, progress: As in `patching`.
 
     Raises:
-        OptionError: the model fills no masks, a text has none or several, the answer is not one token, or the texts are
-            not of one length.
+        OptionError: the model is no masked language model, a text has no mask or several, the answer is not one token,
+            or the texts differ in length or in the position of the mask.
         SiteError: a pattern matches nothing.
     """
     tokenizer = loaded.tokenizer
@@ -97,7 +97,7 @@ def _find_mask(tokenizer: Any, batch: Mapping[str, Tensor], text: str) -> int:
 
 
 def _find_answer(tokenizer: Any, answer: str) -> int:
-    """Find the token that the answer is; within a sentence some tokenizers begin a word with a mark of its space."""
+    """Return the answer's token id; tried with a leading space first, which some tokenizers make part of the token."""
     for text in (f" {answer}", answer):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:

@@ -1,10 +1,9 @@
-"""What an edit is told of the moment: which call of a module this is, which tokens are selected, random numbers, rows.
+"""The context an edit needs: which run of a module this is, selected tokens, random numbers and rows.
 
-One value of one module in one call of the model is a moment. A module may run several times in a call (ALBERT's
-shared layer, an FFN in chunks), and which time it is decides which edits apply and at which positions.
+A moment is one value of one module in one call of the model. A module may run several times per call (ALBERT's shared
+layer, an FFN in chunks), and the number of the run decides which edits apply and at which positions.
 
 Hides how runs of a module are counted. Must never know of hooks or compilers, or of what an edit does.
-
 Letters: B sequences, S positions, D width, T rows.
 """
 
@@ -27,11 +26,11 @@ __all__ = ["CallState", "Moment", "note_value"]
 
 @dataclass
 class CallState:
-    """What is kept for one call of the model: its number, and masks that several sites share."""
+    """State of one call of the model: its number, and masks shared by several sites."""
 
     number: int
     masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
-    # Of compiled graphs, which ask for one thing after another.
+    # for compiled graphs, which request the parts of a moment in separate operators
     moments: dict[int, "Moment"] = field(default_factory=dict)
 
 
@@ -41,9 +40,9 @@ class Moment:
 
     Args:
         call: The call of the model.
-        number: Which run of the module this is in the call.
-        start: The first position that the value holds; above 0 for a later chunk, and for logits of the last tokens.
-        masks: For each edit bool `[B, S]`, or None for every position.
+        number: Index of this run of the module within the call.
+        start: First position that the value covers; above 0 for a later chunk, and for logits of the last tokens.
+        masks: For each edit a bool mask `[B, S]`, or None for every position.
         is_meant: For each edit whether it applies to this run.
     """
 
@@ -54,7 +53,7 @@ class Moment:
     is_meant: tuple[bool, ...]
 
     def give(self, slot: Slot, mask: Tensor | None, value: Tensor) -> Tensor | None:
-        """Give what an edit needs beside the value."""
+        """Return the extra input that an edit needs."""
         need = slot.edit.need
         if need == "rows":
             return _lay_out(slot, self.call, value, self.start)
@@ -73,9 +72,9 @@ class Moment:
         return None
 
     def _generator(self, slot: Slot, device: torch.device) -> torch.Generator:
-        """Make random numbers that depend on the seed and on the place of the value, and on nothing else."""
+        """Return a generator that depends only on the seed and on the value's site, call and position."""
         edit: Any = slot.edit
-        # the newest token's logits stand alone with a cache and last without one: the noise is the same
+        # with a cache the newest token's logits come alone, without one they come last: the noise must be the same
         start = 0 if slot.site.name == "logits" else self.start
         name = f"{edit.seed}/{slot.site.name}/{self.call.state.number}/{start}"
         digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
@@ -83,10 +82,10 @@ class Moment:
 
 
 def note_value(call: Call, point: Point, shape: Sequence[int], device: torch.device) -> Moment:
-    """Take note that a module made a value, and compute which tokens of it are selected.
+    """Record that a module produced a value, and compute the masks of the selected tokens.
 
     Raises:
-        CaptureError: the value has no row per token, or the call does not tell which tokens are selected.
+        CaptureError: the value has no row per token, or the call lacks the information to select tokens.
     """
     number, start = call.counts.get(point.key, 0), None
     num_missing = _count_missing(shape, call.context(point.slots[0].index).shape)
@@ -99,7 +98,7 @@ def note_value(call: Call, point: Point, shape: Sequence[int], device: torch.dev
     else:
         call.counts[point.key] = number + 1
         if num_missing and point.makes_logits:
-            start = num_missing  # `logits_to_keep`, which keeps the last ones
+            start = num_missing  # `logits_to_keep` keeps the last positions
     is_meant = tuple(slot.site.call_index in (None, number) for slot in point.slots)
     masks = tuple(
         _mask_of(call, slot, shape, start, device) if meant else None
@@ -111,13 +110,13 @@ def note_value(call: Call, point: Point, shape: Sequence[int], device: torch.dev
 
 
 def _count_missing(shape: Sequence[int], whole: tuple[int, int] | None) -> int:
-    """Count the tokens of a call that a value has no row for; 0 where it is of another shape altogether."""
+    """Count the tokens of a call for which a value has no row; 0 if its shape differs in any other way."""
     is_part = whole is not None and len(shape) == 3 and shape[0] == whole[0] and shape[1] < whole[1]
     return whole[1] - shape[1] if whole is not None and is_part else 0
 
 
 def _mask_of(call: Call, slot: Slot, shape: Sequence[int], start: int | None, device: torch.device) -> Tensor | None:
-    """Find which tokens of a value an edit applies to; `start` is None where it is no part of a whole."""
+    """Compute the mask of the tokens of a value that an edit selects; `start` is None unless the value is a part."""
     if slot.spot.kind == "all":
         return None
     context = _context_of(call, slot)
@@ -140,12 +139,12 @@ def _mask_of(call: Call, slot: Slot, shape: Sequence[int], start: int | None, de
             f"lp.{slot.edit.name} at {slot.site.name!r}: where is a mask of {mask.shape[-1]} columns, the value has "
             f"{width}. Pass a mask [B, S], or one as wide as the site."
         )
-    mask = mask if mask.device == device else mask.to(device)  # layers may lie on several devices
+    mask = mask if mask.device == device else mask.to(device)  # layers may be on different devices
     return mask if start is None else mask[:, start : start + shape[1]]
 
 
 def _context_of(call: Call, slot: Slot) -> Context:
-    """Find what the texts are whose tokens a value has a row for: in cross attention those of the other stack."""
+    """Return the context of the texts that a value has rows for; in cross attention, that of the other stack."""
     if slot.site.kind != "source":
         return call.context(slot.index)
     source = call.find_source(slot.index)
@@ -158,7 +157,7 @@ def _context_of(call: Call, slot: Slot) -> Context:
 
 
 def _lay_out(slot: Slot, call: Call, value: Tensor, start: int) -> Tensor:
-    """Lay given values out on a value: by position, or by the real tokens of each text."""
+    """Lay given values out on a value, by position or by the real tokens of each text."""
     edit: Any = slot.edit
     values: Tensor = edit.values.to(value.dtype)
     is_whole = slot.site.kind == "source" and values.shape[1:] == value.shape[1:]
@@ -169,7 +168,7 @@ def _lay_out(slot: Slot, call: Call, value: Tensor, start: int) -> Tensor:
     if values.ndim == 3:
         first = (context.first_position or 0) + start
         if context.first_position and values.shape[1] <= first:
-            return value.clone()  # generated after the tokens that there are values for
+            return value.clone()  # generated tokens beyond the given values
         whole = context.shape is None or values.shape[1] == context.shape[1]
         return _expand(slot, values[:, first : first + size] if whole else values, value)
     place_BS, length_B1 = place_in_text(context)

@@ -1,11 +1,10 @@
-"""Activation patching: what each site, position and head carries from one text to a metric.
+"""Activation patching: the effect of each site, position and head on a metric.
 
-A clean and a corrupted text differ in what matters. Each patch runs the corrupted one with one value of the clean one
-put in its place; a batch holds many copies, each with a patch of its own, so that a sweep is a few dozen forwards.
+A clean and a corrupt text differ in the detail of interest. Each patch runs the corrupt text with one value replaced by
+the clean one. A batch holds many copies, each with its own patch, so a sweep takes a few dozen forward passes.
 `attribution` estimates all patches from one gradient.
 
 Hides how patches are batched. Must never know of hooks.
-
 Letters: B copies in a batch, S positions, D width, L sites, P positions patched, H heads.
 """
 
@@ -124,7 +123,7 @@ def patching(
 
 @dataclass(frozen=True, eq=False)
 class _Tokens:
-    """The tokens of one text that a stack runs: their ids `[S]`, None of embeddings, and bool `[S]`, which are real."""
+    """The tokens of one text in a stack: ids `[S]`, or None for embeddings, and a bool mask `[S]` of the real ones."""
 
     ids: Tensor | None
     real: Tensor
@@ -132,9 +131,9 @@ class _Tokens:
 
 @dataclass(frozen=True, eq=False)
 class _Sweep:
-    """A sweep whose parts are known to fit each other; `positions` and `num_heads` are None where all go at once.
+    """A validated sweep; `positions` and `num_heads` are None if all are patched at once.
 
-    `tokens` are those of clean and of corrupt.
+    `tokens` holds those of clean and of corrupt.
     """
 
     model: nn.Module
@@ -153,7 +152,7 @@ class _Sweep:
         return (len(self.sites), *more, *([self.num_heads] if self.num_heads is not None else []))
 
     def measure(self, output: Any, num_rows: int) -> Tensor:
-        """Ask for the metric of a batch, float64 `[B]`."""
+        """Compute the metric of a batch, float64 `[B]`."""
         found = self.metric(output)
         if not isinstance(found, Tensor) or tuple(found.shape) != (num_rows,):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -212,7 +211,7 @@ def _check_site(mapped: ModelMap, site: Site, heads: bool) -> tuple[int, int]:
 def _check_texts(
     mapped: ModelMap, sites: Sequence[Site], clean: Batch, corrupt: Batch, *, has_positions: bool
 ) -> tuple[_Tokens, _Tokens]:
-    """Refuse texts whose positions do not match, and give the tokens of both that the sites have rows of."""
+    """Check that the texts' positions match, and return the tokens of both for which the sites have rows."""
     for name, batch in (("clean", clean), ("corrupt", corrupt)):
         if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
             raise OptionError(f"patching: {name} is {type(batch).__name__}: give what the model is called with.")
@@ -241,7 +240,7 @@ def _check_texts(
 
 
 def _read_tokens(root: Any, batch: Batch, prefix: str) -> _Tokens:
-    """Read the tokens of a stack off what the model is called with; a decoder makes its own of labels."""
+    """Read a stack's tokens from the model's arguments; a decoder's may be derived from labels."""
     ids, embeds, mask = (batch.get(f"{prefix}{name}") for name in ("input_ids", "inputs_embeds", "attention_mask"))
     if prefix and ids is None and embeds is None and batch.get("labels") is not None:
         ids = root.prepare_decoder_input_ids_from_labels(batch["labels"])
@@ -260,7 +259,7 @@ def _read_tokens(root: Any, batch: Batch, prefix: str) -> _Tokens:
 
 
 def _run_patches(sweep: _Sweep, values: Mapping[str, Tensor], batch_size: int, progress: bool | None) -> Tensor:
-    """Run every patch, many copies of corrupt at a time; gives float64, one metric per patch, sites slowest."""
+    """Run every patch in batches of copies of the corrupt text; returns float64, one metric per patch, site-major."""
     places = sweep.positions if sweep.positions is not None else (None,)
     numbers = range(sweep.num_heads) if sweep.num_heads is not None else (None,)
     jobs = list(product(range(len(sweep.sites)), places, numbers))
@@ -276,7 +275,7 @@ def _run_patches(sweep: _Sweep, values: Mapping[str, Tensor], batch_size: int, p
 
 
 def _make_edits(sweep: _Sweep, values: Mapping[str, Tensor], part: Sequence[tuple[Any, ...]]) -> dict[str, Edit]:
-    """Give each row of a batch its own patch: one edit per site, whose mask says which rows, positions and columns."""
+    """Give each row of a batch its own patch: one edit per site, masked to its rows, positions and columns."""
     masks: dict[int, Tensor] = {}
     for row, (number, place, head) in enumerate(part):
         value = values[sweep.sites[number].name]
@@ -293,10 +292,10 @@ def _make_edits(sweep: _Sweep, values: Mapping[str, Tensor], part: Sequence[tupl
 
 
 def _attribute(sweep: _Sweep, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Give corrupt's metric and the first-order effect of every patch.
+    """Return the metric of the corrupt text and the first-order effect of every patch.
 
-    The gradient is that to a zero added at each site: so it is found where the site is a part of what its module makes,
-    and where no weight wants one.
+    The gradient is taken with respect to a zero added at each site, which works even if the site is only part of its
+    module's output and no parameter requires a gradient.
     """
     names = [site.name for site in sweep.sites]
     with torch.enable_grad():
@@ -323,7 +322,7 @@ def _attribute(sweep: _Sweep, values: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def _repeat(value: Any, count: int) -> Any:
-    # not a view: a model may ask for another one, as of labels
+    # not a view: a model may call .view() on it, for example on labels
     return value.expand(count, *value.shape[1:]).contiguous() if isinstance(value, Tensor) else value
 
 

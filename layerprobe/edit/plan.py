@@ -1,9 +1,9 @@
-"""From what a user asks to edit to a checked list of what will be done at which module.
+"""Turn the requested edits into a validated list of edits per module.
 
-Patterns become sites, tokens become ids, heads become columns; widths, devices and what a site allows are checked. All
-of it before the model runs and before a hook exists.
+Resolves patterns to sites, tokens to ids and heads to columns, and checks widths, devices and what each site allows,
+all before the model runs and before any hook exists.
 
-Hides which sites can be edited and how heads lie in a vector. Must never touch hooks or run the model.
+Hides which sites can be edited and how heads are laid out in a vector. Must never touch hooks or run the model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,11 +30,11 @@ class Slot:
     """One edit at one site.
 
     Args:
-        index: Of the site among those that are edited.
-        site: Where.
-        edit: What, fitted to the site.
-        spot: For which tokens.
-        columns: bool `[D]`, for which columns; None for all.
+        index: Index of the site among the edited sites.
+        site: The site.
+        edit: The edit, fitted to the site.
+        spot: The selected tokens.
+        columns: bool `[D]`, the selected columns; None for all.
     """
 
     index: int
@@ -46,7 +46,7 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A module whose output or input is edited, and the edits there, as they were written."""
+    """A module whose output or input is edited, with its edits in the order given."""
 
     key: int
     module: nn.Module
@@ -56,22 +56,22 @@ class Point:
 
     @property
     def makes_logits(self) -> bool:
-        """Whether it makes a row of logits per token, or for the tokens that `logits_to_keep` leaves."""
+        """Whether the module outputs logits per token, of all tokens or only those that `logits_to_keep` selects."""
         return any(slot.site.name == "logits" and slot.site.kind == "token" for slot in self.slots)
 
 
 def plan_points(
     mapped: ModelMap, asked: Mapping[str, Edit | Sequence[Edit]], tokenizer: Any
 ) -> tuple[tuple[Site, ...], tuple[Point, ...]]:
-    """Check edits and gather them by module.
+    """Check edits and group them by module.
 
     Args:
         mapped: The model.
         asked: Edits by pattern.
-        tokenizer: For `where` that names tokens, or None.
+        tokenizer: For a `where` that names tokens, or None.
 
     Returns:
-        The sites that are edited, and the modules.
+        The edited sites, and the edited modules.
 
     Raises:
         SiteError: a pattern matches nothing, or a site cannot be edited.
@@ -104,17 +104,17 @@ def plan_points(
 
 
 def _shorten(asked: object) -> str:
-    """Name what was given in place of an edit; a tensor by its shape."""
+    """Describe the object given in place of an edit; a tensor by its shape."""
     if isinstance(asked, Tensor):
         return f"a tensor {tuple(asked.shape)}"
     return brief(repr(asked))
 
 
 def require_editable(site: Site, owner: str) -> None:
-    """Refuse sites at which a change would go nowhere, or only half of its way.
+    """Refuse sites at which an edit would have no effect, or only part of it.
 
     Raises:
-        SiteError: naming the site to edit instead.
+        SiteError: the site cannot be edited; names the site to edit instead.
     """
     if site.takes == "weights":
         raise SiteError(
@@ -130,9 +130,9 @@ def require_editable(site: Site, owner: str) -> None:
 
 
 def head_width(mapped: ModelMap, site: Site) -> tuple[int, int] | None:
-    """Give the width of a head and the number of heads at a site; None where there are none.
+    """Return the head width and the number of heads at a site, or None if it has no heads.
 
-    Several queries may share a key and a value, and ConvBERT's context holds more than its heads make.
+    Keys and values may have fewer heads than queries, and ConvBERT's context has columns beyond those of its heads.
     """
     prefix, _, last = site.name.rpartition(".")
     known = {other.name: other for other in mapped.table}
@@ -171,7 +171,7 @@ def _make_slot(mapped: ModelMap, index: int, site: Site, edit: Edit, tokenizer: 
 
 
 def _find_columns(mapped: ModelMap, site: Site, edit: Edit, device: torch.device) -> Tensor | None:
-    """Turn heads or units into a mask of columns."""
+    """Convert heads or units to a column mask."""
     asked = edit.heads if edit.heads is not None else edit.units
     if asked is None:
         return None
@@ -196,7 +196,7 @@ def _find_columns(mapped: ModelMap, site: Site, edit: Edit, device: torch.device
 
 
 def _device_at(mapped: ModelMap, site: Site) -> torch.device:
-    """Find where a site's values are made: its layer may lie on another device than the first."""
+    """Return the device of a site's values, which may differ from that of the first layer."""
     module = mapped.model.get_submodule(site.module)
     device = next((parameter.device for parameter in module.parameters()), None)
     return find_device(mapped.model) if device is None or device.type == "meta" else device

@@ -1,8 +1,8 @@
-"""Operators by which an edit in a graph of `torch.compile` learns what only the running call can tell.
+"""Custom operators that give an edit inside a `torch.compile` graph what only the running call knows.
 
-Which tokens are selected, random numbers, rows laid out on the tokens: each is computed by the same Python as without a
-graph, behind an operator that the compiler sees as an opaque call. The edit itself is plain arithmetic in the graph,
-and so its gradient flows. A graph that outlives its edit asks a number that nobody has, and picks no token.
+Selected tokens, random numbers and rows laid out on the tokens are computed by the same Python code as without a graph,
+behind operators that the compiler treats as opaque. The edit itself is plain arithmetic in the graph, so gradients flow
+through it. A graph that outlives its edit finds no receiver and selects no token.
 
 Hides torch's operator registry. Must never know of sites or of what an edit does.
 """
@@ -17,7 +17,7 @@ from layerprobe.capture.compiled import TAGS, find_receiver
 __all__ = ["ask_for_extra", "ask_for_order", "ask_for_tokens"]
 
 
-# `token` is said to be changed by every operator, and so the compiler keeps them in their order.
+# Each operator declares that it mutates `token`, so that the compiler preserves their order.
 @torch.library.custom_op("layerprobe::edit_tokens", mutates_args=("token",), **TAGS)
 def _tokens(token: Tensor, value: Tensor, editor: int, point: int, count: int) -> Tensor:
     receiver = find_receiver(editor)
@@ -56,19 +56,19 @@ def _(token: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 
 def ask_for_tokens(token: Tensor, value: Tensor, editor: int, point: int, count: int) -> Tensor:
-    """Ask which tokens of a value each edit at a point applies to.
+    """Return which tokens of a value each edit at a point applies to.
 
     Returns:
-        bool `[count, B, S]`; `[count, B]` where the value has one vector per text.
+        bool `[count, B, S]`; `[count, B]` if the value has one vector per text.
     """
     return torch.ops.layerprobe.edit_tokens(token, value.detach(), editor, point, count)
 
 
 def ask_for_extra(token: Tensor, value: Tensor, editor: int, point: int, slot: int) -> Tensor:
-    """Ask for noise or rows, shaped like the value."""
+    """Return the noise or rows of an edit, shaped like the value."""
     return torch.ops.layerprobe.edit_extra(token, value.detach(), editor, point, slot)
 
 
 def ask_for_order(token: Tensor, value: Tensor, editor: int, point: int, slot: int) -> Tensor:
-    """Ask for an order of the value's tokens, int64 `[B * S]`."""
+    """Return the token permutation of an edit, int64 `[B * S]`."""
     return torch.ops.layerprobe.edit_order(token, value.detach(), editor, point, slot)

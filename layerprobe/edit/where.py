@@ -1,11 +1,10 @@
-"""Which tokens of a call an edit changes.
+"""Select the tokens of a call that an edit changes.
 
-What a user writes as `where` is checked when the edit is made, turned into a `Spot` when the tokenizer is known, and
-into a mask when the model is called. Positions are those within each text: 0 is its first real token, -1 its last, on
-whichever side it is padded and however many of its tokens a key-value cache holds.
+The user's `where` is checked when the edit is made, becomes a `Spot` once the tokenizer is known, and a mask when the
+model is called. Positions count within each text: 0 is its first real token, -1 its last, whichever side is padded
+and however many of its tokens are in a key-value cache.
 
 Hides masks, padding and caches. Must never know of hooks, sites or what an edit does.
-
 Letters: B sequences in a batch, S positions of the call, N positions with those in a cache.
 """
 
@@ -30,7 +29,7 @@ _ACCEPTED = (
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Tokens by their ids, as `where` of an edit."""
+    """Tokens selected by id, as `where` of an edit."""
 
     ids: tuple[int, ...]
 
@@ -53,13 +52,13 @@ def token_ids(*ids: int) -> TokenIds:
 
 @dataclass(frozen=True, eq=False)
 class Spot:
-    """What `where` stands for, once the tokenizer has been asked.
+    """A `where` whose tokens have been resolved to ids.
 
     Args:
-        kind: Which of the others counts.
-        ids: Tokens that are selected.
-        mask: bool `[B, S]`, or `[B, S, D]` for single values of the vectors.
-        positions: Within each text.
+        kind: How tokens are selected; determines which of the other fields applies.
+        ids: Ids of the selected tokens.
+        mask: bool `[B, S]`, or `[B, S, D]` to select single values of the vectors.
+        positions: Selected positions within each text.
     """
 
     kind: Literal["real", "all", "ids", "mask", "positions"]
@@ -69,10 +68,10 @@ class Spot:
 
 
 def check_where(where: Any) -> None:
-    """Refuse what cannot stand for positions.
+    """Check that `where` has an accepted type and value.
 
     Raises:
-        OptionError: it is none of the accepted.
+        OptionError: it does not.
     """
     if isinstance(where, Tensor):
         if where.dtype != torch.bool or where.ndim not in (2, 3):
@@ -94,10 +93,10 @@ def check_where(where: Any) -> None:
 
 
 def resolve_where(where: Any, tokenizer: Any) -> Spot:
-    """Ask the tokenizer for what only it knows.
+    """Resolve `where` to a `Spot`, looking tokens up in the tokenizer.
 
     Raises:
-        OptionError: there is no tokenizer, or it does not have the token.
+        OptionError: tokens are named without a tokenizer, or the tokenizer lacks one.
     """
     if where is None or where == "real" or where == "all":
         return Spot("all" if where == "all" else "real")
@@ -122,18 +121,19 @@ def resolve_where(where: Any, tokenizer: Any) -> Spot:
 
 
 def pick_tokens(spot: Spot, context: Context, device: torch.device) -> Tensor | None:
-    """Find the tokens of one call.
+    """Compute the mask of the selected tokens of one call.
 
     Args:
-        spot: What is selected.
-        context: What the stack was called with.
-        device: Where the mask is wanted.
+        spot: The selection.
+        context: The arguments of the stack's call.
+        device: Device of the result.
 
     Returns:
-        bool `[B, S]` (`[B, S, D]` if the user's mask is so), or None for every position.
+        bool `[B, S]` (`[B, S, D]` for a user's mask of that shape), or None for every position.
 
     Raises:
-        CaptureError: the call has no ids, or no mask by which padding is known, or another shape than the mask.
+        CaptureError: the call lacks the ids or attention mask that the selection needs, or does not match the user's
+            mask.
     """
     if spot.kind == "all":
         return None
@@ -163,10 +163,10 @@ def place_in_text(context: Context) -> tuple[Tensor, Tensor]:
     """Number the tokens of a call within their texts.
 
     Returns:
-        int64 `[B, S]` places, -1 for padding, and int64 `[B, 1]` lengths of the texts so far.
+        int64 `[B, S]` positions, -1 for padding, and int64 `[B, 1]` lengths of the texts so far.
 
     Raises:
-        CaptureError: nothing tells how many tokens lie in a cache.
+        CaptureError: the number of tokens in the cache is not known.
     """
     real = _real_tokens(context)
     size = _num_positions(context)
@@ -184,7 +184,7 @@ def place_in_text(context: Context) -> tuple[Tensor, Tensor]:
 
 
 def _among(positions: tuple[int, ...] | slice, place_BS: Tensor, length_B1: Tensor) -> Tensor:
-    """Tell which places are selected, negative ones from the end of each text."""
+    """Return the mask of the selected positions; negative ones count from the end of each text."""
     is_real = place_BS >= 0
     if isinstance(positions, slice):
         start, stop = _bound(positions.start, 0, length_B1), _bound(positions.stop, None, length_B1)
@@ -202,7 +202,7 @@ def _bound(bound: int | None, default: int | None, length_B1: Tensor) -> Tensor:
 
 
 def _real_tokens(context: Context) -> Tensor | None:
-    """Give the attention mask as bool `[B, N]`; None where every token is real."""
+    """Return the attention mask as bool `[B, N]`, or None if every token is real."""
     mask, shape = context.attention_mask, context.shape
     if mask is None:
         return None
