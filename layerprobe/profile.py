@@ -1,7 +1,8 @@
-"""`lp.profile`: what each part of a model costs in one forward.
+"""`lp.profile`: measure what each part of a model costs in one forward pass.
 
-One pass counts (operations, bytes, weights, memory) and learns which mark is whose; the passes after it only take
-times, in turns with passes without any mark, which tell what profiling itself costs. A last one, on demand, is a trace.
+One pass counts operations, bytes, weights and memory and learns what each mark stands for. The passes after it only
+measure times, alternating with passes without marks, which show the overhead of profiling. A last one, on demand, is a
+trace.
 
 Hides the passes. Must never change the model: it runs in eval mode and is left as it was.
 """
@@ -93,10 +94,10 @@ def profile(
 
 
 def check_runs(network: nn.Module, repeats: int) -> torch.device:
-    """Make sure that times can be taken of a model; gives its device.
+    """Check that a model can be timed, and return its device.
 
     Raises:
-        OptionError: they cannot.
+        OptionError: it cannot.
     """
     check_count("repeats", repeats)
     if is_compiled(network):
@@ -110,7 +111,7 @@ def check_runs(network: nn.Module, repeats: int) -> torch.device:
 
 
 class _Account:
-    """What the counting pass learns: the steps in order, and what each is charged with."""
+    """Results of the counting pass: the steps in order, and what is charged to each."""
 
     def __init__(self, network: nn.Module, points: Sequence[TimingPoint], counter: Counter) -> None:
         self.steps: list[Step] = []
@@ -124,16 +125,16 @@ class _Account:
         self._charged: dict[Step, list[int]] = {}
 
     def note_weights(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Take note of weights as the module that owns them is done, each once."""
+        """Count a module's weights when it finishes, each weight once."""
         for parameter in module._parameters.values():
             self._used += self._unused.pop(id(parameter), 0)
 
     def close_step(self, number: int, value: Any) -> None:
-        """Charge what has run since the mark before to what the mark of this number makes."""
+        """Charge everything since the previous mark to what this mark produces."""
         self._charge(self._owners.follow(number), find_tensor(value))
 
     def close(self) -> None:
-        """Charge what has run since the last mark, and the weights that nothing used, to `other`."""
+        """Charge everything since the last mark, and the unused weights, to `other`."""
         self._used += sum(self._unused.values())
         self._charge(Step(OTHER, OTHER), None)
 
@@ -148,7 +149,7 @@ class _Account:
         self.steps.append(step)
 
     def make_costs(self, seconds: Sequence[Sequence[float]]) -> tuple[Cost, ...]:
-        """Bring the times of all repeats, interval by interval, to the steps."""
+        """Sum the intervals of all repeats by step, and return each step's cost."""
         times = {step: [0.0] * len(seconds) for step in self._charged}
         for repeat, intervals in enumerate(seconds):
             for step, interval in zip(self.steps, intervals, strict=True):
@@ -177,7 +178,7 @@ def _count(network: nn.Module, batch: Mapping[str, Any], points: Sequence[Timing
 def _time(
     network: nn.Module, batch: Mapping[str, Any], points: Sequence[TimingPoint], num_steps: int, repeats: int
 ) -> tuple[list[list[float]], list[float]]:
-    """Take the times of every interval, repeat by repeat, and those of the bare model in turns with them."""
+    """Time every interval for each repeat, alternating with the bare model."""
     clock = make_clock(find_device(network))
     seconds: list[list[float]] = []
     bare_s: list[float] = []
@@ -228,7 +229,7 @@ def _write_trace(
 
 
 class _Ranges:
-    """Keeps a range of torch's profiler open for the current step, inside one for its part."""
+    """Keep a torch profiler range open for the current step, inside one for its part."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps = steps
@@ -260,7 +261,7 @@ class _Ranges:
 
 
 def _find_shape(batch: Mapping[str, Any]) -> tuple[int, int]:
-    """Read B and S off the ids or embeddings, or off the first matrix there is."""
+    """Read B and S from the ids or embeddings, or from the first tensor with at least two dimensions."""
     named = [batch.get(name) for name in ("input_ids", "inputs_embeds")]
     for item in [*named, *batch.values()]:
         if isinstance(item, Tensor) and item.ndim > 1:

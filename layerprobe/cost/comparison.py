@@ -1,7 +1,7 @@
-"""What does watching cost? The same batch bare and watched in several ways, in turns.
+"""Measure the overhead of capturing: time the same batch bare and captured in several ways, alternating.
 
-Each way runs some forwards, and its end counts in: a store is closed and on the disk before its clock stops. Ratios are
-of neighbours in time, since a machine is not equally fast all the while.
+Each way runs several forward passes, and its cleanup is timed too: a store is closed and on disk before the clock
+stops. Ratios are taken between neighbours in time, because a machine's speed drifts.
 
 Must never assert a time.
 """
@@ -33,19 +33,19 @@ from layerprobe.tables import format_table
 __all__ = ["COMPARISONS", "Comparison", "compare"]
 
 COMPARISONS = ("hidden_states",)
-# Of one round of one way: long enough for the end of a store to be a small part of it.
+# Duration of one round of one way: long enough that closing a store is a small part of it.
 _ROUND_S = 0.25
 _MOST_CALLS = 64
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds per forward of each way, round by round; prints as a table.
+    """Seconds per forward pass of each way, round by round; prints as a table.
 
     Args:
         seconds: By way; `bare` is the model alone.
-        num_calls: Forwards in a round.
-        sites: Patterns that were watched.
+        num_calls: Forward passes per round.
+        sites: Patterns that were captured.
     """
 
     seconds: Mapping[str, tuple[float, ...]]
@@ -53,7 +53,7 @@ class Comparison:
     sites: tuple[str, ...] = DEFAULT_SITES
 
     def ratio(self, way: str) -> float:
-        """Time of a way over that of the bare model just before it; the median over rounds."""
+        """Return a way's time divided by that of the bare model in the same round; the median over rounds."""
         return median_ratio(self.seconds[way], self.seconds["bare"])
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Comparison:
         return f"{table}\n\nmedians of {rounds} rounds of {self.num_calls} forwards, in turns; {', '.join(self.sites)}"
 
     def describe(self) -> dict[str, Any]:
-        """Give everything as plain values, for JSON."""
+        """Return everything as plain values, for JSON."""
         return {
             "calls": self.num_calls,
             "sites": list(self.sites),
@@ -75,7 +75,7 @@ class Comparison:
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Give everything as JSON, and write it where a path is given.
+        """Return everything as JSON, and write it to a path if given.
 
         Raises:
             StoreError: the file cannot be written.
@@ -89,24 +89,24 @@ def compare(
     """Time a batch bare, with hooks that keep nothing, with `output_hidden_states`, into memory and into a store.
 
     Args:
-        model, batch, repeats: As for `lp.profile`; a repeat is a round of all ways.
+        model, batch, repeats: As for `lp.profile`; a repeat is one round of all ways.
         what: `hidden_states`: the embeddings and every layer, as far as the model has them.
 
     Raises:
-        OptionError: another word, or a model whose times cannot be taken.
+        OptionError: `what` is another word, or the model cannot be timed.
 
-    Cost: the store of one round in the folder for temporary files, gone afterwards.
+    Cost: disk space for the store of one round in the temporary folder, deleted afterwards.
     """
     if what not in COMPARISONS:
         raise OptionError(f"compare {what!r}: use {', '.join(COMPARISONS)}.")
     network = find_called(model)
     device = check_runs(network, repeats)
-    # what `output_hidden_states` gives, but for a final norm
+    # the sites of `output_hidden_states`, except for a final norm
     sites = map_model(network).leave_out_missing()
     taken: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, evaluating(network), torch.inference_mode():
         ways = _list_ways(network, sites, Path(folder))
-        # the first forward of a process is slower than any other
+        # the first forward pass of a process is the slowest, so take the second
         _, once = (_time_way(network, batch, *ways[0][1:], 1, 0, device) for _ in range(2))
         num_calls = max(1, min(_MOST_CALLS, math.ceil(_ROUND_S / once)))
         for number in range(-1, repeats):
@@ -124,7 +124,7 @@ Enter = Callable[[int], AbstractContextManager[Any]]
 def _list_ways(
     network: nn.Module, sites: Sequence[str], folder: Path
 ) -> Sequence[tuple[str, Enter, Mapping[str, Any]]]:
-    """Name each way, with what is entered around its forwards and what these are called with besides."""
+    """List each way with its context manager and the extra arguments of its forward passes."""
     return (
         ("bare", lambda _: nullcontext(), {}),
         ("hooks", lambda _: Probe(network, sites, to=_keep_nothing), {}),
@@ -147,7 +147,7 @@ def _time_way(
     number: int,
     device: torch.device,
 ) -> float:
-    """Take the seconds from the first forward to the end of what was entered."""
+    """Return the seconds from the first forward pass to the exit of the context manager."""
     with enter(number):
         _wait(device)
         start = time.perf_counter()

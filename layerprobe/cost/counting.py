@@ -1,7 +1,7 @@
-"""What a forward computes, moves and keeps alive, operator by operator.
+"""Count what a forward pass computes, moves and keeps alive, operator by operator.
 
-Floating-point operations are counted by torch's own counter, bytes by a second mode beside it, which sees each operator
-with what goes in and comes out. Both slow a model down many times, so no time is taken in this pass.
+torch's own counter counts floating-point operations; a second dispatch mode sees each operator's inputs and outputs and
+counts bytes. Both slow a model down many times, so no time is measured in this pass.
 
 Hides torch's dispatch modes. Must never know of sites.
 """
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 __all__ = ["Counter", "counting", "make_flop_counter"]
 
 _ATEN = torch.ops.aten
-# They read as many rows of a table as they give, not all of it.
+# Operators that read only as many rows of a table as they return.
 _LOOKUPS = {_ATEN.embedding, _ATEN.index_select, _ATEN.index, _ATEN.gather}
 
 
@@ -29,13 +29,13 @@ def _count_cpu_attention(query_shape: Any, key_shape: Any, value_shape: Any, *_:
 
 
 def make_flop_counter() -> FlopCounterMode:
-    """Make torch's counter, with torch's own formula for the one attention kernel that it leaves out: the CPU's."""
+    """Create torch's counter, and add the CPU attention kernel that it lacks, with torch's own formula."""
     kernel = getattr(_ATEN, "_scaled_dot_product_flash_attention_for_cpu", None)
     return FlopCounterMode(display=False, custom_mapping={kernel: _count_cpu_attention} if kernel else {})
 
 
 class Counter:
-    """What has been counted so far."""
+    """The counts so far."""
 
     def __init__(self, flops: FlopCounterMode, traffic: "_Traffic") -> None:
         self._flops = flops
@@ -43,34 +43,34 @@ class Counter:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations since the beginning."""
+        """Floating-point operations so far."""
         return self._flops.get_total_flops()
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes that operators have read and written since the beginning, each operator by itself."""
+        """Bytes that operators have read and written so far, counted per operator."""
         return self._traffic.moved_bytes
 
     def take_peak(self) -> int:
-        """Give the most bytes alive at once since the last call of this: tensors that the forward made itself."""
+        """Return the peak of bytes alive since the last call, counting only tensors that the forward pass created."""
         return self._traffic.take_peak()
 
 
 @contextmanager
 def counting(model: nn.Module, given: Iterable[Tensor]) -> Iterator[Counter]:
-    """Count what runs in the block; weights, buffers and `given` count as there before.
+    """Count what runs in the block; weights, buffers and `given` are not counted as new memory.
 
     Cost: some microseconds of Python per operator.
     """
     traffic = _Traffic([*model.parameters(), *model.buffers(), *given])
-    # torch's counter goes first: it takes composite operators apart before the bytes of their parts are counted
+    # torch's counter must be innermost: it decomposes composite operators before their bytes are counted
     with torch.no_grad(), _frozen(model), traffic, make_flop_counter() as flops:
         yield Counter(flops, traffic)
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Freeze a model: torch's counter stumbles where a weight that is to be trained is passed to a module."""
+    """Disable gradients of all parameters: torch's counter fails if a trainable weight is passed to a module."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
@@ -82,7 +82,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _Traffic(TorchDispatchMode):
-    """Sees every operator: counts the bytes of what it reads and writes, and which memory is alive."""
+    """A dispatch mode that counts the bytes each operator reads and writes, and tracks live memory."""
 
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class _Traffic(TorchDispatchMode):
 
 
 def _place(tensor: Tensor) -> int:
-    """Tell memory from other memory; views of one tensor share it."""
+    """Return the identity of a tensor's storage, which its views share."""
     return tensor.untyped_storage()._cdata
 
 
@@ -135,5 +135,5 @@ def _count_bytes(func: Any, read: list[Tensor], written: list[Tensor]) -> int:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes of what a tensor stands for; one that is expanded has no more than its memory."""
+    """Return a tensor's size in bytes; for an expanded tensor, at most that of its storage."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

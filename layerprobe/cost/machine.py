@@ -1,8 +1,8 @@
-"""Time on a device, and what the device can do at most.
+"""Measure time on a device, and the device's peak throughput.
 
-A clock takes marks while a model runs and turns them into seconds afterwards: the CPU's own counter, or events on the
-stream of a CUDA device, so that nothing waits for the GPU while it works. The peaks are those of a short matrix product
-and a short copy, taken where and in what dtype the model computes.
+A clock records marks while a model runs and converts them to seconds afterwards: the CPU's counter, or events on the
+stream of a CUDA device, so that nothing waits for the GPU meanwhile. The peaks are measured with a short matrix product
+in the model's dtype and a short copy, on the model's device.
 
 Hides torch's events. Must never know of models or sites.
 """
@@ -19,20 +19,20 @@ from layerprobe.errors import OptionError
 
 __all__ = ["Clock", "Peaks", "check_device", "make_clock", "measure_peaks"]
 
-# Large enough to keep every core or multiprocessor busy, small enough to be over in a moment.
+# Large enough to keep every core or multiprocessor busy, small enough to finish quickly.
 _PRODUCT_SIZE = {"cpu": 1024, "cuda": 4096}
 _COPY_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 _ROUNDS = 5
 
 
 class Clock(Protocol):
-    """Takes marks; the time between two of them is an interval."""
+    """Records marks; the time between two marks is an interval."""
 
     def mark(self) -> None:
-        """Take the time now."""
+        """Record the current time."""
 
     def take_intervals(self) -> list[float]:
-        """Give the seconds between each mark and the next, and forget the marks."""
+        """Return the seconds between consecutive marks, and clear the marks."""
         ...
 
 
@@ -49,7 +49,7 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """Marks lie on the stream, among the kernels of the model."""
+    """Records events on the stream, between the model's kernels."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -68,14 +68,14 @@ class _CudaClock:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the device reached: floating-point operations per second in a product, bytes per second in a copy."""
+    """Measured peaks: floating-point operations per second in a product, bytes per second in a copy."""
 
     flops_per_s: float
     bytes_per_s: float
 
 
 def check_device(device: torch.device) -> None:
-    """Make sure that times can be taken on a device.
+    """Check that times can be measured on a device.
 
     Raises:
         OptionError: they cannot.
@@ -85,16 +85,16 @@ def check_device(device: torch.device) -> None:
 
 
 def make_clock(device: torch.device) -> Clock:
-    """Make the clock of a device."""
+    """Return a clock for a device."""
     return _CudaClock(device) if device.type == "cuda" else _CpuClock()
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """Measure what a device does at most, by a square matrix product and by a copy, the best of a few.
+    """Measure a device's peak throughput with a square matrix product and a copy, taking the best of a few runs.
 
-    A copy reads and writes each byte, so both count.
+    A copy counts each byte twice, as read and as written.
 
-    Cost: some tenths of a second; 3 matrices and twice the copy's bytes for as long.
+    Cost: some tenths of a second; meanwhile the memory of 3 matrices and twice the copy's bytes.
     """
     check_device(device)
     size, num_bytes = _PRODUCT_SIZE[device.type], _COPY_BYTES[device.type]
@@ -117,5 +117,5 @@ def _time_best(device: torch.device, run: Callable[[], object]) -> float:
         run()
         clock.mark()
         best = min(best, *clock.take_intervals())
-    # a clock that did not move would make a peak without bound
+    # a clock that did not advance would give an infinite peak
     return max(best, 1e-9)

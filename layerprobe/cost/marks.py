@@ -1,8 +1,8 @@
-"""Where in a forward pass the time is taken: a mark as a layer begins, and one as each site is made.
+"""Place time marks in a forward pass: one where each layer begins, and one where each site is produced.
 
-What lies between two marks is charged to the site that the second one makes, or to `other` where the second is only the
-beginning of a layer; so every moment of a call is charged once, and parts add up to the whole by construction. Which
-mark is whose is learnt in one pass; passes that take times only count.
+The time between two marks is charged to the site that the second one produces, or, if the second only begins a layer,
+to the enclosing part or `other`. So every moment of a call is charged once, and the parts add up to the whole by
+construction. One pass learns which mark belongs to which site; the timing passes only count marks.
 
 Hides hooks and modules that run several times. Must never know of clocks or counters.
 """
@@ -30,12 +30,12 @@ OnMark = Callable[[int, Any], None]
 
 @dataclass(frozen=True, eq=False)
 class TimingPoint:
-    """A module where a mark is taken: as it is entered, at its input, or at its output.
+    """A module where a mark is taken: on entry, at its input, or at its output.
 
     Args:
         module: The module.
-        takes: `enter` is the beginning of a part; the others make the sites.
-        sites: Those it makes, or the parts that it begins; several where it runs several times, or is fused.
+        takes: `enter` begins a part; the others produce the sites.
+        sites: The sites produced, or the parts begun; several if the module runs several times or its output is fused.
     """
 
     module: nn.Module
@@ -45,18 +45,18 @@ class TimingPoint:
 
 @dataclass(frozen=True)
 class Step:
-    """What an interval is charged to: a site's name and the part of the model that it is in."""
+    """What an interval is charged to: a site's name and the part of the model that contains it."""
 
     name: str
     part: str
 
 
 def find_points(mapped: ModelMap, patterns: str | Sequence[str] | None) -> list[TimingPoint]:
-    """Find where marks are taken for sites, and for each whole part of the model.
+    """Find the timing points for sites, and for each whole part of the model.
 
     Raises:
         SiteError: a pattern matches nothing.
-        OptionError: attention weights are requested, which the model may not even make.
+        OptionError: attention weights are requested, which the model may never compute.
     """
     asked = mapped.table.rows if patterns is None else mapped.select(patterns)
     weights = [site.name for site in asked if site.takes == "weights"]
@@ -72,7 +72,7 @@ def find_points(mapped: ModelMap, patterns: str | Sequence[str] | None) -> list[
             made.setdefault((site.module, site.takes), []).append(site)
     entered: dict[str, list[Site]] = {}
     for site in parts:
-        # what comes before the embeddings' output is theirs, whichever module it runs in
+        # everything before the embeddings' output is charged to them, whichever module it runs in
         if site.takes == "output" and not site.name.endswith("embeddings"):
             entered.setdefault(site.module, []).append(site)
     find = mapped.model.get_submodule
@@ -84,7 +84,7 @@ def find_points(mapped: ModelMap, patterns: str | Sequence[str] | None) -> list[
 
 @contextmanager
 def marked(points: Sequence[TimingPoint], on_mark: OnMark) -> Iterator[None]:
-    """Have `on_mark(point, value)` called at each point while the block runs; an entrance has no value."""
+    """Call `on_mark(point, value)` at each point while the block runs; on entry the value is None."""
     hooks = HookSet()
     try:
         for number, point in enumerate(points):
@@ -117,7 +117,7 @@ def _make_input_hook(number: int, on_mark: OnMark, has_value: bool) -> Callable[
 
 @dataclass
 class Owners:
-    """Follows one call through its marks, and says what each interval is charged to.
+    """Follow the marks of one call, and determine what each interval is charged to.
 
     Args:
         points: As given to `marked`.
@@ -128,7 +128,7 @@ class Owners:
     _entered: dict[int, int] = field(default_factory=dict)
 
     def follow(self, number: int) -> Step:
-        """Take the next mark; give what the interval before it is charged to."""
+        """Process the next mark and return what the interval before it is charged to."""
         point = self.points[number]
         within = self._parts[-1] if self._parts else None
         outside = Step(within or OTHER, within or OTHER)
@@ -143,7 +143,7 @@ class Owners:
             self._parts.pop()
             return outside
         if within is not None and all(_PART.match(name) for name in names):
-            # a module that runs for several layers, at the end of a run that is none of them
+            # a module shared by several layers, at the end of a run that belongs to none of them
             return outside
         inside = [name for name in names if within is not None and name.startswith(f"{within}.")] or names
         return Step(_join_names(inside), within or _find_part(inside[0]))
@@ -154,5 +154,5 @@ def _find_part(name: str) -> str:
 
 
 def _join_names(names: Sequence[str]) -> str:
-    """Name what one module makes at once: `layers.0.attention.query+key+value`."""
+    """Join the names of sites that one module produces together: `layers.0.attention.query+key+value`."""
     return "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])

@@ -1,7 +1,7 @@
-"""What a profile found: the cost of each part of a model, as text, JSON, a picture and a trace.
+"""The results of a profile: the cost of each part of a model, as text, JSON, a picture and a trace.
 
-Rows are steps between two sites; they are added up by layer, or by place over all layers. Every repeat is kept, so
-medians and spreads of sums are those of the sums.
+Rows are steps between two sites, summed by layer, or by place over all layers. Every repeat is kept, so medians and
+spreads of sums are computed from the sums.
 
 Must never know how times are taken.
 """
@@ -30,17 +30,18 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step, a layer or a whole model costs in one forward.
+    """The cost of a step, a layer or a whole model in one forward pass.
 
     Args:
         name: Its site, its layer, `other` or `model`.
-        part: The layer, or other whole part, that it lies in.
-        seconds: Of each repeat.
+        part: The layer, or other whole part, that contains it.
+        seconds: Time of each repeat.
         flops: Floating-point operations, by torch's counter.
-        moved_bytes: What its operators read and write, each by itself: what memory would move if nothing were cached.
-        output_bytes: Of the values that it makes at sites.
+        moved_bytes: Bytes that its operators read and write, counted per operator: the memory traffic without any
+            cache.
+        output_bytes: Size of the values that it produces at sites.
         parameters: Number of weights first used here; a shared weight counts once.
-        peak_bytes: The most bytes alive at once that the forward has made, while it ran.
+        peak_bytes: Peak of bytes alive while it ran, counting only tensors that the forward pass created.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Cost:
 
     @property
     def spread_s(self) -> float:
-        """Between the first and the third quartile of the repeats, in seconds."""
+        """The interquartile range over repeats, in seconds."""
         if len(self.seconds) < 2:
             return 0.0
         first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -67,21 +68,21 @@ class Cost:
 
     @property
     def flops_per_s(self) -> float:
-        """Reached in the median."""
+        """Floating-point operations per second, in the median."""
         return self.flops / self.median_s if self.median_s > 0 else 0.0
 
     @property
     def bytes_per_s(self) -> float:
-        """Moved in the median."""
+        """Bytes moved per second, in the median."""
         return self.moved_bytes / self.median_s if self.median_s > 0 else 0.0
 
     def describe(self) -> dict[str, Any]:
-        """Give everything as plain values, for JSON."""
+        """Return everything as plain values, for JSON."""
         return {**asdict(self), "median_s": self.median_s, "spread_s": self.spread_s}
 
     @classmethod
     def add_up(cls, name: str, part: str, costs: Sequence["Cost"]) -> "Cost":
-        """Make one of several: times, counts and bytes are added repeat by repeat, of peaks the largest is taken."""
+        """Combine several costs: times are added repeat by repeat, counts and bytes are added, peaks are maximised."""
         return cls(
             name,
             part,
@@ -96,15 +97,15 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What each part of a model costs; prints as a table. Made by `layerprobe.profile`.
+    """The cost of each part of a model; prints as a table. Made by `layerprobe.profile`.
 
     Args:
         model: Name of the model.
-        device, dtype: Where and in what it computes.
+        device, dtype: Device and dtype of the model.
         shape: B and S of the batch.
-        steps: Costs from one site to the next, in running order; `other` is what belongs to no part.
-        bare_s: The model's time without any mark, repeat by repeat, in turns with the measured ones.
-        peaks: What the device reached in a product and in a copy.
+        steps: Costs from one site to the next, in execution order; `other` belongs to no part.
+        bare_s: The model's time without any mark, repeat by repeat, alternating with the measured ones.
+        peaks: Throughput of the device in a product and in a copy.
     """
 
     model: str
@@ -123,27 +124,27 @@ class Profile:
 
     @property
     def places(self) -> tuple[Cost, ...]:
-        """Costs by place, all layers together: `layers.*.attention.query`."""
+        """Costs by place, summed over layers: `layers.*.attention.query`."""
         return _group(self.steps, lambda step: _generalise(step.name))
 
     @property
     def total(self) -> Cost:
-        """The whole forward, as it was measured."""
+        """The whole forward pass, as measured."""
         return Cost.add_up("model", "model", self.steps)
 
     @property
     def overhead(self) -> float:
-        """What taking the times added to the model's own, as a share of it; the median over repeats."""
+        """Time added by the measurement, as a fraction of the model's own; the median over repeats."""
         return median_ratio(self.total.seconds, self.bare_s) - 1
 
     def table(self, by: str = "layer") -> str:
-        """Lay the costs out.
+        """Return the costs as a text table.
 
         Args:
-            by: `layer`, `site` (every step) or `place` (each site of all layers together).
+            by: `layer`, `site` (every step) or `place` (each site summed over layers).
 
         Raises:
-            OptionError: another word.
+            OptionError: `by` is another word.
         """
         if by not in BY:
             raise OptionError(f"by={by!r}: use {', '.join(BY)}.")
@@ -170,7 +171,7 @@ class Profile:
     __repr__ = __str__
 
     def __getstate__(self) -> dict[str, Any]:
-        # elsewhere the model is not there to be run again
+        # an unpickled profile has no model to run again
         return {**self.__dict__, "_trace": refuse_trace}
 
     def _row(self, cost: Cost, total_s: float) -> list[object]:
@@ -190,7 +191,7 @@ class Profile:
         ]
 
     def describe(self) -> dict[str, Any]:
-        """Give everything as plain values, every repeat too, for JSON."""
+        """Return everything as plain values, including every repeat, for JSON."""
         return {
             "model": self.model,
             "device": self.device,
@@ -207,7 +208,7 @@ class Profile:
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Give everything as JSON, and write it where a path is given.
+        """Return everything as JSON, and write it to a path if given.
 
         Raises:
             StoreError: the file cannot be written.
@@ -215,16 +216,16 @@ class Profile:
         return give_json(self.describe(), path)
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw a bar per layer, cut by what its time goes to.
+        """Draw a bar per layer, divided by step.
 
         Args:
-            path: Where to write the picture; its ending says the format.
+            path: Picture to write; its suffix selects the format.
 
         Returns:
             The matplotlib figure.
 
         Raises:
-            OptionError: matplotlib is not installed, or the ending is not a picture format.
+            OptionError: matplotlib is not installed, or the suffix is not a picture format.
         """
         if path is not None:
             check_picture(path)
@@ -247,12 +248,12 @@ class Profile:
             return save_figure(figure, path)
 
     def to_chrome_trace(self, path: str | Path) -> None:
-        """Run the model once more under torch's profiler, with a range per layer and per site, and write its trace.
+        """Run the model again under torch's profiler, with a range per layer and per site, and write the trace.
 
         The file opens in `chrome://tracing` and in Perfetto.
 
         Raises:
-            OptionError: the model that was profiled is gone.
+            OptionError: the profiled model no longer exists.
             StoreError: the folder of the file does not exist.
         """
         self._trace(Path(path))
@@ -261,13 +262,13 @@ class Profile:
         return sum(step.median_s for step in self.steps if _inside(step) == place)
 
     def _part_s(self, part: str, place: str, shown: Sequence[str]) -> float:
-        """Seconds of a part that go to a place; to all that are not shown where that is empty."""
+        """Return the seconds that a part spends in a place; if `place` is empty, in all places that are not shown."""
         inside = ((_inside(step), step.median_s) for step in self.steps if step.part == part)
         return sum(seconds for name, seconds in inside if (name if name in shown else "") == place)
 
 
 class _Number(float):
-    """A number with its own way to be written, so that tables put it to the right."""
+    """A number with a fixed text form; being a float, it is right-aligned in tables."""
 
     def __new__(cls, text: str) -> "_Number":
         made = super().__new__(cls, 0.0)
@@ -281,7 +282,7 @@ class _Number(float):
 
 
 def median_ratio(values: Iterable[float], bases: Iterable[float]) -> float:
-    """Give the median of ratios, each of two times taken one after the other."""
+    """Return the median of the ratios of paired times."""
     return statistics.median(value / base for value, base in zip(values, bases, strict=True))
 
 
@@ -293,17 +294,17 @@ def _group(steps: Sequence[Cost], key: Callable[[Cost], str]) -> tuple[Cost, ...
 
 
 def _generalise(name: str) -> str:
-    """Name a site of a layer for all layers."""
+    """Replace the layer number in a site's name by `*`."""
     match = _INSIDE.match(name)
     return name if match is None else f"{match['stack'] or ''}layers.*{match['rest'] or ''}"
 
 
 def refuse_trace(path: Path) -> NoReturn:
-    """Say that there is no model to be traced any more."""
+    """Raise an error: the model to trace no longer exists."""
     raise OptionError(f"no trace to {str(path)!r}: the model of this profile is gone. Profile it again.")
 
 
 def _inside(step: Cost) -> str:
-    """Name a step within its layer; what comes after a layer's last site, and other parts, have none."""
+    """Return a step's name within its layer; empty after a layer's last site and for other parts."""
     match = _INSIDE.match(step.name)
     return (match["rest"] or "")[1:] if match else ""
