@@ -1,7 +1,7 @@
-"""The next unit is made ready for the model while that runs this one.
+"""Prepare the next unit while the model runs the current one.
 
-Tokenizers are native code and leave the interpreter free, so a thread is enough. One unit ahead and no more: its texts,
-its ids and the first of its batches are all that is held twice.
+Tokenizers are native code that releases the GIL, so a thread is enough. It works at most one unit ahead: only the
+texts, the ids and the first batches of that unit are held in addition.
 
 Hides the thread. Must never know of models or stores.
 """
@@ -17,21 +17,21 @@ from layerprobe.extract.cutting import Unit
 
 __all__ = ["make_first", "prepare_ahead"]
 
-# A padded token takes 16 bytes in a batch and 8 more in what a sink is told; pooled units have tens of millions.
+# A padded token takes 16 bytes in a batch and 8 more in its announcement; pooled units have tens of millions.
 _MOST_TOKENS = 1_000_000
 
 _Made = TypeVar("_Made")
 
 
 def prepare_ahead(units: Iterator[Unit], prepare: Callable[[Unit], _Made]) -> Iterator[_Made]:
-    """Go through units, each made ready.
+    """Iterate over prepared units, preparing one ahead.
 
     Args:
-        units: Gone through in a thread of its own.
-        prepare: Makes a unit ready; called in that thread.
+        units: Iterated in a separate thread.
+        prepare: Prepares a unit; called in that thread.
 
     Returns:
-        What `prepare` gave, in order. What goes wrong in the thread is raised where its unit is asked for.
+        The results of `prepare`, in order. An error in the thread is raised when its unit is requested.
     """
 
     owner = os.getpid()
@@ -45,7 +45,7 @@ def prepare_ahead(units: Iterator[Unit], prepare: Callable[[Unit], _Made]) -> It
                 traceback.print_exc()
             raise
         finally:
-            # forked by the input, and come back from there: it has this thread alone, which would wait for ever
+            # if the input forked and the child came back here, this is its only thread, and it would wait forever
             if os.getpid() != owner:
                 os._exit(1)
 
@@ -57,7 +57,7 @@ def prepare_ahead(units: Iterator[Unit], prepare: Callable[[Unit], _Made]) -> It
 
 
 def make_first(batches: Iterator[_Made], count_tokens: Callable[[_Made], int]) -> Iterator[_Made]:
-    """Make the first batches of a unit now, up to a million tokens of them, and the others when they are asked for."""
+    """Make the first batches of a unit now, up to a million tokens, and the others on demand."""
     made: list[_Made] = []
     num_tokens = 0
     for batch in batches:

@@ -1,8 +1,8 @@
 """Run some examples of a store through the model again, one at a time, and compare every value.
 
-Checksums prove that a store is what was written; this proves that what was written is what the model makes of the
-texts: the right tokens, the right layer, the right example. A value may differ from its repetition by what a batch of
-another shape does to sums, and by the rounding to the stored dtype, and by no more.
+Checksums prove that a store holds what was written; an audit proves that what was written is what the model computes
+from the texts: the right tokens, the right layer, the right example. A recomputed value may differ only by summation
+order, since batches have another shape, and by rounding to the stored dtype.
 
 Hides that tolerance. Must never write.
 """
@@ -39,12 +39,12 @@ from layerprobe.telling import find_stderr, go_through
 
 __all__ = ["Audit", "AuditProblem", "AuditReport", "audit", "plan_audit"]
 
-# TF32, which a GPU multiplies float32 in where it is told to, keeps as many bits as float16.
+# TF32, which GPUs may use for float32 matrix products, has as many mantissa bits as float16.
 _REORDERED_TF32 = 2e-2
 
 
 class AuditProblem(NamedTuple):
-    """An example that is not what the model makes of its text: its ordinal, the site (or `input_ids`), and how."""
+    """A mismatch between an example and the model: its ordinal, the site (or `input_ids`), and what differs."""
 
     example: int
     site: str
@@ -134,7 +134,7 @@ def audit(
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """An audit that can be run: its store, the model and tokenizer, and the examples that were drawn."""
+    """A planned audit: its store, the model and tokenizer, and the examples that were drawn."""
 
     store: Store
     network: nn.Module
@@ -144,7 +144,7 @@ class Audit:
     precision: str | None
 
     def run(self, progress: bool | None = None) -> AuditReport:
-        """Run the examples and compare, under a bar as of `audit`."""
+        """Run the examples and compare, with a progress bar as in `audit`."""
         store = self.store
         problems: list[AuditProblem] = []
         num_values, largest = 0, 0.0
@@ -181,7 +181,7 @@ def plan_audit(
     *,
     device: str | int | None,
 ) -> Audit:
-    """Check everything that an audit needs and load its model, before any example is run; takes what `audit` takes.
+    """Check everything that an audit needs and load its model, before any example is run; same arguments as `audit`.
 
     Raises:
         PlanError, StoreError, FormatError, ModelError, OptionError: as `audit`.
@@ -199,7 +199,7 @@ def plan_audit(
 
 
 def _check_auditable(store: Store) -> Mapping[str, Any]:
-    """Make sure that a run can be repeated from what the store says; gives its plan."""
+    """Check that the store describes its run well enough to repeat it, and return its plan."""
     plan = store.description.get("plan")
     if not isinstance(plan, dict) or type(plan.get("max_length")) is not int:
         raise StoreError(
@@ -217,18 +217,18 @@ def _check_auditable(store: Store) -> Mapping[str, Any]:
 
 
 def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, device: str | int | None) -> nn.Module:
-    """Find the model and make sure that it is the one that the store was made with.
+    """Load the model and check that the store was made with it.
 
     Raises:
-        PlanError: it is another, or `store.json` names none.
-        OptionError: it is no model, or a device is given beside one that is not named.
+        PlanError: it is a different model, or `store.json` names none.
+        OptionError: it is not a model, or a device is given for a model that has one already.
     """
     said = store.description["model"]
     if model is None:
         model = said.get("id") or ""
         if not model:
             raise PlanError(f"{store.place}: does not name its model. Pass the model (--model).")
-        # a stranger's word, perhaps
+        # the store, and the name in it, may come from a stranger
         print(f"layerprobe: loading the model {brief(repr(model))}, as {store.place} says", file=find_stderr())
     network = need_model(load_named(model, device))
     differing = list_model_differences(said, describe_model(network))
@@ -247,14 +247,14 @@ def _find_model(store: Store, model: nn.Module | LoadedModel | str | None, devic
 
 
 def _load_own_tokenizer(store: Store) -> Any:
-    """Load the tokenizer that lies in the store, if it is the one that the run says it used."""
+    """Load the tokenizer saved in the store, after checking that it is the one of the run."""
     place, said = store.place, store.description.get("tokenizer")
     if not isinstance(said, dict):
         raise StoreError(f"{place}: does not say which tokenizer made its ids. Only its checksums can be checked.")
     check_tokenizer(place, said)
     from transformers import PreTrainedTokenizerFast
 
-    # The rules alone: a configuration beside them may be a stranger's, and name code.
+    # Load the rules alone: a configuration saved with them may name code, and come from a stranger.
     rules = load_tokenizer(place.label(TOKENIZER_FILE), read_bounded(place, TOKENIZER_FILE, LARGE))
     splits = said.get("split_special_tokens") is True
     side = "left" if said.get("truncation_side") == "left" else "right"
@@ -262,7 +262,7 @@ def _load_own_tokenizer(store: Store) -> Any:
 
 
 def _choose(store: Store, count: int, seed: int) -> list[int]:
-    """Draw ordinals of examples that are there, rising."""
+    """Draw ordinals of existing examples, in ascending order."""
     places = sorted(random.Random(seed).sample(range(len(store)), min(count, len(store))))  # noqa: S311 - no secret
     return [store.ordinal_at(place) for place in places]
 
@@ -277,7 +277,7 @@ def _compare_ids(ids: list[int], stored: list[int]) -> str:
 def _compare(
     store: Store, network: nn.Module, example: Example, ids: list[int], precision: str | None
 ) -> Iterator[tuple[str, str | None, float, int]]:
-    """Run an example by itself; for each site give what is wrong, the share of the tolerance, and how many values."""
+    """Run an example alone; for each site yield what is wrong, the share of the tolerance, and the number of values."""
     made = {
         site: value[0]
         for site, value in look(network, store.sites, torch.tensor([ids], device="cpu"), pool=store.pool).items()
@@ -300,7 +300,7 @@ def _compare(
 
 
 def _measure(stored: Tensor | ScaledRows, made: Tensor, precision: str | None = None) -> float:
-    """Give the largest difference as a share of what is allowed; infinite where values cannot be compared."""
+    """Return the largest difference as a share of the tolerance; infinity if values cannot be compared."""
     if stored.shape != made.shape:
         return float("inf")
     dtype = stored.values.dtype if isinstance(stored, ScaledRows) else stored.dtype

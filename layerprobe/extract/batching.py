@@ -1,7 +1,7 @@
-"""From the ids of texts to length-sorted batches under a token budget.
+"""Turn token ids into length-sorted batches under a token budget.
 
-Sorting by length inside a unit is what keeps padding small; a budget in tokens instead of a count of texts is what
-keeps batches even. Must never know of models or files.
+Sorting by length within a unit keeps padding small; a budget in tokens rather than in texts keeps batches even in
+size. Must never know of models or files.
 
 Letters: B sequences, S padded positions, T rows.
 """
@@ -29,14 +29,14 @@ __all__ = [
     "cut_flat_batches",
 ]
 
-# What one more batch costs, in tokens: less than it measures for MiniLM on two cores (36), to keep padding under 2 %.
+# Cost of one more batch, in tokens: less than measured for MiniLM on two cores (36), to keep padding under 2 %.
 BATCH_COST_TOKENS = 16
-# Lengths go up by 8, or by a quarter of a doubling where that is more; a length has at most six counts of sequences.
+# Lengths step by 8, or by a quarter of an octave if that is more; each length has at most six batch sizes.
 SHAPE_STEPS = (8, 4, 6)
 
 
 class _Text(NamedTuple):
-    """A text that is computed once: its tokens, and the places in the unit of those that have its ids."""
+    """A distinct text, computed once: its length in tokens, and the places in the unit of all texts with its ids."""
 
     length: int
     members: list[int]
@@ -44,13 +44,13 @@ class _Text(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Texts that go through the model together.
+    """Padded texts that go through the model together.
 
     Args:
         members: Places of the texts in the unit.
-        lengths: Tokens of each.
-        sequences: For each its row of `input_ids`; texts of the same ids share one.
-        input_ids, attention_mask: `[B, S]` int64; rows of no text come last.
+        lengths: Length of each text in tokens.
+        sequences: Row of `input_ids` of each text; texts with the same ids share a row.
+        input_ids, attention_mask: `[B, S]` int64; filler rows, which belong to no text, come last.
     """
 
     members: list[int]
@@ -61,26 +61,26 @@ class Batch:
 
     @property
     def arguments(self) -> dict[str, Tensor]:
-        """What the model is called with."""
+        """Keyword arguments for the model."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     @property
     def num_sequences(self) -> int:
-        """Texts that are computed, and rows of no text."""
+        """Number of sequences the model computes, filler rows included."""
         return len(self.input_ids)
 
     @property
     def num_padding(self) -> int:
-        """Positions that are of no text."""
+        """Number of positions that belong to no text."""
         return self.input_ids.numel() - sum(dict(zip(self.sequences, self.lengths, strict=True)).values())
 
     @property
     def num_filling(self) -> int:
-        """Rows that are of no text."""
+        """Number of filler rows."""
         return len(self.input_ids) - 1 - max(self.sequences, default=-1)
 
     def halves(self) -> "tuple[Batch, Batch]":
-        """Cut in two, as long as before and in the same order; at least two sequences."""
+        """Split into two batches of the same padded length, in the same order; needs at least two sequences."""
         middle = len(self.input_ids) // 2
         first = sum(sequence < middle for sequence in self.sequences)
         return self._part(0, middle, 0, first), self._part(middle, len(self.input_ids), first, len(self.members))
@@ -97,12 +97,12 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class FlatBatch:
-    """Texts that go through the model behind one another, in one sequence with no padding.
+    """Texts that go through the model concatenated into one sequence, without padding.
 
     Args:
         members: Places of the texts in the unit.
-        lengths: Tokens of each.
-        sequences: For each which of the texts of the sequence it is; texts of the same ids are there once.
+        lengths: Length of each text in tokens.
+        sequences: Index of each text within the sequence; texts with the same ids share one.
         input_ids: `[1, T]` int64.
     """
 
@@ -113,26 +113,26 @@ class FlatBatch:
 
     @cached_property
     def own_lengths(self) -> list[int]:
-        """Tokens of each text of the sequence, in order."""
+        """Length in tokens of each text in the sequence, in order."""
         return list(dict(zip(self.sequences, self.lengths, strict=True)).values())
 
     @property
     def num_sequences(self) -> int:
-        """Texts that are computed."""
+        """Number of texts the model computes."""
         return len(self.own_lengths)
 
     @property
     def num_padding(self) -> int:
-        """None: every position is of a text."""
+        """Always 0: every position belongs to a text."""
         return 0
 
     @property
     def num_filling(self) -> int:
-        """None: every row is of a text."""
+        """Always 0: there are no filler rows."""
         return 0
 
     def halves(self) -> "tuple[FlatBatch, FlatBatch]":
-        """Cut in two, in the same order; at least two texts."""
+        """Split into two batches, in the same order; needs at least two texts."""
         middle = len(self.own_lengths) // 2
         first = sum(sequence < middle for sequence in self.sequences)
         place = sum(self.own_lengths[:middle])
@@ -145,28 +145,28 @@ class FlatBatch:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Few shapes for all batches, for what is prepared once for each shape, as CUDA graphs are.
+    """A small set of batch shapes, for work that is prepared once per shape, such as CUDA graphs.
 
-    Lengths are rounded up, by no more than a quarter from 32 on; a length has few counts of sequences: as many as the
-    budget takes, and that halved up to five times.
+    Lengths are rounded up, by no more than a quarter from 32 on. Each length has few batch sizes: the largest that the
+    budget allows, and that halved up to five times.
 
     Args:
-        batch_tokens: Padded tokens of a batch, at most.
-        longest: Longest text.
+        batch_tokens: Maximum padded tokens of a batch.
+        longest: Length of the longest text, in tokens.
     """
 
     batch_tokens: int
     longest: int
 
     def width(self, length: int) -> int:
-        """Give S of a batch whose longest text has `length` tokens."""
+        """Return S for a batch whose longest text has `length` tokens."""
         least, steps, _ = SHAPE_STEPS
         length = max(1, length)
         step = max(least, (1 << (length - 1).bit_length()) // (2 * steps))
         return max(length, min(self.longest, -(-length // step) * step))
 
     def heights(self, width: int) -> list[int]:
-        """List every B of the batches that are S wide, falling."""
+        """List every B allowed for batches of width S, in descending order."""
         most = max(1, self.batch_tokens // width)
         return sorted({max(1, most >> halvings) for halvings in range(SHAPE_STEPS[2])}, reverse=True)
 
@@ -183,13 +183,13 @@ def cut_batches(
 ) -> Iterator[Batch]:
     """Cut a unit into batches of at most `batch_tokens` padded tokens, longest texts first.
 
-    Texts of the same ids are computed once, unless `joins_equal` is False. Of all cuts of the sorted texts it is the
-    one that computes least, each batch counted as `batch_cost` tokens more. The longest come first so that buffers and
-    stages reach their size at once. A text longer than the budget is a batch of its own. Ties keep the order of the
-    input, so the cut is a function of the unit alone. With `shapes` every batch has one of those, filled up with
-    padding, which counts as computed. With `equal_lengths` no batch has any padding.
+    Texts with the same ids are computed once, unless `joins_equal` is False. Of all cuts of the sorted texts, this is
+    the one that computes the fewest tokens, counting `batch_cost` more for each batch. The longest texts come first so
+    that buffers reach their full size at once. A text longer than the budget gets a batch of its own. Ties keep the
+    order of the input, so the cut depends only on the unit. With `shapes`, every batch is padded to one of those
+    shapes, and the padding counts as computed. With `equal_lengths`, no batch has any padding.
 
-    Cost: for each text a look at as many as fit into a batch with it, in numpy.
+    Cost: for each text, one numpy pass over as many texts as fit into a batch with it.
     """
     texts = _sort_texts(unit, joins_equal)
     cuts = _choose_cuts([text.length for text in texts], batch_tokens, batch_cost, shapes, equal_lengths)
@@ -203,9 +203,9 @@ def cut_batches(
 def cut_flat_batches(unit: TokenizedUnit, batch_tokens: int, pad_id: int) -> Iterator[Batch | FlatBatch]:
     """Cut a unit into batches of at most `batch_tokens` tokens without padding, longest texts first.
 
-    As `cut_batches`, but every batch is about as large as the others: there is no padding for the cut to save. Texts of
-    one length lie together, which attention can take at once. A text of no tokens comes last, as a padded batch, since
-    a model wants a position.
+    Like `cut_batches`, but with batches of about equal size, since there is no padding to save. Texts of the same
+    length are adjacent, so attention can process them together. A text with no tokens comes last, as a padded batch,
+    because a model needs at least one position.
     """
     sorted_texts = _sort_texts(unit, joins_equal=True)
     texts = [text for text in sorted_texts if text.length]
@@ -224,7 +224,7 @@ def cut_flat_batches(unit: TokenizedUnit, batch_tokens: int, pad_id: int) -> Ite
 
 
 def _sort_texts(unit: TokenizedUnit, joins_equal: bool) -> list[_Text]:
-    """Give the texts that differ, longest first; those of one length in the order of the input."""
+    """Return the distinct texts, longest first; texts of the same length keep the order of the input."""
     lengths, groups = unit.lengths.tolist(), [[member] for member in range(len(unit))]
     if joins_equal:
         ids, places = unit.ids.tobytes(), (unit.ids.itemsize * unit.offsets).tolist()
@@ -236,7 +236,7 @@ def _sort_texts(unit: TokenizedUnit, joins_equal: bool) -> list[_Text]:
 
 
 def _number(texts: Sequence[_Text]) -> tuple[list[int], list[int], list[int]]:
-    """Give places in the unit, lengths, and which text each is; the texts in the order in which they are given."""
+    """Return members, lengths and text numbers of a batch, in the order in which the texts are given."""
     members = [member for text in texts for member in text.members]
     numbers = [number for number, text in enumerate(texts) for _ in text.members]
     return members, [texts[number].length for number in numbers], numbers
@@ -249,9 +249,9 @@ def _lay(unit: TokenizedUnit, texts: Sequence[_Text]) -> FlatBatch:
 def _choose_cuts(
     lengths: Sequence[int], batch_tokens: int, batch_cost: int, shapes: Shapes | None, equal_lengths: bool
 ) -> list[tuple[int, tuple[int, int]]]:
-    """For each text, taken as the first of a batch, find where that batch ends, and its B and S; lengths fall.
+    """For each text, find where a batch that starts with it ends, and the batch's B and S; lengths must not increase.
 
-    What the texts from `start` on cost at best is computed from the last text to the first.
+    Dynamic programming from the last text to the first: the minimum cost of the texts from `start` on.
     """
     num_texts = len(lengths)
     cuts = [(0, (0, 0))] * num_texts
@@ -260,7 +260,7 @@ def _choose_cuts(
     filled: dict[int, np.ndarray] = {}
     num_equal = 0
     for start in range(num_texts - 1, -1, -1):
-        # A model wants at least one position, even where a tokenizer gives nothing for an empty text.
+        # A model needs at least one position, even if the tokenizer returns no tokens for an empty text.
         width, heights = max(1, lengths[start]), counts
         if shapes is not None:
             width = shapes.width(width)
@@ -279,15 +279,15 @@ def _choose_cuts(
 
 
 def _fill_up(heights: Sequence[int]) -> np.ndarray:
-    """Give for each count of sequences, from 1 on, the height that holds it."""
+    """Return, for each number of sequences from 1 on, the smallest height that holds it."""
     rising = np.array(heights[::-1])
     return rising[np.searchsorted(rising, np.arange(1, heights[0] + 1))]
 
 
 def _pad(unit: TokenizedUnit, texts: Sequence[_Text], pad_id: int, shape: tuple[int, int]) -> Batch:
-    """Lay texts side by side, padded on the right whatever side their tokenizer pads.
+    """Stack texts into a batch, padded on the right whatever the tokenizer's padding side.
 
-    On the left, padding would move them to other positions than each has alone, and a class token away from the first.
+    Padding on the left would change the positions of tokens and move the class token away from the first place.
     """
     num_rows, longest = shape
     input_ids = torch.full((num_rows, longest), pad_id, dtype=torch.int64, device="cpu")
@@ -295,6 +295,6 @@ def _pad(unit: TokenizedUnit, texts: Sequence[_Text], pad_id: int, shape: tuple[
     of_text = torch.arange(longest, device="cpu") < torch.tensor([text.length for text in texts], device="cpu")[:, None]
     attention_mask[: len(texts)] = of_text
     input_ids[: len(texts)][of_text] = unit.gather(text.members[0] for text in texts)
-    # attention over nothing at all is not a number
+    # softmax over a fully masked row is NaN
     attention_mask[len(texts) :, 0] = 1
     return Batch(*_number(texts), input_ids, attention_mask)

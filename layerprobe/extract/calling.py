@@ -1,8 +1,8 @@
-"""Batches through a model whose device may have too little memory for them.
+"""Call a model with batches that may exceed the device's memory.
 
-What does not fit is run in halves, whose rows lie in the same order, and the budget is halved from there on: later
-batches are cut before they fail. So is a batch of more sequences than the device's kernels take. The cut of the plan
-stays as it is, so the same texts stay in the same places.
+A batch that does not fit is run in halves, which keep the order of rows, and the token budget is halved from then on,
+so later batches are split before they fail. Batches with more sequences than the device's kernels support are split
+too. The plan's cut into batches stays the same, so the same texts stay in the same places.
 
 Hides how much fits. Must never know of stores.
 """
@@ -21,21 +21,22 @@ from layerprobe.telling import say
 
 __all__ = ["MOST_SEQUENCES", "ModelCaller"]
 
-# Sequences of a call, by kind of device; none given, any. Attention of CUDA has a place for each in the second or third
-# dimension of its grid; beyond, it fails without a word of memory (pytorch/pytorch#146704, flash-attention#1786).
+# Maximum sequences of a call, by kind of device; no entry means no limit. CUDA attention puts sequences into the second
+# or third grid dimension and fails beyond it, not with an out-of-memory error (pytorch/pytorch#146704,
+# flash-attention#1786).
 MOST_SEQUENCES = {"cuda": (1 << 16) - 1}
 
 
 class ModelCaller:
-    """Call a model with batches, or with as much of each as its device has shown to have memory for.
+    """Call a model with batches, splitting those that do not fit into its device's memory.
 
     Args:
-        model: Called with what a batch has for it.
-        device: Where it is.
-        form: How the model takes flat batches, where there are some.
-        shrink: Gives back what others keep of the device's memory, when it has run out.
+        model: Called with the arguments of a batch.
+        device: Device of the model.
+        form: How the model takes flat batches, if there are any.
+        shrink: Called after an out-of-memory error to free device memory held elsewhere.
 
-    `num_halved` counts the batches that did not fit; `most_tokens` is what is tried at once by now, None for any.
+    `num_halved` counts the batches that did not fit; `most_tokens` is the current limit per call, None for no limit.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class ModelCaller:
 
         Args:
             batch: What to send.
-            announce: Told of what is sent, before each call.
+            announce: Called before each call of the model, with the batch or the part of it that is sent.
 
         Raises:
-            torch.OutOfMemoryError: a single text does not fit, nor once all else is given back; or what came of it, and
-                on a CPU a RuntimeError.
+            torch.OutOfMemoryError: a single text does not fit even after all other memory was freed; on a CPU this
+                is a RuntimeError, and it may also be an error that followed from it.
         """
         num_tokens = batch.input_ids.numel()
         is_one = batch.num_sequences < 2
@@ -71,7 +72,7 @@ class ModelCaller:
         ):
             if self._try(batch, announce, may_fail=True):
                 return
-            # outside of `_try`, whose frames would keep the failed forward's tensors alive
+            # outside of `_try`, whose frames would keep the failed forward pass's tensors alive
             self._shrink()
             torch.cuda.empty_cache()
             if is_one:

@@ -1,7 +1,7 @@
-"""From a text to its class: a kept probe over the layers of its model that it needs, and no further.
+"""Classify texts with a saved probe, running its model only up to the layers it needs.
 
-Each forward ends after the last layer that the probe reads. Vectors are computed in the model's own dtype; what a store
-in a narrower one rounded away is there again.
+Each forward pass ends after the last layer that the probe reads. Vectors are computed in the model's own dtype, without
+the rounding of a store with a narrower dtype.
 
 Hides batches and hooks. Must never know of labels' meaning or of scikit-learn.
 """
@@ -43,7 +43,7 @@ class Classifier:
     """A classifier of texts. Made by `layerprobe.load_classifier`.
 
     Args:
-        probe: What was kept.
+        probe: The saved probe.
         model: The model that its vectors come from.
     """
 
@@ -52,7 +52,7 @@ class Classifier:
 
     @property
     def classes(self) -> tuple[Any, ...]:
-        """The labels that it tells apart."""
+        """The labels that it distinguishes."""
         return self.probe.classes
 
     def predict(self, texts: Sequence[str], spans: Sequence[tuple[int, int]] | None = None) -> list[Any]:
@@ -113,7 +113,7 @@ class Classifier:
         return out
 
     def _decide(self, rows: list[Tensor], span: tuple[int, int] | None) -> Any:
-        """Classify one text by its rows at each site."""
+        """Classify one text from its rows at each site."""
         probe = self.probe
         if probe.kind == "spans":
             assert span is not None

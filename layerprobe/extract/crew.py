@@ -1,8 +1,8 @@
-"""Several processes that do one run: started, given units one at a time, listened to, ended.
+"""Run one extraction in several processes: start them, hand out units one at a time, and stop them.
 
-Each does the units that it asks for, in rising order, so that a slow device holds nobody up; devices are of one kind,
-so which one does a unit makes no difference to its bytes. Whatever ends the run ends them all: what is committed is
-whole, and the rest is made by the same command.
+Each process asks for its next unit, in ascending order, so a slow device holds up no other. All devices are of one
+kind, so the bytes of a unit do not depend on which one computes it. Whatever ends the run ends all processes;
+committed shards are whole, and the same command does the rest.
 
 Hides processes. Must never know of models.
 """
@@ -29,13 +29,13 @@ from layerprobe.extract.worker import describe_job
 __all__ = ["run_crew"]
 
 _POLL_S = 0.2
-# -c puts the working folder first, where something of the user's may have the name of a module
+# -c puts the working folder first in sys.path, where a file of the user's could shadow a module
 _CODE = (
     "import sys; sys.path[:] = filter(None, sys.path); "
     "from layerprobe.extract.leash import end_with; end_with(int(sys.argv[1])); "
     "from layerprobe.extract.worker import main; main()"
 )
-# glibc keeps freed memory for the next forward pass
+# keep freed memory in glibc for the next forward pass
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 
 
@@ -50,14 +50,14 @@ class _Worker:
 def run_crew(
     plan: Plan, lock: int | None, report: RunReport, advance: Callable[[int], None], stop: threading.Event
 ) -> None:
-    """Have a crew do the missing units of a plan.
+    """Do the missing units of a plan in the processes of its crew.
 
     Args:
-        plan: Has a crew; its store is held and begun.
-        lock: Descriptor of the store's lock, which each process keeps open; None where there is none.
-        report: Counts all that was done, and says at the end whether every unit is.
-        advance: Told how many examples have just gone through.
-        stop: Set to end after the current units.
+        plan: Has a crew; its store is locked and initialised.
+        lock: Descriptor of the store's lock, which each process keeps open; None if there is none.
+        report: Counts everything that was done, and says at the end whether the store is complete.
+        advance: Called with the number of examples that have just been processed.
+        stop: Set it to end after the current units.
 
     Raises:
         LayerProbeError: what went wrong in one of the processes.
@@ -87,21 +87,21 @@ def run_crew(
                 report.is_complete = False
                 for worker in pending.values():
                     _tell(worker, {"stop": True})
-    # told to stop, they may have been at the last units all the same
+    # when told to stop, the workers may already have been at the last units
     report.is_complete = len(plan.done) + report.num_units == plan.num_units
 
 
 @contextlib.contextmanager
 def _start(plan: Plan, device: str, lock: int | None) -> Iterator[_Worker]:
-    """Start the process of a device; it does not outlive the block."""
+    """Start the process of a device, and kill it when the block ends."""
     ours, theirs = Pipe()
     assert isinstance(ours, Connection) and isinstance(theirs, Connection)
     inherited = [theirs.fileno(), *([] if lock is None else [lock])]
-    # the same code that runs here, wherever it was found
+    # import the same code as this process, wherever it was found
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     environment = {**_KEEP_MEMORY, **os.environ, "PYTHONPATH": paths}
     command = [sys.executable, "-c", _CODE, str(theirs.fileno())]
-    # a signal to the whole group is this process's to answer; the mask goes along to the new one
+    # this process alone handles signals to the process group; the new process inherits the mask
     process = None
     try:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -111,7 +111,7 @@ def _start(plan: Plan, device: str, lock: int | None) -> Iterator[_Worker]:
             )
         finally:
             theirs.close()
-            # one that came meanwhile is raised here
+            # a signal that arrived meanwhile is raised here
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         worker = _Worker(device, process, ours)
         assert plan.crew is not None
@@ -121,22 +121,22 @@ def _start(plan: Plan, device: str, lock: int | None) -> Iterator[_Worker]:
     finally:
         ours.close()
         if process is not None:
-            # safe at any instruction, as a power loss is
+            # SIGKILL is safe at any point, like a power loss
             process.kill()
             process.wait()
 
 
 def _tell(worker: _Worker, what: dict[str, Any]) -> None:
-    # one that has just died is noticed when it is listened to
+    # a worker that has just died is noticed when its pipe is read
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         worker.pipe.send_bytes(json.dumps(what).encode())
 
 
 def _hear(worker: _Worker) -> dict[str, Any]:
-    """Take in what a process says.
+    """Receive a message from a process.
 
     Raises:
-        LayerProbeError: that it failed, or its death.
+        LayerProbeError: the process has failed or died.
     """
     try:
         said = json.loads(worker.pipe.recv_bytes())
@@ -163,6 +163,6 @@ def _make_error(worker: _Worker, name: str | None, message: str) -> LayerProbeEr
 
 
 def _join(report: RunReport, workers: list[_Worker]) -> None:
-    """Sum the counts of all processes."""
+    """Sum the counts of all processes into the report."""
     for name in {name for worker in workers for name in worker.counts} - {"seconds"}:
         setattr(report, name, sum(worker.counts.get(name, 0) for worker in workers))

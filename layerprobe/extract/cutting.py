@@ -1,7 +1,7 @@
-"""How the input is cut into units, by a rule that looks at the texts alone.
+"""Cut the input into units, by a rule that depends only on the texts.
 
-Any process can therefore do any unit, and a resumed run cuts as the one before it did. One pass over the input
-counts, estimates, and takes a fingerprint up to the end of each unit, by which a unit is known again.
+Any process can therefore do any unit, and a resumed run cuts the input as the first run did. One pass over the input
+counts texts, estimates sizes, and takes a fingerprint up to the end of each unit, which later identifies that unit.
 
 Must never know of models.
 """
@@ -16,8 +16,8 @@ from layerprobe.store.kept import Kept
 
 __all__ = ["MOST_UNIT_TOKENS", "Survey", "Unit", "UnitRule", "survey_input"]
 
-# The most that a unit holds, however little of it is kept: a run that is stopped in it computes all of it again. Both
-# bounds double after every so many units, so that the half a million shards of a store can hold trillions of tokens.
+# Upper bounds of a unit, even if few of its rows are kept: an interrupted run recomputes the whole unit. Both double
+# after every `_UNITS_PER_DOUBLING` units, so the half a million shards of a store can hold trillions of tokens.
 _MOST_UNIT_EXAMPLES = 1 << 16
 MOST_UNIT_TOKENS = 1 << 20
 _UNITS_PER_DOUBLING = 1 << 16
@@ -25,9 +25,9 @@ _UNITS_PER_DOUBLING = 1 << 16
 
 @dataclass(frozen=True)
 class UnitRule:
-    """How the input is cut into units: by estimates of a text's bytes on disk and its tokens, from the text alone.
+    """The rule that cuts the input into units, by estimating tokens and bytes on disk from each text alone.
 
-    Without `unit_tokens` the cut is that of versions that counted no tokens and doubled nothing.
+    Without `unit_tokens` it cuts as older versions did, which neither counted tokens nor doubled the bounds.
     """
 
     row_bytes: int
@@ -40,11 +40,11 @@ class UnitRule:
     unit_tokens: int | None = MOST_UNIT_TOKENS
 
     def estimate_tokens(self, text_bytes: int) -> int:
-        """Estimate the tokens of a text, two special ones included."""
+        """Estimate the tokens of a text, including two special tokens."""
         return min(self.max_length, 2 + round(text_bytes / self.text_bytes_per_token))
 
     def cost(self, tokens: int) -> int:
-        """Bytes on disk of a text's values and ids."""
+        """Return the estimated bytes on disk of a text's values and ids."""
         rows, own_bytes = (tokens, 8) if self.kept is None else (self.kept.estimate(tokens), 16)
         return round(rows * (self.row_bytes + own_bytes)) + tokens * tokens * self.pair_bytes + self.example_bytes
 
@@ -55,7 +55,7 @@ class UnitRule:
         for record in records:
             text_bytes = len(record.text.encode(errors="surrogatepass"))
             tokens = self.estimate_tokens(text_bytes)
-            # the text goes into the shard too, with 24 bytes of places: most of a pooled store
+            # the text is stored in the shard too, with 24 bytes of offsets; in a pooled store that is most of the size
             own_cost = self.cost(tokens)
             cost = own_cost + text_bytes + 24
             doublings = 0 if self.unit_tokens is None else number // _UNITS_PER_DOUBLING
@@ -75,13 +75,13 @@ class UnitRule:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """The run of consecutive examples that becomes one shard.
+    """The consecutive examples that become one shard.
 
     Args:
-        number, first_example: Which it is, and where it begins.
+        number, first_example: Index of the unit, and of its first example.
         records: Its examples.
-        num_tokens, value_bytes: About how many it has, and takes on disk without the texts; 0 where no rule cut it.
-        is_bound_by_tokens: Whether it ends where it does because of its tokens.
+        num_tokens, value_bytes: Estimated tokens, and bytes on disk without the texts; 0 if no rule cut the unit.
+        is_bound_by_tokens: Whether the token limit alone ended the unit.
     """
 
     number: int
@@ -94,7 +94,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Survey:
-    """What going through the whole input once tells of it; sizes are estimates.
+    """Counts and size estimates from one pass over the whole input.
 
     `is_bound_by_tokens` says whether versions that did not count tokens would have cut other units.
     """
@@ -108,7 +108,7 @@ class Survey:
 
 
 def survey_input(source: TextSource, rule: UnitRule) -> Survey:
-    """Go through the whole input once: count, estimate, and take its fingerprint, up to each unit and as a whole."""
+    """Count and estimate the whole input in one pass, and fingerprint it up to the end of each unit."""
     digest = InputDigest(source.name)
     digests: list[bytes] = []
     num_examples = num_tokens = value_bytes = record_bytes = 0

@@ -1,7 +1,7 @@
-"""`layerprobe.depth_profile`: what each layer knows of texts that nobody has labelled.
+"""`layerprobe.depth_profile`: what each layer encodes about unlabelled texts.
 
-Labels are made of the texts themselves: how long a text is, whether a frequent content word is in it, and whether two
-neighbouring words were swapped. For the last the texts, half of them changed, go through the model once more.
+Labels are made from the texts themselves: how long a text is, whether it contains a frequent content word, and whether
+two adjacent words were swapped. For the last task the texts, half of them changed, go through the model once more.
 
 Must never know of how a probe is fitted.
 """
@@ -35,7 +35,7 @@ __all__ = ["DepthProfile", "depth_profile"]
 
 _LEAST = 30
 _WORD = re.compile(r"[^\W\d_]{4,}")
-# Of the texts, the least that a class must have: with fewer, naming the larger class is right nearly always.
+# Least share of the texts in a class: with fewer, always predicting the larger class is nearly always right.
 _RAREST = 0.1
 
 
@@ -62,7 +62,7 @@ class DepthProfile:
         return rows
 
     def table(self) -> str:
-        """Lay out the accuracy of each task by site, baselines last, and the verdicts under it."""
+        """Format the accuracy of each task by site, baselines last, followed by the verdicts."""
         rows = [[table_cell(cell) for cell in row] for row in self._rows()]
         said = [f"{name}: {' '.join(found.verdict.sentences)}" for name, found in self.tasks.items()]
         return "\n".join([format_table(["site", *self.tasks], rows), "", *said, *self.notes])
@@ -71,7 +71,7 @@ class DepthProfile:
     __repr__ = table
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the accuracy of each task, a line per site."""
+        """Write the accuracy of each task as CSV, one line per site."""
         return write_csv(path, ["site", *self.tasks], self._rows())
 
     def to_json(self, path: str | Path) -> Path:
@@ -80,10 +80,10 @@ class DepthProfile:
         return write_json(path, {"tasks": tasks, "notes": self.notes})
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw the accuracy of each task over depth."""
+        """Plot the accuracy of each task over depth."""
         first = next(iter(self.tasks.values()))
         every = [site.site for site in first.sites]
-        # of the last four alone there are no single sites
+        # with pool="last4" there are no single sites
         names = [name for name in every if ":" not in name and name != "mix"] or every
         curves = []
         for name, found in self.tasks.items():
@@ -161,7 +161,7 @@ def depth_profile(
     if not given and len(swapped) < _LEAST:
         raise InputError(f"a profile of {store.place}: no task can be made of its texts. {' '.join(notes)}")
     found = None
-    if len(swapped) >= _LEAST:  # before any work, since it may be another model
+    if len(swapped) >= _LEAST:  # checked before any work, since the model may be a different one
         found = find_same_model(store.description.get("model") or {}, str(store.place), model, device)
     tasks = {
         name: classify(store, labels, sites=sites, pool=pool, max_examples=max_examples, seed=seed, progress=progress)
@@ -183,7 +183,7 @@ def _classify_order(
 ) -> Classification:
     own_pool = store.pool or ("mean" if pool == "last4" else pool)
     plan = store.description.get("plan") or {}
-    # what will be classified and no more: weights, which a store may hold beside it, have no vectors to pool
+    # only the sites to classify: attention weights, which a store may also hold, have no vectors to pool
     names = [site.name for site in choose_depth(store, sites)]
     with tempfile.TemporaryDirectory(prefix="layerprobe-") as folder:
         place = Path(folder) / "swapped"
@@ -193,7 +193,7 @@ def _classify_order(
 
 
 def _label_lengths(lengths: list[int]) -> list[str] | None:
-    """Name texts short, middle or long by thirds; None where they cannot be told."""
+    """Label texts short, middle or long by thirds; None if the thirds cannot be separated."""
     low, high = np.quantile(lengths, (1 / 3, 2 / 3), method="lower")
     found = ["short" if length <= low else "middle" if length <= high else "long" for length in lengths]
     counts = Counter(found)
@@ -205,7 +205,7 @@ def _words_of(text: str) -> set[str]:
 
 
 def _choose_word(texts: list[str]) -> str | None:
-    """Choose the word of four letters or more, none of grammar, that is in as nearly half of the texts as can be."""
+    """Choose the word of four letters or more, not a stop word, whose share of texts is closest to one half."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     counts = Counter(word for text in texts for word in _words_of(text) - ENGLISH_STOP_WORDS)
@@ -215,7 +215,7 @@ def _choose_word(texts: list[str]) -> str | None:
 
 
 def _swap_some(texts: list[str], most: int, seed: int) -> list[dict[str, Any]]:
-    """Swap two neighbouring words in every second of the texts that have such; each text comes once."""
+    """Swap two adjacent words in every second text that has at least two such pairs; each text is used once."""
     maker = np.random.default_rng([seed, 5])
     chosen = list(dict.fromkeys(texts))
     found: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
-"""What a run is, as its store says of it: model, input, sites, plan, and the fingerprint of all that changes its bytes.
+"""Describe a run for its store: model, input, sites, plan, and a fingerprint of everything that changes its bytes.
 
-Two runs with one fingerprint write the same shards, so one goes on with what the other has done. Must never choose
-anything, and never look at a folder.
+Two runs with the same fingerprint write the same shards, so either can resume the other. Must never choose anything,
+and never look at a folder.
 """
 
 import json
@@ -35,13 +35,13 @@ def describe_run(
     survey: Survey,
     name: str,
 ) -> dict[str, Any]:
-    """Say what a run is, but for its batches.
+    """Describe a run, without its batches.
 
     Args:
-        stored: Its sites, as they are stored.
-        rule: How its input is cut.
-        survey: Its input.
-        name: Of the model; empty for one without.
+        stored: The sites as they are stored.
+        rule: The rule that cuts its input into units.
+        survey: Counts and digests of its input.
+        name: Name of the model; empty if it has none.
 
     Cost: reads every weight of the model.
     """
@@ -60,7 +60,7 @@ def describe_run(
             "units": len(survey.digests),
             **({"unit_tokens": rule.unit_tokens} if survey.is_bound_by_tokens else {}),
             **({"kept": rule.kept.describe()} if rule.kept is not None else {}),
-            # the rest only where it is not as usual
+            # the rest only if it differs from the default
             **({"attention": attention} if attention is not None else {}),
             **({"changes": changes} if changes else {}),
             **({"precision": precision} if precision is not None else {}),
@@ -71,14 +71,14 @@ def describe_run(
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """Say which tokenizer this is: class, a hash of its rules, the side it pads, and what else of it changes ids."""
+    """Describe a tokenizer: class, hash of its rules, padding side, and other settings that change ids."""
     with collecting_later():
         rules_hash = hash_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()))
     return {
         "class": type(tokenizer).__name__,
         "hash": rules_hash,
         "padding_side": tokenizer.padding_side,
-        # only where they are not as usual, so that older stores keep their fingerprints
+        # only if they differ from the defaults, so that older stores keep their fingerprints
         **({"truncation_side": tokenizer.truncation_side} if tokenizer.truncation_side != "right" else {}),
         **({"split_special_tokens": True} if getattr(tokenizer, "split_special_tokens", False) else {}),
     }
@@ -87,20 +87,20 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
 def add_batches(
     described: Mapping[str, Any], batch_tokens: int, is_flat: bool, batch_cost: int, equal_lengths: bool
 ) -> dict[str, Any]:
-    """Say the rest of a run; what changes the bytes of the shards is in the fingerprint, and nothing else.
+    """Add the batches and the fingerprint, which covers exactly what changes the bytes of the shards.
 
     Args:
         described: From `describe_run`.
-        batch_tokens: Of a batch, at most.
-        is_flat: Whether batches have no padding; the rest is of those that have.
-        batch_cost: What one more counts, in tokens.
-        equal_lengths: Whether its texts have one length.
+        batch_tokens: Maximum tokens of a batch.
+        is_flat: Whether batches have no padding; the following arguments concern batches that have.
+        batch_cost: Cost of one more batch, in tokens.
+        equal_lengths: Whether all texts of a batch have the same length.
     """
     padding: dict[str, Any] = {"padding_free": True} if is_flat else {"batch_cost_tokens": batch_cost}
     if not is_flat and equal_lengths:
         padding["equal_lengths"] = True
     if not is_flat and described["tokenizer"]["padding_side"] != "right":
-        # older versions padded on the left then, which gives models with absolute positions other rows
+        # older versions then padded on the left, which changes the rows of models with absolute positions
         padding["padding_side"] = "right"
     description = {**described, "plan": {"batch_tokens": batch_tokens, **padding, **described["plan"]}}
     return {"layerprobe": __version__, **description, "fingerprint": fingerprint_run(description)}

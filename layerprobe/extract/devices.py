@@ -1,7 +1,7 @@
-"""The devices of a run that has several: one process each, units shared out among them.
+"""The devices of a run on several of them: one process each, with units shared among them.
 
-The processes are strangers to each other: what they are told goes through pipes as JSON, so a model must have a name,
-and texts that are in no file are put into one first. Checked before anything starts.
+The processes share no memory and get their job as JSON through a pipe, so the model must be given by name, and texts
+that are not in a file are written to one first. Everything is checked before any process starts.
 
 Must never know of processes.
 """
@@ -27,12 +27,12 @@ __all__ = ["Crew", "gather_crew", "name_devices"]
 
 @dataclass(frozen=True, eq=False)
 class Crew:
-    """Who does a run.
+    """The devices of a run, and what each process loads.
 
     Args:
         devices: One process each; a device may be named more than once.
-        model: A name that each of them loads.
-        texts: A path, or the name of a data set, that each of them reads.
+        model: Name of the model that each process loads.
+        texts: A path, or the name of a data set, that each process reads.
     """
 
     devices: tuple[str, ...]
@@ -73,15 +73,15 @@ def name_devices(devices: str | Sequence[int | str]) -> tuple[str, ...]:
 def gather_crew(
     devices: tuple[str, ...], model: object, texts: Any, to: object, field: str, untold: Mapping[str, bool]
 ) -> tuple[Crew, TextSource]:
-    """Make what several processes can share of a run's model and texts.
+    """Put the model and texts of a run into a form that several processes can load.
 
     Args:
         devices: From `name_devices`.
         model, texts, to, field: As for `extract`.
-        untold: By an option's name whether it is given, and so that it cannot be told to another process.
+        untold: For each option that cannot be sent to another process, whether it was given.
 
     Raises:
-        OptionError: something of the run cannot be told to another process.
+        OptionError: some argument of the run cannot be sent to another process.
     """
     asked = f"devices={','.join(devices)}"
     if os.name == "nt":

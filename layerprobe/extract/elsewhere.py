@@ -1,7 +1,7 @@
-"""The beginning of a run into an object store: clear what an ended run left, write what precedes the shards.
+"""Prepare an object store for a run: clear what an ended run left, and write what precedes the shards.
 
-There are no locks and no renames there. A shard is an object, and an object is whole; two runs of one plan at once
-write the same bytes, and what one of them removes at its beginning, the index, the last of them writes at its end.
+Object stores have no locks and no renames. A shard is one object, written whole or not at all. If two runs of one plan
+are active at once, they write the same bytes, and the last to end writes the index that either removed at its start.
 
 Must never know of models or units.
 """
@@ -21,14 +21,14 @@ __all__ = ["begin_remote"]
 
 
 def begin_remote(plan: Plan) -> None:
-    """Make a prefix ready for the first missing shard of a plan.
+    """Prepare a prefix for the first missing shard of a plan.
 
     Raises:
         StoreError: it cannot be written.
     """
     place = plan.place
     wait_for_abandoned(str(place))
-    # first of all: an index beside missing shards would call the store complete
+    # first: an index while shards are missing would mark the store as complete
     if plan.overwrite or len(plan.done) < plan.num_units:
         place.remove(INDEX_FILE)
     if plan.overwrite:
@@ -48,6 +48,6 @@ def _commit_tokenizer(tokenizer: Any, place: Place) -> None:
         saved = Path(folder) / TOKENIZER_FOLDER
         tokenizer.save_pretrained(saved)
         names = [f"{TOKENIZER_FOLDER}/{file.name}" for file in saved.iterdir() if file.is_file()]
-        # last the one by whose name it is known to be there
+        # last the file whose presence marks the tokenizer as complete
         for name in sorted(names, key=lambda name: (name == TOKENIZER_FILE, name)):
             place.commit(name, [(Path(folder) / name).read_bytes()])

@@ -1,7 +1,7 @@
-"""The engine of a run: units through a probed model into shards.
+"""Run units through a probed model into shards.
 
-Sends the batches of a unit that is ready through the model, and hands the full buffer to the writer while the next unit
-goes on. Runs in one process or in several at once: which units are whose is decided above.
+Sends the batches of a prepared unit through the model, and hands the full buffer to the writer while the next unit
+runs. Works in one process or in several; which process does which unit is decided by the caller.
 
 Must never know of progress bars or of other processes.
 """
@@ -32,7 +32,7 @@ from layerprobe.store.writer import ShardWriter
 
 __all__ = ["UnitEngine", "ending_waits"]
 
-# A run that writes so much tries first which way its disk takes it better.
+# Runs that write at least this much first test which way of writing is faster on their disk.
 _PROBED_BYTES = 1 << 30
 
 
@@ -40,13 +40,13 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
     """Run units of a plan, one after the other, into its store.
 
     Args:
-        plan: Its store is held and begun.
-        keeper: Keeps room for each shard.
-        report: Counts what was done so far, here.
-        advance: Told how many examples have just gone through.
-        share: How many processes share the cores.
+        plan: Its store is locked and initialised.
+        keeper: Reserves disk space for each shard.
+        report: Counts what this process has done so far.
+        advance: Called with the number of examples that have just been processed.
+        share: Number of processes that share the cores.
 
-    `committed` are the shards that are whole.
+    `committed` lists the headers of the committed shards.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
             pool=plan.options.pool,
             dtype=resolve_dtype(plan.options.dtype),
             device=plan.device,
-            # of a short run no more than it will write: pinned memory is taken whole, and at once
+            # for a short run no more than it will write: pinned memory is allocated in full up front
             shard_bytes=min(plan.rule.shard_bytes, plan.num_bytes),
             fingerprint=plan.fingerprint,
             stored=plan.stored,
@@ -106,7 +106,7 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         self._open.__exit__(*raised)
 
     def run(self, prepared: PreparedUnit) -> None:
-        """Run one unit; its shard is committed while the next one runs, the last one's by the end of the block."""
+        """Run one unit; its shard is committed while the next unit runs, or on exit for the last one."""
         unit, room, num_truncated = prepared.unit, prepared.room, prepared.num_truncated
         header = ShardHeader(
             unit.number,
@@ -133,11 +133,11 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
         self.report.num_truncated += num_truncated
 
     def _announce(self, prepared: PreparedUnit, ready: ReadyBatch, part: Batch | FlatBatch) -> None:
-        """Tell the sink of a batch, or of a part of one that did not fit."""
+        """Announce a batch to the sink, or a part of a batch that ran out of memory."""
         self._sink.announce(ready.announced if part is ready.batch else prepared.announce(part))
 
     def _count(self) -> None:
-        """Take over what others count."""
+        """Copy the counters of the writer, the sink and the caller into the report."""
         self.report.num_units = len(self._writer.committed)
         self.report.num_bytes = self._writer.num_bytes
         self.report.stalled_s = self._sink.stalled_s
@@ -146,10 +146,10 @@ class UnitEngine(AbstractContextManager["UnitEngine"]):
 
 @contextlib.contextmanager
 def ending_waits(stop: threading.Event) -> Iterator[None]:
-    """Let the writer wait for room no longer once the run has failed: Ctrl-C would wait for it."""
+    """Stop the writer from waiting for disk space once the run has failed, so that Ctrl-C does not hang."""
     try:
         yield
-    except SpaceError:  # nobody waits then, or a wait was ended
+    except SpaceError:  # then nothing is waiting, or the wait was already ended
         raise
     except BaseException:
         stop.set()

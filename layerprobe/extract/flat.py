@@ -1,12 +1,12 @@
-"""Texts behind one another in one sequence, so that no position is padding.
+"""Concatenate texts into one sequence, so that no position is padding.
 
-In an encoder nothing but attention goes from token to token. So a model may be given the texts of a batch as one
-sequence, with each token's own position, if attention is kept within the texts. transformers lets a function of ours
-stand for a model's attention; while `attending_flat` is open the model's config names it, and a call that no
-`laying` belongs to goes the model's own way, whoever makes it. Several runs may be open on one config.
+In an encoder only attention mixes tokens. A model can therefore take the texts of a batch as one sequence, with each
+token's own position, if attention is restricted to within texts. transformers lets a custom function replace a
+model's attention; while `attending_flat` is open, the model's config names ours, and calls outside `laying` use the
+model's usual attention, whoever makes them. Several runs may be open on one config.
 
-Hides which models that is right for, and tries it on two short texts before a run is planned so. Must never know of
-stores.
+Hides for which models this is correct, and checks it on two short texts before a run is planned so. Must never know
+of stores.
 """
 
 import contextlib
@@ -39,21 +39,21 @@ from layerprobe.tables import format_dtype
 __all__ = ["FlatForm", "attending_flat", "find_arguments", "find_unusual_attention", "laying", "refuse_flat"]
 
 _NAME = "layerprobe_flat"
-# What attention may be asked for beside its operands, and what we do not do.
+# Keyword arguments of attention functions that ours does not support.
 _NOT_TAKEN = ("position_bias", "sliding_window", "softcap", "s_aux")
-# transformers leaves hooks on a model once asked for `output_hidden_states`; they do nothing until it is asked again.
+# transformers leaves hooks on a model after a call with `output_hidden_states`; they do nothing in other calls.
 _IDLE_HOOKS = "transformers.utils.output_capturing"
 
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """How texts lie in the sequence: their lengths, in order."""
+    """The lengths of the texts in the sequence, in order."""
 
     lengths: Sequence[int]
 
     @cached_property
     def blocks(self) -> list[tuple[int, int, int]]:
-        """Texts of one length that follow each other: where they begin, how many they are, how long."""
+        """Start, count and length of each group of adjacent texts of the same length."""
         groups = [(length, len(list(equal))) for length, equal in groupby(self.lengths) if length]
         starts = accumulate((length * count for length, count in groups), initial=0)
         return [(start, count, length) for start, (length, count) in zip(starts, groups, strict=False)]
@@ -63,20 +63,20 @@ class _Layout:
         return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device="cpu")
 
     def bounds(self, device: torch.device) -> Tensor:
-        """Where texts begin and end, int32, as kernels for texts of many lengths take it."""
+        """Return the cumulative lengths, int32, as variable-length attention kernels take them."""
         if self._bounds.device != device:
             vars(self)["_bounds"] = send(self._bounds, device)
         return self._bounds
 
 
-# By what the models of a config attend.
+# Holds a config's attention implementation and restores it.
 _attention = SharedSetting[Any, str](
     lambda config: config._attn_implementation, lambda config, name: setattr(config, "_attn_implementation", name)
 )
 
 
 class _Laid(threading.local):
-    """What the calls of this thread are given: None where it is not a flat batch."""
+    """The layout of the flat batch that this thread's calls get; None outside of one."""
 
     layout: _Layout | None = None
 
@@ -89,9 +89,9 @@ class FlatForm:
     """How a model takes a flat batch.
 
     Args:
-        padding_id: Of RoBERTa's kin, whose positions count from behind it and leave out tokens that have it; or None.
-        takes_types: Whether it takes token types, which then are said to be 0: its own zeros are as long as a text.
-        configs: Where it says by which attention.
+        padding_id: For models like RoBERTa, whose positions start after it and skip tokens that have it; else None.
+        takes_types: Whether to pass token types of 0, since the model's own buffer of zeros is only as long as a text.
+        configs: The configs that name its attention.
     """
 
     padding_id: int | None
@@ -100,16 +100,16 @@ class FlatForm:
 
     @classmethod
     def of(cls, model: nn.Module) -> "FlatForm":
-        """Find how this model does."""
+        """Find how a model takes a flat batch."""
         base = map_model(model).base
         takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
         return cls(find_position_padding(base), takes_types, tuple(_configs_of(base)))
 
     def check(self) -> None:
-        """Make sure that attention is still kept within texts.
+        """Check that attention is still restricted to within texts.
 
         Raises:
-            CaptureError: something else has set the model's attention.
+            CaptureError: the model's attention was changed during the run.
         """
         changed = [config._attn_implementation for config in self.configs if config._attn_implementation != _NAME]
         if changed:
@@ -119,7 +119,7 @@ class FlatForm:
             )
 
     def arguments(self, batch: FlatBatch) -> dict[str, Tensor]:
-        """Give what to call the model with, on the CPU; `[1, T]` int64 each."""
+        """Return the model's keyword arguments, on the CPU; `[1, T]` int64 each."""
         lengths = np.array(batch.own_lengths)
         starts = np.cumsum(lengths) - lengths
         ids = batch.input_ids[0].numpy()
@@ -136,7 +136,7 @@ class FlatForm:
 
 
 def find_arguments(batch: Batch | FlatBatch, form: FlatForm | None) -> dict[str, Tensor]:
-    """Give what to call a model with, on the CPU; a flat batch needs its form."""
+    """Return the model's keyword arguments for a batch, on the CPU; a flat batch needs a form."""
     if isinstance(batch, Batch):
         return batch.arguments
     assert form is not None
@@ -145,7 +145,7 @@ def find_arguments(batch: Batch | FlatBatch, form: FlatForm | None) -> dict[str,
 
 @contextlib.contextmanager
 def laying(batch: object) -> Iterator[None]:
-    """Let the calls of this thread be of a flat batch while this is open; of any other batch it changes nothing."""
+    """Treat this thread's calls as those of a flat batch while this is open; does nothing for other batches."""
     if not isinstance(batch, FlatBatch):
         yield
         return
@@ -158,7 +158,7 @@ def laying(batch: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attending_flat(model: nn.Module) -> Iterator[None]:
-    """Let a model attend within the texts of flat batches while this is open."""
+    """Restrict a model's attention to within the texts of flat batches while this is open."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -174,16 +174,16 @@ def attending_flat(model: nn.Module) -> Iterator[None]:
 def refuse_flat(
     model: nn.Module, sites: Sequence[Site], ids: Sequence[int], precision: str | None, is_compiled: bool
 ) -> str | None:
-    """Say why a run cannot go without padding; None where it can.
+    """Return why a run cannot go without padding; None if it can.
 
     Args:
-        model: Run on two short texts, alone and as one batch, if nothing else speaks against it.
-        sites: Those of the run, whose rows are compared.
-        ids: Some tokens, of which the texts are made; three at least tell.
+        model: Run on two short texts, alone and as one batch, unless another reason is found first.
+        sites: Sites of the run, whose rows are compared.
+        ids: Some token ids to make the texts of; at least three make a meaningful test.
         precision: From `find_precision`.
         is_compiled: Whether the run compiles the model.
 
-    Cost: three forwards of a short text.
+    Cost: three forward passes of a short text.
     """
     if is_compiled:
         return "a compiled model would be compiled again for every batch"
@@ -195,7 +195,7 @@ def refuse_flat(
         return reason
     try:
         gives_same = _gives_same_rows(model, sites, list(ids) or [0], precision)
-    except Exception as error:  # whatever a model says of such a call, it does not take it
+    except Exception as error:  # any exception here means that the model does not take such a call
         if ran_out(error):
             raise
         return f"{type(model).__name__} does not take such a batch ({first_line(error)})"
@@ -203,14 +203,14 @@ def refuse_flat(
 
 
 def find_unusual_attention(mapped: ModelMap) -> str | None:
-    """Name the model's attention kernel; None where it is transformers' default."""
+    """Return the model's attention implementation; None if it is transformers' default."""
     attention = _find_attention(mapped)
     usual = "sdpa" if getattr(mapped.base, "_supports_sdpa", False) else "eager"
     return None if attention == usual else attention
 
 
 def _find_attention(mapped: ModelMap) -> str:
-    # whether or not it attends within texts for the moment
+    # the model's own, even while `attending_flat` is open
     config = mapped.base.config
     return (_attention.original(config) if hasattr(config, "_attn_implementation") else None) or "eager"
 
@@ -236,7 +236,7 @@ def _refuse_model(mapped: ModelMap) -> str | None:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Whether somebody has put something on a module that sees or makes values."""
+    """Whether a module carries a hook or a replaced `forward` that may see or change values."""
     is_idle = (getattr(hook, "__module__", None) == _IDLE_HOOKS for _, hook in list_hooks(module))
     return "forward" in vars(module) or not all(is_idle)
 
@@ -261,7 +261,7 @@ def _refuse_sites(sites: Sequence[Site]) -> str | None:
 
 
 def _gives_same_rows(model: nn.Module, sites: Sequence[Site], ids: list[int], precision: str | None) -> bool:
-    """Whether two texts behind one another give the rows that each gives alone, as far as sums in another order do."""
+    """Whether two concatenated texts give the same rows as each gives alone, within `REORDERED`."""
     device = find_device(model)
     texts = [ids, ids[::-1][: max(1, len(ids) // 2)]]
     flat = FlatBatch(
@@ -292,7 +292,7 @@ def _configs_of(base: nn.Module) -> list[Any]:
 
 
 def _make_mask(*args: Any, **kwargs: Any) -> Any:
-    """Stand for the mask that goes with a model's attention: a flat batch has none."""
+    """Make the attention mask: None for a flat batch, else transformers' own for `sdpa`."""
     from transformers.masking_utils import sdpa_mask
 
     return None if _laid.layout is not None else sdpa_mask(*args, **kwargs)
@@ -302,10 +302,10 @@ def _attend(
     module: nn.Module, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Stand for a model's attention: within the texts of a flat batch, else as `sdpa` does it.
+    """Compute attention within the texts of a flat batch, and as `sdpa` otherwise.
 
     Returns:
-        `[B, T, H, d]`, and no weights.
+        `[B, T, H, d]`, and None in place of weights.
     """
     layout = _laid.layout
     if layout is None:
@@ -333,12 +333,12 @@ def _attend(
 def _attend_by_length(
     query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, scaling: float | None, dropout: float, layout: _Layout
 ) -> Tensor:
-    """Attend within texts, those of one length at once."""
+    """Attend within texts, processing texts of the same length together."""
     num_heads, num_tokens = query_BHTd.shape[1:3]
     has_groups = key_BHTd.shape[1] != num_heads
     context = query_BHTd.new_empty(1, num_tokens, num_heads, value_BHTd.shape[3])
     for start, count, length in layout.blocks:
-        # one operator for each view, in place of four: there are some for every block of every layer
+        # one as_strided instead of four view operators, since this runs for every block of every layer
         blocks = [
             one.as_strided(
                 (count, one.shape[1], length, one.shape[3]),
@@ -357,13 +357,13 @@ def _attend_by_length(
 def _attend_by_kernel(
     query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, scaling: float | None, layout: _Layout
 ) -> Tensor:
-    """Attend within texts of any lengths by the kernel that a GPU has for that."""
+    """Attend within texts of any lengths with a GPU's variable-length kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # autocast, which knows the usual kernels, leaves rotated queries and keys in float32
+    # autocast does not cast for this kernel and leaves rotated queries and keys in float32
     packed = [one[0].transpose(0, 1).to(value_BHTd.dtype).contiguous() for one in (query_BHTd, key_BHTd, value_BHTd)]
     bounds, longest = layout.bounds(query_BHTd.device), max(layout.lengths)
-    # said only where they are not as usual: the first torch that has the kernel knows neither
+    # passed only if they differ from the defaults: the first torch with this kernel has neither argument
     more: dict[str, Any] = {}
     if scaling is not None and scaling != query_BHTd.shape[3] ** -0.5:
         more["scale"] = scaling

@@ -1,7 +1,7 @@
-"""The folder of a run: held against other runs, cleared of what an ended one left, given what precedes the shards.
+"""Prepare the folder of a run: lock it, clear what an ended run left, and write what precedes the shards.
 
-What is removed is flushed before anything new has a name, so that a power loss cannot bring back an index beside shards
-that are gone. Must never know of models or units.
+Removals are flushed before any new file is named, so that a power loss cannot bring back an index while its shards are
+gone. Must never know of models or units.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ __all__ = ["hold_store"]
 
 @contextlib.contextmanager
 def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | None]]:
-    """Hold the place of a plan while it is carried out, ready for its first missing shard.
+    """Lock the store of a plan while it runs, and prepare it for the first missing shard.
 
-    Gives the plan with what is done listed again, since another run may have continued it meanwhile, and the
-    descriptor of the lock, where there is one. No `.tmp` of the store outlives the block, and none of another run is
-    touched, since none can be active.
+    Yields the plan, with its done shards listed again because another run may have continued it meanwhile, and the
+    descriptor of the lock, or None. The store's `.tmp` files are removed on exit; with the lock held, no other run can
+    own one.
 
     Raises:
         LockError: another run is writing there.
@@ -65,16 +65,16 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
                 raise error if isinstance(error, StoreError) else tell_failure(folder, error) from error
             yield plan, lock.descriptor
         finally:
-            # gives back what was kept for a unit that did not come about; a forked process holds no lock, and what is
-            # there is its parent's
+            # free the space reserved for an unfinished unit; a forked child does not hold the lock, and the files are
+            # its parent's
             if lock.descriptor is not None:
                 with contextlib.suppress(OSError):
-                    lock.check()  # nor is what has come to lie there
+                    lock.check()  # nor the files of a folder that has taken this one's place
                     clear_leftovers(folder.path)
 
 
 def _need_name(folder: Path) -> None:
-    """Make sure that the tokenizer, which is written by a library in Rust, can be written there.
+    """Check that the path is UTF-8, as the Rust library that writes the tokenizer requires.
 
     Raises:
         StoreError: the path is not UTF-8.
@@ -89,10 +89,10 @@ def _need_name(folder: Path) -> None:
 
 
 def _clear(folder: Path, plan: Plan) -> None:
-    """Remove what an ended or replaced run left."""
+    """Remove the files of an ended or replaced run."""
     overwrite = plan.overwrite
     if (folder / INDEX_FILE).exists() and (overwrite or len(plan.done) < plan.num_units):
-        # first of all, and permanently: an index beside missing shards would call the store complete
+        # first, and durably: an index while shards are missing would mark the store as complete
         (folder / INDEX_FILE).unlink()
         flush_folder(folder)
     clear_leftovers(folder)
@@ -104,7 +104,7 @@ def _clear(folder: Path, plan: Plan) -> None:
 
 
 def _begin(plan: Plan, folder: NamedPath, keeper: RoomKeeper) -> None:
-    """Write what comes before the first shard."""
+    """Write the description and the tokenizer, which precede the first shard."""
     if not (folder / STORE_FILE).path.exists() or plan.overwrite:
         keeper.attempt(lambda: commit_description(plan.place, plan.description))
     if not (folder / TOKENIZER_FOLDER).path.exists():
@@ -121,7 +121,7 @@ def _commit_tokenizer(tokenizer: Any, folder: NamedPath) -> None:
         except OSError:
             raise
         except Exception as error:
-            # the library underneath raises a bare Exception that tells the system's number in its text
+            # the tokenizers library raises a bare Exception that has the errno only in its text
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
                 raise

@@ -1,8 +1,8 @@
-"""How the forward of a run is computed: in which precision, and compiled or not.
+"""Set up the forward pass of a run: its precision, and whether it is compiled.
 
-Neither touches the model: precision is torch's autocast around the calls, which casts the operands of what gains by
-it, or how far float32 products are rounded while they run, and a compiled model is a wrapper that the run calls. Both
-change values in their last digits, so both belong to the plan.
+Neither changes the model: precision is torch's autocast around the calls, or how far float32 matrix products are
+rounded while they run; a compiled model is a wrapper that the run calls. Both change values in their last digits, so
+both belong to the plan.
 
 Must never know of files.
 """
@@ -39,19 +39,19 @@ __all__ = [
     "tracing",
 ]
 
-# torch's name for a compiled model whose kernels a GPU replays as a graph, one for each shape of a batch
+# torch's name for a compiled model whose kernels are replayed as CUDA graphs, one per batch shape
 CUDA_GRAPHS = "reduce-overhead"
-# tf32 is float32 whose products a GPU may round to ten bits of mantissa
+# float32 whose matrix products a GPU may round to a 10-bit mantissa
 _TF32 = "tf32"
-# What sums in another order may change, as a share of the largest magnitude that a site has in a text: by the dtype
-# that the model computes in. About ten times the most that was seen with models of 12 layers.
+# Tolerance for sums taken in another order, relative to the largest magnitude at a site in a text, by the dtype of the
+# forward pass. About ten times the largest difference seen with models of 12 layers.
 REORDERED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def resolve_precision(precision: object) -> str | None:
-    """Give the name of a precision as stores say it; None for that of the weights.
+    """Return the full name of a precision, as stores record it; None for that of the weights.
 
     Raises:
         OptionError: there is no such precision.
@@ -69,10 +69,10 @@ def resolve_precision(precision: object) -> str | None:
 
 
 def check_backend(backend: object) -> None:
-    """Refuse a backend that torch does not have.
+    """Check that torch has a compiler backend.
 
     Raises:
-        OptionError: there is none.
+        OptionError: there is no such backend.
     """
     if isinstance(backend, bool) or backend == CUDA_GRAPHS:
         return
@@ -84,11 +84,11 @@ def check_backend(backend: object) -> None:
 
 
 def check_device(device: torch.device, backend: bool | str) -> None:
-    """Refuse what a device cannot do.
+    """Check that a device and this torch support a backend.
 
     Raises:
-        OptionError: CUDA graphs elsewhere, where batches would be filled up for nothing, or with a torch that would
-            record what must not be.
+        OptionError: CUDA graphs on another device, where padding batches to fixed shapes would gain nothing, or with a
+            torch that would record operators that must not be recorded.
     """
     if backend != CUDA_GRAPHS:
         return
@@ -96,20 +96,20 @@ def check_device(device: torch.device, backend: bool | str) -> None:
         raise OptionError(
             f"compile={backend!r} (--cuda-graphs) on {device}: CUDA devices replay graphs. Use compile=True here."
         )
-    import torch._inductor.config as compiler  # takes a second, and only this asks for it
+    import torch._inductor.config as compiler  # imported here because it takes a second
 
     check_recording(hasattr(torch.Tag, "cudagraph_unsafe"), getattr(compiler, "graph_partition", False))
 
 
 def check_recording(has_tag: bool, is_partitioned: bool) -> None:
-    """Refuse CUDA graphs that would hold the operators that carry values out: they run once, and not as it is replayed.
+    """Refuse CUDA graphs that would record the operators that read values out, which would not run again on replay.
 
     Args:
-        has_tag: Whether operators can say that they must not be recorded.
-        is_partitioned: Whether the compiler cuts graphs there.
+        has_tag: Whether operators can be marked as unsafe to record.
+        is_partitioned: Whether the compiler splits graphs at such operators.
 
     Raises:
-        OptionError: one of the two is missing.
+        OptionError: either is missing.
     """
     asked = f"compile={CUDA_GRAPHS!r} (--cuda-graphs)"
     if not has_tag:
@@ -125,14 +125,14 @@ def check_recording(has_tag: bool, is_partitioned: bool) -> None:
 
 
 def find_precision(model: nn.Module, precision: str | None) -> str | None:
-    """Find the precision to compute in, where it is not that of the weights.
+    """Return the precision of the forward pass if it differs from that of the weights, else None.
 
     Args:
-        model: Its weights and its device decide what there is.
-        precision: As asked for; None for what the program around has set: its autocast, or rounded float32 products.
+        model: Its weights and its device limit the choice.
+        precision: As given; None for what the calling program has set: its autocast, or rounded float32 products.
 
     Raises:
-        OptionError: the weights have fewer digits than that, or the device does not compute so.
+        OptionError: the weights are neither float32 nor of that precision, or the device does not support it.
     """
     weights = find_weight_dtype(model)
     if precision == _TF32 and find_device(model).type != "cuda":
@@ -150,18 +150,18 @@ def find_precision(model: nn.Module, precision: str | None) -> str | None:
 
 
 def find_dtype(model: nn.Module, precision: str | None) -> torch.dtype:
-    """Find the dtype that a model computes in: that of a precision from `find_precision`, or of its weights."""
+    """Return the dtype a model computes in: that of a precision from `find_precision`, or that of its weights."""
     return find_weight_dtype(model) if precision is None else PRECISIONS[precision]
 
 
 @contextlib.contextmanager
 def compute_in(model: nn.Module, precision: str | None) -> Iterator[None]:
-    """Compute a model's calls in a precision, from `find_precision`, while this is open, whatever a program has set.
+    """Run a model's calls in a precision from `find_precision` while this is open, whatever the program has set.
 
-    Autocast is this thread's, the rounding of float32 products the whole process's.
+    Autocast is set for this thread, the rounding of float32 products for the whole process.
 
     Raises:
-        OptionError: a run of this process is active that needs the rounding to be otherwise.
+        OptionError: an active run in this process needs a different rounding.
     """
     kind = find_device(model).type
     with contextlib.ExitStack() as computing:
@@ -176,9 +176,9 @@ def compute_in(model: nn.Module, precision: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(model: nn.Module, precision: str | None) -> Iterator[None]:
-    """Let a model's calls be those of a run while this is open: in eval mode, without gradients, in its precision.
+    """Set up a model for the calls of a run while this is open: eval mode, no gradients, its precision.
 
-    Its CUDA device is the current one meanwhile: what is made without naming one would wake the first.
+    Its CUDA device is made current, since allocations without a device would initialise the first one.
 
     Raises:
         OptionError: as `compute_in`.
@@ -190,7 +190,7 @@ def running(model: nn.Module, precision: str | None) -> Iterator[None]:
 
 
 def _find_ambient(model: nn.Module) -> str | None:
-    """Find the precision that the program around has set, where it is not that of the weights."""
+    """Return the precision that the calling program has set if it differs from that of the weights, else None."""
     kind, weights = find_device(model).type, find_weight_dtype(model)
     if _has_autocast(kind):
         names = {dtype: name for name, dtype in PRECISIONS.items() if name != _TF32}
@@ -204,7 +204,7 @@ def _has_autocast(kind: str) -> bool:
 
 
 def compile_network(model: nn.Module, backend: bool | str) -> nn.Module:
-    """Give what to call in place of a model: itself, or a compiled wrapper of it for texts of any length."""
+    """Return the module to call for a model: itself, or a compiled wrapper for texts of any length."""
     if backend is False:
         return model
     if backend == CUDA_GRAPHS:
@@ -216,14 +216,14 @@ def compile_network(model: nn.Module, backend: bool | str) -> nn.Module:
 
 
 def count_compiled(backend: bool | str) -> int:
-    """Count the graphs that torch has compiled in this process so far; 0 where nothing is compiled."""
+    """Return the number of graphs that torch has compiled in this process so far; 0 without a backend."""
     if backend is False:
         return 0
     return importlib.import_module("torch._dynamo.utils").counters["stats"]["unique_graphs"]
 
 
 def tracing(backend: bool | str) -> AbstractContextManager[Any]:
-    """Let graphs that are made while this is open gather rows, whose number they cannot know, without a break."""
+    """Let graphs compiled while this is open select a data-dependent number of rows without a graph break."""
     if backend is False:
         return contextlib.nullcontext()
     return importlib.import_module("torch._dynamo").config.patch(capture_dynamic_output_shape_ops=True)

@@ -1,7 +1,7 @@
-"""Texts from wherever they are: lists, files, folders, standard input, data sets of the hub.
+"""Read texts from lists, files, folders, standard input, and data sets of the hub.
 
-A source can be gone through more than once and always gives the same records in the same order; that is what makes a
-run resumable. Every error names the file and the line.
+A source can be iterated more than once and always gives the same records in the same order, which makes a run
+resumable. Every error names the file and the line.
 
 Hides file formats. Must never know of tokens or models.
 """
@@ -32,11 +32,11 @@ HUB_PREFIX = "hf:"
 
 
 def check_list(texts: Any, wanted: str) -> None:
-    """Refuse what does not give its texts, in an order of its own, when it is gone through."""
-    # a data frame gives the names of its columns
+    """Refuse an object that does not yield its texts in a fixed order when iterated."""
+    # iterating a data frame yields the names of its columns
     if hasattr(texts, "columns"):
         wanted += ", such as a column of it as a list, or its rows as mappings (in pandas frame.to_dict('records'))"
-    # a set has another order in each process, so a run over one could not be gone on with
+    # a set has a different order in each process, so a run over one could not be resumed
     elif isinstance(texts, Iterable) and not isinstance(texts, (Mapping, set, frozenset, bytes)):
         return
     raise InputError(f"{type(texts).__name__} is no input: give {wanted}.")
@@ -44,11 +44,11 @@ def check_list(texts: Any, wanted: str) -> None:
 
 @dataclass(frozen=True)
 class TextSource:
-    """Texts that can be gone through again and again.
+    """Texts that can be iterated more than once.
 
     Args:
-        name: What to call it in messages.
-        iterate: Starts at the first record each time it is called.
+        name: Name in messages.
+        iterate: Returns a new iterator over all records on each call.
     """
 
     name: str
@@ -59,16 +59,16 @@ class TextSource:
 
 
 def open_source(texts: Any, field: str = "text") -> TextSource:
-    """Find the texts.
+    """Open an input.
 
     Args:
-        texts: A path to a `.txt` (a text per line), `.jsonl`, `.csv` or `.parquet` file, a folder of them, `-` for
-            standard input (a text per line), a data set of the hub (`hf:NAME`, `hf:NAME:SPLIT` or
-            `hf:NAME:CONFIG:SPLIT`; its split `train` where none is named), or in Python a list of strings or of
-            mappings. A single string is a path.
-        field: Which field of a record holds the text; the others travel with the example as JSON. Arrays and tensors
-            become lists, their scalars numbers, dates and times their ISO text, decimal numbers and UUIDs text with all
-            digits; what else JSON has no word for is refused when its record comes.
+        texts: A path to a `.txt` (one text per line), `.jsonl`, `.csv` or `.parquet` file, a folder of them, `-` for
+            standard input (one text per line), a data set of the hub (`hf:NAME`, `hf:NAME:SPLIT` or
+            `hf:NAME:CONFIG:SPLIT`; split `train` by default), or in Python a list of strings or of mappings. A single
+            string is a path.
+        field: Name of the record field that holds the text; the others are stored with the example as JSON. Arrays and
+            tensors become lists, their scalars numbers, dates and times their ISO text, decimal numbers and UUIDs text
+            with all digits; any other value that JSON cannot represent is an error when its record is read.
 
     Raises:
         InputError: missing, of an unknown kind, or not texts.
@@ -76,7 +76,7 @@ def open_source(texts: Any, field: str = "text") -> TextSource:
     if isinstance(texts, (str, Path)):
         return _open_path(str(texts), field)
     check_list(texts, "a path, '-', or a list of texts")
-    # An iterator can be gone through only once.
+    # an iterator can be consumed only once
     records = texts if hasattr(texts, "__len__") and hasattr(texts, "__getitem__") else list(texts)
     return TextSource("the list of texts", lambda: _iterate_list(records, field))
 
@@ -89,7 +89,7 @@ def _open_path(path: str, field: str) -> TextSource:
         return _spool_stdin()
     if path.startswith(HUB_PREFIX):
         return _open_dataset(path, field)
-    # not by `Path`, which raises where a name is too long, as a text in the place of a path is
+    # not `Path`, which raises if the name is too long, for example when a text is passed instead of a path
     if os.path.isdir(path):
         files = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in _READERS)
         if not files:
@@ -122,19 +122,19 @@ def _open_path(path: str, field: str) -> TextSource:
 
 
 def _open_dataset(path: str, field: str) -> TextSource:
-    """Load a data set of the hub, or of a folder, into the cache of `datasets`; it is read from there."""
-    # not within brackets: a split may be cut, as in train[:1000]
+    """Load a data set of the hub, or of a folder, into the cache of `datasets` and read it from there."""
+    # do not split at colons in brackets: a split may be sliced, as in train[:1000]
     name, *parts = re.split(r":(?![^\[]*\])", path.removeprefix(HUB_PREFIX))
     if not name or name.startswith("//") or len(parts) > 2 or not all(parts):
         raise InputError(f"{path!r}: names no data set. Use hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
     config, split = parts[0] if len(parts) == 2 else None, parts[-1] if parts else "train"
     load_dataset = need_package("datasets", path, "data", InputError).load_dataset
-    # older versions run a script of the data set's, if they are not told otherwise
+    # older versions run a data set's own script unless told not to
     runs_no_code: Any = {"trust_remote_code": False} if int(version("datasets").partition(".")[0]) < 4 else {}
     try:
         rows: Any = load_dataset(name, config, split=split, **runs_no_code)
-    except Exception as error:  # whatever hub, cache and file say of it
-        cause = error.__cause__ or error  # the outer one says only that something went wrong
+    except Exception as error:  # the hub, the cache or a file may raise anything
+        cause = error.__cause__ or error  # the outer error says only that something went wrong
         raise InputError(
             f"{path}: the data set cannot be loaded ({first_line(cause)}). Check its name, config and split, and the "
             "network."
@@ -148,18 +148,18 @@ def _open_dataset(path: str, field: str) -> TextSource:
 
 
 class _Spool:
-    """A temporary file that lives as long as anyone who reads it."""
+    """A temporary file that is closed when its last reader is gone."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
 
     def __del__(self) -> None:
-        with suppress(OSError):  # what did not fit is tried once more
+        with suppress(OSError):  # closing flushes once more what did not fit
             self.file.close()
 
 
 def _spool_stdin() -> TextSource:
-    """Keep standard input in a temporary file: the plan goes through it once, the run again."""
+    """Copy standard input to a temporary file, since the plan reads it and the run reads it again."""
     try:
         spool = _Spool(tempfile.TemporaryFile())  # noqa: SIM115 - closed above
         while block := sys.stdin.buffer.read(1 << 20):
@@ -190,7 +190,7 @@ def _iterate_list(records: Any, field: str) -> Iterator[Record]:
 def _decode_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(file, start=1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # a byte order mark is no part of a text
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # a byte order mark is not part of a text
         except UnicodeDecodeError as error:
             raise InputError(
                 f"{name}, line {number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start}). "
@@ -231,7 +231,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Record]:
 
 
 def _read_csv(path: Path, field: str) -> Iterator[Record]:
-    # The module refuses fields beyond 128 kB unless told otherwise; a document is longer than that.
+    # the csv module refuses fields over 128 kB by default, and documents are longer than that
     csv.field_size_limit(max(csv.field_size_limit(), _MOST_FIELD_CHARACTERS))
     with open(path, "rb") as file:
         lines = (line for _, line in _decode_lines(file, str(path)))
@@ -249,7 +249,7 @@ def _read_csv(path: Path, field: str) -> Iterator[Record]:
                     )
                 yield split_record(record, field, where)
         except csv.Error as error:
-            # the DictReader counts a line only once it has read it
+            # DictReader counts a line only after parsing it
             raise InputError(f"{path}, line {reader.reader.line_num}: is not CSV ({error}).") from error
 
 

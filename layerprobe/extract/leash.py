@@ -1,9 +1,9 @@
-"""What ends a process of a crew with the one that gives it its work, from its first moment on.
+"""End a worker process when its parent process is gone.
 
-It is started before torch is imported, which takes seconds: until then the process holds the lock of a store for a run
-that may be gone. Imports nothing but Python's own.
+This starts before torch is imported, which takes seconds: otherwise the process would hold the store's lock during the
+import for a run that may be gone. Imports only the standard library.
 
-Must never read what the pipe holds.
+Must never read from the pipe.
 """
 
 import os
@@ -14,8 +14,8 @@ __all__ = ["end_with"]
 
 
 def end_with(descriptor: int) -> None:
-    """End this process, at once, when nobody holds the other end of its pipe any more."""
-    # of no event but that one, which needs no asking: what was sent stays for whoever reads it
+    """Exit this process at once when the other end of its pipe is closed."""
+    # registered for no events: a hang-up is always reported, and data is left for the reader
     hung_up = select.poll()
     hung_up.register(descriptor, 0)
 

@@ -1,4 +1,4 @@
-"""One call of a model, for what it makes at some sites: how wide they are, what a text's rows are.
+"""Call a model once and return its values at some sites, to measure their width or a text's rows.
 
 Must never know of stores.
 """
@@ -21,13 +21,13 @@ __all__ = ["look", "try_out"]
 def look(
     model: nn.Module, sites: Sequence[str], input_ids_BS: Tensor, mask_BS: Tensor | None = None, pool: Any = None
 ) -> dict[str, Any]:
-    """Call a model once, no further than its last asked site where it can end there.
+    """Call a model once, ending after the last given site if the model allows that.
 
     Args:
         model: Called as it is: see `running`.
-        sites: Names.
+        sites: Names of sites.
         input_ids_BS: int64 `[B, S]`, on any device.
-        mask_BS: 1 for real tokens; None where all are.
+        mask_BS: 1 for real tokens; None if all are real.
         pool: As for `Probe`.
 
     Returns:
@@ -41,10 +41,10 @@ def look(
 
 
 def try_out(model: nn.Module, sites: Sequence[str], input_ids_BS: Tensor, precision: str | None) -> dict[str, Any]:
-    """Look at what a model makes of a first text, in a precision that was asked for.
+    """Call a model on a first text, in the precision of the run.
 
     Raises:
-        ModelError: it does not run on one.
+        ModelError: the model does not run on it.
     """
     try:
         return look(model, sites, input_ids_BS)

@@ -1,7 +1,7 @@
-"""Whether memory has run out, whatever torch says of it.
+"""Recognise out-of-memory errors, whatever form torch gives them.
 
-On CUDA torch has an error of its own for that, which may come behind another one. On a CPU it is a `RuntimeError` that
-names the allocator. Must never know what was asked for, or what is done about it.
+On CUDA torch raises an error of its own type, which another error may hide. On a CPU it is a `RuntimeError` that names
+the allocator. Must never know what was allocated, or how callers handle it.
 """
 
 import torch
@@ -12,7 +12,7 @@ _CPU_ALLOCATOR = "DefaultCPUAllocator: "
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether memory gave out: while a CUDA graph is recorded that may come as an error of what cleans up after it."""
+    """Whether an error or one it hides is out of memory: cleanup after a failed CUDA graph capture may hide one."""
     seen: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:

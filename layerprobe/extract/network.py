@@ -1,7 +1,7 @@
-"""The model of a run: which one, with which tokenizer, and the longest text that it takes.
+"""Find the model of a run, its tokenizer, its sites, and its maximum text length.
 
-Also a batch of random tokens for it, where only its speed is asked for. Hides where models keep their limits. Must
-never know of stores.
+Also makes batches of random tokens for measuring speed. Hides where models keep their limits. Must never know of
+stores.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ __all__ = [
 
 
 def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str | int | None) -> tuple[nn.Module, Any]:
-    """Find a model and its tokenizer, by name or as they are given.
+    """Find a model and its tokenizer, from a name or from the objects themselves.
 
     Raises:
-        ModelError: there is no such model, nothing tells which tokenizer it was trained with, or that is a slow one.
-        OptionError: it is neither a model nor a name, or a device for a model that has one already.
+        ModelError: there is no such model, its tokenizer is not known, or the tokenizer is a slow one.
+        OptionError: it is neither a model nor a name, or a device is given for a model that has one already.
     """
     if not isinstance(model, (str, LoadedModel, nn.Module)):
         what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
@@ -51,11 +51,11 @@ def find_model(model: nn.Module | LoadedModel | str, tokenizer: Any, device: str
 
 
 def load_named(model: nn.Module | LoadedModel | str, device: str | int | None) -> nn.Module | LoadedModel:
-    """Load a model given by its name; any other is where it is, and is given back.
+    """Load a model given by name; return any other as it is.
 
     Raises:
         ModelError: there is no such model.
-        OptionError: it is no model, or a device for one that has one already.
+        OptionError: it is not a model, or a device is given for a model that has one already.
     """
     if isinstance(model, str):
         return load_model(model, device)
@@ -76,7 +76,7 @@ def _find_tokenizer(model: nn.Module) -> Any:
 
 
 def find_max_length(model: nn.Module, tokenizer: Any) -> int:
-    """Find the longest text the model takes, in tokens."""
+    """Return the maximum length of a text in tokens."""
     base: Any = map_model(model).base
     limit = min(getattr(tokenizer, "model_max_length", None) or 1 << 30, 1 << 30)
     positions = getattr(base.config, "max_position_embeddings", None)
@@ -87,13 +87,13 @@ def find_max_length(model: nn.Module, tokenizer: Any) -> int:
 
 
 def find_position_padding(base: nn.Module) -> int | None:
-    """Find the padding id behind which a base model's positions begin, as those of RoBERTa's kin do, or None."""
+    """Return the padding id after which position ids start, as in models like RoBERTa; None for other models."""
     table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     return table.padding_idx if isinstance(table, nn.Embedding) else None
 
 
 def choose_sites(mapped: ModelMap, asked: str | Sequence[str] | None) -> tuple[Site, ...]:
-    """Find the sites of a run: what is asked for, or of the embeddings and every layer what the model has.
+    """Return the sites of a run: those given, or the embeddings and every layer, as far as the model has them.
 
     Raises:
         SiteError: a pattern is malformed or matches nothing.
@@ -102,23 +102,23 @@ def choose_sites(mapped: ModelMap, asked: str | Sequence[str] | None) -> tuple[S
 
 
 def choose_max_length(model: nn.Module, tokenizer: Any, asked: int | None) -> int:
-    """Find the longest text of a run, in tokens: what is asked for, or all that the model takes.
+    """Return the maximum length of a text in tokens: the one given, or the model's limit.
 
     Raises:
-        OptionError: more than that is asked for, or less than the special tokens.
+        OptionError: it exceeds the model's limit, or is less than the number of special tokens.
     """
     limit = find_max_length(model, tokenizer)
     if asked is not None and asked > limit:
         raise OptionError(f"max_length is {asked}: the model takes at most {limit} tokens.")
     special = tokenizer.num_special_tokens_to_add()
     if asked is not None and asked < special:
-        # asked for less, a tokenizer does not cut at all, and does not say so
+        # below this, a tokenizer silently does not truncate at all
         raise OptionError(f"max_length is {asked}: {special} special tokens go around each text. Ask for more.")
     return asked or limit
 
 
 def check_ids(model: nn.Module, texts: TokenizedUnit, source: str, first_example: int = 0) -> None:
-    """Refuse ids that the model's vocabulary does not have: a GPU would take no further work from this process.
+    """Refuse ids outside the model's vocabulary: on a GPU they would break the CUDA context of this process.
 
     Raises:
         ModelError: a text has one.
@@ -138,17 +138,17 @@ def check_ids(model: nn.Module, texts: TokenizedUnit, source: str, first_example
 
 
 def make_random_batch(loaded: LoadedModel, size: int, length: int) -> dict[str, Tensor]:
-    """Make `size` texts of `length` random tokens, none of them padding, on the model's device.
+    """Make `size` texts of `length` random tokens, without padding, on the model's device.
 
     Raises:
-        OptionError: the model does not take as many tokens.
+        OptionError: `length` exceeds the model's limit.
     """
     limit = find_max_length(loaded.model, loaded.tokenizer)
     if length > limit:
         raise OptionError(f"length is {length}: the model takes at most {limit} tokens.")
     config = map_model(loaded.model).base.config
     drawn = torch.randint(config.vocab_size, (size, length), generator=torch.Generator().manual_seed(0), device="cpu")
-    # a padding id in a text would move the positions of RoBERTa's kin
+    # in models like RoBERTa a padding id within a text would shift the positions
     unwanted = config.pad_token_id
     ids = drawn if unwanted is None else torch.where(drawn == unwanted, (unwanted + 1) % config.vocab_size, drawn)
     ids = ids.to(find_device(loaded.model))

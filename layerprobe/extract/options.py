@@ -1,4 +1,4 @@
-"""What can be asked of a run, checked when it is said.
+"""The options of a run, checked when they are given.
 
 Must never look at a model, an input or a folder.
 """
@@ -21,35 +21,35 @@ from layerprobe.store.writer import NONFINITE_POLICIES
 
 __all__ = ["ExtractOptions", "check_call"]
 
-# What a run into a sink takes; all other options concern stores.
+# Options that also apply to a run into a sink; all others concern stores.
 _FOR_SINKS = ("sites", "field", "max_length", "batch_tokens")
-# Where the name of an option is another than that of its field.
+# Fields whose option has another name.
 _NAMES = {"shard_bytes": "shard_size"}
 
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What to extract and how; checked when made.
+    """What to extract and how; checked on construction.
 
     Args:
         sites: A pattern, or several; None for the embeddings and every layer, as far as the model has them.
         dtype: Stored dtype by name, or None for the model's own.
         pool: As for `Probe`.
-        field: Which field of a record holds the text.
-        max_length: Longest text in tokens; None for the model's own limit.
-        batch_tokens: Tokens per batch, padding included; None chooses by device, and tries for long runs.
-        padding_free: Whether texts go through the model behind one another, without padding; None where they can.
-        shard_bytes: What a shard should hold, by an estimate: texts with more tokens a byte than the first ones take
-            more. At most about a million tokens and 65,536 texts, whatever it is. None chooses by device.
+        field: Name of the record field that holds the text.
+        max_length: Maximum length of a text in tokens; None for the model's own limit.
+        batch_tokens: Tokens per batch, padding included; None chooses by device, and by trial for long runs.
+        padding_free: Whether to concatenate texts into one sequence instead of padding; None does so where possible.
+        shard_bytes: Approximate bytes of a shard, by an estimate: texts with more tokens a byte than the first ones
+            take more. At most about a million tokens and 65,536 texts in any case. None chooses by device.
         nonfinite: `warn` counts values that are not finite, `error` stops at them.
         keep: Share of the rows to keep.
         tokens: Which tokens to keep rows of: `all`, `first`, `cls`, `special` or `nonspecial`.
-        precision: What the forward computes in, by name; None for the dtype of the weights.
-        compile: Whether to compile the model for the run, or torch's backend to do so, or `reduce-overhead`.
+        precision: Precision of the forward pass, by name; None for the dtype of the weights.
+        compile: Whether to compile the model for the run, or the torch backend to use, or `reduce-overhead`.
         writers: Shards written at once, each from a buffer of its own.
 
     Raises:
-        OptionError: a value that does not exist.
+        OptionError: an invalid value.
         SiteError: `sites` is neither a pattern nor a list of them.
     """
 
@@ -75,10 +75,10 @@ class ExtractOptions:
         resolve_dtype(self.dtype)
         check_pool(self.pool)
         check_kept(self.tokens, self.keep)
-        # as JSON writes it, whatever kind of number it came as
+        # stored as a float in JSON, whatever type of number was given
         object.__setattr__(self, "keep", float(self.keep))
         check_backend(self.compile)
-        # by one name, since it is part of what the run is
+        # one name per precision, since it is part of the run's fingerprint
         object.__setattr__(self, "precision", resolve_precision(self.precision))
         if self.padding_free is not None and type(self.padding_free) is not bool:
             raise OptionError(f"padding_free is {self.padding_free!r}: use True, False, or None for where it can be.")
@@ -90,13 +90,13 @@ class ExtractOptions:
             object.__setattr__(self, name, int(getattr(self, name)))
 
     def list_for_stores(self) -> list[str]:
-        """List the options that are given and concern stores alone, by the names that they have in a call."""
+        """List the options that were given and only concern stores, by their names in a call."""
         own = (field for field in fields(self) if field.name not in _FOR_SINKS)
         return [_NAMES.get(field.name, field.name) for field in own if getattr(self, field.name) != field.default]
 
 
 def check_call(to: object, overwrite: object, wait_for_space: object, progress: object) -> None:
-    """Refuse what a call of `extract` says beside its options, where it is of another type than asked for.
+    """Check the arguments of `extract` that are not options.
 
     Raises:
         OptionError: `to` is neither a place nor a sink, or a value is neither True nor False.

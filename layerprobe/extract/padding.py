@@ -1,7 +1,7 @@
-"""Whether a model's rows of a text depend on the padding behind it.
+"""Test whether a model's rows of a text depend on the padding after it.
 
-A mask keeps attention from padding, and nothing else: a convolution over positions, or a mix of all of them, sees it.
-Texts of such a model share a batch only where they have one length, so that each has the rows that it has alone.
+A mask only keeps attention from seeing padding; a convolution over positions, or any other mixing of them, sees it.
+Texts of such a model share a batch only if they have the same length, so that each gets the rows that it has alone.
 
 Must never know of stores.
 """
@@ -20,30 +20,30 @@ from layerprobe.sites.resolve import Site, map_model
 
 __all__ = ["TRIED_TOKENS", "sees_padding"]
 
-# Of the first texts: enough to tell.
+# How many of the first tokens to test with.
 TRIED_TOKENS = 8
 
 
 def sees_padding(
     model: nn.Module, unit: TokenizedUnit, pad_id: int, precision: str | None = None, sites: Sequence[Site] = ()
 ) -> bool:
-    """Run a short text alone, and with padding beside a longer one; say whether its rows differ.
+    """Compare a short text's rows alone with those in a batch where a longer text makes it padded.
 
     Args:
         model: Called as it is: see `running`.
-        unit: Texts, of whose first tokens both are made.
-        pad_id: What padding is.
+        unit: Texts from whose first tokens both texts are made.
+        pad_id: Id of the padding token.
         precision: From `find_precision`.
-        sites: Where to look; where they have no rows, and where none is given, every layer's output.
+        sites: Sites to compare; if none of them has a row per token, every layer's output.
 
     Returns:
-        True also for a model that takes no such short text, of which nothing is known: all that it costs is fuller
-        batches. False where there are no rows to look at.
+        True if the rows differ, and also if the model does not accept so short a text: assuming the worst only costs
+        smaller batches. False if there are no rows to compare.
 
     Raises:
         LayerProbeError: as a call of the model raises it.
 
-    Cost: two forwards of a short text.
+    Cost: two forward passes of a short text.
     """
     names, long = _choose_sites(model, sites), unit.ids[:TRIED_TOKENS].tolist()
     half = len(long) // 2
@@ -56,7 +56,7 @@ def sees_padding(
         alone, padded = look(model, names, torch.tensor([short], device="cpu")), look(model, names, batch, mask)
     except LayerProbeError:
         raise
-    except Exception as error:  # whatever a model says of so short a text
+    except Exception as error:  # the model may raise anything for so short a text
         if ran_out(error):
             raise
         return True
@@ -71,11 +71,11 @@ def _choose_sites(model: nn.Module, sites: Sequence[Site]) -> list[str]:
 
 
 def _agree(alone_1HD: Tensor, padded_2SD: Tensor, half: int, allowed: float) -> bool:
-    """Whether the shorter text has the same rows, as far as sums in another order do."""
+    """Whether the shorter text has the same rows, within rounding."""
     if alone_1HD.ndim != 3 or alone_1HD.shape[1] != half or padded_2SD.ndim != 3:
-        return True  # rows of something else than the tokens of the text
+        return True  # not one row per token of the text
     alone_HD, padded_HD = alone_1HD[0], padded_2SD[1, :half]
-    # values that are not finite tell nothing, wherever they are
+    # values that are not finite cannot be compared
     are_finite = alone_HD.isfinite() & padded_HD.isfinite()
     difference = (padded_HD - alone_HD)[are_finite]
     return not difference.numel() or bool(difference.abs().max() <= allowed * alone_HD[are_finite].abs().max())

@@ -1,9 +1,9 @@
-"""What a run will do, computed and checked before it does anything.
+"""Compute and check everything about a run before it does anything.
 
-A plan holds the texts, the model, the sites and the rule that cuts the input into units. The rule is computed from the
-input alone, so any process can do any unit, and its fingerprint tells one run from another.
+A plan holds the texts, the model, the sites and the rule that cuts the input into units. The rule depends only on the
+input, so any process can do any unit. The plan's fingerprint identifies the run.
 
-Hides estimates and checks. Runs the model once, on one short text, to learn how wide its sites are.
+Hides estimates and checks. Runs the model once, on one short text, to measure the width of its sites.
 """
 
 import itertools
@@ -54,17 +54,17 @@ from layerprobe.tables import format_bytes, format_count, format_dtype
 
 __all__ = ["Plan", "plan_extraction"]
 
-# By so many texts and bytes the rest of the input is estimated; they are held as long as the run goes on.
+# The size of the input is estimated from this many first texts or bytes, which stay in memory for the whole run.
 _SAMPLE_EXAMPLES, _SAMPLE_BYTES = 2000, 16 << 20
 _BYTES_PER_TOKEN = 4.0
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A run that is ready to go. `print(plan)` says what it will do.
+    """A run that is ready to start; `print(plan)` describes what it will do.
 
-    Its `digests` are those of the input up to the end of each unit: by them a unit is known before it is written.
-    `first_texts` are those that the plan was made from, `first` their ids.
+    `digests` are those of the input up to the end of each unit, so a unit can be identified before it is written.
+    `first_texts` are the texts that the plan was made from, `first` their token ids.
     """
 
     place: Place
@@ -93,53 +93,53 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Tells this run from any other."""
+        """Identifier of this run."""
         return self.description["fingerprint"]
 
     @property
     def folder(self) -> Path:
-        """The local folder of the store; absolute.
+        """Absolute path of the store's local folder.
 
         Raises:
-            StoreError: it lies elsewhere.
+            StoreError: the store is not in a local folder.
         """
         return need_folder(self.place).path
 
     @property
     def num_units(self) -> int:
-        """Shards of the whole run."""
+        """Number of shards of the whole run."""
         return len(self.digests)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return find_device(self.model)
 
     @property
     def precision(self) -> str | None:
-        """What the forward computes in, where that is not the dtype of the weights."""
+        """Precision of the forward pass if it differs from the dtype of the weights, else None."""
         return self.description["plan"].get("precision")
 
     @property
     def is_flat(self) -> bool:
-        """Whether texts go through the model behind one another, without padding."""
+        """Whether texts are concatenated into one sequence instead of padded."""
         return bool(self.description["plan"].get("padding_free"))
 
     @property
     def missing_bytes(self) -> int:
-        """Estimate of what is still to be written."""
+        """Estimated bytes still to be written."""
         done = sum(header.num_examples for header in self.done.values())
         return round(self.num_bytes * (self.num_examples - done) / self.num_examples)
 
     @property
     def free_bytes(self) -> int | None:
-        """Free space where the store is or will be; None where that has no bound to be known."""
+        """Free bytes where the store is or will be; None for remote stores, which have no known limit."""
         if self.place.folder is None:
             return None
         place = self.folder
         while not place.exists():
             place = place.parent
-        # what a killed run had reserved, or what this one replaces, is removed before anything is written
+        # files that a killed run reserved, or that this run replaces, are removed before anything is written
         replaced = itertools.chain(
             self.folder.glob("shard-*.safetensors.tmp"),
             self.folder.glob("shard-*.safetensors") if self.overwrite else (),
@@ -161,7 +161,7 @@ class Plan:
         )
 
     def units(self) -> Iterator[Unit]:
-        """Go through the units of the input."""
+        """Iterate over the units of the input."""
         return self.rule.cut(iter(self.source))
 
     def __str__(self) -> str:
@@ -186,7 +186,7 @@ class Plan:
         ]
         missing = self.num_units - len(self.done)
         if self.crew is not None and 0 < missing < (num_devices := len(self.crew.devices)):
-            # a run that goes on keeps its shards as they are
+            # a resumed run keeps its division into shards
             can_have_more = not self.is_resumed and self.num_examples > self.num_units
             advice = "; a smaller shard_size (--shard-size) makes more" if can_have_more else ""
             to_do = f"{format_count(missing, 'shard')} to do{advice}"
@@ -211,10 +211,10 @@ def plan_extraction(
     wait_for_space: bool = False,
     stands_for: int | None = None,
 ) -> Plan:
-    """Work out and check a run; see `extract` for the arguments.
+    """Plan and check a run; see `extract` for the arguments.
 
     Args:
-        stands_for: Examples of the run that this one is a sample of, and whose batches it is to have.
+        stands_for: Number of examples of the full run that this one samples; batches are chosen as for that run.
 
     Raises:
         LayerProbeError: anything that would make the run fail and can be known before it starts.
@@ -239,12 +239,12 @@ def plan_extraction(
     rule = _make_rule(stored, max_length, _measure_texts(sample, sampled), kept)
     rule = size_units(rule, options.shard_bytes, recalled, find_device(model))
     survey = survey_input(source, rule)
-    # before the choice, which may ask for it twice: it reads every weight
+    # described before batches are chosen, which may need it twice: it reads every weight
     described = describe_run(model, tokenizer, stored, options, rule, survey, name)
     num_tokens = round(survey.num_tokens * (stands_for or survey.num_examples) / survey.num_examples)
     trials = Trials(model, sites, stored, rule.kept, options, sampled, num_tokens, tokenizer.pad_token_id or 0)
     if overwrite and recalled is not None and not can_resume(recalled, described, trials):
-        # nothing stays of the run there, by which this one was cut
+        # the run in the folder, whose cut was used so far, will be replaced
         recalled, own = None, size_units(rule, options.shard_bytes, None, find_device(model))
         if own != rule:
             rule, survey = own, survey_input(source, own)
@@ -252,7 +252,7 @@ def plan_extraction(
     _check_counts(survey)
     batch_tokens, description = choose_batches(place, recalled, described, trials)
     is_exact = survey.num_examples <= len(sample)
-    # a run resumes its own store even with overwrite: a job that is requeued is started by the same command
+    # the same run is resumed even with overwrite, because a requeued job starts with the same command
     overwrite = overwrite and place.exists(STORE_FILE) and not is_same_run(recalled, description)
     done, num_damaged = ({}, 0) if overwrite else find_done(place, description)
     if options.nonfinite == "error":
@@ -287,10 +287,10 @@ def plan_extraction(
 
 
 def _read_sample(source: TextSource) -> tuple[str, ...]:
-    """Read the first texts of an input: at least one, and no more than are to be held.
+    """Read the first texts of an input: at least one, and at most `_SAMPLE_EXAMPLES` and about `_SAMPLE_BYTES`.
 
     Raises:
-        InputError: there is none, or one that no tokenizer takes.
+        InputError: there is none, or one that no tokenizer accepts.
     """
     texts: list[str] = []
     size = 0
@@ -305,7 +305,7 @@ def _read_sample(source: TextSource) -> tuple[str, ...]:
 
 
 def _measure_texts(sample: Sequence[str], sampled: TokenizedUnit) -> float:
-    """Measure a token's bytes of text, over the texts that are whole; by them tokens are estimated."""
+    """Measure the bytes of text per token over the texts that were not truncated, for estimating token counts."""
     known = zip(sample, sampled.lengths.tolist(), sampled.truncated, strict=True)
     whole = [(len(text.encode()), length) for text, length, is_cut in known if not is_cut]
     tokens = sum(count - 2 for _, count in whole)
@@ -316,7 +316,7 @@ def _measure_texts(sample: Sequence[str], sampled: TokenizedUnit) -> float:
 def _make_rule(
     stored: Sequence[StoredSite], max_length: int, text_bytes_per_token: float, kept: Kept | None
 ) -> UnitRule:
-    """Say what texts cost at these sites; how much makes a unit is for `size_units` to say."""
+    """Make the rule with the cost of texts at these sites; `size_units` sets the size of a unit."""
     vectors = {
         kind: sum(site.bytes_per_vector for site in stored if site.kind == kind) for kind in ("token", "example")
     }
@@ -332,7 +332,7 @@ def _make_rule(
 
 
 def _check_counts(survey: Survey) -> None:
-    """Refuse a run whose store could not be read."""
+    """Refuse a run whose store would exceed what can be read back."""
     if (num_units := len(survey.digests)) > MOST_SHARDS:
         raise OptionError(f"{num_units:,} shards; at most {MOST_SHARDS:,} are read. Raise shard_size.")
     if (num_rows := survey.num_tokens + survey.num_examples) > MOST_ROWS:
@@ -342,14 +342,14 @@ def _check_counts(survey: Survey) -> None:
 
 
 def _estimate_bytes(survey: Survey, rule: UnitRule, whole: TokenizedUnit | None) -> int:
-    """Estimate the bytes of a store; `whole` is its input where that is tokenised already."""
+    """Estimate the bytes of a store; `whole` is its input if that is fully tokenised already."""
     value_bytes = survey.value_bytes if whole is None else sum(map(rule.cost, whole.lengths.tolist()))
-    # beside values and ids: an ordinal and two offsets per example; the records
+    # besides values and ids: an ordinal and two offsets per example, and the records
     return value_bytes + 24 * survey.num_examples + survey.record_bytes
 
 
 def _check_space(plan: Plan) -> None:
-    """Make sure that the disk has room for what is still to be written, where nobody wants to wait for it."""
+    """Check that the disk has space for what is still to be written, unless the run may wait for it."""
     free_bytes, missing_bytes = plan.free_bytes, plan.missing_bytes
     if free_bytes is not None and missing_bytes > free_bytes and not plan.wait_for_space:
         raise SpaceError(
@@ -368,7 +368,7 @@ def _find_source(
     device: str | int | None,
     devices: str | Sequence[int | str] | None,
 ) -> tuple[Crew | None, TextSource, str | int | None]:
-    """Open the input; where several devices are asked for, find who does the run, and plan on the first of them."""
+    """Open the input; with several devices, also set up the crew, and plan on the first device."""
     if devices is None:
         return None, open_source(texts, options.field), device
     names = name_devices(devices)

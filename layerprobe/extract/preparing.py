@@ -1,7 +1,7 @@
-"""A unit made ready for the model: recognised, tokenised, cut into batches, with all that travels with its examples.
+"""Prepare units for the model: check them against the plan, tokenise them, and cut them into batches.
 
-None of it needs the device, so it is done in the thread that works ahead. Must never know of that thread, or of what
-the model makes.
+None of this needs the device, so it runs in the prefetch thread. Must never know of that thread, or of what the model
+computes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,22 +25,22 @@ __all__ = ["PreparedUnit", "ReadyBatch", "check_units", "prepare_missing"]
 
 
 class ReadyBatch(NamedTuple):
-    """A batch, and what a sink is told of it as a whole."""
+    """A batch, and its announcement to the sink."""
 
     batch: Batch | FlatBatch
     announced: AnnouncedBatch
 
 
 class PreparedUnit:
-    """A unit that lacks nothing but the model.
+    """A unit that is ready for the model.
 
     Args:
-        plan: Of the run.
+        plan: Plan of the run.
         unit: Its texts.
         tokenized: Their ids.
 
-    `room` is what it takes in a buffer, `records` is what travels with its examples, as bytes; `keeps_part` says
-    whether only a part of its rows is kept. `batches` are gone through once.
+    `room` is its size in a buffer, `records` the encoded records of its examples, and `keeps_part` says whether only
+    some of its rows are kept. `batches` can be iterated once.
     """
 
     def __init__(self, plan: Plan, unit: Unit, tokenized: TokenizedUnit) -> None:
@@ -59,11 +59,11 @@ class PreparedUnit:
 
     @property
     def keeps_part(self) -> bool:
-        """Whether rows are kept with their positions."""
+        """Whether only some rows are kept, so that their positions are stored too."""
         return self._rows is not None
 
     def announce(self, batch: Batch | FlatBatch) -> AnnouncedBatch:
-        """Say what a sink is told of a batch, or of a part of one, before the model is called with it."""
+        """Make the announcement of a batch, or of a part of one, that a sink gets before the model is called."""
         rows, tokenized = self._rows, self._tokenized
         kept = None if rows is None else [rows.of(member) for member in batch.members]
         has_copies = len(batch.sequences) > batch.num_sequences - batch.num_filling
@@ -88,7 +88,7 @@ class PreparedUnit:
 
 
 def prepare_missing(plan: Plan, unit: Unit) -> PreparedUnit | None:
-    """Make a unit ready, or give None where it is done already."""
+    """Prepare a unit; None if it is done already."""
     return None if unit.number in plan.done else PreparedUnit(plan, unit, _tokenize(plan, unit))
 
 
@@ -103,10 +103,10 @@ def _tokenize(plan: Plan, unit: Unit) -> TokenizedUnit:
 
 
 def check_units(plan: Plan) -> Iterator[Unit]:
-    """Go through the units of a plan.
+    """Iterate over the units of a plan.
 
     Raises:
-        InputError: a unit is not what it was when the plan was made.
+        InputError: a unit has changed since the plan was made.
     """
     digest, num_units = InputDigest(plan.source.name), 0
     for unit in plan.units():
@@ -120,12 +120,12 @@ def check_units(plan: Plan) -> Iterator[Unit]:
 
 
 def _make_record(record: Record) -> Mapping[str, Any]:
-    """Give what travels with an example."""
+    """Return the record that is stored with an example."""
     return {"text": record.text, **({"fields": record.fields} if record.fields else {})}
 
 
 def _changed(plan: Plan) -> InputError:
-    # units are compared with the plan before they are run: nothing of the changed input has reached the store
+    # units are compared with the plan before they run, so nothing of the changed input has reached the store
     return InputError(
         f"{plan.source.name}: changed while the run was under way. What {plan.place} holds is of the input as it was: "
         "put that back and run the same command again, pass overwrite=True (--overwrite), or choose another folder."

@@ -1,7 +1,7 @@
-"""What a run over many more texts would cost: bytes, hours, and what they are spent on, from a measured sample.
+"""Estimate from a measured sample what a run over many more texts would cost, in bytes and hours.
 
-The sample is run as the whole would be, into a folder that is removed again, on the disk where the store will lie. What
-the disk does alone is measured beside it.
+The sample is run as the whole would be, into a temporary folder on the disk of the store. The speed of that disk alone
+is measured too.
 
 Hides how the sample is taken. Must never write into the store itself.
 """
@@ -37,7 +37,7 @@ _DISK_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class DiskPace:
-    """What the disk did alone: bytes, and the seconds until they were on it; and how much room it has."""
+    """Speed of the disk alone: bytes, seconds until they were durable, and the free bytes of the disk."""
 
     num_bytes: int
     seconds: float
@@ -49,7 +49,7 @@ class Price:
     """The cost of a run; `str(price)` is a small table.
 
     Args:
-        num_examples: Of the run that is asked about.
+        num_examples: Number of texts of the run.
         sample, disk: What was measured.
         device: Where the model ran.
     """
@@ -76,17 +76,17 @@ class Price:
 
     @property
     def disk_s(self) -> float:
-        """Seconds of the run if the forward cost nothing."""
+        """Seconds of the run if the forward pass cost nothing."""
         return self.num_bytes * self.disk.seconds / self.disk.num_bytes
 
     @property
     def seconds(self) -> float:
-        """Seconds of the run: the two overlap, so that the slower one counts."""
+        """Seconds of the run: forward passes and disk writes overlap, so the slower of the two counts."""
         return max(self.forward_s, self.disk_s)
 
     @property
     def bound(self) -> str:
-        """What the time goes to: `forward` or `disk`."""
+        """What limits the run: `forward` or `disk`."""
         return "forward" if self.forward_s >= self.disk_s else "disk"
 
     @property
@@ -121,20 +121,20 @@ def price_extraction(
     *,
     device: str | int | None = None,
 ) -> Price:
-    """Measure a run on the first texts of its input, and say what as many as `num_examples` would cost.
+    """Measure a run on the first texts of its input, and estimate the cost of `num_examples` texts.
 
     Args:
         model, texts, options, device: As for the run.
-        to: Where its store would lie, in a local folder; nothing is left there.
-        num_examples: Texts of the run that is asked about.
-        seconds: How long to measure, about; it ends earlier where the input does, later where eight texts take longer,
-            and by what it takes to plan and to compile.
+        to: Where its store would be, in a local folder; nothing is left there.
+        num_examples: Number of texts of the run.
+        seconds: Approximate time to measure; shorter if the input ends first, longer if eight texts take longer, and
+            not counting the time to plan and to compile.
 
     Raises:
-        OptionError: a number that cannot be, or no local folder.
+        OptionError: an impossible number, or `to` is not a local folder.
         InputError: the input holds no texts.
         StoreError: a store cannot be written there.
-        SpaceError: the disk has no room for the sample.
+        SpaceError: the disk has no space for the sample.
         LayerProbeError: whatever the run would raise.
     """
     if num_examples < 1 or not math.isfinite(seconds) or seconds <= 0:
@@ -163,7 +163,7 @@ def price_extraction(
 
 @contextlib.contextmanager
 def _make_scratch(folder: NamedPath) -> Iterator[Path]:
-    """Make a folder where a store will lie; in one that is there, under a name that the next run there removes."""
+    """Make a temporary folder beside the future store, or inside an existing one, where the next run clears it."""
     parent = next(one for one in (folder.path, *folder.path.parents) if one.is_dir())
     is_inside = parent == folder.path
     scratch = parent / (f"{TRIAL_PREFIX}{time.time_ns()}.tmp" if is_inside else f"layerprobe-plan-{time.time_ns()}")
@@ -187,11 +187,11 @@ def _measure_sample(
     num_examples: int,
     seconds: float,
 ) -> SamplePace:
-    """Run the first texts for about so many seconds, by a plan as that of the whole run would be."""
+    """Run the first texts for about `seconds`, with the plan that the whole run would have."""
     first = [{**one.fields, "text": one.text} for one in itertools.islice(check_records(source), MOST_EXAMPLES)]
     if not first:
         raise InputError(f"{source.name}: holds no texts. Give at least one.")
-    # room is looked for unit by unit: what was counted is removed again
+    # space is reserved unit by unit, and counted shards are removed, so the plan must not require space for all
     plan = plan_extraction(
         model, first, place, options, tokenizer=tokenizer, wait_for_space=True, stands_for=num_examples
     )
@@ -201,7 +201,7 @@ def _measure_sample(
 
 
 def _measure_disk(folder: Path) -> DiskPace:
-    """Write what does not compress, as a shard is written, until it is on the disk."""
+    """Write incompressible data durably, as a shard is written."""
     data = make_noise(_DISK_BYTES)
     free = shutil.disk_usage(folder).free
     path = folder / "disk"

@@ -1,7 +1,7 @@
-"""A record: a text and whatever else came with it, which is kept as JSON.
+"""Records: a text and the other fields that came with it, kept as JSON.
 
-A digest of records, in their order, tells one input from another. What fields hold is turned into what JSON says of it
-as a record is made; where JSON has no word for it, the error names the record and the field.
+A digest over the records, in order, identifies an input. Field values are converted to JSON types when a record is
+made; for a value that JSON cannot represent, the error names the record and the field.
 
 Must never know where records come from, or of tokens and models.
 """
@@ -23,22 +23,22 @@ from layerprobe.store.guard import check_record
 
 __all__ = ["InputDigest", "Record", "check_text", "keep_plain", "split_record"]
 
-_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode  # made once: json.dumps makes one for each record
-# What JSON says as it is, and the kinds of numpy's dtypes whose `tolist` gives that.
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode  # made once; json.dumps would make one per call
+# Types that JSON represents directly, and the numpy dtype kinds whose `tolist` returns them.
 _PLAIN = (str, int, float, bool, type(None))
 _PLAIN_KINDS = "biufU"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One input: its text and whatever else came with it."""
+    """One input: its text and the other fields that came with it."""
 
     text: str
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 class InputDigest:
-    """A fingerprint of records, in their order; equal for the same input and, in all likelihood, for no other."""
+    """A fingerprint of records in order: equal for equal inputs, and almost certainly different for others."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -46,13 +46,13 @@ class InputDigest:
         self._count = 0
 
     def add(self, record: Record) -> int:
-        """Take in one record; gives its bytes as JSON.
+        """Add one record and return the bytes of its JSON.
 
         Raises:
-            InputError: half a character in the text, or fields that are no JSON or more of it than is read back.
+            InputError: the text has half a character, or the fields are not JSON or exceed what can be read back.
         """
         try:
-            # the JSON of `[text, fields]`, in pieces: a text alone is encoded three times as fast
+            # the JSON of `[text, fields]`, built from parts because a bare text is encoded three times as fast
             line = f"[{_encode(record.text)}, {_encode(record.fields) if record.fields else '{}'}]\n".encode()
             if record.fields:
                 check_record(line)
@@ -67,15 +67,15 @@ class InputDigest:
         return len(line) - 1
 
     def digest(self) -> bytes:
-        """Give the fingerprint of what was taken in so far: 16 bytes."""
+        """Return the fingerprint of the records so far, 16 bytes."""
         return self._hash.digest()
 
 
 def check_text(text: str, name: str, number: int) -> str:
-    """Refuse a text that no tokenizer takes.
+    """Check that a text is one that tokenizers accept, and return it.
 
     Raises:
-        InputError: it holds half a character.
+        InputError: it holds half a character (a lone surrogate).
     """
     try:
         text.encode()
@@ -88,10 +88,10 @@ def check_text(text: str, name: str, number: int) -> str:
 
 
 def split_record(record: Mapping[str, Any], field: str, where: str) -> Record:
-    """Take a record apart into its text and its other fields.
+    """Split a record into its text and its other fields.
 
     Raises:
-        InputError: it has no such field, or that holds no text.
+        InputError: it has no such field, or the field holds no text.
     """
     if field not in record:
         found = ", ".join(map(repr, record)) or "nothing"
@@ -103,10 +103,10 @@ def split_record(record: Mapping[str, Any], field: str, where: str) -> Record:
 
 
 def keep_plain(given: Mapping[str, Any], field: str, where: str) -> Record:
-    """Split a record whose fields may be anything, and turn them into what JSON says of them.
+    """Split a record whose fields may have any type, and convert them to JSON types.
 
     Raises:
-        InputError: it has no word for one.
+        InputError: JSON cannot represent a field.
     """
     record = split_record(given, field, where)
     try:
@@ -122,7 +122,7 @@ def _make_plain(value: Any, name: str, where: str) -> Any:
         return value
     dtype = ""
     if isinstance(value, (np.ndarray, np.generic)):
-        if value.dtype == np.longdouble:  # whose own `tolist` gives what JSON does not know
+        if value.dtype == np.longdouble:  # whose own `tolist` returns values that JSON does not know
             value = value.astype(np.float64)
         if value.dtype.kind in _PLAIN_KINDS:
             return value.tolist()
@@ -142,7 +142,7 @@ def _make_plain(value: Any, name: str, where: str) -> Any:
         return {key: _make_plain(inner, f"{name}.{key}" if name else key, where) for key, inner in value.items()}
     elif isinstance(value, (list, tuple)):
         return [_make_plain(inner, f"{name}[{place}]", where) for place, inner in enumerate(value)]
-    elif isinstance(value, _PLAIN):  # a subclass, which JSON takes for what it is derived from
+    elif isinstance(value, _PLAIN):  # a subclass, which JSON encodes as its base type
         return value
     raise InputError(
         f"{where}: field {name!r} is {type(value).__name__}{dtype}, which cannot be kept as JSON. "

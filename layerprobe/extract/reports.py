@@ -1,6 +1,6 @@
-"""What a run says when it is done: counts, speed, and what a user should know.
+"""Final reports of a run: counts, speed, and warnings for the user.
 
-One for a run into a store and one for a run into a sink. Must never know how a run goes.
+One class for runs into a store and one for runs into a sink. Must never know how a run works.
 """
 
 from collections import Counter
@@ -17,21 +17,21 @@ class RunReport:
 
     Args:
         num_examples, num_tokens, num_bytes: Written by this run.
-        value_bytes: Of the values that the model handed over at the sites, padding included, before pool, choice and
-            cast; None where that does not follow from the plan: attention weights, modules by their own name, and
-            autocast with another dtype to store.
+        value_bytes: Bytes of the values that the model produced at the sites, padding included, before pooling, row
+            selection and casting; None if the plan does not determine it: for attention weights, for modules by their
+            own name, and for autocast with a different stored dtype.
         num_units: Shards that this run has committed.
         num_computed: Tokens that went through the model, padding included.
-        num_padding: Those of them that are padding.
-        num_repeated: Texts whose tokens are those of another text of the unit, and so were not computed again.
-        num_halved: Batches that did not fit into the device's memory and were run in two.
-        num_truncated: Texts cut to the maximum length.
-        seconds: From the first text to the index.
-        stalled_s: Time the forward waited for a buffer to be written, its device having nothing to compute.
-        waited_s: Time any thread waited for room on the disk; of several processes the sum.
-        num_waiting: Processes of the run in which one does so now.
+        num_padding: How many of those are padding.
+        num_repeated: Texts with the same tokens as another text of the unit, which were not computed again.
+        num_halved: Batches that did not fit into the device's memory and were split in two.
+        num_truncated: Texts truncated to the maximum length.
+        seconds: Time from the first text to the index.
+        stalled_s: Time the forward pass waited for a buffer to be written, with its device idle.
+        waited_s: Time any thread waited for disk space; summed over processes.
+        num_waiting: Processes of the run that are waiting for disk space now.
         nonfinite: Values that are not finite, by site.
-        is_complete: Whether the store is; False where the run was asked to stop.
+        is_complete: Whether the store is complete; False if the run was asked to stop.
     """
 
     num_examples: int = 0
@@ -52,13 +52,13 @@ class RunReport:
     is_complete: bool = True
 
     def count_wait(self, seconds: float, is_waiting: bool) -> None:
-        """Count that the disk had no room for so long; said by a `RoomKeeper`."""
+        """Add a wait for disk space; called by a `RoomKeeper`."""
         self.waited_s += seconds
         self.num_waiting = int(is_waiting)
 
     @property
     def padding(self) -> float:
-        """Share of the computed tokens that was padding."""
+        """Share of the computed tokens that is padding."""
         return self.num_padding / self.num_computed if self.num_computed else 0.0
 
     def __str__(self) -> str:
@@ -91,11 +91,11 @@ class StreamReport:
     """What went through the model; `str(report)` is its closing line.
 
     Args:
-        num_examples, num_tokens: Of all texts, special tokens included.
-        num_computed, num_padding: Tokens that went through the model, and those of them that are padding.
-        num_truncated: Texts cut to the maximum length.
-        num_halved: Batches that did not fit into the device's memory and were run in two.
-        seconds: From the first text to the last.
+        num_examples, num_tokens: Totals of all texts, special tokens included.
+        num_computed, num_padding: Tokens that went through the model, and how many of those are padding.
+        num_truncated: Texts truncated to the maximum length.
+        num_halved: Batches that did not fit into the device's memory and were split in two.
+        seconds: Time from the first text to the last.
     """
 
     num_examples: int = 0

@@ -1,7 +1,7 @@
-"""What a folder holds of a run already: nothing, part of it, or another run.
+"""Find what a folder already holds of a run: nothing, part of it, or another run.
 
-Resuming needs no journal: a shard whose header is whole and carries the plan's fingerprint is done, everything else is
-missing. Must never write.
+Resuming needs no journal: a shard with an intact header that carries the plan's fingerprint is done; everything else
+is missing. Must never write.
 """
 
 import json
@@ -44,17 +44,17 @@ __all__ = [
 ]
 
 _NUM_REQUESTS = 8
-# A batch is cut from the texts of one shard. 128 MiB of all layers of a bert-base in float16 are 7,281 tokens: enough
-# for a CPU, and less than half of what a GPU is given at once.
+# Batches are cut within a shard. 128 MiB hold 7,281 tokens of all layers of bert-base in float16: enough for a CPU,
+# but less than half of a GPU batch.
 _CUDA_SHARD_BYTES = 1 << 30
 
 
 def check_place(place: Place) -> None:
-    """Make sure that a store can be written there, as far as that shows without making anything that stays.
+    """Check that a store can be written at a place, as far as possible without creating anything that stays.
 
     Raises:
         LockError: another run is writing there.
-        StoreError: it holds something else than a store, or cannot be written.
+        StoreError: it holds something other than a store, or cannot be written.
     """
     if place.folder is not None:
         check_folder(place.folder)
@@ -65,7 +65,7 @@ def check_place(place: Place) -> None:
 
 
 def check_folder(folder: NamedPath) -> None:
-    """Make sure that a store can be written there, without making anything that stays."""
+    """Check that a store can be written to a folder, without creating anything that stays."""
     try:
         place = _find_existing(folder.path)
         if not place.is_dir():
@@ -84,20 +84,20 @@ def check_folder(folder: NamedPath) -> None:
 
 
 def _find_foreign(names: Sequence[str]) -> str | None:
-    """Find what is in a place that is no store; None where it is one, or may become one."""
+    """Return the name of a file that belongs to no store; None if the place is a store or can become one."""
     if STORE_FILE in names:
         return None
-    # what a run has that is at its very beginning, or was killed there
+    # files of a run that has just started, or was killed at the start
     ours = {LOCK_FILE, PROGRESS_FILE}
     if any(parse_shard_name(name) is not None for name in names):
-        # or one whose `store.json` was lost: `find_done` looks at its shards
+        # or a store that lost its `store.json`: `find_done` checks its shards
         ours |= {INDEX_FILE, TOKENIZER_FOLDER}
     foreign = (name for name in names if name not in ours and parse_shard_name(name) is None)
     return next((name for name in foreign if not is_leftover(name)), None)
 
 
 def _find_existing(path: Path) -> Path:
-    """Climb to the nearest part of a path that is there; a name that no file can have is an OSError."""
+    """Return the nearest existing ancestor of a path; OSError for a name that no file can have."""
     while True:
         try:
             os.lstat(path)
@@ -107,7 +107,7 @@ def _find_existing(path: Path) -> Path:
 
 
 def check_finite(headers: Iterable[ShardHeader]) -> None:
-    """Make sure that what is there keeps to `nonfinite="error"`, under whichever policy it was written.
+    """Check that existing shards meet `nonfinite="error"`, whatever policy they were written under.
 
     Raises:
         NonFiniteError: a shard counts values that are not finite.
@@ -122,7 +122,7 @@ def check_finite(headers: Iterable[ShardHeader]) -> None:
 
 
 class RecalledRun(NamedTuple):
-    """What a run in a place says of itself, and what of that was found by trying or goes by the device."""
+    """The description of a stored run, and those of its values that were chosen by trial or by device."""
 
     said: Mapping[str, Any]
     shard_bytes: object
@@ -133,7 +133,7 @@ class RecalledRun(NamedTuple):
 
 
 def recall_run(place: Place) -> RecalledRun | None:
-    """Tell what the run in a place is like; None where there is none."""
+    """Read the description of the run at a place; None if there is none."""
     try:
         found = load_json(place, STORE_FILE) if place.exists(STORE_FILE) else {}
         plan = found["plan"]
@@ -151,9 +151,9 @@ def recall_run(place: Place) -> RecalledRun | None:
 
 
 def is_same_run(recalled: RecalledRun | None, description: Mapping[str, Any]) -> bool:
-    """Whether a place holds this very run, to the word: then there is nothing that `--overwrite` would replace.
+    """Whether a place holds exactly this run, so that `--overwrite` has nothing to replace.
 
-    The version that began it and the model's revision may be others: neither changes a byte of what it writes.
+    The version of layerprobe and the model's revision may differ: neither changes the bytes that are written.
     """
     own = {"format": FORMAT_VERSION, **json.loads(json.dumps(description))}
     return recalled is not None and _leave_out_versions(recalled.said) == _leave_out_versions(own)
@@ -171,28 +171,28 @@ def _is_count(value: object) -> bool:
 
 
 def size_units(rule: UnitRule, asked: int | None, recalled: RecalledRun | None, device: torch.device) -> UnitRule:
-    """Say how much a unit of a run should hold.
+    """Set the maximum size of a run's units.
 
     Args:
-        rule: How its input is cut otherwise.
+        rule: The rest of the rule that cuts the input.
         asked: Bytes of a shard, as in the options.
-        recalled: The run in the place of the store, which is resumed as it was begun, on whatever device.
-        device: The model's.
+        recalled: The run already in the store's place, whose sizes are kept whatever the device.
+        device: Device of the model.
     """
     shard_bytes = _CUDA_SHARD_BYTES if device.type == "cuda" else DEFAULT_SHARD_BYTES
     unit_tokens: int | None = MOST_UNIT_TOKENS
     if recalled is not None:
-        # any other size was asked for, and has to be asked for again
+        # any other size was given explicitly, and has to be given again
         usual = (size for size in (DEFAULT_SHARD_BYTES, _CUDA_SHARD_BYTES) if recalled.shard_bytes == size)
         shard_bytes = next(usual, shard_bytes)
-        # older versions had no such bound
+        # older versions had no token limit
         said = recalled.said["plan"].get("unit_tokens")
         unit_tokens = said if _is_count(said) else None
     return replace(rule, shard_bytes=shard_bytes if asked is None else asked, unit_tokens=unit_tokens)
 
 
 def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[int, ShardHeader], int]:
-    """Find the shards of this very run that are there already, and count those that are damaged.
+    """Find the shards of this run that are already there, and count the damaged ones.
 
     Raises:
         PlanError: the folder holds another run, or shards without a `store.json` that are not all of this run.
@@ -224,7 +224,7 @@ def find_done(where: Path | Place, description: dict[str, Any]) -> tuple[dict[in
 
 
 def _adopt(place: Place, names: Sequence[str], description: Mapping[str, Any]) -> dict[int, ShardHeader]:
-    """Take up the shards of a run whose `store.json` was lost; what may be anybody's is not touched."""
+    """Adopt the shards of a run whose `store.json` was lost; refuse the place if any may belong to another run."""
     done: dict[int, ShardHeader] = {}
     for name, header in zip(names, _load_headers(place, names), strict=True):
         if header is None or header.fingerprint != description["fingerprint"]:
@@ -238,14 +238,14 @@ def _adopt(place: Place, names: Sequence[str], description: Mapping[str, Any]) -
 
 
 def _load_headers(place: Place, names: Sequence[str]) -> Iterator[ShardHeader | None]:
-    """Read headers; None for each that is damaged."""
+    """Read the headers of shards; None for each damaged one."""
 
     def load(name: str) -> ShardHeader | None:
         try:
-            # where its tensors lie is nobody's business here, and is most of what a header holds
+            # drop the checksums and tensor offsets, most of a header's size and not needed here
             return replace(load_header(place, name), checksums={}, tensors={})
         except StoreError as error:
-            # a server that does not answer does not make a shard a damaged one
+            # a server error does not mean that the shard is damaged
             if place.folder is None and not isinstance(error, FormatError):
                 raise
             return None

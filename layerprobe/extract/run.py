@@ -1,7 +1,7 @@
-"""`layerprobe.extract`: a plan carried out, here or by several processes, with its bar, its progress and its report.
+"""`layerprobe.extract`: carry out a plan in this process or in several, with progress and a report.
 
-Resumable at every unit: one is committed whole or not at all, and what is missing is done by running the same thing
-again.
+A run can be resumed at any unit: each is committed whole or not at all, and running the same call again does the units
+that are missing.
 """
 
 import threading
@@ -226,15 +226,15 @@ def extract(
 
 
 def run_extraction(plan: Plan, progress: bool = False, stop: threading.Event | None = None) -> RunReport:
-    """Do what a plan says is missing.
+    """Do the units of a plan that are missing.
 
     Args:
         plan: What to do.
         progress: Whether to show a bar on stderr.
-        stop: Set to end the run after the current unit; what is committed stays. A run that fails sets it.
+        stop: Set it to end the run after the current unit; what is committed stays. A run that fails sets it.
 
     Returns:
-        What was done now, without what an earlier run had done.
+        What this run did, not counting what earlier runs had done.
 
     Raises:
         LockError, NonFiniteError, StoreError: as `extract`.
@@ -270,7 +270,7 @@ def _run_plan(
         bar.set_postfix_str(_describe_pace(report, time.perf_counter() - start), False)
 
     told.begin(lambda: _measure(plan, report))
-    # no process is started where there is nothing to do
+    # start no processes if there is nothing to do
     is_done = len(plan.done) == plan.num_units
     run_units = _run_here if plan.crew is None or is_done else partial(_run_elsewhere, lock)
     with bar:
@@ -288,7 +288,7 @@ def _run_plan(
 def _run_here(
     plan: Plan, keeper: RoomKeeper, stop: threading.Event, report: RunReport, advance: Callable[[int], None]
 ) -> list[ShardHeader]:
-    """Do the missing units in this process; gives the headers of what was committed."""
+    """Do the missing units in this process and return the headers of the committed shards."""
     engine = UnitEngine(plan, keeper, report, advance)
     with engine, ending_waits(stop):
         for prepared in prepare_ahead(check_units(plan), partial(prepare_missing, plan)):
@@ -308,8 +308,8 @@ def _run_elsewhere(
     report: RunReport,
     advance: Callable[[int], None],
 ) -> list[ShardHeader]:
-    """Have a process for each device do the missing units; gives the headers of what was committed."""
-    # each process loads the model by its name: the one that the plan was made with would take room on the first device
+    """Do the missing units in one process per device and return the headers of the committed shards."""
+    # each process loads the model by name, so move this copy off the first device to free its memory
     plan.model.to("cpu")
     torch.cuda.empty_cache()
     run_crew(plan, lock, report, advance, stop)
@@ -321,7 +321,7 @@ def _run_elsewhere(
 
 
 def _measure(plan: Plan, report: RunReport) -> Done:
-    """Say how far a run is, for those who look at its folder."""
+    """Report how far the run is, for the progress file."""
     examples = sum(header.num_examples for header in plan.done.values()) + report.num_examples
     return Done(
         units=len(plan.done) + report.num_units,
@@ -330,7 +330,7 @@ def _measure(plan: Plan, report: RunReport) -> Done:
         num_examples=plan.num_examples,
         tokens=report.num_tokens,
         num_bytes=report.num_bytes,
-        # an input that grows under way ends as an error, but not here
+        # an input that grows during the run is an error, but it is raised elsewhere
         missing_bytes=max(0, round(plan.num_bytes * (1 - examples / plan.num_examples))),
         stalled_s=report.stalled_s,
         waited_s=report.waited_s,
@@ -339,7 +339,7 @@ def _measure(plan: Plan, report: RunReport) -> Done:
 
 
 def _count_value_bytes(plan: Plan, report: RunReport) -> int | None:
-    """Work out how many bytes of values the model has handed over; None where the plan does not tell their size."""
+    """Count the bytes of values that the model produced; None if the plan does not determine their size."""
     is_autocast = plan.precision not in (None, "tf32")
     if is_autocast and plan.options.dtype is not None:
         return None

@@ -1,7 +1,7 @@
-"""The first texts of an input, run as a longer run would run them: how many go through in how much time.
+"""Measure how fast the first texts of an input run, under the conditions of a longer run.
 
-Chunks of texts become units of one plan, in one engine: the model is probed once, and compiled once where it is
-compiled. What lies on the disk is removed as soon as its size is known.
+Chunks of texts become units of one plan in one engine, so the model is probed once, and compiled at most once. Shards
+are removed from the disk as soon as their size is known.
 
 Hides what is counted and what is not. Must never know what a longer run costs.
 """
@@ -31,17 +31,17 @@ from layerprobe.extract.tokens import NO_TEXTS
 
 __all__ = ["MOST_EXAMPLES", "SamplePace", "Sampler", "check_records", "grow_sample"]
 
-# Texts of the first chunk, and of the largest.
+# Texts of the first chunk, and of the largest chunk.
 _FIRST_EXAMPLES, MOST_EXAMPLES = 8, 2048
 _GROWTH = 8
 _MUCH_LARGER = 4
-# No chunk is begun for less than this share of the time.
+# No chunk is started for less than this share of the time.
 _LEAST_LEFT = 0.05
 
 
 @dataclass(frozen=True)
 class SamplePace:
-    """What a sample took: its examples, tokens, bytes on disk, seconds in all and seconds idle for the disk."""
+    """Cost of a sample: examples, tokens, bytes on disk, seconds in all, and seconds stalled by the disk."""
 
     num_examples: int = 0
     num_tokens: int = 0
@@ -50,22 +50,22 @@ class SamplePace:
     stalled_s: float = 0.0
 
     def plus(self, other: "SamplePace") -> "SamplePace":
-        """Add another sample."""
+        """Return the sum of both samples."""
         return SamplePace(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Sampler(AbstractContextManager["Sampler"]):
-    """Run chunks of texts by a plan, and count what they take.
+    """Run chunks of texts under a plan, and measure them.
 
     Args:
-        plan: Whose sites, batches and shards they get; its own texts are not looked at, and its store is never whole.
+        plan: Its sites, batches and shards are used; its own texts are not read, and its store is never complete.
 
-    `pace` is what was counted, whole once the block has ended. The last shard is on its way to the disk then: a run
-    waits for that once, however long it is, so that it is not counted.
+    `pace` is what was measured, final once the block has ended. The time to write the last shard is left out: a run
+    waits for that only once, however long it is.
     """
 
     def __init__(self, plan: Plan) -> None:
-        # a run has the ids of its first texts from its plan, and those of all others from its tokenizer
+        # a run tokenises all but its first texts, so the sample must not use the ids that the plan has of them
         self._plan = replace(plan, first_texts=(), first=NO_TEXTS)
         self._report = RunReport()
         self._engine: UnitEngine | None = None
@@ -77,7 +77,7 @@ class Sampler(AbstractContextManager["Sampler"]):
 
     @property
     def pace(self) -> SamplePace:
-        """What was counted."""
+        """What has been measured."""
         return replace(self._pace, num_bytes=sum(self._sizes.get(number, 0) for number in self._counted))
 
     def __enter__(self) -> "Sampler":
@@ -96,10 +96,10 @@ class Sampler(AbstractContextManager["Sampler"]):
         self._sweep()
 
     def run(self, records: Sequence[Record], first_example: int) -> float:
-        """Run texts, and count them; gives the seconds that they took.
+        """Run texts, measure them, and return the seconds that they took.
 
-        What is compiled, or recorded as a CUDA graph, is that once in a run, however long that is. So texts of which
-        something was are run again, and counted then.
+        Compilation and CUDA graph capture happen only once in a run, however long it is. If they happened during these
+        texts, the texts are run again and only the second time counts.
         """
         backend = self._plan.options.compile
         num_compiled = count_compiled(backend)
@@ -111,7 +111,7 @@ class Sampler(AbstractContextManager["Sampler"]):
         return pace.seconds
 
     def forget(self) -> None:
-        """Count nothing of what was run so far."""
+        """Discard all measurements so far."""
         self._pace, self._counted = SamplePace(), set()
 
     def _run(self, records: Sequence[Record], first_example: int) -> tuple[SamplePace, range]:
@@ -139,7 +139,7 @@ class Sampler(AbstractContextManager["Sampler"]):
             yield replace(unit, number=number, first_example=first)
 
     def _sweep(self) -> None:
-        """Remove the shards that are whole, and keep their sizes."""
+        """Remove the committed shards, and keep their sizes."""
         assert self._engine is not None
         for header in self._engine.committed[len(self._sizes) :]:
             file = self._plan.folder / header.file
@@ -148,10 +148,10 @@ class Sampler(AbstractContextManager["Sampler"]):
 
 
 def check_records(source: TextSource) -> Iterator[Record]:
-    """Go through an input.
+    """Iterate over an input.
 
     Raises:
-        InputError: a record is none that a run takes.
+        InputError: a run would not accept a record.
     """
     digest = InputDigest(source.name)
     for record in source:
@@ -162,16 +162,16 @@ def check_records(source: TextSource) -> Iterator[Record]:
 def grow_sample(
     source: TextSource, seconds: float, run: Callable[[Sequence[Record], int], float], forget: Callable[[], None]
 ) -> None:
-    """Run chunks of texts for about so many seconds.
+    """Run chunks of texts for about `seconds`.
 
-    A small one tells the pace, and is forgotten for a much larger one that begins with the same texts: it measures the
-    first calls of a model, and the files of a store, more than anything else.
+    A small chunk gives the pace, and is discarded once a much larger one can start from the same first texts, because
+    it mostly measures the first calls of the model and the creation of the store's files.
 
     Args:
         source: The texts.
-        seconds: How long, as `run` says it.
-        run: Runs texts, of which the first has this ordinal in the input; gives the seconds that count.
-        forget: Called where what was run so far counts no more.
+        seconds: How long, in the seconds that `run` returns.
+        run: Runs texts, given the ordinal of the first in the input, and returns the seconds that count.
+        forget: Called when everything run so far no longer counts.
     """
     num_counted, spent_s, size, records = 0, 0.0, _FIRST_EXAMPLES, check_records(source)
     while chunk := list(itertools.islice(records, size)):

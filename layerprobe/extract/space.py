@@ -1,7 +1,7 @@
-"""Room on the disk: kept for a unit before it is computed, waited for where that was asked.
+"""Disk space: reserved for a unit before it is computed, and waited for if the user asks for that.
 
-A full disk stops a run between two units, or pauses it there, and loses nothing. Hides how long to wait, what to say
-meanwhile, and that several threads may wait at once. Must never know of models.
+A full disk stops or pauses a run between two units and loses nothing. Hides how long to wait, what to print meanwhile,
+and that several threads may wait at once. Must never know of models.
 """
 
 import threading
@@ -22,23 +22,23 @@ from layerprobe.telling import say
 __all__ = ["RoomKeeper"]
 
 _FIRST_WAIT_S = 1.0
-# Others take a run on another machine for silent after a minute: one that waits says so twice in that time.
+# A run seen from another machine counts as silent after a minute, so a waiting run reports twice in that time.
 _LONGEST_WAIT_S = 30.0
 
 _T = TypeVar("_T")
 
 
 class RoomKeeper:
-    """Do what takes room on the disk, and what to do where there is none.
+    """Reserve disk space, and stop or wait if there is none.
 
     Args:
-        folder: The store; None where it is not in a folder, so that no room can be kept.
-        waits: Whether to wait for room instead of stopping.
+        folder: The store's folder; None if it is not local, so that no space can be reserved.
+        waits: Whether to wait for space instead of stopping.
         stop: Set by another thread, or a signal, to end a wait.
-        tell: Called when a wait begins and ends and now and then meanwhile, by one thread at a time: with the seconds
-            waited since the last call, those of several threads counted once, and whether anyone still waits.
+        tell: Called when a wait begins and ends, and during it, by one thread at a time: with the seconds waited since
+            the last call, where overlapping waits count once, and whether any thread still waits.
 
-    `check` is called before each attempt once it is set; it may raise.
+    If `check` is set, it is called before each attempt; it may raise.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class RoomKeeper:
         record_bytes: int,
         has_positions: bool,
     ) -> None:
-        """Keep room for a shard that is about to be computed; returns when it is kept.
+        """Reserve space for a shard that is about to be computed, and return once it is reserved.
 
         Args:
             header: Counts of the shard, as far as they are known.
             stored: Its sites.
-            num_pairs: Its pairs of a query and a key.
-            record_bytes: Of all its records.
-            has_positions: Whether rows are kept with their positions.
+            num_pairs: Number of its query-key pairs.
+            record_bytes: Total bytes of its records.
+            has_positions: Whether rows are stored with their positions.
 
         Raises:
-            SpaceError: there is none, with the bytes that are missing.
+            SpaceError: there is not enough space; the error says how many bytes are missing.
         """
         folder = self._folder
         if folder is not None:
@@ -83,10 +83,10 @@ class RoomKeeper:
             self.attempt(lambda: reserve_file(folder / header.file, size))
 
     def attempt(self, action: Callable[[], _T]) -> _T:
-        """Do something that takes room, again and again until there is some, where that was asked.
+        """Run an action that needs disk space; with `waits`, retry it until there is enough.
 
         Raises:
-            SpaceError: there is none, and nobody waits for it, or no longer.
+            SpaceError: there is not enough, and the run does not wait or the wait was ended.
         """
         delay_s, has_said = _FIRST_WAIT_S, False
         try:
@@ -116,7 +116,7 @@ class RoomKeeper:
                 self._count(-1)
 
     def _count(self, change: int) -> None:
-        """Count a thread that begins or ends to wait, and tell how long any has waited since the last time."""
+        """Change the number of waiting threads, and report the time waited since the last call."""
         with self._turn:
             now = time.monotonic()
             waited_s = now - self._told if self._num_waiting else 0.0

@@ -1,7 +1,7 @@
-"""Texts through a model into a sink: what `lp.extract` does where there is no store.
+"""Send texts through a model into a sink: `lp.extract` without a store.
 
-Texts go by in chunks of bounded size, each tokenised and cut into batches while the model runs the one before. Nothing
-is written and nothing can be resumed; the sink keeps what it keeps.
+Texts are processed in chunks of bounded size; each is tokenised and cut into batches while the model runs the previous
+one. Nothing is written and nothing can be resumed.
 
 Hides how texts become calls of the model. Must never know of stores.
 """
@@ -40,10 +40,10 @@ from layerprobe.telling import make_run_bar
 
 __all__ = ["stream_texts"]
 
-# Enough texts for a sort by length to leave little padding, and few enough to be held twice.
+# Enough texts that sorting by length leaves little padding, and few enough to hold two chunks in memory.
 _CHUNK_EXAMPLES = 4096
 _CHUNK_BYTES = 4 << 20
-# Whose tokens tell whether padding is seen.
+# Texts whose tokens are used to test whether the model sees padding.
 _TRIED_TEXTS = 8
 
 
@@ -115,7 +115,7 @@ def stream_texts(
 def _choose_cut(
     network: nn.Module, tokenizer: Any, precision: str | None, batch_tokens: int | None, tried: TokenizedUnit
 ) -> Callable[[TokenizedUnit], Iterator[Batch]]:
-    """Choose how texts are cut into batches, by the device and by what the model makes of the first ones."""
+    """Choose how texts are cut into batches, by the device and by a trial on the first texts."""
     device, pad_id = find_device(network), tokenizer.pad_token_id or 0
     with running(network, precision):
         equal_lengths = sees_padding(network, tried, pad_id, precision)
@@ -123,7 +123,7 @@ def _choose_cut(
         cut_batches,
         batch_tokens=batch_tokens or choose_batch_tokens(device),
         pad_id=pad_id,
-        # the sink counts a text as often as it comes
+        # the sink must count repeated texts each time
         joins_equal=False,
         batch_cost=choose_batch_cost(device),
         equal_lengths=equal_lengths,
@@ -131,7 +131,7 @@ def _choose_cut(
 
 
 def _cut_chunks(records: Iterator[Record]) -> Iterator[Unit]:
-    """Cut records into chunks by their number and bytes."""
+    """Split records into chunks of bounded number and size."""
     first = 0
     for number in itertools.count():
         members: list[Record] = []

@@ -1,7 +1,7 @@
-"""Which rows a run keeps, from what was asked and the tokenizer.
+"""Find which rows a run keeps, from its options and its tokenizer.
 
-Turns the name of a kind of token into ids, and refuses what has no meaning on a part of the rows: a pool, attention
-weights, sites without a row per token. The rule itself, and the draw, are the store's.
+Turns the name of a kind of token into ids, and refuses what cannot be combined with keeping some rows: a pool,
+attention weights, and sites without a row per token. The rule itself and the random draw live in the store.
 
 Must never know of files.
 """
@@ -16,22 +16,22 @@ from layerprobe.store.kept import Kept
 
 __all__ = ["find_kept"]
 
-# More than any tokenizer puts around a text.
+# More than any tokenizer adds around a text.
 _MOST_SPECIAL = 16
 
 
 def find_kept(tokens: str, keep: float, tokenizer: Any, stored: Sequence[StoredSite], pool: object) -> Kept | None:
-    """Find the rule by which a run keeps rows; None where it keeps all.
+    """Return the rule by which a run keeps rows; None if it keeps all.
 
     Args:
         tokens: `all`, `first`, `cls`, `special` or `nonspecial`.
-        keep: Share of them.
-        tokenizer: Of the run. The special tokens are those that it puts around a text.
+        keep: Share of those rows to keep.
+        tokenizer: Tokenizer of the run. The special tokens are those that it adds around a text.
         stored: The sites of the run.
-        pool: Of the run.
+        pool: Pool of the run.
 
     Raises:
-        OptionError: the tokenizer has no such tokens, or the run has no rows to choose among.
+        OptionError: the tokenizer has no such tokens, or the run has no rows to choose from.
     """
     if tokens == "all" and keep == 1:
         return None

@@ -1,7 +1,7 @@
-"""From texts to ids, which lie one text after the other in one array: four bytes a token, however many texts there are.
+"""Turn texts into token ids, stored back to back in one array: four bytes a token, however many texts there are.
 
-A tokenizer gives a Python number for each token, nine times as much; so it is given a part of the texts at a time. What
-a tokenizer's own call does in Python for each text is left out where nobody has changed it: it would hold up the model.
+A tokenizer returns a Python int per token, nine times as much memory, so texts are tokenised in parts. The Python work
+that a tokenizer's `__call__` does for each text is skipped unless a subclass changes it, as it would delay the model.
 
 Must never know of models or files.
 """
@@ -21,11 +21,11 @@ from layerprobe.capture.staging import Room
 __all__ = ["NO_TEXTS", "TokenizedUnit", "tokenize", "tokenizing"]
 
 _TEXTS_AT_ONCE = 256
-# A text is turned into ids as a whole before it is cut, which takes up to a hundred bytes for each of its tokens.
+# A text is tokenised in full before it is truncated, which takes up to a hundred bytes per token.
 _CHARACTERS_AT_ONCE = 1 << 20
-# Where a tokenizer puts truncation and padding into its backend; what it has of its own beside may do more than that.
+# The method that configures the backend's truncation and padding; classes derived from its own may override calls.
 _OF_BACKEND = "set_truncation_and_padding"
-# Where texts are cut is the tokenizer's own state, and two runs may share one.
+# Truncation is state of the tokenizer, and two runs may share one.
 tokenizing = threading.Lock()
 _OF_CALLS = {
     "__call__", "_call_one", "_switch_to_input_mode", "_convert_encoding", "_get_padding_truncation_strategies",
@@ -36,13 +36,13 @@ _OF_CALLS = {
 
 @dataclass(frozen=True, eq=False)
 class TokenizedUnit:
-    """The ids of a unit's texts, in the order of the input, and which of them were cut to the maximum length.
+    """The ids of a unit's texts, in input order, and which texts were truncated.
 
     `unit[i]` is a view of text i's ids, `len(unit)` the number of texts.
 
     Args:
-        ids: int32 `[T]`, one text after the other.
-        offsets: int64 `[N + 1]`, where each begins and ends.
+        ids: int32 `[T]`, the texts back to back.
+        offsets: int64 `[N + 1]`, the bounds of each text.
         truncated: bool `[N]`.
     """
 
@@ -52,7 +52,7 @@ class TokenizedUnit:
 
     @classmethod
     def of(cls, texts: Iterable[Sequence[int]], truncated: Sequence[bool] | None = None) -> "TokenizedUnit":
-        """Make one of the ids of each text."""
+        """Build a unit from the ids of each text."""
         parts = [np.asarray(ids, dtype=np.int32) for ids in texts]
         offsets = np.fromiter(itertools.accumulate(map(len, parts), initial=0), np.int64, len(parts) + 1)
         cut = np.zeros(len(parts), dtype=bool) if truncated is None else np.asarray(truncated, dtype=bool)
@@ -66,31 +66,31 @@ class TokenizedUnit:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each text, int64 `[N]`."""
+        """Length of each text in tokens, int64 `[N]`."""
         return np.diff(self.offsets)
 
     @property
     def num_tokens(self) -> int:
-        """T of the whole unit."""
+        """Number of tokens of the whole unit."""
         return len(self.ids)
 
     @property
     def num_truncated(self) -> int:
-        """Texts that were cut."""
+        """Number of truncated texts."""
         return int(self.truncated.sum())
 
     @property
     def room(self) -> Room:
-        """What the unit takes in a buffer."""
+        """Size of the unit in a buffer."""
         return Room(self.num_tokens, len(self), int((self.lengths**2).sum()))
 
     def part(self, start: int, stop: int) -> "TokenizedUnit":
-        """Give texts `[start, stop)`."""
+        """Return texts `[start, stop)`."""
         offsets = self.offsets[start : stop + 1]
         return TokenizedUnit(self.ids[offsets[0] : offsets[-1]], offsets - offsets[0], self.truncated[start:stop])
 
     def gather(self, places: Iterable[int]) -> Tensor:
-        """Give the ids of some texts, one after the other, int64 `[T]`."""
+        """Concatenate the ids of some texts, int64 `[T]`."""
         parts = [self[place] for place in places]
         return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts], dtype=np.int64))
 
@@ -99,10 +99,10 @@ NO_TEXTS = TokenizedUnit.of([])
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenizedUnit:
-    """Turn texts into ids, special tokens included, cut to `max_length`.
+    """Tokenise texts, including special tokens, truncated to `max_length`.
 
-    Cost: beside the ids, what the tokenizer makes of 256 texts, or of those that together have a million characters,
-    or of one that is longer.
+    Cost: besides the ids, the tokenizer's output for at most 256 texts with a million characters in total, or for one
+    longer text.
     """
     parts = [_tokenize(tokenizer, some, max_length) for some in _cut_texts(texts)]
     if len(parts) == 1:
@@ -117,7 +117,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenized
 
 
 def _cut_texts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Cut texts into runs that a tokenizer is given at once; no texts are one run."""
+    """Split texts into groups for single tokenizer calls; no texts give one empty group."""
     start = size = 0
     for place, text in enumerate(texts):
         if place > start and (place - start == _TEXTS_AT_ONCE or size + len(text) > _CHARACTERS_AT_ONCE):
@@ -136,7 +136,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokenize
 
 
 def _call_backend(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-    """Do what the tokenizer's own call does, without what it does in Python for each text."""
+    """Do what the tokenizer's own call does, without its Python work for each text."""
     from transformers.tokenization_utils_base import TruncationStrategy
     from transformers.utils.generic import PaddingStrategy
 
@@ -161,7 +161,7 @@ def _call(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[l
         truncation=True,
         max_length=max_length,
         padding=False,
-        # the rest of a long text comes as further rows of the same sample: that is how a cut shows
+        # the overflow of a long text comes as further rows of the same sample, which reveals truncation
         return_overflowing_tokens=True,
         return_attention_mask=False,
         return_token_type_ids=False,
@@ -176,7 +176,7 @@ def _call(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[l
 
 
 def _is_plain(tokenizer: Any) -> bool:
-    """Whether a tokenizer turns texts into ids by its backend alone, as the class it is derived from does."""
+    """Whether a tokenizer tokenises with its backend alone, without overriding methods of the base class's call."""
     classes = type(tokenizer).__mro__
     bases = [number for number, one in enumerate(classes) if _OF_BACKEND in vars(one)]
     own = {name for one in classes[: max(bases, default=0)] for name in vars(one)} | set(vars(tokenizer))

@@ -1,7 +1,7 @@
-"""What a run's batches are like: how many tokens they have, with padding or without, and with which.
+"""Choose a run's batches: how many tokens they have, and how they are padded, if at all.
 
-As asked for, as in the same run so far, or as a model's answers to a few short texts say. Whatever is chosen belongs to
-the plan: it decides which texts share a batch, and so the last digits of the rows and their order in a shard.
+The choice follows the options, the same run so far, or trials with the model on a few short texts. It belongs to the
+plan, since it decides which texts share a batch, and so the last digits of the rows and their order in a shard.
 
 Must never write.
 """
@@ -33,17 +33,17 @@ __all__ = ["Trials", "can_resume", "choose_batches"]
 
 @dataclass(frozen=True)
 class Trials:
-    """What a model shows of itself when it is run on a few texts; each trial is made when it is first asked for.
+    """Trials that run a model on a few texts, each made when first needed.
 
     Args:
-        model: What is tried.
-        sites: Those of the run.
-        stored: How they will lie on disk.
+        model: The model to try.
+        sites: Sites of the run.
+        stored: The sites as they will be stored.
         kept: Which rows the run keeps; None for all.
-        options: Of the run.
+        options: Options of the run.
         sampled: The first texts of the run.
-        num_tokens: Of the whole run, about.
-        pad_id: What padding is.
+        num_tokens: Approximate tokens of the whole run.
+        pad_id: Id of the padding token.
     """
 
     model: nn.Module
@@ -57,10 +57,10 @@ class Trials:
 
     @cached_property
     def why_not_flat(self) -> str | None:
-        """Why the batches of the run have padding; None where they have none.
+        """Why the batches of the run are padded; None if they are not.
 
         Raises:
-            OptionError: they cannot do without, and are asked to.
+            OptionError: they must be padded, but `padding_free=True` was given.
         """
         if self.options.padding_free is False:
             return "padding_free=False"
@@ -72,10 +72,10 @@ class Trials:
 
     @cached_property
     def sees_padding(self) -> bool:
-        """Whether the rows of a text depend on the padding behind it.
+        """Whether the rows of a text depend on the padding after it.
 
         Raises:
-            OptionError: they do, and the run fills its batches up with it.
+            OptionError: they do, and the run pads its batches to fixed shapes.
         """
         with running(self.model, self._precision):
             found = sees_padding(self.model, self.sampled, self.pad_id, self._precision, self.sites)
@@ -87,9 +87,9 @@ class Trials:
         return found
 
     def find_budget(self, is_flat: bool) -> int:
-        """Find how many tokens a batch should have: what is usual, and for long runs what is quickest."""
+        """Return the tokens per batch: the default, or for long runs the fastest found by trial."""
         usual = choose_batch_tokens(find_device(self.model), is_flat)
-        # with graphs, tries would not see what is filled up
+        # with CUDA graphs, the trial would not account for padding to fixed shapes
         if self.num_tokens < LEAST_TOKENS or self.options.compile == CUDA_GRAPHS:
             return usual
         return find_batch_tokens(
@@ -105,7 +105,7 @@ class Trials:
     def describe(
         self, described: Mapping[str, Any], batch_tokens: int, is_flat: bool, batch_cost: int
     ) -> dict[str, Any]:
-        """Say what the run is with such batches."""
+        """Complete the description of the run with these batches."""
         equal_lengths = not is_flat and self.sees_padding
         return add_batches(described, batch_tokens, is_flat, batch_cost, equal_lengths)
 
@@ -115,26 +115,26 @@ class Trials:
 
 
 def can_resume(recalled: RecalledRun, described: Mapping[str, Any], trials: Trials) -> bool:
-    """Whether the run in the place of a store is this one, and can go on as it was begun.
+    """Whether the run in the store's place is this one, and can be resumed.
 
     Args:
-        recalled: What is there of it.
-        described: What this run is, but for its batches.
-        trials: Of its model.
+        recalled: The run in the store's place.
+        described: The description of this run without its batches.
+        trials: Trials with its model.
     """
     _, description = _describe_recalled(recalled, described, trials)
     return description["fingerprint"] == recalled.fingerprint and not _has_lost_flat(recalled, trials)
 
 
 def _has_lost_flat(recalled: RecalledRun, trials: Trials) -> bool:
-    """Whether a run was begun without padding that cannot go on so."""
+    """Whether the stored run has no padding, but this one cannot go without."""
     return recalled.is_flat and trials.why_not_flat is not None
 
 
 def _describe_recalled(
     recalled: RecalledRun, described: Mapping[str, Any], trials: Trials
 ) -> tuple[int, dict[str, Any]]:
-    """Say what a run is with the batches of the one in the place of its store, where no others are asked for."""
+    """Describe this run with the batches of the stored one, except where options set them."""
     options = trials.options
     batch_tokens = options.batch_tokens or recalled.batch_tokens
     is_flat = recalled.is_flat if options.padding_free is None else options.padding_free
@@ -145,20 +145,20 @@ def _describe_recalled(
 def choose_batches(
     place: Place, recalled: RecalledRun | None, described: Mapping[str, Any], trials: Trials
 ) -> tuple[int, dict[str, Any]]:
-    """Choose a batch's tokens and its padding: as asked for, as in the same run so far, or as found now.
+    """Choose the tokens and the padding of a batch: from the options, the stored run, or trials.
 
     Args:
-        place: Where the same run may have begun, for messages.
-        recalled: What is there; None also for a run that is to be replaced.
-        described: What the run is, but for its batches.
-        trials: Of its model.
+        place: Place of the store, for messages.
+        recalled: The stored run; None also if it is to be replaced.
+        described: The description of this run without its batches.
+        trials: Trials with its model.
 
     Returns:
-        The tokens of a batch, and what the run is as a whole.
+        The tokens of a batch, and the complete description of the run.
 
     Raises:
-        PlanError: the same run has no padding so far, and cannot resume so.
-        OptionError: what is asked for cannot be.
+        PlanError: the same run was started without padding, and cannot resume so.
+        OptionError: the options ask for something impossible.
     """
     if recalled is not None:
         batch_tokens, description = _describe_recalled(recalled, described, trials)
@@ -167,7 +167,7 @@ def choose_batches(
                 f"{place}: was begun without padding and cannot go on so: {trials.why_not_flat}. Go on as it was "
                 "begun, choose another folder, or pass overwrite=True (--overwrite) to replace it."
             )
-        # another run is refused by `find_done`, which says what differs: no budget is tried for it
+        # a different run is refused by `find_done`, which lists the differences, so no budget is searched here
         return batch_tokens, description
     is_flat = trials.why_not_flat is None
     batch_tokens = trials.options.batch_tokens or trials.find_budget(is_flat)

@@ -1,7 +1,7 @@
-"""The model of a store once more: as it was, or of the same architecture with random weights.
+"""Find the model of a store again, as it was or with random weights.
 
-What an untrained model's vectors say of a label is said by the words and the architecture alone; the classifier of a
-trained one must be held against it.
+What a probe reads from an untrained model comes from the words and the architecture alone, so it is the baseline for
+probes of the trained model.
 
 Hides how a store names its model. Must never know of classifiers.
 """
@@ -27,17 +27,17 @@ __all__ = ["extract_untrained", "find_same_model", "read_texts"]
 def find_same_model(
     said: Mapping[str, Any], where: str, model: nn.Module | LoadedModel | str | None, device: str | int | None = None
 ) -> LoadedModel:
-    """Find the model that something was made with, and make sure that it is the same.
+    """Find the model that something was made with, and check that it is the same.
 
     Args:
-        said: What `store.json` says of it.
+        said: Description of the model in `store.json`.
         where: What was made with it, for messages.
         model: The model; None for the one that `said` names.
         device: Device for a model given by name.
 
     Raises:
-        ModelError: it is another, none is named, or nothing tells which tokenizer it was trained with.
-        OptionError: it is no model, or a device is given beside one that is not named.
+        ModelError: it is a different model, none is named, or its tokenizer is not known.
+        OptionError: it is not a model, or a device is given for a model that has one already.
     """
     name = model if model is not None else said.get("id") or ""
     if not name:

@@ -1,7 +1,7 @@
-"""How many tokens to send through a model at once, found by trying: twice as many as long as that is faster.
+"""Find by trial how many tokens to send through a model at once: double the budget as long as that is faster.
 
-A budget decides which texts share a batch, and so the last digits of the rows and their order in a shard. It is
-therefore a part of the plan, is looked for once and for long runs only, and a resumed run keeps the one it had.
+The budget decides which texts share a batch, and so the last digits of the rows and their order in a shard. It is
+therefore part of the plan: searched once, for long runs only, and kept by a resumed run.
 
 Must never know of stores.
 """
@@ -31,29 +31,29 @@ from layerprobe.store.kept import Kept
 
 __all__ = ["LEAST_TOKENS", "choose_batch_cost", "choose_batch_tokens", "climb", "find_batch_tokens"]
 
-# Shorter runs would not win back what looking takes.
+# Shorter runs would not recover the time of the search.
 LEAST_TOKENS = 1_000_000
-# Measured on two cores with MiniLM and bert-base: 1,024 tokens a batch keep values in the caches and padding small;
-# without padding a token gets cheaper up to about 2,048.
+# Measured on two cores with MiniLM and bert-base: with 1,024 tokens a batch, values stay in the caches and padding
+# stays small; without padding, the time per token falls up to about 2,048.
 _CPU_BATCH_TOKENS, _CPU_FLAT_TOKENS = 1024, 2048
 _GPU_BATCH_TOKENS = 16384
-# A guess that no GPU has tried: some milliseconds of launches, in tokens of bert-base in float32.
+# An estimate, not measured on a GPU: some milliseconds of kernel launches, in tokens of bert-base in float32.
 _GPU_BATCH_COST = 1024
 _MOST_DOUBLINGS = 6
 _NUM_TRIES = 3
-# Less is as likely chance as gain, and a smaller budget pads less.
+# A smaller gain may be chance, and a smaller budget pads less.
 _LEAST_GAIN = 0.05
 
 
 def choose_batch_tokens(device: torch.device, is_flat: bool = False) -> int:
-    """Choose the tokens of a batch, with padding or without, where nothing is asked for and nothing is tried."""
+    """Return the default tokens of a batch, with padding or without."""
     if device.type != "cpu":
         return _GPU_BATCH_TOKENS
     return _CPU_FLAT_TOKENS if is_flat else _CPU_BATCH_TOKENS
 
 
 def choose_batch_cost(device: torch.device) -> int:
-    """Choose what one more padded batch counts, in tokens: what else could be computed in the time of its call."""
+    """Return the cost of one more padded batch, in tokens that could be computed in the time of its call."""
     return BATCH_COST_TOKENS if device.type == "cpu" else _GPU_BATCH_COST
 
 
@@ -67,18 +67,18 @@ def find_batch_tokens(
     is_flat: bool,
     kept: Kept | None = None,
 ) -> int:
-    """Find how many tokens a batch should have, padding included.
+    """Find the fastest number of tokens per batch, padding included.
 
     Args:
-        model: Run a few times, in eval mode, and left as it was.
-        stored: The sites of the run, whose values, and on a GPU their stages, lie in the device's memory too.
-        unit: Some texts of the run; the batches that are tried are of one of middle length.
-        first: Where to begin: what a device of this kind takes well.
+        model: Run a few times in eval mode, and left as it was.
+        stored: The sites of the run, whose values, and on a GPU their staging buffers, take device memory too.
+        unit: Some texts of the run; the trial batches repeat one of median length.
+        first: Where to start: the default for the device.
         precision: From `find_precision`.
-        is_flat: Whether the batches of the run have no padding, and so those that are tried.
+        is_flat: Whether the batches of the run, and so those of the trial, have no padding.
         kept: Which rows the run keeps; None for all.
 
-    Cost: three batches of each size that is tried.
+    Cost: three batches of each size tried, six of the first.
     """
     device = find_device(model)
     text = torch.tensor(
@@ -87,16 +87,16 @@ def find_batch_tokens(
     form = FlatForm.of(model) if is_flat else None
 
     def measure(num_tokens: int) -> float:
-        # no more than the run sends at once
+        # no more sequences than the run sends at once
         count = min(max(1, num_tokens // len(text)), MOST_SEQUENCES.get(device.type, num_tokens))
         batch, rows = _repeat(text, count, is_flat), len(text) if kept is None else kept.estimate(len(text))
-        # as the run does from call to call
+        # the run holds these buffers from call to call
         held = hold_stages(device, stored, Room(math.ceil(count * rows), count, count * len(text) ** 2))
         least_s = min(_time(model, batch, form, device) for _ in range(_NUM_TRIES))
         del held
         return least_s / batch.input_ids.numel()
 
-    # a callable that keeps nothing: values go through the hooks, and their memory is free again after each site
+    # the callable keeps nothing, but values pass through the hooks and are freed after each site
     names = [site.name for site in stored]
     probe = Probe(model, names, to=lambda *_: None, stop=can_end_early(model), this_thread=True)
     flat = attending_flat(model) if is_flat else contextlib.nullcontext()
@@ -112,11 +112,11 @@ def find_batch_tokens(
 
 
 def climb(measure: Callable[[int], float], first: int, most: int) -> int:
-    """Double a budget as long as a token gets cheaper by it and it fits.
+    """Double a budget as long as it fits and lowers the time per token.
 
     Args:
-        measure: Gives the seconds of a token at a budget, or raises what `ran_out` knows where it does not fit.
-        first, most: Where to begin and where to end.
+        measure: Returns the seconds per token at a budget; raises an error known to `ran_out` if it does not fit.
+        first, most: Smallest and largest budget.
     """
     best, least_s = first, measure(first)
     while best * 2 <= most:
@@ -152,6 +152,6 @@ def _time(model: nn.Module, batch: Batch | FlatBatch, form: FlatForm | None, dev
 
 
 def _wait_for(device: torch.device) -> None:
-    """Wait for all that was queued on a device."""
+    """Wait for all work queued on a device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

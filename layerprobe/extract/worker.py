@@ -1,8 +1,8 @@
-"""One of several processes of a run: does the units that it is given, and says how far it is.
+"""One of several processes of a run: does the units it is given and reports its progress.
 
-Talks over one inherited pipe, in JSON: a job comes first, then numbers of units on request; counts go back. The end of
-the pipe is the end of the process, so none outlives the one that gives it its work. Until then it holds the store's
-lock open, so that no other run begins beside it.
+Communicates over one inherited pipe, in JSON: it receives a job, then unit numbers on request, and sends counts back.
+When the pipe closes, the process exits, so it never outlives its parent. Until then it keeps the store's lock open, so
+that no other run can start.
 
 Must never know how units are shared out.
 """
@@ -48,7 +48,7 @@ __all__ = ["describe_job", "main"]
 
 
 def describe_job(plan: Plan, device: str, share: int) -> dict[str, Any]:
-    """Say what a process has to know of a plan with a crew, as JSON takes it."""
+    """Describe a plan with a crew for a worker process, as JSON types."""
     assert plan.crew is not None
     dtype = resolve_dtype(plan.options.dtype)
     rule = {name: value for name, value in asdict(plan.rule).items() if name != "kept"}
@@ -75,14 +75,14 @@ def describe_job(plan: Plan, device: str, share: int) -> dict[str, Any]:
 
 
 def _rebuild_plan(job: dict[str, Any]) -> Plan:
-    """Make the plan of a job; the model, the tokenizer and the input are this process's own.
+    """Rebuild the plan of a job; this process loads its own model and tokenizer and opens its own input.
 
     Raises:
         ModelError: the model is not the one that the run was planned with.
     """
     device = torch.device(job["device"])
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # else loading takes memory of the first device too
+        torch.cuda.set_device(device)  # else loading also takes memory on the first device
     loaded = load_model(job["model"], job["device"])
     description = job["description"]
     is_same = not list_model_differences(description["model"], describe_model(loaded.model))
@@ -118,7 +118,7 @@ def _rebuild_plan(job: dict[str, Any]) -> Plan:
 
 
 class _Pipe:
-    """What is said to and heard from the process that gives the work."""
+    """The connection to the parent process."""
 
     def __init__(self, connection: Connection, stop: threading.Event) -> None:
         self._connection = connection
@@ -127,19 +127,19 @@ class _Pipe:
         self._units: queue.Queue[int | None] = queue.Queue()
 
     def say(self, **what: Any) -> None:
-        """Send something; from any thread."""
+        """Send a message; callable from any thread."""
         with self._turn:
             self._connection.send_bytes(json.dumps(what).encode())
 
     def hear(self) -> dict[str, Any]:
-        """Wait for what comes next; ends the process when nothing can come any more."""
+        """Wait for the next message; exit the process if the pipe is closed."""
         try:
             return json.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             os._exit(1)
 
     def listen(self) -> None:
-        """Take in numbers of units and the request to stop, in a thread of its own."""
+        """Receive unit numbers and the request to stop; runs in its own thread."""
         while True:
             heard = self.hear()
             if heard.get("stop"):
@@ -148,13 +148,13 @@ class _Pipe:
                 self._units.put(heard["unit"])
 
     def ask(self) -> int | None:
-        """Ask for the number of a unit; None where there is nothing more to do."""
+        """Ask for the number of the next unit; None if there is nothing left to do."""
         self.say(wants=True)
         return self._units.get()
 
 
 def _pick(units: Iterator[Unit], pipe: _Pipe) -> Iterator[Unit]:
-    """Of all units give those that are this process's; their numbers rise."""
+    """Yield the units that this process is given; their numbers increase."""
     number = pipe.ask()
     while number is not None:
         yield next(itertools.dropwhile(lambda unit, wanted=number: unit.number < wanted, units))
@@ -186,7 +186,7 @@ def _work(job: dict[str, Any], pipe: _Pipe, stop: threading.Event) -> None:
 
 
 def main() -> None:
-    """Do what the process at the other end of the pipe says; its descriptor is the first argument."""
+    """Work for the process at the other end of the pipe, whose descriptor is the first argument."""
     stop = threading.Event()
     pipe = _Pipe(Connection(int(sys.argv[1])), stop)
     job = pipe.hear()
