@@ -1,7 +1,7 @@
 """Extract activations from Hugging Face encoder models, edit them, read them back and analyse them.
 
-This file re-exports the public names and holds no logic but that of loading a name when it is first used. Importing it
-loads neither torch nor numpy, transformers, matplotlib, sklearn nor ray.
+This file re-exports the public names and holds no logic except loading a name on first use. Importing it loads neither
+torch nor numpy, transformers, matplotlib, sklearn nor ray.
 """
 
 import sys
@@ -106,7 +106,7 @@ __all__ = [
     "watch",
 ]
 
-# Where each name lives; the imports above say the same to type checkers.
+# The module of each name; keep in step with the imports above, which are for type checkers.
 _HOMES = {
     "Anatomy": "layerprobe.sites.anatomy",
     "Covariance": "layerprobe.capture.covariances",
@@ -162,7 +162,7 @@ _HOMES = {
 
 
 class _Door(ModuleType):
-    """A module whose names load what they stand for, and stay what they are where a folder has the same name."""
+    """A module that loads its names on first use, and keeps them where a folder of the package has the same name."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _HOMES:
@@ -173,12 +173,12 @@ class _Door(ModuleType):
         return value
 
     def __setattr__(self, name: str, value: object) -> None:
-        # the system of imports would bind the folder layerprobe/extract over the function extract
+        # the import system would bind the folder layerprobe/extract over the function extract
         if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        # what the door is made of, and folders that were loaded, are no names to choose from
+        # hide the internals of this file, and folders that were loaded
         return sorted({*(name for name in super().__dir__() if name.startswith("__")), *__all__, "errors"})
 
 

@@ -1,8 +1,8 @@
-"""Python's garbage collector, kept from looking at what stays anyway.
+"""Keep Python's garbage collector from repeatedly scanning objects that stay alive anyway.
 
-It looks for objects that hold each other, and for that goes through all objects of the process whenever a quarter more
-of them have come to stay: a fifth of a second once torch and transformers are there, several times over while a model
-is loaded. What nothing holds any more is freed without it.
+To find reference cycles, a full collection scans all objects of the process whenever the long-lived ones have grown by
+a quarter. With torch and transformers loaded that takes a fifth of a second, several times while a model is loaded.
+Objects without cycles are freed without it.
 
 Must never know what is made.
 """
@@ -18,8 +18,8 @@ __all__ = ["collecting_later", "keep_for_good"]
 
 
 def _put_back(collector: ModuleType, was_enabled: bool) -> None:
-    # all objects become old ones, so that none is gone through at once; not where a caller has frozen some, which this
-    # would thaw
+    # moves all objects into the oldest generation, so that none is scanned right away; skipped if a caller has frozen
+    # objects, which this would unfreeze
     if not collector.get_freeze_count():
         collector.freeze()
         collector.unfreeze()
@@ -32,12 +32,12 @@ _enabled = SharedSetting[ModuleType, bool](lambda collector: collector.isenabled
 
 @contextlib.contextmanager
 def collecting_later() -> Iterator[None]:
-    """Let no garbage be collected while this is open, in any thread; for a second or two that make many objects."""
+    """Disable garbage collection in all threads while this is open, for a second or two that make many objects."""
     with _enabled.held(gc):
         gc.disable()
         yield
 
 
 def keep_for_good() -> None:
-    """Have the collector never again look at what there is now, in a process that is layerprobe's own."""
+    """Exclude all existing objects from garbage collection for good, in a process that is layerprobe's own."""
     gc.freeze()

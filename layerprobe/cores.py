@@ -1,9 +1,9 @@
-"""How many cores a run really has: those that it may run on, within the share of time that its container gets.
+"""Count the cores that a run can really use: those it may run on, within the CPU quota of its container.
 
-torch counts the cores of the machine that it may run on, and not the quota: more threads than the quota feeds are
-stopped in the middle of a layer, and all others wait for them.
+torch counts the cores it may run on but ignores the quota. Threads beyond the quota are throttled in the middle of a
+layer, and all others wait for them.
 
-Hides where Linux says so. Must never know of models.
+Hides where Linux keeps these limits. Must never know of models.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from layerprobe.sharing import SharedSetting
 
 __all__ = ["count_cores", "few_cores", "using_cores", "using_few_cores"]
 
-# By which a user chooses the number of threads.
+# Variables by which a user sets the number of threads.
 _ASKED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -34,7 +34,7 @@ def count_cores(root: Path = Path("/")) -> int:
     """Count the cores that this process can keep busy; at least 1.
 
     Args:
-        root: Where `proc` and `sys` lie.
+        root: Folder that holds `proc` and `sys`.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     allowed = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
@@ -43,11 +43,11 @@ def count_cores(root: Path = Path("/")) -> int:
 
 @contextlib.contextmanager
 def using_cores(share: int = 1, environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Give torch no more threads than there are cores, while this is open.
+    """Limit torch to as many threads as there are cores, while this is open.
 
     Args:
-        share: How many processes share the cores.
-        environment: Where a number of threads that was asked for stands; then nothing is changed.
+        share: Number of processes that share the cores.
+        environment: If it sets a number of threads, nothing is changed.
     """
     most = max(1, count_cores() // share)
     with _threads.held(torch) as before:
@@ -57,7 +57,7 @@ def using_cores(share: int = 1, environment: Mapping[str, str] = os.environ) -> 
 
 
 def few_cores() -> int:
-    """Count the threads of an analysis: its batches are small, and threads that wait for a busy core cost more."""
+    """Return the number of threads for an analysis: few, since its batches are small and waiting threads cost more."""
     return max(1, min(count_cores() // 2, 4))
 
 
@@ -70,7 +70,7 @@ def using_few_cores() -> Iterator[None]:
 
 
 def _find_quota(root: Path) -> float:
-    """Find the cores' worth of time that the control groups of this process allow; inf where they do not say."""
+    """Return the CPU quota of this process's control groups, in cores; inf if there is none."""
     quota = math.inf
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
@@ -81,7 +81,7 @@ def _find_quota(root: Path) -> float:
         else:
             continue
         folder = mounted / path.strip("/")
-        # a group has at most what each of those around it has; in a container the own one is mounted as the root
+        # a group is also limited by its ancestors; inside a container its own group is mounted as the root
         for group in (folder, *folder.parents):
             if group.is_relative_to(mounted):
                 quota = min(quota, read(group))
@@ -97,7 +97,7 @@ def _read_quota_of_version_1(group: Path) -> float:
 
 
 def _divide(time: str, period: str) -> float:
-    # "max", or -1, is no limit
+    # "max", or -1, means no limit
     return int(time) / int(period) if time.isdigit() and period.isdigit() and int(period) else math.inf
 
 

@@ -98,18 +98,18 @@ class MissingExample(StoreError, IndexError):  # noqa: N818 - reads as what it i
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of what another library's error says, or its class where it says nothing."""
+    """Return the first line of another library's error message, or its class name if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip() if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def telling_refusals(path: object, done: str, advice: str = "") -> Iterator[None]:
-    """Raise what the system refuses within the block as a StoreError: `PATH: cannot be read (Permission denied).`
+    """Turn an OSError within the block into a StoreError: `PATH: cannot be read (Permission denied).`
 
     Args:
-        path: What it was to be done with.
-        done: What could not be: `read`, `written` or `removed`.
+        path: The file or folder that was accessed.
+        done: What failed: `read`, `written` or `removed`.
         advice: What to do, as a sentence.
 
     Raises:

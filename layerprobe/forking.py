@@ -1,4 +1,4 @@
-"""Objects that a forked process must let go of: it has them too, but none of the threads and rights behind them.
+"""Objects that a forked process must release: it inherits them, but not the threads and locks behind them.
 
 Must never know what they are.
 """
@@ -14,7 +14,7 @@ Owner = TypeVar("Owner")
 
 
 def watch_forks(let_go: Callable[[Owner], None]) -> "weakref.WeakSet[Owner]":
-    """Make a set of objects; in a forked process `let_go` is called with each that is alive, before anything else."""
+    """Return a weak set; in a forked child, `let_go` is called first thing with each live object in it."""
     watched: weakref.WeakSet[Owner] = weakref.WeakSet()
 
     def let_all_go() -> None:

@@ -1,7 +1,7 @@
-"""From a MODEL name to a model and its tokenizer, and from a model to what identifies it.
+"""Load a model and its tokenizer by name, and describe a model by what identifies it.
 
-A name is a hub id, a folder, or `demo`: the all-MiniLM-L6-v2 weights that the `demo` extra brings, found without
-importing the package that carries them and used only if their sha256 is the known one.
+A name is a hub id, a folder, or `demo`: the all-MiniLM-L6-v2 weights from the `demo` extra, located without importing
+the package that contains them and used only if their sha256 is the known one.
 
 Hides transformers' loading. Must never run code that came with a model.
 """
@@ -43,7 +43,7 @@ _DEMO_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fa
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model in eval mode, its fast tokenizer, and the name it was asked by."""
+    """A model in eval mode, its fast tokenizer, and the name it was loaded by."""
 
     name: str
     model: nn.Module
@@ -71,13 +71,13 @@ def load_model(name: str | Path, device: str | int | torch.device | None = None)
         raise OptionError(f"no model {name!r}: its name is a text. Use a folder, a hub id or 'demo'.")
     name = str(name)
     source = str(find_demo_model()) if name == "demo" else name
-    # not by `Path`, which raises where a name is too long or a folder above may not be searched
+    # not `Path`, which raises if the name is too long or a parent folder is not searchable
     is_there = os.path.exists(source)
     if not is_there and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError(f"no model {name!r}: the folder does not exist. Use a folder, a hub id or 'demo'.")
     if is_there and not os.path.isfile(os.path.join(source, "config.json")):
         raise ModelError(f"{name!r} is no model folder: it has no config.json. Use a folder, a hub id or 'demo'.")
-    # what is downloaded may take long: only imports are held
+    # only around the import, since a download may take long
     with collecting_later():
         import transformers
 
@@ -93,7 +93,7 @@ def load_model(name: str | Path, device: str | int | torch.device | None = None)
 
 
 def _find_class(config: Any) -> Any:
-    """Find the class that was saved, so that its pooler or head is the trained one and not a random one."""
+    """Return the class that was saved, so that its pooler or head is the trained one and not a random one."""
     import transformers
 
     saved = str((getattr(config, "architectures", None) or [""])[0])
@@ -105,7 +105,7 @@ def _find_class(config: Any) -> Any:
 
 
 def need_device(device: str | int | torch.device | None) -> torch.device:
-    """Find a device by name, and make sure that it is there.
+    """Return a device by name, after checking that it is available.
 
     Raises:
         OptionError: it is not.
@@ -143,7 +143,7 @@ def check_tokenizer(tokenizer: Any, name: str = "") -> None:
     """Refuse a slow tokenizer: only fast ones have a tokenizer.json and report where they truncate.
 
     Raises:
-        ModelError: it has none.
+        ModelError: it is a slow one.
     """
     if not getattr(tokenizer, "is_fast", False):
         name = name or type(tokenizer).__name__
@@ -177,13 +177,13 @@ def find_demo_model() -> Path:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Say which model this is: id, revision, class, and hashes of config and weights.
+    """Identify a model: id, revision, class, and hashes of config and weights.
 
     Cost: one pass over the weights, on the host.
     """
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
-    # Where it was loaded from and by which version does not change what it computes.
+    # Neither the source of a model nor the version that saved it changes what it computes.
     for key in ("_name_or_path", "transformers_version", "_commit_hash"):
         settings.pop(key, None)
     digest = xxhash.xxh3_128()
@@ -201,7 +201,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 
 def _list_weights(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Go through the weights: this process's part of sharded ones, quantised ones as stored, offloaded ones as kept."""
+    """Yield the weights by name: sharded ones as the local part, quantised ones as stored, offloaded ones as kept."""
     for name, value in sorted(model.state_dict().items()):
         parts = value if isinstance(value, tuple) else (value,)
         for part in parts:
@@ -238,7 +238,7 @@ _training = SharedSetting(_list_training, _train_again)
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and once nobody has it open any more every module back into the mode it was in."""
+    """Put a model in eval mode, and restore the mode of every module when the last holder exits."""
     with _training.held(model):
         model.eval()
         yield
@@ -246,7 +246,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Silence transformers' bar over weights, and leave its setting as it was."""
+    """Hide transformers' progress bar while loading weights, and restore its setting."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -259,6 +259,6 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def _quote(error: BaseException) -> str:
-    """Give the first line of an error as a sentence."""
+    """Return the first line of an error as a sentence."""
     line = first_line(error)
     return line if line.endswith(".") else f"{line}."

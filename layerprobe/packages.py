@@ -1,7 +1,7 @@
-"""Packages that only some jobs need: each loaded when it is asked for, and what to install where it is missing.
+"""Import optional packages on demand, and say what to install if one is missing.
 
-They come with an extra of layerprobe, or by themselves. One sentence says so everywhere. Must never know what they are
-used for.
+They come with an extra of layerprobe, or are installed by themselves; the message is the same everywhere. Must never
+know what they are used for.
 """
 
 import importlib
@@ -11,18 +11,18 @@ from layerprobe.errors import LayerProbeError, OptionError, first_line
 
 __all__ = ["need_package", "say_missing"]
 
-# Packages that are installed under another name than they are imported by.
+# Packages whose name on PyPI differs from their import name.
 _INSTALLED_AS = {"sklearn": "scikit-learn", "umap": "umap-learn"}
 
 
 def need_package(module: str, what: str, extra: str | None, error: type[LayerProbeError] = OptionError) -> Any:
-    """Import what a job needs.
+    """Import an optional package.
 
     Args:
-        module: Its name.
-        what: What asked for it; the beginning of the sentence.
-        extra: The extra of layerprobe that brings it; None where none does.
-        error: The class of the error.
+        module: Name of the module.
+        what: What needs it; the beginning of the message.
+        extra: The extra of layerprobe that installs it; None if none does.
+        error: Class of the error.
 
     Raises:
         LayerProbeError: it is not installed; of the class `error`.

@@ -1,10 +1,10 @@
-"""How far CUDA rounds the operands of float32 products: read, and held for as long as runs need it so.
+"""Read and hold the precision of float32 matrix products on CUDA, that is, whether their operands may be rounded.
 
-torch has the setting under an old name and, from 2.9 on, under new ones, by which its kernels go. It is the whole
-process's, so the first run that needs it otherwise sets it, the last one puts it back, and one that needs it the other
-way meanwhile is refused.
+torch has this setting under an old name and, from 2.9 on, under new names that its kernels follow. It is global to the
+process, so the first run that needs another value sets it, the last one restores it, and a run that needs the opposite
+meanwhile is refused.
 
-Hides under which names torch has it. Must never know of models.
+Hides the names of the setting. Must never know of models.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ __all__ = ["holding_products", "rounds_products", "rounds_products_outside"]
 
 
 def rounds_products() -> bool:
-    """Whether CUDA may round the operands of float32 products, now."""
+    """Whether CUDA may now round the operands of float32 products."""
     setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    # where there is a new name kernels go by it, whatever the old one says, which raises where the two differ
+    # kernels follow the new name if there is one; reading the old one raises if the two disagree
     return torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"
 
 
 def rounds_products_outside() -> bool:
-    """Whether the program around the runs that hold the setting lets CUDA round them."""
+    """Whether CUDA may round them outside of the runs that hold the setting."""
     return _held.original()
 
 
 @contextlib.contextmanager
 def holding_products(is_rounded: bool) -> Iterator[None]:
-    """Let CUDA round float32 products, or keep it from that, while this is open.
+    """Let CUDA round float32 products, or prevent it, while this is open.
 
     Raises:
-        OptionError: a run of this process is active that needs it the other way.
+        OptionError: an active run in this process needs the opposite.
     """
     _held.take(is_rounded)
     try:
@@ -46,7 +46,7 @@ def holding_products(is_rounded: bool) -> Iterator[None]:
 
 
 class _HeldRounding:
-    """The setting as runs hold it: how many do, how they have it, and how it was before."""
+    """The setting as runs hold it: their number, the value they need, and the original value."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -60,7 +60,7 @@ class _HeldRounding:
             return self._was_rounded if self._num_open else rounds_products()
 
     def take(self, is_rounded: bool) -> None:
-        # counted, compared and set under one lock: of two runs that begin at once and want it otherwise one is refused
+        # one lock for all of this, so that of two runs that start at once with opposite needs, one is refused
         with self._lock:
             if self._num_open and is_rounded != self._is_rounded:
                 raise OptionError(
@@ -83,12 +83,12 @@ _held = _HeldRounding()
 
 
 def _change(is_rounded: bool) -> Callable[[], None]:
-    """Set how products are rounded, unless they are so already; gives a function that restores what was set before."""
+    """Set how products are rounded, if it differs; returns a function that restores the previous value."""
     parent = getattr(torch.backends, "fp32_precision", None)
     places: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     settings = [(place, place.fp32_precision) for place in places if hasattr(place, "fp32_precision")]
     before = "highest"
-    with contextlib.suppress(RuntimeError):  # raised where old and new names differ: the old one is not as it began
+    with contextlib.suppress(RuntimeError):  # the old name raises if it disagrees with the new ones
         before = torch.get_float32_matmul_precision()
     is_plain = before == "highest" and all(setting in ("none", "ieee") for _, setting in settings)
     if not is_rounded and is_plain:
@@ -98,7 +98,7 @@ def _change(is_rounded: bool) -> Callable[[], None]:
     def put_back() -> None:
         torch.set_float32_matmul_precision(before)
         for place, setting in settings:
-            # a value that equals the parent's is taken for inherited, and inherited again
+            # a value equal to the parent's was inherited, so inherit it again
             place.fp32_precision = "none" if setting == parent else setting
 
     return put_back

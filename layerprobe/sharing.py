@@ -1,7 +1,7 @@
-"""Settings that several may want changed at once: the first remembers how one was, the last puts it back.
+"""Settings that several callers may change at once: the first saves the original, the last restores it.
 
-Two runs of one model both want it in eval mode; the one that ends first must not put it back to training under the
-other. Must never know which settings there are.
+If two runs share a model and both need it in eval mode, the run that ends first must not put it back into training
+mode under the other. Must never know which settings there are.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ Value = TypeVar("Value")
 
 @dataclass(eq=False)
 class _Held(Generic[Owner, Value]):
-    # kept, so that nothing else gets its identity meanwhile
+    # a reference keeps the object alive, so that its id is not reused
     owner: Owner
     original: Value
     count: int = 0
 
 
 class SharedSetting(Generic[Owner, Value]):
-    """A setting of certain objects, each of which may be held by several callers, in any thread.
+    """A setting of objects that may be held by several callers at once, in any thread.
 
     Args:
-        read: Gives the setting of an object.
-        write: Puts it back.
+        read: Returns the setting of an object.
+        write: Restores the setting of an object.
     """
 
     def __init__(self, read: Callable[[Owner], Value], write: Callable[[Owner, Value], None]) -> None:
@@ -39,14 +39,14 @@ class SharedSetting(Generic[Owner, Value]):
         self._held: dict[int, _Held[Owner, Value]] = {}
 
     def original(self, owner: Owner) -> Value:
-        """Give the setting as it is while nobody holds it."""
+        """Return the setting from before anyone held it."""
         with self._lock:
             held = self._held.get(id(owner))
             return held.original if held else self._read(owner)
 
     @contextlib.contextmanager
     def held(self, owner: Owner) -> Iterator[Value]:
-        """Let the setting be changed within the block; gives the original."""
+        """Let the block change the setting, and restore it when the last holder exits; yields the original."""
         with self._lock:
             held = self._held.get(id(owner)) or _Held(owner, self._read(owner))
             self._held[id(owner)] = held

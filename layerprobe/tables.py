@@ -1,6 +1,6 @@
-"""How what is shown on a terminal looks: tables, and numbers with their units.
+"""Format tables, and numbers with their units, for the terminal.
 
-In one place, so that every table and every message of the library looks alike. Knows nothing of what the cells mean.
+In one place, so that all tables and messages of the library look alike. Knows nothing of what the cells mean.
 """
 
 import unicodedata
@@ -26,10 +26,10 @@ _UNITS_OF_TIME = (("years", 365 * 86400.0), ("days", 86400.0), ("hours", 3600.0)
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Lay out rows under headers, numbers to the right, everything else to the left.
+    """Format rows under headers, with numbers aligned right and everything else left.
 
     Returns:
-        The table as one string, without a newline at its end; a control character in a cell becomes a space.
+        The table as one string, without a trailing newline; control characters in cells become spaces.
     """
     rows = [list(row) for row in rows]
     headers = [_make_printable(header) for header in headers]
@@ -51,19 +51,19 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> st
 
 
 def format_headers(names: Iterable[str]) -> list[str]:
-    """Write names of fields as a table heads them: `mean_norm` as `mean norm`."""
+    """Turn names of fields into table headers: `mean_norm` becomes `mean norm`."""
     return [name.replace("_", " ") for name in names]
 
 
 def _make_printable(text: str) -> str:
-    """Bring a text to one line that commands nothing of a terminal."""
+    """Replace control characters by spaces, so that a text stays on one line and cannot control the terminal."""
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _count_columns(text: str) -> int:
-    """Count what a text takes of a terminal's line: two columns for a wide character, none for an accent on another."""
+    """Return the width of a text in terminal columns: wide characters take two, combining marks none."""
     if text.isascii():
         return len(text)
     return sum(
@@ -73,14 +73,14 @@ def _count_columns(text: str) -> int:
 
 
 def format_count(count: int, noun: str) -> str:
-    """Write a number of things: `1 shard`, `1,024 shards`."""
+    """Format a count with its noun: `1 shard`, `1,024 shards`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def format_bytes(count: float) -> str:
-    """Write a number of bytes with a decimal unit: `1.5 GB`."""
+    """Format a number of bytes with a decimal unit: `1.5 GB`."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        # what would be rounded up to 1000 belongs to the next unit
+        # a number that would round to 1000 goes to the next unit
         if abs(count) < (999.5 if unit == "B" else 999.95) or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
@@ -88,18 +88,18 @@ def format_bytes(count: float) -> str:
 
 
 def format_dtype(dtype: "torch.dtype") -> str:
-    """Write a dtype as options, files and numpy have it: `float16`."""
+    """Format a dtype as options, files and numpy name it: `float16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def format_fields(value: Any) -> str:
-    """Write a dataclass as its own `repr` would, but tensors by shape and dtype: `mean=Tensor[384] float64`."""
+    """Format a dataclass like its own `repr`, but with tensors by shape and dtype: `mean=Tensor[384] float64`."""
     named = (f"{field.name}={format_value(getattr(value, field.name))}" for field in fields(value) if field.repr)
     return f"{type(value).__name__}({', '.join(named)})"
 
 
 def format_value(value: Any) -> str:
-    """Write a value as `repr` does, but tensors by shape and dtype, however deep they lie."""
+    """Format a value like `repr`, but with tensors by shape and dtype, at any depth."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"Tensor{list(value.shape)} {format_dtype(value.dtype)}"
     if is_dataclass(value) and not isinstance(value, type):
@@ -110,7 +110,7 @@ def format_value(value: Any) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """Write a time in the largest unit that it has two of: `2.5 hours`, `90.0 s`."""
+    """Format a time in the largest unit of which there are at least two: `2.5 hours`, `90.0 s`."""
     for name, size in _UNITS_OF_TIME:
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {name}"

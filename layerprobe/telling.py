@@ -1,7 +1,7 @@
-"""What is said on stderr while something goes on: bars and lines.
+"""Progress bars and messages on stderr.
 
-They are a courtesy. A pipe that nobody reads any more, a log on a full disk and a terminal that is gone take no more of
-them, and that stops nothing. Must never know what is said.
+They are best effort: a closed pipe, a log on a full disk or a terminal that is gone loses output but stops nothing.
+Must never know what is said.
 """
 
 import sys
@@ -23,10 +23,10 @@ _UNASKED_DELAY_S = 0.5
 
 @dataclass(frozen=True)
 class Stderr:
-    """A stream whose failures end nobody's work; equal for the same stream, since bars of one give way to lines of it.
+    """A stream whose failures are ignored; equal for the same stream, so that tqdm clears bars to print lines on it.
 
     Args:
-        stream: As `sys.stderr` is; None where a process has none.
+        stream: Like `sys.stderr`; None if the process has none.
     """
 
     stream: Any
@@ -35,24 +35,24 @@ class Stderr:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        """Write a text, if the stream takes it."""
+        """Write a text, ignoring failures."""
         with suppress(AttributeError, OSError, ValueError):
             self.stream.write(text)
 
     def flush(self) -> None:
-        """Pass on what was written, if the stream takes it."""
+        """Flush the stream, ignoring failures."""
         with suppress(AttributeError, OSError, ValueError):
             self.stream.flush()
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Whether the stream is a terminal."""
         with suppress(AttributeError, OSError, ValueError):
             return self.stream.isatty()
         return False
 
 
 def find_stderr() -> Stderr:
-    """Give the stderr of this moment; a notebook and a test put their own in its place."""
+    """Return the current stderr, looked up on each call because notebooks and tests replace it."""
     return Stderr(sys.stderr)
 
 
@@ -65,15 +65,15 @@ def make_bar(
     initial: int = 0,
     pause_s: float = 0.0,
 ) -> "tqdm[Any]":
-    """Make a bar, as wide as the terminal is at the moment; every bar of the library is made here.
+    """Make a progress bar that follows the width of the terminal; every bar of the library is made here.
 
     Args:
-        total: How many there are to do; None where nobody knows.
-        what: What stands before the bar; nothing if empty.
-        progress: Whether to show it; None for only on a terminal, and not for what is done at once.
+        total: Number of items; None if not known.
+        what: Label before the bar; none if empty.
+        progress: Whether to show it; None: only on a terminal, and not for work that ends at once.
         unit: What it counts, in the plural, or `B` for bytes.
-        initial: How many an earlier run has done.
-        pause_s: Seconds before it is shown, and between two times.
+        initial: Items that an earlier run has done.
+        pause_s: Seconds before it is first shown, and between updates.
     """
     from tqdm import tqdm
 
@@ -94,14 +94,14 @@ def make_bar(
 
 
 def make_run_bar(shows: bool, total: int | None = None, initial: int = 0) -> "tqdm[Any]":
-    """Make the bar of a run over examples; whether it is shown, the caller has decided."""
-    # a log file wants a line now and then, and none of a short run
+    """Make the bar of a run over examples; the caller decides whether to show it."""
+    # in a log file, print a line now and then, and none for a short run
     pause_s = 0.0 if find_stderr().isatty() else _LOG_INTERVAL_S
     return make_bar(total, "", shows, "examples", initial=initial, pause_s=pause_s)
 
 
 def go_through(items: Collection[T], what: str, progress: bool | None, unit: str) -> Iterator[T]:
-    """Go through some things under a bar."""
+    """Iterate over items under a progress bar."""
     with make_bar(len(items), what, progress, unit) as bar:
         for one in items:
             yield one
@@ -109,9 +109,9 @@ def go_through(items: Collection[T], what: str, progress: bool | None, unit: str
 
 
 def say(text: str) -> None:
-    """Say something in a line of its own, above the bars."""
+    """Print a line above the progress bars."""
     from tqdm import tqdm
 
-    # the caller's own bars, around a run, write to the stream itself, and give way to the line too
+    # tqdm bars that the caller opened write to the raw stream, and have to make way for the line too
     with suppress(AttributeError, OSError, ValueError), tqdm.external_write_mode(sys.stderr):
         tqdm.write(f"layerprobe: {text}", file=find_stderr())

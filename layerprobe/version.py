@@ -1,4 +1,4 @@
-"""The version of the library; here so that any file may read it."""
+"""The version of the library, in a file of its own so that any file may import it."""
 
 __all__ = ["__version__"]
 
