@@ -1,14 +1,14 @@
-"""Clocks around the parts of an extraction, from outside: the library knows nothing of them.
+"""Time the parts of an extraction from outside, without any code for it in the library.
 
-A part's clock stands still while another part's runs within it, in the same thread, so that the parts of the main
-thread add up to what the whole took. Of the writer's thread it is the CPU time that counts, without what it waits for
-the disk; what makes units ready, and a tokenizer that works in threads of its own, take seconds beside the forward.
+The clock of a part stops while another part runs within it in the same thread, so that the parts of the main thread add
+up to the total. For the writer's thread CPU time is counted, without its waits for the disk; the time to prepare units,
+and that of a tokenizer with threads of its own, runs in parallel with the forward pass.
 
-A twin is a bare model that is called with every batch of the run, before it or after it in turns: what the machine does
-meanwhile, and what other threads take of the cores, hits both alike. Its time is of no part of the run.
+A twin is a bare model that is called with every batch of the run, alternately before and after it, so that other load
+on the machine, and the cores taken by other threads, affect both alike. Its time is not part of the run.
 
-Calls on a GPU return before they are computed: there the clocks of the forward and of the twin wait for the model's
-stream, and those of the parts within tell what they take of the host. Copies that are under way go on beside.
+Calls on a GPU return before they are computed, so the clocks of the forward pass and of the twin wait for the model's
+stream, while those of the parts within count host time only. Pending copies continue in parallel.
 """
 
 import functools
@@ -51,7 +51,7 @@ _WATCHED: tuple[tuple[Any, str, str], ...] = (
 
 
 class Clocks(AbstractContextManager[dict[str, float]]):
-    """Put the clocks on; gives the seconds of each part, and of the twin, whole once the block has ended.
+    """Install the clocks; yields the seconds of each part and of the twin, final once the block has ended.
 
     Args:
         twin: Calls a bare model with a batch.
@@ -70,7 +70,7 @@ class Clocks(AbstractContextManager[dict[str, float]]):
             original = getattr(owner, attribute)
             self._originals.append((owner, attribute, original))
             setattr(owner, attribute, self._watch(original, part))
-        # around the clock of the run's own forward, so that the twin's time is not of it
+        # wraps the timed call, so that the twin's time does not count as the run's
         ModelCaller.call = self._double(ModelCaller.call)
         self._start = time.perf_counter()
         return self._taken
@@ -98,7 +98,7 @@ class Clocks(AbstractContextManager[dict[str, float]]):
         return timed
 
     def _double(self, call: Callable[..., None]) -> Callable[..., None]:
-        """Have the twin called with every batch too."""
+        """Call the twin with every batch too."""
         twin = self._watch(self._twin, TWIN)
 
         @functools.wraps(call)

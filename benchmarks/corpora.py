@@ -1,6 +1,6 @@
-"""Real texts that every machine has, and the batches that layerprobe makes of them.
+"""Real texts available on every machine, and the batches that layerprobe makes of them.
 
-Docstrings of the standard library, in the order of its files, and their paragraphs.
+The texts are docstrings of the standard library, in the order of its files, and their paragraphs.
 """
 
 import ast
@@ -61,7 +61,7 @@ def _iter_docstrings(folder: Path) -> Iterator[str]:
 
 
 def list_paragraphs(tokenizer: Any) -> list[str]:
-    """Cut docstrings at their empty lines and keep the parts of a middle length."""
+    """Split docstrings at their empty lines and keep the paragraphs of 5 to 256 tokens."""
     found = (part.strip() for text in list_docstrings() for part in text.split("\n\n"))
     parts = list(dict.fromkeys(filter(None, found)))
     lengths = map(len, tokenizer(parts, truncation=True, max_length=512)["input_ids"])
@@ -70,7 +70,7 @@ def list_paragraphs(tokenizer: Any) -> list[str]:
 
 
 def choose_quick(texts: list[str]) -> list[str]:
-    """Choose the few short texts, from all over a list, that are enough to see that a benchmark runs."""
+    """Choose a few short texts from all over a list, just enough to test that a benchmark runs."""
     short = [text for text in texts if len(text) < QUICK_LETTERS]
     return short[:: max(1, len(short) // QUICK_TEXTS)][:QUICK_TEXTS]
 
@@ -84,10 +84,10 @@ def shuffle(texts: list[str]) -> list[str]:
 def list_batches(
     demo: LoadedModel, texts: list[str], folder: Path, options: ExtractOptions | None = None
 ) -> tuple[list[Batch], int, int]:
-    """Make padded batches as layerprobe makes them, the count of real tokens, and the longest text it takes.
+    """Return layerprobe's padded batches, their number of real tokens, and the maximum length of a text.
 
     Args:
-        options: Of the run; None for every layer in float16.
+        options: Options of the run; None for every layer in float16.
     """
     options = replace(options or ExtractOptions(sites=SITES, dtype="float16"), padding_free=False)
     plan = plan_extraction(demo.model, texts, folder, options, tokenizer=demo.tokenizer)
@@ -97,20 +97,20 @@ def list_batches(
 
 
 def cut_plan(plan: Plan) -> Iterator[Batch | FlatBatch]:
-    """Make the very batches that a run would have."""
+    """Make exactly the batches of a run."""
     for unit in plan.units():
         tokenized = tokenize(plan.tokenizer, [record.text for record in unit.records], plan.rule.max_length)
         yield from plan.cut(tokenized)
 
 
 def make_caller(model: nn.Module, asks_states: bool = False) -> Callable[[Batch | FlatBatch], None]:
-    """Give what calls a model with a batch of a run; with one that has no padding, while `attending_flat` is open.
+    """Return a function that calls a model with a batch; for batches without padding, open `attending_flat` around it.
 
     Args:
         model: The model.
-        asks_states: Whether to ask it for `output_hidden_states`.
+        asks_states: Whether to pass `output_hidden_states=True`.
     """
-    # as it is now: clocks may be put on it
+    # looked up now, since clocks may replace it later
     form, make_arguments, device = FlatForm.of(model), FlatForm.arguments, find_device(model)
     states = {"output_hidden_states": True} if asks_states else {}
 

@@ -1,8 +1,8 @@
-"""What does float16 change in what is generated from stored states?
+"""What does float16 change in text generated from stored states?
 
-Short docstrings of the standard library through the demo model, its last layer stored in float32 and in float16. A
-decoder with random weights, whose choices are closer calls than a trained one's, writes from each and from the encoder
-run live: how many sequences come back token by token, greedy and by beams.
+Short docstrings of the standard library go through the demo model, and its last layer is stored in float32 and in
+float16. A decoder with random weights, whose choices are closer than a trained one's, generates from each store and
+from the live encoder. Counted are the sequences and tokens that differ, with greedy and beam search.
 
     python benchmarks/decode.py [--quick | --save]
 """
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def list_sentences() -> list[str]:
-    """List the first paragraphs of docstrings that are short."""
+    """List short first paragraphs of docstrings."""
     firsts = (" ".join(text.strip().split("\n\n")[0].split()) for text in list_docstrings())
     return shuffle([text for text in firsts if LETTERS[0] <= len(text) <= LETTERS[1]])
 
@@ -47,7 +47,7 @@ def list_sentences() -> list[str]:
 def compare_live(
     demo: LoadedModel, texts: list[str], whole: Any, halves: Any, examples: list[int]
 ) -> dict[str, dict[str, float]]:
-    """Compare a live encoder with its stored states; a random decoder, greedy and by beams."""
+    """Compare a live encoder with its stored states, using a random decoder with greedy and beam search."""
     from transformers import BertConfig, BertLMHeadModel, EncoderDecoderModel
 
     torch.manual_seed(0)

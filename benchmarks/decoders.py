@@ -1,7 +1,7 @@
-"""What a small decoder can read of each layer of the demo model: the worked example of docs/generation.md.
+"""Measure what a small decoder can read from each layer of the demo model: the example of docs/generation.md.
 
-The texts are those of `docstrings.py`; every layer gets a decoder of its own, fitted for a minute or two on two cores,
-and one more sees no context. A few of the texts that judge are then written by the decoder of each end of the model.
+The texts are those of `docstrings.py`. Every layer gets a decoder of its own, fitted for a minute or two on two cores,
+and one more decoder gets no context. The decoders of the first and last site then write a few of the test texts.
 """
 
 import tempfile

@@ -1,10 +1,10 @@
-"""A labelled set of texts that every machine has: docstrings of the standard library, by the family of their module.
+"""A labelled data set available on every machine: docstrings of the standard library, by the family of their module.
 
     python benchmarks/docstrings.py docstrings.jsonl
 
-Each line is a record: `text`, the first paragraph; `label`, the family; `file`, where it stands; `split`, which is
-train, dev or test. A file is on one side only, since its docstrings share names and a hand, and a text that stands in
-two files is left out. Another version of Python has other docstrings. Needs nothing but Python.
+Each line is a record: `text`, the first paragraph; `label`, the family; `file`, its source; `split`, which is train,
+dev or test. Each file is in one split only, since its docstrings share names and an author, and texts that occur in two
+files are left out. Other versions of Python have other docstrings. Needs only the standard library.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FAMILIES = {
     "windows": "tkinter turtle turtledemo",
 }
 MOST = 300
-# Of a family, so that no file is half of a side.
+# Maximum share of a family's texts from one file, so that no file makes up half of a split.
 _SHARE_OF_A_FILE = 0.2
 _LETTERS = (20, 300)
 _SHARES = {"train": 0.6, "test": 0.2, "dev": 0.2}
@@ -37,7 +37,7 @@ def list_labelled(most: int = MOST) -> list[dict[str, str]]:
     """Read the labelled set.
 
     Args:
-        most: The most texts of a family.
+        most: Maximum number of texts per family.
     """
     found = {family: dict(_iter_files(names.split())) for family, names in FAMILIES.items()}
     seen = Counter(text for files in found.values() for texts in files.values() for text in texts)
@@ -50,7 +50,7 @@ def list_labelled(most: int = MOST) -> list[dict[str, str]]:
 
 
 def _iter_files(names: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Go through the sources of some modules, each with its different docstrings in their order."""
+    """Yield the source files of some modules, each with its distinct docstrings in order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for name in names:
         single = root / f"{name}.py"
@@ -73,7 +73,7 @@ def _iter_texts(tree: ast.AST) -> Iterator[str]:
 
 
 def _split(family: str, files: dict[str, list[str]], most: int) -> list[dict[str, str]]:
-    """Give each file to the side that is furthest behind its share, in an order that no name explains."""
+    """Assign each file to the split furthest below its share, in an order that does not depend on names."""
     order = sorted(files, key=lambda file: blake2b(file.encode()).digest())
     held = dict.fromkeys(_SHARES, 0)
     records = []

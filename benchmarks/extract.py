@@ -1,9 +1,9 @@
-"""The whole job: 2,000 real texts to every layer on disk, against the loop that people write today.
+"""Time the whole job, from 2,000 real texts to every layer on disk, against the loop that people write today.
 
 The texts are docstrings of the standard library in the order of its files; their paragraphs of 5 to 256 tokens,
-shuffled; and both together, shuffled. The rivals are the loop (32 texts at a time in the order they come, padded to the
-longest, `output_hidden_states=True`, one `torch.save` a batch, nothing flushed to disk), the bare forward over
-layerprobe's own batches, tokenised beforehand, and `layerprobe.extract` in float16 with all it does: planning,
+shuffled; and both together, shuffled. The rivals are the loop (32 texts at a time in input order, padded to the
+longest, `output_hidden_states=True`, one `torch.save` per batch, nothing flushed to disk), the bare forward pass over
+layerprobe's own batches, tokenised beforehand, and `layerprobe.extract` in float16 with everything it does: planning,
 tokenising, checksums and flushes. At the end the rows of the loop and of the store are compared.
 
     python benchmarks/extract.py [--quick | --save] [--texts 2000] [--rounds 3]
@@ -28,7 +28,7 @@ from layerprobe.models import LoadedModel
 from layerprobe.tables import format_bytes, format_table
 
 LOOP_BATCH = 32
-# float16 keeps 11 bits; batches of other shapes reorder the sums of a forward
+# float16 has 11 significant bits; batches of other shapes change the order of sums
 RELATIVE, ABSOLUTE = 2**-11, 1e-3
 
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def run_corpus(demo: LoadedModel, texts: list[str], folder: Path, rounds: int) -> dict[str, Any]:
-    """Time the three ways and compare what two of them left on disk."""
+    """Time the three ways, and compare what the loop and layerprobe left on disk."""
     folder.mkdir()
     loop, store = folder / "loop", folder / "store"
     run_layerprobe(demo, texts[:LOOP_BATCH], folder / "warm")
@@ -104,7 +104,7 @@ def run_corpus(demo: LoadedModel, texts: list[str], folder: Path, rounds: int) -
 
 
 def run_loop(demo: LoadedModel, texts: list[str], max_length: int, folder: Path, _: object = None) -> None:
-    """Do what people write today."""
+    """Extract as people do today."""
     for number, start in enumerate(range(0, len(texts), LOOP_BATCH)):
         batch = demo.tokenizer(
             texts[start : start + LOOP_BATCH],
@@ -128,10 +128,10 @@ def run_layerprobe(demo: LoadedModel, texts: list[str], folder: Path, _: object 
 
 
 def compare(loop: Path, folder: Path, every: int = 8) -> float:
-    """Hold rows of the loop's files against the store's; gives the largest difference.
+    """Compare the rows of the loop's files with the store's, and return the largest difference.
 
     Args:
-        every: Only each so many batches of the loop.
+        every: Compare one in `every` batches of the loop.
     """
     store = lp.open(folder)
     worst = 0.0
@@ -155,7 +155,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    # mapped, so that counting ids does not read gigabytes of hidden states
+    # memory-mapped, so that counting ids does not read gigabytes of hidden states
     return torch.load(path, weights_only=True, mmap=True)
 
 

@@ -1,8 +1,8 @@
-"""The tables of docs/performance.md, laid out from what the benchmarks saved.
+"""Format the tables of docs/performance.md from saved benchmark results.
 
     python benchmarks/figures.py        writes them between the markers of the page
 
-A benchmark that has not been saved leaves its place empty. Must never measure.
+The table of a benchmark without saved results stays empty. Must never measure.
 """
 
 import argparse
@@ -20,12 +20,12 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 END = "<!-- end of the table -->\n"
 
-# bert-base: what a row of a site takes in float16, and its layers
+# bert-base: bytes of a row at one site in float16, and its numbers of layers and sites
 _ROW_BYTES, _NUM_LAYERS, _NUM_SITES = 2 * 768, 12, 13
 _TOKENS_PER_TEXT = 20
 _MONTH_S = 30 * 86400.0
 _ALL, _LAST, _THIRD = "every site", "`--sites layers.-1`", "`--sites layers.3`: 4 of 12 layers run"
-# tokens, what is switched on, bytes a token, layers that run
+# tokens, options, bytes per token, layers that run
 _STEPS: tuple[tuple[int, str, float, int], ...] = (
     (10**6, _ALL, _NUM_SITES * _ROW_BYTES, 12),
     (10**9, _ALL, _NUM_SITES * _ROW_BYTES, 12),
@@ -39,9 +39,9 @@ _STEPS: tuple[tuple[int, str, float, int], ...] = (
 
 
 def lay_out_floor(document: dict[str, Any]) -> list[str]:
-    """Give the bounds of each regime, where its time goes, and the runs that end early."""
+    """Format the bounds of each regime, where its time goes, and the runs that end early."""
     regimes, settings = document["results"]["regimes"], document["settings"]
-    # a GPU has a bus in place of copies, and an older file no plain whole
+    # a GPU has a bus in place of copies, and older files have no plain whole
     columns = [
         (header, key)
         for header, key in (
@@ -90,7 +90,7 @@ def lay_out_floor(document: dict[str, Any]) -> list[str]:
 
 
 def lay_out_storing(document: dict[str, Any]) -> list[str]:
-    """Give each model's ways to run over the same batches, against the bare forward."""
+    """Format each model's ways to run over the same batches, against the bare forward pass."""
     rows = [
         (
             case["model"],
@@ -121,7 +121,7 @@ def lay_out_storing(document: dict[str, Any]) -> list[str]:
 
 
 def lay_out_costs(storing: dict[str, Any], floor: dict[str, Any]) -> list[str]:
-    """Give hours of the forward and of the disk, up to a trillion tokens, by the arithmetic of `extract --plan`."""
+    """Format hours of the forward pass and of the disk, up to a trillion tokens, computed as by `extract --plan`."""
     (case,) = (case for case in storing["results"] if case["model"].startswith("random bert-base"))
     (bare_s,) = (way["s"] for way in case["ways"] if (way["pass"], way["way"]) == ("second", "bare"))
     (regime,) = (found for found in floor["results"]["regimes"] if found["regime"] == "all, rows, float16")
@@ -129,7 +129,7 @@ def lay_out_costs(storing: dict[str, Any], floor: dict[str, Any]) -> list[str]:
     rows: list[tuple[object, ...]] = []
     for tokens, switched_on, token_bytes, num_layers in _STEPS:
         seconds = bare_s * num_layers / _NUM_LAYERS
-        # a text of one token, since tokens are what is asked about
+        # one token per text, since the price is per token
         sample = SamplePace(case["tokens"], case["tokens"], round(token_bytes * case["tokens"]), seconds, 0.0)
         price = Price(tokens, sample, disk, "cpu")
         rows.append(
@@ -164,7 +164,7 @@ def lay_out_costs(storing: dict[str, Any], floor: dict[str, Any]) -> list[str]:
 
 
 def lay_out_growth(document: dict[str, Any]) -> list[str]:
-    """Give a line for each point of each axis."""
+    """Format a line for each point of each axis."""
     headers = (
         "axis",
         "texts",
@@ -199,7 +199,7 @@ def lay_out_growth(document: dict[str, Any]) -> list[str]:
 
 
 def lay_out_peers(document: dict[str, Any]) -> list[str]:
-    """Give a line for each way, and name those that are missing."""
+    """Format a line for each way, and list those that are missing."""
     settings, found = document["settings"], document["results"]
     headers = ("way", "s", "times ours", "CPU, times ours", "memory above start", "bytes", "texts that agree")
     rows: list[tuple[object, ...]] = [
@@ -227,7 +227,7 @@ def lay_out_peers(document: dict[str, Any]) -> list[str]:
 
 
 def _asking_s(case: dict[str, Any], way: dict[str, Any]) -> float:
-    """Give the seconds of `output_hidden_states` in the pass of another way."""
+    """Return the seconds of `output_hidden_states` in the same pass as another way."""
     (found,) = (one for one in case["ways"] if one["way"] == "output_hidden_states" and one["pass"] == way["pass"])
     return found["s"]
 
@@ -246,7 +246,7 @@ def _table(headers: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list
     return [f"| {' | '.join(map(str, row))} |" for row in cells]
 
 
-# by the files that they are made of
+# by the names of their results files
 TABLES: dict[str, Callable[..., list[str]]] = {
     "storing.json, floor.json": lay_out_costs,
     "floor.json": lay_out_floor,
@@ -257,7 +257,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
 
 
 def write_tables(page: str, results: Path = RESULTS) -> str:
-    """Put each table between its markers in a page."""
+    """Insert each table between its markers in a page."""
     for name, lay_out in TABLES.items():
         begin = f"<!-- {name}: written by benchmarks/figures.py -->\n"
         before, found, rest = page.partition(begin)

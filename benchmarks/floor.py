@@ -1,25 +1,25 @@
 """How close does a run come to the floor: the forward alone, the copies alone, the disk alone, and the whole?
 
-Nothing can be faster than the slowest of the three: the forward over the run's own batches, copying and casting the
-values of the asked sites once, and writing their bytes to disk as shards are written, flushed. Two more times stand
-beside them and are no bounds: the plain way to write, and the forward over padded batches as `padding_free=False` cuts
-them, which is how a model is called that nobody has taught to do without. For one site and for more, as rows and
-pooled, in float32 and in float16; and for runs that end at a layer, against the run of the last one. On a GPU the bytes
-over its bus to page-locked memory take the place of the copies, and one run more, under torch's profiler, tells how
-long its kernels were at work.
+Nothing can be faster than the slowest of three: the forward pass over the run's own batches, copying and casting the
+values of the sites once, and writing their bytes to disk as shards are written, flushed. Two more times are shown for
+comparison and are no bounds: a plain write, and the forward pass over padded batches as `padding_free=False` cuts
+them, which is how a model is usually called. Measured for one site and for more, as rows and pooled, in float32 and in
+float16; and for runs that end at a layer, against the run of the last layer. On a GPU the transfer of the bytes to
+page-locked memory takes the place of the copies, and one more run under torch's profiler tells how long its kernels
+were busy.
 
-The forward is timed within the run: a bare model of the same weights is called with each batch of the run before the
-run calls its own, or after it, in turns, since minutes apart a shared machine is another. Its time is taken off the
-whole. The threads of the run, which tokenise and write, work beside the one as beside the other: so there is a second
-ratio with all of their CPU time on top of the whole, a part of which it has already. The truth lies between the two.
-A run without clocks and without the bare model beside it, in turns with the others, has no such doubt: the plain whole,
-over the floor of the same round, whose forward was timed some seconds before or after.
+The forward pass is timed within the run: a bare model of the same weights is called with each batch, alternately before
+and after the run's own call, since a shared machine changes within minutes. Its time is subtracted from the whole. The
+threads of the run, which tokenise and write, work in parallel with both models; so a second ratio adds all of their CPU
+time to the whole, which already contains a part of it. The truth lies between the two. A run without clocks and
+without the bare model, in turns with the others, has no such doubt: the plain whole, over the floor of the same round,
+whose forward pass was timed some seconds before or after.
 
-Clocks around the parts of each run say where its time goes. A part does not count what another part within it takes,
-so that those of the main thread add up to the whole. What goes on beside it, in threads of its own, comes after.
+Clocks around the parts of each run show where its time goes. A part excludes the time of other parts within it, so that
+those of the main thread add up to the whole. Work in other threads is listed after them.
 
-The docstrings are tokenised before the forward begins, all 2,000 of them. `--corpus paragraphs` takes more and shorter
-texts, so that most are tokenised beside the forward.
+All 2,000 docstrings are tokenised before the forward pass begins. `--corpus paragraphs` takes more and shorter texts,
+so that most are tokenised in parallel with it.
 
     python benchmarks/floor.py [--quick | --save] [--texts 2000] [--seconds 480] [--corpus paragraphs]
     python benchmarks/floor.py --device cuda --model bert-base --precision bf16 --save
@@ -60,13 +60,13 @@ SITE_SETS = {
     "all": ["embeddings", "layers.*"],
     "all + ffn.act": ["embeddings", "layers.*", "layers.*.ffn.act"],
 }
-# how many texts of a corpus unless asked for another number
+# default number of texts per corpus
 CORPORA = {"docstrings": 2000, "paragraphs": 8000}
 ROWS_OF_LAST = "last, rows, float16"
 
 
 class Regime:
-    """One way to run over the texts, its sites, pool and dtype: the clocks of its runs, and what the last one left."""
+    """One way to run over the texts, with its sites, pool and dtype; keeps clocks and sizes of its runs."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Regime:
 
     @property
     def num_computed(self) -> int:
-        """Tokens that go through the model, padding included."""
+        """Number of tokens that go through the model, padding included."""
         return sum(batch.input_ids.numel() for batch in self.batches)
 
     @property
@@ -104,13 +104,13 @@ class Regime:
         return [site.width or 0 for site in lp.sites(self._demo.model, self.options["sites"])]
 
     def run(self, _: object = None) -> None:
-        """Do the whole job, with clocks on, and the bare model beside."""
+        """Run the whole job with clocks, and with the bare model called alongside."""
         with Clocks(self._call_twin) as taken:
             self.run_plainly()
         self.clocks.append(taken)
 
     def run_plainly(self, _: object = None) -> None:
-        """Do the whole job, and nothing else."""
+        """Run the whole job and nothing else."""
         lp.extract(
             self._demo.model,
             self._texts,
@@ -121,13 +121,13 @@ class Regime:
         )
 
     def run_padded(self, _: object = None) -> None:
-        """Call the bare model with the texts in padded batches, as a run would cut them that has padding."""
+        """Call the bare model on padded batches of the texts, as a run with padding would cut them."""
         with self.subject.running(self._twin):
             for batch in self.padded:
                 self._call_twin(batch)
 
     def watch_gpu(self) -> None:
-        """Do the whole job once more, and note how long the GPU's kernels were at work."""
+        """Run the whole job once more, and record how long the GPU's kernels were busy."""
         with torch.profiler.profile() as profile:
             self.run_plainly()
         self.end()
@@ -140,12 +140,12 @@ class Regime:
         )
 
     def end(self, _: object = None) -> None:
-        """Note what the run left, and remove it."""
+        """Record the sizes of the run's shards, and remove them."""
         self.sizes = [path.stat().st_size for path in sorted(self._folder.glob("shard-*"))]
         shutil.rmtree(self._folder)
 
     def middle(self, of: Callable[[dict[str, float]], float]) -> float:
-        """Give the median over the runs of what is worked out from the clocks of one."""
+        """Return the median over the runs of a value computed from one run's clocks."""
         return statistics.median(map(of, self.clocks))
 
 
@@ -199,7 +199,7 @@ def list_texts(corpus: str, tokenizer: Any, count: int | None, is_quick: bool) -
     """Choose texts from all over a corpus.
 
     Args:
-        count: How many; None for as many as are usual.
+        count: Number of texts; None for the default.
         is_quick: Whether to choose few and short ones, whatever the count.
     """
     found = list_docstrings() if corpus == "docstrings" else list_paragraphs(tokenizer)
@@ -210,8 +210,8 @@ def list_texts(corpus: str, tokenizer: Any, count: int | None, is_quick: bool) -
 
 
 def list_regimes(is_quick: bool) -> dict[str, dict[str, Any]]:
-    """Name every way to run, or some: its sites, how they are pooled, and the dtype that is stored."""
-    # each set of sites is among every fifth
+    """Name every way to run, or a few of them: its sites, its pool, and the stored dtype."""
+    # every fifth way still covers each set of sites
     ways = list(itertools.product(SITE_SETS, (None, "mean"), ("float32", "float16")))[:: 5 if is_quick else 1]
     return {
         f"{sites}, {pool or 'rows'}, {dtype}": {"sites": SITE_SETS[sites], "pool": pool, "dtype": dtype}
@@ -220,7 +220,7 @@ def list_regimes(is_quick: bool) -> dict[str, dict[str, Any]]:
 
 
 def list_rivals(regimes: dict[str, Regime], folder: Path) -> dict[str, Rival]:
-    """Give of each regime the whole, which tells the sizes, the plain whole, the copies and both ways to write."""
+    """List for each regime the whole, which sets the sizes, the plain whole, the copies and both ways to write."""
     rivals: dict[str, Rival] = {}
     for name, regime in regimes.items():
         rivals[f"{name} whole"] = Rival(regime.run, finish=regime.end)
@@ -239,12 +239,12 @@ def list_rivals(regimes: dict[str, Regime], folder: Path) -> dict[str, Rival]:
 
 
 def way_to_host(regime: Regime) -> str:
-    """Name the bound of the rows' way into host memory."""
+    """Name the bound for moving rows into host memory."""
     return "bus" if regime.subject.is_on_cuda else "copy"
 
 
 def list_copies(regime: Regime) -> Rival:
-    """Give what only brings the rows into host memory: over a GPU's bus, or by copies on the CPU."""
+    """Make the rival that only moves the rows into host memory: over a GPU's bus, or by copies on the CPU."""
     if regime.subject.is_on_cuda:
         return Rival(
             lambda prepared: copy_to_host(regime.sizes, prepared),
@@ -257,7 +257,7 @@ def list_copies(regime: Regime) -> Rival:
 def copy_values(
     batches: list[Batch | FlatBatch], widths: list[int], dtype: str, is_pooled: bool, _: object = None
 ) -> None:
-    """Read and cast as many values as the run does, out of tensors of the size of a batch; sum what is pooled."""
+    """Read and cast as many values as the run does, from tensors of a batch's size; sum pooled ones."""
     largest = max(sum(batch.lengths) for batch in batches)
     source = torch.ones(largest * max(widths))
     target = torch.empty_like(source, dtype=getattr(torch, dtype))
@@ -273,7 +273,7 @@ def copy_values(
 def prepare_files(regime: Regime, folder: Path) -> tuple[Path, list[memoryview]]:
     """Make the bytes of as many files as the run wrote, touched once, and a folder for them.
 
-    They begin with a page, so that they can be written from where they lie, as what the run writes can.
+    The memory is page-aligned, so that it can be written directly, like the run's own buffers.
     """
     folder.mkdir()
     block = memoryview(mmap.mmap(-1, max(regime.sizes)))
@@ -297,7 +297,7 @@ def write_plainly(path: Path, pieces: list[memoryview]) -> None:
 
 
 def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
-    """Give the medians of a regime, its ratio to the slowest of its bounds, and where its time went."""
+    """Return the medians of a regime, its ratio to the slowest of its bounds, and where its time went."""
     to_host = way_to_host(regime)
     seconds = {
         "forward": regime.middle(itemgetter(TWIN)),
@@ -338,12 +338,12 @@ def lay_out(regime: Regime, timings: dict[str, Timings]) -> dict[str, Any]:
 
 
 def whole_of(clocks: dict[str, float]) -> float:
-    """Give what a run took, without the bare forward beside it."""
+    """Return the time of a run, without the bare model's forward pass."""
     return sum(clocks[part] for part in MAIN)
 
 
 def lay_out_stop(regime: Regime, last: Regime, layer: int, layers: int) -> dict[str, Any]:
-    """Hold a run that ends at a layer against the run of the last one, each by the whole forward within it."""
+    """Compare a run that ends at a layer with the run of the last layer, each relative to the full forward pass."""
     share, whole = (one.middle(lambda clocks: whole_of(clocks) / clocks[TWIN]) for one in (regime, last))
     most = round((layer + 1) / layers + 0.05, 3)
     return {"layer": layer, "layers": layers, "ratio": round(share / whole, 3), "most": most}

@@ -1,15 +1,15 @@
-"""How does the cost grow with the work: more examples, sites, tokens a text, shards, threads?
+"""How does the cost grow with the work: more examples, sites, tokens per text, shards, threads?
 
-Every point is a process of its own, so that its peak of resident memory is its own; the points take turns, round by
-round. Each extracts texts from a file and is then measured on its store: the same command again when nothing is
-missing, when the index and the last shard are, and opening it. The bare forward over batches of the same run is timed
-before the run and after it, and the mean taken, since minutes apart a shared machine is another.
+Every point is a process of its own, so that it has its own peak of resident memory; the points take turns, round by
+round. Each extracts texts from a file and is then measured on its store: running the same command again with nothing
+missing, running it without the index and the last shard, and opening the store. The bare forward pass over batches of
+the same run is timed before and after the run and averaged, since a shared machine changes within minutes.
 
-The model is a BERT of 4 layers of width 128 with random weights, the texts are words of the standard library's
-docstrings, each cut to the very length, all of them different. So narrow a forward leaves nowhere to hide: what a text
-or a shard costs beside it shows at once, and 100,000 texts of 16 tokens take a minute and not an hour. The budget of a
-batch is held at 1,024 tokens; a long run would look for a larger one. Long texts of which one row is kept stand on an
-axis of their own: a unit of them is bounded by its tokens, not by the bytes of its rows.
+The model is a BERT of 4 layers of width 128 with random weights. The texts are words of the standard library's
+docstrings, all different and truncated to the exact length. With so narrow a model, the overhead of a text or a shard
+shows at once, and 100,000 texts of 16 tokens take a minute instead of an hour. The batch budget is fixed at 1,024
+tokens; a long run would search for a larger one. Long texts pooled to one row have an axis of their own: their units
+are bounded by tokens, not by the bytes of rows.
 
     python benchmarks/growth.py [--quick | --save] [--seconds 420]
     python benchmarks/growth.py --device cuda --model bert-base --precision bf16 --save
@@ -49,7 +49,7 @@ SITE_SETS = {
     "all": ["embeddings", "layers.*", "layers.*.mid", "layers.*.attention.*", "layers.*.ffn.*", "pooler"],
 }
 BATCH_TOKENS = 1024
-# enough for a forward's time per token
+# enough to measure the forward pass's time per token
 _FORWARD_TOKENS = 100_000
 
 
@@ -58,13 +58,13 @@ class Point:
     """One size of work.
 
     Args:
-        texts: How many.
-        length: Tokens of each.
-        sites: Which set.
-        shards: Into how many to cut; None for shards of the usual size, or of `shard_bytes`.
-        threads: How many; None for as many as there are cores.
-        shard_bytes: Size of a shard; None for the usual one.
-        pool: How the rows of a text become one; None for all of them.
+        texts: Number of texts.
+        length: Tokens per text.
+        sites: Name of a set of sites.
+        shards: Number of shards; None for shards of the default size, or of `shard_bytes`.
+        threads: Number of threads; None for one per core.
+        shard_bytes: Size of a shard; None for the default.
+        pool: How the rows of a text are pooled; None for all rows.
     """
 
     texts: int = 10_000
@@ -117,18 +117,18 @@ def main() -> None:
 
 
 def list_axes(is_quick: bool) -> dict[str, list[Point]]:
-    """Give the points of each axis; the first of an axis is what the others are held against."""
+    """Return the points of each axis; the others are compared with the first of their axis."""
     base = Point()
     if is_quick:
         base = replace(base, texts=100)
-        # each point is a process: one that differs in everything stands for all
+        # each point is a process, so one that differs in everything stands for all
         other = Point(texts=25, length=64, sites="one", shards=2, threads=1)
         pooled = replace(base, texts=8, length=64, sites="one", pool="mean")
         return {axis: [base, other] for axis in ("examples", "sites", "length", "shards", "threads")} | {
             "pooled": [pooled]
         }
     cut = replace(base, texts=32_000)
-    # so small that the fewest texts but one fill both buffers: memory that grows after that grows with the texts
+    # so small that the second fewest texts already fill both buffers: memory growth beyond that is due to the texts
     small = replace(base, shard_bytes=32 << 20)
     pooled = replace(base, texts=500, length=512, sites="one", pool="mean")
     return {
@@ -142,7 +142,7 @@ def list_axes(is_quick: bool) -> dict[str, list[Point]]:
 
 
 def write_texts(path: Path, words: list[str], count: int, length: int) -> None:
-    """Write so many texts of words, one a line, each different and of at least so many tokens."""
+    """Write `count` distinct texts of words, one per line, each of at least `length` tokens."""
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             start = number * length % (len(words) - length)
@@ -150,7 +150,7 @@ def write_texts(path: Path, words: list[str], count: int, length: int) -> None:
 
 
 def run_point(point: Point, texts: Path, subject: Subject) -> dict[str, float]:
-    """Measure a point in a process of its own."""
+    """Measure a point in a separate process."""
     asked = ["--point", json.dumps(asdict(point)), "--texts-file", str(texts), *subject.arguments]
     command = [sys.executable, __file__, *asked]
     limits = {} if point.threads is None else {"OMP_NUM_THREADS": str(point.threads)}
@@ -161,7 +161,7 @@ def run_point(point: Point, texts: Path, subject: Subject) -> dict[str, float]:
 
 
 def measure(point: Point, texts: Path, subject: Subject) -> dict[str, float]:
-    """Extract once, between two forwards alone, and time what comes after on the same store."""
+    """Extract once, between two timings of the forward pass, and time further operations on the store."""
     loaded = subject.load()
     with tempfile.TemporaryDirectory() as place, torch.inference_mode():
         options = ExtractOptions(
@@ -184,7 +184,7 @@ def measure(point: Point, texts: Path, subject: Subject) -> dict[str, float]:
         before = read_peak(resets=True)
         extract(loaded, options, first, Path(place) / "warm")
         forward_before = time_forward(loaded.model, plan, subject)
-        # the forward's own peak is not the run's
+        # exclude the peak of the forward pass alone
         read_peak(resets=True)
         found = measure_run(run, Path(place) / "acts", before)
         forward_us = (forward_before + time_forward(loaded.model, plan, subject)) / 2
@@ -210,10 +210,10 @@ def extract(loaded: LoadedModel, options: ExtractOptions, texts: Path, to: Path)
 
 
 def measure_run(run: Callable[[Path], None], folder: Path, before: int) -> dict[str, float]:
-    """Time a run, the run again, one that lacks its end, and opening; and take the peak of the first.
+    """Time a run, a repeat, a resume without index and last shard, and opening; measure the peak of the first.
 
     Args:
-        before: Bytes that were resident before anything ran.
+        before: Resident bytes before anything ran.
     """
     cpu = time.process_time()
     wall_s = _time(partial(run, folder))
@@ -242,7 +242,7 @@ def measure_run(run: Callable[[Path], None], folder: Path, before: int) -> dict[
 
 
 def time_forward(model: nn.Module, plan: Plan, subject: Subject) -> float:
-    """Time the bare forward over batches of the run, in microseconds per token."""
+    """Time the bare forward pass over batches of the run, in microseconds per token."""
     batches, tokens = [], 0
     for batch in cut_plan(plan):
         batches.append(batch)
@@ -268,7 +268,7 @@ def _time(work: Callable[[], object]) -> float:
 
 
 def lay_out(point: Point, rounds: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, Any]:
-    """Give the medians of a point, and how they stand to those of its axis's first."""
+    """Return the medians of a point, and their ratios to the first point of its axis."""
 
     def middle(worth: Callable[[dict[str, float]], float]) -> float:
         return statistics.median(map(worth, rounds))

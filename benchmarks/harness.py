@@ -1,8 +1,8 @@
-"""What the benchmarks share: interleaved timing, peak memory, tables, and the JSON line at the end.
+"""Shared parts of the benchmarks: interleaved timing, peak memory, tables, and the JSON line at the end.
 
 Rivals take turns within one process, in an order that rotates from round to round, so that a slow second of the
-machine hits all of them alike. A ratio is the median of the ratios within a round. CPU time covers every thread of
-the process, the writer included, and is the steadier of the two on a machine that others use.
+machine affects all of them alike. A ratio is the median of the ratios within a round. CPU time covers every thread of
+the process, the writer included, and is the more stable of the two on a shared machine.
 """
 
 import argparse
@@ -34,8 +34,8 @@ class Rival:
     Args:
         run: Does it `calls` times.
         calls: How often `run` calls the model; times are given per call.
-        prepare: Done before each run, outside the clock; its result is handed to `run`.
-        finish: Done with that result after each run, outside the clock.
+        prepare: Called before each run, outside the timing; its result is passed to `run`.
+        finish: Called with that result after each run, outside the timing.
     """
 
     run: Callable[[Any], object]
@@ -68,7 +68,7 @@ def _median_ratio(times: list[float], base: list[float]) -> float:
 def interleave(
     rivals: Mapping[str, Rival], *, seconds: float, least_rounds: int = 2, most_rounds: int = 40, warm_rounds: int = 1
 ) -> dict[str, Timings]:
-    """Time rivals in turns until `seconds` are spent, after rounds that do not count.
+    """Time rivals in turns for `seconds`, after warm-up rounds that do not count.
 
     Returns:
         Timings by name, one entry per round.
@@ -90,7 +90,7 @@ def interleave(
 
 def _time(rival: Rival, timings: Timings) -> None:
     prepared = rival.prepare()
-    gc.collect()  # what one rival leaves is not looked through in another's time
+    gc.collect()  # so that no rival's time includes collecting another's garbage
     _wait_for_gpu()
     wall, cpu = time.perf_counter(), time.process_time()
     kept = rival.run(prepared)
@@ -98,20 +98,20 @@ def _time(rival: Rival, timings: Timings) -> None:
     timings.cpu_s.append((time.process_time() - cpu) / rival.calls)
     timings.wall_s.append((time.perf_counter() - wall) / rival.calls)
     rival.finish(prepared)
-    del kept  # what a rival captured lives to the end of its clock, and no longer
+    del kept  # captured values are kept until the clock stops, and no longer
 
 
 def _wait_for_gpu() -> None:
-    """Wait until a GPU that is in use has done all that it was given: calls return before that."""
+    """Wait until a GPU in use has finished all its work, since calls return before that."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Measure the peak of torch's own allocations while `work` runs, above what was there before.
+    """Measure the peak of torch's own allocations while `work` runs, above what was allocated before.
 
-    Every allocation and release of torch's CPU allocator is recorded by the profiler and summed in order of time: exact
-    and repeatable, where the resident size of a process depends on what malloc gives back.
+    The profiler records every allocation and release of torch's CPU allocator; summing them in order of time is exact
+    and repeatable, while the resident size of a process depends on what malloc returns to the system.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -128,27 +128,27 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def read_peak(resets: bool = False) -> int:
-    """Give the peak of this process's resident memory in bytes.
+    """Return the peak resident memory of this process in bytes.
 
     Args:
-        resets: Whether to have the peak begin anew, at what is resident now.
+        resets: Whether to reset the peak to what is resident now.
     """
     if resets:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    # not getrusage, whose peak a process takes over from the one that started it
+    # not getrusage, whose peak is inherited from the parent process
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
     return 1024 * int(peak)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Make the parser with the options that all benchmarks take.
+    """Make the parser with the options of all benchmarks.
 
-    From here on the process keeps the memory that it frees, whichever rival runs, as the command `layerprobe extract`
-    does: whether the C library gives it back to the system in between is chance, and more than what is measured.
+    From here on the process keeps freed memory, whichever rival runs, as the command `layerprobe extract` does: whether
+    the C library returns it to the system in between is chance, and would outweigh what is measured.
     """
     keep_freed_memory()
-    # without the usage, a refusal is one line
+    # without the usage, an error is one line
     parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS)
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="small sizes, few rounds: to see that it runs")
@@ -157,7 +157,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def emit(name: str, settings: Mapping[str, Any], results: Any, *, save: bool) -> None:
-    """Print the JSON line, and save it where asked."""
+    """Print the JSON line, and save it if requested."""
     document = {
         "benchmark": name,
         "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
@@ -176,7 +176,7 @@ def emit(name: str, settings: Mapping[str, Any], results: Any, *, save: bool) ->
 
 
 def read_results(name: str) -> Any:
-    """Give the results that were saved last."""
+    """Return the results saved last."""
     return json.loads((_RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
 
 

@@ -1,10 +1,10 @@
-"""What do hooks cost? layerprobe against `output_hidden_states` and the bare forward, on the same batches.
+"""What do hooks cost? layerprobe against `output_hidden_states` and the bare forward pass, on the same batches.
 
-Into memory, and into a store in float16 with the probe held open over several batches and its closing flush counted
-in; time per call, and the peak of torch's allocations above the bare forward's. At the end the cost of being there: a
-narrow BERT at 1x8, whose forward is little but Python.
+Measured into memory, and into a float16 store with one probe open over several batches and its final flush included:
+time per call, and the peak of torch's allocations above the bare forward pass. Also the fixed overhead per call, on a
+narrow BERT at 1x8, whose forward pass is little but Python.
 
-The largest cases get one round by default, which takes some seven minutes in all on two cores; `--seconds 600` gives
+The largest cases get one round by default, which takes about seven minutes in all on two cores; `--seconds 600` gives
 them several.
 
     python benchmarks/hooks.py [--quick | --save] [--seconds 120]
@@ -34,11 +34,11 @@ SITE_SETS: dict[str, list[str]] = {
     "last": ["layers.-1"],
     "ffn.act": ["layers.*.ffn.act"],
 }
-# A case of few tokens repeats its call so that the clock is not what is measured; a store needs more than one batch.
+# A case of few tokens repeats its call to outweigh the clock's overhead; a store needs more than one batch.
 _TOKENS_PER_RUN = 4096
 _MOST_CALLS = 48
 _STORE_CALLS = 3
-# A case's share of the time grows with its tokens; short calls still need rounds enough for a median.
+# A case's share of the time grows with its tokens; short calls still need enough rounds for a median.
 _LEAST_SHARE = 1024
 
 
@@ -128,7 +128,7 @@ def call_memory(
 
 
 def open_store_probe(model: nn.Module, patterns: list[str], folder: Path) -> tuple[ExitStack, Path]:
-    """Open a probe into a new store; its first, tiny call makes the buffers and is outside the clock."""
+    """Open a probe into a new store; its first, tiny call allocates the buffers, outside the timing."""
     place = Path(tempfile.mkdtemp(dir=folder))
     opened = ExitStack()
     opened.enter_context(lp.Probe(model, patterns, to=place, dtype="float16"))
@@ -144,7 +144,7 @@ def call_store(model: nn.Module, batch: dict[str, Tensor], calls: int, opened: t
 
 
 def memory_works(model: nn.Module, batch: dict[str, Tensor], folder: Path) -> dict[str, Callable[[], object]]:
-    """One call of each rival, from its opening to its end."""
+    """Return for each rival one call that includes opening and closing."""
     works: dict[str, Callable[[], object]] = {
         "bare": partial(call_bare, model, batch, 1),
         "output_hidden_states": partial(call_hidden_states, model, batch, 1),
@@ -160,13 +160,13 @@ def store_once(model: nn.Module, batch: dict[str, Tensor], patterns: list[str], 
 
 
 def measure_being_there(rounds: int) -> list[tuple[str, float, float, float]]:
-    """Measure what is added to a call that is little but Python: milliseconds, medians over rounds.
+    """Measure the overhead of a call whose forward pass is little but Python: milliseconds, medians over rounds.
 
-    The probe is opened and closed outside the clock, as a with block around a loop has it.
+    The probe is opened and closed outside the timing, like a with block around a loop.
     """
     config = BertConfig(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=128)
     untouched = BertModel(config).eval()
-    # transformers leaves its hooks on a model that was once asked for hidden states
+    # transformers leaves its hooks on a model after a call with `output_hidden_states`
     asked, probed, closed = (copy.deepcopy(untouched) for _copy in range(3))
     batch = {"input_ids": torch.randint(1000, 20000, (1, 8)), "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
     with lp.Probe(closed, SITE_SETS["all"]):

@@ -1,7 +1,7 @@
-"""From text to insight: what the layers of the demo model say of a labelled set that every machine has.
+"""From text to insight: what the layers of the demo model tell about a labelled set available on every machine.
 
 The set is that of `docstrings.py`: docstrings of the standard library by the family of their module, split by file.
-Every layer is extracted, then compared, drawn and classified, with the baselines, the control labels and the code
+Every layer is extracted, then compared, plotted and classified, with the baselines, the control labels and the code
 length. With `--save` the numbers go to benchmarks/results and the pictures to docs/img; docs/tour.md quotes both.
 """
 
@@ -62,7 +62,7 @@ def _fields(values: Any) -> list[dict[str, Any]]:
 
 
 def _rounded(value: Any) -> Any:
-    """Bring what was found to what JSON holds, floats to four digits behind the point."""
+    """Convert results to JSON types, with floats rounded to four decimals."""
     return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), _DIGITS))
 
 

@@ -1,8 +1,8 @@
 """What do edits, sinks, a watch and a profile cost? Each against the bare forward, a sweep against its bare forwards.
 
-The sweep's bare forwards are as many, of batches of the same size, as the sweep makes; attribution is held against
-three times one text, for two forwards and a backward. A watch at every 50 is held against 50 bare steps of training.
-The same patch of one layer is made by nnsight and TransformerLens too, where they are installed.
+The sweep's bare forward passes match its own in number and batch size. Attribution is compared with three forward
+passes of one text, standing for two forwards and a backward. A watch at every 50 steps is compared with 50 bare
+training steps. The same patch of one layer is also made with nnsight and TransformerLens, if they are installed.
 
     python benchmarks/instrument.py [--quick | --save] [--seconds 120]
 """
@@ -24,7 +24,7 @@ import layerprobe as lp
 from layerprobe.tables import format_table
 
 SHAPES = ((1, 8), (8, 128), (32, 128))
-# A case of few tokens repeats its call so that the clock is not what is measured.
+# A case of few tokens repeats its call to outweigh the clock's overhead.
 _TOKENS_PER_RUN = 4096
 _MOST_CALLS = 48
 _BATCH = 32
@@ -98,7 +98,7 @@ def run_edits(model: Any, size: int, length: int, seconds: float) -> dict[str, A
 
 
 def run_sweep(model: Any, length: int, seconds: float) -> dict[str, Any]:
-    """Time a sweep of all layers and positions, its bare forwards, and the estimate of it."""
+    """Time a sweep over all layers and positions, its bare forward passes, and its estimate by attribution."""
     clean, corrupt = ({"input_ids": torch.randint(1000, 20000, (1, length))} for _ in range(2))
     num_sites = model.config.num_hidden_layers
     num_patches = num_sites * length
@@ -131,7 +131,7 @@ def run_sweep(model: Any, length: int, seconds: float) -> dict[str, Any]:
 
 
 def run_sinks(model: Any, size: int, length: int, seconds: float) -> dict[str, Any]:
-    """Time one batch bare, into memory, and into each sink of sums, at every layer."""
+    """Time one batch bare, into memory, and into each statistics sink, at every layer."""
     batch = {"input_ids": torch.randint(1000, 20000, (size, length)), "attention_mask": torch.ones(size, length).long()}
     makers: dict[str, Any] = {
         "memory": lambda: None,
@@ -155,7 +155,7 @@ def call_probed(model: nn.Module, batch: dict[str, Tensor], calls: int, sink: An
 
 
 def run_watching(is_quick: bool, seconds: float) -> dict[str, Any]:
-    """Time 50 steps of training bare and watched, of which the first is looked at; and one step that is, alone."""
+    """Time 50 training steps bare and watched, with the first one recorded; and a single recorded step."""
     sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     if not is_quick:
         sizes = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -186,7 +186,7 @@ def train_watched(model: Any, batch: dict[str, Tensor], steps: int, sites: list[
 
 
 def run_profile(model: Any, size: int, length: int, repeats: int) -> dict[str, Any]:
-    """Ask a profile what its marks cost."""
+    """Return the overhead of a profile's markers, as the profile reports it."""
     batch = {"input_ids": torch.randint(1000, 20000, (size, length))}
     return {
         "batch": size,
@@ -197,9 +197,9 @@ def run_profile(model: Any, size: int, length: int, repeats: int) -> dict[str, A
 
 
 def run_patch(model: Any, length: int, seconds: float) -> dict[str, Any]:
-    """Put one layer's values of one text into the forward of another, by each tool that is there.
+    """Patch one layer's values from one text into the forward pass of another, with each installed tool.
 
-    TransformerLens turns attention to `eager` for its hooks, so its time holds that too.
+    TransformerLens switches attention to `eager` for its hooks, so its time includes that.
     """
     clean, corrupt = ({"input_ids": torch.randint(1000, 20000, (1, length))} for _ in range(2))
     number = model.config.num_hidden_layers // 2
@@ -217,7 +217,7 @@ def run_patch(model: Any, length: int, seconds: float) -> dict[str, Any]:
         except ImportError:
             missing.append(name)
             continue
-        # everything after the patched layer is computed from clean's values
+        # everything after the patched layer is computed from the clean text's values
         assert torch.allclose(rival(corrupt), expected, atol=1e-4), f"{name} patches something else"
         rivals[name] = Rival(partial(call_rival, rival, corrupt, calls), calls)
     timings = interleave(rivals, seconds=seconds, least_rounds=2)
@@ -233,7 +233,7 @@ def call_rival(rival: Callable[[Any], Tensor], batch: dict[str, Tensor], calls: 
 
 
 def make_layerprobe(model: Any, number: int, values: Tensor, edits: Any) -> Callable[[Any], Tensor]:
-    """The patch in layerprobe; hooks go on and come off at each call, as in the others."""
+    """Patch with layerprobe; hooks are added and removed on each call, as in the others."""
 
     def run(batch: dict[str, Tensor]) -> Tensor:
         with lp.edit(model, edits):
@@ -243,7 +243,7 @@ def make_layerprobe(model: Any, number: int, values: Tensor, edits: Any) -> Call
 
 
 def make_nnsight(model: Any, number: int, values: Tensor, _: Any) -> Callable[[Any], Tensor]:
-    """The patch in nnsight: a trace in which a layer's output is replaced."""
+    """Patch with nnsight: a trace in which a layer's output is replaced."""
     wrapped = importlib.import_module("nnsight").NNsight(model)
 
     def run(batch: dict[str, Tensor]) -> Tensor:
@@ -256,7 +256,7 @@ def make_nnsight(model: Any, number: int, values: Tensor, _: Any) -> Callable[[A
 
 
 def make_transformer_lens(model: Any, number: int, values: Tensor, _: Any) -> Callable[[Any], Tensor]:
-    """The patch in TransformerLens: its bridge around the same model, and a hook on a block's output."""
+    """Patch with TransformerLens: its bridge around the same model, and a hook on a block's output."""
     bridges = importlib.import_module("transformer_lens.model_bridge")
     with tempfile.TemporaryDirectory() as folder:
         model.config.architectures = [type(model).__name__]

@@ -1,8 +1,8 @@
-"""The report of 10,000 texts at 7 sites: bytes of the page, and how soon a real Chromium has painted it.
+"""Measure the report of 10,000 texts at 7 sites: its size, and how soon a real Chromium has painted it.
 
 The texts are lines of the standard library's docstrings. The page is loaded several times in a fresh page of the
-Chromium inside Qt WebEngine, which draws without a GPU; times count from the start of the navigation, as the browser
-itself tells them. Needs the extras `analysis`, `demo` and `browser`.
+Chromium inside Qt WebEngine, which renders without a GPU; times count from the start of the navigation, as reported by
+the browser. Needs the extras `analysis`, `demo` and `browser`.
 """
 
 import statistics
@@ -22,7 +22,7 @@ from browser import Browser
 SITES = ["embeddings", "layers.*"]
 LEAST_LETTERS = 20
 WIDTHS = (1400, 420)
-# Painted by the browser; the scatter drawn and the page settled, as the page itself marks it.
+# First paint as reported by the browser; and the page's own mark that the scatter plot is drawn.
 FIRST_PAINT = "Math.round((performance.getEntriesByType('paint')[0] || {startTime: NaN}).startTime)"
 DRAWN = "document.getElementById('plane').dataset.layer === '0'"
 

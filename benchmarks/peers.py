@@ -1,12 +1,12 @@
-"""Every layer of the same texts by layerprobe and by what else a user would pick: time, memory, bytes, agreement.
+"""Every layer of the same texts by layerprobe and by its alternatives: time, memory, bytes, agreement.
 
-Each run is a process of its own, so that its peak of resident memory is its own; the ways take turns, round by round.
-What a way loads and a first run over a few texts are not timed, except that NeuroX loads its model in each call. Its
-rows are held against layerprobe's in float32: to 1e-4 where they are float32 too, to what a precision leaves where the
-forward has one. A way whose package is missing, or that fails, is named with the reason and left out.
+Each run is a process of its own, so that it has its own peak of resident memory; the ways take turns, round by round.
+Loading and a first run over a few texts are not timed, except that NeuroX loads its model in each call. The rows of
+each way are compared with layerprobe's in float32: to 1e-4 if they are float32 too, or within the error of a lower
+precision. A way whose package is missing, or that fails, is left out and listed with the reason.
 
-The texts are docstrings of at most 256 tokens, their white space made single spaces: every way then sees the same
-tokens, the one that reads a text a line and the one that cuts at 256 among them.
+The texts are docstrings of at most 256 tokens, with white space collapsed, so that all ways see the same tokens, even
+those that read one text per line or truncate at 256.
 
     pip install 'layerprobe[bench]'
     pip install --no-deps neurox        its own pins are years older; what it runs with is in the extra
@@ -35,7 +35,7 @@ from layerprobe.extract.forward import PRECISIONS, REORDERED, resolve_precision
 from layerprobe.models import find_demo_model, load_tokenizer
 from layerprobe.tables import format_bytes, format_table
 
-# batches of other shapes reorder the sums of a forward; rows in float16 keep 11 bits
+# batches of other shapes change the order of sums; float16 has 11 significant bits
 ABSOLUTE = 1e-4
 RELATIVE = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 QUICK_LONGEST = 48
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def find_missing() -> dict[str, str]:
-    """Name the ways whose package is not installed, so that no process is started for them."""
+    """List the ways whose package is not installed, so that no process is started for them."""
     missing = {}
     for way, package in PACKAGES.items():
         try:
@@ -100,7 +100,7 @@ def find_missing() -> dict[str, str]:
 
 
 def list_texts(tokenizer: Any, count: int, is_quick: bool) -> list[str]:
-    """Choose docstrings from all over the standard library that no way has to cut; few and short ones to be quick."""
+    """Choose docstrings from all over the standard library that no way has to truncate; few and short if quick."""
     longest, count = (QUICK_LONGEST, QUICK_TEXTS) if is_quick else (LONGEST, count)
     texts = list(dict.fromkeys(" ".join(text.split()) for text in list_docstrings()))
     lengths = map(len, tokenizer(texts)["input_ids"])
@@ -111,7 +111,7 @@ def list_texts(tokenizer: Any, count: int, is_quick: bool) -> list[str]:
 def run_round(
     found: dict[str, list[dict[str, Any]]], missing: dict[str, str], place: Path, number: int, subject: Subject
 ) -> None:
-    """Run every way that can be run once, from another one on each round."""
+    """Run every available way once, starting with a different one each round."""
     names = [way for way in WAYS if way not in missing]
     shift = number % len(names)
     for way in names[shift:] + names[:shift]:
@@ -127,7 +127,7 @@ def run_round(
 
 
 def measure(name: str, place: Path, subject: Subject) -> dict[str, Any]:
-    """Run one way in this process, and compare what it left."""
+    """Run one way in this process, and compare its output."""
     way = WAYS[name]
     try:
         texts, source = (
@@ -163,13 +163,13 @@ def measure(name: str, place: Path, subject: Subject) -> dict[str, Any]:
 
 
 def compare(rows: Any, folder: Path, precision: str) -> dict[str, Any]:
-    """Hold rows that a way wrote against layerprobe's: how many texts agree, and how far off the worst value is.
+    """Compare a way's rows with layerprobe's: how many texts agree, and the largest difference.
 
     Args:
-        precision: Of both forwards; what sums in another order change in one of fewer digits is allowed.
+        precision: Precision of both forward passes; below float32, differences from summation order are allowed.
     """
     store = lp.open(folder)
-    # tf32 has the digits of float16
+    # tf32 has as many mantissa bits as float16
     reordered = REORDERED[torch.float16 if precision == "tf32" else PRECISIONS[resolve_precision(precision) or ""]]
     texts = agree = 0
     worst = 0.0
@@ -193,7 +193,7 @@ def compare(rows: Any, folder: Path, precision: str) -> dict[str, Any]:
 
 
 def lay_out(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
-    """Give the medians of a way, and how they stand to layerprobe's."""
+    """Return the medians of a way, and their ratios to layerprobe's."""
     pairs = list(zip(runs, base, strict=True))
     return {
         "wall_s": round(statistics.median(run["wall_s"] for run in runs), 3),
@@ -210,7 +210,7 @@ def lay_out(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str,
 
 
 def print_tables(results: dict[str, dict[str, Any]], missing: dict[str, str]) -> None:
-    """Print what each way took, and why some are not there."""
+    """Print the results of each way, and why some are missing."""
     rows = [
         (
             way,

@@ -1,8 +1,8 @@
 """What does reading a store cost? An example of a layer, rows in order and shuffled, from the page cache and from disk.
 
-Against the same bytes by other ways: a numpy map of each shard at offsets that are known beforehand, safetensors' own
-`safe_open`, and, from disk, `pread` and `readinto`. Every value that is read is touched. For what is cold the shard's
-pages are given back to the system first.
+Compared with other ways to read the same bytes: a numpy map of each shard with known offsets, safetensors' own
+`safe_open`, and, from disk, `pread` and `readinto`. Every value read is touched. For the cold cases the shard's pages
+are first dropped from the page cache.
 
     python benchmarks/reading.py [--quick | --save] [--seconds 60]
 """
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def make_store(folder: Path, num_shards: int, examples: int) -> None:
-    """Write a store of random float16 rows, so many tokens an example, examples in order."""
+    """Write a store of random float16 rows, `_LENGTH` tokens per example, examples in order."""
     sites = {site: {"kind": "token", "dtype": "float16", "width": _WIDTH} for site in _SITES}
     commit_description(folder, {"sites": sites, "fingerprint": "0" * 32, "pool": None})
     headers = []
@@ -98,7 +98,7 @@ def make_store(folder: Path, num_shards: int, examples: int) -> None:
 
 
 class RawShard:
-    """A shard mapped by numpy, with the place of each tensor known beforehand."""
+    """A shard mapped by numpy, with the offset of each tensor known in advance."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,14 +110,14 @@ class RawShard:
         self.num_rows = header[_SITE]["shape"][0]
 
     def rows(self, site: str, first: int = 0, count: int = 0) -> np.ndarray:
-        """View rows of a site, `[count, D]`; all of them where no count is given."""
+        """View rows of a site, `[count, D]`; all of them if `count` is 0."""
         count = count or self.num_rows
         start = self.begin[site] + first * _ROW_BYTES
         return np.frombuffer(self.map, np.float16, count * _WIDTH, start).reshape(count, _WIDTH)
 
 
 def forget(path: Path) -> None:
-    """Give the pages of a file back to the system, those that nothing has mapped: the next read is from disk."""
+    """Drop the unmapped pages of a file from the page cache, so that the next read is from disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
@@ -131,7 +131,7 @@ def read_batches(store: Store, sites: Sequence[str], shuffle: bool) -> None:
 
 
 def read_in_order(maps: Sequence[RawShard], sites: Sequence[str]) -> None:
-    """Read the same rows, copied batch by batch, in the order of the shards."""
+    """Read the same rows in shard order, copied batch by batch."""
     for shard in maps:
         for first in range(0, shard.num_rows, _BATCH):
             for site in sites:
@@ -139,7 +139,7 @@ def read_in_order(maps: Sequence[RawShard], sites: Sequence[str]) -> None:
 
 
 def gather(maps: Sequence[RawShard], sites: Sequence[str]) -> None:
-    """Gather rows of the whole store at random, whose places are known: what a map alone would do."""
+    """Gather rows of the whole store in random order, with known offsets: what a map alone would do."""
     num_rows = maps[0].num_rows
     places = np.random.default_rng(0).permutation(len(maps) * num_rows)
     for first in range(0, len(places), _BATCH):
@@ -153,7 +153,7 @@ def gather(maps: Sequence[RawShard], sites: Sequence[str]) -> None:
 
 
 def list_warm_cases(store: Store, maps: Sequence[RawShard], examples: int) -> dict[str, dict[str, Rival]]:
-    """What is in the page cache: the first rival of each case is the raw one."""
+    """List the cases read from the page cache; the first rival of each is the raw one."""
     order = random.Random(0).choices(range(len(store)), k=500)
     opened = [safe_open(shard.path, framework="pt") for shard in maps]
 
@@ -205,15 +205,15 @@ def list_warm_cases(store: Store, maps: Sequence[RawShard], examples: int) -> di
 
 
 def list_cold_cases(folder: Path, examples: int) -> dict[str, dict[str, Rival]]:
-    """What must come from disk, of a store that nothing else has mapped.
+    """List the cases read from disk, from a store that nothing else has mapped.
 
-    Opened without checksums: those of a tensor are compared when it is first read, for which all of it must be.
+    Opened without checksums, because verifying a tensor on first access reads all of it.
     """
     paths = sorted(folder.glob("*.safetensors"))
     numbers = random.Random(1)
 
     def open_cold() -> tuple[int, Store, RawShard]:
-        """Map a shard anew, its header read, and nothing else of it in memory."""
+        """Map a shard anew with only its header in memory."""
         index = numbers.randrange(examples * len(paths))
         path = paths[index // examples]
         store, raw = lp.open(folder, check=False), RawShard(path)
@@ -222,8 +222,8 @@ def list_cold_cases(folder: Path, examples: int) -> dict[str, dict[str, Rival]]:
         return index, store, raw
 
     def open_all_cold() -> tuple[Store, list[RawShard]]:
-        """Map every shard anew, the headers read, and nothing else of them in memory."""
-        gc.collect()  # what the last round has mapped would keep its pages
+        """Map every shard anew with only the headers in memory."""
+        gc.collect()  # maps left from the last round would keep their pages in memory
         store, raw = lp.open(folder, check=False), [RawShard(path) for path in paths]
         for first in range(0, examples * len(paths), examples):
             store.input_ids(first)
@@ -288,7 +288,7 @@ def list_cold_cases(folder: Path, examples: int) -> dict[str, dict[str, Rival]]:
 
 
 def touch(values: np.ndarray) -> None:
-    """Read every byte, at the speed of memory."""
+    """Read every byte, at memory speed."""
     raw = values.reshape(-1).view(np.uint8)
     raw[: len(raw) // 8 * 8].view(np.uint64).max()
 
@@ -297,7 +297,7 @@ def _one_site(store: Store, rows: int | None = None) -> int:
     return _ROW_BYTES * (store.num_tokens if rows is None else rows)
 
 
-# What a call reads, in bytes.
+# Bytes that a call reads.
 SIZES: dict[str, Callable[[Store], int]] = {
     "random example, one layer": partial(_one_site, rows=_LENGTH),
     "random example, all layers": partial(_one_site, rows=_LENGTH * len(_SITES)),

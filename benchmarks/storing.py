@@ -1,13 +1,12 @@
 """What do hooks into a store cost? On the same batches, against the bare forward and `output_hidden_states`.
 
-On the very batches of a run, which have no padding, and on those that it has with `--padding`. Each batch is run in
-every way before the next one is, in an order that rotates, on models of the same weights: what the machine does
-meanwhile hits all ways alike. Two bare ways show how far that goes. All layers go into a store in float16, twice over
-all batches, each round into a new one: in the first pass the system has to find the memory of the store's buffers, in
-the second, as in nearly all of a long run, it has been used before. The closing flush is counted into the second. The
-writer works beside whichever way runs then, most often not the one it works for; so its CPU time is added to that one,
-all of it once more, in a ratio of its own. Python's garbage collector is off during the loop: it would fall upon
-whichever way runs then.
+The batches are those of a run, once without padding and once with `padding_free=False`. Each batch is run in every way
+before the next, in an order that rotates, on models with the same weights, so that other load on the machine affects
+all ways alike. Two bare ways show how large that effect is. All layers go into a float16 store, in two passes over all
+batches, with a new store each round: in the first pass the system has to allocate the memory of the store's buffers; in
+the second, as in nearly all of a long run, it has been used before. The final flush counts into the second. The writer
+works in parallel with whichever way runs then, usually not the one it works for, so a separate ratio adds all of its
+CPU time to that one. Python's garbage collector is off during the loop, since it would burden whichever way runs then.
 
     python benchmarks/storing.py [--quick | --save] [--texts 2000] [--rounds 3]
 """
@@ -43,7 +42,7 @@ PASSES: tuple[str, ...] = ("first", "second")
 
 
 class WriterClock:
-    """Adds up the CPU time of the writer's thread."""
+    """Add up the CPU time of the writer's thread."""
 
     def __init__(self) -> None:
         self.cpu_s = 0.0
@@ -92,13 +91,13 @@ def main() -> None:
 
 
 def list_flat_batches(demo: LoadedModel, texts: list[str], folder: Path) -> list[Batch | FlatBatch]:
-    """Make the batches that a run of the demo has, without padding."""
+    """Make the batches of a run of the demo model, without padding."""
     options = ExtractOptions(sites=SITES, dtype="float16", padding_free=True)
     return list(cut_plan(plan_extraction(demo.model, texts, folder, options, tokenizer=demo.tokenizer)))
 
 
 def run_case(name: str, model: nn.Module, batches: Sequence[Batch | FlatBatch], rounds: int) -> dict[str, Any]:
-    """Run all ways over the batches, and give medians over rounds."""
+    """Run all ways over the batches, and return medians over rounds."""
     models = [copy.deepcopy(model) for _ in range(4)]
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as opened:
         opened.enter_context(torch.inference_mode())
@@ -129,7 +128,7 @@ def run_case(name: str, model: nn.Module, batches: Sequence[Batch | FlatBatch], 
 def run_round(
     models: list[nn.Module], batches: Sequence[Batch | FlatBatch], folder: Path
 ) -> dict[tuple[str, str], dict[str, float]]:
-    """Run every batch in every way, into a new store, twice; give seconds and ratios of each pass and way."""
+    """Run every batch in every way, twice, into a new store; return seconds and ratios of each pass and way."""
     bare, again, asked, probed = models
     ways = {
         "bare": make_caller(bare),
@@ -142,7 +141,7 @@ def run_round(
     writer_s, flush_s = dict.fromkeys(PASSES, 0.0), dict.fromkeys(PASSES, 0.0)
     with WriterClock() as writer, contextlib.ExitStack() as opened:
         opened.enter_context(lp.Probe(probed, SITES, to=folder, dtype="float16"))
-        # a full collection costs a quarter of a second of whichever way it falls into
+        # a full collection would add a quarter of a second to whichever way it interrupts
         gc.collect()
         gc.disable()
         opened.callback(gc.enable)

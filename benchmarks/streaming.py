@@ -1,9 +1,9 @@
-"""What does a store cost the forward pass? Many batches into one probe, its closing flush counted in.
+"""What does a store cost the forward pass? Many batches into one probe, its final flush included.
 
-The demo model, all layers in float16, against the bare forward and against `output_hidden_states` that keeps nothing,
-on the same batches and in turns. Before the clock starts both buffers have been filled and flushed once, as they are
-for nearly all of a long run: the system takes longer to give memory for the first time than a copy into it takes.
-`--fresh` counts that in. Each shape is an experiment of its own: one that something disturbed is taken again alone.
+The demo model, all layers in float16, against the bare forward pass and against `output_hidden_states` that keeps
+nothing, on the same batches and in turns. Before timing, both buffers are filled and flushed once, as they are for
+nearly all of a long run: the first allocation of memory takes the system longer than a copy into it. `--fresh` includes
+that. Each shape is an experiment of its own, so a disturbed one can be repeated alone.
 
     python benchmarks/streaming.py [--quick | --save] [--seconds 90] [--shape 8x512]
 """
@@ -24,7 +24,7 @@ from layerprobe.tables import format_table
 
 SITES = ["embeddings", "layers.*"]
 SHAPES = ((8, 128), (32, 128), (8, 512))
-# five shards, so that the flush at the end weighs what it does in a run that lasts
+# five shards, so that the final flush weighs as much as in a long run
 _TOKENS_PER_RUN = 131072
 
 
@@ -79,7 +79,7 @@ def _call(model: nn.Module, batch: dict[str, Any], calls: int, _: object, hidden
 
 
 def _open(model: nn.Module, folder: Path, batch: dict[str, Any], warm: int) -> lp.Probe:
-    """Open a probe into an empty store, make its buffers with a first, small call, and use them for `warm` batches."""
+    """Open a probe into an empty store, allocate its buffers with a small call, and use them for `warm` batches."""
     shutil.rmtree(folder / "acts", ignore_errors=True)
     probe = lp.Probe(model, SITES, to=folder / "acts", dtype="float16")
     probe.__enter__()

@@ -1,8 +1,8 @@
-"""What a benchmark runs: which model, on which device, in which precision; the demo on the CPU unless it is asked for.
+"""The model, device and precision that a benchmark runs with; by default the demo model on the CPU.
 
-Models beside the demo have random weights and the demo's tokenizer, so that no network is needed. What is found of
-another model or device goes into a results file of its own name. Hides where models come from, how one waits for a
-GPU, and how fast one gives bytes back. Must never know of rivals or tables.
+Models other than the demo have random weights and the demo's tokenizer, so no network is needed. Results for another
+model or device go into a results file of its own name. Hides where models come from, how to wait for a GPU, and how
+fast one copies bytes to the host. Must never know of rivals or tables.
 """
 
 import argparse
@@ -53,10 +53,10 @@ class Subject:
     """A model on a device, in a precision.
 
     Args:
-        model: `demo`, or what has random weights: `narrow`, `bert-base` or `bert-large`.
+        model: `demo`, or one with random weights: `narrow`, `bert-base` or `bert-large`.
         device: As torch names it.
         precision: One of `PRECISIONS`.
-        usual: The model that the benchmark runs unless it is asked for another.
+        usual: The default model of the benchmark.
     """
 
     model: str = DEMO
@@ -66,24 +66,24 @@ class Subject:
 
     @property
     def is_on_cuda(self) -> bool:
-        """Whether calls return before they are computed, and rows have a bus to cross."""
+        """Whether the model is on CUDA, where calls return early and rows have to be copied to the host."""
         return torch.device(self.device).type == "cuda"
 
     @property
     def arguments(self) -> list[str]:
-        """What says the same on a command line."""
+        """Command line arguments for the same subject."""
         return ["--model", self.model, "--device", self.device, "--precision", self.precision]
 
     @property
     def settings(self) -> dict[str, str]:
-        """What is said of it beside results; nothing of the usual one, so that its files stay what they were."""
+        """Settings to store with results; empty for the default subject, so that its files stay as they were."""
         if self == Subject(self.usual, usual=self.usual):
             return {}
         card = {"gpu": torch.cuda.get_device_name(self.device)} if self.is_on_cuda else {}
         return {"model": self.model, "device": self.device, "precision": self.precision, **card}
 
     def name_results(self, benchmark: str) -> str:
-        """Give the name of a results file: that of the benchmark alone for what it usually runs."""
+        """Return the name of a results file; for the default subject just the name of the benchmark."""
         if not self.settings:
             return benchmark
         return f"{benchmark}-{torch.device(self.device).type}-{self.model}-{self.precision}"
@@ -101,7 +101,7 @@ class Subject:
         return LoadedModel(self.model, model.to(self.device), tokenizer)
 
     def save(self, folder: Path) -> Path:
-        """Give a folder that other libraries load the model from: the demo's own, or a new one."""
+        """Return a folder from which other libraries load the model: the demo's own, or a new one."""
         if self.model == DEMO:
             return find_demo_model()
         made = Subject(self.model).load()
@@ -111,15 +111,15 @@ class Subject:
         return folder
 
     def running(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Let a bare model's calls be those of a run: without gradients, in the precision."""
+        """Set up a bare model for the calls of a run: without gradients, in the precision."""
         return running(model, find_precision(model, resolve_precision(self.precision)))
 
 
 def add_subject_options(parser: argparse.ArgumentParser, usual: str = DEMO) -> None:
-    """Let a benchmark be asked for another model, device and precision.
+    """Add the options for another model, device and precision.
 
     Args:
-        usual: The model it runs otherwise.
+        usual: The default model.
     """
     models = dict.fromkeys((usual, DEMO, "bert-base", "bert-large"))
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1; results of CUDA have a file of their own")
@@ -129,7 +129,7 @@ def add_subject_options(parser: argparse.ArgumentParser, usual: str = DEMO) -> N
 
 
 def read_subject(options: argparse.Namespace) -> Subject:
-    """Give what was asked for; end the process with one line where this machine cannot run it."""
+    """Read the subject from the options; exit with a one-line message if this machine cannot run it."""
     try:
         device = torch.device(options.device)
     except RuntimeError:
@@ -139,32 +139,32 @@ def read_subject(options: argparse.Namespace) -> Subject:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         refuse(f"--device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices. Use cpu.")
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # torch takes no device without a number here
+        torch.cuda.set_device(device.index or 0)  # torch does not accept a device without an index here
     if device.type == "cpu" and options.precision == "tf32":
         refuse("--precision tf32 on cpu: CUDA devices compute so. Use fp32, bf16 or fp16.")
     return Subject(options.model, options.device, options.precision, options.usual)
 
 
 def refuse(reason: str) -> NoReturn:
-    """End the process as a command line does that was asked for what it cannot do."""
+    """Exit with a message and code 2, like a command line with invalid options."""
     print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def wait_for_model() -> None:
-    """Wait until a GPU that is in use has computed what it was given; its copies may still be under way."""
+    """Wait until a GPU in use has finished computing; its copies may still be pending."""
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
 
 
 def prepare_copies(sizes: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
-    """Make bytes on a GPU and page-locked memory for them, of the largest size."""
+    """Allocate bytes on a GPU and page-locked memory for them, of the largest size."""
     source = torch.ones(max(sizes), dtype=torch.uint8, device=device)
     return source, torch.empty(max(sizes), dtype=torch.uint8, pin_memory=True)
 
 
 def copy_to_host(sizes: Sequence[int], prepared: tuple[Tensor, Tensor]) -> None:
-    """Bring so many bytes over the bus, piece by piece, as a run brings its shards at best."""
+    """Copy this many bytes to the host piece by piece: the fastest that a run could copy its shards."""
     source, target = prepared
     for size in sizes:
         target[:size].copy_(source[:size], non_blocking=True)
@@ -172,7 +172,7 @@ def copy_to_host(sizes: Sequence[int], prepared: tuple[Tensor, Tensor]) -> None:
 
 
 def find_busy_s(spans: Sequence[tuple[float, float]]) -> float:
-    """Give the seconds that are in any of the spans from a start to an end in microseconds, overlaps counted once."""
+    """Return the seconds covered by spans of start and end in microseconds, counting overlaps once."""
     busy, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         busy += max(0.0, end - max(start, until))

@@ -1,8 +1,8 @@
-"""What analysing a large store takes: 1,000,000 rows of 384 numbers at 7 sites, and the peak memory of each analysis.
+"""Measure the analysis of a large store: 1,000,000 rows of 384 numbers at 7 sites, and each analysis's peak memory.
 
-A store of random rows in float16 is written through the code that commits shards: each layer is the one before, turned
-a little, and two of them know the label. Each analysis runs in a process of its own, whose peak is what the system says
-of it (VmHWM of Linux): all that was resident at one time, the mapped pages of the store included.
+A float16 store of random rows is written with the code that commits shards: each layer is the previous one, scaled and
+with noise added, and two of them encode the label. Each analysis runs in a process of its own, whose peak is the VmHWM
+of Linux: everything resident at one time, including mapped pages of the store.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def plant(folder: Path, num_rows: int, num_shards: int) -> int:
-    """Write a store of random rows, shard by shard; gives its bytes."""
+    """Write a store of random rows, shard by shard, and return its size in bytes."""
     folder.mkdir()
     said = {name: {"kind": "token", "dtype": "float16", "width": WIDTH} for name in SITES}
     commit_description(folder, {"sites": said, "fingerprint": FINGERPRINT, "pool": None})

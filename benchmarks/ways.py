@@ -1,9 +1,9 @@
-"""Ways to take every layer of a model for a list of texts and keep it on disk, layerprobe's and those of others.
+"""Ways to write every layer of a model for a list of texts to disk, layerprobe's and those of others.
 
-A way is made for a job: what it loads and wraps is not timed. It then runs into a folder, from texts to files, and can
-read back what it wrote, to be held against layerprobe's rows. Each does what the library's own pages show. Those that
-take batches get layerprobe's padded ones, sorted by length; the others batch as they do. Rows leave a GPU batch by
-batch, before they are written.
+A way is made for a job; loading and wrapping are not timed. It then runs from texts to files in a folder, and can read
+back what it wrote for comparison with layerprobe's rows. Each follows its library's own documentation. Those that take
+batches get layerprobe's padded ones, sorted by length; the others batch by themselves. Rows leave a GPU batch by batch,
+before they are written.
 
 Must never know of clocks.
 """
@@ -35,7 +35,7 @@ __all__ = ["PACKAGES", "WAYS", "Job", "Way"]
 LOOP_BATCH = 32
 BATCH_TOKENS = 1024
 LONGEST = 256
-# what each way needs beside layerprobe's own dependencies, as it is installed
+# the package that each way needs besides layerprobe's dependencies, by its name on PyPI
 PACKAGES = {
     "datasets.map": "datasets",
     "datasets.map, sorted": "datasets",
@@ -51,13 +51,13 @@ Read = Iterator[tuple[int, dict[int, Any], list[int] | None]]
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """The model and the texts, each on one line and of at most `LONGEST` tokens, so that none is cut by anyone.
+    """The model and the texts, each on one line and of at most `LONGEST` tokens, so that no way truncates one.
 
     Args:
-        demo: The model and its tokenizer, in place.
-        texts: What to take it through.
-        source: The folder that others load the model from.
-        subject: Where it computes, and in which precision, which is that of the calls around.
+        demo: The model and its tokenizer, on their device.
+        texts: The texts to extract.
+        source: The folder from which others load the model.
+        subject: Device and precision; the precision is set around the calls.
     """
 
     demo: LoadedModel
@@ -67,16 +67,16 @@ class Job:
 
     @property
     def model(self) -> Any:
-        """The model, whose parts go by names of their own."""
+        """The model, as Any because its submodules are accessed by name."""
         return self.demo.model
 
     def place(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Bring a batch to where the model is."""
+        """Move a batch to the model's device."""
         return {name: value.to(self.subject.device) for name, value in batch.items()}
 
     @property
     def layers(self) -> int:
-        """L of the model."""
+        """Number of layers of the model."""
         return self.model.config.num_hidden_layers
 
 
@@ -85,9 +85,9 @@ class Way:
     """How one library does the job.
 
     Args:
-        make: Prepares; gives what runs texts into a folder.
-        read: Gives back, for some texts, their ordinal and their rows by depth, `[T, D]` each, 0 for the embeddings;
-            with them the places of those rows among the text's tokens, None for all.
+        make: Prepares, and returns a function that runs texts into a folder.
+        read: Yields, for some texts, their ordinal and their rows by depth, `[T, D]` each, 0 for the embeddings; also
+            the places of those rows among the text's tokens, None for all.
     """
 
     make: Callable[[Job], Callable[[list[str], Path], None]]
@@ -95,7 +95,7 @@ class Way:
 
 
 def list_batches(job: Job, texts: list[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Give layerprobe's batches of texts, where the model is, and which texts are in each row."""
+    """Yield layerprobe's batches of texts, on the model's device, with the text of each row."""
     tokenized = tokenize(job.demo.tokenizer, texts, LONGEST)
     for batch in cut_batches(tokenized, BATCH_TOKENS, job.demo.tokenizer.pad_token_id):
         first = dict(zip(reversed(batch.sequences), reversed(batch.members), strict=True))
@@ -140,7 +140,7 @@ def read_layerprobe(folder: Path, job: Job) -> Read:
 
 
 def make_loop(job: Job) -> Callable[[list[str], Path], None]:
-    """What people write: so many texts at a time as they come, every hidden state, one file a batch."""
+    """Make the usual loop: a fixed number of texts at a time in input order, every hidden state, one file per batch."""
 
     def run(texts: list[str], folder: Path) -> None:
         for start in range(0, len(texts), LOOP_BATCH):
@@ -153,7 +153,7 @@ def make_loop(job: Job) -> Callable[[list[str], Path], None]:
 
 
 def make_sorted_loop(job: Job) -> Callable[[list[str], Path], None]:
-    """The loop of someone who knows: sorted, packed into float16, one file a text."""
+    """Make an expert's loop: sorted by length, stacked in float16, one file per text."""
 
     def run(texts: list[str], folder: Path) -> None:
         for members, batch in list_batches(job, texts):
@@ -170,7 +170,7 @@ def read_texts(folder: Path, job: Job) -> Read:
 
 
 def make_dictionaries(job: Job) -> Callable[[list[str], Path], None]:
-    """Hooks that keep what they see in a dictionary, as baukit's traces do; one file a batch."""
+    """Make hooks that store outputs in a dictionary, like baukit's traces; one file per batch."""
     modules = [job.model.embeddings, *job.model.encoder.layer]
 
     def run(texts: list[str], folder: Path) -> None:
@@ -190,7 +190,7 @@ def make_dictionaries(job: Job) -> Callable[[list[str], Path], None]:
 
 
 def make_datasets(job: Job, is_sorted: bool) -> Callable[[list[str], Path], None]:
-    """The documented form, over texts as they come; sorted by letters, so that batches pad less, where asked for."""
+    """Make the documented form, over texts in input order or sorted by number of characters to reduce padding."""
     datasets = importlib.import_module("datasets")
     datasets.disable_progress_bars()
 
@@ -252,7 +252,7 @@ def make_nnsight(job: Job) -> Callable[[list[str], Path], None]:
 
 
 def make_transformer_lens(job: Job) -> Callable[[list[str], Path], None]:
-    """The bridge knows BERT only under a language model's head: the same weights, under one that is not computed."""
+    """Make the bridge around the same weights under a language model head, which it needs for BERT but never runs."""
     from transformers import BertForMaskedLM
 
     bridges = importlib.import_module("transformer_lens.model_bridge")
@@ -265,7 +265,7 @@ def make_transformer_lens(job: Job) -> Callable[[list[str], Path], None]:
         config.save_pretrained(folder)
         bridge = bridges.TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=job.demo.tokenizer)
     names = ["blocks.0.hook_in", *(f"blocks.{layer}.hook_out" for layer in range(job.layers))]
-    # what its own `stop_at_layer` raises, before a layer and so not after the last one
+    # raised by its own `stop_at_layer`, which stops before a layer and so cannot stop after the last one
     ends = importlib.import_module("transformer_lens.model_bridge.exceptions").StopAtLayerException
 
     def run(texts: list[str], folder: Path) -> None:
@@ -287,7 +287,7 @@ def make_transformer_lens(job: Job) -> Callable[[list[str], Path], None]:
 
 
 def make_torchlens(job: Job) -> Callable[[list[str], Path], None]:
-    """Its own shards of rows without padding; the last layer goes by what the model gives, its name being two ops'."""
+    """Make its own shards of unpadded rows; the last layer is taken as the model's output, as its name is ambiguous."""
     torchlens = importlib.import_module("torchlens")
     names = ["embeddings.LayerNorm", *(f"encoder.layer.{layer}" for layer in range(job.layers - 1)), "output_1"]
 
@@ -338,7 +338,7 @@ def make_neurox(job: Job) -> Callable[[list[str], Path], None]:
 
 
 def read_neurox(folder: Path, job: Job) -> Read:
-    """It keeps the last token of each word between spaces, and no special ones."""
+    """Read the rows; it keeps only the last token of each word between spaces, and no special tokens."""
     h5py = importlib.import_module("h5py")
     with h5py.File(folder / "states.hdf5", "r") as file:
         for ordinal in range(0, len(job.texts), 4):
