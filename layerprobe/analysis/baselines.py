@@ -1,6 +1,6 @@
-"""What a classifier of activations must be better than: the most frequent class, and the words themselves.
+"""Baselines that a classifier of activations must beat: the most frequent class, and the words themselves.
 
-Also the labels of a control task, which depend on the type of an item alone, and on nothing that a layer could know.
+Also the random labels of a control task, which depend only on an item's type, so no layer can encode them.
 
 scikit-learn is imported in the functions that fit. Must never know of stores, sites or vectors.
 """
@@ -15,21 +15,21 @@ from layerprobe.analysis.splits import DEV, TEST, TRAIN
 
 __all__ = ["Guess", "draw_control", "guess_majority", "guess_words"]
 
-# every run of signs is a word, so that ids and pieces of words count too
+# A run of punctuation counts as a word too, so that token ids and word pieces are not dropped.
 _WORD = r"\w+|[^\w\s]+"
 _WORD_STRENGTHS = (0.1, 1.0, 10.0, 100.0)
-# One per word and class; the solver takes about 200 bytes for each.
+# One weight per word and class; the solver takes about 200 bytes for each.
 _MOST_WEIGHTS = 5_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """What a baseline says.
+    """The predictions of a baseline.
 
     Args:
-        predicted: int64, the class of each item of test.
-        dev_accuracy: On dev.
-        detail: How it was made.
+        predicted: int64, the class of each test item.
+        dev_accuracy: Accuracy on dev.
+        detail: How the baseline was made.
     """
 
     predicted: np.ndarray
@@ -38,18 +38,18 @@ class Guess:
 
 
 def guess_majority(labels: np.ndarray, sides: np.ndarray) -> Guess:
-    """Say the most frequent class of train, always."""
+    """Predict the most frequent class of train for every item."""
     most = int(np.bincount(labels[sides == TRAIN]).argmax())
     predicted = np.full(int((sides == TEST).sum()), most, dtype=np.int64)
     return Guess(predicted, float((labels[sides == DEV] == most).mean()), "the most frequent class of train")
 
 
 def guess_words(words: Sequence[str], labels: np.ndarray, sides: np.ndarray, detail: str) -> Guess:
-    """Fit logistic regression on TF-IDF of words and pairs of words, C by dev accuracy.
+    """Fit logistic regression on TF-IDF of words and word pairs, with C chosen by dev accuracy.
 
-    Where a weight for each word and class is more than about 1 GiB to fit, the most frequent words are taken.
+    If fitting a weight per word and class would take more than about 1 GiB, only the most frequent words are used.
 
-    Source: Sparck Jones 1972 for the weights; as a baseline of text classifiers, Wang and Manning 2012.
+    Source: Sparck Jones 1972 for the weights; Wang and Manning 2012 for the baseline.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -61,7 +61,7 @@ def guess_words(words: Sequence[str], labels: np.ndarray, sides: np.ndarray, det
     try:
         train = vectorizer.fit_transform(parts[0])
     except ValueError:
-        # not one word in all of train
+        # train contains no word at all
         return guess_majority(labels, sides)
     if train.shape[1] == most:
         detail += f", the {most:,} most frequent"
@@ -77,7 +77,7 @@ def guess_words(words: Sequence[str], labels: np.ndarray, sides: np.ndarray, det
 
 
 def draw_control(types: Sequence[Hashable], labels: np.ndarray, seed: int) -> np.ndarray:
-    """Give each type a label at random, as often as the labels come; all items of a type have the same.
+    """Draw a random label for each type from the distribution of `labels`; all items of a type share it.
 
     Source: Hewitt and Liang 2019, "Designing and Interpreting Probes with Control Tasks", section 2.
     """

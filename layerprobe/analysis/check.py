@@ -1,7 +1,7 @@
-"""`layerprobe.check`: what to know of a store before a cosine is taken in it, with a verdict in sentences.
+"""`layerprobe.check`: what would distort cosine similarities in a store, with a verdict in sentences.
 
 Two passes: the first for moments and the first row of each example, the second for the mean cosine of centred rows and
-of z-scores. Rows that are not finite are counted and left out, not refused.
+of z-scores. Rows that are not finite are counted and skipped, not refused.
 
 Must never know of models, hooks or shards.
 """
@@ -27,9 +27,9 @@ from layerprobe.tables import format_count
 
 __all__ = ["Check", "SiteCheck", "check"]
 
-# Of a first row's length: what may differ between examples before it says something about them.
+# First rows count as the same if they differ by at most this fraction of their length.
 _SAME = 1e-6
-# Mean cosines from here on are worth a sentence.
+# Mean cosines from this value on are reported in the verdict.
 _HIGH = 0.2
 _COLUMNS = (
     "site",
@@ -55,13 +55,13 @@ class SiteCheck:
         site: The site.
         num_rows: Rows that are finite.
         nonfinite_rows: Rows that are not.
-        mean_norm: Mean length of a row; `norm_deviation` its standard deviation.
-        cosine_raw, cosine_centred, cosine_zscored: Mean cosine of two different rows, as stored, with the mean taken
-            off, and with each dimension's z-scores: the anisotropy that is left.
+        mean_norm: Mean length of a row; `norm_deviation` is its standard deviation.
+        cosine_raw, cosine_centred, cosine_zscored: Mean cosine of two different rows as stored, after centring, and of
+            z-scores: the remaining anisotropy.
         dead: Dimensions that do not vary.
         outliers: Dimensions far larger than the others.
-        rogue: Dimensions that alone give a large part of the raw mean cosine.
-        rogue_share: The part that they give together.
+        rogue: Dimensions that each contribute a large part of the raw mean cosine.
+        rogue_share: The part that they contribute together.
         constant_first: Whether every example has the same first row; None for pooled sites and single examples.
         constant: Whether every row is the same.
     """
@@ -82,7 +82,7 @@ class SiteCheck:
     constant: bool
 
     def sentences(self) -> list[str]:
-        """Say what matters about the site, a sentence each; none where nothing does."""
+        """Return what matters about the site, one sentence each; an empty list if nothing does."""
         said = []
         if self.nonfinite_rows:
             said.append(
@@ -119,8 +119,8 @@ class Check:
     """What `layerprobe.check` found.
 
     Args:
-        sites: Each site.
-        verdict: In sentences, by site.
+        sites: The result of each site.
+        verdict: The verdict in sentences, by site.
     """
 
     sites: tuple[SiteCheck, ...]
@@ -132,14 +132,14 @@ class Check:
         return not any(site.nonfinite_rows or site.constant for site in self.sites)
 
     def table(self) -> str:
-        """Lay out the sites as text, and the verdict under it."""
+        """Format the sites as a text table, with the verdict below it."""
         return "\n".join([lay_out(self.sites, _COLUMNS), "", *self.verdict])
 
     __str__ = table
     __repr__ = table
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the sites as CSV, a row each; lists of dimensions are joined by spaces.
+        """Write the sites as CSV, one row each; lists of dimensions are joined by spaces.
 
         Raises:
             StoreError: the file cannot be written.
@@ -178,7 +178,7 @@ class Check:
 
 
 class _FirstRows:
-    """Whether the first row of every example is the same."""
+    """Check whether the first row of every example is the same."""
 
     def __init__(self) -> None:
         self._reference: Tensor | None = None
@@ -200,7 +200,7 @@ class _FirstRows:
 
 
 class _SiteSums:
-    """What the two passes keep of one site."""
+    """The sums that the two passes keep for one site."""
 
     def __init__(self, site: StoredSite) -> None:
         self.name = site.name
@@ -225,7 +225,7 @@ class _SiteSums:
     def add_prepared(self, chunk: Chunk) -> None:
         rows = chunk.values[self.name]
         rows = rows[torch.isfinite(rows).all(1)]
-        # the moments are whole by now
+        # the first pass has completed the moments
         self._scalings = self._scalings or {way: self.moments.scaling(way) for way in ("centred", "zscored")}
         for way, scaling in self._scalings.items():
             self.cosines[way].add(scaling.apply(rows))

@@ -1,7 +1,7 @@
-"""`layerprobe.classify`: how well each layer's vectors tell classes apart, beside what is simpler, with a verdict.
+"""`layerprobe.classify`: how well a linear probe separates classes at each layer, with baselines and a verdict.
 
-Of each site only the vectors of the asked items are in memory; they stay there for the learned mix of all layers.
-How a probe is fitted stands in `probing`; here all is put together.
+Only the vectors of the selected items are held in memory, for all sites at once, because the learned mix needs every
+layer. `probing` fits a single probe; this module combines the parts.
 
 Must never know of models, hooks or shards.
 """
@@ -40,10 +40,10 @@ _MOST_EXAMPLES = 50_000
 
 
 class MakeUntrained(Protocol):
-    """What makes a store of the same texts by a model of random weights, as `layerprobe.extract_untrained` does."""
+    """A function that extracts the same texts with a randomly initialised model, as `layerprobe.extract_untrained`."""
 
     def __call__(self, store: Store, to: str | Path, *, sites: Sequence[str], pool: str | None, seed: int) -> Store:
-        """Make it."""
+        """Make the store."""
         ...
 
 
@@ -56,7 +56,7 @@ class _Options:
 
 @dataclass(eq=False)
 class _Found:
-    """What came of one feature."""
+    """The results of one feature."""
 
     feature: Feature
     fit: Fit
@@ -171,7 +171,7 @@ def classify(
 
 
 def _choose(store: Store, patterns: str | Sequence[str] | None, pool: str) -> tuple[list[str], str | None]:
-    """Choose the sites, and how their rows become vectors."""
+    """Choose the sites, and the pool that turns their rows into vectors."""
     if pool not in (*POOLS, "last4"):
         raise OptionError(f"pool={pool!r}: use {', '.join(POOLS)} or last4.")
     chosen = choose_depth(store, patterns)
@@ -204,7 +204,7 @@ def _probe_sites(
     only_last: bool,
     patterns: str | Sequence[str] | None,
 ) -> tuple[list[_Found], Mix | None]:
-    """Fit each site, the last four layers together, and a mix of all; leave out or refuse constant sites."""
+    """Fit each site, the last four layers together, and a mix of all; skip constant sites, or refuse them if named."""
     named = list_named(patterns, store.sites)
     found: list[_Found] = []
     kept: dict[str, np.ndarray] = {}
@@ -250,10 +250,10 @@ def _parts(values: np.ndarray, labels: np.ndarray, sides: np.ndarray) -> Iterato
 
 
 def _probe(feature: Feature, values: Sequence[np.ndarray], task: Task, options: _Options) -> _Found:
-    """Fit one feature, and what else was asked of it."""
+    """Fit a probe on one feature, and measure the control task and code length if requested."""
     vectors, num_classes = feature.combine(values), len(task.classes)
     train, dev, test = _parts(vectors, task.labels, task.sides)
-    # of joined sites as large as four of them
+    # joined sites take as much memory as four sites
     del vectors
     fit = fit_best(train, dev, num_classes)
     predicted = fit.probe.predict(test[0])
@@ -299,7 +299,7 @@ def _score_guess(task: Task, guess: Guess, seed: int, sites: dict[str, float] | 
 def _try_untrained(
     store: Store, task: Task, names: list[str], pool: str | None, untrained: Store | MakeUntrained, seed: int
 ) -> tuple[BaselineScore, np.ndarray]:
-    """Fit every site of the untrained model; the baseline is the site that dev chooses."""
+    """Fit every site of the untrained model; the site with the best dev accuracy becomes the baseline."""
     if not isinstance(untrained, Store):
         with tempfile.TemporaryDirectory(prefix="layerprobe-") as folder:
             place = Path(folder) / "untrained"

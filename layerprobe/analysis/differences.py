@@ -1,7 +1,7 @@
-"""`layerprobe.differences`: how far rows move from layer to layer, and what shape each layer has.
+"""`layerprobe.differences`: how far rows move from layer to layer, and the geometry of each layer.
 
-Two passes over the store; nothing of it is kept but sums, a sample for neighbours, and the names of what moves most.
-The numbers come from `passes` and `geometry`; here they are put together, and laid out as table, CSV, JSON and picture.
+Two passes over the store; they keep only sums, a sample for neighbours, and the tokens and examples that move most.
+`passes` and `geometry` compute the numbers; this module combines them into a table, CSV, JSON and a picture.
 
 Must never know of models, hooks or shards.
 """
@@ -42,15 +42,15 @@ _SHAPE_COLUMNS = (
 
 @dataclass(frozen=True)
 class PairDifference:
-    """How two sites differ, as means over rows. None where the two have other widths, or the number does not exist.
+    """How two sites differ, as means over rows. None if the two widths differ, or the number is undefined.
 
     Args:
         before, after: The sites.
         l2: Length of the difference.
-        relative_l2: The same over the length of the row before.
+        relative_l2: The same, divided by the length of the row before.
         cosine_distance: 1 minus the cosine.
         cka: Linear CKA: 1 for sites that are the same up to rotation and scale.
-        neighbour_overlap: Share of the nearest neighbours of a row that are the same at both.
+        neighbour_overlap: Share of the nearest neighbours of a row that are the same at both sites.
     """
 
     before: str
@@ -64,15 +64,15 @@ class PairDifference:
 
 @dataclass(frozen=True)
 class SiteShape:
-    """What shape the rows of a site have.
+    """The geometry of a site's rows.
 
     Args:
         site: The site.
         mean_norm: Mean length of a row.
         anisotropy: Mean cosine of two different rows.
-        self_similarity: Mean cosine of two rows of the same token, over tokens.
-        effective_rank: Exponential of the entropy of the singular values, centred.
-        participation_ratio: Of the eigenvalues of the covariance.
+        self_similarity: Mean cosine of two rows of the same token, averaged over tokens.
+        effective_rank: Exponential of the entropy of the singular values of the centred rows.
+        participation_ratio: Participation ratio of the eigenvalues of the covariance.
         outliers: Dimensions that are far larger than the others.
     """
 
@@ -115,17 +115,17 @@ class Differences:
 
     Args:
         pairs: The pairs of sites.
-        sites: Each site.
-        cka: Every site against every other, in the order of `sites`.
+        sites: The geometry of each site.
+        cka: Linear CKA of every site with every other, in the order of `sites`.
         tokens, examples: For each pair the ten that move most, the furthest first.
-        num_rows: Rows that the means are over.
-        num_sampled: Rows whose neighbours were compared.
-        num_words: Tokens that self-similarity is a mean over.
-        neighbours: How many neighbours of each.
-        cka_rows: Rows of a minibatch of CKA.
+        num_rows: Number of rows averaged over.
+        num_sampled: Number of rows whose neighbours were compared.
+        num_words: Number of tokens that self-similarity is averaged over.
+        neighbours: Number of neighbours of each row.
+        cka_rows: Rows per CKA minibatch.
         cosine: How rows were prepared before each cosine.
         seed: Random seed.
-        notes: What else to know of the numbers.
+        notes: Remarks on the numbers.
     """
 
     pairs: tuple[PairDifference, ...]
@@ -143,7 +143,7 @@ class Differences:
     notes: tuple[str, ...] = ()
 
     def table(self) -> str:
-        """Lay out pairs and sites as text, with what moves most between the pair that is furthest apart."""
+        """Format pairs and sites as text tables, with the tokens and examples that move most in the furthest pair."""
         parts = [
             f"{format_count(self.num_rows, 'row')}; cosines {self.cosine}; CKA debiased over minibatches of "
             f"{self.cka_rows}; {format_count(self.neighbours, 'neighbour')} of "
@@ -180,7 +180,7 @@ class Differences:
         return lines
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the pairs as CSV, a row each.
+        """Write the pairs as CSV, one row each.
 
         Raises:
             StoreError: the file cannot be written.
@@ -196,7 +196,7 @@ class Differences:
         return write_json(path, self)
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw CKA of every site against every other, and the curves over depth.
+        """Draw the CKA of every site with every other, and the curves over depth.
 
         Args:
             path: A `.png`, `.svg` or `.pdf` to write; None for the figure alone.
@@ -311,7 +311,7 @@ def differences(
 
 
 def _fit_neighbours(asked: int, num_rows: int) -> tuple[int, tuple[str, ...]]:
-    """Ask for no more neighbours than tell something: where all others are neighbours, they are so at any site."""
+    """Limit the number of neighbours to half of the other rows: if all are neighbours, the overlap is always 1."""
     if asked < num_rows - 1:
         return asked, ()
     fewer = max(1, (num_rows - 1) // 2)

@@ -1,7 +1,7 @@
-"""Rows of a store in a mixed order, all of them or as many as are drawn, each fetched once.
+"""Read rows of a store in shuffled order, all of them or a random sample, each once.
 
-A draw is of rows, not of examples: any row is as likely as any other. Memory stays that of one block of rows, however
-large the store and the draw.
+The sample is of rows, not of examples: every row is equally likely. Memory is bounded by one block of rows, however
+large the store and the sample.
 
 Hides which part of which shard is read when. Must never know of formulas.
 """
@@ -24,24 +24,24 @@ from layerprobe.telling import make_bar
 
 __all__ = ["draw_numbers", "draw_rows"]
 
-# A drawn row may lie anywhere, and with it the system maps so much around it as is in its cache.
+# Reading one row makes the system map up to this much of its cache around the row.
 _AROUND_BYTES = 64 << 10
 _DRAWN_ROWS = 1024
-# Rows of a draw that are mixed with each other, as they are held, and how many pieces they are of at least: shards, or
-# parts of shards where there are too few. A piece is fetched at one time, so it has a limit of its own.
+# Drawn rows are shuffled within blocks of this size in memory, each from at least this many pieces: shards, or parts of
+# shards where there are too few. A piece is fetched at once, so its size is limited too.
 _BLOCK_BYTES = 128 << 20
 _LEAST_BLOCK_PIECES = 16
 _PIECE_BYTES = 256 << 20
-# A plan takes some bytes for each, and whoever wrote the store says how wide a row is.
+# The plan takes memory for each piece, and the width of a row, which sets their number, comes from an untrusted store.
 _MOST_PIECES = 1 << 20
-# Of a store elsewhere, the one that is worked on and the one that is fetched meanwhile.
+# For a store behind a URL: the piece being processed, and the next one, fetched in the meantime.
 _PIECES_AHEAD = 2
 
 
 def draw_numbers(count: int, wanted: int, seed: int) -> np.ndarray:
-    """Draw numbers from `0 .. count - 1`, rising, each at most once; all where there are no more than wanted.
+    """Draw `wanted` numbers from `0 .. count - 1` without replacement, in ascending order; all if `count <= wanted`.
 
-    Cost: some 400 bytes for each that is drawn, whatever the count.
+    Cost: about 400 bytes per drawn number, whatever the count.
     """
     if count <= wanted:
         return np.arange(count)
@@ -51,18 +51,18 @@ def draw_numbers(count: int, wanted: int, seed: int) -> np.ndarray:
 def draw_rows(
     store: Store, sites: Sequence[StoredSite], *, max_rows: int | None, seed: int, progress: bool | None
 ) -> Iterator[list[Tensor]]:
-    """Go through rows of several sites mixed, in batches of at most 1,024, float64; not whole examples.
+    """Iterate over rows of several sites in shuffled order, in float64 batches of at most 1,024; not whole examples.
 
-    All rows come in the order of an epoch of `store.rows`. Those of a draw lie anywhere in the store. All of them are
-    mixed with each other if they take no more than 128 MiB, else by blocks of about as much, each of some 16 shards or
-    more, or parts of shards, from all over the store.
+    Without a limit, rows come in the order of a shuffled epoch of `store.rows`. A sample is drawn from the whole store.
+    It is shuffled as a whole if it takes at most 128 MiB, otherwise in blocks of about that size, each of which takes
+    about 16 or more shards, or parts of shards, from all over the store.
 
     Raises:
         NonFiniteError: as `sweep`.
 
-    Cost: of a draw, each shard is read once, or each part of it once; parts that are fetched from elsewhere are not
-    held against the checksum of the whole. Memory of one block, that of `draw_numbers`, and of a store elsewhere two
-    shards or parts, of 256 MiB at most each, beside its cache.
+    Cost: for a sample, each shard, or each part of it, is read once; parts fetched from a URL are not checked against
+    the checksum of the whole tensor. Memory for one block, for `draw_numbers`, and for a store behind a URL two shards
+    or parts of at most 256 MiB each, in addition to its cache.
     """
     names = [site.name for site in sites]
     mapped = Mappings(store.catalog)
@@ -77,7 +77,7 @@ def draw_rows(
         for batch in batches:
             values = [batch[name].double() for name in names]
             if not all(bool(torch.isfinite(value).all()) for value in values):
-                # the shuffled order does not know what a row belongs to; the order of the store does
+                # a shuffled batch cannot name the row; a sweep in store order raises the error with its name
                 for _ in sweep(store, sites, progress=False):
                     pass
             yield values
@@ -87,7 +87,7 @@ def draw_rows(
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """Rows `start .. stop - 1` of a shard, and the places among them of those that are drawn, rising."""
+    """Rows `start .. stop - 1` of a shard, and the ascending positions of the drawn rows among them."""
 
     shard: int
     start: int
@@ -96,7 +96,7 @@ class _Piece:
 
 
 def _read_drawn(store: Store, sites: Sequence[StoredSite], wanted: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Read rows that are drawn over the whole store, block by block, each block mixed."""
+    """Read a random sample of the store's rows block by block, each block shuffled."""
     catalog, mapped, maker = store.catalog, Mappings(store.catalog), np.random.default_rng([seed, 29])
     catalog.check_claims()
     for pieces in _plan_blocks(catalog, sites, wanted, seed):
@@ -104,14 +104,14 @@ def _read_drawn(store: Store, sites: Sequence[StoredSite], wanted: int, seed: in
 
 
 def _mix(rows: dict[str, Tensor], maker: np.random.Generator) -> Iterator[dict[str, Tensor]]:
-    """Cut rows into batches at random; copies, so that no batch keeps a block in memory."""
+    """Split rows into random batches; they are copies, so that no batch keeps its block in memory."""
     count = len(next(iter(rows.values())))
     for places in torch.from_numpy(maker.permutation(count)).split(_DRAWN_ROWS):
         yield {name: values[places] for name, values in rows.items()}
 
 
 def _plan_blocks(catalog: Catalog, sites: Sequence[StoredSite], wanted: int, seed: int) -> Iterator[list[_Piece]]:
-    """Draw rows, and put the pieces that they are of into blocks at random, each piece into one."""
+    """Draw rows, and assign the pieces that contain them to blocks at random, each piece to one block."""
     counts = [sites[0].count_vectors(info) for info in catalog.shards]
     num_rows = sum(counts)
     held_bytes = max(1, sum(site.width * _held_dtype(site).itemsize for site in sites))
@@ -126,7 +126,7 @@ def _plan_blocks(catalog: Catalog, sites: Sequence[StoredSite], wanted: int, see
     cuts = np.searchsorted(numbers, edges)
     order = maker.permutation(len(spans))
     order = order[np.diff(cuts)[order] > 0]
-    # blocks are of as many drawn rows, up to those of one piece
+    # blocks have equally many drawn rows, up to the size of one piece
     block_of = (np.cumsum(np.diff(cuts)[order]) - 1) * num_blocks // wanted
     for block in np.split(order, np.flatnonzero(np.diff(block_of)) + 1):
         pieces = []
@@ -143,17 +143,17 @@ def _held_dtype(site: StoredSite) -> torch.dtype:
 def _gather(
     catalog: Catalog, sites: Sequence[StoredSite], pieces: Sequence[_Piece], mapped: Mappings
 ) -> dict[str, Tensor]:
-    """Bring the drawn rows of pieces together, piece by piece."""
+    """Gather the drawn rows of several pieces, piece by piece."""
     num_rows, filled = sum(len(piece.drawn) for piece in pieces), 0
     found = {site.name: torch.empty(num_rows, site.width, dtype=_held_dtype(site), device="cpu") for site in sites}
     names = [*found, *(site.name + SCALE_SUFFIX for site in sites if site.dtype == torch.int8)]
     spans = [(piece.shard, piece.start, piece.stop) for piece in pieces]
-    # of a folder none: its mapping would be let go of before its turn, and made again
+    # no piece ahead for a folder: its mapping would be released before use, then mapped again
     ahead = 1 if catalog.place.folder is not None else _PIECES_AHEAD
     held = list[object]()
     for place, piece in enumerate(pieces):
-        held = held[1:]  # what is done with is let go of first
-        # what is read now comes whether there is room for it or not
+        held = held[1:]  # release the finished piece before fetching the next
+        # the piece needed now is fetched even if the cache has no room for it
         held += catalog.fetch(spans[place + len(held) : place + ahead], names, num_needed=1 - len(held))
         shard, end = catalog.shard(piece.shard), filled + len(piece.drawn)
         for site in sites:

@@ -1,7 +1,7 @@
 """The vectors that are classified: one site, the last four joined or averaged, or a learned mix of all layers.
 
-Read site by site, so that no more than the asked items is ever in memory. An item without rows, or with a value that is
-not finite, is refused by name.
+Sites are read one at a time, and only the selected items are held in memory. An item without rows, or with a value that
+is not finite, raises an error that names it.
 
 Hides shards and pools. Must never know of labels' names or of scikit-learn.
 """
@@ -25,19 +25,19 @@ from layerprobe.tables import format_count
 
 __all__ = ["Feature", "average_of", "joined_of", "learn_mix", "read_site", "single_of"]
 
-# A small set is gone through more often, so that weights of layers have the time to move.
+# A small set gets more epochs, so that the layer weights have enough steps to move.
 _EPOCHS, _LEAST_STEPS = 30, 300
 _BATCH = 256
 
 
 @dataclass(frozen=True)
 class Feature:
-    """How an item's vector is made of sites.
+    """A rule that makes an item's vector from sites.
 
     Args:
-        name: What it is called in results.
+        name: Its name in results.
         sites: The sites.
-        factors: What each is multiplied by before they are added; None to join them end to end.
+        factors: The factor of each site in a weighted sum; None to concatenate the sites.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Feature:
     factors: tuple[float, ...] | None
 
     def combine(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """Make vectors of those of the sites, `[n, D]` each."""
+        """Combine the vectors of the sites, `[n, D]` each."""
         if len(values) == 1:
             return values[0]
         if self.factors is None:
@@ -57,17 +57,17 @@ class Feature:
 
 
 def single_of(site: str) -> Feature:
-    """Take one site."""
+    """Make the feature of a single site."""
     return Feature(site, (site,), (1.0,))
 
 
 def joined_of(sites: Sequence[str]) -> Feature:
-    """Join sites end to end."""
+    """Make the feature that concatenates sites."""
     return Feature(f"last{len(sites)}:joined", tuple(sites), None)
 
 
 def average_of(sites: Sequence[str]) -> Feature:
-    """Average sites."""
+    """Make the feature that averages sites."""
     return Feature(f"last{len(sites)}:averaged", tuple(sites), (1 / len(sites),) * len(sites))
 
 
@@ -81,8 +81,8 @@ def read_site(store: Store, site: str, task: Task, pool: str | None) -> np.ndarr
         pool: How an example's rows become one vector.
 
     Raises:
-        OptionError: a vector per example where rows are needed, or another pool than the store's.
-        NonFiniteError: an item is not finite, by name.
+        OptionError: the site has a vector per example where rows are needed, or the pool is not the store's.
+        NonFiniteError: an item is not finite; the message names the first.
     """
     view = store[site]
     if view.kind == "attention":
@@ -128,19 +128,19 @@ def read_site(store: Store, site: str, task: Task, pool: str | None) -> np.ndarr
 
 
 def learn_mix(values: Sequence[np.ndarray], sites: Sequence[str], task: Task, seed: int) -> tuple[Feature, np.ndarray]:
-    """Learn how much of each layer a linear classifier wants: one weight a layer, softmax, beside the classifier.
+    """Learn a softmax-weighted sum of layers together with a linear classifier.
 
-    Every layer is centred and brought to a root mean square of 1 on train first, so that weights compare.
+    Each layer is first centred and scaled to a root mean square of 1 on train, so that the weights are comparable.
 
     Returns:
-        The mix, its factors for raw vectors; and the weights, which sum to 1.
+        The mix, with factors for raw vectors; and the weights, float64 `[L]`, which sum to 1.
 
     Source: Peters et al. 2018 (ELMo), eq. 1; as a probe, Tenney et al. 2019, section 3.2.
     """
     means, scales = [], []
     train = task.sides == TRAIN
     for value in values:
-        # in float32 a mean over rows is a running sum, which loses what varies little
+        # a float32 sum over rows would lose the small variations
         mean = value[train].mean(0, dtype=np.float64).astype(np.float32)
         means.append(torch.from_numpy(mean))
         scales.append(float(np.sqrt(np.square(value[train] - mean).mean(dtype=np.float64))) or 1.0)
@@ -157,7 +157,7 @@ def learn_mix(values: Sequence[np.ndarray], sites: Sequence[str], task: Task, se
     )
 
     def loss_of(places: Tensor) -> Tensor:
-        # batch by batch: scaled copies of all layers would be as large as they are
+        # scaled per batch, because scaled copies of all layers would double the memory
         parts = zip(views, means, scales, strict=True)
         stacked_LND = torch.stack([(view[places] - mean) / scale for view, mean, scale in parts])
         mixed_ND = torch.einsum("l,lnd->nd", mix.softmax(0), stacked_LND)

@@ -1,7 +1,7 @@
 """How every picture of the library is made: style, palette, files, heat maps, curves over depth.
 
-Figures are made without pyplot, so nothing of the caller's own matplotlib is touched and none has to be closed. Colours
-are told apart by the colour-blind; files are the same bytes for the same numbers.
+Figures are made without pyplot, so the caller's matplotlib state is not touched and no figure has to be closed. The
+palette is safe for colour-blind readers; equal numbers give byte-identical files.
 
 matplotlib is imported in the functions that draw. Must never know of stores.
 """
@@ -44,23 +44,22 @@ __all__ = [
     "styled",
 ]
 
-# Okabe and Ito 2008, Color Universal Design; yellow, which white paper swallows, is left out.
+# Okabe and Ito 2008, Color Universal Design, without yellow, which is hardly visible on white.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 GREY = "#BBBBBB"
-# A second sign beside the colour, for paper without any.
+# Markers distinguish curves in black-and-white print.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SUFFIXES = (".png", ".svg", ".pdf")
 _LAYER = re.compile(r"layers\.(\d+)\Z")
-# Of a cell of a heat map: beyond so many sites its number could not be read.
+# Beyond this many sites, numbers in the cells of a heat map would be too small to read.
 _MOST_NUMBERED = 14
-# Of a site's name along an axis; names of more letters than the second are slanted where they stand side by side.
+# Longest site name along an axis; on an x axis, names longer than the second number are slanted.
 _MOST_LETTERS, _MOST_FLAT = 27, 4
-# Each curve of a picture lies over those before it, which show through its gaps.
+# Each curve is drawn over those before it, which show through its gaps.
 _DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
-# Where a cell is so dark that its number must be white.
+# From this value on a cell is so dark that its number is drawn in white.
 _DARK = 0.53
-# For letters that matplotlib's own font has not, the first installed one that has them. It cannot draw fonts of
-# coloured pictures, as most of emoji are.
+# Fallbacks for characters that matplotlib's own font lacks. Colour fonts, as most emoji fonts are, cannot be drawn.
 _FONT = "DejaVu Sans"
 _MORE_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
@@ -91,7 +90,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A line over depth: its name, the sites that it has values at, and the values; None leaves a gap."""
+    """A line over depth: its name, its sites, and their values; None leaves a gap."""
 
     name: str
     sites: Sequence[str]
@@ -100,7 +99,7 @@ class Curve:
 
 @contextmanager
 def styled() -> Iterator[Any]:
-    """Make figures in the library's style; gives the class `Figure`.
+    """Apply the library's style within a context; yields the class `Figure`.
 
     Raises:
         OptionError: matplotlib is not installed.
@@ -117,7 +116,7 @@ def styled() -> Iterator[Any]:
 
 
 def check_picture(path: str | Path) -> Path:
-    """Make sure, before anything is computed, that a picture can be made and written under a name.
+    """Check, before anything is computed, that a picture can be drawn and written to a path.
 
     Raises:
         OptionError: its suffix is not a picture format, it would lie in a store, or matplotlib is not installed.
@@ -131,10 +130,10 @@ def check_picture(path: str | Path) -> Path:
 
 
 def save_figure(figure: Any, path: str | Path | None) -> Any:
-    """Write a figure, in the format of the suffix, without the time or the program's version; gives the figure.
+    """Write a figure in the format of the suffix, without date or program version, and return it.
 
-    A notebook shows a figure that was made without pyplot only by a method of its own.
-    Letters that no font has, and that are drawn as boxes, are said in one line.
+    The figure gets a `_repr_png_`, without which a notebook would not show a figure made without pyplot.
+    Characters that no font has, and that are drawn as boxes, are reported in one line.
 
     Raises:
         StoreError: the file cannot be written.
@@ -145,7 +144,7 @@ def save_figure(figure: Any, path: str | Path | None) -> Any:
     path = check_picture(path)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
     telling = telling_refusals(path, "written", "Choose another path.")
-    # the style says how a file is made, too
+    # the style also has settings for saving
     with telling, styled(), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         figure.savefig(path, dpi=200, metadata=undated[path.suffix.lower()])
@@ -154,7 +153,7 @@ def save_figure(figure: Any, path: str | Path | None) -> Any:
 
 
 def _draw_png(figure: Any) -> bytes:
-    """Draw a figure as a notebook shows it."""
+    """Render a figure as PNG bytes for a notebook."""
     drawn = BytesIO()
     with styled():
         figure.savefig(drawn, format="png")
@@ -162,7 +161,7 @@ def _draw_png(figure: Any) -> bytes:
 
 
 def _tell_missing(path: Path, warned: Sequence[warnings.WarningMessage]) -> None:
-    """Say once which letters are boxes, for which matplotlib warns one by one, and pass on what else it warned of."""
+    """Report all missing characters in one message, and pass on matplotlib's other warnings."""
     codes = []
     for one in warned:
         missing = _MISSING.match(str(one.message))
@@ -170,7 +169,7 @@ def _tell_missing(path: Path, warned: Sequence[warnings.WarningMessage]) -> None
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
         else:
             codes.append(int(missing[1]))
-    # whoever shows an SVG has fonts of its own
+    # an SVG viewer uses its own fonts
     if codes and path.suffix.lower() != ".svg":
         letters = [chr(code) for code in sorted(set(codes))]
         more = ", ..." if len(letters) > _MOST_MISSING else ""
@@ -181,13 +180,13 @@ def _tell_missing(path: Path, warned: Sequence[warnings.WarningMessage]) -> None
 
 
 def escape_text(text: str) -> str:
-    """Keep matplotlib from reading mathematics between dollar signs, or leaving a label out for its first letter."""
+    """Escape a label so that matplotlib neither parses `$` as mathematics nor hides a label that starts with `_`."""
     text = text.replace("$", r"\$")
     return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text or "(empty)"
 
 
 def label_sites(names: Sequence[str]) -> list[str]:
-    """Shorten sites for an axis: `layers.3` to `3`, `embeddings` to `emb`, long names by the start that they share."""
+    """Shorten sites for an axis: `layers.3` to `3`, `embeddings` to `emb`, long names by their common prefix."""
     short = []
     for name in names:
         layer = _LAYER.match(name)
@@ -196,7 +195,7 @@ def label_sites(names: Sequence[str]) -> list[str]:
 
 
 def cut_names(names: Sequence[str]) -> list[str]:
-    """Cut names of many letters for an axis: first what all of them begin with, then what is left too long."""
+    """Shorten long names for an axis: drop their common prefix, then truncate what is still too long."""
     split = [name.split(".") for name in names if len(name) > _MOST_LETTERS]
     same = takewhile(lambda parts: len(set(parts)) == 1, zip(*(parts[:-1] for parts in split), strict=False))
     shared = len(list(same))
@@ -208,15 +207,15 @@ def cut_names(names: Sequence[str]) -> list[str]:
 
 
 def mark_sites(figure: Any, names: Sequence[str], *axes: Any, kept: int = 0) -> None:
-    """Name sites along axes whose ticks they are, every second or third where all would run into each other.
+    """Label the ticks of axes with sites; where labels would overlap, label only every second, third, ... site.
 
-    To be called when all else is drawn, since that decides how much room there is.
+    Call it after everything else is drawn, because that determines the space for labels.
 
     Args:
         figure: The figure.
         names: The sites.
-        axes: As `axes.xaxis`.
-        kept: How many of the last are named always.
+        axes: Such as `axes.xaxis`.
+        kept: Number of sites at the end that are always labelled.
     """
     labels = label_sites(names)
     slanted = {"rotation": 60, "horizontalalignment": "right", "rotation_mode": "anchor"}
@@ -227,7 +226,7 @@ def mark_sites(figure: Any, names: Sequence[str], *axes: Any, kept: int = 0) -> 
     for axis, look in zip(axes, looks, strict=True):
         boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
         height = min(box.height for box in boxes) if not look else figure.dpi * axis.get_ticklabels()[0].get_size() / 72
-        if look:  # each begins at its end, and is a line high across it
+        if look:  # a slanted label is anchored at its right end; next to others it takes about one line height
             spans = [(box.x1 - 1.2 * height, box.x1) for box in boxes]
         else:
             spans = [box.intervalx if axis.axis_name == "x" else box.intervaly for box in boxes]
@@ -237,13 +236,13 @@ def mark_sites(figure: Any, names: Sequence[str], *axes: Any, kept: int = 0) -> 
 
 
 def _slanted_inches(names: Sequence[str]) -> float:
-    """Say how much higher slanted names make a picture."""
+    """Estimate the extra height that slanted names need, in inches."""
     longest = max(map(len, label_sites(names)))
     return 0.05 * longest if longest > _MOST_FLAT else 0.0
 
 
 def _thin(count: int, kept: int) -> Iterator[list[int]]:
-    """Choose all, every second, every third, ... of some, the last `kept` always; the last choice always fits."""
+    """Yield all places, every second, every third, ..., each with the last `kept`; finally those alone, which fit."""
     for step in range(1, count - kept + 1):
         yield [*range(0, count - kept, step), *range(count - kept, count)]
     yield [*range(count - kept, count)]
@@ -254,7 +253,7 @@ def _are_apart(spans: Sequence[Any], gap: float) -> bool:
 
 
 def frame_panels(grid: np.ndarray, num_panels: int) -> None:
-    """Put a frame around each panel, and leave the rest of the last row empty."""
+    """Frame each panel, and hide the unused axes of the last row."""
     for place, axes in enumerate(grid.flat):
         if place < num_panels:
             axes.spines[:].set(visible=True, color="#CCCCCC")

@@ -1,7 +1,7 @@
-"""Formulas on rows and on their moments: how alike two clouds are, and what shape one has.
+"""Formulas on rows and on their moments: how similar two point clouds are, and the geometry of one.
 
-Each is a function of tensors and names the paper and the equation it follows; computed in float64 whatever comes in.
-What a store is, and how its rows are gone through, is decided elsewhere.
+Each is a function of tensors that cites its paper and equation, and computes in float64 whatever the input dtype.
+Stores, and reading their rows, belong to other modules.
 
 Letters: n rows, D width, S sites. Must never know of stores or files.
 """
@@ -23,19 +23,19 @@ __all__ = [
     "unbiased_hsic",
 ]
 
-# A dimension is an outlier when its root mean square is this many standard deviations above the mean of all dimensions
-# and this many times their median: the first alone would find some among dimensions that are all alike.
+# A dimension is an outlier if its root mean square is this many standard deviations above the mean of all dimensions
+# and this many times their median; the first rule alone would find outliers among nearly equal dimensions.
 _OUTLIER_SIGMAS = 3.0
 _OUTLIER_TIMES = 2.0
-# A dimension is rogue when it alone gives this share of the mean cosine, and this many times the share of an even one.
+# A dimension is rogue if it alone contributes this share of the mean cosine, and this many times an even share.
 _ROGUE_SHARE = 0.05
 _ROGUE_TIMES = 5.0
-# Below this mean cosine there is nothing to share.
+# Below this mean cosine, shares mean nothing.
 _LEAST_COSINE = 0.05
 
 
 def normalise(rows_nD: Tensor) -> Tensor:
-    """Scale each row to length 1, in float64; a row of zeros stays one.
+    """Scale each row to length 1, in float64; a row of zeros stays zero.
 
     Returns:
         float64 `[n, D]`.
@@ -45,14 +45,14 @@ def normalise(rows_nD: Tensor) -> Tensor:
 
 
 def unbiased_hsic(values_SnD: list[Tensor]) -> Tensor:
-    """Estimate the Hilbert-Schmidt independence criterion of each pair of sites, linear kernel, without bias.
+    """Compute the unbiased Hilbert-Schmidt independence criterion of each pair of sites, with a linear kernel.
 
     Args:
         values_SnD: The same n rows at each site, n at least 4; widths may differ.
 
     Returns:
-        float64 `[S, S]`. Linear CKA of a and b is `hsic[a, b] / sqrt(hsic[a, a] * hsic[b, b])`; over minibatches each
-        of the three is averaged first.
+        float64 `[S, S]`. Linear CKA of a and b is `hsic[a, b] / sqrt(hsic[a, a] * hsic[b, b])`; with minibatches, each
+        of the three is averaged over them first.
 
     Source: Song et al. 2012, Feature Selection via Dependence Maximization, eq. 5; Nguyen et al. 2021, Do Wide and Deep
     Networks Learn the Same Things?, eq. 2 and 3, for the minibatches; Kornblith et al. 2019 for CKA.
@@ -60,7 +60,7 @@ def unbiased_hsic(values_SnD: list[Tensor]) -> Tensor:
     n = len(values_SnD[0])
     grams = []
     for values in values_SnD:
-        # the estimate does not depend on the mean; without it the products keep more digits
+        # the estimate does not depend on the mean; subtracting it keeps more digits in the products
         centred = values.double() - values.double().mean(0)
         grams.append((centred @ centred.T).fill_diagonal_(0.0))
     grams_Snn = torch.stack(grams)
@@ -71,10 +71,10 @@ def unbiased_hsic(values_SnD: list[Tensor]) -> Tensor:
 
 
 def find_neighbours(rows_nD: Tensor, k: int) -> Tensor:
-    """Find each row's k nearest neighbours by cosine, itself left out.
+    """Find each row's k nearest neighbours by cosine, without the row itself.
 
     Returns:
-        bool `[n, n]`. Among rows equally near, the one that comes first is taken.
+        bool `[n, n]`. Ties go to the row that comes first.
     """
     units = normalise(rows_nD)
     cosines = (units @ units.T).fill_diagonal_(-torch.inf)
@@ -83,10 +83,10 @@ def find_neighbours(rows_nD: Tensor, k: int) -> Tensor:
 
 
 def neighbour_overlap(one_nn: Tensor, other_nn: Tensor) -> float:
-    """Measure how many of a row's nearest neighbours are the same at two sites.
+    """Measure the share of a row's nearest neighbours that are the same at two sites.
 
     Args:
-        one_nn, other_nn: From `find_neighbours`, with one k.
+        one_nn, other_nn: From `find_neighbours`, with the same k.
 
     Returns:
         The mean share over rows, 0 to 1.
@@ -97,16 +97,17 @@ def neighbour_overlap(one_nn: Tensor, other_nn: Tensor) -> float:
 
 
 def mean_cosine(unit_sum_D: Tensor, num_units: float, num_rows: int) -> float:
-    """Give the mean cosine over all pairs of different rows, from the sum of the rows scaled to length 1.
+    """Compute the mean cosine over all pairs of different rows from the sum of the unit rows.
 
     Args:
-        unit_sum_D: That sum.
-        num_units: Sum of their squared lengths: the rows that are not zero. One of zeros has cosine 0 with any other.
-        num_rows: Rows in all.
+        unit_sum_D: Sum of the rows scaled to length 1.
+        num_units: Sum of their squared lengths, which is the number of nonzero rows. A row of zeros has cosine 0 with
+            any other.
+        num_rows: Number of all rows.
 
-    Source: Ethayarajh 2019, How Contextual are Contextualized Word Representations?, section 3.3, anisotropy; the mean
-    over random pairs is here that over all pairs, `(|sum u|^2 - sum |u|^2) / (n (n - 1))`. With the rows of one word
-    alone it is that paper's self-similarity, definition 1.
+    Source: Ethayarajh 2019, How Contextual are Contextualized Word Representations?, section 3.3, anisotropy, with all
+    pairs in place of random ones: `(|sum u|^2 - sum |u|^2) / (n (n - 1))`. For the rows of one word it is that paper's
+    self-similarity, definition 1.
     """
     if num_rows < 2:
         return float("nan")
@@ -114,15 +115,15 @@ def mean_cosine(unit_sum_D: Tensor, num_units: float, num_rows: int) -> float:
 
 
 def cut_cosines(unit_sum_D: Tensor, square_sum_D: Tensor, num_rows: int) -> Tensor:
-    """Cut the mean cosine into what each dimension gives to it.
+    """Split the mean cosine into the contributions of each dimension.
 
     Args:
         unit_sum_D: Sum of the rows scaled to length 1.
         square_sum_D: Sum of their squares, dimension by dimension.
-        num_rows: Rows in all, at least 2.
+        num_rows: Number of all rows, at least 2.
 
     Returns:
-        float64 `[D]`, which adds up to `mean_cosine`.
+        float64 `[D]`, which sums to `mean_cosine`.
 
     Source: Timkey and van Schijndel 2021, All Bark and No Bite, eq. 3 and 4, over all pairs of different rows.
     """
@@ -130,13 +131,13 @@ def cut_cosines(unit_sum_D: Tensor, square_sum_D: Tensor, num_rows: int) -> Tens
 
 
 def count_effective_rank(covariance_DD: Tensor) -> float:
-    """Give the effective rank of centred rows: the exponential of the entropy of their singular values.
+    """Compute the effective rank of centred rows: the exponential of the entropy of their singular values.
 
     Args:
-        covariance_DD: Their covariance; its eigenvalues are the squares of the singular values, up to a factor.
+        covariance_DD: Their covariance; its eigenvalues are the squared singular values, up to a factor.
 
     Returns:
-        1 to D; NaN where all rows are the same.
+        1 to D; NaN if all rows are the same.
 
     Source: Roy and Vetterli 2007, The Effective Rank, definition 1.
     """
@@ -146,10 +147,10 @@ def count_effective_rank(covariance_DD: Tensor) -> float:
 
 
 def count_participation(covariance_DD: Tensor) -> float:
-    """Give the participation ratio, `(sum l)^2 / sum l^2` over the eigenvalues of the covariance.
+    """Compute the participation ratio, `(sum l)^2 / sum l^2` over the eigenvalues of the covariance.
 
     Returns:
-        1 to D; NaN where all rows are the same.
+        1 to D; NaN if all rows are the same.
 
     Source: Gao et al. 2017, A Theory of Multineuronal Dimensionality, eq. 5.
     """
@@ -158,7 +159,7 @@ def count_participation(covariance_DD: Tensor) -> float:
 
 
 def find_outliers(rms_D: Tensor) -> list[int]:
-    """Find outlier dimensions: root mean square over 3 standard deviations above the mean, and twice the median.
+    """Find outlier dimensions: root mean square over 3 standard deviations above the mean, and over twice the median.
 
     Args:
         rms_D: Root mean square of each dimension over all rows.
@@ -166,7 +167,7 @@ def find_outliers(rms_D: Tensor) -> list[int]:
     Returns:
         The dimensions, the largest first.
 
-    Source: the three-sigma rule of Kovaleva et al. 2021, BERT Busters, section 3, there on weights of layer norms.
+    Source: the three-sigma rule of Kovaleva et al. 2021, BERT Busters, section 3, who apply it to layer norm weights.
     """
     rms = rms_D.double()
     is_far = rms > rms.mean() + _OUTLIER_SIGMAS * rms.std(correction=0)
@@ -176,13 +177,13 @@ def find_outliers(rms_D: Tensor) -> list[int]:
 
 
 def find_rogues(parts_D: Tensor) -> list[int]:
-    """Find rogue dimensions: each alone gives 5 % of the mean cosine, and five times what an even share would be.
+    """Find rogue dimensions: each alone contributes 5 % of the mean cosine, and five times an even share.
 
     Args:
-        parts_D: What each dimension gives to the mean cosine, from `cut_cosines`.
+        parts_D: Contribution of each dimension to the mean cosine, from `cut_cosines`.
 
     Returns:
-        The dimensions, the largest share first; none where the mean cosine is below 0.05.
+        The dimensions, the largest share first; none if the mean cosine is below 0.05.
 
     Source: Timkey and van Schijndel 2021, section 3, who report the dimensions with the largest contributions.
     """
@@ -196,10 +197,10 @@ def find_rogues(parts_D: Tensor) -> list[int]:
 
 
 def turn_onto(points_nK: Tensor, onto_nK: Tensor) -> Tensor:
-    """Turn and mirror centred points so that they lie nearest to others, row by row.
+    """Rotate and reflect centred points to lie as close as possible to other points, row by row.
 
     Returns:
-        float64 `[n, K]`: the points times the orthogonal matrix that makes the sum of squared distances least.
+        float64 `[n, K]`: the points times the orthogonal matrix that minimises the sum of squared distances.
 
     Source: Schoenemann 1966, A Generalized Solution of the Orthogonal Procrustes Problem, eq. 1.10.
     """

@@ -1,9 +1,9 @@
-"""A probe that is kept: weights, classes, and what its vectors are made of, as safetensors and JSON.
+"""Save and load a probe: weights, classes, and how its vectors are made, as safetensors and JSON.
 
 `probe.safetensors` holds weights and bias, `probe.json` the rest. An untrusted folder is read within bounds and
-nothing in it is run.
+no code in it is run.
 
-Must never know of models; from text to classes leads `layerprobe.load_classifier`.
+Must never know of models; `layerprobe.load_classifier` goes from text to classes.
 """
 
 import json
@@ -23,22 +23,22 @@ __all__ = ["KeptProbe", "load_probe"]
 
 _FORMAT = "layerprobe-probe/1"
 _SAID, _ARRAYS = "probe.json", "probe.safetensors"
-# Room for thousands of classes of the joined layers of a large model.
+# Enough for thousands of classes on the joined layers of a large model.
 _MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
 class KeptProbe:
-    """A classifier of vectors, with what it takes to make them.
+    """A classifier of vectors, with the information needed to make them.
 
     Args:
         linear: The weights.
-        feature: Which sites, and how they become one vector.
+        feature: The sites, and how they become one vector.
         classes: The labels, by number.
         kind: `examples`, `tokens` or `spans`.
         pool: How an example's rows become one vector; None for tokens and spans.
-        max_length: The longest text in tokens; None for the model's limit.
-        model: What the store says of the model.
+        max_length: Maximum length of a text in tokens; None for the model's limit.
+        model: The store's description of the model.
     """
 
     linear: LinearProbe
@@ -50,11 +50,11 @@ class KeptProbe:
     model: dict[str, Any]
 
     def save(self, folder: str | Path) -> Path:
-        """Write the probe into a folder, which is made; what it holds under these names is replaced.
+        """Write the probe into a folder, which is created if needed; existing files of these names are replaced.
 
         Raises:
             StoreError: the folder cannot be written.
-            OptionError: it is that of a store.
+            OptionError: the folder is that of a store.
         """
         from safetensors.numpy import save_file
 
@@ -78,7 +78,7 @@ class KeptProbe:
 
 
 def load_probe(folder: str | Path) -> KeptProbe:
-    """Read what `save` wrote.
+    """Load a probe that `save` wrote.
 
     Raises:
         StoreError: there is none.

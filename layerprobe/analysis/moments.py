@@ -1,7 +1,7 @@
-"""Sums over rows that are enough for a statistic, so that no row need be kept.
+"""Running sums over rows from which statistics are computed, so that no row has to be kept.
 
-`RunningMoments` holds the mean and the covariance of a site in D x D numbers; `UnitSums` what the mean cosine of all
-pairs is made of; `Scaling` how rows are prepared before a cosine is taken. Rows come in batches, in any order.
+`RunningMoments` holds the mean and covariance of a site in D x D numbers; `UnitSums` the sums for the mean cosine of
+all pairs; `Scaling` the preparation of rows before a cosine is taken. Rows come in batches, in any order.
 
 Letters: n rows, D width. Must never know of stores.
 """
@@ -17,15 +17,15 @@ from layerprobe.errors import OptionError
 __all__ = ["RunningMoments", "Scaling", "UnitSums", "check_cosine"]
 
 _COSINES = ("raw", "centred", "zscored")
-# Of its own size, or of what is usual among the dimensions: a deviation that rounding alone may leave.
+# A deviation below this fraction of the mean, or of the median deviation, may be rounding error alone.
 _DEAD = 1e-6
 
 
 def check_cosine(cosine: object) -> None:
-    """Refuse a way to take a cosine that does not exist.
+    """Check the name of a preparation of rows for cosines.
 
     Raises:
-        OptionError: it does not.
+        OptionError: the name is unknown.
     """
     if cosine not in _COSINES:
         raise OptionError(f"cosine={cosine!r}: use {', '.join(_COSINES)}.")
@@ -33,13 +33,13 @@ def check_cosine(cosine: object) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """What is done to rows before a cosine is taken: nothing, the mean taken off, or z-scores.
+    """The preparation of rows before a cosine is taken: none, centring, or z-scores.
 
     A dimension that does not vary is left out of z-scores, where it would be 0 / 0.
 
     Args:
-        shift: float64 `[D]`, taken off; None for nothing.
-        factor: float64 `[D]`, multiplied after that; None for nothing.
+        shift: float64 `[D]`, subtracted; None for no shift.
+        factor: float64 `[D]`, multiplied after the shift; None for no factor.
     """
 
     shift: Tensor | None = None
@@ -56,14 +56,14 @@ class Scaling:
 class RunningMoments:
     """Count, mean, deviations and covariance of rows that come in batches.
 
-    The first batch's mean is taken off before anything is summed: products of large equal numbers would leave few
-    digits for what differs.
+    The mean of the first batch is subtracted before anything is summed, because products of large, nearly equal numbers
+    would leave few digits for their differences.
 
     Args:
         width: D.
-        has_covariance: Whether dimensions are compared with each other; without it there is no `covariance`.
+        has_covariance: Whether to compute the covariance; without it there is no `covariance`.
 
-    Cost: 8 D (D + 2) bytes, and 2 D^2 operations a row; without the covariance 24 D and a few D.
+    Cost: 8 D (D + 2) bytes, and 2 D^2 operations per row; without the covariance 24 D bytes and a few D operations.
     """
 
     def __init__(self, width: int, has_covariance: bool = True) -> None:
@@ -74,7 +74,7 @@ class RunningMoments:
         self._second = torch.zeros(shape, dtype=torch.float64, device="cpu")
 
     def add(self, rows_nD: Tensor) -> None:
-        """Take rows in."""
+        """Add a batch of rows."""
         if not len(rows_nD):
             return
         rows = rows_nD.double()
@@ -90,28 +90,28 @@ class RunningMoments:
 
     @property
     def mean(self) -> Tensor:
-        """float64 `[D]`."""
+        """Mean of each dimension, float64 `[D]`; NaN before the first row."""
         if self._shift is None:
             return torch.full_like(self._sum, float("nan"))
         return self._shift + self._sum / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """float64 `[D, D]`, divided by n."""
+        """Covariance, float64 `[D, D]`, divided by n."""
         mean = self._sum / max(1, self.count)
         return self._second / max(1, self.count) - torch.outer(mean, mean)
 
     @property
     def variance(self) -> Tensor:
-        """float64 `[D]`, divided by n: the diagonal of the covariance, which is not made for it."""
+        """Variance of each dimension, float64 `[D]`, divided by n; does not compute the covariance."""
         squares = self._second.diagonal() if self._second.ndim == 2 else self._second
         return (squares / max(1, self.count) - (self._sum / max(1, self.count)).square()).clamp_min(0)
 
     @property
     def deviation(self) -> Tensor:
-        """Standard deviation of each dimension, float64 `[D]`; exactly 0 for one that does not vary.
+        """Standard deviation of each dimension, float64 `[D]`; exactly 0 for a dimension that does not vary.
 
-        That is one whose deviation is below a millionth of its mean, or of the median of all deviations.
+        A dimension does not vary if its deviation is at most a millionth of its mean, or of the median deviation.
         """
         deviation = self.variance.sqrt()
         least = _DEAD * torch.maximum(self.mean.abs(), deviation.median())
@@ -128,7 +128,7 @@ class RunningMoments:
         return (self.deviation == 0).nonzero().flatten().tolist()
 
     def scaling(self, cosine: str) -> Scaling:
-        """Give the preparation of rows that a way to take cosines asks for."""
+        """Return the preparation of rows for `raw`, `centred` or `zscored` cosines."""
         if cosine == "raw":
             return Scaling()
         if cosine == "centred":
@@ -138,7 +138,7 @@ class RunningMoments:
 
 
 class UnitSums:
-    """Sums of rows scaled to length 1: the mean cosine over all pairs of different rows, and each dimension's part.
+    """Sums of rows scaled to length 1, for the mean cosine of all pairs of different rows and its parts by dimension.
 
     Cost: 16 D bytes.
     """
@@ -150,7 +150,7 @@ class UnitSums:
         self._squares = torch.zeros(width, dtype=torch.float64, device="cpu")
 
     def add(self, rows_nD: Tensor) -> Tensor:
-        """Take rows in; gives them scaled to length 1, float64 `[n, D]`."""
+        """Add a batch of rows, and return them scaled to length 1, float64 `[n, D]`."""
         units = normalise(rows_nD)
         squares = units.square().sum(0)
         self.num_rows += len(units)
@@ -161,10 +161,10 @@ class UnitSums:
 
     @property
     def mean_cosine(self) -> float:
-        """Over all pairs of different rows; NaN for fewer than two rows."""
+        """Mean cosine over all pairs of different rows; NaN for fewer than two rows."""
         return mean_cosine(self._sum, self._num_units, self.num_rows)
 
     @property
     def parts(self) -> Tensor:
-        """What each dimension gives to it, float64 `[D]`; for at least two rows."""
+        """Contribution of each dimension to the mean cosine, float64 `[D]`; needs at least two rows."""
         return cut_cosines(self._sum, self._squares, self.num_rows)

@@ -1,7 +1,8 @@
-"""The two passes of `layerprobe.differences` over a store, and what each keeps.
+"""The two passes of `layerprobe.differences` over a store, and the state of each.
 
-The first takes rows mixed: moments, minibatches for CKA, a sample for neighbours. The second takes whole examples: what
-belongs to a row, a token or an example. Each keeps D x D numbers per site and a few per pair, type and sampled row.
+The first pass takes shuffled rows, for moments, CKA minibatches and a sample for neighbours. The second takes whole
+examples, for statistics of rows, tokens and examples. Each keeps D x D numbers per site and a few per pair, type and
+sampled row.
 
 Letters: n rows, D width, S sites, P pairs. Must never know of files, tables or pictures.
 """
@@ -21,7 +22,7 @@ from layerprobe.store.description import StoredSite
 
 __all__ = ["CKA_ROWS", "MovePass", "ShapePass"]
 
-# Rows of a minibatch of CKA, as in Nguyen et al. 2021; the unbiased estimate needs 4.
+# Rows per CKA minibatch, as in Nguyen et al. 2021; the unbiased estimate needs at least 4.
 CKA_ROWS = 256
 _LEAST_CKA_ROWS = 4
 # Ethayarajh 2019 takes 1,000 words, each with at least 5 contexts.
@@ -31,25 +32,25 @@ _MOST_MOVES = 10
 
 
 class ShapePass:
-    """What mixed rows say: moments of each site, CKA of each pair, rows kept for neighbours.
+    """The first pass, over shuffled rows: moments of each site, CKA of each pair, a sample of rows for neighbours.
 
     Args:
         sites: The sites.
-        sample: Rows to keep.
-        num_rows: Rows that will come, to draw those from.
-        seed: Seed of that draw.
+        sample: Size of the sample.
+        num_rows: Number of rows that will come, from which the sample is drawn.
+        seed: Seed of the sample.
     """
 
     def __init__(self, sites: Sequence[StoredSite], sample: int, num_rows: int, seed: int) -> None:
         self.moments = [RunningMoments(site.width) for site in sites]
         self._hsic = torch.zeros(len(sites), len(sites), dtype=torch.float64, device="cpu")
-        # the first rows that come are of a few shards, where there are many
+        # drawn from all rows, because in a large store the first rows come from only a few shards
         self._sampled = draw_numbers(num_rows, sample, seed)
         self._num_seen = 0
         self._kept: list[list[Tensor]] = [[] for _ in sites]
 
     def add(self, values: list[Tensor]) -> None:
-        """Take a batch of mixed rows in, the same rows at each site."""
+        """Add a batch of shuffled rows, the same rows at each site."""
         for moments, rows in zip(self.moments, values, strict=True):
             moments.add(rows)
         first, last = np.searchsorted(self._sampled, (self._num_seen, self._num_seen + len(values[0])))
@@ -60,23 +61,23 @@ class ShapePass:
         for first in range(0, len(values[0]), CKA_ROWS):
             batch = [rows[first : first + CKA_ROWS] for rows in values]
             if len(batch[0]) >= _LEAST_CKA_ROWS:
-                # a shorter last batch is as unbiased, and counts for less
+                # a shorter last batch is unbiased too, but weighs less
                 self._hsic += unbiased_hsic(batch) * len(batch[0])
 
     @property
     def cka(self) -> Tensor:
-        """float64 `[S, S]`; NaN where a site does not vary, or there were fewer than 4 rows."""
+        """Linear CKA, float64 `[S, S]`; NaN where a site does not vary, or with fewer than 4 rows."""
         own = self._hsic.diagonal()
         scale = torch.outer(own, own).sqrt()
         return torch.where(scale > 0, self._hsic / scale, float("nan"))
 
     @property
     def num_sampled(self) -> int:
-        """Rows that were kept."""
+        """Number of rows in the sample."""
         return sum(len(rows) for rows in self._kept[0])
 
     def overlap(self, pairs: Sequence[tuple[int, int]], scalings: Sequence[Scaling], k: int) -> list[float]:
-        """Compare the neighbours of the kept rows at pairs of sites."""
+        """Compute the neighbour overlap of the sampled rows for pairs of sites."""
         if self.num_sampled <= k:
             return [float("nan")] * len(pairs)
         found = [
@@ -87,13 +88,13 @@ class ShapePass:
 
 
 class MovePass:
-    """What whole examples say: lengths and cosines of rows, how far each moves between two sites, and which most.
+    """The second pass, over whole examples: lengths and cosines of rows, how far each moves, and which move most.
 
     Args:
         sites: The sites.
-        pairs: Places of two sites each.
-        scalings: How rows of each site are prepared for a cosine.
-        types: int64 `[V]`, the ids that occur, rising, and how often each does; None for pooled sites.
+        pairs: Indices into `sites`, two each.
+        scalings: The preparation of each site's rows for a cosine.
+        types: int64 `[V]` each, the ids that occur, ascending, and their counts; None for pooled sites.
         seed: Seed of the draw of words for self-similarity.
     """
 
@@ -111,7 +112,7 @@ class MovePass:
         self.num_rows = 0
         self._norms = torch.zeros(len(sites), dtype=torch.float64, device="cpu")
         self.units = [UnitSums(site.width) for site in sites]
-        # sums of L2, of relative L2, of cosine distance; and of rows whose relative L2 exists
+        # sums of L2, relative L2 and cosine distance, and the number of rows whose relative L2 is defined
         self._sums = torch.zeros(4, len(pairs), dtype=torch.float64, device="cpu")
         self._best: list[list[tuple[float, int, int]]] = [[] for _ in pairs]
         self._ids = types[0] if types is not None else None
@@ -122,7 +123,7 @@ class MovePass:
             words = (types[1] >= _LEAST_CONTEXTS).nonzero().flatten()
             drawn = np.random.default_rng(seed).permutation(len(words))[:_MOST_WORDS]
             words = words[torch.from_numpy(np.sort(drawn))]
-        # which of the drawn words a type is, the last place for those that were not
+        # maps each type to its drawn word; types that were not drawn share the last index
         self._word_of = torch.full((len(self._type_counts),), len(words), dtype=torch.int64, device="cpu")
         self._word_of[words] = torch.arange(len(words), device="cpu")
         self._word_counts = torch.zeros(len(words) + 1, dtype=torch.int64, device="cpu")
@@ -130,7 +131,7 @@ class MovePass:
         self._word_sums = [torch.zeros(len(words) + 1, site.width, dtype=torch.float64, device="cpu") for site in sites]
 
     def add(self, chunk: Chunk) -> None:
-        """Take whole examples in."""
+        """Add a chunk of whole examples."""
         values = [chunk.values[name] for name in self._names]
         self.num_rows += len(chunk.examples)
         lengths = [rows.norm(dim=1) for rows in values]
@@ -145,7 +146,7 @@ class MovePass:
             types = torch.searchsorted(self._ids, chunk.input_ids)
             self._type_counts += torch.bincount(types, minlength=len(self._ids))
             self._add_words(units, self._word_of[types])
-        # consecutive rows of an example
+        # the rows of an example are consecutive
         ordinals, of_row, counts = torch.unique_consecutive(chunk.examples, return_inverse=True, return_counts=True)
         for pair, (a, b) in enumerate(self._pairs):
             if not self._is_even[pair]:
@@ -173,12 +174,12 @@ class MovePass:
 
     @property
     def mean_norms(self) -> list[float]:
-        """Mean length of a row at each site, as it is stored."""
+        """Mean length of the stored rows at each site."""
         return (self._norms / max(1, self.num_rows)).tolist()
 
     @property
     def self_similarity(self) -> list[float]:
-        """Mean over words of the mean cosine between a word's rows, at each site; NaN where no word came five times."""
+        """Mean over words of the mean cosine between a word's rows, at each site; NaN if no word occurs five times."""
         found = []
         for sums, squares in zip(self._word_sums, self._word_squares, strict=True):
             of_words = [
@@ -191,19 +192,19 @@ class MovePass:
 
     @property
     def num_words(self) -> int:
-        """Words that self-similarity is a mean of."""
+        """Number of words that self-similarity is averaged over."""
         return int((self._word_counts[:-1] > 1).sum())
 
     def distances(self, pair: int) -> tuple[float | None, float | None, float | None]:
-        """Mean L2, relative L2 and cosine distance of a pair; None where the two have other widths."""
+        """Return mean L2, relative L2 and cosine distance of a pair; None if the two widths differ."""
         if not self._is_even[pair]:
             return None, None, None
         moved, relative, turned, counted = self._sums[:, pair].tolist()
-        # relative to nothing is nothing
+        # relative L2 is undefined if every row before has length 0
         return moved / self.num_rows, relative / counted if counted else None, turned / self.num_rows
 
     def most_moved_types(self, pair: int) -> list[tuple[int, int, float]]:
-        """The ids that move most: id, how often it came, mean distance; of those that came five times, if any."""
+        """List the ids that move most, as id, count and mean distance; only ids that occur five times, if any do."""
         if self._ids is None or not self._is_even[pair]:
             return []
         counted = (self._type_counts >= _LEAST_CONTEXTS).nonzero().flatten()
@@ -216,5 +217,5 @@ class MovePass:
         return list(found)
 
     def most_moved_examples(self, pair: int) -> list[tuple[int, int, float]]:
-        """The examples that move most: ordinal, rows, mean cosine distance."""
+        """List the examples that move most, as ordinal, number of rows and mean cosine distance."""
         return [(ordinal, count, mean) for mean, ordinal, count in self._best[pair]]

@@ -1,7 +1,7 @@
-"""The points of a picture: which rows or examples are drawn, their vectors at each site, and what colours them.
+"""The points of a picture: which rows or examples are drawn, their vectors at each site, and their colours.
 
-The draw is of rows, or of examples, over the whole store by one seed, the same at every site; only what is drawn is
-read. A colour is a number per point or a category.
+Rows or examples are sampled from the whole store with one seed, the same ones at every site; only the sample is read.
+A colour is a number or a category per point.
 
 Hides shards and records. Must never know of projections or figures.
 """
@@ -30,24 +30,24 @@ from layerprobe.telling import make_bar
 
 __all__ = ["Colours", "Points", "choose_points", "colour_points", "draw_points", "has_field"]
 
-# What colours rows and what colours examples; anything else is a field of the records.
+# Colours that belong to rows; any other except `norm` is a field of the records.
 _ROW_COLOURS = ("token", "position")
-# More numbers than this are a scale, fewer are categories.
+# More distinct numbers than this make a scale, fewer make categories.
 _MOST_CATEGORIES = 7
 
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """What is drawn.
+    """The points of a picture.
 
     Args:
         values: float64 `[n, D]` of each site.
         kind: `rows` or `examples`.
-        num_all: How many there are in the store.
-        examples: int64 `[n]`, the ordinal of each point.
-        positions: int64 `[n]`, of each row in its example; None for examples.
-        input_ids: int64 `[n]`; None for examples.
-        constant: Sites that were left out since all points are the same there.
+        num_all: Number of rows or examples in the store.
+        examples: int64 `[n]`, the ordinal of each point's example.
+        positions: int64 `[n]`, the position of each row in its example; None for examples.
+        input_ids: int64 `[n]`, the token id of each row; None for examples.
+        constant: Sites that were left out because all points are the same there.
     """
 
     values: dict[str, Tensor]
@@ -64,14 +64,14 @@ class Points:
 
 @dataclass(frozen=True, eq=False)
 class Colours:
-    """What colours the points.
+    """The colours of the points.
 
     Args:
-        name: What the colour is.
-        numbers: float64 `[n]` for a scale, NaN where a point has none, or `[S, n]` for one that differs from site to
-            site; None for categories.
-        categories: One per point, None for the rest; None for a scale.
-        order: The categories that get a colour, the most frequent first, and last None for the rest if there are more.
+        name: The quantity or field shown by colour.
+        numbers: float64 `[n]` for a scale, NaN where a point has none, or `[S, n]` if it differs between sites; None
+            for categories.
+        categories: The category of each point, None for the rest; None for a scale.
+        order: The categories that get a colour, the most frequent first, then None if there is a rest.
     """
 
     name: str
@@ -81,10 +81,10 @@ class Colours:
 
 
 def choose_points(store: Store, sites: Sequence[StoredSite], color: str, points: str | None, pool: str | None) -> str:
-    """Decide whether rows or examples are drawn: as asked, else by what the colour belongs to.
+    """Decide whether rows or examples are drawn: as requested, otherwise by the kind of colour.
 
     Raises:
-        OptionError: a value that does not exist, or rows of a pooled store.
+        OptionError: an unknown value, options that conflict, or rows of a pooled store.
     """
     if points not in (None, "rows", "examples"):
         raise OptionError(f"points={points!r}: use rows or examples.")
@@ -119,14 +119,14 @@ def draw_points(
     named: Collection[str],
     progress: bool | None = None,
 ) -> Points:
-    """Draw points at random and read them at every site, under a bar as of `make_bar`.
+    """Sample points at random and read them at every site, with a progress bar as in `make_bar`.
 
-    A site at which all are the same is left out, unless it is `named` or no other is left.
+    A site at which all points are the same is left out, unless it is `named` or no other is left.
 
     Raises:
-        InputError: there are fewer than three.
-        NonFiniteError: one is not finite, by name.
-        OptionError: all are the same at a site that is not left out.
+        InputError: the store has fewer than three.
+        NonFiniteError: a point is not finite; the message names it.
+        OptionError: all points are the same at a site that is not left out.
     """
     by_rows = kind == "rows"
     num_all = store.num_tokens if by_rows else len(store)
@@ -162,7 +162,7 @@ def draw_points(
 
 
 def _identify(shard: Shard, picked: Tensor, by_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Say of some rows or examples of a shard which example each is of, its position there, and its token id."""
+    """Return the ordinal of each picked row or example of a shard, and for rows their positions and token ids."""
     if not by_rows:
         nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
         return shard.tensor("example")[picked], nothing, nothing
@@ -171,7 +171,7 @@ def _identify(shard: Shard, picked: Tensor, by_rows: bool) -> tuple[Tensor, Tens
 
 
 def _pool(shard: Shard, site: StoredSite, picked: Tensor, pool: str) -> Tensor:
-    """Pool some examples of a shard, given by their place in it."""
+    """Pool some examples of a shard, given by their indices in it."""
     offsets = shard.tensor("offsets")
     starts, stops = offsets[picked], offsets[picked + 1]
     pooled = [
@@ -210,7 +210,7 @@ def _leave_out_constant(store: Store, points: Points, pool: str | None, named: C
 
 
 def colour_points(store: Store, points: Points, color: str) -> Colours:
-    """Find what colours each point.
+    """Find the colour of each point.
 
     Args:
         store: The store.
@@ -233,7 +233,7 @@ def colour_points(store: Store, points: Points, color: str) -> Colours:
                 "use position or norm here."
             )
         return _categorise("token", store.id_to_tokens(points.input_ids))
-    # a number that is none is missing, as in JSON
+    # NaN counts as missing, as in JSON
     values = plain(_read_field(store, points, color))
     given = [value for value in values if value is not None]
     is_scale = all(is_number(value) for value in given)
@@ -243,7 +243,7 @@ def colour_points(store: Store, points: Points, color: str) -> Colours:
 
 
 def has_field(store: Store, field: str) -> bool:
-    """Tell whether the first example's record has a field."""
+    """Return whether the first example's record has a field."""
     return bool(len(store)) and field in store.record(store.ordinal_at(0)).get("fields", {})
 
 

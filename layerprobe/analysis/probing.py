@@ -1,7 +1,7 @@
-"""The linear probe: logistic regression on standardised vectors, and how its strength is chosen.
+"""The linear probe: logistic regression on standardised vectors, with its penalty chosen on dev.
 
-Mean, deviation, which dimensions vary, and weights come from train only. A fitted probe is two arrays that take
-raw vectors, so that it can be kept and used without scikit-learn. Also the online code length of labels.
+Means, deviations, the choice of varying dimensions, and weights come from train only. A fitted probe is two arrays that
+apply to raw vectors, so that it can be saved and used without scikit-learn. Also the online code length of labels.
 
 scikit-learn is imported in the functions that fit. Must never know of stores or sites.
 """
@@ -21,10 +21,10 @@ from layerprobe.cores import few_cores
 __all__ = ["Fit", "LinearProbe", "code_length", "fit_best", "fit_probe", "fitting"]
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1)
-# The code length is only comparable between sites at one strength.
+# Fixed, because code lengths of sites are comparable only with the same C.
 _CODE_STRENGTH = 1e-2
 _MAX_ITERATIONS = 1000
-# A deviation below this part of the mean is rounding.
+# A deviation below this fraction of the mean is rounding error.
 _STILL = 1e-6
 _PIECE = 4096
 # In percent of train; Voita and Titov 2020, section 2.3.
@@ -37,18 +37,18 @@ class LinearProbe:
 
     Args:
         weights: float64 `[K, D]`; 0 in dimensions that did not vary.
-        bias: float64 `[K]`; minus infinity for a class that was not seen.
+        bias: float64 `[K]`; minus infinity for a class that train lacks.
     """
 
     weights: np.ndarray
     bias: np.ndarray
 
     def predict(self, values: np.ndarray) -> np.ndarray:
-        """Give the class of each vector, int64 `[n]`."""
+        """Predict the class of each vector, int64 `[n]`."""
         return self.scores(values).argmax(1)
 
     def scores(self, values: np.ndarray) -> np.ndarray:
-        """Give the logarithm of each class's probability up to a constant of the row, float64 `[n, K]`."""
+        """Compute the log probability of each class up to a constant per row, float64 `[n, K]`."""
         return values.astype(np.float64) @ self.weights.T + self.bias
 
 
@@ -58,10 +58,10 @@ class Fit:
 
     Args:
         probe: The probe.
-        strength: The C that dev chose.
-        dev_accuracy: On dev.
-        num_dead: Dimensions that do not vary in train and were left out.
-        is_converged: Whether the fit came to its end.
+        strength: The C with the best dev accuracy.
+        dev_accuracy: Accuracy on dev.
+        num_dead: Number of dimensions that do not vary in train and were left out.
+        is_converged: Whether the fit converged.
     """
 
     probe: LinearProbe
@@ -73,9 +73,9 @@ class Fit:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Fit with half the cores, at most four: BLAS threads that wait for a busy core make a fit several times slower.
+    """Limit BLAS to half the cores, at most four: threads that wait for a busy core make a fit several times slower.
 
-    scikit-learn's warnings of a fit are left out: the result says whether it converged, and of how few items.
+    scikit-learn's warnings are suppressed, because the result says whether the fit converged and from how few items.
     """
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
@@ -87,7 +87,7 @@ def fitting() -> Iterator[None]:
 
 
 def _standardise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the mean and the inverse deviation of each dimension, float64 `[D]`; 0 for one that does not vary."""
+    """Compute each dimension's mean and inverse deviation, float64 `[D]`; the inverse is 0 if it does not vary."""
     mean = values.mean(0, dtype=np.float64)
     squares = np.zeros_like(mean)
     for part in _pieces(values):
@@ -98,7 +98,7 @@ def _standardise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Go through rows a few thousand at a time, as views: what is computed of them in float64 stays small."""
+    """Yield views of a few thousand rows, so that float64 temporaries stay small."""
     for first in range(0, len(values), _PIECE):
         yield values[first : first + _PIECE]
 
@@ -106,7 +106,7 @@ def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
 def fit_probe(
     values: np.ndarray, labels: np.ndarray, num_classes: int, strength: float, scaling: tuple[Any, Any] | None = None
 ) -> tuple[LinearProbe, bool]:
-    """Fit logistic regression, L2, on z-scores; gives the probe and whether the fit converged."""
+    """Fit L2-penalised logistic regression on z-scores; return the probe and whether the fit converged."""
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = _standardise(values) if scaling is None else scaling
@@ -114,7 +114,7 @@ def fit_probe(
     weights, bias = np.zeros((num_classes, len(mean))), np.full(num_classes, -np.inf)
     seen = np.unique(labels)
     if len(seen) == 1 or not used.any():
-        # nothing to tell classes by: how often each comes
+        # nothing distinguishes classes, so predict by their frequencies
         bias[seen] = np.log([(labels == one).mean() for one in seen])
         return LinearProbe(weights, bias), True
     model: Any = LogisticRegression(C=strength, max_iter=_MAX_ITERATIONS)
@@ -134,7 +134,7 @@ def fit_probe(
 
 
 def fit_best(train: tuple[np.ndarray, np.ndarray], dev: tuple[np.ndarray, np.ndarray], num_classes: int) -> Fit:
-    """Fit at each strength and keep the one with the best dev accuracy, the strongest penalty among equals."""
+    """Fit with each C and keep the fit with the best dev accuracy; ties go to the strongest penalty."""
     scaling = _standardise(train[0])
     best: Fit | None = None
     for strength in _STRENGTHS:
@@ -147,10 +147,10 @@ def fit_best(train: tuple[np.ndarray, np.ndarray], dev: tuple[np.ndarray, np.nda
 
 
 def code_length(values: np.ndarray, labels: np.ndarray, num_classes: int, seed: int) -> float:
-    """Count the bits that send the labels of train to who has the vectors: each portion by a probe of those before.
+    """Compute the online code length of labels given vectors, in bits: a probe of earlier portions encodes the next.
 
-    The first portion costs log2 K a label. A probe of n labels gives a class the probability (n p + 1) / (n + K), so
-    that none is impossible.
+    The first portion costs log2 K bits per label. A probe fitted on n labels gives a class the probability
+    (n p + 1) / (n + K), so that no class is impossible.
 
     Source: Voita and Titov 2020, "Information-Theoretic Probing with Minimum Description Length", section 2.3, the
     online code; C is fixed at 0.01.

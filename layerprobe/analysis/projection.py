@@ -1,7 +1,7 @@
-"""From vectors to two components, layer by layer, turned so that the eye can follow a point.
+"""Project vectors to two components layer by layer, aligned so that the eye can follow a point.
 
-PCA, t-SNE or UMAP; each layer after the first is turned and mirrored onto the one before, which changes no distance in
-the picture. What a picture hides is measured beside it: the variance kept, and trustworthiness.
+PCA, t-SNE or UMAP; each layer after the first is rotated and reflected onto the one before, which changes no distance
+in the picture. The distortion of a picture is measured too: the share of variance kept, and trustworthiness.
 
 Letters: n points, D width. Must never know of stores or figures.
 """
@@ -21,11 +21,11 @@ __all__ = ["Panel", "check_method", "project"]
 
 _METHODS = ("pca", "tsne", "umap")
 _NEIGHBOURS = 10
-# Trustworthiness compares all pairs: more points than this are drawn from.
+# Trustworthiness compares all pairs, so it uses a random sample of at most this many points.
 _MOST_TRUSTED = 2000
-# What t-SNE is given; more components change little and cost much (van der Maaten and Hinton 2008, section 4.2).
+# Input components of t-SNE and UMAP; more change little and cost much (van der Maaten and Hinton 2008, section 4.2).
 _TSNE_WIDTH = 50
-# Of a start of t-SNE: small, so that the layout can form (scikit-learn's own choice for PCA).
+# Standard deviation of t-SNE's initial layout: small, so that the layout can form (as scikit-learn's for PCA).
 _TSNE_START = 1e-4
 _PERPLEXITY = 30.0
 
@@ -37,9 +37,9 @@ class Panel:
     Args:
         site: The site.
         points: float64 `[n, 2]`, centred, with a mean squared length of 1.
-        variance: Share of the variance that the plane keeps; None for methods that keep none in particular.
-        trust: Trustworthiness at k = 10: 1 if no neighbour in the picture is far away in truth; None for fewer than 22
-            points. Of a draw of 2,000 points where there are more.
+        variance: Share of the variance in the plane; None for t-SNE and UMAP.
+        trust: Trustworthiness at k = 10: 1 if no neighbour in the picture is far away in the full space; None for fewer
+            than 22 points. Measured on a sample of 2,000 points if there are more.
     """
 
     site: str
@@ -51,17 +51,17 @@ class Panel:
 def project(
     values: dict[str, Tensor], method: str, *, shared: bool, seed: int, done: Callable[[], object] = lambda: None
 ) -> list[Panel]:
-    """Bring each site's points to two components.
+    """Project each site's points to two components.
 
     Args:
         values: float64 `[n, D]` of each site, the same points at each.
         method: `pca`, `tsne` or `umap`; the last two start each layer from the one before.
-        shared: One PCA basis for all sites, each about its own mean; nothing is turned then.
+        shared: Use one PCA basis for all sites, each centred on its own mean, without rotation.
         seed: Seed of t-SNE, UMAP and the draw for trustworthiness.
         done: Called after each site.
 
     Raises:
-        OptionError: a method that does not exist or is not installed, or a shared basis of sites of different widths.
+        OptionError: a method that is unknown or not installed, or a shared basis for sites of different widths.
 
     Source: trustworthiness: Venna and Kaski 2001, Neighborhood Preservation in Nonlinear Projection Methods, eq. 2.
     """
@@ -84,23 +84,23 @@ def project(
         panels.append(Panel(name, points, variance, _trust(centred, points, seed)))
         done()
     if shared:
-        # one scale for all, so that sizes can be compared
+        # one scale for all sites, so that their sizes can be compared
         scale = torch.cat([panel.points for panel in panels]).square().sum(1).mean().sqrt()
         panels = [Panel(panel.site, panel.points / scale, panel.variance, panel.trust) for panel in panels]
     return panels
 
 
 def check_method(method: str, shared: bool) -> None:
-    """Make sure, before any points are read, that a method can be used.
+    """Check, before any points are read, that a method can be used.
 
     Raises:
-        OptionError: there is no such method, it has no basis to share, or a package that it needs is not installed.
+        OptionError: the method is unknown, has no basis to share, or needs a package that is not installed.
     """
     if method not in _METHODS:
         raise OptionError(f"method={method!r}: use {', '.join(_METHODS)}.")
     if shared and method != "pca":
         raise OptionError(f"shared=True with method={method!r}: only PCA has a basis to share.")
-    # trustworthiness is measured whatever the method
+    # needed for trustworthiness, which is measured for every method
     need_package("sklearn", f"method={method!r}", "analysis")
     if method == "umap":
         need_package("umap", "method='umap'", None)
@@ -120,7 +120,7 @@ def _share_basis(values: dict[str, Tensor]) -> Tensor:
     widths = {rows.shape[1] for rows in values.values()}
     if len(widths) > 1:
         raise OptionError(f"shared=True: the sites are {sorted(widths)} wide, and a basis has one width.")
-    # each about its own mean: the way from layer to layer would take both axes
+    # each centred on its own mean, otherwise the shift between layers would dominate both axes
     return _find_axes(torch.cat([rows - rows.mean(0) for rows in values.values()]), 2)
 
 
@@ -148,14 +148,14 @@ def _embed(centred_nD: Tensor, method: str, before: Tensor | None, seed: int) ->
         n_neighbors=min(15, len(rows) - 1),
         init=(10 * start / np.abs(start).max()).astype(np.float32),
         random_state=seed,
-        # the seed asks for it, and umap-learn warns of any other
+        # a seed needs one job; umap-learn warns about any other number
         n_jobs=1,
     )
     return torch.from_numpy(embedder.fit_transform(rows)).double()
 
 
 def _trust(rows_nD: Tensor, points_n2: Tensor, seed: int) -> float | None:
-    # beyond half of the points the measure is not defined
+    # trustworthiness is defined only for k below half of the points
     if len(rows_nD) < 2 * (_NEIGHBOURS + 1):
         return None
     manifold = need_package("sklearn.manifold", "trustworthiness", "analysis")

@@ -1,7 +1,7 @@
-"""What every result can do: become a table, a CSV file, a JSON file.
+"""Turn results into tables, CSV and JSON.
 
-A result is a frozen dataclass; this file turns its numbers into text and files. Numbers that do not exist (NaN, a site
-that has none) are empty cells and JSON nulls, so that any reader can take them.
+A result is a frozen dataclass; this file turns its numbers into text and files. Missing numbers (NaN, None) become
+empty cells and JSON nulls, so that any reader can parse them.
 
 Must never know of stores or of what the numbers mean.
 """
@@ -38,7 +38,7 @@ _MOST_LETTERS = 60
 
 
 def plain(value: Any) -> Any:
-    """Turn a result into what JSON holds: dataclasses to objects, tuples to lists, NaN to null."""
+    """Convert a result to JSON values: dataclasses to objects, tuples to lists, NaN and infinities to null."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
@@ -61,7 +61,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def write_csv(path: str | Path, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
-    """Write rows under headers.
+    """Write rows as CSV, with headers.
 
     Raises:
         StoreError: the file cannot be written.
@@ -70,7 +70,7 @@ def write_csv(path: str | Path, headers: Sequence[str], rows: Iterable[Sequence[
 
 
 def give_json(value: Any, path: str | Path | None) -> str:
-    """Give a result as one line of JSON, and write it where a path is given.
+    """Return a result as one line of JSON, and write it if a path is given.
 
     Raises:
         StoreError: the file cannot be written.
@@ -79,7 +79,7 @@ def give_json(value: Any, path: str | Path | None) -> str:
 
 
 def give_csv(headers: Sequence[str], rows: Iterable[Sequence[object]], path: str | Path | None) -> str:
-    """Give rows under headers as CSV, and write it where a path is given.
+    """Return rows with headers as CSV, and write it if a path is given.
 
     Raises:
         StoreError: the file cannot be written.
@@ -102,11 +102,11 @@ def _give_text(text: str, path: str | Path | None) -> str:
 
 
 def table_cell(value: object) -> object:
-    """Bring a value into a table: three decimals, lists joined, nothing where there is no number."""
+    """Format a value for a table: three decimals, lists joined, None for a number that is not finite."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
-        # large numbers need no decimals, small ones would vanish in three
+        # three decimals would round small numbers to zero
         return float(f"{value:.3g}") if abs(value) < 0.01 else round(value, 3)
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value[:5])) + (", ..." if len(value) > 5 else "") or "none"
@@ -114,19 +114,19 @@ def table_cell(value: object) -> object:
 
 
 def lay_out(results: Iterable[object], names: Sequence[str]) -> str:
-    """Lay results out as a table: a row each, and a column for each of these fields."""
+    """Format results as a table, one row per result and one column per field in `names`."""
     rows = [[table_cell(getattr(result, name)) for name in names] for result in results]
     return format_table(format_headers(names), rows)
 
 
 def shorten(text: str, most: int = _MOST_LETTERS) -> str:
-    """Bring a text to one line without control characters."""
+    """Shorten a text to one line of at most `most` characters without control characters, plus `...` if it was cut."""
     line = "".join(character if character.isprintable() else " " for character in text[:most])
     return line + ("..." if len(text) > most else "")
 
 
 def shorten_apart(texts: Sequence[str], most: int) -> list[str]:
-    """Bring texts to a line each as `shorten` does; of those that begin alike the middle is cut out."""
+    """Shorten texts as `shorten` does, but cut the middle out of those that would otherwise look the same."""
     whole = [shorten(text, len(text)) for text in texts]
     cut = [shorten(text, most) for text in whole]
     counts, half = Counter(cut), most // 2
@@ -137,10 +137,10 @@ def shorten_apart(texts: Sequence[str], most: int) -> list[str]:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text.
+    """Write a text file in UTF-8.
 
     Raises:
-        OptionError: it would lie in a store.
+        OptionError: the file would lie in a store.
         StoreError: the file cannot be written.
     """
     path = need_parent(need_path("path", path))

@@ -1,7 +1,7 @@
-"""How right predictions are, how sure that is, and whether two classifiers differ.
+"""Accuracy of predictions, its confidence interval, and tests of whether two classifiers differ.
 
-Everything is computed from predictions on the same test items: accuracy, macro F1, intervals that keep the items of an
-example together, and exact paired tests.
+Everything is computed from predictions on the same test items: accuracy, macro F1, intervals clustered by example, and
+exact paired tests.
 
 Must never know of stores or of how predictions were made.
 """
@@ -17,16 +17,16 @@ __all__ = ["Score", "bound_accuracy", "differs", "find_ties", "macro_f1", "mcnem
 
 _RESAMPLES = 1000
 _LEVEL = 0.05
-# Of the normal distribution, at half of that on each side.
+# Quantile of the normal distribution for a two-sided test at that level.
 _QUANTILE = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Score:
-    """How right predictions are.
+    """Accuracy and F1 of predictions.
 
     Args:
-        accuracy: Share that is right.
+        accuracy: Share of correct predictions.
         f1: Mean over classes of the harmonic mean of precision and recall.
         ci: 95 % interval of the accuracy.
     """
@@ -37,13 +37,13 @@ class Score:
 
 
 def score(predicted: np.ndarray, truth: np.ndarray, clusters: np.ndarray, seed: int) -> Score:
-    """Score predictions; `clusters` are the examples that items belong to."""
+    """Score predictions; `clusters` holds the example of each item."""
     correct = predicted == truth
     return Score(float(correct.mean()), macro_f1(predicted, truth), bound_accuracy(correct, clusters, seed))
 
 
 def macro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """Mean F1 over the classes that are predicted or true, each alike."""
+    """Compute the unweighted mean F1 over the classes that are predicted or true."""
     found = []
     for label in np.union1d(predicted, truth):
         both = int(((predicted == label) & (truth == label)).sum())
@@ -52,13 +52,14 @@ def macro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def bound_accuracy(correct: np.ndarray, clusters: np.ndarray, seed: int) -> tuple[float, float]:
-    """Bound the accuracy at 95 %: Wilson's interval for items of one example each, else by drawing whole examples.
+    """Compute a 95 % interval of the accuracy: Wilson's if every example has one item, else a cluster bootstrap.
 
-    Those are drawn with replacement, 1,000 times; the bounds are percentiles 2.5 and 97.5. Where all examples are
-    equally right, as one alone is, no draw differs from another, and the interval is Wilson's with their number.
+    The bootstrap resamples whole examples 1,000 times, because the items of one example are not independent; the bounds
+    are percentiles 2.5 and 97.5. If all examples have the same accuracy, resampling changes nothing, and Wilson's
+    interval for their number is used.
 
     Source: Wilson 1927, Journal of the American Statistical Association 22; Efron and Tibshirani 1993, "An Introduction
-    to the Bootstrap", 13.3; whole clusters, since the items of one example are not independent.
+    to the Bootstrap", 13.3.
     """
     _, of = np.unique(clusters, return_inverse=True)
     right, count = np.bincount(of, weights=correct), np.bincount(of)
@@ -75,7 +76,7 @@ def bound_accuracy(correct: np.ndarray, clusters: np.ndarray, seed: int) -> tupl
 
 
 def _bound_share(share: float, count: int) -> tuple[float, float]:
-    """Give Wilson's interval of a share of `count`."""
+    """Compute Wilson's interval for a proportion of `count` items."""
     extra = _QUANTILE**2 / count
     middle = (share + extra / 2) / (1 + extra)
     half = math.sqrt(extra * share * (1 - share) + extra * extra / 4) / (1 + extra)
@@ -83,24 +84,25 @@ def _bound_share(share: float, count: int) -> tuple[float, float]:
 
 
 def mcnemar(correct: np.ndarray, other: np.ndarray) -> float:
-    """Test whether two classifiers are right equally often, on the items where just one of them is; two-sided, exact.
+    """Test whether two classifiers are right equally often, on the items where exactly one is right; two-sided, exact.
 
     Source: McNemar 1947, Psychometrika 12; the exact binomial form.
     """
     from scipy.special import bdtr
 
     only, only_other = int((correct & ~other).sum()), int((other & ~correct).sum())
-    # twice the shorter tail, which at one half is as long as the other
+    # twice one tail, because a binomial with p = 1/2 is symmetric
     return min(1.0, 2 * float(bdtr(min(only, only_other), only + only_other, 0.5)))
 
 
 def find_ties(correct: Mapping[str, np.ndarray], best: str) -> tuple[str, ...]:
-    """List what cannot be told from the best at 5 %, itself included, by McNemar's tests under Holm's correction.
+    """List the classifiers that do not differ from the best at 5 %, itself included.
 
-    The correction is over all pairs, not those with the best alone: the best is chosen on the same items.
+    McNemar's tests with Holm's correction over all pairs, not only those with the best, because the best is chosen on
+    the same items.
 
-    Source: Holm 1979, Scandinavian Journal of Statistics 6: the smallest of m p-values is held against 0.05 / m, the
-    next against 0.05 / (m - 1), until one holds.
+    Source: Holm 1979, Scandinavian Journal of Statistics 6: the smallest of m p-values is compared with 0.05 / m, the
+    next with 0.05 / (m - 1), until one is not rejected.
     """
     pairs = list(combinations(correct, 2))
     values = sorted((mcnemar(correct[one], correct[other]), one, other) for one, other in pairs)
@@ -114,5 +116,5 @@ def find_ties(correct: Mapping[str, np.ndarray], best: str) -> tuple[str, ...]:
 
 
 def differs(correct: np.ndarray, other: np.ndarray) -> bool:
-    """Tell whether two classifiers differ at 5 %."""
+    """Return whether two classifiers differ at 5 % by McNemar's test."""
     return mcnemar(correct, other) <= _LEVEL

@@ -1,6 +1,6 @@
-"""Which examples a classifier is fitted on, chosen by, and judged on; never one example on two sides.
+"""Split examples into train, dev and test; no example is on two sides.
 
-Three ways: a field that says it, groups that stay whole, or at random by a seed, where examples of the same tokens stay
+Three ways: by a field, by groups that stay whole, or at random with a seed, where examples with the same tokens stay
 together. Sides are 0 for train, 1 for dev, 2 for test.
 
 Must never know of values or classifiers.
@@ -21,23 +21,23 @@ _NAMES = {
     **dict.fromkeys(("dev", "val", "valid", "validation", "development"), DEV),
     **dict.fromkeys(("test", "testing"), TEST),
 }
-# Of five groups three train, one is dev, one is test; in this order neighbours of a class fall on all sides.
+# Sides of five consecutive groups: three train, one dev, one test, ordered so that a class with few groups is on all.
 _TURNS = (TRAIN, TEST, TRAIN, DEV, TRAIN)
 
 
 def split_by_field(
     values: Sequence[object], labels: Sequence[Hashable], keys: Sequence[Hashable], seed: int
 ) -> np.ndarray:
-    """Split as the data says. Without a dev side, a fifth of train becomes it, keys kept whole.
+    """Split by a field. Without a dev side, about a fifth of the keys in train becomes dev.
 
     Args:
         values: `train`, `dev` (or `val`, `valid`, `validation`) or `test` of each example.
-        labels: Of each example.
-        keys: What must not be cut where a dev side is made.
-        seed: Seed of that cut.
+        labels: The label of each example.
+        keys: The key of each example; examples with equal keys stay together when dev is taken from train.
+        seed: Seed of the choice of dev.
 
     Raises:
-        InputError: another value, or nothing to train or to test on.
+        InputError: another value, no train or test example, or only one key in train to take dev from.
     """
     unknown = sorted({str(value) for value in values if str(value).lower() not in _NAMES})
     if unknown:
@@ -59,7 +59,7 @@ def split_by_field(
 
 
 def split_by_group(keys: Sequence[Hashable], labels: Sequence[Hashable], seed: int) -> np.ndarray:
-    """Split at random, three fifths to train, one to dev, one to test, keys kept whole, classes in proportion.
+    """Split at random into three fifths train, one dev and one test, with keys kept whole and classes in proportion.
 
     Raises:
         InputError: fewer than three keys.
@@ -69,14 +69,14 @@ def split_by_group(keys: Sequence[Hashable], labels: Sequence[Hashable], seed: i
         raise InputError(
             f"a split into train, dev and test: it takes three different texts or groups, not {len(order)}."
         )
-    # few keys: the first three must reach all sides
+    # with few keys, the first three must cover all sides
     turns = (TRAIN, TEST, DEV) if len(order) < len(_TURNS) else _TURNS
     side_of = {key: turns[place % len(turns)] for place, key in enumerate(order)}
     return np.array([side_of[key] for key in keys], dtype=np.int8)
 
 
 def _order_keys(keys: Sequence[Hashable], labels: Sequence[Hashable], seed: int) -> list[Hashable]:
-    """Put keys in a random order, class after class by the label that most of a key's examples have."""
+    """Shuffle keys, then sort them by class, which is the most frequent label of a key's examples."""
     counts: dict[Hashable, dict[Hashable, int]] = {}
     for key, label in zip(keys, labels, strict=True):
         of_key = counts.setdefault(key, {})

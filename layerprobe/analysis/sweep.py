@@ -1,7 +1,7 @@
-"""Go through the rows of a store for an analysis: which sites, in which order, with what they belong to.
+"""Read the rows of a store for an analysis: chosen sites, in store order, with their examples, positions and tokens.
 
 A chunk holds whole examples, a few thousand rows of every site in float64, with ids, ordinals and positions. Memory
-stays that of one chunk, however large the store. Rows that are not finite are refused by name.
+is bounded by one chunk, however large the store. A row that is not finite raises an error that names it.
 
 Hides shards, dtypes and the choice of examples. Must never know of formulas.
 """
@@ -32,9 +32,9 @@ __all__ = [
 ]
 
 _CHUNK_ROWS = 4096
-# Read before mappings are let go of.
+# Bytes read before mappings are released.
 _MOST_MAPPED_BYTES = 16 << 20
-# In which the keys of a draw are counted: the last example that is taken is then sought in one of them.
+# Number of histogram bins for the random keys of examples; the last example to take is searched within one bin.
 _BINS = 4096
 
 
@@ -44,9 +44,9 @@ class Chunk:
 
     Args:
         values: float64 `[n, D]` of each site.
-        examples: int64 `[n]`, the ordinal that each row belongs to.
-        positions: int64 `[n]`, its place in the example; None for pooled sites.
-        input_ids: int64 `[n]`; None for pooled sites.
+        examples: int64 `[n]`, the ordinal of each row's example.
+        positions: int64 `[n]`, the position of each row in its example; None for pooled sites.
+        input_ids: int64 `[n]`, the token id of each row; None for pooled sites.
     """
 
     values: dict[str, Tensor]
@@ -56,10 +56,10 @@ class Chunk:
 
 
 class Mappings:
-    """What an analysis has read of a store's mapped files, let go of now and then so that it does not count as memory.
+    """A count of bytes read from mapped files, which releases the mappings regularly to keep resident memory low.
 
     Args:
-        catalog: Of the store.
+        catalog: The store's catalog.
     """
 
     def __init__(self, catalog: Catalog) -> None:
@@ -67,14 +67,14 @@ class Mappings:
         self._num_bytes = 0
 
     def add(self, num_bytes: int) -> None:
-        """Take note of bytes that were read, none of which is needed in the files any more."""
+        """Count bytes that were read and are no longer needed; release the mappings once 16 MiB have been read."""
         self._num_bytes += num_bytes
         if self._num_bytes > _MOST_MAPPED_BYTES:
             self._catalog.release()
             self._num_bytes = 0
 
     def add_shard(self, sites: Sequence[StoredSite], counts: Counts) -> None:
-        """Take note of a shard at some sites: a checksum reads the whole tensor, whatever is drawn of it."""
+        """Count a whole shard at some sites, because its checksum reads whole tensors however few rows are drawn."""
         self.add(sum(site.bytes_per_vector * site.count_vectors(counts) for site in sites))
 
 
@@ -83,9 +83,9 @@ def choose_depth(store: Store, patterns: str | Sequence[str] | None) -> list[Sto
 
     Args:
         store: The store.
-        patterns: Over the stored sites; attention weights that a wildcard takes along are left out. None for the
-            embeddings, every layer's output and the final norm, or where there is none of those, for all that have
-            rows.
+        patterns: Patterns over the stored sites; attention weights that only a wildcard matches are left out. None for
+            the embeddings, every layer's output and the final norm, or, if none of those is stored, for all sites that
+            have rows.
 
     Raises:
         SiteError: a pattern matches nothing that is stored, or nothing stored has rows.
@@ -93,7 +93,7 @@ def choose_depth(store: Store, patterns: str | Sequence[str] | None) -> list[Sto
     """
     if patterns is not None:
         stored = store.stored_sites
-        # what is named is refused below
+        # attention weights that are named explicitly are refused by choose_sites
         names, _ = leave_out(patterns, store.sites, str(store.place), lambda name: stored[name].kind == "attention")
     else:
         names = take_depth(store.stored_sites)
@@ -112,17 +112,17 @@ def sweep(
     progress: bool | None = None,
     finite: bool = True,
 ) -> Iterator[Chunk]:
-    """Go through whole examples, chunk by chunk, as they lie.
+    """Iterate over whole examples in chunks, in store order.
 
     Args:
         store: The store.
         sites: From `choose_depth`.
-        max_rows: How many rows to take, in whole examples drawn at random, the last of which may go beyond; None for
+        max_rows: Number of rows to take, in whole examples drawn at random, the last of which may exceed it; None for
             all.
         seed: Seed of the draw.
-        what: What the progress bar says.
-        progress: Whether to show it; None for only on a terminal.
-        finite: Refuse rows that are not finite.
+        what: Label of the progress bar.
+        progress: Show a progress bar; None: only on a terminal.
+        finite: Whether to refuse rows that are not finite.
 
     Raises:
         NonFiniteError: a row is not finite; the message names the first.
@@ -147,14 +147,14 @@ def sweep(
 
 
 def _draw_keys(shard: Shard, number: int, seed: int) -> np.ndarray:
-    """Give each example of a shard its place in a random order of all: a number from 0 to 1."""
+    """Draw a random key from 0 to 1 for each example of a shard; sorting all keys gives a random order of the store."""
     return np.random.default_rng([seed, number]).random(shard.header.num_examples)
 
 
 def _find_most(store: Store, kind: str, wanted: int, seed: int) -> float:
-    """Find the key of the last example to take: those of a random order until there are as many rows as wanted.
+    """Find the key of the last example to take so that, in the order of the keys, there are `wanted` rows.
 
-    Cost: two passes over the lengths of the examples; memory of one shard's, and of a 4,096th of all.
+    Cost: two passes over the lengths of the examples; memory for those of one shard, and of 1/4,096 of all examples.
     """
     rows = np.zeros(_BINS)
     for keys, lengths in _key_shards(store, kind, seed):
@@ -170,7 +170,7 @@ def _find_most(store: Store, kind: str, wanted: int, seed: int) -> float:
 
 
 def _key_shards(store: Store, kind: str, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Go through the keys of all examples, and how many rows each has."""
+    """Yield the keys and the numbers of rows of all examples, shard by shard."""
     for number, shard in enumerate(store.iter_shards()):
         store.catalog.prefetch(range(number, store.num_shards), ["offsets"])
         yield _draw_keys(shard, number, seed), np.diff(_offsets(shard, kind))
@@ -181,7 +181,7 @@ def _offsets(shard: Shard, kind: str) -> np.ndarray:
 
 
 def _cut(shard: Shard, kind: str, drawn: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cut a shard into chunks of whole examples: their rows, and each row's place among the examples of the shard."""
+    """Cut a shard into chunks of whole examples; yields row numbers and the index of each row's example."""
     offsets = _offsets(shard, kind)
     lengths = np.diff(offsets)
     places = np.arange(len(lengths)) if drawn is None else np.flatnonzero(drawn)
@@ -223,10 +223,10 @@ def _refuse_nonfinite(store: Store, chunk: Chunk) -> None:
 
 
 def count_types(store: Store) -> tuple[Tensor, Tensor]:
-    """Count how often each token id stands in a store, from the ids alone.
+    """Count how often each token id occurs in a store, reading only the ids.
 
     Returns:
-        int64 `[V]` each: the ids that occur, rising, and their counts.
+        int64 `[V]` each: the ids that occur, ascending, and their counts.
     """
     counts: dict[int, int] = {}
     for shard in store.iter_shards():

@@ -1,6 +1,6 @@
-"""What is to be classified: items with a label each, where their rows lie, and the side that each is on.
+"""The items to classify, with the label, the rows and the side (train, dev or test) of each.
 
-An item is an example, a token, or a span of characters whose pieces are averaged. Labels, spans, splits and groups come
+An item is an example, a token, or a span of characters whose tokens are averaged. Labels, spans, splits and groups come
 from fields of the records, or as sequences, one value per example.
 
 Hides records and tokenizers. Must never know of values or classifiers.
@@ -32,16 +32,17 @@ class Task:
     """Items to classify.
 
     Args:
-        name: What the labels are.
+        name: Name of the labels.
         kind: `examples`, `tokens` or `spans`.
-        classes: The labels that come, by number.
+        classes: The labels that occur, by number.
         labels: int64 `[n]`, the number of each item's label.
         sides: int8 `[n]`, 0 train, 1 dev, 2 test.
-        examples: int64 `[n]`, the ordinal of each item's example, rising.
-        spans: int64 `[n, 2]`, its rows in the example, the last excluded; None for whole examples.
-        types: Of each item, what a random label hangs on: its token ids.
-        words: Of each item, its text; where there is none, its token ids.
-        notes: What to know of the task, in sentences.
+        examples: int64 `[n]`, the ordinal of each item's example, ascending.
+        spans: int64 `[n, 2]`, the first row of each item in its example and the one after the last; None for whole
+            examples.
+        types: The type of each item, which determines its label in the control task: its token ids.
+        words: The text of each item; else its tokens or their ids.
+        notes: Remarks on the task, in sentences.
     """
 
     name: str
@@ -74,17 +75,17 @@ def make_task(
 
     Args:
         store: The store.
-        labels: A field, or a value per example. A list of values per example makes tokens: one per row, None for rows
-            that have no label.
-        span: Fields of the first character and the one after the last, or lists of them beside lists of labels.
-        split: Field, or values, that say train, dev or test.
-        group: Field, or values, whose examples stay on one side.
-        max_examples: The most examples, and the most items, to take, drawn at random; None for all.
+        labels: A field, or a value per example. If the values are lists, items are tokens: one value per row, None for
+            rows without a label.
+        span: Fields with the first character and the one after the last; lists of them if labels are lists.
+        split: Field, or values, with train, dev or test.
+        group: Field, or values; examples with equal values stay on one side.
+        max_examples: Maximum number of examples, and of items, drawn at random; None for all.
         seed: Seed of every draw.
 
     Raises:
-        InputError: labels are missing or of no use.
-        OptionError: no record has the field, or two options do not go together.
+        InputError: labels are missing or unusable.
+        OptionError: no record has the field, or two options conflict.
     """
     if split is not None and group is not None:
         raise OptionError("split and group: both say which side an example is on. Use one of the two.")
@@ -161,7 +162,7 @@ def _read(store: Store, ordinals: list[int]) -> tuple[list[dict[str, Any]], list
 def _column(
     store: Store, records: list[dict[str, Any]], places: np.ndarray, what: str, given: str | Sequence[Any]
 ) -> list[Any]:
-    """Find a value for each example: its field, or its place in a sequence."""
+    """Find a value for each example, from a field of its record or from a sequence."""
     if isinstance(given, str):
         if not any(given in record.get("fields", {}) for record in records):
             known = sorted({field for record in records for field in record.get("fields", {})})
@@ -173,7 +174,7 @@ def _column(
     else:
         if isinstance(given, Mapping):
             raise OptionError(f"{what}: a {type(given).__name__} has no order. Give a value per example, in order.")
-        # in its order: a column of a table is indexed by labels of its own
+        # as a list, because a pandas column is indexed by its own labels, not by position
         ordered = need_list(what, given, "the name of a field, or a value per example, in order")
         if len(ordered) != len(store):
             raise OptionError(
@@ -192,12 +193,12 @@ def _column(
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a value is none: as JSON says it, or as tables do, which put a float that is no number there."""
+    """Return whether a value is missing: None as in JSON, or NaN as in tables."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _unwrap(value: Any) -> Any:
-    """Take a number out of numpy or torch."""
+    """Convert a value of numpy or torch to a Python value."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -232,7 +233,7 @@ def _find_items(
 
 
 def _draw_items(items: list[_Item], most: int, seed: int) -> list[_Item]:
-    """Draw whole examples until their items are as many as may be, at least one; in the order of before."""
+    """Draw whole examples with at most `most` items in total, or one larger example; items keep their order."""
     counts = Counter(number for number, _, _ in items)
     numbers, left, chosen = list(counts), most, set()
     for place in np.random.default_rng([seed, 6]).permutation(len(numbers)).tolist():
@@ -281,7 +282,7 @@ def _find_spans(
 
 
 def _main_labels(items: list[_Item], count: int) -> list[Hashable]:
-    """Find the label that most items of each example have, to keep classes in proportion."""
+    """Find the most frequent label of each example's items, which keeps classes in proportion in a split."""
     found: list[Counter[Any]] = [Counter() for _ in range(count)]
     for number, label, _ in items:
         found[number][_need_hashable("labels", label)] += 1
@@ -315,7 +316,7 @@ def _number_labels(name: str, labels: list[Any], sides: np.ndarray) -> tuple[tup
 
 
 def _note_rare(classes: tuple[Any, ...], labelled: np.ndarray, sides: np.ndarray) -> list[str]:
-    """Say how many classes a probe cannot learn, and whether test has but one."""
+    """Write notes on classes that train lacks or has once, and on a test side with a single class."""
     counts = np.bincount(labelled[sides == TRAIN], minlength=len(classes))
     notes, num_unseen, num_single = [], int((counts == 0).sum()), int((counts == 1).sum())
     if num_unseen:
@@ -333,7 +334,7 @@ def _count_shared(ids: list[tuple[int, ...]], sides: np.ndarray) -> int:
 
 
 def _name_item(store: Store, own: tuple[int, ...], text: str | None, is_whole: bool) -> str:
-    """Give an item as words: the text, else its tokens, else their ids."""
+    """Return an item as words: the text of a whole example, else its tokens, else their ids."""
     if is_whole and text is not None:
         return text
     if not is_whole and store.id_to_tokens is not None:

@@ -1,7 +1,7 @@
-"""The results of a classification: scores by site, baselines, a verdict, and how they become text and pictures.
+"""The results of a classification: scores by site, baselines and a verdict, as text and pictures.
 
-The verdict names what dev chose and everything on test that cannot be told from the best, since the top of a curve over
-layers is often chance.
+The verdict names the site chosen on dev and every site that does not differ from the best on test, because the peak of
+a curve over layers is often chance.
 
 Must never know of stores or of how anything was fitted.
 """
@@ -30,11 +30,11 @@ class TaskSummary:
     """What was classified.
 
     Args:
-        labels: What the labels are.
+        labels: Name of the labels.
         kind: `examples`, `tokens` or `spans`.
         pool: How an example became one vector; None for tokens and spans.
         classes: The labels.
-        num_train, num_dev, num_test: Items.
+        num_train, num_dev, num_test: Number of items on each side.
     """
 
     labels: str
@@ -48,21 +48,21 @@ class TaskSummary:
 
 @dataclass(frozen=True)
 class SiteScore:
-    """How well a site's vectors are classified.
+    """How well a probe on a site's vectors classifies.
 
     Args:
         site: The site, `last4:joined`, `last4:averaged` or `mix`.
         accuracy, f1: On test.
         ci: 95 % interval of the accuracy.
-        dev_accuracy: On dev.
-        c: Inverse strength of the penalty, chosen by dev.
-        dead: Dimensions that do not vary in train, left out.
-        tied: Whether it cannot be told from the best on test.
-        converged: Whether the fit came to its end.
-        control, control_train: Accuracy on random labels per type, on test and on train; None if not asked.
+        dev_accuracy: Accuracy on dev.
+        c: Inverse strength of the penalty, chosen on dev.
+        dead: Number of dimensions that do not vary in train and were left out.
+        tied: Whether it does not differ significantly from the best on test.
+        converged: Whether the fit converged.
+        control, control_train: Accuracy on random labels per type, on test and on train; None if not requested.
         selectivity: Accuracy minus `control`.
-        bits: Code length of train's labels; None if not asked.
-        compression: Bits of a uniform code over `bits`.
+        bits: Code length of the labels of train; None if not requested.
+        compression: Bits of a uniform code divided by `bits`.
     """
 
     site: str
@@ -83,11 +83,11 @@ class SiteScore:
 
 @dataclass(frozen=True)
 class BaselineScore:
-    """How well something simpler does.
+    """How well a baseline classifies.
 
     Args:
-        accuracy, f1, ci, dev_accuracy: As of a site.
-        detail: How it was made.
+        accuracy, f1, ci, dev_accuracy: As in `SiteScore`.
+        detail: How the baseline was made.
         sites: Accuracy by site, for the untrained model.
     """
 
@@ -105,8 +105,8 @@ class Mix:
 
     Args:
         sites: The layers.
-        weights: Of each; they sum to 1.
-        centre: Mean place of a layer among `sites`, from 0, weighted.
+        weights: The weight of each layer; they sum to 1.
+        centre: Weighted mean of the layers' indices in `sites`.
     """
 
     sites: tuple[str, ...]
@@ -116,12 +116,12 @@ class Mix:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the numbers allow to be said.
+    """The conclusions from the scores.
 
     Args:
-        chosen: What dev chose; its probe is kept.
-        best: What is best on test.
-        tied: Everything that cannot be told from the best on test.
+        chosen: The site with the best dev accuracy, whose probe is kept.
+        best: The site with the best accuracy on test.
+        tied: The sites that do not differ significantly from the best on test, itself included.
         sentences: The verdict in words.
     """
 
@@ -139,10 +139,10 @@ class Classification:
         task: What was classified.
         sites: Scores by site.
         baselines: `majority`, `tfidf` and, where it was run, `untrained`.
-        verdict: What may be said.
+        verdict: The conclusions.
         mix: The learned mix of layers; None with fewer than two.
-        notes: What to know, in sentences.
-        probe: The classifier that dev chose; `probe.save(folder)` keeps it.
+        notes: Remarks, in sentences.
+        probe: The classifier chosen on dev; `probe.save(folder)` saves it.
     """
 
     task: TaskSummary
@@ -154,7 +154,7 @@ class Classification:
     probe: KeptProbe
 
     def table(self) -> str:
-        """Lay out sites and baselines as text, the tied ones marked, and the verdict under them."""
+        """Format sites and baselines as a text table, with ties marked and the verdict below."""
         extras = [name for name in _EXTRAS if any(getattr(site, name) is not None for site in self.sites)]
         rows = [[table_cell(cell) for cell in self._row(site, extras)] for site in self.sites]
         for name, baseline in self.baselines.items():
@@ -173,7 +173,7 @@ class Classification:
         return own + [getattr(site, name) for name in extras]
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write a line per site and baseline."""
+        """Write a CSV row per site and baseline."""
         headers = [*_COLUMNS, *_EXTRAS, "tied"]
         rows: list[list[Any]] = [[*self._row(site, _EXTRAS), site.tied] for site in self.sites]
         for name, line in self.baselines.items():
@@ -186,7 +186,7 @@ class Classification:
         return write_json(path, self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
-        """Give everything but the probe as JSON holds it."""
+        """Return everything but the probe as JSON values."""
         names = ("task", "sites", "baselines", "verdict", "mix", "notes")
         return {name: plain(getattr(self, name)) for name in names}
 
@@ -194,7 +194,7 @@ class Classification:
         """Draw accuracy over depth with its interval, the tied sites filled, baselines as lines.
 
         Returns:
-            The figure of matplotlib.
+            The matplotlib figure.
         """
         if path is not None:
             check_picture(path)
@@ -202,7 +202,7 @@ class Classification:
         others = [site for site in self.sites if site not in single]
         shown = [*single, *others]
         places = np.arange(len(shown), dtype=float)
-        # so far apart that their names do not run into each other, however many layers there are
+        # spaced so that their names do not overlap, however many layers there are
         places[len(single) :] += 0.5 + np.arange(len(others)) * max(0, len(shown) / 20 - 1)
         with styled() as make_figure:
             figure = make_figure(figsize=(5.2, 2.9), layout="constrained")
@@ -237,19 +237,19 @@ class Classification:
             if single and all(value is not None for value in found):
                 axes.plot(places[: len(single)], found, color=color, linestyle=line, label=name, zorder=1)
             else:
-                # the dots over the dashes, where both are as good
+                # dotted line above dashed, so that both stay visible where they coincide
                 axes.axhline(baseline.accuracy, color=color, linestyle=line, label=name, zorder=1 + (line == ":") / 2)
 
 
 def judge(
     scores: Mapping[str, tuple[float, float]], correct: Mapping[str, np.ndarray], baselines: Mapping[str, np.ndarray]
 ) -> Verdict:
-    """Say what the predictions on test allow to be said.
+    """Draw conclusions from the predictions on test.
 
     Args:
         scores: Accuracy on dev and on test, by site in order of depth.
-        correct: bool, which items of test each got right.
-        baselines: The same of each baseline.
+        correct: bool `[n]` by site, whether each test item was classified correctly.
+        baselines: The same for each baseline.
     """
     chosen = max(scores, key=lambda name: scores[name][0])
     best = max(scores, key=lambda name: scores[name][1])
