@@ -1,9 +1,9 @@
-"""`layerprobe.generate`: stored states as the context of a decoder, in place of running an encoder.
+"""`layerprobe.generate`: generate text with stored states as the context of a decoder, without running an encoder.
 
-The mask is made from the store, always; there is no way to leave it out. What is generated is up to transformers'
-`generate`; this file hands it states, mask and start, and brings what comes back to one sequence per line.
+The mask always comes from the store and cannot be omitted. Generation itself is left to transformers' `generate`; this
+file passes it states, mask and start token, and splits its output into one sequence each.
 
-Hides how the kinds of decoders want their context. Must never know of shards or hooks.
+Hides how each kind of decoder takes its context. Must never know of shards or hooks.
 """
 
 import inspect
@@ -27,7 +27,7 @@ from layerprobe.telling import make_bar
 
 __all__ = ["generate", "list_examples"]
 
-# They change what `generate` gives back, not what it generates.
+# These change the return type of `generate`, not what it generates.
 _RETURNS = ("return_dict_in_generate", "output_attentions", "output_hidden_states", "output_logits", "output_scores")
 
 
@@ -109,12 +109,12 @@ def generate(
 
 
 def list_examples(store: Store, examples: Any) -> list[int]:
-    """Give the ordinals that are selected: all, one, a slice of them, or several.
+    """List the selected ordinals: all, one, a slice of them, or several.
 
     Raises:
-        InputError: the store has none.
-        OptionError: none is, or something is not an ordinal.
-        MissingExample: one is not there.
+        InputError: the store has no examples.
+        OptionError: the selection is empty, or something in it is not an ordinal.
+        MissingExample: an example is not in the store.
     """
     if not len(store):
         raise InputError(f"a generation from {store.place}: it has no examples. Extract some first.")
@@ -153,7 +153,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_decoder(decoder: Any, site: str, width: int) -> bool:
-    """Say whether a model brings an encoder of its own, and make sure that it can read the states."""
+    """Check that a model can read the states; return whether it has an encoder of its own."""
     config = getattr(decoder, "config", None)
     has_encoder = bool(getattr(config, "is_encoder_decoder", False))
     has_cross = bool(getattr(config, "is_decoder", False) and getattr(config, "add_cross_attention", False))
@@ -183,7 +183,7 @@ def _check_length(decoder: Any, options: Mapping[str, Any]) -> None:
 
 
 def _find_ids(decoder: Any, tokenizer: Any, options: Mapping[str, Any], has_encoder: bool) -> dict[str, Any]:
-    """Find what a sequence starts with, ends with and is padded with, where neither options nor model say."""
+    """Find the start, end and padding tokens: from options or model, else from the tokenizer."""
     own, config = decoder.generation_config, decoder.config
     start = "decoder_start_token_id" if has_encoder else "bos_token_id"
     names = {start: ("bos_token_id", "cls_token_id"), "eos_token_id": ("eos_token_id", "sep_token_id")}
@@ -202,16 +202,16 @@ def _find_ids(decoder: Any, tokenizer: Any, options: Mapping[str, Any], has_enco
 
 
 def _run(decoder: Any, outputs: EncoderOutputs, has_encoder: bool, options: dict[str, Any]) -> Tensor:
-    """Generate for one batch: the new tokens, `[B, n]`."""
+    """Generate for one batch; return the new tokens, `[B, n]`."""
     try:
         if has_encoder:
             return decoder.generate(**outputs.inputs(), **options)[:, 1:]
         from transformers import DynamicCache, EncoderDecoderCache
 
         start = torch.full((len(outputs.states), 1), options["bos_token_id"], device=outputs.states.device)
-        # the cache that generate makes for a decoder has no room for what cross attention keeps
+        # the cache that generate creates for a decoder-only model cannot hold cross-attention keys and values
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        # as transformers called it before 5.24
+        # transformers before 5.24 calls the argument past_key_values
         name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
         cached = {} if options.get("use_cache") is False else {name: cache}
         context = outputs.cross_inputs()
@@ -232,7 +232,7 @@ def _ends_of(decoder: Any, options: Mapping[str, Any]) -> set[int]:
 
 
 def _split(made: Tensor, ordinals: Sequence[int], ends: set[int], tokenizer: Any) -> Iterator[Generated]:
-    """Cut each sequence behind its end; what follows is padding."""
+    """Truncate each sequence after its end token; the rest is padding."""
     per_example = len(made) // len(ordinals)
     for number, row in enumerate(made.tolist()):
         stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))

@@ -1,6 +1,6 @@
-"""What a lens saw: how near each layer is to the true token, as table, CSV, JSON and curve, and some tokens one by one.
+"""The result of a lens: how close each layer is to the true token, as table, CSV, JSON and curve.
 
-Must never know of models or stores.
+Includes the readings of some single tokens. Must never know of models or stores.
 """
 
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ _HEADERS = ("site", "top1", "top10", "median_rank", "reciprocal_rank", "probabil
 
 @dataclass(frozen=True)
 class LensSite:
-    """How near the states of one site are to the true token.
+    """How close the states of one site are to the true token.
 
     Args:
         site: The site.
         top1, top10: Share of tokens that are the first guess, or among the first ten.
-        median_rank: Of the true token, 1 the first.
+        median_rank: Median rank of the true token; 1 is the first guess.
         reciprocal_rank: Mean of 1 / rank.
-        probability: Mean probability of the true token; None for the embedding lens, whose cosines are none.
-        loss: Mean of its negative logarithm, in nats; None likewise.
-        unmapped_top1: For the embedding lens, top1 of the states themselves, with no map; None where they have another
-            width than the word embeddings, and for the logit lens.
+        probability: Mean probability of the true token; None for the embedding lens, whose scores are cosines.
+        loss: Mean negative log probability of the true token, in nats; None for the embedding lens.
+        unmapped_top1: For the embedding lens, top1 without the map; None if the width is not that of the word
+            embeddings, and for the logit lens.
     """
 
     site: str
@@ -43,11 +43,11 @@ class LensSite:
 
 @dataclass(frozen=True)
 class LensReading:
-    """One token at every site.
+    """The reading of one token at every site.
 
     Args:
-        example, position: Where it is.
-        token: What stands there, or stood there before it was masked.
+        example, position: Its example and position.
+        token: The token, before any masking.
         guesses: The first guess at each site.
         ranks: The rank of the true token at each site.
     """
@@ -65,10 +65,10 @@ class Lens:
 
     Args:
         method: `logit` through the model's own head, `embedding` through a map to word embeddings.
-        mask: Share of the tokens that were masked; 0 where every token was there to be seen.
-        num_tokens: Tokens that were judged.
-        sites: In the order in which the model runs them.
-        readings: The first of the tokens one by one.
+        mask: Share of the tokens that were masked; 0 if every token was visible.
+        num_tokens: Number of tokens evaluated.
+        sites: The scores of each site, in the order in which the model runs them.
+        readings: The readings of the first tokens.
     """
 
     method: str
@@ -78,7 +78,7 @@ class Lens:
     readings: tuple[LensReading, ...]
 
     def table(self) -> str:
-        """Lay the sites out."""
+        """Format the sites as a text table."""
         used = [name for name in _HEADERS if any(getattr(site, name) is not None for site in self.sites)]
         seen = f"{self.mask:.0%} of the tokens masked, those judged" if self.mask else "every token there to be seen"
         end = f"{self.method} lens, {format_count(self.num_tokens, 'token')}, {seen}"
@@ -88,7 +88,7 @@ class Lens:
     __repr__ = table
 
     def grid(self) -> str:
-        """Lay out some tokens one by one: at each site the first guess, and the rank of the true token."""
+        """Format some tokens as a text table: the first guess at each site, and the rank of the true token."""
         rows = [
             (one.example, one.position, shorten(one.token, 20),
              *(f"{shorten(guess, 16)} {rank}" for guess, rank in zip(one.guesses, one.ranks, strict=True)))
@@ -97,7 +97,7 @@ class Lens:
         return format_table(("example", "", "token", *(site.site for site in self.sites)), rows)
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the sites, a line each."""
+        """Write the sites as CSV, one row each."""
         return write_csv(path, _HEADERS, [[getattr(site, name) for name in _HEADERS] for site in self.sites])
 
     def to_json(self, path: str | Path) -> Path:
@@ -105,7 +105,7 @@ class Lens:
         return write_json(path, self)
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw over depth how often the true token is the first guess, or among ten, and its mean 1 / rank."""
+        """Draw top1, top10 and the mean reciprocal rank over depth."""
         names = [site.site for site in self.sites]
         curves = [
             Curve("first guess", names, [site.top1 for site in self.sites]),

@@ -1,7 +1,7 @@
-"""`layerprobe.fit_decoder`: what each layer can say to a small decoder that learns to read it.
+"""`layerprobe.fit_decoder`: measure what a small decoder can learn to read from each layer.
 
-Every layer gets a decoder of the same shape, the same first weights, the same examples in the same order; one more sees
-no context at all. What differs between their scores is what the layers hold in a form that such a decoder can use.
+Every layer gets a decoder with the same shape and initial weights, fitted on the same examples in the same order; one
+more sees no context. Differences in their scores show what the layers hold in a form that such a decoder can use.
 
 Hides training. The encoder is never run: states come from the store.
 """
@@ -34,13 +34,13 @@ __all__ = ["fit_decoder"]
 
 _WARM = 0.1
 _MOST_SCALED = 64
-# A deviation below this part of the mean is rounding.
+# A deviation below this fraction of the mean is rounding error.
 _STILL = 1e-6
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How every decoder is fitted."""
+    """Training options, the same for every decoder."""
 
     epochs: int
     batch_size: int
@@ -158,7 +158,7 @@ def _choose_sites(store: Store, layer: int | str | Sequence[str] | None) -> list
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Some examples: what is written before each token and what is to be written, int64 `[B, S]`, and the context."""
+    """A batch of examples: inputs and labels of the decoder, int64 `[B, S]`, and its context."""
 
     places: Tensor
     labels: Tensor
@@ -190,7 +190,7 @@ class _Data:
         return _Batch(places, labels, outputs.states, outputs.mask)
 
     def measure(self, ordinals: Sequence[int], decoder: NarrowDecoder) -> None:
-        """Give a decoder the mean and deviation of the rows of some examples."""
+        """Set a decoder's mean and scale from the rows of some examples."""
         total = square = torch.zeros((), dtype=torch.float64, device="cpu")
         count = 0
         for first in range(0, len(ordinals), _MOST_SCALED):
@@ -212,7 +212,7 @@ def _shuffled(ordinals: Sequence[int], recipe: _Recipe, epoch: int) -> Iterator[
 
 
 def _train(decoder: NarrowDecoder, data: _Data, split: Split, recipe: _Recipe, bar: "tqdm[Any]") -> float:
-    """Fit a decoder; gives the loss over the last pass."""
+    """Fit a decoder; return the mean loss of the last epoch."""
     if data.site is not None:
         data.measure(split.train, decoder)
     steps = recipe.epochs * math.ceil(len(split.train) / recipe.batch_size)
@@ -254,7 +254,7 @@ def _judge(
         logits = decoder(batch.places, batch.states, batch.mask)
         real = batch.labels != PAD
         loss += float(cross_entropy(logits[real], batch.labels[real], reduction="sum"))
-        # what the decoder has no word for is wrong, whatever it writes
+        # a target outside the decoder's vocabulary counts as wrong, even if UNKNOWN is predicted
         known = real & (batch.labels != UNKNOWN)
         right += int((logits.argmax(-1) == batch.labels)[known].sum())
         num_tokens += int(real.sum())

@@ -1,7 +1,7 @@
-"""The rows that a lens looks through: of a store, or of texts that go through the model now.
+"""Gather the rows that a lens reads, from a store or from texts run through the model.
 
-A row belongs to a token that is not a special one. Texts may have some of their tokens masked; then the rows are those
-of the masks, and what is to be found is what stood there.
+Rows of special tokens are left out. If some tokens of the texts are masked, the rows are those of the masks, and the
+true tokens are those that were masked.
 
 Hides tokenizing, batches and shards. Must never know of heads.
 """
@@ -42,9 +42,9 @@ class TokenRows:
 
     Args:
         rows: float32 `[T, D]` by site.
-        ids: int64 `[T]`, the token that stands there, or stood there before it was masked.
-        examples, positions: int64 `[T]`, where that is.
-        texts: int64 `[T]`, the number of its text; examples of the same tokens are one text.
+        ids: int64 `[T]`, the token of each row, before any masking.
+        examples, positions: int64 `[T]`, the example and position of each row.
+        texts: int64 `[T]`, the number of each row's text; examples with the same tokens are one text.
     """
 
     rows: dict[str, Tensor]
@@ -55,7 +55,7 @@ class TokenRows:
 
 
 class _Pile:
-    """Rows as they come in, up to a number."""
+    """Collect rows up to a maximum number."""
 
     def __init__(self, sites: Sequence[str], most: int, owner: str) -> None:
         self._rows: dict[str, list[Tensor]] = {site: [] for site in sites}
@@ -88,7 +88,7 @@ class _Pile:
 def gather_store(
     store: Store, patterns: str | Sequence[str] | None, special: set[int], most: int, seed: int
 ) -> TokenRows:
-    """Read rows of examples that are drawn at random, all tokens of each but special ones.
+    """Read the rows of randomly drawn examples, without special tokens.
 
     Raises:
         SiteError: a pattern matches nothing that is stored.
@@ -142,7 +142,7 @@ def gather_texts(
         while pile.left and (part := [record.text for record in islice(records, _TEXTS_AHEAD)]):
             unit = tokenize(tokenizer, part, length)
             masked = _choose_tokens(unit, sorted(special), mask, maker)
-            # counted in the order of the texts, not of the batches: the first that are enough
+            # the first texts with enough tokens, in the order of the input rather than of the batches
             before = np.cumsum([0, *map(len, masked)])[:-1]
             num_texts = int(np.searchsorted(before, pile.left))
             judged = [places[: pile.left - start] for places, start in zip(masked[:num_texts], before, strict=False)]
@@ -155,7 +155,7 @@ def gather_texts(
 
 @dataclass(frozen=True, eq=False)
 class _Chosen:
-    """Texts that go through the model: the tokens of each that are masked, by `mask_id` if at all, and those judged."""
+    """Texts to run: for each, the tokens to replace by `mask_id` unless it is None, and the tokens to evaluate."""
 
     unit: TokenizedUnit
     masked: Sequence[np.ndarray]
@@ -166,17 +166,17 @@ class _Chosen:
 def _choose_tokens(
     unit: TokenizedUnit, special: list[int], mask: float, maker: np.random.Generator
 ) -> list[np.ndarray]:
-    """Choose places in each text: those that are not special, and of them a share where some are to be masked."""
+    """Choose tokens of each text: all that are not special, or a random share of them if tokens are to be masked."""
     of_ids: dict[bytes, np.ndarray] = {}
     for number in range(len(unit)):
         ids = unit[number]
-        # texts of the same ids are computed once
+        # texts with the same ids are computed once, so they need the same mask
         if ids.tobytes() in of_ids:
             continue
         places = np.flatnonzero(~np.isin(ids, special))
         if mask and len(places):
             drawn = maker.random(len(places))
-            # one at least
+            # mask at least one token
             places = places[(drawn < mask) | (drawn == drawn.min())]
         of_ids[ids.tobytes()] = places
     return [of_ids[unit[number].tobytes()] for number in range(len(unit))]
@@ -185,7 +185,7 @@ def _choose_tokens(
 def _run(
     model: nn.Module, chosen: _Chosen, sites: list[str], pad_id: int
 ) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor]]]:
-    """Give each text's number, ids, the positions that are asked for, and its rows."""
+    """Yield each text's number, its ids, the positions to evaluate, and its rows by site."""
     device = find_device(model)
     equal_lengths = sees_padding(model, chosen.unit, pad_id, find_precision(model, None))
     for batch in cut_batches(chosen.unit, _BATCH_TOKENS, pad_id, equal_lengths=equal_lengths):

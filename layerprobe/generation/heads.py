@@ -1,7 +1,7 @@
-"""The head of a masked model over any states, and the map to word embeddings for models that have no head.
+"""Apply a masked language model's head to any states; for models without one, map states to word embeddings.
 
-The model's own `forward` computes its head: in a shallow copy of the model the base is replaced by one that gives back
-the states. So every family's head is its own, and neither the model nor anyone's hooks are touched.
+The model's own `forward` computes its head: in a shallow copy of the model, a module that returns the states replaces
+the base. So every architecture's own head is used, and neither the model nor its hooks are touched.
 
 Hides where heads lie. Must never know of stores or texts.
 """
@@ -19,7 +19,7 @@ __all__ = ["EmbeddingHead", "MaskedHead", "fit_ridge"]
 
 
 class _Given(nn.Module):
-    """In place of a base model: gives the states that it is told, whatever it is called with."""
+    """A substitute for a base model that returns given states for any input."""
 
     def __init__(self, states_BSD: Tensor) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class _Given(nn.Module):
 
 
 class MaskedHead:
-    """What a masked model's head makes of states.
+    """The head of a masked language model, applied to any states.
 
     Args:
-        model: A model for masked language, under no wrapper.
+        model: A masked language model, without a wrapper.
 
     Raises:
-        OptionError: its base cannot be told from its head.
+        OptionError: its base is not a submodule of its own, separate from the head.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,11 +54,11 @@ class MaskedHead:
         self._dtype = next(mapped.model.parameters()).dtype
 
     def __call__(self, rows_TD: Tensor, is_final: bool) -> Tensor:
-        """Score words.
+        """Score the words of the vocabulary.
 
         Args:
             rows_TD: States.
-            is_final: Whether the final norm, where the model has one, is behind them; else they go through it first.
+            is_final: Whether the model's final norm, if it has one, was already applied; otherwise it is applied first.
 
         Returns:
             float32 `[T, V]`.
@@ -69,14 +69,14 @@ class MaskedHead:
         twin: Any = copy.copy(self._model)
         twin._modules = {**self._model._modules, self._path: _Given(states)}
         ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-        # past the hooks on the model: this is no call of it
+        # bypasses hooks on the model, because this is not a call of it
         output = type(twin).forward(twin, input_ids=ids, return_dict=True)
         logits = getattr(output, "logits", None)
         return (output.prediction_logits if logits is None else logits)[0].float()
 
 
 class EmbeddingHead:
-    """The cosine of each word embedding with a vector, as a score of that word."""
+    """A head whose score of a word is the cosine of its embedding with a vector."""
 
     def __init__(self, model: nn.Module) -> None:
         own: Any = model
@@ -89,18 +89,18 @@ class EmbeddingHead:
 
 
 def _find_norm(mapped: ModelMap) -> Any:
-    """Find the final norm of a model; None where it has none."""
+    """Find the final norm of a model; None if it has none."""
     found = [site for site in mapped.table if site.name == "norm"]
     return mapped.model.get_submodule(found[0].module) if found else None
 
 
 def fit_ridge(rows_TD: Tensor, words_TE: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """Map states to the word embeddings of their tokens, by ridge regression with an intercept, in closed form.
+    """Fit a map from states to the word embeddings of their tokens: ridge regression with intercept, in closed form.
 
     With X and Y centred, W = (X'X + strength * trace(X'X) / D * I)^-1 X'Y and b = mean(Y) - mean(X) W.
 
     Returns:
-        float64 `[D, E]` and `[E]`.
+        Weight W, float64 `[D, E]`, and intercept b, float64 `[E]`.
 
     Source: Hoerl and Kennard 1970, "Ridge Regression", equation 2.1; the strength is relative to the mean eigenvalue.
     """
@@ -108,7 +108,7 @@ def fit_ridge(rows_TD: Tensor, words_TE: Tensor, strength: float) -> tuple[Tenso
     mean, centre = rows.mean(0), words.mean(0)
     rows, words = rows - mean, words - centre
     gram = rows.T @ rows
-    # a layer that is the same everywhere maps to the mean word
+    # a tiny penalty keeps the matrix invertible for a constant layer, which maps to the mean embedding
     penalty = max(strength * float(gram.trace()) / len(gram), torch.finfo(torch.float64).tiny)
     gram.diagonal().add_(penalty)
     weight = torch.linalg.solve(gram, rows.T @ words)

@@ -1,7 +1,7 @@
-"""Narrow decoders that are kept: weights as safetensors, what they are and how well they read as JSON.
+"""Save and load narrow decoders: weights as safetensors, description and scores as JSON.
 
 `decoders.safetensors` holds the parameters of each site under `site:parameter`, `decoders.json` the rest. An untrusted
-folder is read within bounds and nothing in it is run: a network is only built where its sizes are those of tensors.
+folder is read within bounds and no code in it is run; a network is built only if its sizes match those of the tensors.
 
 Must never know of stores.
 """
@@ -24,21 +24,21 @@ __all__ = ["is_kept", "read_decoders", "write_decoders"]
 
 _FORMAT = "layerprobe-decoders/1"
 _SAID, _TENSORS = "decoders.json", "decoders.safetensors"
-# Room for 64 layers of the default shape with twice its types.
+# Enough for 64 layers of the default shape with twice its vocabulary.
 _MOST_BYTES = 1 << 30
 
 
 def write_decoders(folder: str | Path, decoders: Mapping[str, NarrowDecoder], said: Mapping[str, Any]) -> Path:
-    """Write decoders into a folder, which is made; what it holds under these names is replaced.
+    """Write decoders into a folder, which is created if needed; existing files of these names are replaced.
 
     Args:
         folder: The folder.
-        decoders: By site, all of one shape and vocabulary.
-        said: What else is to be kept, as JSON holds it.
+        decoders: Decoders by site, all with the same shape and vocabulary.
+        said: Further entries of `decoders.json`, as JSON values.
 
     Raises:
         StoreError: the folder cannot be written.
-        OptionError: it is that of a store.
+        OptionError: the folder is that of a store.
     """
     from safetensors.torch import save_file
 
@@ -59,12 +59,12 @@ def write_decoders(folder: str | Path, decoders: Mapping[str, NarrowDecoder], sa
 
 
 def is_kept(folder: str | Path) -> bool:
-    """Tell whether a folder holds decoders."""
+    """Return whether a folder holds decoders."""
     return Path(folder).is_dir() and exists_inside(Path(folder), _SAID)
 
 
 def read_decoders(folder: str | Path) -> tuple[dict[str, NarrowDecoder], dict[str, Any]]:
-    """Read what `write_decoders` wrote; gives the decoders by site, and what was said beside them.
+    """Read what `write_decoders` wrote; return the decoders by site, and the contents of `decoders.json`.
 
     Raises:
         StoreError: there are none.
@@ -99,7 +99,7 @@ def _build(site: str, tensors: Mapping[str, Tensor], types: list[int], shape: De
         "types": (len(types), embedded.shape[0] - NUM_RESERVED),
         "max_length": (shape.max_length, len(own[f"language.bert.embeddings.{places}"]) - 1),
     }
-    # before anything is built of numbers that a file gives
+    # check sizes before building a network from numbers in an untrusted file
     differing = [f"{name} {here}, tensors of {there}" for name, (here, there) in sizes.items() if here != there]
     if differing or not 0 < shape.num_layers <= len(own) or not 0 < shape.num_heads <= shape.width:
         raise ValueError("; ".join(differing) or f"{shape.num_layers} layers, {shape.num_heads} heads")
@@ -117,5 +117,5 @@ def _build(site: str, tensors: Mapping[str, Tensor], types: list[int], shape: De
 
 
 def _list_tensors(decoder: NarrowDecoder) -> dict[str, Tensor]:
-    """Name every tensor that a decoder computes with, those that stand in two places once."""
+    """Return a decoder's parameters and buffers by name; tied parameters appear once."""
     return {**dict(decoder.named_parameters()), "mean": decoder.mean, "scale": decoder.scale}

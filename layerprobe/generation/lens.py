@@ -1,9 +1,9 @@
-"""`layerprobe.lens`: what would be predicted from each layer, if the model ended there.
+"""`layerprobe.lens`: what the model would predict if it ended at each layer.
 
-For models that put in words for masks, through their own head; for models without a head by the nearest word embedding,
-after a map that is fitted in closed form for each layer on half of the texts and judged on the other half.
+Masked language models use their own head. Models without a head use the nearest word embedding, after a map that is
+fitted in closed form for each layer on half of the texts and evaluated on the other half.
 
-Needs the model, unlike what reads stores alone. Hides how ranks are counted in chunks.
+Needs the model, unlike analyses that read only a store. Hides how ranks are counted in chunks.
 """
 
 from collections.abc import Callable, Sequence
@@ -219,7 +219,7 @@ def _look_by_embeddings(
 
 
 class _Seen:
-    """Ranks and probabilities of the true tokens of one site, chunk by chunk."""
+    """Collect ranks and probabilities of the true tokens at one site, chunk by chunk."""
 
     def __init__(self) -> None:
         self._ranks: list[Tensor] = []
@@ -228,7 +228,7 @@ class _Seen:
 
     def add(self, scores_TV: Tensor, ids: Tensor, *, is_logit: bool) -> None:
         true = scores_TV.gather(1, ids[:, None])
-        # of equal scores none is before the other
+        # ties share the better rank
         self._ranks.append(1 + (scores_TV > true).sum(1).cpu())
         self._guesses.append(scores_TV.argmax(1).cpu())
         if is_logit:

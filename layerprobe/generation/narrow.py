@@ -1,8 +1,8 @@
-"""The narrow decoder that learns to read a layer: a small BERT with cross attention behind a projection.
+"""The narrow decoder that learns to read a layer: a small BERT with cross attention to projected rows.
 
-It has a vocabulary of its own, the tokens that it was fitted on; the four first entries are padding, start, end and
-unknown. The rows of a layer are standardised with the mean and deviation of those that it was fitted on, so that layers
-of other scales are read alike.
+It has its own vocabulary, made of tokens from its training targets; the first four entries are padding, start, end and
+unknown. A layer's rows are standardised with the mean and deviation of the training rows, so that layers of different
+scales are treated alike.
 
 Must never know of stores or of how it is trained.
 """
@@ -22,7 +22,7 @@ NUM_RESERVED = 4
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """How large a narrow decoder is: of every layer the same, so that they can be compared."""
+    """The size of a narrow decoder, the same for every layer so that decoders can be compared."""
 
     width: int = 128
     num_layers: int = 2
@@ -31,12 +31,12 @@ class DecoderShape:
 
 
 class NarrowDecoder(nn.Module):
-    """A small causal decoder that sees the rows of one layer, or none at all.
+    """A small causal decoder that attends to the rows of one layer, or to no context.
 
     Args:
         types: Token ids that it can write, in the order of its vocabulary.
-        width: D of the rows; None for a decoder without context.
-        shape: Its size.
+        width: Width D of the rows; None for a decoder without context.
+        shape: The size of the decoder.
     """
 
     mean: Tensor
@@ -66,18 +66,18 @@ class NarrowDecoder(nn.Module):
         self.register_buffer("scale", torch.ones(width or 1))
 
     def forward(self, places_BS: Tensor, states: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Score what comes next.
+        """Score the next tokens.
 
         Args:
-            places_BS: int64, places in the vocabulary.
-            states: `[B, R, D]`; None for a decoder without context.
-            mask: int64 `[B, R]`.
+            places_BS: int64, indices into the vocabulary.
+            states: `[B, R, D]`, the rows as context; None for a decoder without context.
+            mask: int64 `[B, R]`, 1 for real rows.
 
         Returns:
-            float32 `[B, S, V]`.
+            float32 `[B, S, V]`, the logits.
         """
         if self.project is None or states is None:
-            # one row that says nothing, so that the cross attention is there and is of no use
+            # a single row of zeros, so that the decoder keeps its cross attention but gets no information from it
             context = torch.zeros(len(places_BS), 1, self.shape.width, device=places_BS.device)
             mask = torch.ones(len(places_BS), 1, dtype=torch.int64, device=places_BS.device)
         else:
@@ -91,11 +91,11 @@ class NarrowDecoder(nn.Module):
         ).logits
 
     def look_up(self, ids: Sequence[int]) -> list[int]:
-        """Turn token ids into places in the vocabulary; those that it lacks are unknown."""
+        """Convert token ids to indices into the vocabulary, UNKNOWN for ids that it lacks."""
         return [self._places.get(token, UNKNOWN) for token in ids]
 
     def write(self, places: Sequence[int], unknown_id: int) -> list[int]:
-        """Turn places in the vocabulary into token ids, up to the end."""
+        """Convert indices into the vocabulary to token ids, up to the end token."""
         found = []
         for place in places:
             if place == END:
@@ -105,13 +105,13 @@ class NarrowDecoder(nn.Module):
 
     @torch.no_grad()
     def read(self, states: Tensor | None, mask: Tensor | None, batch_size: int) -> list[list[int]]:
-        """Write what is likeliest, token by token; places in the vocabulary, the end included where it is reached."""
+        """Decode greedily; returns indices into the vocabulary, with the end token if it was reached."""
         device = self.mean.device
         made = torch.full((batch_size, 1), START, dtype=torch.int64, device=device)
         is_done = torch.zeros(batch_size, dtype=torch.bool, device=device)
         for _ in range(self.shape.max_length + 1):
             scores = self(made, states, mask)[:, -1]
-            # neither is ever a target
+            # padding and start are never targets
             scores[:, [PAD, START]] = -torch.inf
             following = scores.argmax(1).masked_fill(is_done, PAD)
             made = torch.cat([made, following[:, None]], 1)

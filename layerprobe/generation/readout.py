@@ -1,6 +1,6 @@
-"""What fitted decoders can read of each layer: numbers by layer, as table, CSV, JSON and curve, and the decoders.
+"""The result of `layerprobe.fit_decoder`: scores by layer, as table, CSV, JSON and curve, and the decoders.
 
-They can be kept in a folder and loaded again; `keeping` knows its files. Must never know of how they were fitted.
+They can be saved to a folder and loaded again; `keeping` knows its files. Must never know how they were fitted.
 """
 
 from collections.abc import Mapping
@@ -32,14 +32,14 @@ _NUMBERS = ("num_train", "num_test", "num_test_tokens", "num_types", "num_cut")
 
 @dataclass(frozen=True)
 class LayerReading:
-    """How well one decoder does on the examples that it was not fitted on.
+    """The scores of one decoder on the test examples.
 
     Args:
-        site: What it reads; `none` for the one without context.
-        loss: Nats per token, the end included, each token given those before it.
-        accuracy: Share of tokens that are the likeliest, each given those before it.
-        exact: Share of examples that it writes without a mistake when nothing is given.
-        train_loss: Nats per token over the last pass of what it was fitted on.
+        site: The site that it reads; `none` for the decoder without context.
+        loss: Cross entropy in nats per token, the end token included, given the true tokens before it.
+        accuracy: Share of tokens that it predicts correctly, given the true tokens before them.
+        exact: Share of examples that it decodes greedily without a mistake.
+        train_loss: Loss on train over the last epoch, in nats per token.
     """
 
     site: str
@@ -54,15 +54,15 @@ class Readout:
     """What `layerprobe.fit_decoder` found.
 
     Args:
-        layers: A reading per layer, in the order of the store.
-        baseline: That of a decoder of the same shape which sees no context.
-        num_train, num_test: Examples on either side.
-        num_test_tokens: Tokens that loss and accuracy are taken over.
-        num_types: Tokens that the decoders can write.
-        num_cut: Targets that were longer than `max_length`, and were cut.
-        test: Ordinals of the examples that judge.
+        layers: The scores of each layer, in the order of the store.
+        baseline: The scores of a decoder of the same shape without context.
+        num_train, num_test: Number of examples in train and test.
+        num_test_tokens: Number of test tokens that loss and accuracy are computed over.
+        num_types: Number of tokens that the decoders can write.
+        num_cut: Number of targets that were longer than `max_length` and were truncated.
+        test: Ordinals of the test examples.
         decoders: The fitted decoders by site.
-        model: What the store says of its model.
+        model: The store's description of its model.
     """
 
     layers: tuple[LayerReading, ...]
@@ -77,7 +77,7 @@ class Readout:
     model: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def table(self) -> str:
-        """Lay the readings out, the baseline last."""
+        """Format the scores as a text table, the baseline last."""
         said = (
             f"{format_count(self.num_train, 'example')} to train, {self.num_test:,} to judge "
             f"({format_count(self.num_test_tokens, 'token')}); {format_count(self.num_types, 'type')}"
@@ -89,7 +89,7 @@ class Readout:
     __repr__ = table
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the readings, a line each."""
+        """Write the scores as CSV, one row per decoder."""
         rows = [[getattr(one, name) for name in _HEADERS] for one in (*self.layers, self.baseline)]
         return write_csv(path, _HEADERS, rows)
 
@@ -98,12 +98,12 @@ class Readout:
         return write_json(path, self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
-        """Give everything but the decoders as what JSON holds."""
+        """Return everything but the decoders as JSON values."""
         names = ("layers", "baseline", *_NUMBERS, "test")
         return {name: getattr(self, name) for name in names}
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw accuracy and exactness over depth, and the accuracy without context."""
+        """Draw `accuracy` and `exact` over depth, and the accuracy without context."""
         names = [one.site for one in self.layers]
         curves = [
             Curve("tokens right", names, [one.accuracy for one in self.layers]),
@@ -113,16 +113,17 @@ class Readout:
         return draw_curves(names, curves, "read by a narrow decoder, held out", path)
 
     def read(self, store: Store | str | Path, site: int | str, examples: Any = None) -> Generation:
-        """Have the decoder of a site write what it reads, token by token.
+        """Decode examples greedily with the decoder of a site.
 
         Args:
-            store: The store that it was fitted on, or another of the same model.
-            site: A site that has a decoder, or a layer's number, negatives from the last that has one.
+            store: The store that it was fitted on, or another one of the same model.
+            site: A site that has a decoder, or a layer's number; negative numbers count from the last layer with a
+                decoder.
             examples: Ordinals, a slice of them, or one; None for all.
 
         Raises:
             SiteError: no decoder was fitted for the site.
-            OptionError: the store is of another model than the one that the decoders were fitted on.
+            OptionError: the store is of a different model than the decoders were fitted on.
         """
         if isinstance(site, int):
             site = choose_layer(site, list(self.decoders), "the decoders")
@@ -156,7 +157,7 @@ class Readout:
             )
 
     def save(self, folder: str | Path) -> Path:
-        """Keep decoders and readings in a folder, which is made; what it holds under these names is replaced.
+        """Save decoders and scores to a folder, which is created if needed; existing files are replaced.
 
         Raises:
             StoreError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""What a decoder made of stored states: sequences by example, as table, CSV and JSON.
+"""Sequences that a decoder generated from stored states, as table, CSV and JSON.
 
 Must never know of models.
 """
@@ -15,12 +15,12 @@ __all__ = ["Generated", "Generation"]
 
 @dataclass(frozen=True)
 class Generated:
-    """One sequence.
+    """One generated sequence.
 
     Args:
         example: Ordinal of the example whose states were the context.
-        ids: Its tokens, without the one that the decoder starts from; the end is there where it was reached.
-        text: The same as text without special tokens; None where no tokenizer is known.
+        ids: Token ids without the start token, and with the end token if it was reached.
+        text: The decoded ids without special tokens; None without a tokenizer.
     """
 
     example: int
@@ -30,11 +30,11 @@ class Generated:
 
 @dataclass(frozen=True)
 class Generation(Sequence[Generated]):
-    """What `layerprobe.generate` made, in the order requested.
+    """The sequences of `layerprobe.generate`, in the requested order of examples.
 
     Args:
-        site: Whose states were the context.
-        sequences: One per example, or as many as `num_return_sequences` says.
+        site: The site whose states were the context.
+        sequences: One per example, or `num_return_sequences` per example.
     """
 
     site: str
@@ -52,7 +52,7 @@ class Generation(Sequence[Generated]):
         return [one.text for one in self.sequences]
 
     def table(self) -> str:
-        """Lay the sequences out, a line each."""
+        """Format the sequences as a text table, one row each."""
         rows = [(one.example, len(one.ids), shorten(_said(one), 100)) for one in self.sequences]
         return format_table(("example", "tokens", f"from {self.site}"), rows)
 
@@ -60,7 +60,7 @@ class Generation(Sequence[Generated]):
     __repr__ = table
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the sequences, a line each."""
+        """Write the sequences as CSV, one row each."""
         rows = [(one.example, one.text, " ".join(map(str, one.ids))) for one in self.sequences]
         return write_csv(path, ("example", "text", "ids"), rows)
 

@@ -1,7 +1,7 @@
-"""What a fitted decoder is to write for each example, and which examples it is fitted on.
+"""The target of a decoder for each example, and the split into train and test.
 
-A target is a run of token ids without special ones: the example's own text unless other texts are given. Examples of
-the same tokens are never on both sides.
+A target is a sequence of token ids without special tokens: the example's own text unless other texts are given. Among
+examples with the same tokens only the first is used, so none is on both sides.
 
 Must never know of models.
 """
@@ -21,17 +21,17 @@ from layerprobe.tables import format_count
 __all__ = ["Split", "Targets", "choose_types", "find_targets", "split_examples"]
 
 _LEAST = 20
-# Of an example that has none.
+# Digest of an example without tokens.
 _NO_TOKENS = np.uint64(xxh3_64_intdigest(b""))
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What is to be written.
+    """The targets of examples.
 
     Args:
-        ids: Token ids of each example by its ordinal, at most `max_length`.
-        num_cut: How many of these were longer.
+        ids: Token ids of each example by ordinal, at most `max_length`.
+        num_cut: Number of targets that were longer and were truncated.
     """
 
     ids: Mapping[int, tuple[int, ...]]
@@ -40,7 +40,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Split:
-    """Ordinals of the examples that a decoder is fitted on, and of those that judge it."""
+    """Ordinals of the training and test examples."""
 
     train: tuple[int, ...]
     test: tuple[int, ...]
@@ -49,22 +49,22 @@ class Split:
 def find_targets(
     store: Store, targets: str | Sequence[Any] | None, max_length: int, examples: Iterable[int]
 ) -> Targets:
-    """Find what is to be written for examples.
+    """Find the targets of examples.
 
     Args:
         store: The store.
         targets: A field of the records; or a text or a list of token ids per example; None for the example's own text.
-        max_length: The most tokens of a target; longer ones are cut.
-        examples: Their ordinals; each has tokens.
+        max_length: Maximum number of tokens of a target; longer ones are truncated.
+        examples: Ordinals of the examples; each has tokens.
 
     Raises:
-        InputError: one has no such field, or its value is not a text, or a text cannot be cut into tokens.
-        OptionError: not as many targets as examples in the store.
+        InputError: an example lacks the field, a value is not a text, or a text cannot be tokenised.
+        OptionError: the number of targets is not that of the store's examples.
     """
     ordinals = np.fromiter(store.ordinals(), np.int64, len(store))
     special = store.vocabulary.special_ids if store.vocabulary is not None else frozenset()
     if targets is not None and not isinstance(targets, str):
-        # in its order: a column of a table is indexed by labels of its own
+        # as a list, because a pandas column is indexed by its own labels, not by position
         targets = list(targets)
         if len(targets) != len(ordinals):
             what = f"{len(targets)} for {format_count(len(ordinals), 'example')} of {store.place}"
@@ -108,12 +108,12 @@ def _encode(store: Store, ordinal: int, value: Any) -> list[int]:
 
 
 def split_examples(store: Store, most: int | None, share: float, seed: int) -> Split:
-    """Draw the examples that train and those that judge, all of the same tokens on one side; none without tokens.
+    """Draw training and test examples; of examples with the same tokens only the first, and none without tokens.
 
     Raises:
-        InputError: fewer than 20 different ones.
+        InputError: fewer than 20 different examples.
 
-    Cost: some 50 bytes for each example.
+    Cost: about 50 bytes per example.
     """
     given = np.fromiter(store.ordinals(), np.int64, len(store))
     digests = np.fromiter(
@@ -122,7 +122,7 @@ def split_examples(store: Store, most: int | None, share: float, seed: int) -> S
         len(given),
     )
     given, digests = given[digests != _NO_TOKENS], digests[digests != _NO_TOKENS]
-    # of equal texts one is enough, the first
+    # keep the first of several equal texts
     kept = given[np.sort(np.unique(digests, return_index=True)[1])]
     if len(kept) < _LEAST:
         raise InputError(
@@ -134,6 +134,6 @@ def split_examples(store: Store, most: int | None, share: float, seed: int) -> S
 
 
 def choose_types(targets: Targets, train: Sequence[int], most: int) -> list[int]:
-    """Choose the tokens that a decoder can write: the most frequent of train."""
+    """Choose a decoder's vocabulary: the most frequent tokens in train."""
     counts = Counter(token for ordinal in train for token in targets.ids[ordinal])
     return sorted(counts, key=lambda token: (-counts[token], token))[:most]
