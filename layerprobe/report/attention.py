@@ -1,6 +1,6 @@
-"""`layerprobe.plot_attention`: an example's attention weights, small multiples, one panel a head.
+"""`layerprobe.plot_attention`: an example's attention weights as small multiples, one panel per head.
 
-Draws what is stored and computes nothing but where things stand on the paper.
+Draws what is stored and computes only the layout.
 
 Must never know of models, hooks or shards.
 """
@@ -22,10 +22,10 @@ from layerprobe.store.reader import Store, take_store
 __all__ = ["plot_attention"]
 
 _MOST_HEADS_IN_A_ROW = 4
-# Tokens along the edge of an attention map that can be told apart, and letters of each.
+# Most token labels that stay readable along the edge of an attention map, and most letters of each.
 _MOST_TOKENS = 40
 _MOST_LETTERS = 10
-# Of the 8-point type of the title.
+# For the 8-point type of the title.
 _LETTERS_PER_INCH = 14
 
 
@@ -74,7 +74,7 @@ def plot_attention(
     tokens = store.id_to_tokens(ids) if store.id_to_tokens is not None else [str(one) for one in ids.tolist()]
     columns = min(_MOST_HEADS_IN_A_ROW, len(chosen))
     rows = -(-len(chosen) // columns)
-    # whole maps where their tokens can be read, else the names of every second or third
+    # label every token if the labels stay readable, else only every second, third, ...
     inches = float(np.clip(0.115 * len(tokens), 1.3, 3.2))
     step = max(1, -(-len(tokens) // min(_MOST_TOKENS, int(inches / 0.095))))
     marks = [escape_text(shorten(token, _MOST_LETTERS)) for token in tokens][::step]

@@ -1,9 +1,9 @@
-"""From a store to what its report shows: points, fields, curves over depth, heat maps, classes, attention.
+"""Collect the content of a report from a store: points, fields, curves over depth, heat maps, classes, attention.
 
-Everything comes out as one object of JSON: numbers rounded or packed (little-endian, base64), texts cut to a length.
-What is in it is drawn by one seed, so the same store gives the same object.
+The result is one JSON object: numbers are rounded or packed (little-endian, base64), texts truncated. All random draws
+use one seed, so the same store gives the same object.
 
-Hides which analyses are asked and how numbers are packed. Must never know of HTML.
+Hides which analyses are run and how numbers are packed. Must never know of HTML.
 """
 
 import base64
@@ -39,11 +39,11 @@ __all__ = ["gather"]
 _MOST_TEXT = 400
 _MOST_VALUE = 80
 _MOST_FIELDS = 20
-# More numbers than this are a scale, fewer are categories: what has a colour of its own.
+# More distinct numbers than this make a scale, fewer make categories, each with its own colour.
 _MOST_CATEGORIES = len(PALETTE)
-# Of sites: pairs grow with the square, and so does the pass that compares them.
+# With more sites only adjacent ones are compared, because the cost of all pairs grows with the square.
 _MOST_PAIRED = 13
-# Of attention: examples and tokens taken unasked, bytes taken at all.
+# Attention maps: default number of examples, the most tokens of these, and the most bytes of all maps.
 _UNASKED_MAPS = 8
 _UNASKED_TOKENS = 40
 _MOST_MAP_BYTES = 6 << 20
@@ -62,11 +62,11 @@ def gather(
     seed: int,
     progress: bool | None,
 ) -> dict[str, Any]:
-    """Put together what a report shows; arguments as of `layerprobe.report`."""
+    """Collect the content of a report; the arguments are those of `layerprobe.report`."""
     if labels is not None and not isinstance(labels, str):
         raise OptionError(f"labels is {brief(repr(labels))}: give the name of a field.")
     chosen = choose_depth(store, sites)
-    # first what is quick to refuse
+    # first, because its errors are found quickly
     maps = _gather_attention(store, attention)
     kind = choose_points(store, chosen, "norm", points, pool)
     named = list_named(sites, store.sites)
@@ -105,7 +105,7 @@ def gather(
 
 
 def _describe(store: Store, constant: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:
-    """Say what the store is; its name alone, since a page is sent to others."""
+    """Describe the store, by its name without its path, because pages are shared."""
     model = store.description.get("model") or {}
     index = store.index or {}
     facts = [
@@ -135,14 +135,14 @@ def _describe(store: Store, constant: Sequence[str], left_out: Sequence[str]) ->
 
 
 def _pack(values: np.ndarray) -> str:
-    """Write numbers as base64 of their little-endian bytes."""
+    """Encode the little-endian bytes of numbers as base64."""
     return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode("ascii")
 
 
 def _pack_points(
     store: Store, drawn: Points, panels: Sequence[Panel], records: dict[int, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Bring each panel into its own square, as a picture shows it, in steps of a thirty-thousandth."""
+    """Pack the points, with each panel scaled to its own square in int16 coordinates of -32767 to 32767."""
     places = np.empty((len(panels), len(drawn), 2), dtype=np.int16)
     for number, panel in enumerate(panels):
         low, high = panel.points.min(0).values, panel.points.max(0).values
@@ -171,9 +171,9 @@ def _read_text(store: Store, ordinal: int, record: dict[str, Any]) -> str | None
 def _list_fields(
     store: Store, drawn: Points, records: dict[int, dict[str, Any]], first: str
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """List what may colour points: of rows their token and position, of records the fields that hold one value.
+    """List what may colour points: token and position of rows, and record fields with single values.
 
-    Of more than twenty fields the first by name are kept, `first` among them; gives the names of the others too.
+    At most twenty fields are kept, in order of name but always `first`; also returns the names of the others.
     """
     ordinals = drawn.examples.tolist()
     fields = {ordinal: record.get("fields") or {} for ordinal, record in records.items()}
@@ -189,7 +189,7 @@ def _list_fields(
 
 
 def _lay_out_field(name: str, values: Sequence[Any]) -> dict[str, Any]:
-    """Make a field a scale or categories, the most frequent first; one that tells every point apart colours none."""
+    """Turn a field into a scale or into categories, the most frequent first; too many categories give no colours."""
     title = shorten(name, _MOST_VALUE)
     values = plain(list(values))
     given = [value for value in values if value is not None]
@@ -213,7 +213,7 @@ def _pack_norms(drawn: Points) -> dict[str, Any]:
 
 
 def _lay_out_depth(names: Sequence[str], moved: Differences, is_all: bool) -> dict[str, Any]:
-    """Lay out the curves over depth, and each site against each other."""
+    """Collect the curves over depth and the heat maps of each site against each other."""
     of = {(pair.before, pair.after): pair for pair in moved.pairs}
     steps = [of[step] for step in pairwise(names)]
     shapes = (
@@ -262,7 +262,7 @@ def _round(value: float | None) -> float | None:
 
 
 def _lay_out_classes(found: Classification) -> dict[str, Any]:
-    """Lay out scores by site beside what is simpler."""
+    """Collect the scores of sites and baselines."""
     rows = [(one.site, one.accuracy, one.ci, one.f1, one.tied) for one in found.sites]
     baselines = [(name, one.accuracy, one.ci, one.f1, False) for name, one in found.baselines.items()]
     task = found.task
@@ -286,10 +286,10 @@ def _lay_out_classes(found: Classification) -> dict[str, Any]:
 
 
 def _gather_attention(store: Store, asked: Sequence[int] | None) -> dict[str, Any] | None:
-    """Pack the weights of some examples, a byte each; unasked, of the first that are short.
+    """Pack the attention weights of examples, one byte per weight; by default of the first short ones.
 
     Raises:
-        SiteError: examples are asked for and no weights are stored.
+        SiteError: examples are requested but no weights are stored.
         OptionError: they would make the page too large.
         NonFiniteError: a weight is not finite.
     """
@@ -330,7 +330,7 @@ def _choose_maps(store: Store) -> list[int]:
 
 
 def _resolve(store: Store, ordinal: int) -> int:
-    """Turn an ordinal that counts from the last into one from the first; an example that is not there is refused."""
+    """Convert a negative ordinal to one from the start; an example that is not in the store raises an error."""
     return store.catalog.find(ordinal)[1]
 
 

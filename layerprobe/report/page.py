@@ -1,7 +1,7 @@
 """`layerprobe.report`: a store as one page that needs no network.
 
-The page carries its own style, script and data. Its policy lets nothing be fetched and nothing run but that script,
-told by its hash; the data are a block of JSON that no text in it can end. Style and script lie beside this file.
+The page contains its style, script and data. Its content security policy forbids all requests and any script but its
+own, identified by hash; no text in the JSON data can end their block. Style and scripts lie beside this file.
 
 Must never know of models, hooks or shards.
 """
@@ -28,7 +28,7 @@ __all__ = ["Report", "report"]
 
 _SCRIPTS = ("charts.js", "scatter.js", "page.js")
 _MARK = re.compile(r"@(POLICY|STYLE|SCRIPT|DATA)@")
-# What could end the block or be taken for a comment in it, and what no file can hold.
+# Characters that could end the data block or start a comment in it, and surrogates, which UTF-8 cannot encode.
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 _SUFFIXES = (".html", ".htm")
 
@@ -39,15 +39,15 @@ class Report:
 
     Args:
         path: The page.
-        sites: The sites that its slider runs through.
-        num_points: Points in the scatter.
-        num_all: How many there were to draw from.
+        sites: The sites of its slider.
+        num_points: Number of points in the scatter plot.
+        num_all: Number of points in the store.
         kind: What a point is: `rows` or `examples`.
-        fields: What may colour the points.
-        left_out: Fields that would be more than twenty.
-        parts: What the page has besides: `depth`, `classes`, `attention`.
+        fields: The fields that may colour the points.
+        left_out: Fields left out beyond the first twenty.
+        parts: Further parts of the page: `depth`, `classes`, `attention`.
         num_bytes: Size of the page.
-        constant: Sites that were left out since all points are the same there.
+        constant: Sites that were left out because all points are the same there.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class Report:
     constant: tuple[str, ...] = ()
 
     def table(self) -> str:
-        """Say in a few lines what the page holds."""
+        """Summarise the page in a few lines."""
         left_out = [f"left out  {', '.join(self.left_out)}"] if self.left_out else []
         if self.constant:
             left_out.append(f"left out  {', '.join(self.constant)}: all points are the same there")
@@ -166,7 +166,7 @@ def report(
 
 
 def _check_path(path: str | Path) -> Path:
-    """Make sure before anything is computed that a page can be written under a name."""
+    """Check, before anything is computed, that a page can be written to a path."""
     path = need_path("path", path)
     if path.suffix.lower() not in _SUFFIXES:
         raise OptionError(f"no report {str(path)!r}: {path.suffix or 'no suffix'!r} is not {' or '.join(_SUFFIXES)}.")
@@ -174,7 +174,7 @@ def _check_path(path: str | Path) -> Path:
 
 
 def _lay_out(found: dict[str, Any]) -> str:
-    """Put style, script, data and the policy into the page."""
+    """Fill the page with style, script, data and policy."""
     folder = files("layerprobe.report")
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
     script = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
@@ -186,7 +186,7 @@ def _lay_out(found: dict[str, Any]) -> str:
                 f"style-src '{_hash(style)}'",
                 "base-uri 'none'",
                 "form-action 'none'",
-                # no text becomes markup, even by a mistake in the script
+                # text cannot become markup, even through a bug in the script
                 "require-trusted-types-for 'script'",
                 "trusted-types 'none'",
             ]
@@ -195,7 +195,7 @@ def _lay_out(found: dict[str, Any]) -> str:
         "SCRIPT": script,
         "DATA": _write_json(found),
     }
-    # one pass: a mark that stands in a text stays a text
+    # a single pass, so that a placeholder inside the data is not replaced
     return _MARK.sub(lambda mark: parts[mark[1]], folder.joinpath("page.html").read_text(encoding="utf-8"))
 
 

@@ -1,7 +1,7 @@
-"""`layerprobe.plot`: small multiples, one panel a layer.
+"""`layerprobe.plot`: small multiples, one panel per layer.
 
-Draws what `analysis` has computed and computes nothing of its own but where things stand on the paper. What a panel
-hides is printed on it, and what was left out is said in the figure.
+Draws what `analysis` has computed and computes only the layout. Each panel states its distortion, as variance kept and
+trustworthiness, and the figure states what was left out.
 
 Must never know of models, hooks or shards.
 """
@@ -44,9 +44,9 @@ __all__ = ["Picture", "plot"]
 _MOST_POINTS = {"pca": 10_000, "tsne": 2000, "umap": 10_000}
 _PANEL_INCHES = 1.85
 _LINE_INCHES = 0.14
-# Of 7-point type.
+# For 7-point type.
 _LETTERS_PER_INCH = 17
-# Of a legend's entry, and names of sites that are listed under a picture.
+# Most letters of a legend entry, and most sites listed under a picture.
 _MOST_LEGEND_LETTERS = 24
 _MOST_LISTED = 5
 
@@ -56,14 +56,14 @@ class Picture:
     """What `layerprobe.plot` drew.
 
     Args:
-        panels: A site each: its points, the share of variance they keep, their trustworthiness.
-        examples: The ordinal of each point.
-        positions: Its place in the example; None where a point is an example.
-        color: What coloured the points.
-        num_all: How many points there were to draw from.
-        method: How two components were made.
+        panels: One panel per site: its points, the share of variance they keep, their trustworthiness.
+        examples: The ordinal of each point's example.
+        positions: The position of each point in its example; None if points are examples.
+        color: The quantity or field shown by colour.
+        num_all: Number of points in the store.
+        method: The projection method.
         figure: The matplotlib figure.
-        constant: Sites that were left out since all points are the same there.
+        constant: Sites that were left out because all points are the same there.
     """
 
     panels: tuple[Panel, ...]
@@ -76,7 +76,7 @@ class Picture:
     constant: tuple[str, ...] = ()
 
     def table(self) -> str:
-        """Lay out what each panel keeps, as text."""
+        """Format the variance kept and the trustworthiness of each panel as a text table."""
         rows = [(panel.site, *(table_cell(value) for value in (panel.variance, panel.trust))) for panel in self.panels]
         drawn = f"{len(self.examples):,} of {self.num_all:,} points, {self.method}, coloured by {self.color}"
         left_out = [f"left out, all points are the same: {', '.join(self.constant)}"] if self.constant else []
@@ -89,7 +89,7 @@ class Picture:
         return self.figure._repr_png_()
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the points as CSV: a row for each point and site.
+        """Write the points as CSV, one row per point and site.
 
         Raises:
             StoreError: the file cannot be written.
@@ -118,7 +118,7 @@ class Picture:
         return write_json(path, {**said, "panels": panels})
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Give the matplotlib figure, and write it where a path is given.
+        """Return the matplotlib figure, and write it if a path is given.
 
         Raises:
             OptionError: the suffix is not `.png`, `.svg` or `.pdf`.
@@ -202,7 +202,7 @@ def plot(
 
 
 def _draw_panels(panels: Sequence[Panel], drawn: Points, colours: Colours, method: str, shared: bool) -> Any:
-    # as many rows as columns, so that a picture of forty layers fits a page too
+    # a near-square grid, so that forty layers still fit on a page
     columns = 2 if len(panels) == 4 else min(max(3, math.isqrt(len(panels))), len(panels))
     rows = -(-len(panels) // columns)
     width = max(2, columns) * _PANEL_INCHES
@@ -230,7 +230,7 @@ def _draw_panels(panels: Sequence[Panel], drawn: Points, colours: Colours, metho
 
 
 def _draw_points(axes: Any, points: np.ndarray, colours: Colours, place: int) -> Any:
-    """Draw one panel; gives what a colour bar belongs to, for a scale."""
+    """Draw one panel; return the mappable for a colour bar if colours are a scale."""
     size = float(np.clip(2500 / len(points), 1.5, 14))
     look = {"s": size, "linewidths": 0, "alpha": 0.75, "rasterized": len(points) > 2000}
     if colours.categories is None:
@@ -238,7 +238,7 @@ def _draw_points(axes: Any, points: np.ndarray, colours: Colours, place: int) ->
         assert numbers is not None
         of_panel = numbers[place] if numbers.ndim == 2 else numbers
         is_known = np.isfinite(of_panel)
-        # grey ones below, so that they hide no other
+        # grey points first, so that they hide no others
         if not is_known.all():
             axes.scatter(*points[~is_known].T, color=GREY, marker=".", **look)
         low, high = np.nanpercentile(numbers, [1, 99])
@@ -247,7 +247,7 @@ def _draw_points(axes: Any, points: np.ndarray, colours: Colours, place: int) ->
     is_rest = np.asarray([category is None for category in categories])
     if is_rest.any():
         axes.scatter(*points[is_rest].T, color=GREY, marker=".", **look)
-    # the others above, in one order for all of them, so that no category hides another
+    # the other points on top, in a random order of all categories, so that none hides another
     order = np.random.default_rng(0).permutation(np.flatnonzero(~is_rest))
     signs = [_sign(colours, category) for category in categories[order]]
     style = need_package("matplotlib.markers", "a picture", "analysis").MarkerStyle
@@ -274,7 +274,7 @@ def _describe(panel: Panel) -> str:
 
 
 def _find_limits(panels: Sequence[Panel]) -> tuple[np.ndarray, np.ndarray]:
-    """Find a square that holds every point of the panels, with room at its edge."""
+    """Find a square that contains every point of the panels, with a margin."""
     points = torch.cat([panel.points for panel in panels]).numpy()
     low, high = points.min(0), points.max(0)
     middle, half = (low + high) / 2, max(0.54 * float((high - low).max()), 1e-9)
@@ -285,7 +285,7 @@ def _add_key(figure: Any, grid: np.ndarray, colours: Colours, mappable: Any) -> 
     if mappable is not None:
         assert colours.numbers is not None
         known = colours.numbers[np.isfinite(colours.numbers)]
-        # points beyond the ends of the scale have the colours of its ends
+        # points beyond the scale take the colour of its nearer end, which the bar shows by arrows
         beyond = (known.min() < mappable.norm.vmin, known.max() > mappable.norm.vmax)
         extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(beyond, "neither")
         bar = figure.colorbar(mappable, ax=grid, location="bottom", shrink=0.5, aspect=40, pad=0.02, extend=extend)
@@ -321,7 +321,7 @@ def _count_legend_columns(colours: Colours, width: float) -> int:
 
 
 def _count_legend_lines(colours: Colours, width: float) -> int:
-    """Count the lines of a legend with its title."""
+    """Count the lines of a legend, its title included."""
     return 1 + math.ceil(len(colours.order) / _count_legend_columns(colours, width))
 
 
