@@ -1,9 +1,9 @@
-"""Memory that a forward pass has freed is kept for the next one, in a process that is layerprobe's own.
+"""Keep memory that a forward pass frees for the next one, in a process that belongs to layerprobe.
 
-A layer's intermediate values are a few megabytes each. By default glibc gives such memory back to the system as it is
-freed and takes it again a moment later, page by page: up to a tenth of a forward pass on a CPU. The commands that run a
-model over many texts keep it. A library call does not, since the setting is the whole process's; docs/performance.md
-says how its user can.
+A layer's intermediate tensors take a few megabytes each. By default glibc returns such memory to the system when it is
+freed and requests it again page by page, which takes up to a tenth of a forward pass on a CPU. Commands that run a
+model over many texts keep it. A library call does not, because the setting affects the whole process;
+docs/performance.md says how users can set it.
 
 Hides glibc's names for it. Must never know of models.
 """
@@ -13,13 +13,13 @@ import sys
 
 __all__ = ["keep_freed_memory"]
 
-# malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, and the largest values that they take
+# M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h, with their largest values
 _TRIM = (-1, 2**31 - 1)
 _MMAP = (-3, 32 << 20)
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep what it frees; says whether its C library can be told so, which is glibc alone."""
+    """Make this process keep freed memory; return whether its C library supports that, which only glibc does."""
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,4 +1,4 @@
-"""Arguments and options shared by several commands: each is named, explained and abbreviated in one place.
+"""Arguments and options shared by several commands, each with its name, help and short form.
 
 Must never know what a command does with them.
 """
@@ -54,5 +54,5 @@ Texts = Annotated[
     ),
 ]
 Vector = Annotated[str | None, typer.Option(help="How an example's rows become one vector: mean, max, cls or last.")]
-# not a Path, which would make one slash of two
+# not a Path, which would collapse the two slashes of a URL
 Where = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or a URL such as s3://bucket/acts.")]

@@ -1,4 +1,4 @@
-"""The command that classifies: what each layer's vectors say about labels, or about texts that have none.
+"""The command that classifies by given labels, or by labels derived from the texts: classify.
 
 Parse and call; compute nothing. `main` gives it its name and place.
 """

@@ -1,7 +1,7 @@
-"""The command line: one door to the functions of the library.
+"""The command line interface of the library.
 
-An error is one line on stderr and exit code 2, Ctrl-C exit code 130, SIGTERM 143. Computes nothing; the commands
-stand in the other files of this folder.
+An error prints one line on stderr and gives exit code 2; Ctrl-C gives 130, SIGTERM 143. Computes nothing; the commands
+are in the other files of this folder.
 """
 
 import os
@@ -25,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    # plain text: no boxes, no colours, nothing that a log or a pipe would have to strip
+    # plain text without boxes and colours, which logs and pipes would have to strip
     rich_markup_mode=None,
 )
 
@@ -45,7 +45,7 @@ app.command(short_help="Extract activations for every text into a store.")(runs.
 app.command()(stores.info)
 app.command(short_help="Show the progress of a run.")(stores.status)
 app.command(short_help="Check every byte of a store; repair it, or recompute examples.")(stores.verify)
-# -1 is an example, not an option
+# so that -1 is parsed as an ordinal, not as an option
 app.command(context_settings={"ignore_unknown_options": True})(stores.show)
 app.command(short_help="Write a store as one Parquet, Arrow, npz or Zarr file.")(exports.export)
 app.command(short_help="Join stores that hold parts of the same plan.")(exports.merge)
@@ -69,9 +69,9 @@ app.command(short_help="Measure statistics of activations over all texts, withou
 def main() -> None:
     """Run the command line and turn errors into exit codes."""
     _open_missing()
-    # tokenizers would warn of every fork after its first use
+    # if unset, tokenizers warns about every fork after its first use
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # --debug counts wherever it stands
+    # --debug is accepted at any position
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         status = app(arguments or ["--help"], prog_name="layerprobe", standalone_mode=False)
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def _report(text: str) -> int:
-    """Print an error in one line, after its traceback where `--debug` asks for that; gives the exit code."""
+    """Print an error in one line, after its traceback with `--debug`; return the exit code."""
     if "--debug" in sys.argv[1:]:
         traceback.print_exc()
     print(f"layerprobe: {text}", file=find_stderr())
@@ -102,14 +102,14 @@ def _report(text: str) -> int:
 
 
 def _open_missing() -> None:
-    """Open the standard streams that a command was started without: files of its own would get their numbers."""
+    """Open missing standard streams, or files opened later would get their descriptors."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as the process lives
 
 
 def _give_up_stdout() -> OSError | None:
-    """Find out whether standard output takes no more, as on a full disk; it is then not tried again at the end."""
+    """Return the error if standard output cannot be written, such as on a full disk, and redirect it to /dev/null."""
     try:
         print(flush=True)
     except OSError as error:
@@ -122,7 +122,7 @@ def _give_up_stdout() -> OSError | None:
 
 
 def _ran_out(error: Exception) -> bool:
-    """Whether memory gave out, of Python's own or, where it is loaded, of torch."""
+    """Return whether an error means that memory ran out, in Python or, if it is loaded, in torch."""
     if isinstance(error, MemoryError) or "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from layerprobe.extract.memory import ran_out
@@ -131,13 +131,13 @@ def _ran_out(error: Exception) -> bool:
 
 
 def _report_usage(error: Exception) -> int:
-    """Print a mistake in the command itself in one line; anything else is a bug and shows its traceback."""
+    """Print a usage error in one line; re-raise anything else, which is a bug, with its traceback."""
     if type(error).__name__ == "Abort":
         return 130
     if not hasattr(error, "format_message"):
         raise error
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
-    # of the command that was meant, as far as it came
+    # the subcommand, as far as it was parsed
     command = getattr(getattr(error, "ctx", None), "command_path", "layerprobe")
     print(f"layerprobe: {message}. Try '{command} --help'.", file=sys.stderr)
     return 2

@@ -1,7 +1,7 @@
-"""What commands share: refusing options that do not go together, and what they do with a result.
+"""Shared by commands: refusing options that conflict, and printing and writing a result.
 
-A result is written by the suffix of a name, its table printed, and what was written said. Names are checked before
-anything is computed. Must never know which result it is.
+The suffix of a file name selects the format of a result; its table and the names of written files are printed. Names
+are checked before anything is computed. Must never know which result it is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ def check_out(
     json: str | None = None,
     save: str | None = None,
 ) -> None:
-    """Make sure that a result can be written under a name, beside it as JSON, and kept in a folder.
+    """Check that a result can be written to a file, to a JSON file, and saved to a folder.
 
     Raises:
-        OptionError: the suffix says nothing that is written here, or it would lie in a store.
-        StoreError: a folder is not there, or a file is in the place of one.
+        OptionError: the suffix is not supported, or the file would lie in a store.
+        StoreError: a folder does not exist, a file has the name of a folder, or a folder has the name of a file.
     """
     if json is not None:
         check_place(json)
@@ -50,11 +50,11 @@ def check_out(
 
 
 def refuse_given(given: Mapping[str, object], why: str) -> None:
-    """Make sure that no option is given that would be ignored.
+    """Refuse options that would be ignored.
 
     Args:
-        given: By each option's name its value; None or False where it is not given.
-        why: Follows the names: why they are no use here, and what to do.
+        given: The value of each option by its name; None or False if it is not given.
+        why: End of the error message, after the names: why they have no effect here, and what to do.
 
     Raises:
         OptionError: one or more are given.
@@ -65,11 +65,11 @@ def refuse_given(given: Mapping[str, object], why: str) -> None:
 
 
 def check_place(name: str | Path) -> None:
-    """Make sure that a file can be written under a name.
+    """Check that a file can be written to a path.
 
     Raises:
         OptionError: it would lie in a store.
-        StoreError: its folder is not there, or it is a folder itself.
+        StoreError: its folder does not exist, or the path is a folder.
     """
     from layerprobe.store.format import need_parent
 
@@ -81,17 +81,17 @@ def check_place(name: str | Path) -> None:
 def conclude(
     found: Any, out: str | None, *, json: str | None = None, kept: str | None = None, more: str = "", quiet: bool
 ) -> None:
-    """Print the table of a result, write it, and say what was written.
+    """Print the table of a result, write its files, and print their names.
 
     Args:
-        found: Has `table`, `to_json`, and `to_csv` and `plot` where `out` may ask for them.
-        out: As checked by `check_out`.
-        json: Another file for all of it.
-        kept: What was written before.
-        more: Printed below the table.
+        found: A result with `table` and `to_json`, and with `to_csv` and `plot` if `out` may select them.
+        out: File for the result, as checked by `check_out`.
+        json: File for the whole result as JSON.
+        kept: A path that was written before.
+        more: Text to print below the table.
         quiet: Whether to print nothing.
     """
-    # before what can fail, a picture above all
+    # before anything that may fail, such as drawing a picture
     if not quiet:
         typer.echo(found.table())
         if more:
@@ -106,7 +106,7 @@ def conclude(
 
 
 def say_wrote(*paths: str | Path | None, quiet: bool = False) -> None:
-    """Name the files that were written, a line each; None stands for one that was not asked for."""
+    """Print the names of the files that were written, one per line; None is skipped."""
     for path in paths:
         if path is not None and not quiet:
             typer.echo(f"wrote {path}")

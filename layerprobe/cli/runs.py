@@ -200,7 +200,7 @@ def extract(
         except SpaceError as error:
             if not terminator.stop.is_set():
                 raise
-            # a wait for room that was ended
+            # SIGTERM ended a wait for disk space
             typer.echo(stopped, err=True)
             raise typer.Exit(TERMINATED) from error
     if not report.is_complete:

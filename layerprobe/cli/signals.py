@@ -1,7 +1,7 @@
-"""SIGTERM, as a job gets it that is to make room: end at the next unit, or when the grace is over.
+"""Handle SIGTERM, as sent to a preempted job: end after the current unit, or when the grace period is over.
 
-Ending at once is safe at any instruction, since what is committed is whole and the lock is the kernel's: so it waits
-for nothing, not even for a disk that hangs. Only the command line listens; the library leaves signals alone.
+Ending at once is safe at any instruction, because committed files are whole and the kernel releases the lock; so it
+waits for nothing, not even for a disk that hangs. Only the command line handles signals; the library does not.
 """
 
 import os
@@ -19,14 +19,14 @@ _STDERR = 2
 
 
 class Terminator(AbstractContextManager["Terminator"]):
-    """Listen for SIGTERM while a command runs, and leave its handling as it was.
+    """Handle SIGTERM while a command runs, and restore the previous handler afterwards.
 
     Args:
-        what: What is running, for messages.
-        grace_s: Seconds that the current unit has to come to its end.
+        what: Name of what is running, for messages.
+        grace_s: Seconds that the current unit has to finish.
 
-    `stop` is set by the first SIGTERM once there is a unit to wait for, that is after `defer`. A second one, one before
-    `defer`, and the end of the grace end the process at once, with exit code 143.
+    After `defer`, that is once there is a unit to wait for, the first SIGTERM sets `stop`. A second one, one before
+    `defer`, and the end of the grace period end the process at once, with exit code 143.
     """
 
     def __init__(self, what: str, grace_s: float) -> None:
@@ -47,7 +47,7 @@ class Terminator(AbstractContextManager["Terminator"]):
         signal.signal(signal.SIGTERM, self._before)
 
     def defer(self) -> None:
-        """Let the current unit come to its end from now on."""
+        """From now on, let the current unit finish after SIGTERM."""
         self._defers = True
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -66,9 +66,9 @@ class Terminator(AbstractContextManager["Terminator"]):
 
 @contextmanager
 def leaving_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end what is running as Ctrl-C does, with exit code 143: it has files to take away, none to keep.
+    """Make SIGTERM raise SystemExit with code 143, so that temporary files are removed; a second one kills the process.
 
-    A second one ends the process at once.
+    For commands that have files to clean up and none to keep.
     """
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -83,6 +83,6 @@ def leaving_on_sigterm() -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    # straight to the descriptor: a signal may come in the middle of a print, whose lock this would wait for
+    # writes to the descriptor, because a signal may interrupt a print that holds the stream's lock
     with suppress(OSError):
         os.write(_STDERR, f"layerprobe: {text}\n".encode())

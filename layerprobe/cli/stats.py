@@ -1,4 +1,4 @@
-"""The command that measures values instead of keeping them: stats.
+"""The command that measures statistics of values without storing them: stats.
 
 Parse and call; compute nothing. `main` gives it its name and place.
 """
@@ -16,7 +16,7 @@ from layerprobe.errors import OptionError
 
 __all__ = ["stats"]
 
-# Options that only one sink takes.
+# Options that apply to a single sink only.
 _OWN = {"low": "histogram", "high": "histogram", "bins": "histogram", "k": "topk", "context": "topk", "units": "topk"}
 _SINKS = ("moments", "covariance", "histogram", "topk", "cka")
 

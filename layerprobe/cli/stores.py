@@ -1,4 +1,4 @@
-"""Commands that look at a store: info, show, status, verify.
+"""Commands that inspect a store: info, show, status, verify.
 
 Parse and call; compute nothing. `main` gives each its name and place.
 """
@@ -15,7 +15,7 @@ __all__ = ["info", "show", "status", "verify"]
 
 
 def _parse_ordinal(text: str) -> int:
-    """Read an ordinal that may begin like an option, as -1 does."""
+    """Parse an ordinal, which may begin with a dash like an option, such as -1."""
     try:
         return int(text)
     except ValueError as error:
@@ -99,7 +99,7 @@ def verify(
     if recompute is not None:
         from layerprobe.extract.audit import plan_audit
 
-        # reading may take hours, and what cannot be run is said before; of a damaged store the report says more
+        # planned first, so that its errors come before hours of reading; damage is left to the report, which says more
         with suppress(FormatError, MissingExample):
             audit = plan_audit(folder, model, recompute, seed or 0, device=device)
     report = verify_store(folder, repair, progress)

@@ -1,6 +1,6 @@
 """How the command line shows stores and examples.
 
-Turns objects of the library into text. Computes nothing but what it takes to lay them out.
+Formats objects of the library as text. Computes only what the layout needs.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ _shorten = partial(shorten, most=200)
 
 
 def describe_store(store: Store) -> str:
-    """Lay out what a store holds."""
+    """Describe the contents of a store."""
     model = store.description.get("model") or {}
     sizes = {name: size for name, size in store.place.list_sizes().items() if parse_shard_name(name) is not None}
     state = "complete" if store.is_complete else "not complete"
@@ -50,7 +50,7 @@ def describe_store(store: Store) -> str:
 
 
 def describe_status(status: StoreStatus) -> str:
-    """Lay out how far a run is."""
+    """Describe the progress of a run."""
     state = {
         "complete": "complete",
         "damaged": f"damaged: {status.reason}. Run 'layerprobe verify {status.folder} --repair', then the same "
@@ -91,7 +91,7 @@ def _format_part(done: int, whole: int | None, noun: str) -> str:
 
 
 def describe_example(example: Example) -> str:
-    """Lay out an example's tokens and, for each of them, the norm at each site."""
+    """Describe an example: its tokens, and the norm of each at every site."""
     per_token = {name: value for name, value in example.sites.items() if value.float().ndim == 2}
     pooled = {name: value for name, value in example.sites.items() if name not in per_token}
     tokens = [_shorten(token) for token in example.tokens or [""] * len(example.input_ids)]
