@@ -1,6 +1,6 @@
 """Commands that analyse a store: diff, plot, check, report.
 
-Parse and call; compute nothing. `main` gives each its name and place.
+They parse arguments and call the library, and compute nothing; `main` registers them.
 """
 
 from typing import Annotated

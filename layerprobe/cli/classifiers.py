@@ -1,6 +1,6 @@
 """The command that classifies by given labels, or by labels derived from the texts: classify.
 
-Parse and call; compute nothing. `main` gives it its name and place.
+It parses arguments and calls the library, and computes nothing; `main` registers it.
 """
 
 from typing import Annotated

@@ -1,6 +1,6 @@
 """Commands that convert, join and transfer stores: export, merge, push, pull.
 
-Parse and call; compute nothing. `main` gives each its name and place.
+They parse arguments and call the library, and compute nothing; `main` registers them.
 """
 
 from pathlib import Path

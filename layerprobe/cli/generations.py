@@ -1,6 +1,6 @@
 """Commands that read a layer through a decoder or the model's own head: generate, fit-decoder, lens.
 
-Parse and call; compute nothing. `main` gives each its name and place.
+They parse arguments and call the library, and compute nothing; `main` registers them.
 """
 
 from typing import Annotated, Any

@@ -1,6 +1,6 @@
 """Commands that run a model: sites, extract.
 
-Parse and call; compute nothing. `main` gives each its name and place.
+They parse arguments and call the library, and compute nothing; `main` registers them.
 """
 
 import re

@@ -1,6 +1,6 @@
 """The command that measures statistics of values without storing them: stats.
 
-Parse and call; compute nothing. `main` gives it its name and place.
+It parses arguments and calls the library, and computes nothing; `main` registers it.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Commands that inspect a store: info, show, status, verify.
 
-Parse and call; compute nothing. `main` gives each its name and place.
+They parse arguments and call the library, and compute nothing; `main` registers them.
 """
 
 from contextlib import suppress
