@@ -126,7 +126,7 @@ def _plan_blocks(catalog: Catalog, sites: Sequence[StoredSite], wanted: int, see
     cuts = np.searchsorted(numbers, edges)
     order = maker.permutation(len(spans))
     order = order[np.diff(cuts)[order] > 0]
-    # blocks have equally many drawn rows, up to the size of one piece
+    # blocks have equally many drawn rows, to within one piece
     block_of = (np.cumsum(np.diff(cuts)[order]) - 1) * num_blocks // wanted
     for block in np.split(order, np.flatnonzero(np.diff(block_of)) + 1):
         pieces = []

@@ -47,7 +47,7 @@ __all__ = [
 # Okabe and Ito 2008, Color Universal Design, without yellow, which is hardly visible on white.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 GREY = "#BBBBBB"
-# Markers distinguish curves in black-and-white print.
+# A marker beside each colour, so that they can be distinguished in black-and-white print.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SUFFIXES = (".png", ".svg", ".pdf")
 _LAYER = re.compile(r"layers\.(\d+)\Z")
@@ -57,7 +57,7 @@ _MOST_NUMBERED = 14
 _MOST_LETTERS, _MOST_FLAT = 27, 4
 # Each curve is drawn over those before it, which show through its gaps.
 _DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
-# From this value on a cell is so dark that its number is drawn in white.
+# Above this value a cell is so dark that its number is drawn in white.
 _DARK = 0.53
 # Fallbacks for characters that matplotlib's own font lacks. Colour fonts, as most emoji fonts are, cannot be drawn.
 _FONT = "DejaVu Sans"
