@@ -182,6 +182,8 @@ class StoreSink(SinkAbilities):
         if error is None:
             self.writer.check()
             if self._description is not None and self._stored is not None:
+                if self._lock is not None:
+                    self._lock.check()
                 commit_index(self.place, self.writer.committed)
 
     # calls
@@ -376,6 +378,8 @@ class StoreSink(SinkAbilities):
         )
         release = partial(self.buffers.release, unit.buffer)
         try:
+            if self._lock is not None:
+                self._lock.check()
             self.writer.submit(ShardJob(header, list_tensors(unit, stored), self._lane.fence(), release))
         except BaseException:
             release()

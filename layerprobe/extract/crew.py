@@ -116,7 +116,7 @@ def _start(plan: Plan, device: str, lock: int | None) -> Iterator[_Worker]:
         worker = _Worker(device, process, ours)
         assert plan.crew is not None
         share = sum(other == device for other in plan.crew.devices) if device == "cpu" else len(plan.crew.devices)
-        _tell(worker, describe_job(plan, device, share))
+        _tell(worker, describe_job(plan, device, share, lock))
         yield worker
     finally:
         ours.close()

@@ -67,7 +67,7 @@ def hold_store(plan: Plan, keeper: RoomKeeper) -> Iterator[tuple[Plan, int | Non
         finally:
             # free the space reserved for an unfinished unit; a forked child does not hold the lock, and the files are
             # its parent's
-            if lock.descriptor is not None:
+            if lock.is_held:
                 with contextlib.suppress(OSError):
                     lock.check()  # nor the files of a folder that has taken this one's place
                     clear_leftovers(folder.path)

@@ -269,6 +269,7 @@ def _run_plan(
         told.tick()
         bar.set_postfix_str(_describe_pace(report, time.perf_counter() - start), False)
 
+    told.check = keeper.check
     told.begin(lambda: _measure(plan, report))
     # start no processes if there is nothing to do
     is_done = len(plan.done) == plan.num_units

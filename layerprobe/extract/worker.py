@@ -40,6 +40,7 @@ from layerprobe.extract.thinning import find_kept
 from layerprobe.models import describe_model, load_model
 from layerprobe.sites.resolve import map_model
 from layerprobe.store.description import StoredSite
+from layerprobe.store.lock import check_held
 from layerprobe.store.mismatch import list_model_differences
 from layerprobe.store.places import find_place
 from layerprobe.tables import format_dtype
@@ -47,8 +48,8 @@ from layerprobe.tables import format_dtype
 __all__ = ["describe_job", "main"]
 
 
-def describe_job(plan: Plan, device: str, share: int) -> dict[str, Any]:
-    """Describe a plan with a crew for a worker process, as JSON types."""
+def describe_job(plan: Plan, device: str, share: int, lock: int | None) -> dict[str, Any]:
+    """Describe a plan with a crew for a worker process, which inherits the descriptor of the lock, as JSON types."""
     assert plan.crew is not None
     dtype = resolve_dtype(plan.options.dtype)
     rule = {name: value for name, value in asdict(plan.rule).items() if name != "kept"}
@@ -56,6 +57,7 @@ def describe_job(plan: Plan, device: str, share: int) -> dict[str, Any]:
         "model": plan.crew.model,
         "device": device,
         "share": share,
+        "lock": lock,
         "texts": plan.crew.texts,
         "name": plan.source.name,
         "to": str(plan.place if plan.place.folder is None else plan.folder),
@@ -175,6 +177,8 @@ def _work(job: dict[str, Any], pipe: _Pipe, stop: threading.Event) -> None:
         tell()
 
     keeper = RoomKeeper(plan.place.folder, plan.wait_for_space, stop, count_wait)
+    if plan.place.folder is not None and job["lock"] is not None:
+        keeper.check = partial(check_held, plan.place.folder, job["lock"])
     engine = UnitEngine(plan, keeper, report, tell, job["share"])
     with engine, ending_waits(stop):
         for prepared in prepare_ahead(_pick(check_units(plan), pipe), partial(prepare_missing, plan)):

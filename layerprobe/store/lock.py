@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["LOCK_FILE", "StoreLock", "find_holder", "is_abandoned", "refuse_held"]
+__all__ = ["LOCK_FILE", "StoreLock", "check_held", "find_holder", "is_abandoned", "refuse_held"]
 
 LOCK_FILE = "run.lock"
 _MOST_BYTES = 1 << 16
@@ -51,6 +51,7 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         self._folder = NamedPath.of(folder)
         self._path = self._folder / LOCK_FILE
         self._descriptor: int | None = None
+        self._is_locked = True
 
     def __enter__(self) -> "StoreLock":
         return self.acquire()
@@ -67,8 +68,13 @@ class StoreLock(AbstractContextManager["StoreLock"]):
 
     @property
     def descriptor(self) -> int | None:
-        """The file descriptor that holds the lock, to share with other processes; None while it is not held."""
-        return self._descriptor
+        """The file descriptor that holds the lock, to share with other processes; None while there is no lock."""
+        return self._descriptor if self._is_locked else None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds the store; False in a process that was forked from it."""
+        return self._descriptor is not None
 
     def release(self, keeps_file: bool = False) -> None:
         """Release the lock, if it is held.
@@ -78,25 +84,20 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         """
         if self._descriptor is None:
             return
-        # Unlink before unlocking: whoever takes the lock in between sees that its file has no name any more.
-        if not keeps_file:
-            with suppress(OSError):
+        # Unlink before unlocking: whoever takes the lock in between sees that its file has no name any more. If the
+        # folder was moved, the name may belong to the lock of another run.
+        with suppress(OSError):
+            if not keeps_file and _has_name(self._descriptor, self._path):
                 os.unlink(self._path)
         descriptor, self._descriptor = self._descriptor, None
         with suppress(OSError):  # the descriptor is closed all the same, and the caller's error says more
             os.close(descriptor)
 
     def check(self) -> None:
-        """Check that the path of the folder still leads to the locked folder.
-
-        Raises:
-            StoreError: the folder was moved or removed, and another run may have begun under its name.
-        """
-        if self._descriptor is not None and not _has_name(self._descriptor, self._path):
-            raise StoreError(
-                f"{self._folder}: was moved, replaced or removed while the run was under way. Put back what was there, "
-                "or choose another folder, and run the same command again."
-            )
+        """Check that the path of the folder still leads to the locked folder; see `check_held`."""
+        # without locks, another run may share the file and remove it
+        if self.descriptor is not None:
+            check_held(self._folder, self.descriptor)
 
     def _try_once(self) -> bool:
         """Try to take the lock; False if the file was unlinked meanwhile, because its holder has just ended."""
@@ -134,6 +135,7 @@ class StoreLock(AbstractContextManager["StoreLock"]):
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
+                self._is_locked = False
                 reason = error.strerror or str(error)
         print(
             f"layerprobe: {self._folder}: cannot be locked ({reason}). Make sure that no other run writes there.",
@@ -145,6 +147,25 @@ class StoreLock(AbstractContextManager["StoreLock"]):
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def check_held(folder: Path | NamedPath, descriptor: int) -> None:
+    """Check that the path of a folder still leads to the folder that was locked.
+
+    Args:
+        folder: The store.
+        descriptor: Holds its lock.
+
+    Raises:
+        StoreError: the folder was moved or removed, and another run may have begun under its name.
+    """
+    path = NamedPath.of(folder) / LOCK_FILE
+    with telling_refusals(path, "read"):
+        if not _has_name(descriptor, path):
+            raise StoreError(
+                f"{folder}: was moved, replaced or removed while the run was under way. Put back what was there, or "
+                "choose another folder, and run the same command again."
+            )
 
 
 def find_holder(folder: Path | NamedPath) -> str | None:
@@ -217,7 +238,7 @@ _held = watch_forks(StoreLock._forget)
 def _has_name(descriptor: int, path: NamedPath) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

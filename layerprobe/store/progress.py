@@ -119,13 +119,14 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
     Args:
         folder: The store; None if it is not a local folder, and then nothing is written.
 
-    Any thread may call `tick`. Leaving the block removes the file if the store is complete; otherwise it records that
-    the run has ended, and why.
+    If `check` is set, nothing is written once it raises. Any thread may call `tick`. Leaving the block removes the file
+    if the store is complete; otherwise it records that the run has ended, and why.
     """
 
     def __init__(self, folder: Path | NamedPath | None) -> None:
         self._path = None if folder is None else NamedPath.of(folder).path / PROGRESS_FILE
         self._measure: Callable[[], Done] | None = None
+        self.check: Callable[[], None] | None = None
         self._paces: deque[tuple[float, Done]] = deque()
         self._next = 0.0
         self._turn = threading.Lock()
@@ -138,6 +139,7 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
             return
         # nothing here may hide the error of the run
         with suppress(OSError):
+            self._check()
             if error is None and (self._path.parent / INDEX_FILE).exists():
                 self._path.unlink(missing_ok=True)
             elif self._measure is not None:
@@ -160,6 +162,10 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
 
     def _write_alone(self, state: str, reason: str | None) -> None:
         if self._path is None or self._measure is None:
+            return
+        try:
+            self._check()
+        except OSError:
             return
         now, done = time.monotonic(), self._measure()
         self._next = now + _INTERVAL_S
@@ -188,6 +194,10 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
             if self._is_there:
                 with suppress(OSError):
                     _write_over(self._path, data)
+
+    def _check(self) -> None:
+        if self.check is not None:
+            self.check()
 
     def _forget(self) -> None:
         """Stop writing in a forked process: the run's progress and end are its parent's to report."""

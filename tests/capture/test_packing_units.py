@@ -1,5 +1,6 @@
 """Units that the caller opens and ends, a writer that fails, and calls that no store can take."""
 
+import copy
 import json
 import threading
 from pathlib import Path
@@ -274,3 +275,19 @@ def test_shards_of_a_very_narrow_site_per_token_stay_within_the_examples_that_ar
     assert len(store) == 400 and store.num_shards == 4
     values = store["module:classifier"]
     assert torch.equal(torch.cat([values[place] for place in range(400)]), wanted[:, 0])
+
+
+def test_a_probe_whose_store_was_moved_writes_nothing_into_the_next_one_of_its_name(
+    tiny_bert: Any, tmp_path: Path
+) -> None:
+    folder, ids = tmp_path / "acts", torch.arange(1, 9)[None]
+    first, second = tiny_bert, copy.deepcopy(tiny_bert)
+    probe = lp.Probe(first, "layers.0", to=folder).__enter__()
+    first(input_ids=ids)
+    folder.rename(tmp_path / "moved")
+    with lp.Probe(second, "layers.0", to=folder):
+        second(input_ids=ids[:, :5])
+    with pytest.raises(StoreError, match="acts: was moved, replaced or removed while the run was under way"):
+        probe.__exit__(None, None, None)
+    store = lp.open(folder)
+    assert [len(store["layers.0"][0]), len(store)] == [5, 1] and lp.verify(folder).ok

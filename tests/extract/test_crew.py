@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import layerprobe as lp
-from layerprobe.errors import CaptureError, NonFiniteError, OptionError
+from layerprobe.errors import CaptureError, NonFiniteError, OptionError, StoreError
 from layerprobe.extract import crew
 from layerprobe.extract.devices import gather_crew
 from layerprobe.extract.options import ExtractOptions
@@ -290,3 +291,24 @@ def test_a_process_ends_with_the_one_that_started_it_while_it_still_imports(tmp_
             assert process.wait(timeout=120) == 1
         finally:
             process.kill()
+
+
+def test_processes_whose_folder_was_moved_write_no_more_into_the_next_one_of_its_name(
+    tiny_model_folder: Path, source: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "acts"
+    plan = plan_on("cpu,cpu", tiny_model_folder, source, folder)
+
+    def move() -> None:
+        while not (folder / "shard-000000.safetensors").exists():
+            pass
+        folder.rename(tmp_path / "moved")
+        folder.mkdir()
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    with pytest.raises(StoreError, match="acts: was moved, replaced or removed while the run was under way"):
+        run_extraction(plan)
+    mover.join()
+    # what was on its way to the disk at that very moment
+    assert len(list(folder.glob("shard-*.safetensors"))) <= 2 and not (folder / "index.json").exists()

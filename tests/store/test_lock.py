@@ -143,8 +143,11 @@ def test_a_file_system_without_locks_is_told_of_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     monkeypatch.setattr(lock, "fcntl", WithoutLocks(number))
-    with StoreLock(tmp_path):
+    with StoreLock(tmp_path) as held:
         assert (tmp_path / LOCK_FILE).exists()
+        # another run there, which nothing keeps out, may end first and take the file with it
+        (tmp_path / LOCK_FILE).unlink()
+        held.check()
     said = capsys.readouterr().err
     assert said == (
         f"layerprobe: {tmp_path}: cannot be locked ({os.strerror(number)}). Make sure that no other run writes there.\n"
@@ -210,3 +213,30 @@ def test_a_run_that_begins_while_somebody_looks_is_not_refused(tmp_path: Path, m
         monkeypatch.setattr(fcntl, "flock", flock)
         with StoreLock(tmp_path):
             assert len(calls) > 3
+
+
+def test_a_folder_that_was_moved_leaves_the_lock_of_the_next_one_of_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "acts"
+    folder.mkdir()
+    first = StoreLock(folder).acquire()
+    first.check()
+    folder.rename(tmp_path / "moved")
+    folder.mkdir()
+    with StoreLock(folder) as second:
+        with pytest.raises(StoreError, match="acts: was moved, replaced or removed while the run was under way"):
+            first.check()
+        first.release()
+        second.check()
+        with pytest.raises(LockError, match="another run is writing there"):
+            StoreLock(folder).acquire()
+    assert not (folder / LOCK_FILE).exists()
+
+
+def test_a_folder_that_a_file_has_replaced_is_one_that_was_moved(tmp_path: Path) -> None:
+    folder = tmp_path / "acts"
+    folder.mkdir()
+    with StoreLock(folder) as held:
+        folder.rename(tmp_path / "moved")
+        folder.write_text("not a folder")
+        with pytest.raises(StoreError, match="was moved, replaced or removed"):
+            held.check()
