@@ -22,7 +22,7 @@ from layerprobe.extract.batching import cut_batches
 from layerprobe.extract.forward import find_precision, running
 from layerprobe.extract.inputs import check_list
 from layerprobe.extract.looking import look
-from layerprobe.extract.network import find_max_length
+from layerprobe.extract.network import check_ids, find_max_length
 from layerprobe.extract.padding import sees_padding
 from layerprobe.extract.records import check_text
 from layerprobe.extract.tokens import TokenizedUnit, tokenize, tokenizing
@@ -90,12 +90,13 @@ class Classifier:
         found: list[Any] = []
         for first in range(0, len(texts), _TEXTS_AHEAD):
             part = texts[first : first + _TEXTS_AHEAD]
-            found += self._predict(part, None if spans is None else spans[first : first + _TEXTS_AHEAD])
+            found += self._predict(first, part, None if spans is None else spans[first : first + _TEXTS_AHEAD])
         return found
 
-    def _predict(self, texts: list[str], spans: Sequence[tuple[int, int]] | None) -> list[Any]:
+    def _predict(self, first: int, texts: list[str], spans: Sequence[tuple[int, int]] | None) -> list[Any]:
         tokenizer, network = self.model.tokenizer, self.model.model
         unit = tokenize(tokenizer, texts, self._max_length)
+        check_ids(network, unit, "texts", first)
         out: list[Any] = [None] * len(texts)
         sites = list(dict.fromkeys(self.probe.feature.sites))
         pad_id = tokenizer.pad_token_id or 0

@@ -132,8 +132,8 @@ def check_ids(model: nn.Module, texts: TokenizedUnit, source: str, first_example
     place = int(np.argmax(texts.ids >= size))
     text = first_example + int(np.searchsorted(texts.offsets, place, side="right")) - 1
     raise ModelError(
-        f"{source}, text {text}: the tokenizer gives id {texts.ids[place]}, but ids of {type(model).__name__} are 0 to "
-        f"{size - 1}. Use the tokenizer that the model was trained with, or resize its embeddings."
+        f"{source}, text {text}: the tokenizer gives id {texts.ids[place]}, but ids of {type(unwrap(model)).__name__} "
+        f"are 0 to {size - 1}. Use the tokenizer that the model was trained with, or resize its embeddings."
     )
 
 

@@ -21,7 +21,7 @@ from layerprobe.extract.batching import cut_batches
 from layerprobe.extract.forward import find_precision, running
 from layerprobe.extract.inputs import open_source
 from layerprobe.extract.looking import look
-from layerprobe.extract.network import choose_max_length
+from layerprobe.extract.network import check_ids, choose_max_length
 from layerprobe.extract.padding import sees_padding
 from layerprobe.extract.tokens import TokenizedUnit, tokenize
 from layerprobe.sites.resolve import map_model
@@ -141,6 +141,7 @@ def gather_texts(
     with running(model, find_precision(model, None)), make_bar(most, "lens", progress) as bar:
         while pile.left and (part := [record.text for record in islice(records, _TEXTS_AHEAD)]):
             unit = tokenize(tokenizer, part, length)
+            check_ids(model, unit, "texts", first)
             masked = _choose_tokens(unit, sorted(special), mask, maker)
             # the first texts with enough tokens, in the order of the input rather than of the batches
             before = np.cumsum([0, *map(len, masked)])[:-1]

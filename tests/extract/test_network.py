@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertForMaskedLM
 
 import layerprobe as lp
 from families import PADDING, VOCABULARY, build
 from layerprobe.errors import ModelError, OptionError
+from layerprobe.extract.classifier import Classifier
 from layerprobe.extract.network import make_random_batch
 from layerprobe.models import LoadedModel
 
@@ -45,3 +47,17 @@ def test_an_id_beyond_the_vocabulary_is_an_error_that_names_the_text(
     assert (
         len(lp.extract(model, texts[:number], tmp_path / "other", tokenizer=tiny.tokenizer, sites="layers.0")) == number
     )
+
+
+def test_a_lens_and_a_classifier_refuse_ids_beyond_the_vocabulary_too(
+    tiny: LoadedModel, make_bert: Any, tmp_path: Path
+) -> None:
+    size = len(tiny.tokenizer) - 1
+    bert = make_bert(vocab_size=size)
+    texts, message = ["the dog", "the \u6587"], f"texts, text 1: the tokenizer gives id {size}, but ids of Bert"
+    with pytest.raises(ModelError, match=message):
+        lp.lens(LoadedModel("", BertForMaskedLM(bert.config).eval(), tiny.tokenizer), texts, mask=0)
+    records = [{"text": f"the {name} {number}", "label": name} for number in range(10) for name in ("fox", "dog")]
+    probe = lp.classify(lp.extract(tiny, records, tmp_path / "acts", sites="layers.0")).probe
+    with pytest.raises(ModelError, match=message):
+        Classifier(probe, LoadedModel("", bert, tiny.tokenizer)).predict(texts)
