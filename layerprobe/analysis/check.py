@@ -286,7 +286,7 @@ def check(
 
     Cost: two passes over the store; memory per site about 100 D bytes, and a chunk of 4,096 rows.
     """
-    check_count("seed", seed, 0)
+    seed = check_count("seed", seed, 0)
     if max_rows is not None:
         check_count("max_rows", max_rows, 2)
     store = take_store(store)

@@ -123,7 +123,7 @@ def classify(
         (['layers.4', 'layers.5', 'mix'], ['majority', 'tfidf'])
     """
     need_package("sklearn", "a classifier", "analysis")
-    check_count("seed", seed, 0)
+    seed = check_count("seed", seed, 0)
     for name, value in (("control", control), ("mdl", mdl)):
         check_flag(name, value)
     if max_examples is not None:

@@ -270,7 +270,7 @@ def differences(
     check_cosine(cosine)
     check_count("sample", sample, 2)
     check_count("neighbours", neighbours)
-    check_count("seed", seed, 0)
+    seed = check_count("seed", seed, 0)
     if max_rows is not None:
         check_count("max_rows", max_rows, 2)
     store = take_store(store)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,10 @@ def mark_sites(figure: Any, names: Sequence[str], *axes: Any, kept: int = 0) -> 
         else:
             spans = [box.intervalx if axis.axis_name == "x" else box.intervaly for box in boxes]
         gap = 0.4 * height if axis.axis_name == "x" and not look else 0.0
-        shown = next(shown for shown in _thin(len(names), kept) if _are_apart([spans[one] for one in shown], gap))
+        choices = _thin(len(names), kept)
+        # too many that are always labelled are thinned like the others
+        choices = chain(choices, _thin(len(names), 0)) if kept else choices
+        shown = next(shown for shown in choices if _are_apart([spans[one] for one in shown], gap))
         axis.set_ticks([axis.get_ticklocs()[one] for one in shown], [labels[one] for one in shown], **look)
 
 
@@ -242,7 +245,7 @@ def _slanted_inches(names: Sequence[str]) -> float:
 
 
 def _thin(count: int, kept: int) -> Iterator[list[int]]:
-    """Yield all places, every second, every third, ..., each with the last `kept`; finally those alone, which fit."""
+    """Yield all places, every second, every third, ..., each with the last `kept`; finally those alone."""
     for step in range(1, count - kept + 1):
         yield [*range(0, count - kept, step), *range(count - kept, count)]
     yield [*range(count - kept, count)]

@@ -187,7 +187,7 @@ def plan_audit(
         PlanError, StoreError, FormatError, ModelError, OptionError: as `audit`.
     """
     check_count("num_examples", num_examples)
-    check_count("seed", seed, 0)
+    seed = check_count("seed", seed, 0)
     store = take_store(folder)
     plan = _check_auditable(store)
     if not len(store):

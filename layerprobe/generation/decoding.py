@@ -83,7 +83,7 @@ def generate(
         ([0, 1], True)
     """
     check_count("batch_size", batch_size)
-    check_count("seed", seed, 0)
+    seed = check_count("seed", seed, 0)
     store = take_store(store)
     model = load_named(model, device)
     if isinstance(model, LoadedModel):

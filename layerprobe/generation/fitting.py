@@ -103,7 +103,7 @@ def fit_decoder(
     counts = {"width": width, "num_layers": num_layers, "max_length": max_length, "max_types": max_types}
     for name, value in {**counts, "epochs": epochs, "batch_size": batch_size}.items():
         check_count(name, value)
-    check_count("seed", seed, 0)
+    seed = check_count("seed", seed, 0)
     if max_examples is not None:
         check_count("max_examples", max_examples, 20)
     if width % 32:

@@ -85,7 +85,7 @@ def lens(
         ('embedding', ['embeddings', 'layers.5'], 13)
     """
     check_count("max_tokens", max_tokens, 2)
-    check_count("seed", seed, 0)
+    seed = check_count("seed", seed, 0)
     store = _find_store(source)
     if store is not None and tokenizer is None and isinstance(model, nn.Module) and device is None:
         network: nn.Module = model

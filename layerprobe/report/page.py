@@ -132,7 +132,7 @@ def report(
     """
     path = _check_path(path)
     check_count("max_points", max_points, 3)
-    check_count("seed", seed, 0)
+    seed = check_count("seed", seed, 0)
     if max_rows is not None:
         check_count("max_rows", max_rows, 2)
     need_package("sklearn", "a report", "analysis")

@@ -177,7 +177,7 @@ def plot(
     check_method(method, shared)
     most = _MOST_POINTS[method] if max_points is None else max_points
     check_count("max_points", most, 3)
-    check_count("seed", seed, 0)
+    seed = check_count("seed", seed, 0)
     if color is not None and not isinstance(color, str):
         raise OptionError(f"color is {brief(repr(color))}: use token, position, norm, or the name of a field.")
     if path is not None:

@@ -112,14 +112,15 @@ def check_flag(name: str, value: object) -> None:
         raise OptionError(f"{name} is {value!r}: use True or False.")
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Check that a value is a whole number of at least `least`.
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """Check that a value is a whole number of at least `least`, and return it as Python's.
 
     Raises:
         OptionError: it is not.
     """
     if not is_whole(value) or value < least:
         raise OptionError(f"{name} is {value!r}: it must be a whole number of at least {least}.")
+    return int(value)
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -169,9 +170,10 @@ def need_wholes(name: str, value: object) -> tuple[int, ...]:
         OptionError: it is no list, an empty one, or holds something else.
     """
     wanted = "a list of whole numbers, as in [0, 3], or leave it out"
+    listed = need_list(name, value, wanted)
     with suppress(TypeError):
-        if listed := tuple(map(operator.index, need_list(name, value, wanted))):
-            return listed
+        if listed and not any(isinstance(number, bool) for number in listed):
+            return tuple(map(operator.index, listed))
     raise OptionError(f"{name} is {brief(repr(value))}: give {wanted}.")
 
 

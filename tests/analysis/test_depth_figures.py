@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from layerprobe.analysis.figures import Curve, draw_curves, draw_depth, escape_text, label_sites
+from layerprobe.analysis.figures import Curve, draw_curves, draw_depth, escape_text, label_sites, mark_sites, styled
 
 MODULES = [f"module:bert.encoder.layer.{layer}.attention.self.query:input" for layer in range(6)]
 STACKS = [
@@ -80,3 +80,13 @@ def test_a_curve_shows_through_one_that_has_the_same_values() -> None:
 @pytest.mark.parametrize(("text", "shown"), [("$x$", r"\$x\$"), ("_x", "\u200b_x"), ("", "(empty)"), ("x", "x")])
 def test_a_text_from_the_data_is_no_mathematics(text: str, shown: str) -> None:
     assert escape_text(text) == shown
+
+
+def test_more_names_that_are_always_shown_than_fit_are_thinned() -> None:
+    names = [f"module:encoder.layer.{layer}.output.dense" for layer in range(60)]
+    with styled() as make_figure:
+        figure = make_figure(figsize=(5, 3), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xticks(range(60))
+        mark_sites(figure, names, axes.xaxis, kept=60)
+    assert 1 <= len(axes.get_xticks()) < 60

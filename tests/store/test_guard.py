@@ -106,3 +106,16 @@ def test_data_sets_take_a_path_as_every_function_does(store: Any, kind: Any) -> 
     path = kind(store.place.folder, "layers.0")
     opened = kind(store, "layers.0")
     assert [item["layers.0"].shape for item in path] == [item["layers.0"].shape for item in opened]
+
+
+@pytest.mark.parametrize("heads", [[True], [0.0], ["1"], []])
+def test_only_whole_numbers_are_heads(heads: Any) -> None:
+    with pytest.raises(OptionError, match=r"heads is .*: give a list of whole numbers"):
+        lp.ablate(heads=heads)
+
+
+def test_a_seed_of_numpy_draws_what_one_of_python_does(store: Any, tmp_path: Path) -> None:
+    said = [lp.check(store, seed=seed).to_json(tmp_path / "check.json").read_text() for seed in (np.int64(3), 3)]
+    assert said[0] == said[1]
+    one, other = (lp.audit(store, num_examples=2, seed=seed) for seed in (np.int64(3), 3))
+    assert str(one) == str(other)
