@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMultipleChoice
 
@@ -289,6 +288,7 @@ def make_effects(*sizes: int, site: str = "layers", token: str = "word") -> Effe
     ],
 )
 def test_a_picture_of_any_sweep_fits_a_page_and_its_names_can_be_read(found: Effects) -> None:
+    pytest.importorskip("matplotlib")
     figure = found.plot()
     figure.draw_without_rendering()
     assert max(figure.get_size_inches()) < 16
@@ -309,11 +309,12 @@ def test_a_picture_of_any_sweep_fits_a_page_and_its_names_can_be_read(found: Eff
 
 
 def test_an_effect_that_is_no_number_leaves_the_colours_of_the_others() -> None:
+    colors = pytest.importorskip("matplotlib.colors")
     found = make_effects(2, 3, 0)
     found.effects[0, 1], found.effects[1, 2] = float("nan"), float("inf")
     axes = found.plot().axes[0]
     assert axes.images[0].get_clim() == (-2, 2)
-    assert to_hex(axes.get_facecolor()).upper() == GREY  # what shows where there is no colour
+    assert colors.to_hex(axes.get_facecolor()).upper() == GREY  # what shows where there is no colour
 
 
 @pytest.mark.parametrize(
