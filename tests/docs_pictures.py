@@ -3,8 +3,8 @@
     python tests/docs_pictures.py [edit.md ...]
 
 Runs the commands and the snippets of each page that makes pictures, each in an empty folder as a reader would, and puts
-what they draw into docs/img. Pictures of the tour are made by `benchmarks/insight.py --save`; that of the report is a
-screenshot.
+what they draw into docs/img. Pictures of the tour are made by `benchmarks/insight.py --save`, that of the decoders by
+`benchmarks/decoders.py --save`; that of the report is a screenshot.
 """
 
 import os

@@ -14,7 +14,6 @@ _SHOWN = re.compile(r"!\[[^\]]*\]\((?:docs/)?img/([\w-]+\.png)\)")
 PICTURES = {
     "differences.md": {"differences.png": "depth.png"},
     "edit.md": {"attribution.png": "attribution.png", "patching.png": "patching.png"},
-    "generation.md": {"read.png": "read.png"},
     "pictures.md": {"attention.png": "attention.png", "packages.png": "packages.png", "tokens.png": "tokens.png"},
     "profile.md": {"profile.png": "profile.png"},
     "watch.md": {"watch.png": "watch.png"},

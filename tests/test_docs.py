@@ -107,13 +107,15 @@ def test_commands_run(
 
 
 def test_every_picture_is_shown_and_is_made_by_its_page_or_by_a_named_script() -> None:
-    """Those of pages by `tests/docs_pictures.py`, those of the tour by `benchmarks/insight.py`."""
-    insight = (ROOT / "benchmarks" / "insight.py").read_text(encoding="utf-8")
+    """Those of pages by `tests/docs_pictures.py`, those of measurements by the benchmark."""
+    scripts = "".join(
+        (ROOT / "benchmarks" / name).read_text(encoding="utf-8") for name in ("insight.py", "decoders.py")
+    )
     shown = {name: page for page in PAGES for name in list_shown(page)}
     assert set(shown) == {path.name for path in (ROOT / "docs" / "img").iterdir()}
     made = {name for pictures in PICTURES.values() for name in pictures.values()}
     for name in set(shown) - made:
-        assert f'"{name}"' in insight or name == "report.png", name  # that one is a screenshot
+        assert f'"{name}"' in scripts or name == "report.png", name  # that one is a screenshot
     for page, pictures in PICTURES.items():
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
         assert set(pictures.values()) == set(list_shown(ROOT / "docs" / page))
