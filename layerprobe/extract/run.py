@@ -314,7 +314,8 @@ def _run_elsewhere(
     plan.model.to("cpu")
     torch.cuda.empty_cache()
     run_crew(plan, lock, report, advance, stop)
-    found, _ = find_done(plan.place, plan.description)
+    # a folder that was moved is the better reason for shards that are gone
+    found, _ = keeper.attempt(lambda: find_done(plan.place, plan.description))
     committed = [header for number, header in found.items() if number not in plan.done]
     if report.is_complete and len(found) < plan.num_units:
         raise StoreError(f"{plan.place}: a shard that was committed is gone or damaged. Run the same command again.")

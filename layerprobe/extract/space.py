@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from layerprobe.capture.units import list_shapes
-from layerprobe.errors import SpaceError
+from layerprobe.errors import SpaceError, StoreError
 from layerprobe.store.description import StoredSite
 from layerprobe.store.durable import reserve_file
 from layerprobe.store.format import bound_shard
@@ -38,7 +38,7 @@ class RoomKeeper:
         tell: Called when a wait begins and ends, and during it, by one thread at a time: with the seconds waited since
             the last call, where overlapping waits count once, and whether any thread still waits.
 
-    If `check` is set, it is called before each attempt; it may raise.
+    If `check` is set, it is called before each attempt, and after one that fails; it may raise.
     """
 
     def __init__(
@@ -107,6 +107,11 @@ class RoomKeeper:
                     self._stop.wait(delay_s)
                     self._count(0)
                     delay_s = min(2 * delay_s, _LONGEST_WAIT_S)
+                except StoreError:
+                    # that the folder was moved is the better reason
+                    if self.check is not None:
+                        self.check()
+                    raise
                 else:
                     if has_said:
                         say("there is room again: going on.")

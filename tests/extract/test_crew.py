@@ -305,7 +305,7 @@ def test_processes_whose_folder_was_moved_write_no_more_into_the_next_one_of_its
         folder.rename(tmp_path / "moved")
         folder.mkdir()
 
-    mover = threading.Thread(target=move)
+    mover = threading.Thread(target=move, daemon=True)
     mover.start()
     with pytest.raises(StoreError, match="acts: was moved, replaced or removed while the run was under way"):
         run_extraction(plan)
