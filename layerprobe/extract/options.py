@@ -86,8 +86,7 @@ class ExtractOptions:
             raise OptionError(f"no policy {self.nonfinite!r} for values that are not finite: use warn or error.")
         given = [name for name in ("max_length", "batch_tokens", "shard_bytes") if getattr(self, name) is not None]
         for name in (*given, "writers"):
-            check_count(_NAMES.get(name, name), getattr(self, name))
-            object.__setattr__(self, name, int(getattr(self, name)))
+            object.__setattr__(self, name, check_count(_NAMES.get(name, name), getattr(self, name)))
 
     def list_for_stores(self) -> list[str]:
         """List the options that were given and only concern stores, by their names in a call."""

@@ -38,7 +38,7 @@ class RoomKeeper:
         tell: Called when a wait begins and ends, and during it, by one thread at a time: with the seconds waited since
             the last call, where overlapping waits count once, and whether any thread still waits.
 
-    If `check` is set, it is called before each attempt, and after one that fails; it may raise.
+    `check`, which does nothing until it is set, is called before each attempt, and after one that fails; it may raise.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RoomKeeper:
         tell: Callable[[float, bool], None] | None = None,
     ) -> None:
         self._folder = folder
-        self.check: Callable[[], None] | None = None
+        self.check: Callable[[], None] = lambda: None
         self._waits = waits
         self._stop = stop
         self._tell = tell
@@ -92,8 +92,7 @@ class RoomKeeper:
         try:
             while True:
                 try:
-                    if self.check is not None:
-                        self.check()
+                    self.check()
                     result = action()
                 except SpaceError as error:
                     if not self._waits or self._stop.is_set():
@@ -109,8 +108,7 @@ class RoomKeeper:
                     delay_s = min(2 * delay_s, _LONGEST_WAIT_S)
                 except StoreError:
                     # that the folder was moved is the better reason
-                    if self.check is not None:
-                        self.check()
+                    self.check()
                     raise
                 else:
                     if has_said:

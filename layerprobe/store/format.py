@@ -115,12 +115,11 @@ def _is_folder(folder: NamedPath) -> bool:
     Raises:
         StoreError: the path is not a folder, or the system refused to look.
     """
-    try:
-        mode = os.stat(folder).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be read ({error.strerror or error}).") from error
+    with telling_refusals(folder, "read"):
+        try:
+            mode = os.stat(folder).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return False
     if not stat.S_ISDIR(mode):
         raise StoreError(f"{folder}: is a file, not the folder of a store. Give the folder.")
     return True

@@ -126,7 +126,7 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
     def __init__(self, folder: Path | NamedPath | None) -> None:
         self._path = None if folder is None else NamedPath.of(folder).path / PROGRESS_FILE
         self._measure: Callable[[], Done] | None = None
-        self.check: Callable[[], None] | None = None
+        self.check: Callable[[], None] = lambda: None
         self._paces: deque[tuple[float, Done]] = deque()
         self._next = 0.0
         self._turn = threading.Lock()
@@ -139,7 +139,7 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
             return
         # nothing here may hide the error of the run
         with suppress(OSError):
-            self._check()
+            self.check()
             if error is None and (self._path.parent / INDEX_FILE).exists():
                 self._path.unlink(missing_ok=True)
             elif self._measure is not None:
@@ -164,7 +164,7 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
         if self._path is None or self._measure is None:
             return
         try:
-            self._check()
+            self.check()
         except OSError:
             return
         now, done = time.monotonic(), self._measure()
@@ -194,10 +194,6 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
             if self._is_there:
                 with suppress(OSError):
                     _write_over(self._path, data)
-
-    def _check(self) -> None:
-        if self.check is not None:
-            self.check()
 
     def _forget(self) -> None:
         """Stop writing in a forked process: the run's progress and end are its parent's to report."""
